@@ -1,0 +1,46 @@
+# What people and CI do. Set-up runs once, and again when what it reads has changed.
+PYTHON ?= python3
+INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check serve proto wheel clean
+
+demo: .venv-demo/ready  ## train nothing, see everything: the shipped bundle answers
+	.venv-demo/bin/python -m demo
+
+test: check  ## what CI runs
+	scripts/test
+
+check: .venv/ready .venv-proto/ready  ## style, types, stubs, protos, Dockerfiles
+	scripts/check
+
+serve: .venv-demo/ready  ## the shipped bundle on the default ports
+	.venv-demo/bin/likely serve
+
+proto: .venv-proto/ready  ## regenerate the committed stubs
+	PYTHON=.venv-proto/bin/python scripts/proto
+
+wheel: .venv/ready  ## dist/likely-*.whl
+	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv .venv-demo .venv-proto build dist
+
+# Development: torch, and the runtime that production uses (it also runs on the CPU).
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/$(INSTALL) --upgrade 'pip>=25.1'
+	$(@D)/$(INSTALL) -c constraints.txt -e '.[gpu,export,demo]' --group dev
+	touch $@
+
+# What a server is installed with: no torch.
+.venv-demo/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/$(INSTALL) -c constraints.txt -e '.[cpu,demo]'
+	touch $@
+
+# The generator needs an older protobuf than everything else.
+.venv-proto/ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/$(INSTALL) --upgrade 'pip>=25.1'
+	$(@D)/$(INSTALL) --group proto
+	touch $@

@@ -1,0 +1,1 @@
+"""A tour of likely: `python -m demo` serves the shipped bundle and asks it three questions."""

@@ -1,0 +1,132 @@
+"""Serves a bundle of digits, asks the three questions over gRPC, and draws what comes back."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from demo import figures, pictures, tables
+from demo.figures import Example
+from demo.serving import served
+from likely import Client, ModelInfo, Scores, Verdict
+from likely.answers import Pixels
+from likely.bundle import Bundle
+from likely.server import shipped
+
+ALPHAS = (0.01, 0.05, 0.1)
+ALPHA = 0.05
+SEED = 2026
+DIGITS = "held-out digits"
+
+
+def main() -> None:
+    """The whole tour."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument("--bundle", type=Path, default=None, help="of digits [the shipped one]")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="[build/demo]")
+    given = parser.parse_args()
+    bundle = given.bundle or next(path for path in shipped() if path.name == "digits")
+    given.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    with served(given.out / "server.log", bundle) as server, Client(server.address) as client:
+        console.print(_greeting(client.model(), server.address), highlight=False)
+        tour(client, bundle, given.out, console)
+    console.print("The server has ended well. To look at:")
+    for name in ("generated.png", "surprise.png", "likelihoods.png", "server.log"):
+        console.print(f"  {given.out / name}", highlight=False)
+
+
+def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:
+    """The three questions.
+
+    Args:
+        client: of a server with the bundle.
+        bundle: its folder, for the division of its data.
+        out: folder for the figures.
+        console: where the tables go.
+    """
+    digits, y = pictures.held_out(Bundle.open(bundle).manifest)
+    rng = np.random.default_rng(SEED)
+    sets = {DIGITS: digits} | {name: make(digits, rng) for name, make in pictures.NO_DIGITS.items()}
+    answers = {
+        name: {alpha: client.score(x, alpha=alpha, surprise=True) for alpha in ALPHAS}
+        for name, x in sets.items()
+    }
+    console.print(tables.rejection(answers, DIGITS))
+    scores = {name: by_alpha[ALPHA] for name, by_alpha in answers.items()}
+    others = {name: one for name, one in scores.items() if name != DIGITS}
+    figures.likelihoods(out / "likelihoods.png", scores[DIGITS], others)
+
+    answer = client.classify(digits, alpha=ALPHA)
+    strict = client.classify(digits, alpha=ALPHA, min_posterior=0.9)
+    console.print(tables.labels(answer, strict, y))
+
+    inside = _digits(digits, y.tolist(), scores[DIGITS])
+    outside = [_example(name, sets[name], one, _typical(one)) for name, one in others.items()]
+    figures.surprise(out / "surprise.png", [*inside, *outside], ALPHA)
+    shown = [*inside[:2], outside[-3], outside[-1]]
+    said = client.classify(np.stack([example.x for example in shown])[:, None], alpha=ALPHA)
+    names = client.model().labels
+    posterior = [
+        f"label {names[label]}, {row.max():.0%}" if verdict == Verdict.ACCEPTED else "no label"
+        for label, row, verdict in zip(said.label, said.posterior, said.verdict, strict=True)
+    ]
+    console.print(tables.examples(shown, posterior))
+    console.print(_draw(client, names, out), highlight=False)
+
+
+def _greeting(info: ModelInfo, address: str) -> str:
+    _, h, w = info.shape
+    return (
+        f"[bold]{info.name}@{info.version}[/bold] at {address} on {info.execution_providers[0]}: "
+        f"{info.description}\n{h}x{w} pixels of {info.levels} levels; verdicts are ranked "
+        f"against {info.calibration_size} digits, so alpha may be {info.finest_alpha:.2g} or more."
+    )
+
+
+def _digits(x: Pixels, y: Sequence[int], scores: Scores) -> list[Example]:
+    """Four digits that are accepted, and the one that is most unlike the others."""
+    accepted = np.flatnonzero(scores.verdict == Verdict.ACCEPTED)
+    rows = [*accepted[:4], int(scores.p_value.argmin())]
+    return [_example(f"a {y[row]}", x, scores, row) for row in rows]
+
+
+def _example(name: str, x: Pixels, scores: Scores, row: int) -> Example:
+    if scores.surprise is None:
+        raise ValueError("scores were asked for without their surprise maps")
+    return Example(
+        name, x[row, 0], scores.surprise[row, 0], float(scores.log_px[row]),
+        float(scores.p_value[row]), scores.verdict[row] == Verdict.OUTLIER,
+    )  # fmt: skip
+
+
+def _typical(scores: Scores) -> int:
+    """The row whose log p(x) is the median."""
+    return int(np.argsort(scores.log_px)[len(scores.log_px) // 2])
+
+
+def _draw(client: Client, names: Sequence[str], out: Path) -> str:
+    """Ten pictures of every label, judged by the model that drew them."""
+    began = time.perf_counter()
+    rows = [client.generate(10, label=label, seed=SEED).images for label in range(len(names))]
+    seconds = time.perf_counter() - began
+    figures.generated(out / "generated.png", rows, names)
+    again = client.generate(3, label=7, seed=SEED, first_index=4).images
+    same = "the same" if np.array_equal(again, rows[7][4:7]) else "OTHER"
+    judged = client.classify(np.concatenate(rows), alpha=ALPHA)
+    asked = np.repeat(np.arange(len(names)), 10)
+    return (
+        f"[bold]Draw me one.[/bold] {len(asked)} digits by label in {seconds:.1f} s; Bayes' rule "
+        f"gives {np.mean(judged.label == asked):.0%} of them the label that was asked for, and "
+        f"{np.mean(judged.verdict == Verdict.OUTLIER):.0%} are rejected at alpha {ALPHA:g}. "
+        f"Pictures 4 to 6 of the sevens, drawn again alone: {same}.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""A real `likely serve` in a process of its own, for as long as it is needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+PATIENCE = 60.0
+COMMAND = (sys.executable, "-c", "from likely.cli import main; main()", "serve")
+
+
+class ServerFailed(Exception):
+    """The server did not start, or did not end as it should; tells its last words."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that says SERVING.
+
+    Attributes:
+        address: of its gRPC port, host:port.
+        metrics: of its Prometheus port, host:port.
+    """
+
+    address: str
+    metrics: str
+
+
+@contextmanager
+def served(
+    log: Path, bundle: Path | None = None, command: Sequence[str] = COMMAND
+) -> Iterator[Served]:
+    """Serves on free ports until the block ends, then asks the server to end and sees that it does.
+
+    Args:
+        log: file that the server's log goes to.
+        bundle: the folder to serve; None for what the package ships.
+        command: what starts a server.
+
+    Raises:
+        ServerFailed: it ended early, did not become ready in a minute, or did not
+            end well on SIGTERM.
+    """
+    options = ["--port", "0", "--metrics-port", "0", "--log-format", "json"]
+    options += [] if bundle is None else ["--bundle", str(bundle)]
+    with log.open("wb") as sink, subprocess.Popen([*command, *options], stderr=sink) as process:
+        try:
+            yield _ready(process, log)
+        finally:
+            process.terminate()
+            try:
+                code = process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+    if code != 0:
+        raise ServerFailed(f"the server ended with code {code}: {_last_words(log)}")
+
+
+def _ready(process: subprocess.Popen[bytes], log: Path) -> Served:
+    heard = _listening(process, log)
+    found = Served(f"{heard['host']}:{heard['port']}", f"{heard['host']}:{heard['metrics']}")
+    with grpc.insecure_channel(found.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        try:
+            for answer in health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE):
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return found
+        except grpc.RpcError as error:
+            raise ServerFailed(f"not ready: {_last_words(log)}") from error
+    raise ServerFailed(f"not ready: {_last_words(log)}")
+
+
+def _listening(process: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
+    """The log's event that names the ports."""
+    end = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < end:
+        for line in log.read_text().splitlines(keepends=True):
+            if line.startswith("{") and line.endswith("\n"):
+                event: dict[str, Any] = json.loads(line)
+                if event["event"] == "listening":
+                    return event
+        time.sleep(0.05)
+    raise ServerFailed(f"not listening: {_last_words(log)}")
+
+
+def _last_words(log: Path) -> str:
+    return (log.read_text().splitlines() or ["it said nothing"])[-1]

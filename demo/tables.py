@@ -1,0 +1,102 @@
+"""The demo's tables, for a terminal of eighty columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from sklearn.metrics import roc_auc_score
+
+from demo.figures import Example
+from likely import Classifications, Scores, Verdict
+from likely.answers import Doubles, Labels, Pixels
+
+SHADES = " .:-=+*%@"
+
+
+def rejection(answers: Mapping[str, Mapping[float, Scores]], reference: str) -> Table:
+    """What is rejected: one row a set of pictures, one column an alpha.
+
+    Args:
+        answers: the scores of each set at each alpha.
+        reference: the set that is in distribution.
+    """
+    alphas = list(answers[reference])
+    inside = answers[reference][alphas[0]]
+    table = _table(
+        f"How plausible is it? {len(inside.log_px)} pictures of each kind, share rejected at alpha"
+    )
+    table.add_column("pictures", no_wrap=True)
+    table.add_column("log p(x)", justify="right")
+    for alpha in alphas:
+        table.add_column(f"{alpha:g}", justify="right")
+    for name in ("AUROC", "of log p"):
+        table.add_column(name, justify="right")
+    for name, by_alpha in answers.items():
+        one = by_alpha[alphas[0]]
+        shares = [float(np.mean(by_alpha[a].verdict == Verdict.OUTLIER)) for a in alphas]
+        areas = ["", ""]
+        if name != reference:
+            areas = [_area(inside.p_value, one.p_value), _area(inside.log_px, one.log_px)]
+        table.add_row(
+            name,
+            f"{one.log_px.mean():.0f}",
+            *(_percent(share) for share in shares),
+            *areas,
+            style="bold" if name == reference else "",
+        )
+    return table
+
+
+def labels(answer: Classifications, strict: Classifications, y: Labels) -> Table:
+    """How often Bayes' rule is right, and about how many it keeps silent."""
+    table = _table("Which label does Bayes' rule assign, if any?")
+    table.add_column("held-out digits")
+    for name in ("share", "labelled right"):
+        table.add_column(name, justify="right")
+    kept, sure = (a.verdict == Verdict.ACCEPTED for a in (answer, strict))
+    for name, rows in (
+        ("all of them", np.ones(len(y), dtype=bool)),
+        (f"those accepted at alpha {answer.alpha:g}", kept),
+        ("those accepted whose posterior is at least 0.9", sure),
+    ):
+        table.add_row(name, _percent(rows.mean()), _percent((answer.label == y)[rows].mean()))
+    return table
+
+
+def examples(shown: Sequence[Example], posterior: Sequence[str]) -> Table:
+    """A few pictures side by side, with what is said of them."""
+    table = _table("One picture at a time")
+    for example in shown:
+        table.add_column(example.name, justify="center", width=17)
+    table.add_row(*(_drawn(example.x) for example in shown))
+    table.add_row(*(f"log p(x) {example.log_px:.0f}" for example in shown))
+    table.add_row(*(f"p-value {example.p_value:.2g}" for example in shown))
+    table.add_row(*posterior)
+    table.add_row(
+        *(Text("outlier", "red") if e.rejected else Text("accepted", "green") for e in shown)
+    )
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+
+
+def _drawn(x: Pixels) -> Text:
+    steps = (x.astype(int) * (len(SHADES) - 1) + 15) // 16
+    return Text("\n".join("".join(2 * SHADES[step] for step in row) for row in steps))
+
+
+def _area(inside: Doubles, outside: Doubles) -> str:
+    truth = np.repeat([0, 1], [len(inside), len(outside)])
+    return f"{roc_auc_score(truth, -np.concatenate([inside, outside])):.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

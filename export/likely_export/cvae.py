@@ -1,0 +1,259 @@
+"""Conditional variational autoencoder: bounds on log p(x|y), pictures and features.
+
+    z ~ N(0, I)
+    p(x|z, y) = prod_i p(x_i|z, y), over pixels and channels i
+    q(z|x, y) = N(mean, exp(log_variance)), diagonal
+
+Kingma and Welling, 2014 (https://arxiv.org/abs/1312.6114), conditioned on labels
+as in Sohn et al., 2015. The log-weights
+
+    w_k = log p(x|z_k, y) + log p(z_k) - log q(z_k|x, y),  z_k ~ q(z|x, y)
+
+give two lower bounds on log p(x|y): E[w_1], the ELBO, and the tighter IWAE-K,
+E[logsumexp_k w_k - log K] (Burda et al., 2016, https://arxiv.org/abs/1509.00519).
+
+The encoder's trunk sees x alone and the label joins after it, so that a bound
+for every label costs one trunk.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from likely.errors import InvalidInput
+from likely_export import logistic
+
+NARROWEST, WIDEST = -10.0, 4.0  # bounds of log_variance
+
+
+@dataclass(frozen=True)
+class CVAEConfig:
+    """Everything that shapes a CVAE.
+
+    Attributes:
+        shape: channels, rows, columns of a picture.
+        levels: levels of a pixel.
+        labels: labels to condition on, at least 1.
+        latent: size of z.
+        width: features of every hidden layer.
+        depth: hidden layers of the encoder's trunk, and of the decoder.
+        logistics: terms of the discretised logistic mixture of a pixel, which
+            knows that levels are ordered; 0 for a softmax over them.
+        importance_samples: K of the bound that is validated and served.
+        training_samples: K of the bound that training raises; 1 is the ELBO.
+        dropout: share of hidden features dropped in training.
+    """
+
+    shape: tuple[int, int, int]
+    levels: int
+    labels: int
+    latent: int = 16
+    width: int = 256
+    depth: int = 1
+    logistics: int = 0
+    importance_samples: int = 64
+    training_samples: int = 1
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = ("labels", "latent", "width", "depth", "importance_samples", "training_samples")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise InvalidInput(name, f"{getattr(self, name)}; a CVAE needs at least 1")
+
+
+class CVAE(nn.Module):
+    """log p(x|y) bounded from below, for discrete pictures."""
+
+    def __init__(self, config: CVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dimensions = math.prod(config.shape)
+        width, terms = config.width, config.logistics
+        self.trunk = _layers(self.dimensions, width, config.depth, config.dropout)
+        self.encoder_label = nn.Embedding(config.labels, width)
+        self.encoder_join = nn.Linear(width, width)
+        self.posterior_out = nn.Linear(width, 2 * config.latent)
+        self.decoder_label = nn.Embedding(config.labels, width)
+        self.decoder_in = nn.Linear(config.latent, width)
+        self.decoder = _layers(width, width, config.depth - 1, config.dropout)
+        self.decoder_out = nn.Linear(width, self.dimensions * (3 * terms or config.levels))
+        self.dropout = nn.Dropout(config.dropout)
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Starts near a posterior that is the prior and a mixture that spans the levels."""
+        self.posterior_out.weight.mul_(0.1)
+        self.encoder_label.weight.mul_(0.1)
+        self.decoder_label.weight.mul_(0.3)
+        if terms := self.config.logistics:
+            bias = self.decoder_out.bias.view(3, terms, self.dimensions)
+            bias[1] = torch.linspace(-1, 1, terms + 2)[1:-1, None]
+            bias[2] = -1.5
+
+    def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x, y), each (n, z).
+
+        Args:
+            x: uint8 (n, c, h, w) of levels.
+            y: int64 (n,) of labels.
+        """
+        return self.posterior(self.features(x), y)
+
+    def log_probs(self, z: Tensor, y: Tensor) -> Tensor:
+        """log p of every level of every pixel given z (n, z) and y (n,), (n, c, h, w, levels)."""
+        parameters = self.decode(z[:, None], y)[:, 0]
+        tables = self._tables(parameters)
+        return tables.unflatten(1, self.config.shape)
+
+    def log_weights(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+        """w_k in nats, (n, k).
+
+        Args:
+            x: uint8 (n, c, h, w) of levels.
+            y: int64 (n,) of labels.
+            eps: standard normal noise (n, k, z).
+        """
+        return self.weights(self.features(x), x.flatten(1)[:, None], y, eps)
+
+    def iwae(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+        """The IWAE-K bound on log p(x|y) in nats, (n,), of noise (n, k, z)."""
+        return _mean_exp(self.log_weights(x, y, eps))
+
+    def elbo(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+        """The ELBO in nats, (n,), estimated with noise (n, k, z)."""
+        return self.log_weights(x, y, eps).mean(-1)
+
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        """The negated bound that training raises, nats (n,)."""
+        shape = (len(x), self.config.training_samples, self.config.latent)
+        return -self.iwae(x, y, torch.randn(shape, device=x.device))
+
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
+        """The negated IWAE-K bound, nats (n,), with the same noise at every call."""
+        shape = (len(x), self.config.importance_samples, self.config.latent)
+        eps = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return -self.iwae(x, y, eps.to(x.device))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the trunk makes of uint8 (n, c, h, w), (n, width)."""
+        scaled = x.flatten(1).float() * (2 / (self.config.levels - 1)) - 1
+        features: Tensor = self.trunk(scaled)
+        return features
+
+    def posterior(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (..., z) of features (..., width), y broadcast against (...)."""
+        joined = torch.relu(self.encoder_join(features + self.encoder_label(y)))
+        mean, log_variance = self.posterior_out(self.dropout(joined)).chunk(2, -1)
+        return mean, log_variance.clamp(NARROWEST, WIDEST)
+
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        """What the pixels' distributions take: logits (..., k, d, levels) or (..., k, 3, terms, d).
+
+        Args:
+            z: (..., k, z).
+            y: int64, broadcast against (...).
+        """
+        hidden = torch.relu(self.decoder_in(z) + self.decoder_label(y)[..., None, :])
+        parameters: Tensor = self.decoder_out(self.decoder(self.dropout(hidden)))
+        if terms := self.config.logistics:
+            return parameters.unflatten(-1, (3, terms, self.dimensions))
+        return parameters.unflatten(-1, (self.dimensions, self.config.levels))
+
+    def weights(self, features: Tensor, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+        """w_k in nats, (..., k).
+
+        Args:
+            features: the trunk's, broadcast against (..., width).
+            x: levels, broadcast against (..., k, d).
+            y: int64, broadcast against (...).
+            eps: standard normal noise, broadcast against (..., k, z).
+        """
+        mean, log_variance = self.posterior(features, y)
+        z = mean[..., None, :] + torch.exp(log_variance / 2)[..., None, :] * eps
+        # log p(z) - log q(z|x, y); the constants of both densities cancel.
+        prior_to_posterior = 0.5 * (eps.square() - z.square() + log_variance[..., None, :]).sum(-1)
+        return self._log_likelihood(self.decode(z, y), x) + prior_to_posterior
+
+    def _log_likelihood(self, parameters: Tensor, x: Tensor) -> Tensor:
+        """log p(x|z, y) in nats (..., k), x broadcast against (..., k, d)."""
+        if self.config.logistics:
+            return logistic.log_prob(parameters, x.float(), self.config.levels).sum(-1)
+        tables = self._tables(parameters)
+        taken = x.long()[..., None].expand(*tables.shape[:-1], 1)
+        return tables.gather(-1, taken)[..., 0].sum(-1)
+
+    def _tables(self, parameters: Tensor) -> Tensor:
+        if self.config.logistics:
+            return logistic.log_probs(parameters, self.config.levels)
+        return torch.log_softmax(parameters, -1)
+
+
+class Conditional(nn.Module):
+    """The IWAE-K bound on log p(x|y) for all labels, as one graph."""
+
+    def __init__(self, model: CVAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, eps: Tensor) -> Tensor:
+        """log_pxy float32 (n, labels), nats.
+
+        Args:
+            x: uint8 (n, c, h, w) of levels.
+            eps: standard normal noise (n, k, z); all labels share it, so that its
+                chance cancels in their differences.
+        """
+        labels = torch.arange(self.model.config.labels, device=x.device)
+        features = self.model.features(x)[:, None]
+        levels = x.flatten(1)[:, None, None]
+        return _mean_exp(self.model.weights(features, levels, labels, eps[:, None]))
+
+
+class Generate(nn.Module):
+    """A picture of a label, as one graph."""
+
+    def __init__(self, model: CVAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, y: Tensor, eps: Tensor, gumbel: Tensor) -> Tensor:
+        """x uint8 (n, c, h, w) of levels.
+
+        Args:
+            y: int64 (n,) of labels.
+            eps: standard normal noise (n, z).
+            gumbel: standard Gumbel noise (n, h, w, c, levels).
+        """
+        log_probs = self.model.log_probs(eps, y).permute(0, 2, 3, 1, 4)
+        return (log_probs + gumbel).argmax(-1).permute(0, 3, 1, 2).to(torch.uint8)
+
+
+class Encode(nn.Module):
+    """The latent features of a picture under a label, as one graph."""
+
+    def __init__(self, model: CVAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance float32 (n, z) of uint8 x (n, c, h, w) and int64 y (n,)."""
+        return self.model.encode(x, y)
+
+
+def _layers(inputs: int, width: int, depth: int, dropout: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)]
+        inputs = width
+    return nn.Sequential(*layers)
+
+
+def _mean_exp(log_weights: Tensor) -> Tensor:
+    """log mean_k exp(w_k), (...) of (..., k)."""
+    return torch.logsumexp(log_weights, -1) - math.log(log_weights.shape[-1])

@@ -1,0 +1,412 @@
+"""Labelled pictures, read from files and divided into parts that never overlap.
+
+    train      what the weights see
+    fit        where outlier statistics are normalised and combined
+    calibrate  what scores are ranked against
+    validate   what training is watched on
+    test       what is reported, and nothing else
+
+The parts are drawn at random by a seed, since the order of a file is rarely
+exchangeable: scikit-learn's digits, for one, are sorted by writer.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from likely.answers import Labels, Pixels
+from likely.errors import InvalidInput
+
+PARTS = ("train", "fit", "calibrate", "validate", "test")
+BINARISATION = 20261122
+HELD_BACK = 1 << 32  # streams of the training part, far from the draws of the test part
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One part of a data set.
+
+    Attributes:
+        x: uint8 (n, c, h, w), levels.
+        y: int64 (n,), labels.
+        grey: uint8 (n, c, h, w), what `x` was drawn from by Bernoulli(grey / peak);
+            None where `x` is the data itself.
+        peak: the largest value of `grey`.
+    """
+
+    x: Pixels
+    y: Labels
+    grey: Pixels | None = None
+    peak: int = 0
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, rows: npt.NDArray[np.integer]) -> Split:
+        """The pictures of those rows, in that order."""
+        grey = None if self.grey is None else self.grey[rows]
+        return Split(self.x[rows], self.y[rows], grey, self.peak)
+
+    def redraw(self, rows: npt.NDArray[np.integer], generator: np.random.Generator) -> Pixels:
+        """Pictures uint8 (len(rows), c, h, w), binarised afresh where `x` is a draw."""
+        if self.grey is None:
+            return self.x[rows]
+        return bernoulli(self.grey[rows], self.peak, generator)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Five disjoint parts of one source.
+
+    Attributes:
+        name: what the source calls itself.
+        levels: every pixel is in [0, levels).
+        labels: the labels' names in the order of their numbers.
+        train: what the weights see.
+        fit: where statistics are combined.
+        calibrate: what scores are ranked against.
+        validate: what training is watched on.
+        test: what is reported.
+        digest: SHA-256 over all pictures and labels in their parts.
+    """
+
+    name: str
+    levels: int
+    labels: tuple[str, ...]
+    train: Split
+    fit: Split
+    calibrate: Split
+    validate: Split
+    test: Split
+    digest: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        c, h, w = self.train.x.shape[1:]
+        return c, h, w
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many pictures each part takes; training takes what is left.
+
+    Attributes:
+        fit: pictures that statistics are combined on.
+        calibrate: pictures to rank against; the finest alpha is 1 / (calibrate + 1).
+        validate: pictures that training is watched on.
+        test: pictures to report on; 0 where the source brings a test part.
+    """
+
+    fit: int
+    calibrate: int
+    validate: int
+    test: int = 0
+
+    def __post_init__(self) -> None:
+        for part in PARTS[1:]:
+            least = 0 if part == "test" else 1
+            if getattr(self, part) < least:
+                raise InvalidInput(
+                    f"splits.{part}", f"{getattr(self, part)} pictures; at least {least} is needed"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Pictures and labels as a source holds them, before they are divided.
+
+    Attributes:
+        name: what the source calls itself.
+        x: uint8 (n, c, h, w).
+        y: int64 (n,).
+        levels: every pixel is in [0, levels).
+        labels: the labels' names.
+        test: x and y of a test part, where the source brings one.
+    """
+
+    name: str
+    x: Pixels
+    y: Labels
+    levels: int
+    labels: tuple[str, ...]
+    test: tuple[Pixels, Labels] | None = None
+
+
+def load(
+    source: str | Path,
+    sizes: Sizes,
+    *,
+    levels: int = 0,
+    binarise: bool = False,
+    labels: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Dataset:
+    """The data set of a source, divided by a seed.
+
+    Args:
+        source: `digits` (scikit-learn's, 8x8, 17 levels), an `.npz` file, an idx
+            file or a folder of them, or a folder with one subfolder a label.
+        sizes: how many pictures each part takes.
+        levels: quantise to so many levels, evenly; 0 keeps the source's.
+        binarise: two levels, 1 with probability x / (levels - 1): held-out parts
+            are drawn once by Philox(key=(20261122, k)), training afresh each time.
+        labels: names to use in place of the source's.
+        seed: of the division.
+
+    Raises:
+        InvalidInput: the source cannot be read or cannot be divided so; the field
+            names the file.
+    """
+    raw = read(source)
+    if labels:
+        raw = _named(raw, labels)
+    train, test = Split(raw.x, raw.y), None if raw.test is None else Split(*raw.test)
+    if binarise:
+        train = binarised(train, raw.levels, HELD_BACK)
+        test = None if test is None else binarised(test, raw.levels, 0)
+    elif levels:
+        train = _quantised(train, raw, levels)
+        test = None if test is None else _quantised(test, raw, levels)
+    parts = _divide(raw.name, train, test, sizes, seed)
+    count = 2 if binarise else levels or raw.levels
+    return Dataset(raw.name, count, raw.labels, **parts, digest=_digest(parts))
+
+
+def read(source: str | Path) -> Source:
+    """Everything that a source holds.
+
+    Raises:
+        InvalidInput: it cannot be read; the field names the file.
+    """
+    if str(source) == "digits":
+        return _digits()
+    path = Path(source)
+    if path.is_dir():
+        return _idx_folder(path) if any(path.glob("*images*idx3*")) else _image_folder(path)
+    if not path.is_file():
+        raise InvalidInput(str(source), "neither `digits` nor a file or folder that exists")
+    if path.suffix == ".npz":
+        return _npz(path)
+    if "idx" in path.name:
+        return _idx(path)
+    raise InvalidInput(str(source), "not an .npz file, an idx file or a folder")
+
+
+def bernoulli(grey: Pixels, peak: int, generator: np.random.Generator) -> Pixels:
+    """Zeros and ones uint8 (...) with P(1) = grey / peak: u * peak < grey."""
+    return (generator.random(grey.shape) * peak < grey).astype(np.uint8)
+
+
+def binarised(split: Split, levels: int, draw: int) -> Split:
+    """The split drawn once by Philox(key=(20261122, draw)), ready to be redrawn."""
+    generator = np.random.Generator(np.random.Philox(key=[BINARISATION, draw]))
+    return Split(bernoulli(split.x, levels - 1, generator), split.y, split.x, levels - 1)
+
+
+def _quantised(split: Split, raw: Source, levels: int) -> Split:
+    if not 2 <= levels <= raw.levels:
+        raise InvalidInput("levels", f"{levels} is not in [2, {raw.levels}], those of {raw.name}")
+    return Split((split.x.astype(np.int64) * levels // raw.levels).astype(np.uint8), split.y)
+
+
+def _divide(
+    name: str, train: Split, test: Split | None, sizes: Sizes, seed: int
+) -> dict[str, Split]:
+    if test is not None and sizes.test:
+        raise InvalidInput(name, "brings a test part of its own: leave splits.test out")
+    if test is None and not sizes.test:
+        raise InvalidInput(name, "brings no test part: splits.test must say how many to keep")
+    wanted = {part: getattr(sizes, part) for part in PARTS[1:]}
+    left = len(train) - sum(wanted.values())
+    if left < 1:
+        raise InvalidInput(
+            name, f"{len(train)} pictures cannot give {sum(wanted.values())} and leave training one"
+        )
+    order = np.random.Generator(np.random.Philox(key=[seed % (1 << 64), 0])).permutation(len(train))
+    cuts = np.cumsum([left, *wanted.values()])[:-1]
+    parts = dict(zip(PARTS, map(train.take, np.split(order, cuts)), strict=True))
+    return parts if test is None else {**parts, "test": test}
+
+
+def _digest(parts: dict[str, Split]) -> str:
+    digest = hashlib.sha256()
+    for part in PARTS:
+        split = parts[part]
+        pictures = split.x if split.grey is None else split.grey
+        for array in (pictures, split.y.astype("<i8")):
+            digest.update(f"{part} {array.dtype.str} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _named(raw: Source, labels: tuple[str, ...]) -> Source:
+    if len(labels) != len(raw.labels):
+        raise InvalidInput("labels", f"{len(labels)} names for the {len(raw.labels)} of {raw.name}")
+    return Source(raw.name, raw.x, raw.y, raw.levels, labels, raw.test)
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x = bunch.images.astype(np.uint8)[:, None]
+    return Source("digits", x, bunch.target.astype(np.int64), 17, tuple("0123456789"))
+
+
+def _npz(path: Path) -> Source:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput(str(path), f"not a readable .npz file: {error}") from error
+    keys = ("x_train", "y_train") if "x_train" in arrays else ("x", "y")
+    if missing := [key for key in keys if key not in arrays]:
+        raise InvalidInput(
+            str(path),
+            f"has no array {missing[0]}: expected x_train, y_train, x_test, y_test or x, y",
+        )
+    x, y = _checked(path, *(arrays[key] for key in keys))
+    test = None
+    if "x_test" in arrays and "y_test" in arrays:
+        test = _checked(path, arrays["x_test"], arrays["y_test"])
+    names = arrays.get("class_names")
+    return _source(path, x, y, test, None if names is None else tuple(map(str, names)))
+
+
+def _idx(path: Path, test: Path | None = None) -> Source:
+    x, y = _idx_pair(path)
+    return _source(path, x, y, None if test is None else _idx_pair(test))
+
+
+def _idx_folder(folder: Path) -> Source:
+    """The folder's training and test files, by the names that MNIST gave them."""
+    files = sorted(folder.glob("*images*idx3*"))
+    tests = [file for file in files if "t10k" in file.name or "test" in file.name]
+    trains = [file for file in files if file not in tests]
+    if len(trains) != 1 or len(tests) > 1:
+        raise InvalidInput(
+            str(folder), f"has {len(trains)} training and {len(tests)} test idx files of images"
+        )
+    return _idx(trains[0], *tests)
+
+
+def _idx_pair(images: Path) -> tuple[Pixels, Labels]:
+    labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+    if labels == images or not labels.is_file():
+        raise InvalidInput(str(images), f"its labels are expected in {labels.name} beside it")
+    return _checked(images, read_idx(images), read_idx(labels))
+
+
+def read_idx(path: Path) -> npt.NDArray[np.uint8]:
+    """The uint8 array of an idx file, plain or gzipped (LeCun et al., 1998).
+
+    Raises:
+        InvalidInput: it is no idx file of bytes, or truncated.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise InvalidInput(str(path), f"cannot be read: {error}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise InvalidInput(str(path), "is not an idx file of unsigned bytes")
+    axes = content[3]
+    start = 4 + 4 * axes
+    if len(content) < start:
+        raise InvalidInput(str(path), f"ends within its header of {axes} axes")
+    shape = struct.unpack(f">{axes}I", content[4:start])
+    if len(content) - start != math.prod(shape):
+        raise InvalidInput(str(path), f"has {len(content) - start} bytes for the shape {shape}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _image_folder(folder: Path) -> Source:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not names:
+        raise InvalidInput(str(folder), "has neither idx files nor one subfolder a label")
+    pictures: list[Pixels] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        for file in sorted((folder / name).iterdir()):
+            picture = _picture(file)
+            if pictures and picture.shape != pictures[0].shape:
+                raise InvalidInput(
+                    str(file),
+                    f"is {_size(picture)} where the pictures before it are {_size(pictures[0])}",
+                )
+            pictures.append(picture)
+            labels.append(label)
+    if not pictures:
+        raise InvalidInput(str(folder), "has no pictures in its subfolders")
+    return _source(folder, np.stack(pictures), np.array(labels, np.int64), None, tuple(names))
+
+
+def _picture(file: Path) -> Pixels:
+    """One picture, uint8 (c, h, w): grey or colour, with nothing converted silently."""
+    try:
+        with Image.open(file) as image:
+            if image.mode not in ("L", "RGB"):
+                raise InvalidInput(
+                    str(file), f"has mode {image.mode}; only L (grey) and RGB are read"
+                )
+            pixels = np.asarray(image)
+    except (OSError, UnidentifiedImageError) as error:
+        raise InvalidInput(str(file), f"is not a readable picture: {error}") from error
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _size(picture: Pixels) -> str:
+    c, h, w = picture.shape
+    return f"{h}x{w} with {c} channel{'s' if c > 1 else ''}"
+
+
+def _checked(
+    path: Path, x: npt.NDArray[Any], y: npt.NDArray[Any]
+) -> tuple[Pixels, Labels]:
+    """Pictures as uint8 (n, c, h, w) and labels as int64 (n,)."""
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise InvalidInput(
+            str(path), f"pictures are {x.dtype} {x.shape}; expected uint8 (n, h, w) or (n, c, h, w)"
+        )
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+        raise InvalidInput(
+            str(path), f"labels are {y.dtype} {y.shape}; expected integers ({len(x)},)"
+        )
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.shape[1] > 4 and x.shape[3] <= 4:
+        x = x.transpose(0, 3, 1, 2)
+    if not x.size or y.min() < 0:
+        raise InvalidInput(str(path), "holds no pictures" if not x.size else "a label is negative")
+    return np.ascontiguousarray(x), y.astype(np.int64)
+
+
+def _source(
+    path: Path,
+    x: Pixels,
+    y: Labels,
+    test: tuple[Pixels, Labels] | None,
+    names: tuple[str, ...] | None = None,
+) -> Source:
+    count = 1 + int(max(y.max(), -1 if test is None else test[1].max()))
+    names = names or tuple(map(str, range(count)))
+    if len(names) < count:
+        raise InvalidInput(str(path), f"{len(names)} class names for labels up to {count - 1}")
+    if test is not None and test[0].shape[1:] != x.shape[1:]:
+        raise InvalidInput(
+            str(path), f"test pictures are {test[0].shape[1:]}, training's {x.shape[1:]}"
+        )
+    return Source(path.name.split(".")[0], x, y, 256, names, test)

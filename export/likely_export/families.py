@@ -1,0 +1,85 @@
+"""The model families that a recipe can name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from likely.errors import InvalidInput
+from likely_export.cvae import CVAE, CVAEConfig
+from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+
+GIVEN_BY_DATA = ("shape", "levels", "labels")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        config: the frozen dataclass that shapes a model.
+        model: what `model(config)` builds, an `nn.Module` that `train.fit` can train.
+    """
+
+    config: type[Any]
+    model: type[Any]
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "pixelcnn": Family(PixelCNNConfig, PixelCNN),
+        "cvae": Family(CVAEConfig, CVAE),
+    }
+)
+
+
+def family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    if name not in FAMILIES:
+        raise InvalidInput("family", f"{name!r} is none of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def create(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    shape: tuple[int, int, int],
+    levels: int,
+    labels: int,
+    seed: int,
+) -> nn.Module:
+    """An untrained model of that family; its weights are a function of the seed."""
+    chosen = family(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = chosen.config(shape=shape, levels=levels, labels=labels, **options)
+        model: nn.Module = chosen.model(config)
+    return model
+
+
+def restore(weights: Path) -> nn.Module:
+    """The trained model in a `weights.pt`, in evaluation mode on the CPU.
+
+    Raises:
+        InvalidInput: the file is not there or of no known family.
+    """
+    if not weights.is_file():
+        raise InvalidInput(str(weights), "is not there: was this model trained to the end?")
+    content = torch.load(weights, map_location="cpu", weights_only=True)
+    for chosen in FAMILIES.values():
+        if chosen.model.__name__ == content["model"]:
+            model: nn.Module = chosen.model(chosen.config(**content["config"]))
+            model.load_state_dict(content["state"])
+            return model.eval()
+    raise InvalidInput(str(weights), f"holds a {content['model']}, which is of no known family")

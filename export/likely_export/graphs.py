@@ -1,0 +1,188 @@
+"""From a module to an ONNX file that provably does the same: export, clean, compare.
+
+Opset 20, no random operator, no Pad in a loop and no local function, so that every
+node has a CUDA kernel of exactly that version; noise is an input. An export is
+done only when names, dynamic axes, shapes and then values agree with torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from likely.bundle import Graph, TensorSpec
+from likely.errors import BundleError
+from likely.graphs import Array, Device, Session
+from likely_export.roles import GraphSource
+
+OPSET = 20
+BATCHES = (1, 3, 64)
+TOLERANCE = 1e-3  # nats
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file that passed the gate.
+
+    Attributes:
+        graph: its entry in the manifest.
+        parity: the largest difference of a log-likelihood from torch's, in nats.
+        golden: inputs and outputs by name, to be replayed where it is served.
+    """
+
+    graph: Graph
+    parity: float
+    golden: dict[str, Array]
+
+
+def export(source: GraphSource, path: Path, levels: int, labels: int) -> Exported:
+    """Writes the module as ONNX and compares the two.
+
+    Args:
+        source: what to export.
+        path: of the ONNX file.
+        levels: of a pixel, to make inputs for the comparison.
+        labels: number of labels, likewise.
+
+    Raises:
+        BundleError: the graph differs from the module.
+    """
+    write(source, path, levels, labels)
+    graph = Graph(
+        file=path.name,
+        inputs=source.inputs,
+        outputs=source.outputs,
+        kind=source.kind,
+        importance_samples=source.importance_samples,
+    )
+    session = Session(path, graph, Device("cpu"))
+    parity = max(_difference(source, session, levels, labels, n) for n in BATCHES)
+    feeds = example(source.inputs, 2, levels, labels, seed=0)
+    outputs = session.run(feeds, [spec.name for spec in source.outputs])
+    names = [spec.name for spec in source.outputs]
+    return Exported(graph, parity, {**feeds, **dict(zip(names, outputs, strict=True))})
+
+
+def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
+    """Writes the module as one ONNX file, without a trace of the machine that did."""
+    feeds = example(source.inputs, 2, levels, labels, seed=0)
+    batch = torch.export.Dim("batch", min=1)
+    quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)  # it would name every absent package of custom operators
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch's own deprecations
+            program = torch.onnx.export(
+                source.module,
+                tuple(torch.from_numpy(feeds[spec.name]) for spec in source.inputs),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[spec.name for spec in source.inputs],
+                output_names=[spec.name for spec in source.outputs],
+                dynamic_shapes=tuple({0: batch} for _ in source.inputs),
+                verbose=False,
+            )
+    finally:
+        quiet.setLevel(level)
+    assert program is not None
+    model = program.model_proto
+    strip(model)
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Removes stack traces, paths and doc strings that the exporter leaves."""
+    model.ClearField("metadata_props")
+    model.ClearField("doc_string")
+    for graph in subgraphs(model.graph):
+        del graph.metadata_props[:]
+        graph.ClearField("doc_string")
+        graph.name = "main"
+        parts: Iterable[onnx.NodeProto | onnx.ValueInfoProto | onnx.TensorProto]
+        for parts in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer):
+            for part in parts:
+                del part.metadata_props[:]
+                part.ClearField("doc_string")
+
+
+def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and all graphs within its nodes, outermost first."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from subgraphs(attribute.g)
+
+
+def example(
+    specs: Iterable[TensorSpec], n: int, levels: int, labels: int, seed: int
+) -> dict[str, Array]:
+    """Inputs for a batch of `n`: pictures and labels at random, noise of its distribution."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, n]))
+    feeds: dict[str, Array] = {}
+    for spec in specs:
+        shape = spec.array_shape(n)
+        if spec.name == "x":
+            feeds["x"] = generator.integers(0, levels, shape).astype(np.uint8)
+        elif spec.name == "y":
+            feeds["y"] = generator.integers(0, labels, shape)
+        elif spec.name == "gumbel":
+            feeds["gumbel"] = generator.gumbel(size=shape).astype(np.float32)
+        else:
+            feeds[spec.name] = generator.standard_normal(shape, dtype=np.float32)
+    return feeds
+
+
+def _difference(
+    source: GraphSource, session: Session, levels: int, labels: int, n: int
+) -> float:
+    """The largest difference in a log-likelihood at a batch of `n`, in nats."""
+    feeds = example(source.inputs, n, levels, labels, seed=1)
+    with torch.no_grad():
+        given = source.module(*(torch.from_numpy(feeds[spec.name]) for spec in source.inputs))
+    expected = (given,) if isinstance(given, torch.Tensor) else given
+    found = session.run(feeds, [spec.name for spec in source.outputs])
+    worst = 0.0
+    for spec, torch_value, got in zip(source.outputs, expected, found, strict=True):
+        value = torch_value.numpy()
+        _compare(spec, value, got, n)
+        if spec.name.startswith("log_p"):
+            worst = max(worst, float(np.abs(value - got).max()))
+    return worst
+
+
+def _compare(spec: TensorSpec, value: Array, got: Array, n: int) -> None:
+    if got.shape != spec.array_shape(n) or got.dtype != spec.dtype:
+        raise BundleError(
+            f"{spec.name} is {got.dtype} {got.shape} in ONNX; {spec.dtype} {spec.array_shape(n)} "
+            "was declared"
+        )
+    if spec.dtype == "uint8":
+        # Two levels that tie within rounding may fall either way, and take their picture along.
+        changed = np.mean(np.any((value != got).reshape(n, -1), 1))
+        if changed > 0.05:
+            raise BundleError(f"{changed:.0%} of {n} drawn pictures differ between torch and ONNX")
+    elif not np.allclose(value, got, rtol=1e-4 if spec.name == "statistics" else 1e-6, atol=TOLERANCE):
+        worst = float(np.abs(value - got).max())
+        raise BundleError(
+            f"{spec.name} differs by {worst:.2e} between torch and ONNX at batch {n}; "
+            f"{TOLERANCE:g} is allowed"
+        )
+
+
+def operators(model: onnx.ModelProto) -> Mapping[str, int]:
+    """How often each operator stands in the graph and its subgraphs."""
+    counts: dict[str, int] = {}
+    for graph in subgraphs(model.graph):
+        for node in graph.node:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts

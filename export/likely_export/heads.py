@@ -1,0 +1,80 @@
+"""The output distribution of one pixel, exact over its levels and channels.
+
+A level is written as digits, the most significant first, and the digits of all
+channels of a pixel are drawn one after the other: red before green before blue,
+and within a channel the high digit before the low one. With features f of what
+comes before the pixel,
+
+    p(d_1, ..., d_m | f) = prod_k p(d_k | f, d_1, ..., d_k-1)
+    logits_k             = W_k relu(f + sum_{j<k} E_j[d_j]) + b_k
+
+Every factor is a softmax, so the distribution sums to 1 over all levels. One
+digit a channel is the 256-way softmax of van den Oord et al. (2016); two digits
+of 16 replace its 256 logits by 16 + 16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class PixelHead(nn.Module):
+    """p(pixel | features) as a chain of softmaxes over digits.
+
+    Args:
+        features: size of f.
+        channels: channels of a pixel.
+        levels: levels of a channel.
+        digits: digits a level is written with; levels ** (1 / digits) must be whole.
+    """
+
+    def __init__(self, features: int, channels: int, levels: int, digits: int = 1) -> None:
+        super().__init__()
+        self.channels = channels
+        self.digits = digits
+        self.base = round(levels ** (1 / digits))
+        if self.base**digits != levels:
+            raise ValueError(f"{levels} levels cannot be written with {digits} equal digits")
+        self.factors = channels * digits
+        self.weight = nn.Parameter(torch.zeros(self.factors, features, self.base))
+        self.bias = nn.Parameter(torch.zeros(self.factors, self.base))
+        self.embedding = nn.Parameter(torch.randn(self.factors - 1, self.base, features) * 0.1)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Levels (n, c, h, w) as digits (n, h, w, c * digits), int64."""
+        levels = x.permute(0, 2, 3, 1).long()
+        if self.digits == 1:
+            return levels
+        digits: list[Tensor] = []
+        for _ in range(self.digits):
+            rest = torch.div(levels, self.base, rounding_mode="trunc")
+            digits.insert(0, levels - rest * self.base)
+            levels = rest
+        return torch.stack(digits, -1).flatten(-2)
+
+    def log_probs(self, features: Tensor, x: Tensor) -> Tensor:
+        """Log-probabilities of every digit given the true ones before it.
+
+        Args:
+            features: (n, f, h, w).
+            x: levels (n, c, h, w).
+
+        Returns:
+            (n, h, w, c * digits, base), nats; each last axis sums to 1.
+        """
+        digits = self.split(x)
+        context = features.permute(0, 2, 3, 1)
+        tables = []
+        for k in range(self.factors):
+            logits = torch.relu(context) @ self.weight[k] + self.bias[k]
+            tables.append(torch.log_softmax(logits, -1))
+            if k < self.factors - 1:
+                context = context + functional.embedding(digits[..., k], self.embedding[k])
+        return torch.stack(tables, -2)
+
+    def surprise(self, log_probs: Tensor, x: Tensor) -> Tensor:
+        """-log p(pixel | before) in nats (n, c, h, w), of the tables that `log_probs` gave."""
+        taken = log_probs.gather(-1, self.split(x)[..., None])[..., 0]
+        return -taken.unflatten(-1, (self.channels, self.digits)).sum(-1).permute(0, 3, 1, 2)

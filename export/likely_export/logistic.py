@@ -1,0 +1,54 @@
+"""Mixtures of logistic distributions, discretised exactly to levels.
+
+Salimans et al., 2017 (PixelCNN++, https://arxiv.org/abs/1701.05517), equations
+2 and 3: level l of L stands for the interval of width d = 2 / (L - 1) around
+u = 2 l / (L - 1) - 1; the first and the last level take the tails, so the
+probabilities of all levels sum to 1:
+
+    p(l) = sum_k pi_k [sigma((u + d/2 - mu_k) / s_k) - sigma((u - d/2 - mu_k) / s_k)]
+
+With b > a the arguments of one term, the difference does not cancel when taken as
+
+    sigma(b) - sigma(a) = sigma(b) sigma(-a) (1 - exp(a - b))
+
+and its logarithm does not overflow with log sigma(t) = log sigma(|t|) - relu(-t).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHARPEST, FLATTEST = -7.0, 2.0  # bounds of log s, in units of half the range
+TAIL = 100.0  # stands for infinity: sigma and tanh are 1 there
+
+
+def log_prob(parameters: Tensor, x: Tensor, levels: int) -> Tensor:
+    """log p(x) in nats, (..., d).
+
+    Args:
+        parameters: (..., 3, k, d): logits of pi, means mu, log s before clamping.
+        x: levels as floats, broadcast against (..., d).
+        levels: L.
+    """
+    logits, mean, log_scale = parameters.unbind(-3)
+    x = x[..., None, :]
+    sharpness = torch.exp(-log_scale.clamp(SHARPEST, FLATTEST))
+    half = 1 / (levels - 1)
+    centre = x * (2 * half) - 1 - mean
+    is_first, is_last = x < 0.5, x > levels - 1.5
+    b = torch.where(is_last, TAIL, (centre + half) * sharpness)
+    a = torch.where(is_first, -TAIL, (centre - half) * sharpness)
+    # (1 - exp(-t)) = 2 tanh(t/2) / (1 + tanh(t/2)) keeps the digits of a small t.
+    t = torch.tanh(torch.where(is_first | is_last, TAIL, half * sharpness))
+    product = torch.sigmoid(b.abs()) * torch.sigmoid(a.abs()) * (2 * t / (1 + t))
+    terms = torch.log(product) - torch.relu(-b) - torch.relu(a)
+    return torch.logsumexp(torch.log_softmax(logits, -2) + terms, -2)
+
+
+def log_probs(parameters: Tensor, levels: int) -> Tensor:
+    """log p of every level in nats, (..., d, levels), of parameters (..., 3, k, d)."""
+    d = parameters.shape[-1]
+    x = torch.arange(levels, dtype=parameters.dtype, device=parameters.device)
+    every = parameters[..., None].expand(*parameters.shape, levels).flatten(-2)
+    return log_prob(every, x.repeat(d), levels).unflatten(-1, (d, levels))

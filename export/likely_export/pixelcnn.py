@@ -1,0 +1,290 @@
+"""PixelCNN: log p(x), or log p(x|y), exactly, by the chain rule over pixels in raster order.
+
+Two stacks of cropped convolutions see everything above and to the left of a
+pixel, without the blind spot of a single masked stack (van den Oord et al.,
+2016, https://arxiv.org/abs/1606.05328). For the pixel o:
+
+    v v v v v      v: vertical stack, all rows above
+    v v v v v      h: horizontal stack, the pixels to the left,
+    h h o . .         fed by the vertical stack
+    . . . . .      .: never seen
+
+Kernels are cropped to the part that a mask would leave: no multiplication by
+zero. A transformer whose tokens are the picture's rows can feed the vertical
+stack: token i sees rows before i, whole.
+
+Channels and digits of a pixel are chained in the head (`heads.PixelHead`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from likely_export.heads import PixelHead
+
+
+@dataclass(frozen=True)
+class PixelCNNConfig:
+    """Everything that shapes a PixelCNN.
+
+    Attributes:
+        shape: channels, rows, columns of a picture.
+        levels: levels of a pixel.
+        labels: labels to condition on; 0 models p(x) alone.
+        channels: width of both stacks.
+        layers: number of blocks.
+        gated: tanh(a) * sigmoid(b) units of the paper; else relu.
+        stem: rows above and columns to either side that the first vertical
+            kernel sees, pixels to the left that the first horizontal one sees.
+        head: features before the last softmax.
+        digits: digits a level is written with (2 for 256 levels: two nibbles).
+        positions: learned biases for every position in both stacks.
+        row_layers: blocks of the row transformer; 0 for none.
+        row_width: width of its tokens.
+        row_heads: its attention heads.
+        label_dropout: share of training pictures whose label is withheld, so
+            that the same weights give p(x) and p(x|y).
+        dropout: share of stack features dropped in training.
+    """
+
+    shape: tuple[int, int, int]
+    levels: int
+    labels: int = 0
+    channels: int = 64
+    layers: int = 8
+    gated: bool = True
+    stem: tuple[int, int, int] = (2, 2, 2)
+    head: int = 64
+    digits: int = 1
+    positions: bool = False
+    row_layers: int = 0
+    row_width: int = 128
+    row_heads: int = 4
+    label_dropout: float = 0.1
+    dropout: float = 0.0
+
+
+class Block(nn.Module):
+    """One layer of both stacks, with residual connections.
+
+    v <- v + unit(conv_2x3(v) + y)
+    h <- h + W unit(conv_1x2(h) + V v + y)
+    """
+
+    def __init__(self, config: PixelCNNConfig) -> None:
+        super().__init__()
+        c = config.channels
+        self.gated = config.gated
+        self.units = 2 * c if self.gated else c
+        self.vertical = nn.Conv2d(c, self.units, (2, 3))
+        self.across = nn.Conv2d(c, self.units, 1, bias=False)
+        self.horizontal = nn.Conv2d(c, self.units, (1, 2))
+        self.out = nn.Conv2d(c, c, 1, bias=False)
+        self.dropout = config.dropout
+        if config.labels:
+            self.label = nn.Embedding(config.labels + 1, 2 * self.units)
+            nn.init.zeros_(self.label.weight)
+
+    def forward(self, v: Tensor, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The next v and h, each (n, channels, rows, columns)."""
+        bias_v, bias_h = self.biases(y)
+        above = functional.pad(v, (1, 1, 1, 0))
+        v = v + self._unit([(self.vertical, above)], bias_v)
+        left = functional.pad(h, (1, 0, 0, 0))
+        unit = self._unit([(self.horizontal, left), (self.across, v)], bias_h)
+        if self.dropout:
+            unit = functional.dropout(unit, self.dropout, self.training)
+        return v, h + self.out(unit)
+
+    def biases(self, y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The label's biases of both stacks, each (n, units)."""
+        if y is None:
+            return None, None
+        biases = self.label(y)
+        return biases[:, : self.units], biases[:, self.units :]
+
+    def _unit(self, terms: list[tuple[nn.Conv2d, Tensor]], bias: Tensor | None) -> Tensor:
+        if not self.gated:
+            return torch.relu(_sum(terms, bias, slice(None)))
+        # One convolution a half, so that each fuses with its activation when served.
+        half = self.units // 2
+        content = _sum(terms, bias, slice(0, half))
+        gate = _sum(terms, bias, slice(half, None))
+        return torch.tanh(content) * torch.sigmoid(gate)
+
+
+def _sum(terms: list[tuple[nn.Conv2d, Tensor]], bias: Tensor | None, units: slice) -> Tensor:
+    total = None
+    for conv, x in terms:
+        own = None if conv.bias is None else conv.bias[units]
+        term = functional.conv2d(x, conv.weight[units], own)
+        total = term if total is None else total + term
+    assert total is not None
+    return total if bias is None else total + bias[:, units, None, None]
+
+
+class RowTransformer(nn.Module):
+    """A causal transformer whose token i stands for everything above row i.
+
+    token_i = A row_{i-1} + position_i + label; pre-norm attention and MLP blocks;
+    the output, reshaped, is added to the vertical stack's row i.
+    """
+
+    def __init__(self, config: PixelCNNConfig) -> None:
+        super().__init__()
+        c, h, w = config.shape
+        width = config.row_width
+        self.embed = nn.Linear(c * w, width, bias=False)
+        self.position = nn.Parameter(torch.randn(h, width) * 0.02)
+        if config.labels:
+            self.label = nn.Embedding(config.labels + 1, width)
+            nn.init.normal_(self.label.weight, std=0.02)
+        self.blocks = nn.ModuleList(RowBlock(config) for _ in range(config.row_layers))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, w * config.channels, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
+        """What to add to v, (n, channels, rows, columns), of scaled pixels z (n, c, h, w)."""
+        n, _, h, w = z.shape
+        rows = z.permute(0, 2, 1, 3).flatten(2)
+        before = torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], 1)
+        tokens = self.embed(before) + self.position
+        if y is not None:
+            tokens = tokens + self.label(y)[:, None]
+        mask = torch.ones(h, h, dtype=torch.bool, device=z.device).tril()
+        for block in self.blocks:
+            tokens = block(tokens, mask)
+        return self.out(self.norm(tokens)).view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+class RowBlock(nn.Module):
+    """Pre-norm attention over rows and an MLP."""
+
+    def __init__(self, config: PixelCNNConfig) -> None:
+        super().__init__()
+        width = config.row_width
+        self.heads = config.row_heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.merge = nn.Linear(width, width, bias=False)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, 3 * width)
+        self.narrow = nn.Linear(3 * width, width, bias=False)
+        nn.init.zeros_(self.merge.weight)
+        nn.init.zeros_(self.narrow.weight)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The next tokens (n, rows, width); `mask` (rows, rows) is true where attended."""
+        q, k, v = self.project(tokens)
+        return self.advance(tokens, q, k, v, mask)
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (n, rows, width)."""
+        q, k, v = self.qkv(self.norm_attention(tokens)).chunk(3, -1)
+        return q, k, v
+
+    def advance(self, tokens: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Tokens after attention of their queries over keys and values, and the MLP."""
+        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v)]
+        weights = heads[0] @ heads[1].transpose(-1, -2) * heads[0].shape[-1] ** -0.5
+        weights = torch.softmax(weights.masked_fill(~mask, -1e9), -1)
+        tokens = tokens + self.merge((weights @ heads[2]).transpose(1, 2).flatten(2))
+        hidden = functional.gelu(self.widen(self.norm_mlp(tokens)), approximate="tanh")
+        return tokens + self.narrow(hidden)
+
+
+class PixelCNN(nn.Module):
+    """An autoregressive density over discrete pictures."""
+
+    def __init__(self, config: PixelCNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, h, w = config.shape
+        rows, side, left = config.stem
+        width = config.channels
+        self.stem_vertical = nn.Conv2d(c, width, (rows, 2 * side + 1))
+        self.stem_horizontal = nn.Conv2d(c, width, (1, left))
+        if config.positions:
+            self.position_vertical = nn.Parameter(torch.zeros(width, h, w))
+            self.position_horizontal = nn.Parameter(torch.zeros(width, h, w))
+        if config.row_layers:
+            self.rows = RowTransformer(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.mix = nn.Conv2d(width, config.head, 1)
+        if config.labels:
+            self.label = nn.Embedding(config.labels + 1, config.head)
+            nn.init.zeros_(self.label.weight)
+        self.head = PixelHead(config.head, c, config.levels, config.digits)
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for none: p(x|null) is p(x)."""
+        return self.config.labels
+
+    def scale(self, x: Tensor) -> Tensor:
+        """Levels as float32 in [-1, 1]."""
+        return x.float() * (2 / (self.config.levels - 1)) - 1
+
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the head sees of the pixels before each one, (n, head, h, w).
+
+        Args:
+            x: uint8 (n, c, h, w) of levels.
+            y: int64 (n,) of labels, `null_label` where there is none; None for all null.
+        """
+        z = self.scale(x)
+        y = self.labels(y)
+        rows, side, left = self.config.stem
+        # Cropping the last row (column) shifts the kernel strictly above (to the left).
+        v = self.stem_vertical(functional.pad(z[:, :, :-1], (side, side, rows, 0)))
+        h = self.stem_horizontal(functional.pad(z[..., :-1], (left, 0, 0, 0)))
+        if self.config.positions:
+            v, h = v + self.position_vertical, h + self.position_horizontal
+        if self.config.row_layers:
+            v = v + self.rows(z, y)
+        for block in self.blocks:
+            v, h = block(v, h, y)
+        features: Tensor = self.mix(torch.relu(h))
+        return features if y is None else features + self.label(y)[:, :, None, None]
+
+    def log_probs(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Log-probabilities of every digit (n, h, w, c * digits, base), nats."""
+        return self.head.log_probs(self.features(x, y), x)
+
+    def surprise(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """-log p(pixel | pixels before it[, y]) in nats, (n, c, h, w)."""
+        return self.head.surprise(self.log_probs(x, y), x)
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """log p(x), or log p(x|y), in nats, (n,)."""
+        return -self.surprise(x, y).flatten(1).sum(1)
+
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        """Nats a picture to minimise in training, (n,); labels are withheld at random."""
+        if not self.config.labels:
+            return -self.log_prob(x)
+        withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout
+        return -self.log_prob(x, torch.where(withheld, self.null_label, y))
+
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+        """-log p(x) in nats, (n,)."""
+        return -self.log_prob(x)
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights that are matrices between hidden layers, which Muon may train."""
+        inner = [p for block in self.blocks for p in block.parameters() if p.ndim == 4]
+        if self.config.row_layers:
+            inner += [p for p in self.rows.blocks.parameters() if p.ndim == 2]
+            inner += [self.rows.embed.weight, self.rows.out.weight]
+        return [*inner, self.mix.weight]
+
+    def labels(self, y: Tensor | None) -> Tensor | None:
+        """The labels to condition on, null ones (1,) for None; None if the model takes none."""
+        if not self.config.labels:
+            return None
+        return torch.tensor([self.null_label]) if y is None else y

@@ -1,0 +1,217 @@
+"""Recipes: what to train on which data, and what the bundle is to answer with it.
+
+A recipe is a TOML file. One that ships with likely is loaded by name, any other
+by its path; relative paths in it are relative to its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Self, get_type_hints
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from likely.bundle import Name, Role
+from likely.errors import InvalidInput
+from likely_export import data
+from likely_export.families import GIVEN_BY_DATA, family
+from likely_export.train import Training
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(_Table):
+    """Which pictures, and how they are divided; see `data.load`."""
+
+    source: str
+    levels: int = Field(0, ge=0, le=256)
+    binarise: bool = False
+    labels: tuple[str, ...] = ()
+    seed: int = 0
+    splits: data.Sizes
+
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _known_splits(cls, splits: Any) -> Any:
+        return _checked(data.Sizes, splits)
+
+    def load(self) -> data.Dataset:
+        """The data set, divided."""
+        return data.load(
+            self.source,
+            self.splits,
+            levels=self.levels,
+            binarise=self.binarise,
+            labels=self.labels,
+            seed=self.seed,
+        )
+
+
+class Model(_Table):
+    """A family, the options of its config, and how it is trained."""
+
+    family: str
+    options: dict[str, Any] = {}
+    training: Training
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, table: Any) -> Any:
+        if not isinstance(table, Mapping) or "options" in table:
+            return table
+        own = {key: table[key] for key in ("family", "training") if key in table}
+        return {**own, "options": {key: table[key] for key in table.keys() - own.keys()}}
+
+    @field_validator("training", mode="before")
+    @classmethod
+    def _known_training(cls, training: Any) -> Any:
+        return _checked(Training, training)
+
+    @model_validator(mode="after")
+    def _known_options(self) -> Self:
+        options = _checked(family(self.family).config, self.options, given=GIVEN_BY_DATA)
+        # Frozen for its users, not for the validator that turns lists into tuples.
+        self.options.clear()
+        self.options.update(options)
+        return self
+
+
+class Calibration(_Table):
+    """What the report shows of the calibration.
+
+    Attributes:
+        alphas: rates of false rejections to check on the test part.
+    """
+
+    alphas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.01, 0.05, 0.1)
+
+
+class Recipe(_Table):
+    """Everything that decides a bundle."""
+
+    name: Name
+    version: Name
+    description: str = Field("", max_length=1000)
+    data: Data
+    models: dict[Name, Model] = Field(min_length=1)
+    roles: dict[Role, Name]
+    calibration: Calibration = Calibration()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if Role.DENSITY not in self.roles:
+            raise ValueError("roles: a bundle needs a density model")
+        for role, model in self.roles.items():
+            if model not in self.models:
+                raise ValueError(f"roles.{role}: {model} is none of {', '.join(self.models)}")
+        return self
+
+    def published(self) -> dict[str, Any]:
+        """The recipe as plain values, without the folders of this machine."""
+        values = self.as_table()
+        values["data"]["source"] = Path(self.data.source).name
+        return values
+
+    def as_table(self) -> dict[str, Any]:
+        """The recipe as plain values, in the form of the file."""
+        values = self.model_dump(mode="json")
+        for model in values["models"].values():
+            model |= model.pop("options")
+        return values
+
+    def write(self, path: Path) -> None:
+        """Writes the recipe as TOML; `load` gives it back."""
+        path.write_text(tomli_w.dumps(self.as_table()))
+
+
+def shipped() -> dict[str, str]:
+    """The names of the recipes that come with likely, and what they describe."""
+    folder = resources.files("likely_export") / "recipes"
+    texts = {Path(file.name).stem: file.read_text() for file in folder.iterdir()}
+    return {name: tomllib.loads(texts[name])["description"] for name in sorted(texts)}
+
+
+def load(name_or_path: str | Path) -> Recipe:
+    """The recipe of that name or in that file.
+
+    Raises:
+        InvalidInput: there is none, or it is not understood; names the key.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        if str(name_or_path) not in shipped():
+            raise InvalidInput(
+                "recipe", f"{name_or_path} is neither a .toml file nor one of {list(shipped())}"
+            )
+        return parse((resources.files("likely_export") / "recipes" / f"{path}.toml").read_text())
+    if not path.is_file():
+        raise InvalidInput("recipe", f"{path} is not there")
+    return parse(path.read_text(), path.parent)
+
+
+def parse(text: str, folder: Path | None = None) -> Recipe:
+    """The recipe in a TOML text; relative sources are relative to the folder."""
+    try:
+        table = tomllib.loads(text)
+        recipe = Recipe.model_validate(table)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput("recipe", f"is not TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise InvalidInput(where, _sentence(first)) from error
+    if folder is None or recipe.data.source == "digits":
+        return recipe
+    source = str((folder / recipe.data.source).resolve())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+
+
+def _sentence(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "is not a known key"
+    if error["type"] == "missing":
+        return "is missing"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def _checked(config: type[Any], table: Any, given: tuple[str, ...] = ()) -> Any:
+    """The table's values as the dataclass wants them: keys known, types right.
+
+    Returns:
+        The dataclass, or a dict of values where some fields are given elsewhere.
+    """
+    if isinstance(table, config):
+        return table
+    if not isinstance(table, Mapping):
+        raise ValueError(f"must be a table, not {table!r}")
+    fields = [field.name for field in dataclasses.fields(config) if field.name not in given]
+    if unknown := sorted(table.keys() - set(fields)):
+        raise ValueError(f"{unknown[0]} is not a known key; these are: {', '.join(fields)}")
+    required = {f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING}
+    if missing := sorted(required - table.keys() - set(given)):
+        raise ValueError(f"{missing[0]} is missing")
+    hints = get_type_hints(config)
+    values = {key: _typed(hints[key], key, value) for key, value in table.items()}
+    return values if given else config(**values)
+
+
+def _typed(hint: Any, key: str, value: Any) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{key}: {error.errors()[0]['msg']}, not {value!r}") from error

@@ -1,0 +1,212 @@
+"""A run: the folder in which a recipe's models are trained, side by side.
+
+    RUN/recipe.toml              the recipe, with its source made absolute
+    RUN/<model>/checkpoint.pt    everything needed to go on
+    RUN/<model>/weights.pt       the averaged weights and their config
+    RUN/<model>/log.jsonl        a line a validation
+
+Small models gain nothing from a second thread, so each has a process of one
+thread to itself, and as many run at once as there are processors.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from likely.errors import InvalidInput, LikelyError
+from likely_export import families, recipes, train
+from likely_export.recipes import Recipe
+from likely_export.train import Hardware, Progress, Trained
+
+RECIPE = "recipe.toml"
+SECONDS_BETWEEN_REPORTS = 0.2
+
+Report = Callable[[str, Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A folder with a recipe and, once trained, its models."""
+
+    folder: Path
+    recipe: Recipe
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """The run in that folder.
+
+        Raises:
+            InvalidInput: it holds no recipe.
+        """
+        if not (folder / RECIPE).is_file():
+            raise InvalidInput(str(folder), f"holds no {RECIPE}, so it is no training run")
+        return cls(folder, recipes.load(folder / RECIPE))
+
+    def model(self, name: str) -> nn.Module:
+        """The trained model of that name, in evaluation mode on the CPU."""
+        return families.restore(self.folder / name / train.WEIGHTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One model of a recipe, to be trained into its folder."""
+
+    recipe: Recipe
+    name: str
+    folder: Path
+    resume: bool
+    hardware: Hardware
+    threads: int
+
+    def run(self, report: Report) -> Trained:
+        """Trains it in this process."""
+        torch.set_num_threads(self.threads)
+        chosen = self.recipe.models[self.name]
+        data = self.recipe.data.load()
+        model = families.create(
+            chosen.family,
+            chosen.options,
+            shape=data.shape,
+            levels=data.levels,
+            labels=len(data.labels),
+            seed=chosen.training.seed,
+        )
+        return train.fit(
+            cast(train.Model, model),
+            data,
+            chosen.training,
+            self.folder,
+            resume=self.resume,
+            hardware=self.hardware,
+            report=_seldom(lambda now: report(self.name, now)),
+        )
+
+
+def train_all(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    only: Sequence[str] = (),
+    resume: bool = True,
+    hardware: Hardware | None = None,
+    threads: int = 1,
+    report: Report = lambda name, progress: None,
+) -> dict[str, Trained]:
+    """Trains the models of a recipe into a run folder.
+
+    Args:
+        recipe: what to train.
+        folder: the run; a folder of the same recipe is gone on with.
+        only: names of models; all by default.
+        resume: go on from checkpoints; otherwise these models start afresh.
+        hardware: on what.
+        threads: of each model's process.
+        report: told where each model stands.
+
+    Raises:
+        InvalidInput: no such model, or the folder is of another recipe.
+        LikelyError: a training failed.
+    """
+    names = list(only) or list(recipe.models)
+    for name in names:
+        if name not in recipe.models:
+            raise InvalidInput("model", f"{name} is none of {', '.join(recipe.models)}")
+    _prepare(recipe, folder, names, resume)
+    jobs = [
+        Job(recipe, name, folder / name, resume, hardware or Hardware(), threads) for name in names
+    ]
+    if len(jobs) == 1 or (hardware is not None and hardware.devices > 1):
+        return {job.name: job.run(report) for job in jobs}
+    return _side_by_side(jobs, report)
+
+
+def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RECIPE
+    if path.is_file() and resume and recipes.load(path) != recipe:
+        raise InvalidInput(
+            str(folder), "was trained by another recipe: choose another folder or train afresh"
+        )
+    recipe.write(path)
+    if not resume:
+        for name in names:
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _seldom(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    last = 0.0
+
+    def forward(now: Progress) -> None:
+        nonlocal last
+        if now.done >= 1 or time.monotonic() - last >= SECONDS_BETWEEN_REPORTS:
+            last = time.monotonic()
+            report(now)
+
+    return forward
+
+
+def _side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Trained]:
+    # Spawned, not forked: a fork of a process whose OpenMP has run hangs.
+    context = multiprocessing.get_context("spawn")
+    told: Any = context.Queue()
+    waiting = {job.name: context.Process(target=_work, args=(job, told)) for job in jobs}
+    running: dict[str, BaseProcess] = {}
+    trained: dict[str, Trained] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < _processors():
+                name = next(iter(waiting))
+                running[name] = waiting.pop(name)
+                running[name].start()
+            name, news = _next(told, running)
+            if isinstance(news, Progress):
+                report(name, news)
+            elif isinstance(news, Trained):
+                trained[name] = news
+                running.pop(name).join()
+            else:
+                raise LikelyError(f"training of {name} failed: {news}")
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+    return {job.name: trained[job.name] for job in jobs}
+
+
+def _next(
+    told: Any, running: Mapping[str, BaseProcess]
+) -> tuple[str, Progress | Trained | str]:
+    """The next news of a worker; a worker that died without a word is news too."""
+    while True:
+        try:
+            news: tuple[str, Progress | Trained | str] = told.get(timeout=1.0)
+            return news
+        except queue.Empty:
+            for name, process in running.items():
+                if process.exitcode:
+                    return name, f"its process ended with code {process.exitcode}"
+
+
+def _work(job: Job, told: Any) -> None:
+    try:
+        told.put((job.name, job.run(lambda name, now: told.put((name, now)))))
+    except LikelyError as error:
+        told.put((job.name, str(error)))
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,283 @@
+"""Exact sampling of whole pictures in one graph, at about the cost of one forward pass.
+
+The vertical stack and the row transformer depend only on the rows above, so
+they run once a row; the horizontal stack runs once a pixel on what it kept of
+the pixel to the left. Rows and columns are nested `scan`s, which export to
+nested ONNX Scans: one call draws a batch of pictures, and the state carried
+is one row and one pixel a layer, never a picture.
+
+Randomness comes in as Gumbel noise g: argmax(logits + g) draws from
+softmax(logits). So t * g in its place draws at temperature t, and noise that
+towers at one level fixes a pixel to it: completion needs no other graph.
+
+Written for ONNX Runtime: columns before pictures, (w, n, channels), so that a
+shift by one column is one block of memory; every term a GEMM whose bias is the
+sum so far; the halves of a gated unit apart, so that each fuses with its
+activation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan  # private path: torch is pinned
+from torch.nn import functional
+
+from likely_export.pixelcnn import Block, PixelCNN
+
+
+class Sampler(nn.Module):
+    """Draws x from p(x), or p(x|y), of a trained PixelCNN.
+
+    The weights are copied, as matrices that a row or a pixel is multiplied with.
+    """
+
+    stem_vertical: Tensor
+    stem_horizontal: Tensor
+    position_vertical: Tensor
+    position_horizontal: Tensor
+    mix: Tensor
+    mix_bias: Tensor
+    logits: Tensor
+    embedding: Tensor
+
+    def __init__(self, model: PixelCNN) -> None:
+        super().__init__()
+        config = model.config
+        self.model = model
+        self.channels, self.height, self.width = config.shape
+        self.layers = nn.ModuleList(_Layer(block) for block in model.blocks)
+        # Levels stay raw; scaling to [-1, 1] is folded into the stems. `blank` is the
+        # level that scales to 0, which is what lies outside the picture.
+        self.blank = (config.levels - 1) / 2
+        vertical, horizontal = model.stem_vertical, model.stem_horizontal
+        taps_vertical = vertical.weight.permute(3, 2, 1, 0).flatten(0, 2)
+        taps_horizontal = horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
+        position_vertical = _bias(vertical) - taps_vertical.sum(0)
+        position_horizontal = _bias(horizontal) - taps_horizontal.sum(0)
+        if config.positions:
+            position_vertical = position_vertical + model.position_vertical.permute(1, 2, 0)
+            position_horizontal = position_horizontal + model.position_horizontal.permute(1, 2, 0)
+        grid = (self.height, self.width, config.channels)
+        scale = 2 / (config.levels - 1)
+        # One more feature, always 1, carries the biases of the head's softmaxes.
+        head = model.head
+        matrices = {
+            "stem_vertical": taps_vertical * scale,
+            "stem_horizontal": taps_horizontal * scale,
+            "position_vertical": position_vertical.expand(grid),
+            "position_horizontal": position_horizontal.expand(grid),
+            "mix": functional.pad(model.mix.weight[:, :, 0, 0].T, (0, 1)),
+            "mix_bias": functional.pad(_bias(model.mix), (0, 1), value=1.0),
+            "logits": torch.cat([head.weight, head.bias[:, None]], 1),
+            "embedding": functional.pad(head.embedding, (0, 1)),
+        }
+        for name, matrix in matrices.items():
+            self.register_buffer(name, matrix.detach().clone(memory_format=torch.contiguous_format))
+
+    def forward(self, gumbel: Tensor, y: Tensor | None = None) -> Tensor:
+        """Pictures.
+
+        Args:
+            gumbel: float32 (n, h, w, c, digits, base), standard Gumbel noise.
+            y: int64 (n,) of labels, null ones allowed; None for p(x).
+
+        Returns:
+            uint8 (n, c, h, w) of levels.
+        """
+        n, config = gumbel.shape[0], self.model.config
+        y = self.model.labels(y)
+        biases = [layer.biases(y, self.width, n) for layer in self.layers]
+        mix_bias = self.mix_bias
+        if y is not None:
+            label = self.model.label(y)
+            mix_bias = mix_bias + torch.cat([label, torch.zeros_like(label[:, :1])], -1)
+            mix_bias = mix_bias + gumbel.new_zeros(n, 1)
+        depth = len(self.layers)
+        rows_above, side, to_the_left = config.stem
+        blank = gumbel.new_full((side, n, rows_above * self.channels), self.blank)
+        edge = gumbel.new_zeros(1, n, config.channels)
+        start_pixel = [
+            gumbel.new_full((n, to_the_left * self.channels), self.blank),
+            *[gumbel.new_zeros(n, config.channels) for _ in self.layers],
+        ]
+
+        def pixel(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+            """One column: pixels to the left and each layer's h there -> the pixel here."""
+            left, *h_left = state
+            position, noise, *across = inputs
+            h = torch.addmm(position, left, self.stem_horizontal)
+            kept = []
+            for k, layer in enumerate(self.layers):
+                kept.append(h.clone())
+                h = layer.pixel(h_left[k], h, across[layer.halves * k : layer.halves * (k + 1)])
+            levels = self._draw(torch.addmm(mix_bias, torch.relu(h), self.mix), noise)
+            latest = levels.to(torch.float32)
+            return [_pushed(left, latest), *kept], levels.clone()
+
+        def row(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+            """One row: the rows above and each layer's v there -> the row here."""
+            above, v_above, caches = state[0], state[1 : depth + 1], state[depth + 1 :]
+            noise, position, position_left, index = inputs
+            v = self._windows(above, blank) @ self.stem_vertical + position[:, None]
+            if config.row_layers:
+                fed, caches = self._row_transformer(above[:, :, -self.channels :], caches, index, y)
+                v = v + fed
+            kept, across = [], []
+            for layer, v_row, bias in zip(self.layers, v_above, biases, strict=True):
+                kept.append(torch.cat([edge, v, edge]))
+                v = layer.row(v_row, kept[-1], v, bias.vertical)
+                across += layer.across(v, bias.horizontal)
+            _, levels = scan(pixel, start_pixel, [position_left, noise, *across])
+            latest = levels.to(torch.float32)
+            return [_pushed(above, latest), *kept, *caches], levels.clone()
+
+        start_row = [
+            gumbel.new_full((self.width, n, rows_above * self.channels), self.blank),
+            *[gumbel.new_zeros(self.width + 2, n, config.channels) for _ in self.layers],
+            *[
+                gumbel.new_zeros(n, self.height, config.row_width)
+                for _ in range(2 * config.row_layers)
+            ],
+        ]
+        noise = gumbel.flatten(3).permute(1, 2, 0, 3)
+        rows = torch.arange(self.height)
+        inputs = [noise, self.position_vertical, self.position_horizontal, rows]
+        _, levels = scan(row, start_row, inputs)
+        return levels.permute(2, 3, 0, 1).to(torch.uint8)
+
+    def _windows(self, above: Tensor, blank: Tensor) -> Tensor:
+        """The stem's view of the rows above, (w, n, (2 side + 1) * rows * c)."""
+        wide = torch.cat([blank, above, blank])
+        taps = range(2 * self.model.config.stem[1] + 1)
+        return torch.cat([wide[k : k + self.width] for k in taps], -1)
+
+    def _row_transformer(
+        self, latest: Tensor, caches: list[Tensor], index: Tensor, y: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What to add to v's row, (w, n, channels), and the next keys and values."""
+        rows = self.model.rows
+        # Channels outermost within a token, as in training.
+        scaled = self.model.scale(latest).permute(1, 2, 0).flatten(1)
+        token = rows.embed(scaled) + rows.position.index_select(0, index[None])
+        if y is not None:
+            token = token + rows.label(y)
+        token = token[:, None]
+        # Slots hold rows oldest first; those before row 0 are still empty.
+        mask = torch.arange(self.height) >= self.height - 1 - index
+        kept = []
+        for block, keys, values in zip(rows.blocks, caches[::2], caches[1::2], strict=True):
+            q, k, v = block.project(token)
+            keys = torch.cat([keys[:, 1:], k], 1)
+            values = torch.cat([values[:, 1:], v], 1)
+            token = block.advance(token, q, keys, values, mask)
+            kept += [keys, values]
+        fed = rows.out(rows.norm(token[:, 0]))
+        return fed.unflatten(-1, (self.width, -1)).transpose(0, 1), kept
+
+    def _draw(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Levels (n, c) of one pixel, int64, digit by digit."""
+        head = self.model.head
+        noises = noise.chunk(head.factors, -1) if head.factors > 1 else [noise]
+        digits: list[Tensor] = []
+        for k, part in enumerate(noises):
+            if k:
+                features = features + self.embedding[k - 1].index_select(0, digits[-1][:, 0])
+            logits = torch.addmm(part, torch.relu(features), self.logits[k])
+            digits.append(logits.argmax(-1, keepdim=True))
+        levels = []
+        for first in range(0, head.factors, head.digits):
+            level = digits[first]
+            for digit in digits[first + 1 : first + head.digits]:
+                level = level * head.base + digit
+            levels.append(level)
+        return torch.cat(levels, -1) if len(levels) > 1 else levels[0]
+
+
+class _Biases(NamedTuple):
+    """The biases of a layer's two stacks, one for each half of a unit."""
+
+    vertical: list[Tensor]
+    horizontal: list[Tensor]
+
+
+class _Layer(nn.Module):
+    """A block's weights as matrices for one row or one pixel, the halves of a unit apart."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        self.halves = 2 if block.gated else 1
+        self.width = block.units // self.halves
+        # A matrix for each column, the row above before the own one.
+        columns = block.vertical.weight.permute(3, 2, 1, 0).flatten(1, 2)
+        self.vertical = nn.ModuleList(self._matrices(column) for column in columns)
+        self.over = self._matrices(block.across.weight[:, :, 0, 0].T)
+        self.left = self._matrices(block.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1))
+        self.out = nn.Parameter(block.out.weight[:, :, 0, 0].T.detach().clone(), False)
+
+    def biases(self, y: Tensor | None, width: int, n: int) -> _Biases:
+        """Both stacks' biases, the label's included, each (channels,) or (w * n, channels)."""
+        own = _bias(self.block.vertical), _bias(self.block.horizontal)
+        labels = self.block.biases(y)
+        return _Biases(*(self._bias(*pair, width, n) for pair in zip(own, labels, strict=True)))
+
+    def row(self, above: Tensor, own: Tensor, v: Tensor, biases: list[Tensor]) -> Tensor:
+        """The next v (w, n, channels) of this one, and of its row and the one above with edges."""
+        w, n, channels = v.shape
+        wide = torch.cat([above, own], -1)
+        terms = biases
+        for k, matrices in enumerate(self.vertical):
+            column = wide[k : k + w].reshape(-1, 2 * channels)
+            terms = [
+                torch.addmm(term, column, matrix)
+                for term, matrix in zip(terms, matrices, strict=True)
+            ]
+        return v + self._unit(terms).view(w, n, channels)
+
+    def across(self, v: Tensor, biases: list[Tensor]) -> list[Tensor]:
+        """What the vertical stack gives to the horizontal one, each (w, n, channels)."""
+        flat = v.reshape(-1, v.shape[-1])
+        return [
+            torch.addmm(bias, flat, matrix).view(v.shape)
+            for bias, matrix in zip(biases, self.over, strict=True)
+        ]
+
+    def pixel(self, left: Tensor, h: Tensor, terms: list[Tensor]) -> Tensor:
+        """The next h (n, channels) of h to the left and h here."""
+        pair = torch.cat([left, h], -1)
+        sums = [torch.addmm(term, pair, m) for term, m in zip(terms, self.left, strict=True)]
+        return torch.addmm(h, self._unit(sums), self.out)
+
+    def _unit(self, halves: list[Tensor]) -> Tensor:
+        if self.halves == 1:
+            return torch.relu(halves[0])
+        return torch.tanh(halves[0]) * torch.sigmoid(halves[1])
+
+    def _bias(self, own: Tensor, label: Tensor | None, width: int, n: int) -> list[Tensor]:
+        bias = own.detach()
+        if label is not None:
+            # As large as the sums they start, since a GEMM adds rows of one size only.
+            bias = (bias + label).expand(width, n, -1).reshape(width * n, -1)
+        return [part.clone() for part in bias.split(self.width, -1)]  # scan refuses aliases
+
+    def _matrices(self, matrix: Tensor) -> nn.ParameterList:
+        parts = matrix.detach().split(self.width, -1)
+        return nn.ParameterList(
+            nn.Parameter(part.clone(memory_format=torch.contiguous_format), False) for part in parts
+        )
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
+
+
+def _pushed(window: Tensor, latest: Tensor) -> Tensor:
+    """The window (..., k * c) with its oldest pixel gone and the latest (..., c) at the end."""
+    channels = latest.shape[-1]
+    if window.shape[-1] == channels:
+        return latest.clone()
+    return torch.cat([window[..., channels:], latest], -1)

@@ -1,0 +1,542 @@
+"""One training loop for every model family.
+
+The loop knows a model only by `objective` and `evaluate`, both in nats a picture.
+Weights are averaged exponentially as they descend, the average is what is
+validated and kept, and a run that was interrupted goes on from its last
+checkpoint to the very weights that it would have reached undisturbed: the data
+order is a function of (seed, epoch), and every other random number comes from
+generators whose state the checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from likely.errors import DeviceError, InvalidInput, LikelyError
+from likely_export.data import Dataset, Split
+
+CHECKPOINT = "checkpoint.pt"
+WEIGHTS = "weights.pt"
+LOG = "log.jsonl"
+
+
+class Model(Protocol):
+    """What the loop needs of an `nn.Module` to train it."""
+
+    config: Any
+
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        """What training lowers, nats (n,), for x: uint8 (n, c, h, w) and y: int64 (n,)."""
+
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
+        """What validation compares, nats (n,), the same at every call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How a model is trained; exactly one of `steps`, `epochs` and `budget_seconds` is set.
+
+    Attributes:
+        steps: updates of the weights.
+        epochs: passes over the training part.
+        budget_seconds: processor time of this process (wall time on a GPU); the
+            schedule follows the clock, so such a run is not repeatable to the bit.
+        batch: pictures a step, over all devices.
+        optimiser: `adamw`, or `muon` for the matrices with AdamW for the rest
+            (Jordan et al., 2024).
+        learning_rate: AdamW's peak.
+        muon_learning_rate: Muon's peak.
+        betas: AdamW's.
+        weight_decay: AdamW's, for weights of two axes and more.
+        muon_weight_decay: Muon's.
+        warm_up: the part of the run in which the rates rise from 0, before they
+            fall linearly back to 0.
+        average: decay of the weight average, min(average, (1 + t) / (10 + t)) at step t.
+        clip: largest norm of the gradient of the mean objective.
+        validations: how often the run is validated and checkpointed.
+        keep_best: keep the average of the best validation, not the last.
+        seed: of the data order and of everything random in the objective.
+    """
+
+    steps: int = 0
+    epochs: float = 0.0
+    budget_seconds: float = 0.0
+    batch: int = 64
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-3
+    muon_learning_rate: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    muon_weight_decay: float = 0.01
+    warm_up: float = 0.03
+    average: float = 0.996
+    clip: float = 100.0
+    validations: int = 20
+    keep_best: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lengths = {name: getattr(self, name) for name in ("steps", "epochs", "budget_seconds")}
+        if min(lengths.values()) < 0 or sum(length > 0 for length in lengths.values()) != 1:
+            given = ", ".join(f"{name} = {length:g}" for name, length in lengths.items())
+            raise InvalidInput("training", f"{given}; exactly one must be above 0")
+        for name in ("batch", "clip", "validations", "learning_rate", "muon_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise InvalidInput(f"training.{name}", f"{getattr(self, name)} is not above 0")
+        for name in ("warm_up", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InvalidInput(f"training.{name}", f"{getattr(self, name)} is not in [0, 1)")
+
+    def rate(self, progress: float) -> float:
+        """The learning rates' factor in [0, 1] after that part of the run."""
+        if progress < self.warm_up:
+            return progress / self.warm_up
+        return max(0.0, (1 - progress) / (1 - self.warm_up))
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a model is trained on.
+
+    Attributes:
+        device: `auto` takes a GPU if there is one.
+        devices: how many; more than one splits every batch among them.
+        precision: Lightning Fabric's name, such as `32-true` or `bf16-mixed`.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+    precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
+
+    def fabric(self) -> Fabric:
+        """A launched Fabric.
+
+        Raises:
+            DeviceError: CUDA is asked for and not there.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise DeviceError("device cuda was asked for, but torch sees no CUDA device")
+        fabric = Fabric(accelerator=self.device, devices=self.devices, precision=self.precision)
+        fabric.launch()
+        return fabric
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: updates made.
+        done: the part of the run that is over, in [0, 1].
+        seconds: processor time used (wall time on a GPU).
+        validation: the last mean of `evaluate`, nats a picture; NaN before the first.
+        best: the lowest so far.
+    """
+
+    step: int
+    done: float
+    seconds: float
+    validation: float
+    best: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run came to.
+
+    Attributes:
+        weights: the file with the averaged weights and the config.
+        steps: updates made.
+        seconds: processor time used (wall time on a GPU).
+        validation: mean of `evaluate` under these weights, nats a picture.
+    """
+
+    weights: Path
+    steps: int
+    seconds: float
+    validation: float
+
+
+def fit(
+    model: Model,
+    data: Dataset,
+    training: Training,
+    folder: Path,
+    *,
+    resume: bool = True,
+    hardware: Hardware | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Trained:
+    """Trains a model and leaves weights, checkpoint and log in the folder.
+
+    Seeds torch's, numpy's and Python's global generators.
+
+    Args:
+        model: an `nn.Module`; trained in place, its averaged weights are in the file.
+        data: trained on `train`, watched on `validate`.
+        training: how.
+        folder: where `checkpoint.pt`, `weights.pt` and `log.jsonl` go.
+        resume: go on from the folder's checkpoint, if it has one.
+        hardware: on what.
+        report: called after every step.
+
+    Raises:
+        InvalidInput: the checkpoint is of another model or another training.
+        DeviceError: the device asked for is not there.
+        LikelyError: the objective is no longer finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    loop = _Loop((hardware or Hardware()).fabric(), model, data, training, folder)
+    if not (resume and loop.restore()):
+        loop.start()
+    while not loop.finished:
+        loop.advance()
+        report(loop.progress)
+    return loop.keep()
+
+
+def restore_weights(model: nn.Module, file: Path) -> None:
+    """Loads the state of a `weights.pt` into a model of the same config."""
+    model.load_state_dict(torch.load(file, weights_only=True)["state"])
+
+
+class _Loop:
+    """The state of a run and how it moves by one step."""
+
+    def __init__(
+        self, fabric: Fabric, model: Model, data: Dataset, training: Training, folder: Path
+    ) -> None:
+        self.fabric, self.training, self.folder = fabric, training, folder
+        self.data, self.config = data, dataclasses.asdict(model.config)
+        self.name = type(model).__name__
+        # Optimisers hold views of the weights, so these must have arrived on their device.
+        module = fabric.to_device(cast(nn.Module, model))
+        self.average = AveragedModel(module, multi_avg_fn=_averaging(training.average))
+        self.average.module.eval()
+        self.optimisers = optimisers(module, training)
+        self.module = module
+        self.objective, *self.steppers = fabric.setup(_Objective(module), *self.optimisers)
+        self.batches = _Batches(data.train, training, fabric.global_rank, fabric.world_size)
+        self.clock = time.process_time if fabric.device.type == "cpu" else time.monotonic
+        self.total_steps = training.steps or math.ceil(training.epochs * self.batches.per_epoch)
+
+    def start(self) -> None:
+        """A fresh run."""
+        self.step, self.used, self.validated = 0, 0.0, 0
+        self.validation, self.best = math.nan, math.inf
+        self.best_state: dict[str, Tensor] | None = None
+        self.began = self.clock()
+        self.losses: list[Tensor] = []
+        random.seed(self.training.seed)
+        np.random.seed(self.training.seed % (1 << 32))
+        torch.manual_seed(self.training.seed)
+        if self.fabric.is_global_zero:
+            (self.folder / LOG).write_text("")
+
+    @property
+    def seconds(self) -> float:
+        """Time used, over all resumptions."""
+        return self.used + self.clock() - self.began
+
+    @property
+    def done(self) -> float:
+        """The part of the run that is over."""
+        if self.training.budget_seconds:
+            return min(1.0, self.seconds / self.training.budget_seconds)
+        return self.step / self.total_steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last validation closed the run."""
+        return self.validated >= self.training.validations
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return Progress(self.step, self.done, self.seconds, self.validation, self.best)
+
+    def advance(self) -> None:
+        """One update of the weights, and a validation when it is due."""
+        # The middle of a step, else the first of a run would move nothing.
+        middle = 0.0 if self.training.budget_seconds else 0.5 / self.total_steps
+        self._update(self.training.rate(self.done + middle))
+        self.step += 1
+        done = self.done
+        if done >= (self.validated + 1) / self.training.validations:
+            # A short run may pass several validations in one step.
+            self.validated = math.floor(done * self.training.validations + 1e-9)
+            self._validate()
+            self._save()
+
+    def _update(self, rate: float) -> None:
+        x, y = self.batches.at(self.step)
+        self.objective.train()
+        self.objective.zero_grad(set_to_none=True)
+        loss = self.objective(self.fabric.to_device(x), self.fabric.to_device(y))
+        self.fabric.backward(loss)
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.training.clip, foreach=True)
+        for optimiser, stepper in zip(self.optimisers, self.steppers, strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * rate
+            stepper.step()
+        self.average.update_parameters(self.module)
+        self.losses.append(loss.detach())
+
+    def _validate(self) -> None:
+        self.validation = mean_of(self._average, self.data.validate)
+        loss = torch.stack(self.losses).mean().item()
+        self.losses = []
+        if not (math.isfinite(loss) and math.isfinite(self.validation)):
+            raise LikelyError(
+                f"training of {self.name} diverged before step {self.step}: "
+                f"objective {loss}, validation {self.validation}; lower the learning rate"
+            )
+        if self.validation < self.best or not self.training.keep_best:
+            self.best = self.validation
+            self.best_state = _copied(self.average.module.state_dict())
+        self._log({"step": self.step, "train": loss, "validation": self.validation})
+
+    @property
+    def _average(self) -> Model:
+        return cast(Model, self.average.module)
+
+    def _log(self, line: dict[str, float]) -> None:
+        line |= {"epoch": self.step / self.batches.per_epoch, "seconds": self.seconds}
+        if self.fabric.is_global_zero:
+            with (self.folder / LOG).open("a") as file:
+                file.write(json.dumps({k: round(v, 4) for k, v in line.items()}) + "\n")
+
+    def _save(self) -> None:
+        state = {
+            "model": self.name,
+            "config": self.config,
+            "training": dataclasses.asdict(self.training),
+            "data": self.data.digest,
+            "step": self.step,
+            "seconds": self.seconds,
+            "validated": self.validated,
+            "validation": self.validation,
+            "best": self.best,
+            "best_state": self.best_state,
+            "weights": self.module.state_dict(),
+            "average": self.average.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "random": _random_state(),
+        }
+        if self.fabric.is_global_zero:
+            _write(self.folder / CHECKPOINT, state)
+
+    def restore(self) -> bool:
+        """Takes the folder's checkpoint up; False where there is none."""
+        path = self.folder / CHECKPOINT
+        if not path.is_file():
+            return False
+        state = torch.load(path, map_location=self.fabric.device, weights_only=True)
+        self._check(state, path)
+        self.start_from(state)
+        return True
+
+    def start_from(self, state: Mapping[str, Any]) -> None:
+        """The run as it was when `state` was saved."""
+        self.module.load_state_dict(state["weights"])
+        self.average.load_state_dict(state["average"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.step, self.used, self.validated = state["step"], state["seconds"], state["validated"]
+        self.validation, self.best = state["validation"], state["best"]
+        self.best_state, self.losses = state["best_state"], []
+        if self.fabric.is_global_zero:
+            _cut_log(self.folder / LOG, self.step)
+        _set_random_state(state["random"])
+        self.began = self.clock()
+
+    def _check(self, state: Mapping[str, Any], path: Path) -> None:
+        now = {
+            "model": self.name,
+            "config": self.config,
+            "training": dataclasses.asdict(self.training),
+            "data": self.data.digest,
+        }
+        if changed := [key for key, value in now.items() if state[key] != value]:
+            raise InvalidInput(
+                str(path), f"was made with another {changed[0]}: train afresh or elsewhere"
+            )
+
+    def keep(self) -> Trained:
+        """Writes the weights to be used."""
+        file = self.folder / WEIGHTS
+        assert self.best_state is not None
+        content = {"model": self.name, "config": self.config, "state": self.best_state}
+        if self.fabric.is_global_zero:
+            _write(file, content)
+        return Trained(file, self.step, self.seconds, self.best)
+
+
+class _Objective(nn.Module):
+    """The objective as a forward pass, which is what Fabric's wrappers guard."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Nats a picture, mean over the batch."""
+        return cast(Model, self.model).objective(x, y).mean()
+
+
+class _Batches:
+    """Which pictures a step sees: a function of (seed, step) and nothing else."""
+
+    def __init__(self, split: Split, training: Training, rank: int, ranks: int) -> None:
+        self.split, self.seed = split, training.seed % (1 << 64)
+        self.batch = min(training.batch, len(split))
+        self.per_epoch = len(split) // self.batch
+        self.rank, self.ranks = rank, ranks
+        self.epoch, self.order = -1, np.empty(0, np.int64)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """x: uint8 (batch, c, h, w) and y: int64 (batch,) of that step, this rank's share."""
+        epoch, i = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, self._stream(epoch, 0).permutation(len(self.split))
+        rows: npt.NDArray[np.int64] = self.order[i * self.batch : (i + 1) * self.batch]
+        rows = rows[self.rank :: self.ranks]
+        x = self.split.redraw(rows, self._stream(step, 1 + self.rank))
+        return torch.from_numpy(x), torch.from_numpy(self.split.y[rows])
+
+    def _stream(self, index: int, use: int) -> np.random.Generator:
+        key, counter = [self.seed, index], [0, 0, 0, use]
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+class Matrices(torch.optim.Muon):
+    """Muon for weights of two axes and more, each seen as a matrix (out, everything else)."""
+
+    def __init__(self, weights: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        self.weights = list(weights)
+        views = [_matrix(weight, weight).detach() for weight in self.weights]
+        super().__init__(views, lr=lr, weight_decay=weight_decay)
+        self.views = views
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; the views share their memory with the weights."""
+        for weight, view in zip(self.weights, self.views, strict=True):
+            view.grad = None if weight.grad is None else _matrix(weight.grad, weight)
+        return super().step(closure)
+
+
+def _matrix(tensor: Tensor, weight: Tensor) -> Tensor:
+    """(out, everything else), in the order of the weight's memory: then its view is no copy."""
+    if tensor.ndim == 4 and not weight.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(len(tensor), -1)
+
+
+def optimisers(module: nn.Module, training: Training) -> list[torch.optim.Optimizer]:
+    """The optimisers of a training, each group with its `peak` rate."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    matrices: list[nn.Parameter] = []
+    if training.optimiser == "muon":
+        named = getattr(module, "matrices", None)
+        matrices = list(named()) if named else list(_matrices(module))
+    taken = {id(weight) for weight in matrices}
+    rest = [weight for weight in weights if id(weight) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [w for w in rest if w.ndim > 1], "weight_decay": training.weight_decay},
+        {"params": [w for w in rest if w.ndim <= 1], "weight_decay": 0.0},
+    ]
+    chosen: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, foreach=True)
+    ]
+    if matrices:
+        chosen.append(
+            Matrices(matrices, training.muon_learning_rate, training.muon_weight_decay)
+        )
+    for optimiser in chosen:
+        for group in optimiser.param_groups:
+            group["peak"] = group["lr"]
+    return chosen
+
+
+def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of linear and convolutional layers."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            yield layer.weight
+
+
+def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
+    @torch.no_grad()
+    def average(averages: list[Tensor], weights: list[Tensor], count: Tensor | int) -> None:
+        # A young average forgets faster, or it would be of random weights for long.
+        t = int(count)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + t) / (10 + t)))
+
+    return average
+
+
+@torch.no_grad()
+def mean_of(model: Model, split: Split, batch: int = 64) -> float:
+    """The mean of `evaluate` over a part, nats a picture."""
+    device = next(cast(nn.Module, model).parameters()).device
+    total = 0.0
+    for start in range(0, len(split), batch):
+        x = torch.from_numpy(split.x[start : start + batch]).to(device)
+        y = torch.from_numpy(split.y[start : start + batch]).to(device)
+        total += model.evaluate(x, y).double().sum().item()
+    return total / len(split)
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([cuda.cpu() for cuda in state["cuda"]])
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drops what was logged after the checkpoint, for it will be logged again."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def _write(path: Path, content: object) -> None:
+    """Writes by rename, so that a reader finds the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,60 @@
+"""likely: explicit-density models over gRPC; this package's face is the client.
+
+    from likely import Client
+
+    with Client("127.0.0.1:50051") as client:
+        scores = client.score(images, alpha=0.01)
+
+Importing it reaches neither onnxruntime nor anything that only a server needs.
+"""
+
+from likely.answers import (
+    Classifications,
+    Draws,
+    Features,
+    Limits,
+    ModelInfo,
+    Scores,
+    Verdict,
+)
+from likely.client import AsyncClient, Client
+from likely.errors import (
+    AccessDenied,
+    BundleError,
+    DeadlineExceeded,
+    DeviceError,
+    InvalidInput,
+    LikelyError,
+    ModelNotFound,
+    NotAnswered,
+    Overloaded,
+    RuntimeMissing,
+    ServerFault,
+    SettingsError,
+    Unavailable,
+)
+
+__all__ = [
+    "AccessDenied",
+    "AsyncClient",
+    "BundleError",
+    "Classifications",
+    "Client",
+    "DeadlineExceeded",
+    "DeviceError",
+    "Draws",
+    "Features",
+    "InvalidInput",
+    "LikelyError",
+    "Limits",
+    "ModelInfo",
+    "ModelNotFound",
+    "NotAnswered",
+    "Overloaded",
+    "RuntimeMissing",
+    "Scores",
+    "ServerFault",
+    "SettingsError",
+    "Unavailable",
+    "Verdict",
+]

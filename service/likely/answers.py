@@ -1,0 +1,169 @@
+"""The typed answers that engine and client both give: numpy arrays, one row a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+Verdicts = npt.NDArray[np.int8]
+
+
+class Verdict(IntEnum):
+    """What is decided about one picture; the numbers are those of the wire contract."""
+
+    ACCEPTED = 1
+    OUTLIER = 2
+    AMBIGUOUS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How plausible pictures are.
+
+    Attributes:
+        log_px: float64 (n,), log p(x) in nats.
+        bits_per_dim: float64 (n,), -log2 p(x) a pixel and channel.
+        p_value: float64 (n,), calibrated, in (0, 1].
+        verdict: int8 (n,) of `Verdict`: OUTLIER where p_value <= alpha.
+        alpha: the rate of false rejections that the verdicts were given at.
+        surprise: float32 (n, c, h, w) in nats, summing to -log p(x), if asked for.
+        model_version: the version that gave the answer.
+    """
+
+    log_px: Doubles
+    bits_per_dim: Doubles
+    p_value: Doubles
+    verdict: Verdicts
+    alpha: float
+    surprise: Floats | None
+    model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Classifications:
+    """Which label Bayes' rule assigns, if any.
+
+    Attributes:
+        log_pxy: float64 (n, labels), log p(x|y) in nats, or a bound on it.
+        posterior: float64 (n, labels), rows sum to 1.
+        label: int64 (n,), the most probable label, whatever the verdict.
+        p_value: float64 (n,), of the picture under p(x), in (0, 1].
+        verdict: int8 (n,) of `Verdict`.
+        alpha: the rate of false rejections that the verdicts were given at.
+        model_version: the version that gave the answer.
+    """
+
+    log_pxy: Doubles
+    posterior: Doubles
+    label: Labels
+    p_value: Doubles
+    verdict: Verdicts
+    alpha: float
+    model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Latent features.
+
+    Attributes:
+        mean: float32 (n, z), of q(z|x, y).
+        log_variance: float32 (n, z), natural logarithm.
+        label: int64 (n,), the labels that the features were computed under.
+        model_version: the version that gave the answer.
+    """
+
+    mean: Floats
+    log_variance: Floats
+    label: Labels
+    model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Pictures drawn from the model, in the order of their index.
+
+    Attributes:
+        images: uint8 (n, c, h, w) of levels.
+        label: int64 (n,).
+        first_index: index of the first picture.
+        seed: what they were drawn with.
+        model_version: the version that drew them.
+    """
+
+    images: Pixels
+    label: Labels
+    first_index: int
+    seed: int
+    model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits that a server holds requests to.
+
+    Attributes:
+        images_per_request: pictures in one request to Score, Classify or Encode.
+        images_per_generation: pictures in one request to Generate.
+        images_per_chunk: pictures in one chunk of Generate's stream.
+        request_bytes: bytes of one request message.
+    """
+
+    images_per_request: int
+    images_per_generation: int
+    images_per_chunk: int
+    request_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What one model version takes, gives and promises.
+
+    Attributes:
+        name: the model's name.
+        version: its version.
+        description: one sentence on what it was trained on.
+        shape: (c, h, w) of a picture.
+        levels: number of levels of a pixel: every value lies in [0, levels).
+        labels: the labels' names in the model's order.
+        priors: p(y) in the same order.
+        methods: the full RPC names that the model answers, sorted.
+        density_kind: what Score's log-likelihoods are: exact, elbo or iwae.
+        conditional_kind: what Classify's are; None where it is not answered.
+        importance_samples: behind each of Classify's bounds; 0 where exact.
+        latent_dimensions: of Encode's features; 0 where there are none.
+        calibration_size: in-distribution pictures that p-values are ranked against.
+        finest_alpha: the smallest alpha that the calibration can promise.
+        default_alpha: used where a request names none.
+        posterior_temperature: applied to log-likelihoods before Bayes' rule.
+        execution_providers: what really runs the model, in order of preference.
+        limits: what requests are held to.
+        digest: SHA-256 of the bundle's manifest, hexadecimal.
+    """
+
+    name: str
+    version: str
+    description: str
+    shape: tuple[int, int, int]
+    levels: int
+    labels: tuple[str, ...]
+    priors: tuple[float, ...]
+    methods: tuple[str, ...]
+    density_kind: str | None
+    conditional_kind: str | None
+    importance_samples: int
+    latent_dimensions: int
+    calibration_size: int
+    finest_alpha: float
+    default_alpha: float
+    posterior_temperature: float
+    execution_providers: tuple[str, ...]
+    limits: Limits
+    digest: str

@@ -1,0 +1,57 @@
+"""Bayes' rule over labels: log-sum-exp, priors, posterior; pure numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from likely.answers import Doubles
+from likely.errors import InvalidInput
+
+
+def logsumexp(values: npt.NDArray[np.floating], axis: int = -1) -> Doubles:
+    """log sum exp along an axis, without overflow; minus infinity where all values are."""
+    wide = values.astype(np.float64)
+    peak = np.max(wide, axis=axis, keepdims=True)
+    peak = np.where(np.isfinite(peak), peak, 0.0)
+    with np.errstate(divide="ignore"):
+        total = np.log(np.sum(np.exp(wide - peak), axis=axis))
+    return np.asarray(total + np.squeeze(peak, axis), dtype=np.float64)
+
+
+def posterior(
+    log_pxy: npt.NDArray[np.floating], priors: Doubles, temperature: float = 1.0
+) -> Doubles:
+    """p(y|x) (n, labels) by Bayes' rule: log p(x|y) / temperature + log p(y), normalised.
+
+    Args:
+        log_pxy: log p(x|y) in nats (n, labels).
+        priors: p(y) (labels,), not negative, with a positive sum.
+        temperature: above 1 flattens: sums over pixels are over-confident.
+    """
+    with np.errstate(divide="ignore"):
+        joint = log_pxy.astype(np.float64) / temperature + np.log(priors)
+    normalised: Doubles = np.exp(joint - logsumexp(joint)[:, None])
+    return normalised
+
+
+def check_priors(priors: Sequence[float], labels: int) -> Doubles:
+    """The priors as an array.
+
+    Raises:
+        InvalidInput: not one for each label, not finite, negative, or not summing
+            to 1 within 1e-6.
+    """
+    if len(priors) != labels:
+        raise InvalidInput("priors", f"{len(priors)} values; the model has {labels} labels")
+    values = np.array(priors, dtype=np.float64)
+    if not np.all(np.isfinite(values)) or np.any(values < 0):
+        first = int(np.argmax(~(np.isfinite(values) & (values >= 0))))
+        raise InvalidInput(
+            f"priors[{first}]", f"{values[first]:g} is not a probability: finite, 0 or more"
+        )
+    if abs(values.sum() - 1) > 1e-6:
+        raise InvalidInput("priors", f"they sum to {values.sum():.9g}; 1 within 1e-6 is asked")
+    return values

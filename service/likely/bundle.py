@@ -1,0 +1,253 @@
+"""The bundle: the folder in which training ends and serving begins.
+
+A bundle holds `manifest.json`, ONNX graphs and `.npz` arrays. The manifest is
+written last and by rename, so a folder without one is no bundle; it names every
+other file with its size and SHA-256, so a folder that fails a check is refused
+before anything in it is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from likely.errors import BundleError
+
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 1 << 20
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[a-z0-9]{1,8}){1,2}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Role(StrEnum):
+    """What a graph answers."""
+
+    DENSITY = "density"  # x -> log p(x), surprise, statistics
+    CONDITIONAL = "conditional"  # x[, noise] -> log p(x|y) for all labels
+    GENERATE = "generate"  # y, noise -> x in one pass (latent-variable models)
+    SAMPLE = "sample"  # [y,] noise -> x pixel by pixel (autoregressive models)
+    ENCODE = "encode"  # x, y -> mean and log-variance of the latent features
+
+
+class Kind(StrEnum):
+    """What a graph's log-likelihoods are."""
+
+    EXACT = "exact"
+    ELBO = "elbo"
+    IWAE = "iwae"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Entry):
+    """One input or output of a graph; the first axis is the batch."""
+
+    name: str
+    dtype: Literal["uint8", "int64", "float32"]
+    shape: tuple[int | Literal["batch"], ...]
+
+    def array_shape(self, n: int) -> tuple[int, ...]:
+        """The shape for a batch of `n`."""
+        return tuple(n if axis == "batch" else axis for axis in self.shape)
+
+
+class Graph(_Entry):
+    """One ONNX file and what it computes."""
+
+    file: FileName
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    kind: Kind | None = None
+    importance_samples: int = Field(0, ge=0)
+
+    def input(self, name: str) -> TensorSpec | None:
+        """The input of that name, None where there is none."""
+        return next((spec for spec in self.inputs if spec.name == name), None)
+
+
+class Label(_Entry):
+    """A label and how probable it is before a picture is seen."""
+
+    name: str = Field(min_length=1, max_length=64)
+    prior: Probability
+
+
+class Calibration(_Entry):
+    """Where the calibration arrays are and what they can promise."""
+
+    file: FileName
+    size: int = Field(ge=1)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+    @property
+    def finest_alpha(self) -> float:
+        """The smallest alpha that ranking against `size` scores can promise."""
+        return 1 / (self.size + 1)
+
+
+class FileRecord(_Entry):
+    """How a file of the bundle must look."""
+
+    size: int = Field(ge=0)
+    sha256: Digest
+
+
+class Manifest(_Entry):
+    """Everything about a bundle except the weights."""
+
+    format: Literal[1] = 1
+    name: Name
+    version: Name
+    description: str = Field(max_length=1000)
+    shape: tuple[
+        Annotated[int, Field(ge=1, le=4)],
+        Annotated[int, Field(ge=1, le=1024)],
+        Annotated[int, Field(ge=1, le=1024)],
+    ]
+    levels: int = Field(ge=2, le=256)
+    labels: tuple[Label, ...] = ()
+    graphs: dict[Role, Graph]
+    calibration: Calibration
+    golden: FileName
+    parity_nats: float = Field(ge=0, allow_inf_nan=False)
+    recipe: dict[str, Any] = {}
+    data_digest: Digest
+    files: dict[FileName, FileRecord]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Manifest:
+        if Role.DENSITY not in self.graphs:
+            raise ValueError("a bundle needs a density graph")
+        if self.labels and abs(sum(label.prior for label in self.labels) - 1) > 1e-6:
+            raise ValueError("the priors of the labels must sum to 1")
+        named = {graph.file for graph in self.graphs.values()}
+        named |= {self.calibration.file, self.golden}
+        if missing := named - set(self.files):
+            raise ValueError(f"files without a record: {', '.join(sorted(missing))}")
+        return self
+
+    @property
+    def dimensions(self) -> int:
+        """Pixels times channels."""
+        c, h, w = self.shape
+        return c * h * w
+
+    @property
+    def priors(self) -> npt.NDArray[np.float64]:
+        """p(y) in the labels' order, float64 (labels,)."""
+        return np.array([label.prior for label in self.labels])
+
+
+class Bundle:
+    """A folder whose every byte has been checked against its manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.digest = digest
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """The bundle in that folder, verified.
+
+        Raises:
+            BundleError: one sentence on the first thing that is wrong.
+        """
+        text = _manifest_bytes(path)
+        try:
+            manifest = Manifest.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "manifest"
+            raise BundleError(
+                f"{path} is not a bundle that this version reads: {where}: {first['msg']}"
+            ) from error
+        for name, record in manifest.files.items():
+            _check_file(path / name, record)
+        return cls(path, manifest, hashlib.sha256(text).hexdigest())
+
+    def graph(self, role: Role) -> Path:
+        """The ONNX file of that role."""
+        return self.path / self.manifest.graphs[role].file
+
+    def calibration(self) -> dict[str, npt.NDArray[Any]]:
+        """The calibration arrays by name."""
+        return self._arrays(self.manifest.calibration.file)
+
+    def golden(self) -> dict[str, npt.NDArray[Any]]:
+        """Inputs and outputs to replay, named `role/input` and `role/output`."""
+        return self._arrays(self.manifest.golden)
+
+    def _arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        with np.load(self.path / name, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
+    """Records every file of the folder and writes the manifest, last and by rename.
+
+    Args:
+        folder: holds the graphs and arrays, and nothing that does not belong.
+        manifest: the manifest's fields except `files`.
+    """
+    files = {
+        entry.name: FileRecord(size=entry.stat().st_size, sha256=_sha256(entry))
+        for entry in sorted(folder.iterdir())
+        if entry.name != MANIFEST
+    }
+    checked = Manifest.model_validate({**manifest, "files": files})
+    text = json.dumps(checked.model_dump(mode="json"), indent=1) + "\n"
+    temporary = folder / f".{MANIFEST}"
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(folder / MANIFEST)
+    return checked
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    manifest = path / MANIFEST
+    if not path.is_dir():
+        raise BundleError(f"{path} is not a folder, so it is no bundle")
+    if not manifest.is_file():
+        raise BundleError(f"{path} has no {MANIFEST}, so it is no bundle (or not yet whole)")
+    size = manifest.stat().st_size
+    if size > LARGEST_MANIFEST:
+        raise BundleError(f"{manifest} has {size} bytes; at most {LARGEST_MANIFEST} are read")
+    return manifest.read_bytes()
+
+
+def _check_file(path: Path, record: FileRecord) -> None:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing although the manifest names it") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path} is a link or no plain file; a bundle holds plain files only")
+    if status.st_size != record.size:
+        raise BundleError(
+            f"{path} has {status.st_size} bytes where the manifest says {record.size}: truncated?"
+        )
+    if _sha256(path) != record.sha256:
+        raise BundleError(f"{path} does not have the SHA-256 that the manifest names: altered")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,145 @@
+"""What a request may ask: every field held to the model and the server's limits.
+
+Each check gives back the checked value and raises InvalidInput with the field's
+path, the value given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from likely import bayes, codec
+from likely.answers import Doubles, Labels, Limits, Pixels
+from likely.errors import InvalidInput
+from likely.noise import SEED_LIMIT
+from likely.v1 import generation_pb2, images_pb2, scoring_pb2
+
+if TYPE_CHECKING:
+    from likely.bundle import Manifest
+    from likely.outliers import Detector
+
+HOTTEST = 2.0
+_AXES = ("pictures", "channels", "rows", "columns")
+
+
+class Pictured(Protocol):
+    """A request that brings pictures."""
+
+    @property
+    def images(self) -> images_pb2.Images:
+        """The pictures."""
+
+
+def pixels(request: Pictured, manifest: Manifest, limits: Limits) -> Pixels:
+    """The request's pictures, uint8 (n, c, h, w), every byte in [0, levels)."""
+    n, *geometry = codec.shape(request.images)
+    for axis, (given, asked) in enumerate(zip(geometry, manifest.shape, strict=True), start=1):
+        if given != asked:
+            raise InvalidInput(
+                f"images.shape[{axis}]", f"{given} {_AXES[axis]}; the model takes {asked}"
+            )
+    if n > limits.images_per_request:
+        raise InvalidInput(
+            "images.shape[0]",
+            f"{n} pictures; one request brings at most {limits.images_per_request}",
+        )
+    x = codec.pixels(request.images)
+    if x.size and x.max() >= manifest.levels:
+        i, c, h, w = np.unravel_index(int(np.argmax(x >= manifest.levels)), x.shape)
+        raise InvalidInput(
+            "images.data",
+            f"level {x[i, c, h, w]} at picture {i}, channel {c}, row {h}, column {w} "
+            f"is not in [0, {manifest.levels})",
+        )
+    return x
+
+
+def alpha(
+    request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest,
+    detector: Detector,
+    default: float,
+) -> float:
+    """The request's alpha, in [finest_alpha, 1), or the default."""
+    return detector.check_alpha(request.alpha if request.HasField("alpha") else default)
+
+
+def priors(request: scoring_pb2.ClassifyRequest, manifest: Manifest) -> Doubles | None:
+    """The request's priors, float64 (labels,); None where it leaves them to the model."""
+    return bayes.check_priors(request.priors, len(manifest.labels)) if request.priors else None
+
+
+def min_posterior(request: scoring_pb2.ClassifyRequest) -> float:
+    """The smallest posterior at which a label is assigned, in [0, 1)."""
+    if not 0 <= request.min_posterior < 1:
+        raise InvalidInput("min_posterior", f"{request.min_posterior:g} is not in [0, 1)")
+    return request.min_posterior
+
+
+def labels(request: scoring_pb2.EncodeRequest, manifest: Manifest, n: int) -> Labels | None:
+    """The label of each of n pictures, int64 (n,); None where the request names none."""
+    given: Sequence[int] = request.labels
+    if not given:
+        return None
+    if len(given) != n:
+        raise InvalidInput("labels", f"{len(given)} labels for {n} pictures; one each, or none")
+    for i, label in enumerate(given):
+        _check_label(f"labels[{i}]", label, manifest)
+    return np.array(given, dtype=np.int64)
+
+
+def label(request: generation_pb2.GenerateRequest, manifest: Manifest) -> int | None:
+    """The label that all pictures shall have; None where it is drawn from the priors."""
+    if not request.HasField("label"):
+        return None
+    return _check_label("label", request.label, manifest)
+
+
+def count(request: generation_pb2.GenerateRequest, limits: Limits) -> int:
+    """How many pictures are drawn, from 1 to the limit."""
+    if not 1 <= request.count <= limits.images_per_generation:
+        raise InvalidInput(
+            "count", f"{request.count} is not in 1 to {limits.images_per_generation}"
+        )
+    return request.count
+
+
+def first_index(request: generation_pb2.GenerateRequest) -> int:
+    """The first picture's index, such that the last one's is below 2**63."""
+    if request.first_index < 0:
+        raise InvalidInput("first_index", f"{request.first_index} is negative")
+    if request.first_index + request.count > SEED_LIMIT:
+        raise InvalidInput(
+            "first_index",
+            f"{request.first_index} leaves no room for {request.count} pictures below 2**63",
+        )
+    return request.first_index
+
+
+def seed(request: generation_pb2.GenerateRequest) -> int:
+    """The request's seed, or a fresh one."""
+    return request.seed if request.HasField("seed") else secrets.randbelow(SEED_LIMIT)
+
+
+def temperature(request: generation_pb2.GenerateRequest) -> float:
+    """What multiplies the noise, in [0, 2]; 1 where the request names none."""
+    if not request.HasField("temperature"):
+        return 1.0
+    if not (math.isfinite(request.temperature) and 0 <= request.temperature <= HOTTEST):
+        raise InvalidInput("temperature", f"{request.temperature:g} is not in [0, {HOTTEST:g}]")
+    return request.temperature
+
+
+def _check_label(field: str, label: int, manifest: Manifest) -> int:
+    n = len(manifest.labels)
+    if n == 0:
+        raise InvalidInput(field, "the model has no labels")
+    if not 0 <= label < n:
+        names = ", ".join(entry.name for entry in manifest.labels[:10])
+        more = ", …" if n > 10 else ""
+        raise InvalidInput(field, f"{label} is not in 0 to {n - 1}: {names}{more}")
+    return label

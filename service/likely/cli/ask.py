@@ -1,0 +1,249 @@
+"""The commands that ask a server: score, classify, generate, models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from likely import plans
+from likely.answers import Classifications, Draws, Scores, Verdict
+from likely.cli import pictures, show
+from likely.client import ADDRESS, TIMEOUT, Client
+from likely.errors import InvalidInput
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FILES = click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+_ALPHA = click.option("--alpha", type=float, help="Accepted rate of false rejections.")
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+
+
+def _server(command: F) -> F:
+    """Adds the options that name a server and a model."""
+    for option in (
+        click.option("--model-version", "version", help="The model's version. [the default one]"),
+        click.option("--model", help="The model's name. [the server's only one]"),
+        click.option(
+            "--timeout", type=float, default=TIMEOUT, show_default=True, help="Seconds a request."
+        ),
+        click.option(
+            "--address", envvar="LIKELY_ADDRESS", default=ADDRESS, show_default=True,
+            show_envvar=True, help="The server.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.command(epilog=show.FILES_HELP)
+@_FILES
+@_server
+@_ALPHA
+@click.option(
+    "--surprise",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write -log p of every pixel: .npz for arrays, .png to look at.",
+)
+@_AS_JSON
+def score(
+    files: tuple[Path, ...],
+    address: str,
+    timeout: float,
+    model: str | None,
+    version: str | None,
+    alpha: float | None,
+    surprise: Path | None,
+    as_json: bool,
+) -> None:
+    """How plausible are these pictures; which are outliers?"""
+    with Client(address, timeout=timeout) as client:
+        info = client.model(model, version)
+        x, names = pictures.read(files, info)
+
+        def ask(part: slice) -> Scores:
+            return client.score(
+                x[part],
+                alpha=alpha,
+                surprise=surprise is not None,
+                model=info.name,
+                version=info.version,
+            )
+
+        parts = pictures.slices(len(x), info.limits.images_per_request)
+        answer = plans.joined([ask(part) for part in show.progress(parts, len(x), "scoring")])
+    if surprise is not None and answer.surprise is not None:
+        pictures.write_surprise(surprise, x, answer.surprise, info)
+    rows = [
+        {
+            "picture": names[i],
+            "log_likelihood": float(answer.log_px[i]),
+            "bits_per_dim": float(answer.bits_per_dim[i]),
+            "p_value": float(answer.p_value[i]),
+            "verdict": Verdict(answer.verdict[i]).name.lower(),
+        }
+        for i in range(len(x))
+    ]
+    show.rows(rows, as_json, _about(info.name, answer))
+
+
+@click.command(epilog=show.FILES_HELP)
+@_FILES
+@_server
+@_ALPHA
+@click.option("--priors", help="p(y) in the model's order, with commas. [the model's own]")
+@click.option(
+    "--min-posterior", type=float, default=0.0, help="Smallest posterior that assigns a label."
+)
+@_AS_JSON
+def classify(
+    files: tuple[Path, ...],
+    address: str,
+    timeout: float,
+    model: str | None,
+    version: str | None,
+    alpha: float | None,
+    priors: str | None,
+    min_posterior: float,
+    as_json: bool,
+) -> None:
+    """Which label does Bayes' rule assign, if any?"""
+    given = _numbers(priors)
+    with Client(address, timeout=timeout) as client:
+        info = client.model(model, version)
+        x, names = pictures.read(files, info)
+
+        def ask(part: slice) -> Classifications:
+            return client.classify(
+                x[part],
+                alpha=alpha,
+                priors=given,
+                min_posterior=min_posterior,
+                model=info.name,
+                version=info.version,
+            )
+
+        parts = pictures.slices(len(x), info.limits.images_per_request)
+        answer = plans.joined([ask(part) for part in show.progress(parts, len(x), "classifying")])
+    rows = [
+        {
+            "picture": names[i],
+            "label": info.labels[answer.label[i]],
+            "posterior": float(answer.posterior[i, answer.label[i]]),
+            "p_value": float(answer.p_value[i]),
+            "verdict": Verdict(answer.verdict[i]).name.lower(),
+        }
+        for i in range(len(x))
+    ]
+    if as_json:
+        for row, posterior, log_pxy in zip(rows, answer.posterior, answer.log_pxy, strict=True):
+            row["posteriors"] = dict(zip(info.labels, posterior.tolist(), strict=True))
+            row["log_likelihoods"] = dict(zip(info.labels, log_pxy.tolist(), strict=True))
+    show.rows(rows, as_json, _about(info.name, answer))
+
+
+@click.command()
+@_server
+@click.option("--label", help="The label's name or index. [each drawn from the priors]")
+@click.option("--count", type=int, default=64, show_default=True, help="How many pictures.")
+@click.option("--seed", type=int, help="The same seed gives the same pictures. [a fresh one]")
+@click.option("--first-index", type=int, default=0, help="The index of the first picture.")
+@click.option("--temperature", type=float, help="Multiplies the noise, from 0 to 2. [1]")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A grid (.png), arrays x and y (.npz), or a folder of pictures (no ending).",
+)
+@_AS_JSON
+def generate(
+    address: str,
+    timeout: float,
+    model: str | None,
+    version: str | None,
+    label: str | None,
+    count: int,
+    seed: int | None,
+    first_index: int,
+    temperature: float | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Draw pictures, with a label if you like."""
+    with Client(address, timeout=timeout) as client:
+        info = client.model(model, version)
+        stream = client.generate_stream(
+            count,
+            label=_label(label, info.labels),
+            seed=seed,
+            first_index=first_index,
+            temperature=temperature,
+            model=info.name,
+            version=info.version,
+        )
+        chunks: list[Draws] = []
+        with show.bar(count, "drawing") as advance:
+            for chunk in stream:
+                chunks.append(chunk)
+                advance(len(chunk.images))
+    drawn = plans.joined(chunks)
+    pictures.write_draws(out, drawn, info)
+    row = {"out": str(out), "pictures": len(drawn.images), "seed": drawn.seed}
+    show.rows([row], as_json, {"model": info.name, "version": drawn.model_version})
+
+
+@click.command()
+@click.option(
+    "--address", envvar="LIKELY_ADDRESS", default=ADDRESS, show_default=True, show_envvar=True
+)
+@click.option("--timeout", type=float, default=TIMEOUT, show_default=True)
+@_AS_JSON
+def models(address: str, timeout: float, as_json: bool) -> None:
+    """List the models of a server, and what really runs them."""
+    with Client(address, timeout=timeout) as client:
+        infos = client.models()
+    if as_json:
+        show.rows([asdict(info) for info in infos], True, {})
+        return
+    rows = [
+        {
+            "model": info.name,
+            "version": info.version,
+            "picture": "x".join(str(size) for size in info.shape),
+            "levels": info.levels,
+            "labels": len(info.labels),
+            "answers": ", ".join(method.rpartition("/")[2] for method in info.methods),
+            "finest alpha": info.finest_alpha,
+            "runs on": ", ".join(
+                name.removesuffix("ExecutionProvider") for name in info.execution_providers
+            ),
+        }
+        for info in infos
+    ]
+    show.rows(rows, False, {})
+
+
+def _about(name: str, answer: Scores | Classifications) -> dict[str, Any]:
+    return {"model": name, "version": answer.model_version, "alpha": answer.alpha}
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidInput("priors", f"{text!r} are no numbers with commas between") from error
+
+
+def _label(text: str | None, labels: tuple[str, ...]) -> int | None:
+    if text is None:
+        return None
+    if text in labels:
+        return labels.index(text)
+    if text.lstrip("-").isdecimal():
+        return int(text)
+    raise InvalidInput("label", f"{text!r} is none of {', '.join(labels) or 'none'}")

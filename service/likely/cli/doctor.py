@@ -1,0 +1,96 @@
+"""`likely doctor`: what is installed, what really runs, and what is broken."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from likely import machine
+from likely.cli import show
+from likely.errors import LikelyError
+
+SERVER_NEEDS = (
+    "grpc_health", "grpc_reflection", "prometheus_client", "pydantic_settings", "structlog",
+    "tomli_w",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    what: str
+    found: str
+    ok: bool = True
+
+
+@click.command()
+@click.option("--bundle", type=click.Path(path_type=Path), help="A bundle to open. [shipped]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def doctor(bundle: Path | None, device: str, as_json: bool) -> None:
+    """Say what is installed, what really runs, and what is broken.
+
+    A bare install is a sound client; with a server's packages, a runtime that opens a
+    graph and gives its recorded answers is asked for too.
+    """
+    findings = [*_installed(), *_runtime(bundle, device)]
+    rows = [
+        {"what": f.what, "found": f.found, "state": "ok" if f.ok else "broken"} for f in findings
+    ]
+    show.rows(rows, as_json, {})
+    if not all(finding.ok for finding in findings):
+        raise click.exceptions.Exit(1)
+
+
+def _installed() -> list[Finding]:
+    versions = [Finding(what, number) for what, number in machine.versions().items()]
+    return [*versions, Finding("CPU cores", str(machine.cores()))]
+
+
+def _runtime(bundle: Path | None, device: str) -> list[Finding]:
+    found = machine.runtimes()
+    missing = [name for name in SERVER_NEEDS if importlib.util.find_spec(name) is None]
+    if not found:
+        client_only = len(missing) == len(SERVER_NEEDS)
+        return [Finding("ONNX Runtime", f"none; to serve, {machine.INSTALL}", client_only)]
+    named = " and ".join(f"{name} {number}" for name, number in found.items())
+    if len(found) > 1:
+        conflict = f"{named}: they overwrite each other; uninstall both, then install one"
+        return [Finding("ONNX Runtime", conflict, False)]
+    findings = [Finding("ONNX Runtime", named)]
+    if missing:
+        return [*findings, Finding("server", f"{', '.join(missing)} missing", False)]
+    return [*findings, *_providers(), _opened(bundle, device)]
+
+
+def _providers() -> list[Finding]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return [Finding("providers built in", f"onnxruntime cannot be imported: {error}", False)]
+    return [Finding("providers built in", ", ".join(onnxruntime.get_available_providers()))]
+
+
+def _opened(path: Path | None, device: str) -> Finding:
+    from likely.bundle import Bundle
+    from likely.engine import Engine
+    from likely.graphs import Device
+    from likely.server import shipped
+
+    what = f"what runs with device {device}"
+    try:
+        engine = Engine.load(
+            Bundle.open(path or shipped()[0]),
+            device=Device.parse(device),
+            threads=machine.cores(),
+            max_batch=16,
+        )
+    except LikelyError as error:
+        return Finding(what, str(error), False)
+    engine.close()
+    name = f"{engine.manifest.name}@{engine.manifest.version}"
+    return Finding(what, f"{name} on {', '.join(engine.providers)}; its recorded answers hold")

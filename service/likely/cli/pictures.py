@@ -1,0 +1,138 @@
+"""Files to pictures and back: images, .npy, .npz."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from likely.answers import Draws, Floats, ModelInfo, Pixels
+from likely.errors import InvalidInput
+from likely.plans import pixels
+
+ARRAYS = (".npy", ".npz")
+KEYS = ("x", "images")
+_EIGHT_BIT = {"1", "L", "LA", "P", "RGB", "RGBA"}
+_GAP = 1
+
+
+def read(paths: Sequence[Path], info: ModelInfo) -> tuple[Pixels, list[str]]:
+    """All pictures, uint8 (n, c, h, w) of levels, and what to call each of them.
+
+    Arrays hold levels: (n, c, h, w), or (n, h, w) for one channel; in an `.npz`
+    under `x`, else `images`, else the first one. Image files hold brightness from
+    0 to 255: they become grey for a model of one channel and red, green, blue for
+    one of three, and brightness b becomes level round(b * (levels - 1) / 255).
+    Nothing is resized, cropped or inverted.
+
+    Raises:
+        InvalidInput: a file is no such file, or its pictures do not fit the model.
+    """
+    parts, names = [], []
+    for path in paths:
+        if path.suffix.lower() in ARRAYS:
+            x = pixels(_array(path))
+            names += [f"{path}[{i}]" for i in range(len(x))]
+        else:
+            x = _image(path, info)
+            names.append(str(path))
+        _check_fit(path, x, info)
+        parts.append(x)
+    return np.concatenate(parts), names
+
+
+def write_draws(out: Path, drawn: Draws, info: ModelInfo) -> None:
+    """Writes drawn pictures as a grid (.png), arrays (.npz) or a folder of images.
+
+    The arrays are `x` uint8 (n, c, h, w), `y` int64 (n,), `seed` and `first_index`.
+    """
+    if out.suffix.lower() == ".npz":
+        np.savez_compressed(
+            out, x=drawn.images, y=drawn.label, seed=drawn.seed, first_index=drawn.first_index
+        )
+    elif out.suffix:
+        Image.fromarray(grid(brightness(drawn.images, info.levels))).save(out)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(brightness(drawn.images, info.levels)):
+            name = f"{drawn.first_index + i:06d}-label{drawn.label[i]}.png"
+            Image.fromarray(grid(picture[None])).save(out / name)
+
+
+def write_surprise(out: Path, x: Pixels, surprise: Floats, info: ModelInfo) -> None:
+    """Writes surprise maps: `.npz` with `x` and `surprise` in nats, or pictures beside maps.
+
+    In a picture file each input is followed by its map, summed over channels, white
+    where the surprise is the largest of the file.
+    """
+    if out.suffix.lower() == ".npz":
+        np.savez_compressed(out, x=x, surprise=surprise)
+        return
+    maps = surprise.sum(1, keepdims=True)
+    scaled = np.rint(255 * maps / max(float(maps.max(initial=0)), 1e-9)).astype(np.uint8)
+    shown = np.stack([brightness(x, info.levels), np.broadcast_to(scaled, x.shape)], 1)
+    Image.fromarray(grid(shown.reshape(-1, *x.shape[1:]), even=True)).save(out)
+
+
+def brightness(x: Pixels, levels: int) -> Pixels:
+    """Levels in [0, levels) as brightness from 0 to 255."""
+    bright: Pixels = np.rint(x * (255 / (levels - 1))).astype(np.uint8)
+    return bright
+
+
+def grid(x: Pixels, *, even: bool = False) -> Pixels:
+    """Pictures (n, c, h, w) side by side in a square: (rows, columns) grey or (…, 3) colour."""
+    n, c, h, w = x.shape
+    across = max(1, math.ceil(math.sqrt(n)))
+    across += even and across % 2
+    down = max(1, math.ceil(n / across))
+    sheet = np.full((down * (h + _GAP) - _GAP, across * (w + _GAP) - _GAP, c), 96, dtype=np.uint8)
+    for i, picture in enumerate(x):
+        top, left = i // across * (h + _GAP), i % across * (w + _GAP)
+        sheet[top : top + h, left : left + w] = picture.transpose(1, 2, 0)
+    return sheet[:, :, :3] if c >= 3 else sheet[:, :, 0]
+
+
+def slices(n: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step` of n; one empty slice where n is 0."""
+    return (slice(at, min(at + step, n)) for at in range(0, max(n, 1), step))
+
+
+def _array(path: Path) -> npt.NDArray[Any]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            key = next((key for key in KEYS if key in loaded), None) or loaded.files[0]
+            array: npt.NDArray[Any] = loaded[key]
+            return array
+    except (ValueError, EOFError, IndexError) as error:
+        raise InvalidInput(str(path), f"no array can be read from it: {error}") from error
+
+
+def _image(path: Path, info: ModelInfo) -> Pixels:
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _EIGHT_BIT:
+                raise InvalidInput(str(path), f"mode {image.mode}; 8 bits a channel are asked")
+            turned = image.convert("L" if info.shape[0] == 1 else "RGB")
+    except UnidentifiedImageError as error:
+        raise InvalidInput(str(path), "neither an image nor .npy nor .npz") from error
+    bright = np.atleast_3d(np.asarray(turned)).transpose(2, 0, 1)
+    return np.rint(bright * ((info.levels - 1) / 255)).astype(np.uint8)[None]
+
+
+def _check_fit(path: Path, x: Pixels, info: ModelInfo) -> None:
+    if x.shape[1:] != info.shape:
+        given = " x ".join(str(size) for size in x.shape[1:])
+        asked = " x ".join(str(size) for size in info.shape)
+        raise InvalidInput(
+            str(path),
+            f"{given} (channels x rows x columns); the model {info.name} takes {asked}",
+        )

@@ -1,0 +1,80 @@
+"""`likely serve`: every setting as a flag."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from likely import machine
+from likely.errors import RuntimeMissing
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# The names are those of `likely.settings.Settings`, which only a server install can
+# import; the types and the allowed values are checked there, for all sources alike.
+FLAGS = {
+    "config": "TOML file with settings.",
+    "default_version": "Which version answers where none is named: newest or oldest.",
+    "host": "Address to listen on. [127.0.0.1]",
+    "port": "Port of the gRPC server; 0 takes any free one. [50051]",
+    "metrics_host": "Address of the Prometheus metrics. [127.0.0.1]",
+    "metrics_port": "Their port; 0 takes any free one, off none. [9464]",
+    "device": "auto, cpu, cuda or cuda:N. [auto]",
+    "threads": "Threads of the runtime; 0 takes as many as there are cores. [0]",
+    "max_batch": "Pictures that one run of a graph takes. [16]",
+    "images_per_request": "Pictures that a request may bring. [1024]",
+    "images_per_generation": "Pictures that a request may have drawn. [4096]",
+    "images_per_chunk": "Pictures in a chunk of drawn ones. [64]",
+    "request_bytes": "Bytes of the largest request. [16 MiB]",
+    "default_alpha": "Rate of false rejections where a request names none. [0.05]",
+    "drain_seconds": "How long requests may take to end after SIGTERM. [30]",
+    "log_level": "debug, info, warning or error. [info]",
+    "log_format": "json, console, or auto: console on a terminal. [auto]",
+}
+
+
+def flags(command: F) -> F:
+    """Adds a flag for each setting."""
+    for name, text in reversed(FLAGS.items()):
+        command = click.option(f"--{name.replace('_', '-')}", help=text)(command)
+    return command
+
+
+@click.command()
+@click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder of a bundle; may be repeated. [those shipped in the package]",
+)
+@flags
+@click.option("--reflection/--no-reflection", default=None, help="gRPC reflection. [on]")
+@click.option("--print-config", is_flag=True, help="Print the settings in force, and exit.")
+def serve(print_config: bool, **given: Any) -> None:
+    """Serve models over gRPC until SIGTERM or Ctrl-C.
+
+    Each flag is also an environment variable (--max-batch is LIKELY_MAX_BATCH) and a
+    key of the TOML file (max_batch). Flags win over the environment, which wins over
+    the file. LIKELY_BUNDLES and bundles name several folders.
+    """
+    try:
+        from likely import settings
+    except ModuleNotFoundError as error:
+        raise RuntimeMissing(_missing(error)) from error
+    chosen = settings.load({key: v for key, v in given.items() if v is not None and v != ()})
+    if print_config:
+        click.echo(chosen.toml(), nl=False)
+        return
+    try:
+        from likely.server import serve as run
+    except ModuleNotFoundError as error:
+        raise RuntimeMissing(_missing(error)) from error
+    run(chosen)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    return f"{error.name} is missing, which a server needs beside a runtime; {machine.INSTALL}"

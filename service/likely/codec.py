@@ -1,0 +1,284 @@
+"""Messages to numpy arrays and back; what the wire says, byte by byte, is known here alone.
+
+What a request may ask is another room's question: `checks`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from likely.answers import (
+    Classifications,
+    Draws,
+    Features,
+    Floats,
+    Limits,
+    ModelInfo,
+    Pixels,
+    Scores,
+    Verdict,
+)
+from likely.errors import InvalidInput
+from likely.v1 import generation_pb2, images_pb2, models_pb2, scoring_pb2
+
+_FLOAT = np.dtype("<f4")
+
+Answer = (
+    scoring_pb2.ScoreResponse
+    | scoring_pb2.ClassifyResponse
+    | scoring_pb2.EncodeResponse
+    | generation_pb2.GenerateResponse
+    | models_pb2.ListModelsResponse
+    | models_pb2.GetModelResponse
+)
+
+
+def images(x: Pixels) -> images_pb2.Images:
+    """Pictures x: uint8 (n, c, h, w) as a message."""
+    return images_pb2.Images(data=x.tobytes(), shape=x.shape)
+
+
+def shape(message: images_pb2.Images) -> tuple[int, int, int, int]:
+    """The shape (n, c, h, w) that a message claims.
+
+    Raises:
+        InvalidInput: it has not four dimensions, or one is negative.
+    """
+    if len(message.shape) != 4:
+        raise InvalidInput(
+            "images.shape",
+            f"{len(message.shape)} dimensions; 4 are asked: pictures, channels, rows, columns",
+        )
+    for axis, length in enumerate(message.shape):
+        if length < 0:
+            raise InvalidInput(f"images.shape[{axis}]", f"{length} is negative")
+    n, c, h, w = message.shape
+    return n, c, h, w
+
+
+def pixels(message: images_pb2.Images) -> Pixels:
+    """The pictures of a message, uint8 (n, c, h, w), read-only and without a copy.
+
+    Raises:
+        InvalidInput: the shape is none, or the bytes do not fit it.
+    """
+    claimed = shape(message)
+    expected = math.prod(claimed)  # Python's integers cannot overflow
+    if len(message.data) != expected:
+        raise InvalidInput(
+            "images.data", f"{len(message.data)} bytes; the shape {claimed} asks for {expected}"
+        )
+    return np.frombuffer(message.data, dtype=np.uint8).reshape(claimed)
+
+
+def score_response(scores: Scores) -> scoring_pb2.ScoreResponse:
+    """Scores as a message."""
+    columns = (scores.log_px, scores.bits_per_dim, scores.p_value, scores.verdict)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return scoring_pb2.ScoreResponse(
+        model_version=scores.model_version,
+        alpha=scores.alpha,
+        surprise=b"" if scores.surprise is None else _packed(scores.surprise),
+        scores=[
+            scoring_pb2.Score(log_likelihood=log_px, bits_per_dim=bits, p_value=p, verdict=verdict)
+            for log_px, bits, p, verdict in rows
+        ],
+    )
+
+
+def scores(message: scoring_pb2.ScoreResponse, surprise: Sequence[int] | None) -> Scores:
+    """The scores of a message; `surprise` is its map's shape (n, c, h, w) if asked for."""
+    rows = message.scores
+    return Scores(
+        log_px=np.array([row.log_likelihood for row in rows], dtype=np.float64),
+        bits_per_dim=np.array([row.bits_per_dim for row in rows], dtype=np.float64),
+        p_value=np.array([row.p_value for row in rows], dtype=np.float64),
+        verdict=np.array([row.verdict for row in rows], dtype=np.int8),
+        alpha=message.alpha,
+        surprise=None if surprise is None else _floats(message.surprise, surprise),
+        model_version=message.model_version,
+    )
+
+
+def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
+    """Classifications as a message."""
+    columns = (answer.log_pxy, answer.posterior, answer.label, answer.p_value, answer.verdict)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return scoring_pb2.ClassifyResponse(
+        model_version=answer.model_version,
+        alpha=answer.alpha,
+        classifications=[
+            scoring_pb2.Classification(
+                log_likelihoods=log_pxy, posterior=posterior, label=y, p_value=p, verdict=verdict
+            )
+            for log_pxy, posterior, y, p, verdict in rows
+        ],
+    )
+
+
+def classifications(message: scoring_pb2.ClassifyResponse, labels: int) -> Classifications:
+    """The classifications of a message, for a model of so many labels."""
+    rows = message.classifications
+    shape = (len(rows), labels)
+    return Classifications(
+        log_pxy=np.array([row.log_likelihoods for row in rows], dtype=np.float64).reshape(shape),
+        posterior=np.array([row.posterior for row in rows], dtype=np.float64).reshape(shape),
+        label=np.array([row.label for row in rows], dtype=np.int64),
+        p_value=np.array([row.p_value for row in rows], dtype=np.float64),
+        verdict=np.array([row.verdict for row in rows], dtype=np.int8),
+        alpha=message.alpha,
+        model_version=message.model_version,
+    )
+
+
+def encode_response(answer: Features) -> scoring_pb2.EncodeResponse:
+    """Features as a message."""
+    return scoring_pb2.EncodeResponse(
+        model_version=answer.model_version,
+        latent_dimensions=answer.mean.shape[1],
+        mean=_packed(answer.mean),
+        log_variance=_packed(answer.log_variance),
+        labels=answer.label,
+    )
+
+
+def features(message: scoring_pb2.EncodeResponse) -> Features:
+    """The features of a message."""
+    shape = (len(message.labels), message.latent_dimensions)
+    return Features(
+        mean=_floats(message.mean, shape),
+        log_variance=_floats(message.log_variance, shape),
+        label=np.array(message.labels, dtype=np.int64),
+        model_version=message.model_version,
+    )
+
+
+def generate_response(answer: Draws) -> generation_pb2.GenerateResponse:
+    """A chunk of draws as a message."""
+    return generation_pb2.GenerateResponse(
+        model_version=answer.model_version,
+        images=images(answer.images),
+        labels=answer.label,
+        first_index=answer.first_index,
+        seed=answer.seed,
+    )
+
+
+def draws(message: generation_pb2.GenerateResponse) -> Draws:
+    """The draws of a chunk."""
+    return Draws(
+        images=pixels(message.images),
+        label=np.array(message.labels, dtype=np.int64),
+        first_index=message.first_index,
+        seed=message.seed,
+        model_version=message.model_version,
+    )
+
+
+def model(info: ModelInfo) -> models_pb2.Model:
+    """A model's description as a message."""
+    channels, height, width = info.shape
+    return models_pb2.Model(
+        name=info.name,
+        version=info.version,
+        description=info.description,
+        channels=channels,
+        height=height,
+        width=width,
+        levels=info.levels,
+        labels=[
+            models_pb2.Label(name=name, prior=prior)
+            for name, prior in zip(info.labels, info.priors, strict=True)
+        ],
+        methods=info.methods,
+        density_kind=_kind_number(info.density_kind),
+        conditional_kind=_kind_number(info.conditional_kind),
+        importance_samples=info.importance_samples,
+        latent_dimensions=info.latent_dimensions,
+        calibration_size=info.calibration_size,
+        finest_alpha=info.finest_alpha,
+        default_alpha=info.default_alpha,
+        posterior_temperature=info.posterior_temperature,
+        execution_providers=info.execution_providers,
+        limits=models_pb2.Limits(
+            images_per_request=info.limits.images_per_request,
+            images_per_generation=info.limits.images_per_generation,
+            images_per_chunk=info.limits.images_per_chunk,
+            request_bytes=info.limits.request_bytes,
+        ),
+        digest=info.digest,
+    )
+
+
+def model_info(message: models_pb2.Model) -> ModelInfo:
+    """The model's description of a message."""
+    return ModelInfo(
+        name=message.name,
+        version=message.version,
+        description=message.description,
+        shape=(message.channels, message.height, message.width),
+        levels=message.levels,
+        labels=tuple(label.name for label in message.labels),
+        priors=tuple(label.prior for label in message.labels),
+        methods=tuple(message.methods),
+        density_kind=_kind_name(message.density_kind),
+        conditional_kind=_kind_name(message.conditional_kind),
+        importance_samples=message.importance_samples,
+        latent_dimensions=message.latent_dimensions,
+        calibration_size=message.calibration_size,
+        finest_alpha=message.finest_alpha,
+        default_alpha=message.default_alpha,
+        posterior_temperature=message.posterior_temperature,
+        execution_providers=tuple(message.execution_providers),
+        limits=Limits(
+            images_per_request=message.limits.images_per_request,
+            images_per_generation=message.limits.images_per_generation,
+            images_per_chunk=message.limits.images_per_chunk,
+            request_bytes=message.limits.request_bytes,
+        ),
+        digest=message.digest,
+    )
+
+
+def size(answer: Answer) -> int:
+    """How many pictures an answer is about."""
+    match answer:
+        case scoring_pb2.ScoreResponse():
+            return len(answer.scores)
+        case scoring_pb2.ClassifyResponse():
+            return len(answer.classifications)
+        case scoring_pb2.EncodeResponse() | generation_pb2.GenerateResponse():
+            return len(answer.labels)
+        case _:
+            return 0
+
+
+def verdicts(answer: Answer) -> list[Verdict]:
+    """The verdicts that an answer gives."""
+    match answer:
+        case scoring_pb2.ScoreResponse():
+            return [Verdict(row.verdict) for row in answer.scores]
+        case scoring_pb2.ClassifyResponse():
+            return [Verdict(row.verdict) for row in answer.classifications]
+        case _:
+            return []
+
+
+def _packed(values: Floats) -> bytes:
+    return values.astype(_FLOAT, copy=False).tobytes()
+
+
+def _floats(data: bytes, shape: Sequence[int]) -> Floats:
+    return np.frombuffer(data, dtype=_FLOAT).reshape(shape).astype(np.float32)
+
+
+def _kind_number(name: str | None) -> models_pb2.LikelihoodKind.ValueType:
+    return models_pb2.LikelihoodKind.Value(f"LIKELIHOOD_KIND_{(name or 'unspecified').upper()}")
+
+
+def _kind_name(number: models_pb2.LikelihoodKind.ValueType) -> str | None:
+    name = models_pb2.LikelihoodKind.Name(number).removeprefix("LIKELIHOOD_KIND_").lower()
+    return None if name == "unspecified" else name

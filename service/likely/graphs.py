@@ -1,0 +1,189 @@
+"""The only room with ONNX Runtime: devices, sessions, and running a graph.
+
+The device rule: `cuda` asked for and not really there is an error, never a
+silent fall-back. What is really there is what the opened session reports, not
+the list of providers that the installed package was built with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from likely.bundle import Graph, TensorSpec
+from likely.errors import BundleError, DeviceError, RuntimeMissing, SettingsError
+
+Array = npt.NDArray[Any]
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where graphs shall run: `cpu`, `cuda[:index]`, or `auto` for CUDA where there is one."""
+
+    kind: Literal["auto", "cpu", "cuda"]
+    index: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """The device that `auto`, `cpu`, `cuda` or `cuda:1` names.
+
+        Raises:
+            SettingsError: the text is none of these.
+        """
+        match text:
+            case "auto" | "cpu" | "cuda":
+                return cls(text)
+        if found := re.fullmatch(r"cuda:(\d{1,2})", text):
+            return cls("cuda", int(found[1]))
+        raise SettingsError(f"device {text!r} is none of auto, cpu, cuda, cuda:0, cuda:1, …")
+
+    def resolve(self) -> Device:
+        """The same device with `auto` decided: CUDA where the driver reports a card."""
+        if self.kind != "auto":
+            return self
+        there = CUDA in _runtime().get_available_providers() and cuda_devices() > 0
+        return Device("cuda" if there else "cpu")
+
+    def __str__(self) -> str:
+        return f"cuda:{self.index}" if self.kind == "cuda" else self.kind
+
+
+def require_runtime() -> None:
+    """Returns if an ONNX Runtime is installed.
+
+    Raises:
+        RuntimeMissing: there is none; the message names the extras that bring one.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise RuntimeMissing(
+            "no ONNX Runtime is installed: `pip install 'likely[cpu]'` brings one for CPUs, "
+            "'likely[gpu]' one for NVIDIA cards, 'likely[cuda]' the same with its CUDA libraries"
+        )
+
+
+def cuda_devices() -> int:
+    """How many cards the NVIDIA driver reports; 0 where there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+class Session:
+    """One opened graph; `run` may be called from several threads at once.
+
+    Attributes:
+        spec: the graph's inputs and outputs as the manifest names them.
+        providers: what really runs it, as the session itself reports.
+    """
+
+    def __init__(self, path: Path, spec: Graph, device: Device, threads: int = 1) -> None:
+        """Opens the graph.
+
+        Args:
+            path: the ONNX file.
+            spec: what the manifest says of it.
+            device: where it shall run.
+            threads: of one run; several runs at once each take as many.
+
+        Raises:
+            BundleError: the file is no graph, or not the one that the manifest describes.
+            DeviceError: the device is not really there.
+        """
+        self.spec = spec
+        self._session = _open(path, device.resolve(), threads)
+        self.providers = tuple(self._session.get_providers())
+        _check_signature(path, "input", spec.inputs, self._session.get_inputs())
+        _check_signature(path, "output", spec.outputs, self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """The outputs of that name, in that order."""
+        arrays: list[Array] = self._session.run(list(outputs), dict(feeds))
+        return arrays
+
+
+def _runtime() -> Any:
+    require_runtime()
+    import onnxruntime
+
+    return onnxruntime
+
+
+def _open(path: Path, device: Device, threads: int) -> Any:
+    ort = _runtime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4 if device.kind == "cuda" else 3
+    # A spinning pool takes the cores from the next request's run.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers: list[Any] = [CPU]
+    if device.kind == "cuda":
+        _check_cuda(ort, device)
+        # TensorFloat-32 would leave the tolerance that the parity gate promised.
+        providers = [(CUDA, {"device_id": str(device.index), "use_tf32": "0"}), CPU]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime raises its own types, one for each status
+        raise BundleError(
+            f"{path} is not a graph that ONNX Runtime {ort.__version__} opens: {error}"
+        ) from error
+    if device.kind == "cuda" and session.get_providers()[0] != CUDA:
+        raise DeviceError(
+            f"device {device} was asked for, but the session runs on {session.get_providers()[0]}: "
+            "the CUDA and cuDNN libraries that ONNX Runtime needs were not found "
+            "('likely[cuda]' brings them)"
+        )
+    return session
+
+
+def _check_cuda(ort: Any, device: Device) -> None:
+    if CUDA not in ort.get_available_providers():
+        raise DeviceError(
+            f"device {device} was asked for, but this ONNX Runtime was built without CUDA: "
+            "install 'likely[gpu]' or 'likely[cuda]' in place of 'likely[cpu]'"
+        )
+    found = cuda_devices()
+    if found <= device.index:
+        raise DeviceError(
+            f"device {device} was asked for, but the NVIDIA driver reports {found} of them"
+        )
+    ort.preload_dlls()
+
+
+def _check_signature(
+    path: Path, what: str, specs: Sequence[TensorSpec], found: Sequence[Any]
+) -> None:
+    told = {spec.name: (_ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs}
+    seen = {arg.name: (arg.type, list(arg.shape)) for arg in found}
+    if told != seen:
+        raise BundleError(f"{path} has the {what}s {seen} where the manifest says {told}")
+
+
+_ONNX_TYPES = {"uint8": "tensor(uint8)", "int64": "tensor(int64)", "float32": "tensor(float)"}
+
+
+def agrees(got: Array, expected: Array) -> bool:
+    """Whether a replayed output is the recorded one.
+
+    Whole numbers must be equal, others within 1e-3 absolute or 1e-4 relative.
+    """
+    if got.dtype != expected.dtype or got.shape != expected.shape:
+        return False
+    if np.issubdtype(got.dtype, np.integer):
+        return bool(np.array_equal(got, expected))
+    return bool(np.allclose(got, expected, rtol=1e-4, atol=1e-3))

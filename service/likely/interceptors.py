@@ -1,0 +1,209 @@
+"""One guard round every RPC: decodes, maps errors to statuses, logs, counts.
+
+Stock grpc.aio answers bytes that are no message, and handlers that raise, with
+UNKNOWN and the exception's text. Here the request arrives as bytes and is
+decoded inside the guard, so that both get a proper status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc
+import grpc.aio
+
+from likely import codec, statuses
+from likely.errors import InvalidInput, Unavailable
+from likely.metrics import Metrics
+from likely.registry import Registry
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+REQUEST_ID = "x-request-id"
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+@dataclass(slots=True)
+class Call:
+    """What is known of an RPC while it runs; the access log's line in the end."""
+
+    service: str
+    method: str
+    request_id: str
+    began: float
+    model: str = ""
+    code: str = "OK"
+    images: int = 0
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a question to a model, not a probe of health or reflection."""
+        return self.service.startswith("likely.")
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Stands before every RPC."""
+
+    def __init__(self, registry: Registry, metrics: Metrics, log: FilteringBoundLogger) -> None:
+        self._registry = registry
+        self._metrics = metrics
+        self._log = log
+        self._probes: set[asyncio.Timeout] = set()
+
+    def end_probes(self) -> None:
+        """Ends health watches and reflection streams: by themselves they last until drained."""
+        for probe in self._probes:
+            probe.reschedule(0)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The RPC's handler, guarded; None where there is no such RPC."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        *_, service, method = handler_call_details.method.split("/")
+        return self._guarded(handler, service, method)
+
+    def _guarded(self, handler: Handler, service: str, method: str) -> Handler:
+        name = "_".join(
+            "stream" if streams else "unary"
+            for streams in (handler.request_streaming, handler.response_streaming)
+        )
+        inner: Any = getattr(handler, name)
+        decode = _decode_all if handler.request_streaming else _decode
+        read = handler.request_deserializer
+
+        async def unary(data: Any, context: Context) -> Any:
+            async with self._watched(service, method, context) as call:
+                request = decode(data, read)
+                self._asked(call, request)
+                answer = await inner(request, context)
+                self._answered(call, answer)
+                return answer
+
+        async def stream(data: Any, context: Context) -> AsyncIterator[Any]:
+            async with self._watched(service, method, context) as call:
+                request = decode(data, read)
+                self._asked(call, request)
+                async with aclosing(inner(request, context)) as answers:
+                    async for answer in answers:
+                        self._answered(call, answer)
+                        yield answer
+
+        # grpc.aio also takes a coroutine that writes its stream by context.write,
+        # as the health service's Watch does.
+        yields = inspect.isasyncgenfunction(inner)
+        make: Any = getattr(grpc, f"{name}_rpc_method_handler")
+        guarded: Handler = make(
+            stream if yields else unary, response_serializer=handler.response_serializer
+        )
+        return guarded
+
+    @asynccontextmanager
+    async def _watched(self, service: str, method: str, context: Context) -> AsyncIterator[Call]:
+        call = Call(service, method, _request_id(context), time.monotonic())
+        # Trailing, not initial: initial metadata would commit the call, and no
+        # client would retry it.
+        trailer = ((REQUEST_ID, call.request_id),)
+        context.set_trailing_metadata(trailer)
+        if call.is_ours:
+            self._metrics.began(method)
+        try:
+            async with self._endable(call):
+                yield call
+        except grpc.aio.AbortError:
+            call.code = _code_name(context.code())
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            call.code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
+            raise
+        except Exception as error:
+            code, message, details = statuses.status(error, call.request_id)
+            call.code = code.name
+            if not statuses.is_told(error):
+                self._log.exception("fault", method=method, request_id=call.request_id)
+            await context.abort(code, message, (*trailer, *details))
+        finally:
+            self._ended(call)
+
+    @asynccontextmanager
+    async def _endable(self, call: Call) -> AsyncIterator[None]:
+        if call.is_ours:
+            yield
+            return
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                self._probes.add(limit)
+                yield
+        except TimeoutError:
+            raise Unavailable("the server is ending") from None
+        finally:
+            self._probes.discard(limit)
+
+    def _ended(self, call: Call) -> None:
+        seconds = time.monotonic() - call.began
+        tell = self._log.info if call.is_ours else self._log.debug
+        tell(
+            "rpc",
+            method=call.method,
+            model=call.model,
+            code=call.code,
+            images=call.images,
+            seconds=round(seconds, 6),
+            request_id=call.request_id,
+        )
+        if call.is_ours:
+            self._metrics.ended(call.method, call.model, call.code, seconds)
+
+    def _asked(self, call: Call, request: Any) -> None:
+        name = getattr(request, "model_name", "")
+        # One value for all unknown names: callers must not grow logs and metrics.
+        call.model = name if not name or self._registry.known(name) else "unknown"
+
+    def _answered(self, call: Call, answer: Any) -> None:
+        if call.is_ours:
+            images = codec.size(answer)
+            call.images += images
+            self._metrics.answered(call.method, call.model, images, codec.verdicts(answer))
+
+
+def _decode(data: bytes, read: Callable[[bytes], Any] | None) -> Any:
+    try:
+        return read(data) if read else data
+    except Exception as error:
+        raise InvalidInput("", "the request's bytes are no message of the RPC's type") from error
+
+
+async def _decode_all(
+    stream: AsyncIterator[bytes], read: Callable[[bytes], Any] | None
+) -> AsyncIterator[Any]:
+    async for data in stream:
+        yield _decode(data, read)
+
+
+def _request_id(context: Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID and isinstance(value, str) and _SANE_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+def _code_name(code: grpc.StatusCode | int | None) -> str:
+    number = code.value[0] if isinstance(code, grpc.StatusCode) else code
+    return next((known.name for known in grpc.StatusCode if known.value[0] == number), "UNKNOWN")

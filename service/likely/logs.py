@@ -1,0 +1,50 @@
+"""Structured logs on standard error: one line an event, JSON or for reading."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Literal, TextIO
+
+import structlog
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger, Processor
+
+Format = Literal["auto", "json", "console"]
+
+
+def logger(
+    level: str = "info", form: Format = "auto", stream: TextIO | None = None
+) -> FilteringBoundLogger:
+    """A logger of events at least that grave."""
+    out = stream or sys.stderr
+    *prepare, render = _processors(form, out)
+    bound: FilteringBoundLogger = structlog.wrap_logger(
+        structlog.WriteLogger(out),
+        processors=[*prepare, render],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
+    )
+    return bound
+
+
+def adopt_stdlib(form: Format = "auto") -> None:
+    """Gives what libraries log by `logging` (warnings and worse) the same form."""
+    *prepare, render = _processors(form, sys.stderr)
+    handler = logging.StreamHandler()
+    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=prepare, processors=[remove, render])
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+def _processors(form: Format, out: TextIO) -> list[Processor]:
+    console = form == "console" or (form == "auto" and out.isatty())
+    shared: list[Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if console:
+        return [*shared, structlog.dev.ConsoleRenderer(colors=out.isatty())]
+    return [*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]

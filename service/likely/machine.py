@@ -1,0 +1,49 @@
+"""What this machine and this installation offer: cores, versions, ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+INSTALL = (
+    "install one: pip install 'likely[cpu]' (CPU), 'likely[gpu]' (a GPU whose CUDA and cuDNN "
+    "are installed) or 'likely[cuda]' (a GPU, bringing CUDA and cuDNN)"
+)
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def cores(quota: Path = _QUOTA) -> int:
+    """CPU cores that this process may use: its affinity, and its container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        share, period = quota.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return count or 1
+    allowed = math.inf if share == "max" else math.ceil(int(share) / int(period))
+    return int(min(count or 1, max(1, allowed)))
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def runtimes() -> dict[str, str]:
+    """The installed ONNX Runtime distributions and their versions; more than one is a conflict."""
+    found = {name: version(name) for name in RUNTIMES}
+    return {name: number for name, number in found.items() if number}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what the client runs on."""
+    names = ("likely", "numpy", "grpcio", "protobuf")
+    return {"python": platform.python_version()} | {
+        name: version(name) or "not installed" for name in names
+    }

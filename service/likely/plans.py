@@ -1,0 +1,240 @@
+"""What to ask a server, and in which order, without asking it: shared by both clients.
+
+A plan is a generator: it yields requests, is sent their answers, and returns
+what the caller asked for. The clients differ only in how they carry a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from likely import codec
+from likely.answers import Classifications, Draws, Features, ModelInfo, Pixels, Scores
+from likely.errors import InvalidInput
+from likely.v1 import generation_pb2, models_pb2, scoring_pb2
+
+Request = (
+    scoring_pb2.ScoreRequest
+    | scoring_pb2.ClassifyRequest
+    | scoring_pb2.EncodeRequest
+    | models_pb2.ListModelsRequest
+    | models_pb2.GetModelRequest
+)
+T = TypeVar("T")
+A = TypeVar("A", Scores, Classifications, Features, Draws)
+# A request goes out and its own answer comes in: a pairing that Generator cannot type.
+Plan = Generator[Request, Any, T]
+
+# What a request carries beside its pictures: names, priors, tags and lengths.
+OVERHEAD_BYTES = 16 << 10
+
+
+class Catalogue:
+    """What a client has learnt of the server's models; asked for once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str | None, str | None], ModelInfo] = {}
+
+    def model(self, name: str | None, version: str | None) -> Plan[ModelInfo]:
+        """The description of a model; of the server's only one where no name is given.
+
+        Raises:
+            InvalidInput: no name is given and the server has several models, or none.
+        """
+        if (name, version) not in self._known:
+            asked = name if name is not None else (yield from _only())
+            message = models_pb2.GetModelRequest(model_name=asked, model_version=version or "")
+            answer: models_pb2.GetModelResponse = yield message
+            info = codec.model_info(answer.model)
+            self._known[name, version] = self._known[info.name, info.version] = info
+        return self._known[name, version]
+
+
+def models() -> Plan[list[ModelInfo]]:
+    """Every version that is served."""
+    answer: models_pb2.ListModelsResponse = yield models_pb2.ListModelsRequest()
+    return [codec.model_info(message) for message in answer.models]
+
+
+def _only() -> Plan[str]:
+    names = sorted({info.name for info in (yield from models())})
+    if len(names) != 1:
+        raise InvalidInput("model", f"name one of {', '.join(names) or 'none: none is served'}")
+    return names[0]
+
+
+def score(
+    catalogue: Catalogue,
+    images: npt.ArrayLike,
+    alpha: float | None,
+    surprise: bool,
+    model: str | None,
+    version: str | None,
+) -> Plan[Scores]:
+    """The scores of all pictures."""
+    info = yield from catalogue.model(model, version)
+
+    def ask(part: Pixels, pinned: str) -> Plan[Scores]:
+        answer: scoring_pb2.ScoreResponse = yield scoring_pb2.ScoreRequest(
+            model_name=info.name,
+            model_version=pinned,
+            images=codec.images(part),
+            alpha=alpha,
+            surprise=surprise,
+        )
+        return codec.scores(answer, part.shape if surprise else None)
+
+    return (yield from _divided(pixels(images), info, version, ask))
+
+
+def classify(
+    catalogue: Catalogue,
+    images: npt.ArrayLike,
+    alpha: float | None,
+    priors: npt.ArrayLike | None,
+    min_posterior: float,
+    model: str | None,
+    version: str | None,
+) -> Plan[Classifications]:
+    """The classifications of all pictures."""
+    info = yield from catalogue.model(model, version)
+
+    def ask(part: Pixels, pinned: str) -> Plan[Classifications]:
+        answer: scoring_pb2.ClassifyResponse = yield scoring_pb2.ClassifyRequest(
+            model_name=info.name,
+            model_version=pinned,
+            images=codec.images(part),
+            alpha=alpha,
+            priors=None if priors is None else np.asarray(priors, dtype=np.float64).tolist(),
+            min_posterior=min_posterior,
+        )
+        return codec.classifications(answer, len(info.labels))
+
+    return (yield from _divided(pixels(images), info, version, ask))
+
+
+def encode(
+    catalogue: Catalogue,
+    images: npt.ArrayLike,
+    labels: npt.ArrayLike | None,
+    model: str | None,
+    version: str | None,
+) -> Plan[Features]:
+    """The latent features of all pictures."""
+    info = yield from catalogue.model(model, version)
+    x = pixels(images)
+    left = _whole_numbers(labels, len(x)) if labels is not None else []
+
+    def ask(part: Pixels, pinned: str) -> Plan[Features]:
+        answer: scoring_pb2.EncodeResponse = yield scoring_pb2.EncodeRequest(
+            model_name=info.name,
+            model_version=pinned,
+            images=codec.images(part),
+            labels=[left.pop(0) for _ in part] if left else (),
+        )
+        return codec.features(answer)
+
+    return (yield from _divided(x, info, version, ask))
+
+
+def generations(
+    info: ModelInfo,
+    version: str | None,
+    label: int | None,
+    count: int,
+    seed: int | None,
+    first_index: int,
+    temperature: float | None,
+) -> Iterator[generation_pb2.GenerateRequest]:
+    """The requests that draw `count` pictures, none of them above the server's limit.
+
+    All but the first need `pin`: the server picks what the caller leaves open.
+    """
+    most = info.limits.images_per_generation
+    for start in range(0, max(count, 1), most):
+        yield generation_pb2.GenerateRequest(
+            model_name=info.name,
+            model_version=version or "",
+            label=label,
+            count=min(most, count - start),
+            seed=seed,
+            first_index=first_index + start,
+            temperature=temperature,
+        )
+
+
+def pin(request: generation_pb2.GenerateRequest, last: Draws | None) -> None:
+    """Ties a request to the seed and version that the one before it was answered with."""
+    if last is not None:
+        request.seed = last.seed
+        request.model_version = last.model_version
+
+
+def pixels(images: npt.ArrayLike) -> Pixels:
+    """Pictures as uint8 (n, c, h, w).
+
+    Args:
+        images: (n, c, h, w), or (n, h, w) for pictures of one channel; of any
+            integer type whose values are those of uint8.
+
+    Raises:
+        InvalidInput: another number of axes, another type, or a value outside 0 to 255.
+    """
+    x = np.asarray(images)
+    if x.ndim not in (3, 4):
+        raise InvalidInput("images", f"shape {x.shape}; (n, c, h, w) or (n, h, w) is asked")
+    if not np.issubdtype(x.dtype, np.integer):
+        raise InvalidInput("images", f"type {x.dtype}; integers from 0 to 255 are asked")
+    if x.dtype != np.uint8 and x.size and (x.min() < 0 or x.max() > 255):
+        raise InvalidInput("images", f"values {x.min()} to {x.max()}; 0 to 255 are asked")
+    return x.astype(np.uint8, copy=False).reshape(x.shape if x.ndim == 4 else _one_channel(x.shape))
+
+
+def _whole_numbers(labels: npt.ArrayLike, n: int) -> list[int]:
+    given = np.asarray(labels)
+    if given.shape != (n,):
+        raise InvalidInput("labels", f"shape {given.shape} for {n} pictures; one label each")
+    if n and not np.issubdtype(given.dtype, np.integer):
+        raise InvalidInput("labels", f"type {given.dtype}; integers are asked")
+    numbers: list[int] = given.tolist()
+    return numbers
+
+
+def _one_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    n, h, w = shape
+    return n, 1, h, w
+
+
+def _divided(
+    x: Pixels,
+    info: ModelInfo,
+    version: str | None,
+    ask: Callable[[Pixels, str], Plan[A]],
+) -> Plan[A]:
+    """Asks about at most as many pictures at a time as the server takes."""
+    fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, x[:1].nbytes)
+    step = max(1, min(info.limits.images_per_request, fitting))
+    answers: list[A] = []
+    for at in range(0, max(len(x), 1), step):
+        # Once one version has answered, the others must be the same one.
+        pinned = answers[0].model_version if answers else version or ""
+        answers.append((yield from ask(x[at : at + step], pinned)))
+    return joined(answers)
+
+
+def joined(parts: Sequence[A]) -> A:
+    """One answer from the answers for consecutive pictures."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in type(first).__slots__
+        if isinstance(getattr(first, name), np.ndarray)
+    }
+    return replace(first, **columns)

@@ -1,0 +1,115 @@
+"""The RPCs: each decodes, calls the engine and encodes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+
+from likely import checks, codec
+from likely.answers import Limits
+from likely.registry import Registry, describe
+from likely.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    scoring_pb2,
+    scoring_pb2_grpc,
+)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
+    """How plausible, which label, which features."""
+
+    def __init__(self, registry: Registry, limits: Limits, default_alpha: float) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._default_alpha = default_alpha
+
+    async def Score(
+        self, request: scoring_pb2.ScoreRequest, context: Context
+    ) -> scoring_pb2.ScoreResponse:
+        """log p(x), p-value and verdict of every picture."""
+        engine = self._registry.find(request.model_name, request.model_version)
+        x = checks.pixels(request, engine.manifest, self._limits)
+        alpha = checks.alpha(request, engine.detector, self._default_alpha)
+        return codec.score_response(await engine.score(x, alpha, surprise=request.surprise))
+
+    async def Classify(
+        self, request: scoring_pb2.ClassifyRequest, context: Context
+    ) -> scoring_pb2.ClassifyResponse:
+        """log p(x|y), posterior and label of every picture."""
+        engine = self._registry.find(request.model_name, request.model_version)
+        x = checks.pixels(request, engine.manifest, self._limits)
+        answer = await engine.classify(
+            x,
+            checks.alpha(request, engine.detector, self._default_alpha),
+            priors=checks.priors(request, engine.manifest),
+            min_posterior=checks.min_posterior(request),
+        )
+        return codec.classify_response(answer)
+
+    async def Encode(
+        self, request: scoring_pb2.EncodeRequest, context: Context
+    ) -> scoring_pb2.EncodeResponse:
+        """The latent features of every picture."""
+        engine = self._registry.find(request.model_name, request.model_version)
+        x = checks.pixels(request, engine.manifest, self._limits)
+        return codec.encode_response(
+            await engine.encode(x, checks.labels(request, engine.manifest, len(x)))
+        )
+
+
+class Generation(generation_pb2_grpc.GenerationServiceServicer):
+    """Draws pictures."""
+
+    def __init__(self, registry: Registry, limits: Limits) -> None:
+        self._registry = registry
+        self._limits = limits
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        """Chunks of pictures in the order of their index."""
+        engine = self._registry.find(request.model_name, request.model_version)
+        drawn = engine.generate(
+            checks.label(request, engine.manifest),
+            checks.count(request, self._limits),
+            checks.seed(request),
+            first_index=checks.first_index(request),
+            temperature=checks.temperature(request),
+            chunk=self._limits.images_per_chunk,
+        )
+        async with aclosing(drawn) as chunks:
+            async for chunk in chunks:
+                yield codec.generate_response(chunk)
+
+
+class Models(models_pb2_grpc.ModelServiceServicer):
+    """Describes the models."""
+
+    def __init__(self, registry: Registry, limits: Limits, default_alpha: float) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._default_alpha = default_alpha
+
+    async def ListModels(
+        self, request: models_pb2.ListModelsRequest, context: Context
+    ) -> models_pb2.ListModelsResponse:
+        """Every version that is served."""
+        engines = self._registry.engines()
+        infos = [describe(engine, self._limits, self._default_alpha) for engine in engines]
+        return models_pb2.ListModelsResponse(models=[codec.model(info) for info in infos])
+
+    async def GetModel(
+        self, request: models_pb2.GetModelRequest, context: Context
+    ) -> models_pb2.GetModelResponse:
+        """One version."""
+        engine = self._registry.find(request.model_name, request.model_version)
+        info = describe(engine, self._limits, self._default_alpha)
+        return models_pb2.GetModelResponse(model_version=info.version, model=codec.model(info))

@@ -1,0 +1,143 @@
+"""Every setting of the server: flags over environment (LIKELY_*) over TOML file over default."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from likely.answers import Limits
+from likely.errors import SettingsError
+
+PREFIX = "LIKELY_"
+
+
+def _paths(value: Any) -> Any:
+    return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
+
+
+class Settings(BaseSettings):
+    """What `likely serve` runs with; every field is a flag, a LIKELY_ variable and a TOML key."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX)
+
+    config: Path | None = None
+    """TOML file that the other settings are read from."""
+    bundles: Paths = ()
+    """Folders of bundles to serve; none means those that the package ships."""
+    default_version: Literal["newest", "oldest"] = "newest"
+    """Which version answers a request that names none."""
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address to listen on; 0.0.0.0 listens on all."""
+    port: Port = 50051
+    """Port of the gRPC server; 0 takes any free one."""
+    metrics_host: str = Field("127.0.0.1", min_length=1)
+    """Address of the Prometheus metrics."""
+    metrics_port: Port | Literal["off"] = 9464
+    """Port of the Prometheus metrics; 0 takes any free one."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")
+    """What runs the models: auto, cpu, cuda or cuda:N; cuda or nothing, never a silent fallback."""
+    threads: int = Field(0, ge=0, le=1024)
+    """Threads of the runtime; 0 takes as many as there are cores."""
+    max_batch: int = Field(16, ge=1, le=4096)
+    """Pictures that one run of a graph takes at most."""
+    images_per_request: int = Field(1024, ge=1, le=1 << 20)
+    """Pictures that one Score, Classify or Encode request may bring."""
+    images_per_generation: int = Field(4096, ge=1, le=1 << 20)
+    """Pictures that one Generate request may ask for."""
+    images_per_chunk: int = Field(64, ge=1, le=4096)
+    """Pictures in one chunk of a Generate stream."""
+    request_bytes: int = Field(16 << 20, ge=1024, le=1 << 30)
+    """Bytes of the largest request."""
+    default_alpha: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
+    """Rate of false rejections where a request names none."""
+    drain_seconds: float = Field(30.0, ge=0, le=3600, allow_inf_nan=False)
+    """How long running requests may take to end after SIGTERM."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least grave event that is logged."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """How events are logged; auto is console on a terminal and json elsewhere."""
+    reflection: bool = True
+    """Whether gRPC reflection is served."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the TOML file that one of them names."""
+        path = init_settings().get("config") or env_settings().get("config")
+        file = InitSettingsSource(settings_cls, _file(Path(path)) if path else {})
+        return init_settings, env_settings, file
+
+    @property
+    def limits(self) -> Limits:
+        """The limits that requests are held to."""
+        return Limits(
+            self.images_per_request,
+            self.images_per_generation,
+            self.images_per_chunk,
+            self.request_bytes,
+        )
+
+    def toml(self) -> str:
+        """The settings as the TOML file that would give them."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude={"config"}))
+
+
+def load(flags: Mapping[str, Any]) -> Settings:
+    """The settings in force.
+
+    Args:
+        flags: what the command line names, by field.
+
+    Raises:
+        SettingsError: a key that is none, or a value that is not allowed.
+    """
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        raise SettingsError(_sentence(error)) from error
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as handle:
+            values = tomllib.load(handle)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not TOML: {error}") from error
+    if unknown := sorted(set(values) - set(Settings.model_fields) | {"config"} & set(values)):
+        known = ", ".join(name for name in Settings.model_fields if name != "config")
+        raise SettingsError(f"{path} sets {unknown[0]}, which is no setting; they are {known}")
+    return values
+
+
+def _sentence(error: ValidationError) -> str:
+    first, *others = error.errors()
+    key = str(first["loc"][0])
+    # A union gives one error for each of its members: together they say what is allowed.
+    allowed = [first["msg"], *(e["msg"] for e in others if e["loc"][0] == key)]
+    told = " or ".join(text.removeprefix("Input should be ") for text in allowed)
+    return f"{key} = {first['input']!r} is not allowed; it should be {told}"

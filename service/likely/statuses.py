@@ -1,0 +1,151 @@
+"""Errors as gRPC statuses with google.rpc details, and back.
+
+| error            | status              | details beside ErrorInfo |
+| ---------------- | ------------------- | ------------------------ |
+| InvalidInput     | INVALID_ARGUMENT    | BadRequest: the field    |
+| ModelNotFound    | NOT_FOUND           | ResourceInfo: the model  |
+| NotAnswered      | FAILED_PRECONDITION |                          |
+| Overloaded       | RESOURCE_EXHAUSTED  | RetryInfo                |
+| Unavailable      | UNAVAILABLE         | RetryInfo                |
+| DeadlineExceeded | DEADLINE_EXCEEDED   |                          |
+| AccessDenied     | PERMISSION_DENIED   |                          |
+| anything else    | INTERNAL            | RequestInfo              |
+
+NotAnswered is not UNIMPLEMENTED: proxies and clients take that as a server too
+old to know the method, whereas here another model on the same server may answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2 as details_pb2
+from google.rpc import status_pb2
+
+from likely import errors
+
+DOMAIN = "likely"
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+RETRY_SECONDS = 1.0
+
+_CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
+    errors.InvalidInput: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT"),
+    errors.ModelNotFound: (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    errors.NotAnswered: (grpc.StatusCode.FAILED_PRECONDITION, "NOT_ANSWERED"),
+    errors.Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    errors.Unavailable: (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    errors.DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    errors.AccessDenied: (grpc.StatusCode.PERMISSION_DENIED, "ACCESS_DENIED"),
+}
+_PLAIN: dict[grpc.StatusCode, type[errors.LikelyError]] = {
+    grpc.StatusCode.FAILED_PRECONDITION: errors.NotAnswered,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.PERMISSION_DENIED: errors.AccessDenied,
+    grpc.StatusCode.UNAUTHENTICATED: errors.AccessDenied,
+}
+_INTERNAL = (grpc.StatusCode.INTERNAL, "INTERNAL")
+
+M = TypeVar("M", bound=Message)
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+class Failure(Protocol):
+    """A failed call, synchronous or not, as grpc raises it."""
+
+    def code(self) -> grpc.StatusCode:
+        """Its status code."""
+
+    def details(self) -> str | None:
+        """Its message."""
+
+    def trailing_metadata(self) -> Any:
+        """Pairs of key and value."""
+
+
+def is_told(error: Exception) -> bool:
+    """Whether callers may read the error's text; any other stays in the log."""
+    return type(error) in _CODES
+
+
+def status(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str, Metadata]:
+    """Code, message and trailing metadata that tell the caller of an error."""
+    code, reason = _CODES.get(type(error), _INTERNAL)
+    message = str(error) if is_told(error) else f"internal error, request {request_id}"
+    rich = status_pb2.Status(code=code.value[0], message=message)
+    told = [
+        details_pb2.ErrorInfo(reason=reason, domain=DOMAIN),
+        details_pb2.RequestInfo(request_id=request_id),
+        *_details(error),
+    ]
+    for detail in told:
+        rich.details.add().Pack(detail)
+    metadata: Metadata = ((DETAILS_KEY, rich.SerializeToString()),)
+    if (delay := _delay(error)) is not None:
+        metadata += ((PUSHBACK_KEY, str(round(delay * 1000))),)
+    return code, message, metadata
+
+
+def error(failure: Failure) -> errors.LikelyError:
+    """The error that a failed call tells of."""
+    code, message = failure.code(), failure.details() or ""
+    rich = _rich(failure)
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        bad = _detail(rich, details_pb2.BadRequest)
+        first = next(iter(bad.field_violations), None) if bad else None
+        return errors.InvalidInput(*((first.field, first.description) if first else ("", message)))
+    if code is grpc.StatusCode.NOT_FOUND:
+        resource = _detail(rich, details_pb2.ResourceInfo)
+        return errors.ModelNotFound(resource.resource_name if resource else "", message)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        retry = _detail(rich, details_pb2.RetryInfo)
+        delay = retry.retry_delay.ToTimedelta().total_seconds() if retry else None
+        return errors.Overloaded(message, delay)
+    if kind := _PLAIN.get(code):
+        return kind(message)
+    return errors.ServerFault(message if code is grpc.StatusCode.INTERNAL else f"{code}: {message}")
+
+
+def _details(error: Exception) -> list[Message]:
+    if isinstance(error, errors.InvalidInput):
+        violation = details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.description
+        )
+        return [details_pb2.BadRequest(field_violations=[violation])]
+    if isinstance(error, errors.ModelNotFound):
+        resource = details_pb2.ResourceInfo(
+            resource_type="likely.v1.Model", resource_name=error.resource, description=str(error)
+        )
+        return [resource]
+    if (delay := _delay(error)) is not None:
+        duration = Duration()
+        duration.FromMilliseconds(round(delay * 1000))
+        return [details_pb2.RetryInfo(retry_delay=duration)]
+    return []
+
+
+def _delay(error: Exception) -> float | None:
+    if isinstance(error, errors.Overloaded):
+        return RETRY_SECONDS if error.retry_after is None else error.retry_after
+    return RETRY_SECONDS if isinstance(error, errors.Unavailable) else None
+
+
+def _rich(failure: Failure) -> status_pb2.Status | None:
+    for key, value in failure.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None  # not our server's: the code and the message still stand
+    return None
+
+
+def _detail(rich: status_pb2.Status | None, kind: type[M]) -> M | None:
+    message = kind()
+    if rich and any(packed.Unpack(message) for packed in rich.details):
+        return message
+    return None

@@ -1,0 +1,141 @@
+"""The drawing of the rooms: what each may import. Arrows point up the table, never down."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Ground floor first. A room is a module, or a folder with all that is in it.
+SERVICE = {
+    "v1": "google grpc",
+    "errors": "",
+    "machine": "",
+    "answers": "numpy",
+    "bayes": "answers errors numpy",
+    "outliers": "answers errors numpy",
+    "noise": "answers numpy",
+    "codec": "answers errors v1 numpy",
+    "statuses": "errors grpc google",
+    "plans": "answers codec errors v1 numpy",
+    "client": "answers codec plans statuses v1 numpy grpc",
+    "__init__": "answers client errors",
+    "settings": "answers errors pydantic pydantic_settings tomli_w",
+    "logs": "structlog",
+    "bundle": "errors numpy pydantic",
+    "graphs": "bundle errors numpy onnxruntime",
+    "engine": "answers bayes bundle errors graphs noise outliers numpy",
+    "registry": "answers bundle engine errors",
+    "checks": "answers bayes bundle codec errors noise outliers v1 numpy",
+    "metrics": "answers engine errors machine prometheus_client",
+    "interceptors": "codec errors metrics registry statuses grpc structlog",
+    "servicers": "answers checks codec registry v1 grpc",
+    "server": (
+        "bundle engine errors graphs interceptors logs machine metrics registry servicers "
+        "settings v1 grpc grpc_health grpc_reflection structlog"
+    ),
+    "cli": (
+        "answers client errors machine plans settings server bundle engine graphs "
+        "click numpy onnxruntime PIL rich"
+    ),
+}
+EXPORT = {
+    "data": "likely.answers likely.errors numpy PIL sklearn",
+    "heads": "torch",
+    "logistic": "torch",
+    "pixelcnn": "heads torch",
+    "sampler": "pixelcnn torch",
+    "cvae": "likely.errors logistic torch",
+    "families": "likely.errors cvae pixelcnn torch",
+    "train": "likely.errors data numpy torch lightning_fabric",
+    "recipes": "likely.bundle likely.errors data families train pydantic tomli_w",
+    "runs": "likely.errors families recipes train torch",
+    "progress": "train rich",
+    "statistics": "torch",
+    "roles": "likely.bundle likely.errors cvae pixelcnn sampler statistics numpy torch",
+    "graphs": "likely.bundle likely.errors likely.graphs roles numpy onnx torch",
+    "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
+    "baselines": "likely.answers data numpy scipy sklearn",
+    "evaluate": (
+        "likely.answers likely.bundle likely.engine likely.graphs baselines data "
+        "numpy scipy sklearn"
+    ),
+    "build": (
+        "likely.answers likely.bundle likely.errors likely.graphs likely.noise "
+        "calibrate data evaluate graphs roles runs numpy"
+    ),
+    "__init__": "",
+    "cli": (
+        "likely.bundle likely.errors build data evaluate families progress recipes runs train "
+        "click rich"
+    ),
+}
+PACKAGES = {
+    "likely": (Path("service/likely"), SERVICE),
+    "likely_export": (Path("export/likely_export"), EXPORT),
+}
+MODULES = [
+    pytest.param(package, path.relative_to(folder), id=str(path))
+    for package, (folder, _) in PACKAGES.items()
+    for path in sorted(folder.rglob("*.py"))
+]
+
+
+def room(package: str, dotted: str) -> str:
+    """The room that a module, named from within its package, lies in."""
+    name = dotted.partition(".")[0]
+    assert name in PACKAGES[package][1], f"{package}.{dotted} lies in no room of the drawing"
+    return name
+
+
+def imported(package: str, path: Path) -> Iterator[str]:
+    """What a module imports: rooms of its own package bare, others as `likely.room`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            whole = node.module in PACKAGES
+            names = [f"{node.module}.{a.name}" for a in node.names] if whole else [str(node.module)]
+        for name in names:
+            top, _, rest = name.partition(".")
+            if top in PACKAGES:
+                target = room(top, rest or "__init__")
+                yield target if top == package else f"{top}.{target}"
+            elif top not in sys.stdlib_module_names:
+                yield top
+
+
+@pytest.mark.parametrize(("package", "module"), MODULES)
+def test_a_module_imports_what_its_room_may(package: str, module: Path) -> None:
+    folder, drawing = PACKAGES[package]
+    here = room(package, ".".join(module.with_suffix("").parts))
+    allowed = {here, *drawing[here].split()}
+    stray = set(imported(package, folder / module)) - allowed
+    assert not stray, f"{folder / module} imports {', '.join(sorted(stray))}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_arrows_run_one_way(package: str) -> None:
+    drawing = PACKAGES[package][1]
+    for at, (name, allowed) in enumerate(drawing.items()):
+        above = set(allowed.split()) & set(list(drawing)[at:])
+        assert not above, f"{name} may not know {', '.join(above)}, which stand above it"
+
+
+def test_the_runtime_is_known_to_its_room_and_to_the_doctor_only() -> None:
+    folder = PACKAGES["likely"][0]
+    found = {
+        str(p.relative_to(folder))
+        for p in folder.rglob("*.py")
+        if "onnxruntime" in imported("likely", p)
+    }
+    assert found == {"graphs.py", "cli/doctor.py"}
+
+
+def test_only_one_room_writes_onnx_and_the_service_knows_nothing_of_training() -> None:
+    assert [r for r, allowed in EXPORT.items() if "onnx" in allowed.split()] == ["graphs"]
+    for training in ("torch", "onnx", "likely_export"):
+        assert not [r for r, allowed in SERVICE.items() if training in allowed.split()]

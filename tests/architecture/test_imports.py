@@ -1,0 +1,38 @@
+"""What importing loads, seen from a fresh interpreter."""
+
+import subprocess
+import sys
+
+import pytest
+
+TRAINING = {"torch", "onnx", "onnxscript", "lightning_fabric", "sklearn", "scipy", "likely_export"}
+SERVING = {"onnxruntime", "pydantic", "prometheus_client", "structlog"}
+EVERYTHING = """
+import importlib, pkgutil, likely
+for module in pkgutil.walk_packages(likely.__path__, "likely."):
+    importlib.import_module(module.name)
+"""
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level packages that are loaded once the code has run."""
+    tell = "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    ran = subprocess.run(
+        [sys.executable, "-c", code + tell], capture_output=True, text=True, check=True
+    )
+    return set(ran.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["likely", "likely.client", "likely.cli"])
+def test_the_client_loads_neither_runtime_nor_server(module: str) -> None:
+    assert loaded(f"import {module}") & (TRAINING | SERVING) == set()
+
+
+def test_nothing_of_the_service_loads_what_only_training_needs() -> None:
+    everything = loaded(EVERYTHING)
+    assert "pydantic" in everything
+    assert everything & TRAINING == set()
+
+
+def test_the_runtime_is_loaded_by_the_first_session_only() -> None:
+    assert "onnxruntime" not in loaded("import likely.server")

@@ -1,0 +1,398 @@
+"""A toy bundle with known answers, built without torch, and a real server that serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import settings as hypothesis_settings
+
+from likely.answers import Doubles, Pixels
+from likely.outliers import Detector
+
+if TYPE_CHECKING:
+    from likely.bundle import Manifest
+    from likely.server import Server
+    from likely.settings import Settings
+
+# Shared cores make single examples slow now and then; the tests have a timeout anyway.
+hypothesis_settings.register_profile("shared", deadline=None)
+hypothesis_settings.load_profile("shared")
+
+T = TypeVar("T")
+Array = npt.NDArray[Any]
+SHAPE, LEVELS, LABELS, LATENT = (1, 3, 3), 4, 3, 2
+PRIORS = (0.5, 0.3, 0.2)
+CALIBRATION = 199
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Independent categorical pixels, so that every answer has a closed form.
+
+    p(x) = prod_d q[d, x_d] and p(x|y) = prod_d theta[y, d, x_d].
+    """
+
+    path: Path
+    log_q: Doubles  # (c, h, w, levels)
+    log_theta: Doubles  # (labels, c, h, w, levels)
+
+    def log_px(self, x: Pixels) -> Doubles:
+        total: Doubles = -self.surprise(x).sum((1, 2, 3))
+        return total
+
+    def surprise(self, x: Pixels) -> Doubles:
+        nats: Doubles = -(self.hot(x) * self.log_q).sum(-1)
+        return nats
+
+    def log_pxy(self, x: Pixels) -> Doubles:
+        log_pxy: Doubles = np.einsum("nchwl,ychwl->ny", self.hot(x), self.log_theta)
+        return log_pxy
+
+    def hot(self, x: Pixels) -> Doubles:
+        return np.eye(LEVELS)[x]
+
+    def draw(self, rng: np.random.Generator, n: int) -> Pixels:
+        noise = rng.gumbel(size=(n, *self.log_q.shape))
+        x: Pixels = (self.log_q + noise).argmax(-1).astype(np.uint8)
+        return x
+
+    def statistics(self, x: Pixels) -> Array:
+        columns = (-self.log_px(x), x.mean((1, 2, 3), dtype=np.float64))
+        return np.stack(columns, 1).astype(np.float32)
+
+    def answer(self, role: str, feeds: dict[str, Array]) -> dict[str, Array]:
+        """What the graph of that role gives."""
+        if role == "density":
+            x = feeds["x"]
+            return {
+                "log_px": self.log_px(x).astype(np.float32),
+                "surprise": self.surprise(x).astype(np.float32),
+                "statistics": self.statistics(x),
+            }
+        if role == "conditional":
+            return {"log_pxy": self.log_pxy(feeds["x"]).astype(np.float32)}
+        if role == "encode":
+            total = feeds["x"].sum((1, 2, 3), dtype=np.float32)
+            mean = np.stack((total, feeds["y"].astype(np.float32)), 1)
+            return {"mean": mean, "log_variance": mean * np.float32(-0.1)}
+        logits = self.log_theta[feeds["y"]].transpose(0, 2, 3, 1, 4) + feeds["gumbel"]
+        if role == "generate":
+            tilt = feeds["eps"].sum(1)[:, None, None, None, None]
+            logits = logits + tilt * np.arange(LEVELS)
+        return {"x": logits.argmax(-1).transpose(0, 3, 1, 2).astype(np.uint8)}
+
+
+Inputs = dict[str, tuple[str, tuple[int | str, ...]]]
+NOISE = ("batch", SHAPE[1], SHAPE[2], SHAPE[0], LEVELS)
+X: dict[str, tuple[str, tuple[int | str, ...]]] = {"x": ("uint8", ("batch", *SHAPE))}
+Y: Inputs = {"y": ("int64", ("batch",))}
+ROLES: dict[str, tuple[Inputs, Inputs]] = {
+    "density": (
+        X,
+        {
+            "log_px": ("float32", ("batch",)),
+            "surprise": ("float32", ("batch", *SHAPE)),
+            "statistics": ("float32", ("batch", 2)),
+        },
+    ),
+    "conditional": (X, {"log_pxy": ("float32", ("batch", LABELS))}),
+    "generate": (
+        {**Y, "eps": ("float32", ("batch", LATENT)), "gumbel": ("float32", NOISE)},
+        X,
+    ),
+    "sample": ({**Y, "gumbel": ("float32", NOISE)}, X),
+    "encode": (
+        {**X, **Y},
+        {"mean": ("float32", ("batch", LATENT)), "log_variance": ("float32", ("batch", LATENT))},
+    ),
+}
+
+
+def build_toy(
+    folder: Path, name: str = "toy", version: str = "1.0", roles: tuple[str, ...] = tuple(ROLES)
+) -> Toy:
+    """Writes the toy bundle and gives its closed form."""
+    from likely.bundle import write_manifest
+
+    rng = np.random.default_rng(0)
+    toy = Toy(
+        folder,
+        _log_softmax(rng.normal(size=(*SHAPE, LEVELS))),
+        _log_softmax(2 * rng.normal(size=(LABELS, *SHAPE, LEVELS))),
+    )
+    folder.mkdir(parents=True)
+    for role in roles:
+        (folder / f"{role}.onnx").write_bytes(_graph(role, toy))
+    np.savez(folder / "calibration.npz", **_calibration(toy, rng))
+    np.savez(folder / "golden.npz", **_golden(toy, rng, roles))
+    write_manifest(folder, _manifest(name, version, roles))
+    return toy
+
+
+def _log_softmax(logits: Doubles) -> Doubles:
+    log_p: Doubles = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return log_p
+
+
+def _graph(role: str, toy: Toy) -> bytes:
+    from onnx import TensorProto, helper, numpy_helper
+
+    types = {
+        "uint8": TensorProto.UINT8, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT,
+    }  # fmt: skip
+    nodes: list[Any] = []
+    tables: dict[str, Array] = {}
+
+    def table(key: str, values: Array) -> str:
+        tables[key] = values
+        return key
+
+    def node(op: str, *inputs: str, out: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(op, list(inputs), [out], **attributes))
+        return out
+
+    def axes(*which: int) -> str:
+        return table(f"axes{which}", np.array(which, dtype=np.int64))
+
+    def total(value: str, *which: int, out: str) -> str:
+        return node("ReduceSum", value, axes(*which), out=out, keepdims=0)
+
+    def as_float(value: str) -> str:
+        return node("Cast", value, out=f"{value}_float", to=TensorProto.FLOAT)
+
+    def one_hot() -> str:
+        index = node("Cast", "x", out="index", to=TensorProto.INT64)
+        depth = table("depth", np.array(LEVELS, dtype=np.int64))
+        off_on = table("off_on", np.array([0, 1], dtype=np.float32))
+        return node("OneHot", index, depth, off_on, out="hot", axis=-1)
+
+    if role == "density":
+        log_q = table("log_q", toy.log_q.astype(np.float32))
+        log_p = total(node("Mul", one_hot(), log_q, out="each"), -1, out="log_p")
+        node("Neg", log_p, out="surprise")
+        log_px = total(log_p, 1, 2, 3, out="log_px")
+        first = node("Unsqueeze", node("Neg", log_px, out="nats"), axes(1), out="first")
+        mean = node("ReduceMean", as_float("x"), axes(1, 2, 3), out="mean_level", keepdims=0)
+        second = node("Unsqueeze", mean, axes(1), out="second")
+        node("Concat", first, second, out="statistics", axis=1)
+    elif role == "conditional":
+        theta = table("log_theta", toy.log_theta.astype(np.float32))
+        each = node("Mul", node("Unsqueeze", one_hot(), axes(1), out="wide"), theta, out="each")
+        total(each, 2, 3, 4, 5, out="log_pxy")
+    elif role == "encode":
+        level = total(as_float("x"), 1, 2, 3, out="level")
+        columns = [
+            node("Unsqueeze", value, axes(1), out=f"{value}_column")
+            for value in (level, as_float("y"))
+        ]
+        node("Concat", *columns, out="mean", axis=1)
+        node("Mul", "mean", table("slope", np.array([-0.1], dtype=np.float32)), out="log_variance")
+    else:
+        theta = table("log_theta", toy.log_theta.transpose(0, 2, 3, 1, 4).astype(np.float32))
+        logits = node("Add", node("Gather", theta, "y", out="logits"), "gumbel", out="noisy")
+        if role == "generate":
+            tilt = node("Unsqueeze", total("eps", 1, out="tilt"), axes(1, 2, 3, 4), out="tilt_wide")
+            slope = table("slope", np.arange(LEVELS, dtype=np.float32))
+            logits = node("Add", logits, node("Mul", tilt, slope, out="tilted"), out="sum")
+        level = node("ArgMax", logits, out="level", axis=-1, keepdims=0)
+        node("Cast", node("Transpose", level, out="turned", perm=[0, 3, 1, 2]), out="x", to=2)
+
+    def infos(specs: Inputs) -> list[Any]:
+        return [
+            helper.make_tensor_value_info(name, types[dtype], list(shape))
+            for name, (dtype, shape) in specs.items()
+        ]
+
+    inputs, outputs = ROLES[role]
+    constants = [numpy_helper.from_array(values, key) for key, values in tables.items()]
+    graph = helper.make_graph(nodes, role, infos(inputs), infos(outputs), constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def _calibration(toy: Toy, rng: np.random.Generator) -> dict[str, Any]:
+    fit = toy.statistics(toy.draw(rng, 500)).astype(np.float64)
+    ranks = (np.arange(21) + 0.5) / 21
+    arrays: dict[str, Array] = {
+        "knots": np.quantile(fit, ranks, axis=0),
+        "normals": np.array([NormalDist().inv_cdf(rank) for rank in ranks]),
+        "spreads": fit.std(0),
+        "centre": np.zeros(2),
+        "whitening": np.eye(2),
+        "scores": np.zeros(0),
+    }
+    normal = Detector(arrays).normal_scores(fit)
+    values, vectors = np.linalg.eigh(np.cov(normal.T))
+    arrays |= {"centre": normal.mean(0), "whitening": vectors / np.sqrt(values)}
+    ranked = toy.statistics(toy.draw(rng, CALIBRATION))
+    return {**arrays, "scores": np.sort(Detector(arrays).score(ranked))}
+
+
+def _golden(toy: Toy, rng: np.random.Generator, roles: tuple[str, ...]) -> dict[str, Any]:
+    n = 5
+    feeds: dict[str, Array] = {
+        "x": toy.draw(rng, n),
+        "y": np.arange(n, dtype=np.int64) % LABELS,
+        "eps": rng.normal(size=(n, LATENT)).astype(np.float32),
+        "gumbel": rng.gumbel(size=(n, *NOISE[1:])).astype(np.float32),
+    }
+    golden: dict[str, Array] = {}
+    for role in roles:
+        mine = {name: feeds[name] for name in ROLES[role][0]}
+        for name, values in {**mine, **toy.answer(role, mine)}.items():
+            golden[f"{role}/{name}"] = values
+    return golden
+
+
+def _manifest(name: str, version: str, roles: tuple[str, ...]) -> dict[str, Any]:
+    def specs(entries: Inputs) -> list[dict[str, Any]]:
+        return [{"name": n, "dtype": dtype, "shape": s} for n, (dtype, s) in entries.items()]
+
+    labelled = len(roles) > 1
+    return {
+        "name": name,
+        "version": version,
+        "description": "Independent pixels with a closed form.",
+        "shape": SHAPE,
+        "levels": LEVELS,
+        "labels": [{"name": f"label-{i}", "prior": p} for i, p in enumerate(PRIORS)]
+        if labelled
+        else [],
+        "graphs": {
+            role: {
+                "file": f"{role}.onnx",
+                "inputs": specs(ROLES[role][0]),
+                "outputs": specs(ROLES[role][1]),
+                "kind": "exact" if role in {"density", "conditional"} else None,
+            }
+            for role in roles
+        },
+        "calibration": {"file": "calibration.npz", "size": CALIBRATION},
+        "golden": "golden.npz",
+        "parity_nats": 0.0,
+        "data_digest": "0" * 64,
+    }
+
+
+@dataclass
+class Live:
+    """A running server, its log, and the event loop that it runs on."""
+
+    server: Server
+    loop: asyncio.AbstractEventLoop
+    log: io.StringIO = field(default_factory=io.StringIO)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the server's own loop: grpc.aio wants one loop a process."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+
+Running = Callable[..., AbstractContextManager[Live]]
+
+
+@pytest.fixture(scope="session")
+def make_toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Toy]:
+    """Builds a toy bundle in a folder of its own."""
+    pytest.importorskip("onnx")
+
+    def make(name: str = "toy", version: str = "1.0", **more: Any) -> Toy:
+        return build_toy(tmp_path_factory.mktemp("bundle") / "toy", name, version, **more)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy(make_toy: Callable[..., Toy]) -> Toy:
+    """The toy bundle; not to be changed."""
+    return make_toy()
+
+
+@pytest.fixture
+def manifest(toy: Toy) -> Manifest:
+    """What the toy bundle says of itself."""
+    from likely.bundle import Bundle
+
+    return Bundle.open(toy.path).manifest
+
+
+@pytest.fixture
+def settings(toy: Toy) -> Callable[..., Settings]:
+    """Settings for a test: the toy, free ports, quiet."""
+    return _settings_of(toy)
+
+
+def _settings_of(toy: Toy) -> Callable[..., Settings]:
+    from likely.settings import Settings
+
+    quiet: dict[str, Any] = {
+        "bundles": (toy.path,),
+        "port": 0,
+        "metrics_port": 0,
+        "device": "cpu",
+        "threads": 1,
+        "images_per_request": 100,
+        "images_per_generation": 50,
+        "images_per_chunk": 8,
+        "drain_seconds": 5,
+    }
+    return lambda **more: Settings(**{**quiet, **more})
+
+
+@pytest.fixture(scope="session")
+def running(toy: Toy) -> Running:
+    """Runs a real server on free ports: `with running(**settings) as live`."""
+    from likely import logs
+    from likely.server import Server
+
+    @contextmanager
+    def run(*, load: bool = True, **more: Any) -> Iterator[Live]:
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        log = io.StringIO()
+
+        async def make() -> Server:
+            return Server(_settings_of(toy)(**more), logs.logger("debug", "json", log))
+
+        async def start(server: Server) -> None:
+            await server.start()
+            if load:
+                await server.load()
+
+        live = Live(asyncio.run_coroutine_threadsafe(make(), loop).result(60), loop, log)
+        try:
+            live.run(start(live.server))
+            yield live
+        finally:
+            live.run(live.server.stop(1))
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def live(running: Running) -> Iterator[Live]:
+    """A server with the toy; shared, so not to be stopped."""
+    with running() as server:
+        yield server

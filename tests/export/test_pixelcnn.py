@@ -1,0 +1,147 @@
+import itertools
+from pathlib import Path
+
+import autoregressive
+import numpy as np
+import pytest
+import torch
+from autoregressive import CONFIGS
+from conftest import Opener
+
+from likely_export import roles
+from likely_export.heads import PixelHead
+from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+from likely_export.statistics import STATISTICS
+
+EVERY = pytest.mark.parametrize("name", CONFIGS)
+NAMES = tuple(STATISTICS)
+
+
+@EVERY
+def test_every_digit_has_a_distribution(name: str) -> None:
+    config = CONFIGS[name]
+    log_probs = autoregressive.model(name).log_probs(autoregressive.pictures(config, 3))
+    c, h, w = config.shape
+    assert log_probs.shape[:-1] == (3, h, w, c * config.digits)
+    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(()), atol=1e-5)
+
+
+@EVERY
+def test_no_pixel_sees_itself_or_what_follows(name: str) -> None:
+    model, config = autoregressive.model(name), CONFIGS[name]
+    x, y = autoregressive.pictures(config, 1), autoregressive.labels(config, 1)
+    before = model.log_probs(x, y)
+    c, h, w = config.shape
+    for order, (i, j, k) in enumerate(itertools.product(range(h), range(w), range(c))):
+        changed = x.clone()
+        changed[0, k, i, j] = (int(x[0, k, i, j]) + 1) % config.levels
+        moved = (model.log_probs(changed, y) - before).abs().amax(-1).flatten()
+        own = order * config.digits
+        assert torch.all(moved[: own + 1] == 0), f"{name}: pixel {i, j}, channel {k}"
+        if order < c * h * w - 1 and k == c - 1 and j < w - 1:
+            assert moved[own + config.digits] > 0, "the next pixel must see this one"
+
+
+@EVERY
+def test_no_pixel_sees_itself_or_what_follows_in_onnx(name: str, opened: Opener) -> None:
+    model, config = autoregressive.model(name), CONFIGS[name]
+    session = opened(roles.density(model, NAMES), config.levels, config.labels)
+    c, h, w = config.shape
+    x = autoregressive.pictures(config, 1).numpy()
+    positions = list(itertools.product(range(h), range(w), range(c)))
+    changed = np.repeat(x, len(positions), 0)
+    for row, (i, j, k) in enumerate(positions):
+        changed[row, k, i, j] = (int(x[0, k, i, j]) + 1) % config.levels
+    (before,) = session.run({"x": np.repeat(x, len(positions), 0)}, ["surprise"])
+    (after,) = session.run({"x": changed}, ["surprise"])
+    moved = (after != before).transpose(0, 2, 3, 1).reshape(len(positions), -1)
+    for row in range(len(positions)):
+        assert not moved[row, :row].any()
+        assert moved[row, row:].any()
+
+
+def binary(shape: tuple[int, int, int]) -> np.ndarray:
+    """All binary pictures of that shape, uint8 (2 ** (c * h * w), c, h, w)."""
+    size = int(np.prod(shape))
+    return np.array(list(itertools.product((0, 1), repeat=size)), np.uint8).reshape(-1, *shape)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PixelCNNConfig((1, 2, 2), 2, channels=4, layers=2, head=4),
+        PixelCNNConfig((3, 2, 1), 2, labels=2, channels=4, layers=1, head=4, positions=True),
+        PixelCNNConfig(
+            (1, 3, 3), 2, labels=2, channels=4, layers=2, head=4, gated=False,
+            row_layers=1, row_width=8, row_heads=2,
+        ),
+    ],
+    ids=["grey", "colour", "rows"],
+)  # fmt: skip
+def test_probabilities_of_all_pictures_sum_to_one_in_onnx(
+    config: PixelCNNConfig, opened: Opener
+) -> None:
+    model = autoregressive.randomised(config, 1.0)
+    everything = binary(config.shape)
+    session = opened(roles.density(model, NAMES), 2, config.labels)
+    (log_px,) = session.run({"x": everything}, ["log_px"])
+    assert np.exp(log_px.astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
+    assert np.ptp(log_px) > 0.5, "the model must prefer some pictures"
+    if config.labels:
+        session = opened(roles.conditional(model), 2, config.labels)
+        (log_pxy,) = session.run({"x": everything}, ["log_pxy"])
+        assert np.exp(log_pxy.astype(np.float64)).sum(0) == pytest.approx(1, abs=1e-5)
+
+
+@EVERY
+def test_surprise_sums_to_the_log_likelihood(name: str) -> None:
+    model, config = autoregressive.model(name), CONFIGS[name]
+    x, y = autoregressive.pictures(config, 4), autoregressive.labels(config, 4)
+    surprise = model.surprise(x, y)
+    assert surprise.shape == x.shape
+    assert torch.allclose(surprise.sum((1, 2, 3)), -model.log_prob(x, y))
+
+
+@EVERY
+def test_gradient_reaches_every_parameter(name: str) -> None:
+    config = CONFIGS[name]
+    model = PixelCNN(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    x, y = autoregressive.pictures(config, 8), autoregressive.labels(config, 8)
+    model.log_prob(x, y).sum().backward()
+    for parameter, weight in model.named_parameters():
+        if weight.numel():  # a head of one digit has no embedding
+            assert weight.grad is not None and weight.grad.abs().sum() > 0, parameter
+
+
+@EVERY
+def test_matrices_are_weights_of_the_model_named_once(name: str) -> None:
+    model = autoregressive.model(name)
+    own = {id(weight) for weight in model.parameters()}
+    found = [id(weight) for weight in model.matrices()]
+    assert set(found) <= own and len(found) == len(set(found))
+
+
+def test_withheld_labels_give_the_marginal_model() -> None:
+    model, config = autoregressive.model("relu_labels"), CONFIGS["relu_labels"]
+    x = autoregressive.pictures(config, 5)
+    null = torch.full((5,), model.null_label)
+    assert torch.equal(model.log_prob(x), model.log_prob(x, null))
+    assert not torch.allclose(model.log_prob(x), model.log_prob(x, torch.zeros(5).long()))
+
+
+def test_levels_that_are_no_power_are_refused() -> None:
+    with pytest.raises(ValueError, match="17 levels cannot be written with 2 equal digits"):
+        PixelHead(8, 1, 17, digits=2)
+
+
+def test_export_leaves_no_trace_of_the_machine(tmp_path: Path) -> None:
+    from likely_export import graphs
+
+    path = tmp_path / "density.onnx"
+    graphs.write(roles.density(autoregressive.model("grey"), NAMES), path, 3, 0)
+    content = path.read_bytes()
+    for trace in (str(Path(graphs.__file__).parent), "site-packages", "likely_export", ".py"):
+        assert trace.encode() not in content

@@ -1,0 +1,107 @@
+import itertools
+
+import autoregressive
+import numpy as np
+import pytest
+import torch
+from autoregressive import CONFIGS
+from conftest import Opener
+from scipy.stats import chisquare
+
+from likely_export import roles
+from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+from likely_export.sampler import Sampler
+
+EVERY = pytest.mark.parametrize("name", CONFIGS)
+
+
+def choices(
+    model: PixelCNN, x: torch.Tensor, noise: torch.Tensor, y: torch.Tensor | None
+) -> torch.Tensor:
+    """The digits that full passes over x choose with that noise, one pass for all pixels."""
+    return (model.log_probs(x, y) + noise.flatten(3, 4)).argmax(-1)
+
+
+@EVERY
+def test_one_pass_reproduces_every_choice(name: str) -> None:
+    model, config = autoregressive.model(name), CONFIGS[name]
+    noise, y = autoregressive.gumbel(config, 16), autoregressive.labels(config, 16)
+    with torch.no_grad():
+        x = Sampler(model)(noise, y)
+        assert x.dtype == torch.uint8 and x.shape == (16, *config.shape)
+        assert len(torch.unique(x)) > 1
+        assert torch.equal(choices(model, x, noise, y), model.head.split(x))
+
+
+@EVERY
+def test_drawing_equals_the_naive_way(name: str) -> None:
+    model, config = autoregressive.model(name), CONFIGS[name]
+    noise, y = autoregressive.gumbel(config, 2), autoregressive.labels(config, 2)
+    c, h, w = config.shape
+    naive = torch.zeros((2, *config.shape), dtype=torch.uint8)
+    powers = torch.tensor([model.head.base**k for k in reversed(range(config.digits))])
+    with torch.no_grad():
+        for i, j, k in itertools.product(range(h), range(w), range(c)):
+            for _ in range(config.digits):  # a digit needs those before it
+                chosen = choices(model, naive, noise, y)[:, i, j].unflatten(-1, (c, -1))[:, k]
+                naive[:, k, i, j] = (chosen * powers).sum(-1).byte()
+        assert torch.equal(Sampler(model)(noise, y), naive)
+
+
+@EVERY
+def test_the_graph_draws_the_same_whatever_the_batch(name: str, opened: Opener) -> None:
+    model, config = autoregressive.model(name), CONFIGS[name]
+    session = opened(roles.sample(model), config.levels, config.labels)
+    feeds = {"gumbel": autoregressive.gumbel(config, 64).numpy()}
+    if config.labels:
+        feeds["y"] = np.arange(64) % (config.labels + 1)  # null labels among them
+    (together,) = session.run(feeds, ["x"])
+    for n in (1, 3, 16):
+        parts = [
+            session.run({key: feed[at : at + n] for key, feed in feeds.items()}, ["x"])[0]
+            for at in range(0, 64, n)
+        ]
+        assert np.array_equal(np.concatenate(parts), together)
+
+
+@pytest.mark.parametrize("side", [2, 3])
+def test_draws_follow_the_probabilities(side: int, opened: Opener) -> None:
+    config = PixelCNNConfig((1, side, side), 2, channels=6, layers=2, head=6)
+    model = autoregressive.randomised(config, 0.8)
+    size = side * side
+    everything = np.array(list(itertools.product((0, 1), repeat=size)), np.uint8)
+    with torch.no_grad():
+        log_px = model.log_prob(torch.from_numpy(everything.reshape(-1, 1, side, side)))
+    expected = np.exp(log_px.double().numpy())
+    session = opened(roles.sample(model), 2, 0)
+    n = 200_000
+    generator = np.random.Generator(np.random.Philox(key=[5, side]))
+    noise = generator.gumbel(size=(n, side, side, 1, 1, 2)).astype(np.float32)
+    (drawn,) = session.run({"gumbel": noise}, ["x"])
+    index = drawn.reshape(n, size) @ (1 << np.arange(size)[::-1])
+    counts = np.bincount(index, minlength=2**size)
+    kept = expected * n >= 5
+    observed = np.append(counts[kept], counts[~kept].sum())
+    wanted = np.append(expected[kept], expected[~kept].sum()) * n
+    wanted = np.maximum(wanted, 1e-9) * observed.sum() / wanted.sum()
+    if wanted[-1] < 5:
+        observed, wanted = observed[:-1], wanted[:-1] * observed[:-1].sum() / wanted[:-1].sum()
+    assert chisquare(observed, wanted).pvalue > 1e-3
+    # Their mean surprise is the entropy of the model.
+    entropy = -(expected * log_px.double().numpy()).sum()
+    surprise = -log_px.double().numpy()[index]
+    assert abs(surprise.mean() - entropy) < 4 * surprise.std() / np.sqrt(n)
+
+
+def test_towering_noise_fixes_a_pixel(opened: Opener) -> None:
+    model, config = autoregressive.model("rows_nibbles"), CONFIGS["rows_nibbles"]
+    session = opened(roles.sample(model), config.levels, config.labels)
+    noise = autoregressive.gumbel(config, 8).numpy()
+    wanted = autoregressive.pictures(config, 8)
+    digits = model.head.split(wanted).unflatten(-1, (1, 2)).numpy()
+    rows = np.arange(6)[None, :, None, None, None] < 3
+    fixed = np.where(np.arange(4) == digits[..., None], 1e6, 0.0).astype(np.float32)
+    noise = np.where(rows[..., None], fixed, noise)
+    (x,) = session.run({"gumbel": noise, "y": np.zeros(8, np.int64)}, ["x"])
+    assert np.array_equal(x[:, :, :3], wanted.numpy()[:, :, :3])
+    assert len(np.unique(x[:, :, 3:])) > 1

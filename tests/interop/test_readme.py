@@ -1,0 +1,52 @@
+"""What the README tells newcomers to type works."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from demo.serving import Served
+from likely import cli
+from likely_export import cli as export_cli
+
+README = Path("README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def test_the_python_session_runs(server: Served) -> None:
+    (session,) = blocks("python")
+    code = session.replace("127.0.0.1:50051", server.address)
+    assert server.address in code
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "(10, 1, 8, 8)"
+
+
+COMMANDS = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_exists(words: list[str]) -> None:
+    program, command, *given = words
+    if program == "make":
+        assert re.search(rf"^{command}:", Path("Makefile").read_text(), re.M)
+        return
+    main = {"likely": cli.main, "likely-export": export_cli.main}[program]
+    told = CliRunner().invoke(main, [command, "--help"])
+    assert told.exit_code == 0
+    assert all(flag in told.output for flag in given if flag.startswith("--"))
+
+
+def test_every_link_leads_somewhere() -> None:
+    documents = [Path(name) for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    documents += Path("docs").rglob("*.md")
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document} links to {target}"

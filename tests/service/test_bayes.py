@@ -1,0 +1,69 @@
+"""Properties of Bayes' rule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from likely import bayes
+from likely.errors import InvalidInput
+
+nats = hnp.arrays(
+    np.float64,
+    st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    elements=st.floats(-1e5, 0, allow_nan=False),
+)
+
+
+@given(nats)
+def test_logsumexp_is_the_log_of_a_sum_of_exponentials(values: np.ndarray) -> None:
+    shifted = values - values.max(1, keepdims=True)
+    expected = values.max(1) + np.log(np.exp(shifted).sum(1))
+    assert np.allclose(bayes.logsumexp(values), expected)
+
+
+def test_logsumexp_of_nothing_possible_is_impossible() -> None:
+    assert bayes.logsumexp(np.full((1, 3), -np.inf)) == -np.inf
+
+
+@given(nats, st.floats(0.1, 100))
+def test_posteriors_sum_to_one_even_where_all_underflow(
+    log_pxy: np.ndarray, temperature: float
+) -> None:
+    labels = log_pxy.shape[1]
+    posterior = bayes.posterior(log_pxy, np.full(labels, 1 / labels), temperature)
+    assert np.allclose(posterior.sum(1), 1)
+    assert np.all(posterior >= 0)
+
+
+@given(nats)
+def test_a_label_that_cannot_be_gets_nothing(log_pxy: np.ndarray) -> None:
+    labels = log_pxy.shape[1]
+    priors = np.zeros(labels)
+    priors[-1] = 1
+    posterior = bayes.posterior(log_pxy, priors)
+    assert np.array_equal(posterior, np.broadcast_to(priors, log_pxy.shape))
+
+
+def test_equal_likelihoods_leave_the_priors() -> None:
+    priors = np.array([0.7, 0.2, 0.1])
+    assert np.allclose(bayes.posterior(np.full((4, 3), -123.0), priors), priors)
+
+
+@pytest.mark.parametrize(
+    ("priors", "field"),
+    [
+        ([0.5, 0.5], "priors"),
+        ([0.5, 0.4, 0.2], "priors"),
+        ([0.5, 0.6, -0.1], "priors[2]"),
+        ([0.5, float("nan"), 0.5], "priors[1]"),
+        ([float("inf"), 0, 0], "priors[0]"),
+    ],
+)
+def test_priors_that_are_none_are_refused(priors: list[float], field: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        bayes.check_priors(priors, 3)
+    assert caught.value.field == field

@@ -1,0 +1,145 @@
+"""What goes out comes in again, for every answer."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from likely import codec
+from likely.answers import (
+    Classifications,
+    Draws,
+    Features,
+    Limits,
+    ModelInfo,
+    Scores,
+    Verdict,
+)
+from likely.errors import InvalidInput
+from likely.v1.images_pb2 import Images
+
+pictures = hnp.arrays(
+    np.uint8, st.tuples(st.integers(0, 4), st.just(2), st.integers(1, 3), st.integers(1, 3))
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(
+        np.array_equal(getattr(a, f.name), getattr(b, f.name))
+        and getattr(getattr(a, f.name), "dtype", None) == getattr(getattr(b, f.name), "dtype", None)
+        for f in fields(a)
+    )
+
+
+@given(pictures)
+def test_pictures(x: np.ndarray) -> None:
+    assert np.array_equal(codec.pixels(codec.images(x)), x)
+
+
+@given(st.binary(max_size=40), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6))
+def test_nothing_but_invalid_input_comes_of_any_images(data: bytes, shape: list[int]) -> None:
+    try:
+        x = codec.pixels(Images(data=data, shape=shape))
+    except InvalidInput as error:
+        assert error.field.startswith("images.")
+    else:
+        assert x.tobytes() == data
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("surprise", [True, False])
+def test_scores(n: int, surprise: bool) -> None:
+    rng = np.random.default_rng(n)
+    shape = (n, 1, 2, 3)
+    scores = Scores(
+        log_px=-rng.random(n),
+        bits_per_dim=rng.random(n),
+        p_value=rng.random(n),
+        verdict=rng.integers(1, 3, n).astype(np.int8),
+        alpha=0.05,
+        surprise=rng.random(shape, dtype=np.float32) if surprise else None,
+        model_version="1",
+    )
+    message = codec.score_response(scores)
+    assert same(codec.scores(message, shape if surprise else None), scores)
+    assert codec.size(message) == n
+    assert codec.verdicts(message) == [Verdict(v) for v in scores.verdict]
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_classifications(n: int) -> None:
+    rng = np.random.default_rng(n)
+    answer = Classifications(
+        log_pxy=-rng.random((n, 4)),
+        posterior=rng.random((n, 4)),
+        label=rng.integers(0, 4, n),
+        p_value=rng.random(n),
+        verdict=rng.integers(1, 4, n).astype(np.int8),
+        alpha=0.01,
+        model_version="2",
+    )
+    message = codec.classify_response(answer)
+    assert same(codec.classifications(message, 4), answer)
+    assert codec.size(message) == n
+    assert codec.verdicts(message) == [Verdict(v) for v in answer.verdict]
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_features(n: int) -> None:
+    rng = np.random.default_rng(n)
+    answer = Features(
+        mean=rng.random((n, 5), dtype=np.float32),
+        log_variance=rng.random((n, 5), dtype=np.float32),
+        label=rng.integers(0, 4, n),
+        model_version="2",
+    )
+    message = codec.encode_response(answer)
+    assert same(codec.features(message), answer)
+    assert codec.size(message) == n
+    assert codec.verdicts(message) == []
+
+
+def test_draws() -> None:
+    rng = np.random.default_rng(0)
+    answer = Draws(
+        images=rng.integers(0, 255, (3, 1, 2, 2), dtype=np.uint8),
+        label=np.array([0, 1, 2]),
+        first_index=2**62,
+        seed=-(2**63),
+        model_version="2",
+    )
+    message = codec.generate_response(answer)
+    assert same(codec.draws(message), answer)
+    assert codec.size(message) == 3
+
+
+@pytest.mark.parametrize("conditional", ["elbo", "iwae", None])
+def test_model_descriptions(conditional: str | None) -> None:
+    info = ModelInfo(
+        name="a",
+        version="1",
+        description="d",
+        shape=(1, 2, 3),
+        levels=4,
+        labels=("x", "y"),
+        priors=(0.25, 0.75),
+        methods=("m",),
+        density_kind="exact",
+        conditional_kind=conditional,
+        importance_samples=8,
+        latent_dimensions=2,
+        calibration_size=9,
+        finest_alpha=0.1,
+        default_alpha=0.2,
+        posterior_temperature=1.5,
+        execution_providers=("CPUExecutionProvider",),
+        limits=Limits(1, 2, 3, 4),
+        digest="f" * 64,
+    )
+    assert codec.model_info(codec.model(info)) == info

@@ -1,0 +1,103 @@
+"""Models are found by name and version, and by nothing else."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from likely.bundle import Bundle, Manifest
+from likely.engine import Engine
+from likely.errors import BundleError, InvalidInput, ModelNotFound, Unavailable
+from likely.graphs import Device
+from likely.registry import Registry, age, describe
+from likely.settings import Settings
+
+if TYPE_CHECKING:
+    from tests.conftest import Toy
+
+
+def engine(name: str, version: str) -> Any:
+    return SimpleNamespace(manifest=SimpleNamespace(name=name, version=version))
+
+
+@pytest.fixture
+def registry() -> Registry:
+    filled = Registry()
+    served = [("b", "1.10"), ("b", "1.9"), ("a", "1"), ("b", "1.10-rc1")]
+    filled.fill([engine(name, version) for name, version in served])
+    return filled
+
+
+def test_an_empty_version_is_the_newest(registry: Registry) -> None:
+    assert registry.find("b").manifest.version == "1.10"
+    assert registry.find("b", "1.9").manifest.version == "1.9"
+
+
+def test_or_the_oldest_where_that_is_the_policy() -> None:
+    registry = Registry("oldest")
+    registry.fill([engine("b", "2"), engine("b", "10")])
+    assert registry.find("b").manifest.version == "2"
+
+
+def test_engines_are_sorted(registry: Registry) -> None:
+    listed = [(e.manifest.name, e.manifest.version) for e in registry.engines()]
+    assert listed == [("a", "1"), ("b", "1.9"), ("b", "1.10-rc1"), ("b", "1.10")]
+
+
+def test_versions_age_as_people_read_them() -> None:
+    ordered = ["1.0-alpha", "1.0-rc1", "1.0-rc2", "1.0", "1.0.1", "1.2", "1.10", "2", "2026-01-31"]
+    shuffled = random.Random(0).sample(ordered, len(ordered))
+    assert sorted(shuffled, key=age) == ordered
+
+
+def test_what_is_not_served_is_listed_against(registry: Registry) -> None:
+    with pytest.raises(ModelNotFound, match=r"no model c; served are a@1, b@1.9") as caught:
+        registry.find("c")
+    assert caught.value.resource == "c"
+    with pytest.raises(ModelNotFound, match=r"no b@7; served") as caught:
+        registry.find("b", "7")
+    assert caught.value.resource == "b@7"
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "../x", "a/b", "a\0", "A", "a\n", ".a", "a" * 65, "x" * 10_000, "ä"]
+)
+def test_what_can_be_no_name_is_refused(registry: Registry, name: str) -> None:
+    with pytest.raises(InvalidInput, match="is no name") as caught:
+        registry.find(name)
+    assert caught.value.field == "model_name"
+    assert len(str(caught.value)) < 400
+    if name:
+        with pytest.raises(InvalidInput) as caught:
+            registry.find("a", name)
+        assert caught.value.field == "model_version"
+
+
+def test_two_bundles_of_one_name_and_version_are_refused() -> None:
+    with pytest.raises(BundleError, match="two bundles hold a@1"):
+        Registry().fill([engine("a", "1"), engine("a", "1")])
+
+
+def test_nothing_is_found_before_it_is_loaded() -> None:
+    with pytest.raises(Unavailable, match="still being loaded"):
+        Registry().find("a")
+    assert not Registry().known("a")
+
+
+def test_a_model_is_described(
+    toy: Toy, manifest: Manifest, settings: Callable[..., Settings]
+) -> None:
+    opened = Engine.load(Bundle.open(toy.path), device=Device("cpu"), threads=1, max_batch=4)
+    info = describe(opened, settings().limits, 0.05)
+    opened.close()
+    assert info.shape == manifest.shape
+    assert info.methods == tuple(sorted(info.methods))
+    assert len(info.methods) == 4
+    assert info.density_kind == info.conditional_kind == "exact"
+    assert info.latent_dimensions == 2
+    assert info.finest_alpha == pytest.approx(1 / 200)
+    assert info.execution_providers == ("CPUExecutionProvider",)

@@ -1,0 +1,302 @@
+"""The command line, against a real server and as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from likely import Client, machine
+from likely.bundle import MANIFEST
+from likely.cli import main
+from likely.cli.serve import FLAGS
+from likely.settings import Settings
+
+if TYPE_CHECKING:
+    from tests.conftest import Live, Toy
+
+COMMAND = [sys.executable, "-c", "from likely.cli import main; main()"]
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("LIKELY_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def likely(live: Live, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs a command against the live server."""
+    monkeypatch.setenv("LIKELY_ADDRESS", live.address)
+    return lambda *args: CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def array(toy: Toy, tmp_path: Path) -> Path:
+    """Six pictures as an array."""
+    path = tmp_path / "six.npy"
+    np.save(path, toy.draw(np.random.default_rng(1), 6))
+    return path
+
+
+def lines(result: Result) -> list[dict[str, Any]]:
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def failed(result: Result, code: int = 1) -> str:
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_score_tells_programs(likely: Callable[..., Result], array: Path, toy: Toy) -> None:
+    rows = lines(likely("score", array, "--json", "--alpha", 0.1))
+    assert [row["picture"] for row in rows] == [f"{array}[{i}]" for i in range(6)]
+    log_px = [row["log_likelihood"] for row in rows]
+    assert np.allclose(log_px, toy.log_px(np.load(array)), atol=1e-4)
+    assert {(row["model"], row["version"], row["alpha"]) for row in rows} == {("toy", "1.0", 0.1)}
+    assert all(
+        row["verdict"] == ("outlier" if row["p_value"] <= 0.1 else "accepted") for row in rows
+    )
+
+
+def test_score_tells_people(likely: Callable[..., Result], array: Path) -> None:
+    result = likely("score", array)
+    assert result.exit_code == 0
+    assert "p value" in result.stdout
+    assert "model toy, version 1.0, alpha 0.05" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["map.npz", "map.png"])
+def test_surprise_maps_are_written(
+    likely: Callable[..., Result], array: Path, toy: Toy, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / name
+    lines(likely("score", array, "--surprise", out, "--json"))
+    if name.endswith(".npz"):
+        with np.load(out) as arrays:
+            assert np.allclose(arrays["surprise"], toy.surprise(arrays["x"]), atol=1e-5)
+    else:
+        with Image.open(out) as image:
+            assert image.size == (4 * 4 - 1, 3 * 4 - 1)  # six pictures, each beside its map
+
+
+def test_classify(likely: Callable[..., Result], array: Path) -> None:
+    rows = lines(likely("classify", array, "--json", "--priors", "0,0,1"))
+    assert {row["label"] for row in rows} == {"label-2"}
+    assert rows[0]["posteriors"] == {"label-0": 0, "label-1": 0, "label-2": 1}
+    assert "posterior" in likely("classify", array).stdout
+
+
+def test_images_become_levels(likely: Callable[..., Result], toy: Toy, tmp_path: Path) -> None:
+    x = toy.draw(np.random.default_rng(2), 1)
+    np.savez(tmp_path / "one.npz", images=x, other=np.zeros(3))
+    bright = Image.fromarray(x[0, 0] * 85)
+    bright.save(tmp_path / "grey.png")
+    bright.convert("RGB").save(tmp_path / "colour.png")
+    names = ("one.npz", "grey.png", "colour.png")
+    rows = lines(likely("score", *(tmp_path / name for name in names), "--json"))
+    assert len({row["log_likelihood"] for row in rows}) == 1
+    assert rows[1]["picture"] == str(tmp_path / "grey.png")
+
+
+def test_files_that_do_not_fit_are_named(likely: Callable[..., Result], tmp_path: Path) -> None:
+    Image.new("L", (28, 30)).save(tmp_path / "large.png")
+    sentence = failed(likely("score", tmp_path / "large.png"))
+    assert "large.png: 1 x 30 x 28" in sentence
+    assert "takes 1 x 3 x 3" in sentence
+    Image.new("I;16", (3, 3)).save(tmp_path / "deep.png")
+    assert "deep.png: mode I;16" in failed(likely("score", tmp_path / "deep.png"))
+    (tmp_path / "text.png").write_text("no picture")
+    assert "neither an image nor" in failed(likely("score", tmp_path / "text.png"))
+    (tmp_path / "text.npy").write_text("no array")
+    assert "no array can be read" in failed(likely("score", tmp_path / "text.npy"))
+    np.save(tmp_path / "floats.npy", np.zeros((1, 3, 3)))
+    assert "float64" in failed(likely("score", tmp_path / "floats.npy"))
+    assert "does not exist" in failed(likely("score", tmp_path / "none.png"), 2)
+
+
+def test_errors_of_the_server_are_sentences(likely: Callable[..., Result], array: Path) -> None:
+    assert "alpha: 1e-09 is not in" in failed(likely("score", array, "--alpha", 1e-9))
+    assert "no model other; served are toy@1.0" in failed(
+        likely("score", array, "--model", "other")
+    )
+    assert "'a,b' are no numbers" in failed(likely("classify", array, "--priors", "a,b"))
+    assert "No such option" in failed(likely("score", array, "--nonsense"), 2)
+
+
+@pytest.mark.parametrize("label", ["1", "label-1"])
+def test_generate_writes_arrays(
+    likely: Callable[..., Result], live: Live, tmp_path: Path, label: str
+) -> None:
+    out = tmp_path / "drawn.npz"
+    told = lines(
+        likely("generate", "--label", label, "--count", 9, "--seed", 3, "--out", out, "--json")
+    )
+    assert told == [{"out": str(out), "pictures": 9, "seed": 3, "model": "toy", "version": "1.0"}]
+    with np.load(out) as arrays, Client(live.address) as client:
+        drawn = client.generate(9, label=1, seed=3)
+        assert np.array_equal(arrays["x"], drawn.images)
+        assert set(arrays["y"]) == {1}
+
+
+def test_generate_writes_pictures(likely: Callable[..., Result], tmp_path: Path) -> None:
+    assert likely("generate", "--count", 9, "--out", tmp_path / "grid.png").exit_code == 0
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.size == (11, 11)
+    more = ("--count", 3, "--first-index", 5, "--label", 2)
+    assert likely("generate", *more, "--out", tmp_path / "folder").exit_code == 0
+    names = [path.name for path in sorted((tmp_path / "folder").iterdir())]
+    assert names == [f"00000{i}-label2.png" for i in (5, 6, 7)]
+    assert "none of label-0" in failed(
+        likely("generate", "--label", "seven", "--out", tmp_path / "x.png")
+    )
+
+
+def test_models(likely: Callable[..., Result], live: Live) -> None:
+    (row,) = lines(likely("models", "--json"))
+    assert row["digest"] == live.server.registry.find("toy").digest
+    assert row["execution_providers"] == ["CPUExecutionProvider"]
+    assert "toy" in likely("models").stdout
+
+
+def test_doctor_opens_a_real_session(likely: Callable[..., Result], toy: Toy) -> None:
+    rows = {row["what"]: row for row in lines(likely("doctor", "--bundle", toy.path, "--json"))}
+    assert rows["what runs with device auto"]["found"].startswith("toy@1.0 on ")
+    assert {row["state"] for row in rows.values()} == {"ok"}
+    assert rows["python"]["found"] == sys.version.split()[0]
+
+
+def test_doctor_tells_what_is_broken(
+    likely: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = likely("doctor", "--bundle", tmp_path, "--json")
+    assert broken.exit_code == 1
+    last = json.loads(broken.stdout.splitlines()[-1])
+    assert last["state"] == "broken"
+    assert "no manifest.json" in last["found"]
+    both = {"onnxruntime": "1.22", "onnxruntime-gpu": "1.22"}
+    monkeypatch.setattr(machine, "runtimes", lambda: both)
+    conflict = likely("doctor")
+    assert conflict.exit_code == 1
+    assert "overwrite each other" in " ".join(conflict.stdout.split())
+    monkeypatch.setattr(machine, "runtimes", dict)
+    assert likely("doctor").exit_code == 1  # the server's packages are there, no runtime is
+
+
+def test_cores_heed_the_quota(tmp_path: Path) -> None:
+    quota = tmp_path / "cpu.max"
+    for text, most in (
+        ("max 100000", None),
+        ("50000 100000", 1),
+        ("100000 100000", 1),
+        ("x", None),
+    ):
+        quota.write_text(text)
+        assert machine.cores(quota) == (most or machine.cores(tmp_path / "none"))
+
+
+def test_every_setting_is_a_flag() -> None:
+    assert {*FLAGS, "bundles", "reflection"} == set(Settings.model_fields)
+
+
+def test_print_config_shows_what_wins(
+    likely: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LIKELY_ADDRESS")
+    monkeypatch.setenv("LIKELY_MAX_BATCH", "8")
+    monkeypatch.setenv("LIKELY_THREADS", "3")
+    (tmp_path / "l.toml").write_text("threads = 2\nmax_batch = 4\nimages_per_chunk = 9\n")
+    result = likely(
+        "serve", "--print-config", "--config", tmp_path / "l.toml", "--max-batch", 32,
+        "--no-reflection", "--bundle", "a", "--bundle", "b",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    shown = tomllib.loads(result.stdout)
+    assert (shown["max_batch"], shown["threads"], shown["images_per_chunk"]) == (32, 3, 9)
+    assert shown["reflection"] is False
+    assert shown["bundles"] == ["a", "b"]
+    assert shown["port"] == 50051
+
+
+def test_a_bad_flag_is_one_sentence(likely: Callable[..., Result]) -> None:
+    sentence = failed(likely("serve", "--port", "x"))
+    assert sentence == (
+        "Error: port = 'x' is not allowed; it should be a valid integer, "
+        "unable to parse string as an integer\n"
+    )
+
+
+@pytest.mark.parametrize("missing", ["onnxruntime", "pydantic_settings"])
+def test_without_a_runtime_the_extras_are_named(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; {COMMAND[2]}"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "serve"], capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 1
+    assert "'likely[cpu]'" in ran.stderr
+    assert "'likely[gpu]'" in ran.stderr
+    assert "'likely[cuda]'" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def harm(folder: Path) -> Path:
+    (folder / MANIFEST).write_text("{}")
+    return folder
+
+
+def test_a_bad_bundle_ends_serve_with_one_sentence(make_toy: Callable[..., Toy]) -> None:
+    foreign = harm(make_toy().path)
+    ran = subprocess.run(
+        [*COMMAND, "serve", "--bundle", foreign, "--port", "0", "--metrics-port", "0",
+         "--log-level", "error"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(f"Error: {foreign} is not a bundle that this version reads")
+    assert len(ran.stderr.splitlines()) == 1
+
+
+@contextmanager
+def serving(toy: Toy) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A `likely serve` of its own, and its log's line that says where."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", *COMMAND[1:], "serve", "--bundle", toy.path,
+         "--port", "0", "--metrics-port", "0", "--log-format", "json"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        said = (json.loads(line) for line in process.stderr)
+        yield process, next(event for event in said if event["event"] == "serving")
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_answers_and_ends_well_when_told(toy: Toy, number: int) -> None:
+    with serving(toy) as (process, where):
+        with Client(f"127.0.0.1:{where['port']}") as client:
+            assert client.model().name == "toy"
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        events = [json.loads(line)["event"] for line in process.stderr]
+    assert events[-2:] == ["draining", "ended"]

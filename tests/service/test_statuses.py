@@ -1,0 +1,97 @@
+"""Every error that is told comes to the caller as what it was; any other stays untold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from likely import errors, statuses
+
+
+class Failed:
+    """A failed call as a client sees it."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, metadata: Any) -> None:
+        self._told = code, message, metadata
+
+    def code(self) -> grpc.StatusCode:
+        return self._told[0]
+
+    def details(self) -> str:
+        return self._told[1]
+
+    def trailing_metadata(self) -> Any:
+        return self._told[2]
+
+
+TOLD = [
+    errors.InvalidInput("images.shape[0]", "-1 is negative"),
+    errors.InvalidInput("", "no message"),
+    errors.ModelNotFound("a@2", "no a@2"),
+    errors.NotAnswered("no encode graph"),
+    errors.Overloaded("queue is full", 0.25),
+    errors.Unavailable("loading"),
+    errors.DeadlineExceeded("too late"),
+    errors.AccessDenied("no token"),
+]
+
+
+@pytest.mark.parametrize("error", TOLD, ids=lambda error: type(error).__name__)
+def test_there_and_back(error: errors.LikelyError) -> None:
+    again = statuses.error(Failed(*statuses.status(error, "id-1")))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)
+
+
+@pytest.mark.parametrize("error", TOLD, ids=lambda error: type(error).__name__)
+def test_each_carries_its_reason_and_the_request(error: errors.LikelyError) -> None:
+    code, _, metadata = statuses.status(error, "id-1")
+    rich = status_pb2.Status.FromString(dict(metadata)[statuses.DETAILS_KEY])
+    assert rich.code == code.value[0]
+    info = error_details_pb2.ErrorInfo()
+    assert rich.details[0].Unpack(info)
+    assert info.domain == "likely"
+    assert info.reason == statuses.status(error, "")[0].name or info.reason.isupper()
+    request = error_details_pb2.RequestInfo()
+    assert rich.details[1].Unpack(request)
+    assert request.request_id == "id-1"
+
+
+@pytest.mark.parametrize("error", [errors.Overloaded("full", 0.25), errors.Unavailable("no")])
+def test_what_may_be_retried_says_when(error: errors.LikelyError) -> None:
+    _, _, metadata = statuses.status(error, "id-1")
+    expected = "250" if isinstance(error, errors.Overloaded) else "1000"
+    assert dict(metadata)[statuses.PUSHBACK_KEY] == expected
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("secret"), KeyError("secret"), errors.ServerFault("secret")]
+)
+def test_a_fault_tells_the_request_id_alone(error: Exception) -> None:
+    code, message, metadata = statuses.status(error, "id-1")
+    assert code is grpc.StatusCode.INTERNAL
+    assert message == "internal error, request id-1"
+    assert b"secret" not in dict(metadata)[statuses.DETAILS_KEY]
+    assert isinstance(statuses.error(Failed(code, message, metadata)), errors.ServerFault)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, errors.InvalidInput),
+        (grpc.StatusCode.NOT_FOUND, errors.ModelNotFound),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.Overloaded),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.AccessDenied),
+        (grpc.StatusCode.UNIMPLEMENTED, errors.ServerFault),
+        (grpc.StatusCode.UNKNOWN, errors.ServerFault),
+    ],
+)
+@pytest.mark.parametrize("metadata", [None, (), ((statuses.DETAILS_KEY, b"\xff\xff"),)])
+def test_a_proxy_without_details_is_understood(
+    code: grpc.StatusCode, kind: type[errors.LikelyError], metadata: Any
+) -> None:
+    assert type(statuses.error(Failed(code, "message", metadata))) is kind
