@@ -54,7 +54,7 @@ def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:
     rng = np.random.default_rng(SEED)
     sets = {DIGITS: digits} | {name: make(digits, rng) for name, make in pictures.NO_DIGITS.items()}
     answers = {
-        name: {alpha: client.score(x, alpha=alpha, surprise=True) for alpha in ALPHAS}
+        name: {alpha: client.score(x, alpha=alpha, surprise=alpha == ALPHA) for alpha in ALPHAS}
         for name, x in sets.items()
     }
     console.print(tables.rejection(answers, DIGITS))
@@ -67,17 +67,21 @@ def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:
     console.print(tables.labels(answer, strict, y))
 
     inside = _digits(digits, y.tolist(), scores[DIGITS])
-    outside = [_example(name, sets[name], one, _typical(one)) for name, one in others.items()]
+    outside = [_example(name, sets[name], one, _hardest(one)) for name, one in others.items()]
     figures.surprise(out / "surprise.png", [*inside, *outside], ALPHA)
     shown = [*inside[:2], outside[-3], outside[-1]]
-    said = client.classify(np.stack([example.x for example in shown])[:, None], alpha=ALPHA)
+    console.print(tables.examples(shown, _assigned(client, shown)))
+    console.print(_draw(client, client.model().labels, out), highlight=False)
+
+
+def _assigned(client: Client, shown: Sequence[Example]) -> list[str]:
+    """What label each picture gets, if any, and how sure Bayes' rule is."""
+    answer = client.classify(np.stack([example.x for example in shown]), alpha=ALPHA)
     names = client.model().labels
-    posterior = [
+    return [
         f"label {names[label]}, {row.max():.0%}" if verdict == Verdict.ACCEPTED else "no label"
-        for label, row, verdict in zip(said.label, said.posterior, said.verdict, strict=True)
+        for label, row, verdict in zip(answer.label, answer.posterior, answer.verdict, strict=True)
     ]
-    console.print(tables.examples(shown, posterior))
-    console.print(_draw(client, names, out), highlight=False)
 
 
 def _greeting(info: ModelInfo, address: str) -> str:
@@ -105,9 +109,9 @@ def _example(name: str, x: Pixels, scores: Scores, row: int) -> Example:
     )  # fmt: skip
 
 
-def _typical(scores: Scores) -> int:
-    """The row whose log p(x) is the median."""
-    return int(np.argsort(scores.log_px)[len(scores.log_px) // 2])
+def _hardest(scores: Scores) -> int:
+    """The row that looks most like a digit: by p-value, then by log p(x)."""
+    return int(np.lexsort((scores.log_px, scores.p_value))[-1])
 
 
 def _draw(client: Client, names: Sequence[str], out: Path) -> str:

@@ -132,7 +132,7 @@ def _histograms(ax: Axes, digits: Scores, others: Mapping[str, Scores]) -> None:
     ax.set_ylim(0, 0.3)
     ax.set_xlabel("log p(x) in nats")
     ax.set_ylabel("share of pictures")
-    ax.set_title("Likelihood alone is not the answer", loc="left")
+    ax.set_title("Log-likelihoods", loc="left")
 
 
 def _rejections(ax: Axes, digits: Scores, others: Mapping[str, Scores]) -> None:
@@ -149,7 +149,7 @@ def _rejections(ax: Axes, digits: Scores, others: Mapping[str, Scores]) -> None:
     ax.set_ylim(0, 1.03)
     ax.set_xlabel("alpha, the rate of false rejections that the caller accepts")
     ax.set_ylabel("share rejected")
-    ax.set_title("Calibrated p-values keep their promise", loc="left")
+    ax.set_title("What calibrated p-values reject", loc="left")
 
 
 def _picture(ax: Axes, x: Pixels, edge: str = "#c9ced6") -> None:

@@ -74,15 +74,19 @@ def shuffled(digits: Pixels, rng: np.random.Generator) -> Pixels:
 def photographs(digits: Pixels, rng: np.random.Generator) -> Pixels:
     """Patches of the photographs that come with scikit-learn, in 17 levels of grey."""
     photos = [Image.fromarray(array).convert("L") for array in load_sample_images().images]
-    patches = []
-    for _ in digits:
-        photo = photos[rng.integers(len(photos))]
-        side = int(rng.integers(16, 129))
-        left, top = rng.integers(photo.width - side), rng.integers(photo.height - side)
-        corners = (int(left), int(top), int(left) + side, int(top) + side)
-        patch = np.asarray(photo.crop(corners).resize((8, 8), Image.Resampling.BOX))
-        patches.append(patch.astype(np.int64) * LEVELS // 256)
-    return np.stack(patches)[:, None].astype(np.uint8)
+    patches: list[Pixels] = []
+    while len(patches) < len(digits):
+        patch = _patch(photos[rng.integers(len(photos))], rng)
+        if np.ptp(patch) >= 4:  # a black corner or a clear sky shows nothing of a photograph
+            patches.append(patch)
+    return np.stack(patches)[:, None]
+
+
+def _patch(photo: Image.Image, rng: np.random.Generator) -> Pixels:
+    side = int(rng.integers(16, 129))
+    left, top = int(rng.integers(photo.width - side)), int(rng.integers(photo.height - side))
+    patch = photo.crop((left, top, left + side, top + side)).resize((8, 8), Image.Resampling.BOX)
+    return (np.asarray(patch).astype(np.int64) * LEVELS // 256).astype(np.uint8)
 
 
 NO_DIGITS: dict[str, Callable[[Pixels, np.random.Generator], Pixels]] = {

@@ -45,13 +45,13 @@ def build(run: Path, out: Path, report: Report = lambda step: None) -> Manifest:
         exported = dict(_export(opened, data, folder, report))
         report("calibrate")
         arrays, temperature = _calibrate(exported, data, folder)
-        np.savez(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
         golden = {
             f"{role}/{name}": array
             for role, each in exported.items()
             for name, array in each.golden.items()
         }
-        np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
+        np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
         fields = {
             "name": opened.recipe.name,
             "version": opened.recipe.version,
@@ -81,7 +81,8 @@ def _export(
 ) -> Iterator[tuple[Role, Exported]]:
     for role, name in run.recipe.roles.items():
         report(f"export {role}")
-        source = roles.source(role, run.model(name), run.recipe.calibration.statistics)
+        model = graphs.halved(run.model(name))
+        source = roles.source(role, model, run.recipe.calibration.statistics)
         yield role, graphs.export(source, folder / f"{role}.onnx", data.levels, len(data.labels))
 
 

@@ -107,9 +107,8 @@ class CVAE(nn.Module):
 
     def log_probs(self, z: Tensor, y: Tensor) -> Tensor:
         """log p of every level of every pixel given z (n, z) and y (n,), (n, c, h, w, levels)."""
-        parameters = self.decode(z[:, None], y)[:, 0]
-        tables = self._tables(parameters)
-        return tables.unflatten(1, self.config.shape)
+        tables = self._tables(self.decode(z[:, None], y)[:, 0])
+        return torch.unflatten(tables, 1, self.config.shape)
 
     def log_weights(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
         """w_k in nats, (n, k).
@@ -162,8 +161,8 @@ class CVAE(nn.Module):
         hidden = torch.relu(self.decoder_in(z) + self.decoder_label(y)[..., None, :])
         parameters: Tensor = self.decoder_out(self.decoder(self.dropout(hidden)))
         if terms := self.config.logistics:
-            return parameters.unflatten(-1, (3, terms, self.dimensions))
-        return parameters.unflatten(-1, (self.dimensions, self.config.levels))
+            return torch.unflatten(parameters, -1, (3, terms, self.dimensions))
+        return torch.unflatten(parameters, -1, (self.dimensions, self.config.levels))
 
     def weights(self, features: Tensor, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
         """w_k in nats, (..., k).

@@ -373,9 +373,7 @@ def _size(picture: Pixels) -> str:
     return f"{h}x{w} with {c} channel{'s' if c > 1 else ''}"
 
 
-def _checked(
-    path: Path, x: npt.NDArray[Any], y: npt.NDArray[Any]
-) -> tuple[Pixels, Labels]:
+def _checked(path: Path, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[Pixels, Labels]:
     """Pictures as uint8 (n, c, h, w) and labels as int64 (n,)."""
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise InvalidInput(

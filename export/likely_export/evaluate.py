@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import binom
 from sklearn.metrics import roc_auc_score
 
@@ -62,7 +63,9 @@ async def _evaluate(engine: Engine, data: Dataset, alphas: Sequence[float]) -> d
             f"{alpha:g}": _rejection(scores.p_value <= alpha, alpha) for alpha in alphas
         },
         "outliers": {
-            name: _outliers(scores, await engine.score(make(test.x, manifest.levels), alphas[-1]))
+            name: _outliers(
+                scores, await engine.score(make(test.x, manifest.levels), alphas[-1]), alphas
+            )
             for name, make in OUTLIERS.items()
         },
         "parity_nats": manifest.parity_nats,
@@ -85,13 +88,12 @@ def _labels(answer: Classifications, data: Dataset) -> dict[str, Any]:
     }
 
 
-def _outliers(inliers: Scores, outliers: Scores) -> dict[str, float]:
+def _outliers(inliers: Scores, outliers: Scores, alphas: Sequence[float]) -> dict[str, Any]:
     truth = np.repeat([0, 1], [len(inliers.p_value), len(outliers.p_value)])
     return {
         "auroc": _auroc(truth, -inliers.p_value, -outliers.p_value),
         "likelihood_only_auroc": _auroc(truth, -inliers.log_px, -outliers.log_px),
-        "rejected": float(np.mean(outliers.verdict == Verdict.OUTLIER)),
-        "alpha": inliers.alpha,
+        "rejected": {f"{alpha:g}": float(np.mean(outliers.p_value <= alpha)) for alpha in alphas},
     }
 
 
@@ -99,7 +101,7 @@ def _auroc(truth: Doubles, inliers: Doubles, outliers: Doubles) -> float:
     return float(roc_auc_score(truth, np.concatenate([inliers, outliers])))
 
 
-def _rejection(rejected: Doubles, alpha: float) -> dict[str, Any]:
+def _rejection(rejected: npt.NDArray[np.bool_], alpha: float) -> dict[str, Any]:
     n = len(rejected)
     low, high = binom.interval(0.99, n, alpha)
     return {"rate": float(np.mean(rejected)), "binomial_99": [low / n, high / n]}

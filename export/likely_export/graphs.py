@@ -25,6 +25,7 @@ from likely_export.roles import GraphSource
 OPSET = 20
 BATCHES = (1, 3, 64)
 TOLERANCE = 1e-3  # nats
+SMALLEST_HALVED = 256  # numbers of a weight
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
     assert program is not None
     model = program.model_proto
     strip(model)
+    compact(model)
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -112,6 +114,39 @@ def strip(model: onnx.ModelProto) -> None:
             for part in parts:
                 del part.metadata_props[:]
                 part.ClearField("doc_string")
+
+
+def halved(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model, its weights rounded to half precision, which `compact` then stores."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.half().float())
+    return model
+
+
+def compact(model: onnx.ModelProto) -> None:
+    """Stores weights that half precision holds exactly in half the bytes.
+
+    They are cast back where the graph begins, once, when a session is opened: what is
+    computed stays the same to the bit.
+    """
+    casts = []
+    for tensor in list(model.graph.initializer):
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < SMALLEST_HALVED:
+            continue
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), values):
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}_half"))
+        casts.append(
+            onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT)
+        )
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -142,9 +177,7 @@ def example(
     return feeds
 
 
-def _difference(
-    source: GraphSource, session: Session, levels: int, labels: int, n: int
-) -> float:
+def _difference(source: GraphSource, session: Session, levels: int, labels: int, n: int) -> float:
     """The largest difference in a log-likelihood at a batch of `n`, in nats."""
     feeds = example(source.inputs, n, levels, labels, seed=1)
     with torch.no_grad():
@@ -171,7 +204,9 @@ def _compare(spec: TensorSpec, value: Array, got: Array, n: int) -> None:
         changed = np.mean(np.any((value != got).reshape(n, -1), 1))
         if changed > 0.05:
             raise BundleError(f"{changed:.0%} of {n} drawn pictures differ between torch and ONNX")
-    elif not np.allclose(value, got, rtol=1e-4 if spec.name == "statistics" else 1e-6, atol=TOLERANCE):
+    elif not np.allclose(
+        value, got, rtol=1e-4 if spec.name == "statistics" else 1e-6, atol=TOLERANCE
+    ):
         worst = float(np.abs(value - got).max())
         raise BundleError(
             f"{spec.name} differs by {worst:.2e} between torch and ONNX at batch {n}; "

@@ -51,4 +51,4 @@ def log_probs(parameters: Tensor, levels: int) -> Tensor:
     d = parameters.shape[-1]
     x = torch.arange(levels, dtype=parameters.dtype, device=parameters.device)
     every = parameters[..., None].expand(*parameters.shape, levels).flatten(-2)
-    return log_prob(every, x.repeat(d), levels).unflatten(-1, (d, levels))
+    return torch.unflatten(log_prob(every, x.repeat(d), levels), -1, (d, levels))

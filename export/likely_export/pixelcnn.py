@@ -201,6 +201,9 @@ class RowBlock(nn.Module):
 class PixelCNN(nn.Module):
     """An autoregressive density over discrete pictures."""
 
+    rows: RowTransformer
+    label: nn.Embedding
+
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__()
         self.config = config
@@ -281,7 +284,8 @@ class PixelCNN(nn.Module):
         if self.config.row_layers:
             inner += [p for p in self.rows.blocks.parameters() if p.ndim == 2]
             inner += [self.rows.embed.weight, self.rows.out.weight]
-        return [*inner, self.mix.weight]
+        inner.append(self.mix.weight)
+        return inner
 
     def labels(self, y: Tensor | None) -> Tensor | None:
         """The labels to condition on, null ones (1,) for None; None if the model takes none."""

@@ -28,6 +28,7 @@ from likely.bundle import Name, Role
 from likely.errors import InvalidInput
 from likely_export import data
 from likely_export.families import GIVEN_BY_DATA, family
+from likely_export.statistics import STATISTICS
 from likely_export.train import Training
 
 
@@ -92,13 +93,22 @@ class Model(_Table):
 
 
 class Calibration(_Table):
-    """What the report shows of the calibration.
+    """What outlier decisions are made of, and what the report checks.
 
     Attributes:
+        statistics: names of `likely_export.statistics.STATISTICS`; all by default.
         alphas: rates of false rejections to check on the test part.
     """
 
+    statistics: tuple[str, ...] = tuple(STATISTICS)
     alphas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.01, 0.05, 0.1)
+
+    @field_validator("statistics")
+    @classmethod
+    def _known_statistics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in STATISTICS]:
+            raise ValueError(f"{unknown[0]} is none of {', '.join(STATISTICS)}")
+        return names
 
 
 class Recipe(_Table):
@@ -168,16 +178,26 @@ def parse(text: str, folder: Path | None = None) -> Recipe:
     """The recipe in a TOML text; relative sources are relative to the folder."""
     try:
         table = tomllib.loads(text)
-        recipe = Recipe.model_validate(table)
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput("recipe", f"is not TOML: {error}") from error
+    recipe = from_table(table)
+    if folder is None or recipe.data.source == "digits":
+        return recipe
+    return _relocated(recipe, str((folder / recipe.data.source).resolve()))
+
+
+def from_table(table: Mapping[str, Any], source: str | None = None) -> Recipe:
+    """The recipe of plain values, such as a manifest's, with another source if given."""
+    try:
+        recipe = Recipe.model_validate(table)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
         raise InvalidInput(where, _sentence(first)) from error
-    if folder is None or recipe.data.source == "digits":
-        return recipe
-    source = str((folder / recipe.data.source).resolve())
+    return _relocated(recipe, source) if source else recipe
+
+
+def _relocated(recipe: Recipe, source: str) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
 
 

@@ -81,7 +81,9 @@ def conditional(model: PixelCNN | CVAE) -> GraphSource:
     config = model.config
     outputs = (_floats("log_pxy", config.labels),)
     if isinstance(model, PixelCNN):
-        return GraphSource(EveryLabel(model).eval(), (_pictures(config.shape),), outputs, Kind.EXACT)
+        return GraphSource(
+            EveryLabel(model).eval(), (_pictures(config.shape),), outputs, Kind.EXACT
+        )
     k = model.config.importance_samples
     inputs = (_pictures(config.shape), _floats("eps", k, model.config.latent))
     return GraphSource(
@@ -115,9 +117,7 @@ def encode(model: CVAE) -> GraphSource:
     """The graph of the latent features' mean and log-variance."""
     latent = model.config.latent
     outputs = (_floats("mean", latent), _floats("log_variance", latent))
-    return GraphSource(
-        Encode(model).eval(), (_pictures(model.config.shape), _labels()), outputs
-    )
+    return GraphSource(Encode(model).eval(), (_pictures(model.config.shape), _labels()), outputs)
 
 
 def source(role: Role, model: nn.Module, names: tuple[str, ...]) -> GraphSource:

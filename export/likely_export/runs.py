@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
@@ -70,7 +71,7 @@ class Job:
     hardware: Hardware
     threads: int
 
-    def run(self, report: Report) -> Trained:
+    def run(self, report: Report | None) -> Trained:
         """Trains it in this process."""
         torch.set_num_threads(self.threads)
         chosen = self.recipe.models[self.name]
@@ -90,7 +91,7 @@ class Job:
             self.folder,
             resume=self.resume,
             hardware=self.hardware,
-            report=_seldom(lambda now: report(self.name, now)),
+            report=_seldom(partial(report, self.name)) if report else None,
         )
 
 
@@ -102,7 +103,7 @@ def train_all(
     resume: bool = True,
     hardware: Hardware | None = None,
     threads: int = 1,
-    report: Report = lambda name, progress: None,
+    report: Report | None = None,
 ) -> dict[str, Trained]:
     """Trains the models of a recipe into a run folder.
 
@@ -113,7 +114,7 @@ def train_all(
         resume: go on from checkpoints; otherwise these models start afresh.
         hardware: on what.
         threads: of each model's process.
-        report: told where each model stands.
+        report: told where each model stands, if given.
 
     Raises:
         InvalidInput: no such model, or the folder is of another recipe.
@@ -157,7 +158,7 @@ def _seldom(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
     return forward
 
 
-def _side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Trained]:
+def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Trained]:
     # Spawned, not forked: a fork of a process whose OpenMP has run hangs.
     context = multiprocessing.get_context("spawn")
     told: Any = context.Queue()
@@ -172,7 +173,8 @@ def _side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Trained]:
                 running[name].start()
             name, news = _next(told, running)
             if isinstance(news, Progress):
-                report(name, news)
+                if report:
+                    report(name, news)
             elif isinstance(news, Trained):
                 trained[name] = news
                 running.pop(name).join()
@@ -185,9 +187,7 @@ def _side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Trained]:
     return {job.name: trained[job.name] for job in jobs}
 
 
-def _next(
-    told: Any, running: Mapping[str, BaseProcess]
-) -> tuple[str, Progress | Trained | str]:
+def _next(told: Any, running: Mapping[str, BaseProcess]) -> tuple[str, Progress | Trained | str]:
     """The next news of a worker; a worker that died without a word is news too."""
     while True:
         try:

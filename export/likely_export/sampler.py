@@ -18,7 +18,7 @@ activation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ class Sampler(nn.Module):
         config = model.config
         self.model = model
         self.channels, self.height, self.width = config.shape
-        self.layers = nn.ModuleList(_Layer(block) for block in model.blocks)
+        self.layers = [_Layer(cast(Block, block)) for block in model.blocks]
+        self.steps = nn.ModuleList(self.layers)
         # Levels stay raw; scaling to [-1, 1] is folded into the stems. `blank` is the
         # level that scales to 0, which is what lies outside the picture.
         self.blank = (config.levels - 1) / 2
@@ -146,7 +147,8 @@ class Sampler(nn.Module):
         rows = torch.arange(self.height)
         inputs = [noise, self.position_vertical, self.position_horizontal, rows]
         _, levels = scan(row, start_row, inputs)
-        return levels.permute(2, 3, 0, 1).to(torch.uint8)
+        pictures: Tensor = levels.permute(2, 3, 0, 1).to(torch.uint8)
+        return pictures
 
     def _windows(self, above: Tensor, blank: Tensor) -> Tensor:
         """The stem's view of the rows above, (w, n, (2 side + 1) * rows * c)."""
@@ -213,7 +215,8 @@ class _Layer(nn.Module):
         self.width = block.units // self.halves
         # A matrix for each column, the row above before the own one.
         columns = block.vertical.weight.permute(3, 2, 1, 0).flatten(1, 2)
-        self.vertical = nn.ModuleList(self._matrices(column) for column in columns)
+        self.vertical = [self._matrices(column) for column in columns]
+        self.taps = nn.ModuleList(self.vertical)
         self.over = self._matrices(block.across.weight[:, :, 0, 0].T)
         self.left = self._matrices(block.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1))
         self.out = nn.Parameter(block.out.weight[:, :, 0, 0].T.detach().clone(), False)

@@ -181,7 +181,7 @@ def fit(
     *,
     resume: bool = True,
     hardware: Hardware | None = None,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[Progress], None] | None = None,
 ) -> Trained:
     """Trains a model and leaves weights, checkpoint and log in the folder.
 
@@ -194,7 +194,7 @@ def fit(
         folder: where `checkpoint.pt`, `weights.pt` and `log.jsonl` go.
         resume: go on from the folder's checkpoint, if it has one.
         hardware: on what.
-        report: called after every step.
+        report: called after every step, if given.
 
     Raises:
         InvalidInput: the checkpoint is of another model or another training.
@@ -207,7 +207,8 @@ def fit(
         loop.start()
     while not loop.finished:
         loop.advance()
-        report(loop.progress)
+        if report:
+            report(loop.progress)
     return loop.keep()
 
 
@@ -428,7 +429,7 @@ class _Batches:
 class Matrices(torch.optim.Muon):
     """Muon for weights of two axes and more, each seen as a matrix (out, everything else)."""
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(self, weights: Iterable[Tensor], lr: float, weight_decay: float) -> None:
         self.weights = list(weights)
         views = [_matrix(weight, weight).detach() for weight in self.weights]
         super().__init__(views, lr=lr, weight_decay=weight_decay)
@@ -439,7 +440,8 @@ class Matrices(torch.optim.Muon):
         """One update; the views share their memory with the weights."""
         for weight, view in zip(self.weights, self.views, strict=True):
             view.grad = None if weight.grad is None else _matrix(weight.grad, weight)
-        return super().step(closure)
+        loss: float | None = super().step(closure)  # type: ignore[no-untyped-call]
+        return loss
 
 
 def _matrix(tensor: Tensor, weight: Tensor) -> Tensor:
@@ -452,7 +454,7 @@ def _matrix(tensor: Tensor, weight: Tensor) -> Tensor:
 def optimisers(module: nn.Module, training: Training) -> list[torch.optim.Optimizer]:
     """The optimisers of a training, each group with its `peak` rate."""
     weights = [weight for weight in module.parameters() if weight.requires_grad]
-    matrices: list[nn.Parameter] = []
+    matrices: list[Tensor] = []
     if training.optimiser == "muon":
         named = getattr(module, "matrices", None)
         matrices = list(named()) if named else list(_matrices(module))
@@ -466,16 +468,14 @@ def optimisers(module: nn.Module, training: Training) -> list[torch.optim.Optimi
         torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, foreach=True)
     ]
     if matrices:
-        chosen.append(
-            Matrices(matrices, training.muon_learning_rate, training.muon_weight_decay)
-        )
+        chosen.append(Matrices(matrices, training.muon_learning_rate, training.muon_weight_decay))
     for optimiser in chosen:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]
     return chosen
 
 
-def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+def _matrices(module: nn.Module) -> Iterator[Tensor]:
     """The weights of linear and convolutional layers."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):

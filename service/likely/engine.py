@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -172,7 +172,7 @@ class Engine:
         first_index: int = 0,
         temperature: float = 1.0,
         chunk: int = 64,
-    ) -> AsyncIterator[Draws]:
+    ) -> AsyncGenerator[Draws, None]:
         """Pictures drawn from the model, in chunks; the next is drawn while one is consumed.
 
         Args:
@@ -266,7 +266,9 @@ class Engine:
             # and errors of the estimate are shared by the labels that it compares.
             table = noise.normal(0, 0, 1, eps.array_shape(1)[1:])
             feeds["eps"] = np.broadcast_to(table, eps.array_shape(len(x)))
-        return _finite((await self._run(Role.CONDITIONAL, feeds, ["log_pxy"]))["log_pxy"])
+        arrays = await self._run(Role.CONDITIONAL, feeds, ["log_pxy"])
+        log_pxy: Doubles = _finite(arrays["log_pxy"])
+        return log_pxy
 
     async def _run(
         self, role: Role, feeds: Mapping[str, Array], outputs: Sequence[str]

@@ -1,10 +1,15 @@
 """Small models of every kind that the package trains, with weights far from nothing."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 
+from likely.graphs import Session
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+from likely_export.roles import GraphSource
+
+Opener = Callable[[GraphSource, int, int], Session]
 
 CONFIGS = {
     "grey": PixelCNNConfig((1, 5, 4), 3, channels=6, layers=2, head=8),

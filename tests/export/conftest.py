@@ -1,17 +1,12 @@
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from autoregressive import Opener
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from likely.graphs import Device, Session  # noqa: E402
-from likely_export import graphs  # noqa: E402
-from likely_export.roles import GraphSource  # noqa: E402
-
-Opener = Callable[[GraphSource, int, int], Session]
+from likely.graphs import Device, Session
+from likely_export import graphs
+from likely_export.roles import GraphSource
 
 
 @pytest.fixture(scope="session", autouse=True)

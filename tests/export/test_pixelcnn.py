@@ -5,8 +5,7 @@ import autoregressive
 import numpy as np
 import pytest
 import torch
-from autoregressive import CONFIGS
-from conftest import Opener
+from autoregressive import CONFIGS, Opener
 
 from likely_export import roles
 from likely_export.heads import PixelHead

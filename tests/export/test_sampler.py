@@ -4,8 +4,7 @@ import autoregressive
 import numpy as np
 import pytest
 import torch
-from autoregressive import CONFIGS
-from conftest import Opener
+from autoregressive import CONFIGS, Opener
 from scipy.stats import chisquare
 
 from likely_export import roles

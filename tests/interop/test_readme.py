@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import click
 import pytest
-from click.testing import CliRunner
 
 from demo.serving import Served
 from likely import cli
@@ -38,10 +39,9 @@ def test_every_command_exists(words: list[str]) -> None:
     if program == "make":
         assert re.search(rf"^{command}:", Path("Makefile").read_text(), re.M)
         return
-    main = {"likely": cli.main, "likely-export": export_cli.main}[program]
-    told = CliRunner().invoke(main, [command, "--help"])
-    assert told.exit_code == 0
-    assert all(flag in told.output for flag in given if flag.startswith("--"))
+    known = {"likely": cli.main, "likely-export": export_cli.main}[program].commands
+    with suppress(click.BadParameter):  # the example's folders are not there
+        known[command].make_context(command, given)
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -217,7 +217,7 @@ def models(address: str, timeout: float, as_json: bool) -> None:
             "picture": "x".join(str(size) for size in info.shape),
             "levels": info.levels,
             "labels": len(info.labels),
-            "answers": ", ".join(method.rpartition("/")[2] for method in info.methods),
+            "answers": " ".join(method.rpartition("/")[2] for method in info.methods),
             "finest alpha": info.finest_alpha,
             "runs on": ", ".join(
                 name.removesuffix("ExecutionProvider") for name in info.execution_providers

@@ -1,0 +1,137 @@
+"""What simple densities and a linear classifier reach on the same parts of the data.
+
+A density model that does not beat these has learnt nothing worth serving. All are
+true distributions over levels, so their nats compare with the models' own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.special import log_ndtr, logsumexp
+from sklearn.linear_model import LogisticRegression
+from sklearn.mixture import GaussianMixture
+
+from likely.answers import Doubles, Labels, Pixels
+from likely_export.data import Dataset
+
+COMPONENTS = (1, 2, 4, 8, 16, 32, 64)
+VARIANCES = (0.05, 0.25, 1.0)  # in levels squared
+
+
+class IndependentPixels:
+    """p(x) = prod_i p(x_i), each factor a table with one picture a level added (Laplace).
+
+    Args:
+        x: uint8 (n, c, h, w) to count.
+        levels: of a pixel.
+    """
+
+    def __init__(self, x: Pixels, levels: int) -> None:
+        flat = x.reshape(len(x), -1)
+        counts = np.stack([(flat == level).sum(0) for level in range(levels)], 1) + 1.0
+        self.tables = np.log(counts / counts.sum(1, keepdims=True))
+
+    def log_prob(self, x: Pixels) -> Doubles:
+        """log p(x) in nats (n,) of uint8 (n, c, h, w)."""
+        flat = x.reshape(len(x), -1)
+        taken: Doubles = self.tables[np.arange(flat.shape[1]), flat].sum(1)
+        return taken
+
+
+class DiscretisedMixture:
+    """A diagonal Gaussian mixture whose components are integrated over every level.
+
+    A level's probability is the Gaussian's mass within half a level of it, and the
+    first and last level take the tails, so that all levels sum to 1.
+
+    Args:
+        x: uint8 (n, c, h, w) to fit.
+        levels: of a pixel.
+        components: of the mixture.
+        variance: added to every variance, in levels squared.
+    """
+
+    def __init__(self, x: Pixels, levels: int, components: int, variance: float) -> None:
+        self.levels = levels
+        self.mixture = GaussianMixture(
+            components, covariance_type="diag", reg_covar=variance, random_state=0
+        ).fit(x.reshape(len(x), -1).astype(np.float64))
+
+    def log_prob(self, x: Pixels) -> Doubles:
+        """log p(x) in nats (n,) of uint8 (n, c, h, w)."""
+        means, sds = self.mixture.means_, np.sqrt(self.mixture.covariances_)
+        # (components, d, levels): few levels and many pictures make a table the cheap way.
+        edges = np.arange(1, self.levels) - 0.5
+        standard = (edges - means[..., None]) / sds[..., None]
+        tables = _log_masses(standard)
+        flat = x.reshape(len(x), -1)
+        log_px = np.stack([table[np.arange(flat.shape[1]), flat].sum(1) for table in tables], 1)
+        total: Doubles = logsumexp(log_px + np.log(self.mixture.weights_), axis=1)
+        return total
+
+
+def _log_masses(edges: Doubles) -> Doubles:
+    """log of the normal masses between ascending edges (..., m), and of both tails, (..., m + 1).
+
+    Differences are taken in the lower tail, by symmetry, where they do not cancel.
+    """
+    low = np.concatenate([np.full((*edges.shape[:-1], 1), -np.inf), edges], -1)
+    high = np.concatenate([edges, np.full((*edges.shape[:-1], 1), np.inf)], -1)
+    flip = low > 0
+    low, high = np.where(flip, -high, low), np.where(flip, -low, high)
+    upper = log_ndtr(high)
+    with np.errstate(divide="ignore"):
+        masses: Doubles = upper + np.log(-np.expm1(log_ndtr(low) - upper))
+    return masses
+
+
+def best_mixture(data: Dataset) -> DiscretisedMixture:
+    """The mixture with the lowest nats on the validation part."""
+    candidates = [
+        DiscretisedMixture(data.train.x, data.levels, components, variance)
+        for components in COMPONENTS
+        if components <= len(data.train) // 2
+        for variance in VARIANCES
+    ]
+    return max(candidates, key=lambda mixture: mixture.log_prob(data.validate.x).mean())
+
+
+def logistic_regression(x: Pixels, y: Labels, levels: int) -> LogisticRegression:
+    """scikit-learn's logistic regression on pixels scaled to [0, 1]."""
+    return LogisticRegression(max_iter=2000).fit(_features(x, levels), y)
+
+
+def evaluate(data: Dataset) -> dict[str, Any]:
+    """Nats a picture and accuracy on the test part, of baselines fitted on the training part."""
+    test, train = data.test, data.train
+    marginal = IndependentPixels(train.x, data.levels)
+    per_label = [
+        IndependentPixels(train.x[train.y == label], data.levels)
+        for label in range(len(data.labels))
+    ]
+    given = np.stack([pixels.log_prob(test.x) for pixels in per_label], 1)
+    counts = np.bincount(train.y, minlength=len(data.labels))
+    with np.errstate(divide="ignore"):
+        joint = given + np.log(counts / counts.sum())
+    mixture = best_mixture(data)
+    classifier = logistic_regression(train.x, train.y, data.levels)
+    right = classifier.predict(_features(test.x, data.levels)) == test.y
+    return {
+        "independent_pixels_nll_nats": _nats(marginal.log_prob(test.x)),
+        "independent_pixels_given_label_nll_nats": _nats(given[np.arange(len(test)), test.y]),
+        "independent_pixels_accuracy": float(np.mean(joint.argmax(1) == test.y)),
+        "gaussian_mixture_nll_nats": _nats(mixture.log_prob(test.x)),
+        "gaussian_mixture_components": len(mixture.mixture.weights_),
+        "logistic_regression_accuracy": float(np.mean(right)),
+    }
+
+
+def _nats(log_p: Doubles) -> float:
+    return float(-log_p.mean())
+
+
+def _features(x: Pixels, levels: int) -> Doubles:
+    features: Doubles = x.reshape(len(x), -1) / (levels - 1)
+    return features

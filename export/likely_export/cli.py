@@ -1,0 +1,163 @@
+"""`likely-export`: from a recipe to a trained run, a bundle and its figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from likely.errors import InvalidInput, LikelyError
+
+# Commands import what they need when they run: `--help` should not wait for torch.
+
+
+class _Sentences(click.Group):
+    """Ends on an error of ours with its sentence on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LikelyError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Sentences, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="likely")
+def main() -> None:
+    """Train explicit-density models and export them as bundles to serve."""
+
+
+@main.command()
+@click.option("--recipe", default="digits", show_default=True, help="Name or .toml file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder  [default: runs/RECIPE]")
+@click.option("--model", "models", multiple=True, help="Train only this model; repeatable.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["32-true", "bf16-mixed", "64-true"]),
+    default="32-true",
+    show_default=True,
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Of each model's process; models are trained side by side.",
+)
+@click.option(
+    "--resume/--fresh",
+    default=True,
+    show_default=True,
+    help="Go on from checkpoints, or discard them.",
+)
+def train(
+    recipe: str,
+    out: Path | None,
+    models: tuple[str, ...],
+    device: Any,
+    devices: int,
+    precision: Any,
+    threads: int,
+    resume: bool,
+) -> None:
+    """Train a recipe's models side by side."""
+    from likely_export import recipes, runs
+    from likely_export.progress import Display
+    from likely_export.train import Hardware
+
+    chosen = recipes.load(recipe)
+    folder = out or Path("runs") / chosen.name
+    try:
+        with Display(models or chosen.models) as display:
+            trained = runs.train_all(
+                chosen,
+                folder,
+                only=models,
+                resume=resume,
+                hardware=Hardware(device, devices, precision),
+                threads=threads,
+                report=display.update,
+            )
+    except KeyboardInterrupt:
+        raise click.ClickException(
+            "interrupted; the same command goes on from the last checkpoint"
+        ) from None
+    table = Table("model", "steps", "seconds", "validation, nats a picture")
+    for name, result in trained.items():
+        numbers = (f"{result.steps}", f"{result.seconds:.0f}", f"{result.validation:.2f}")
+        table.add_row(name, *numbers)
+    Console().print(table)
+    click.echo(f"Now: likely-export build {folder} --out BUNDLE")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")
+def build(run: Path, out: Path) -> None:
+    """Export a trained RUN, calibrate it and write the bundle."""
+    from likely_export.build import build as build_bundle
+
+    console = Console(stderr=True)
+    with console.status("") as status:
+
+        def report(step: str) -> None:
+            status.update(step)
+            if not console.is_terminal:
+                console.print(step, highlight=False)
+
+        manifest = build_bundle(run, out, report)
+    size = sum(record.size for record in manifest.files.values())
+    click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def evaluate(bundle: Path, source: str | None, as_json: bool) -> None:
+    """Compute a BUNDLE's figures on the test part, beside simple baselines."""
+    from likely.bundle import Bundle
+    from likely_export import recipes
+    from likely_export.evaluate import evaluate as evaluate_bundle
+
+    manifest = Bundle.open(bundle).manifest
+    recipe = recipes.from_table(dict(manifest.recipe), source)
+    data = recipe.data.load()
+    if data.digest != manifest.data_digest:
+        raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
+    found = evaluate_bundle(bundle, data, recipe.calibration.alphas)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    table = Table("figure", "value")
+    for name, value in _flat(found):
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+@main.command("recipes")
+def list_recipes() -> None:
+    """List the recipes that come with likely."""
+    from likely_export import recipes
+
+    table = Table("recipe", "what it makes")
+    for name, description in recipes.shipped().items():
+        table.add_row(name, description)
+    Console().print(table)
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{name}.")
+        else:
+            yield path + name, value

@@ -1,0 +1,233 @@
+import gzip
+import itertools
+import struct
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from likely.errors import InvalidInput
+from likely_export import data
+from likely_export.data import PARTS, Sizes, Split
+
+SIZES = Sizes(fit=4, calibrate=5, validate=3, test=6)
+NO_TEST = Sizes(fit=4, calibrate=5, validate=3)
+
+
+def pictures(n: int, shape: tuple[int, ...] = (1, 5, 4), seed: int = 0) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape)).astype(np.uint8)
+
+
+def idx(array: npt.NDArray[np.uint8]) -> bytes:
+    return (
+        b"\0\0\x08"
+        + bytes([array.ndim])
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + (array.tobytes())
+    )
+
+
+def rows(split: Split) -> set[bytes]:
+    return {picture.tobytes() for picture in split.x}
+
+
+def test_the_digits_are_divided_into_five_disjoint_parts() -> None:
+    whole = data.read("digits")
+    found = data.load("digits", Sizes(160, 260, 120, 300))
+    sizes = [len(getattr(found, part)) for part in PARTS]
+    assert sizes == [957, 160, 260, 120, 300] and sum(sizes) == len(whole.x)
+    assert found.levels == 17 and found.shape == (1, 8, 8) and found.labels == tuple("0123456789")
+    for one, other in itertools.combinations(PARTS, 2):
+        assert not rows(getattr(found, one)) & rows(getattr(found, other))
+
+
+def test_a_division_is_a_function_of_its_seed_and_not_the_order_of_the_file(tmp_path: Path) -> None:
+    x, y = pictures(40), np.arange(40) % 3
+    np.savez(tmp_path / "set.npz", x=x, y=y)
+    first, again, other = (data.load(tmp_path / "set.npz", SIZES, seed=s) for s in (0, 0, 1))
+    assert first.digest == again.digest != other.digest
+    assert np.array_equal(first.test.x, again.test.x)
+    assert not np.array_equal(first.train.x, x[: len(first.train)])
+    for split in (getattr(first, part) for part in PARTS):
+        for picture, label in zip(split.x, split.y, strict=True):
+            assert y[(x == picture).all((1, 2, 3))] == [label]
+
+
+def test_npz_files_with_a_test_part_keep_it_whole_and_in_order(tmp_path: Path) -> None:
+    arrays = {
+        "x_train": pictures(30, (4, 4)),
+        "y_train": np.arange(30, dtype=np.uint8) % 2,
+        "x_test": pictures(7, (4, 4), seed=1),
+        "y_test": np.ones(7, np.uint8),
+        "class_names": np.array(["cat", "dog"]),
+    }
+    np.savez_compressed(tmp_path / "pets.npz", **arrays)  # type: ignore[arg-type]
+    found = data.load(tmp_path / "pets.npz", NO_TEST)
+    assert (found.name, found.labels, found.levels) == ("pets", ("cat", "dog"), 256)
+    assert np.array_equal(found.test.x[:, 0], arrays["x_test"])
+    assert found.test.y.dtype == np.int64 and len(found.train) == 30 - 12
+
+
+def test_colour_comes_channels_first(tmp_path: Path) -> None:
+    x = pictures(20, (6, 5, 3))
+    np.savez(tmp_path / "set.npz", x=x, y=np.zeros(20, int))
+    assert np.array_equal(data.read(tmp_path / "set.npz").x, x.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files_are_read_plain_and_gzipped(tmp_path: Path, packed: bool) -> None:
+    x, y = pictures(20, (5, 4)), (np.arange(20) % 4).astype(np.uint8)
+    for part, array in (("images-idx3", x), ("labels-idx1", y)):
+        content = idx(array)
+        name = f"train-{part}-ubyte" + (".gz" if packed else "")
+        (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
+        (tmp_path / name.replace("train", "t10k")).write_bytes(
+            gzip.compress(content) if packed else content
+        )
+    folder = data.read(tmp_path)
+    single = data.read(next(tmp_path.glob("train-images*")))
+    assert folder.test is not None and single.test is None
+    for found in (folder, single):
+        assert np.array_equal(found.x[:, 0], x) and np.array_equal(found.y, y)
+
+
+def test_image_folders_hold_a_subfolder_a_label(tmp_path: Path) -> None:
+    x = pictures(6, (3, 5, 4))
+    for i, picture in enumerate(x):
+        folder = tmp_path / ("ape", "bee")[i % 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{i}.png")
+    found = data.read(tmp_path)
+    assert found.labels == ("ape", "bee") and np.array_equal(found.y, [0, 0, 0, 1, 1, 1])
+    assert np.array_equal(found.x, x[[0, 2, 4, 1, 3, 5]])
+
+
+def test_fewer_levels_are_evenly_wide() -> None:
+    found = data.load("digits", Sizes(160, 260, 120, 300), levels=4)
+    assert found.levels == 4 and set(np.unique(found.train.x)) == {0, 1, 2, 3}
+    raw = data.load("digits", Sizes(160, 260, 120, 300))
+    assert np.array_equal(found.test.x, raw.test.x.astype(int) * 4 // 17)
+
+
+def test_binarisation_is_published_for_held_out_parts_and_fresh_in_training(
+    tmp_path: Path,
+) -> None:
+    x = pictures(30)
+    np.savez(tmp_path / "set.npz", x_train=x, y_train=np.zeros(30, int), x_test=x, y_test=[0] * 30)
+    found = data.load(tmp_path / "set.npz", NO_TEST, binarise=True)
+    u = np.random.Generator(np.random.Philox(key=[20261122, 0])).random(x.shape)
+    assert found.levels == 2 and np.array_equal(found.test.x, u * 255 < x)
+    train, every = found.train, np.arange(len(found.train))
+    draws = [train.redraw(every, np.random.default_rng(seed)) for seed in range(400)]
+    assert not np.array_equal(draws[0], draws[1]) and train.grey is not None
+    assert np.abs(np.mean(draws, 0) - train.grey / 255).max() < 5 * 0.5 / 20
+
+
+def test_black_stays_black_and_white_white_when_binarised() -> None:
+    ends = np.array([0, 255], np.uint8).repeat(1000)
+    drawn = data.bernoulli(ends, 255, np.random.default_rng(0))
+    assert np.array_equal(drawn, ends // 255)
+
+
+def truncated_idx(folder: Path) -> Path:
+    (folder / "a-images-idx3-ubyte").write_bytes(idx(pictures(3, (5, 4)))[:-1])
+    (folder / "a-labels-idx1-ubyte").write_bytes(idx(np.zeros(3, np.uint8)))
+    return folder / "a-images-idx3-ubyte"
+
+
+def broken_gzip(folder: Path) -> Path:
+    (folder / "a-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b nothing")
+    (folder / "a-labels-idx1-ubyte.gz").write_bytes(b"")
+    return folder / "a-images-idx3-ubyte.gz"
+
+
+def without_labels(folder: Path) -> Path:
+    (folder / "a-images-idx3-ubyte").write_bytes(idx(pictures(3, (5, 4))))
+    return folder / "a-images-idx3-ubyte"
+
+
+def no_zip(folder: Path) -> Path:
+    (folder / "set.npz").write_bytes(b"no zip")
+    return folder / "set.npz"
+
+
+def pickled(folder: Path) -> Path:
+    np.savez(folder / "set.npz", x=np.array([{}], object), y=[0])
+    return folder / "set.npz"
+
+
+def other_names(folder: Path) -> Path:
+    np.savez(folder / "set.npz", pictures=pictures(3))
+    return folder / "set.npz"
+
+
+def floats(folder: Path) -> Path:
+    np.savez(folder / "set.npz", x=pictures(3) / 255, y=[0, 1, 2])
+    return folder / "set.npz"
+
+
+def negative_label(folder: Path) -> Path:
+    np.savez(folder / "set.npz", x=pictures(2), y=[0, -1])
+    return folder / "set.npz"
+
+
+def two_sizes(folder: Path) -> Path:
+    for i, size in enumerate([(4, 4), (5, 4)]):
+        (folder / "a").mkdir(exist_ok=True)
+        Image.new("L", size).save(folder / "a" / f"{i}.png")
+    return folder
+
+
+def palette(folder: Path) -> Path:
+    (folder / "a").mkdir()
+    Image.new("P", (4, 4)).save(folder / "a" / "0.png")
+    return folder
+
+
+def no_picture(folder: Path) -> Path:
+    (folder / "a").mkdir()
+    (folder / "a" / "notes.txt").write_text("hello")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (truncated_idx, "59 bytes for the shape"),
+        (broken_gzip, "cannot be read"),
+        (without_labels, "a-labels-idx1-ubyte"),
+        (no_zip, "not a readable .npz"),
+        (pickled, "not a readable .npz"),
+        (other_names, "no array x"),
+        (floats, "float64"),
+        (negative_label, "negative"),
+        (two_sizes, "4x5"),
+        (palette, "mode P"),
+        (no_picture, "not a readable picture"),
+        (lambda folder: folder / "absent.npz", "exists"),
+        (lambda folder: folder, "subfolder a label"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, make, says: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InvalidInput, match=says) as caught:
+        data.read(make(tmp_path))
+    assert caught.value.field.startswith(str(tmp_path))
+
+
+def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="1797 pictures cannot give"):
+        data.load("digits", Sizes(600, 600, 300, 300))
+    with pytest.raises(InvalidInput, match=r"splits\.test"):
+        data.load("digits", NO_TEST)
+    with pytest.raises(InvalidInput, match=r"splits\.fit"):
+        Sizes(fit=0, calibrate=1, validate=1)
+    with pytest.raises(InvalidInput, match=r"not in \[2, 17\]"):
+        data.load("digits", SIZES, levels=18)
+    with pytest.raises(InvalidInput, match="2 names for the 10"):
+        data.load("digits", SIZES, labels=("a", "b"))
+    x = pictures(20)
+    np.savez(tmp_path / "set.npz", x_train=x, y_train=[0] * 20, x_test=x, y_test=[0] * 20)
+    with pytest.raises(InvalidInput, match="of its own"):
+        data.load(tmp_path / "set.npz", SIZES)

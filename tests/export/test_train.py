@@ -1,0 +1,223 @@
+import json
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from likely.errors import DeviceError, InvalidInput, LikelyError
+from likely_export import data, train
+from likely_export.data import Dataset, Sizes
+from likely_export.train import Hardware, Matrices, Progress, Training
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    shape: tuple[int, int, int]
+    explode_at: int = 0
+
+
+class Toy(nn.Module):
+    """Independent Bernoulli pixels behind layers of all kinds, with every kind of randomness."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, h, w = config.shape
+        self.calls = 0
+        self.conv = nn.Conv2d(c, 6, (2, 3), padding="same").to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm2d(6)  # its buffers must survive too
+        self.drop = nn.Dropout(0.2)
+        self.out = nn.Linear(6 * h * w, c * h * w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.norm(torch.relu(self.conv(x.float()))).flatten(1)
+        logits: Tensor = self.out(self.drop(flat))
+        return logits
+
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        blank = x * float(random.random() < 0.9) * float(np.random.rand() < 0.9)
+        loss = self.evaluate(x, y, self(blank) + 0.1 * torch.randn(len(x), 1))
+        return loss * (torch.nan if self.calls == self.config.explode_at else 1)
+
+    def evaluate(self, x: Tensor, y: Tensor, logits: Tensor | None = None) -> Tensor:
+        logits = self(x) if logits is None else logits
+        target = x.flatten(1).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return loss.sum(1)
+
+
+TRAINING = Training(epochs=4, batch=16, validations=6, average=0.9, learning_rate=0.01)
+MUON = replace(TRAINING, optimiser="muon", weight_decay=0.01)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Noisy bars, binarised afresh at each access."""
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 2, 140)
+    bars = np.where(y[:, None, None, None] == np.arange(4) % 2, 220, 30)
+    x = np.broadcast_to(bars, (140, 1, 3, 4)).astype(np.uint8)
+    path = tmp_path_factory.mktemp("bars") / "bars.npz"
+    np.savez(path, x=x, y=y)
+    return data.load(path, Sizes(fit=10, calibrate=10, validate=20, test=10), binarise=True)
+
+
+def toy(pictures: Dataset, explode_at: int = 0) -> Toy:
+    torch.manual_seed(5)
+    return Toy(ToyConfig(pictures.shape, explode_at))
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = torch.load(folder / train.WEIGHTS, weights_only=True)["state"]
+    return found
+
+
+@pytest.mark.parametrize("training", [TRAINING, MUON, replace(TRAINING, epochs=0, steps=29)])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    pictures: Dataset, training: Training, tmp_path: Path
+) -> None:
+    whole = train.fit(toy(pictures), pictures, training, tmp_path / "whole")
+
+    for stop in (7, 11, 25):  # none of them a step with a checkpoint
+
+        def interrupt(now: Progress, stop: int = stop) -> None:
+            if now.step == stop:
+                raise Stop
+
+        torch.manual_seed(stop)
+        with pytest.raises(Stop):
+            train.fit(toy(pictures), pictures, training, tmp_path / "cut", report=interrupt)
+    torch.manual_seed(99)
+    rest = train.fit(toy(pictures), pictures, training, tmp_path / "cut")
+
+    assert (rest.steps, rest.validation) == (whole.steps, whole.validation)
+    for name, weight in state(tmp_path / "whole").items():
+        assert torch.equal(weight, state(tmp_path / "cut")[name]), name
+    logs = [(tmp_path / run / train.LOG).read_text().splitlines() for run in ("whole", "cut")]
+    assert [json.loads(line)["train"] for line in logs[0]] == [
+        json.loads(line)["train"] for line in logs[1]
+    ]
+    last = [
+        torch.load(tmp_path / run / train.CHECKPOINT, weights_only=True) for run in ("whole", "cut")
+    ]
+    for name, weight in last[0]["weights"].items():
+        assert torch.equal(weight, last[1]["weights"][name])
+
+
+def test_training_lowers_the_objective_and_says_how_far_it_is(
+    pictures: Dataset, tmp_path: Path
+) -> None:
+    seen: list[Progress] = []
+    model = toy(pictures)
+    before = train.mean_of(model.eval(), pictures.validate)
+    done = train.fit(model, pictures, TRAINING, tmp_path, report=seen.append)
+    assert done.validation < before - 1
+    assert [now.step for now in seen] == list(range(1, done.steps + 1))
+    assert seen[-1].done == 1 and done.steps == 4 * (90 // 16)
+    lines = [json.loads(line) for line in (tmp_path / train.LOG).read_text().splitlines()]
+    assert len(lines) == TRAINING.validations and lines[-1]["step"] == done.steps
+    assert min(line["validation"] for line in lines) == pytest.approx(done.validation, abs=1e-4)
+
+
+def test_the_weights_kept_are_those_that_were_validated(pictures: Dataset, tmp_path: Path) -> None:
+    done = train.fit(toy(pictures), pictures, TRAINING, tmp_path)
+    again = toy(pictures)
+    train.restore_weights(again, done.weights)
+    assert train.mean_of(again.eval(), pictures.validate) == done.validation
+
+
+def test_two_seeds_and_two_runs(pictures: Dataset, tmp_path: Path) -> None:
+    settings = (TRAINING, TRAINING, replace(TRAINING, seed=1))
+    for i, training in enumerate(settings):
+        train.fit(toy(pictures), pictures, training, tmp_path / str(i))
+    first, again, other = (state(tmp_path / str(i))["out.weight"] for i in range(3))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_budget_of_processor_time_ends_a_run(pictures: Dataset, tmp_path: Path) -> None:
+    training = Training(budget_seconds=0.3, batch=16, validations=3)
+    done = train.fit(toy(pictures), pictures, training, tmp_path)
+    assert done.steps > 5 and 0.3 <= done.seconds < 3
+
+
+def test_a_run_that_diverges_says_so(pictures: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(LikelyError, match=r"Toy diverged before step \d+: objective nan"):
+        train.fit(toy(pictures, explode_at=6), pictures, TRAINING, tmp_path)
+
+
+def test_a_checkpoint_of_another_training_is_refused(pictures: Dataset, tmp_path: Path) -> None:
+    train.fit(toy(pictures), pictures, TRAINING, tmp_path)
+    with pytest.raises(InvalidInput, match="another training"):
+        train.fit(toy(pictures), pictures, replace(TRAINING, batch=8), tmp_path)
+    with pytest.raises(InvalidInput, match="another config"):
+        train.fit(toy(pictures, explode_at=99), pictures, TRAINING, tmp_path)
+    train.fit(toy(pictures), pictures, replace(TRAINING, batch=8), tmp_path, resume=False)
+
+
+def test_nothing_but_whole_files_is_ever_seen(
+    pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.fit(toy(pictures), pictures, TRAINING, tmp_path)
+    before = (tmp_path / train.CHECKPOINT).read_bytes()
+
+    def full(content: object, file: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        train.fit(toy(pictures), pictures, TRAINING, tmp_path, resume=False)
+    assert (tmp_path / train.CHECKPOINT).read_bytes() == before
+
+
+def test_muon_moves_kernels_in_place_and_along_orthogonal_directions() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=layout))
+        optimiser = Matrices([weight], lr=1.0, weight_decay=0.0)
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        optimiser.step()
+        moved = weight.detach().flatten(1)
+        assert torch.linalg.svdvals(moved).sub(1).abs().max() < 0.35
+        assert nn.functional.cosine_similarity(moved, -weight.grad.flatten(1)).min() > 0.5
+
+
+def test_every_weight_has_one_optimiser(pictures: Dataset) -> None:
+    for training in (TRAINING, MUON):
+        model = toy(pictures)
+        found = train.optimisers(model, training)
+        held = sum(w.numel() for o in found for g in o.param_groups for w in g["params"])
+        assert held == sum(weight.numel() for weight in model.parameters())
+
+
+def test_rates_rise_and_fall_linearly() -> None:
+    training = Training(steps=1, warm_up=0.2)
+    assert [training.rate(p) for p in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert Training(steps=1, warm_up=0).rate(0) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"steps": 1, "epochs": 1}, {"steps": -1}, {"steps": 1, "batch": 0}]
+)
+def test_settings_that_mean_nothing_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(InvalidInput, match="training"):
+        Training(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has what is to be missing")
+def test_a_device_that_is_not_there_is_an_error(pictures: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        train.fit(toy(pictures), pictures, TRAINING, tmp_path, hardware=Hardware("cuda"))
+
+
+@pytest.mark.gpu
+def test_training_runs_on_a_gpu(pictures: Dataset, tmp_path: Path) -> None:
+    hardware = Hardware("cuda", precision="bf16-mixed")
+    assert train.fit(toy(pictures), pictures, MUON, tmp_path, hardware=hardware).steps == 20
