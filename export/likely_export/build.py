@@ -27,7 +27,7 @@ GOLDEN = "golden.npz"
 Report = Callable[[str], None]
 
 
-def build(run: Path, out: Path, report: Report = lambda step: None) -> Manifest:
+def build(run: Path, out: Path, report: Report = print) -> Manifest:
     """The manifest of the bundle that a trained run becomes.
 
     Args:

@@ -51,7 +51,7 @@ def detector(
 
 
 def temperature(log_pxy: npt.NDArray[np.floating], y: Labels, priors: Doubles) -> float:
-    """The temperature of log p(x|y) that makes the labels' posterior likeliest (Guo et al., 2017)."""
+    """The temperature of log p(x|y) that makes the labels likeliest (Guo et al., 2017)."""
 
     def label_nll(log_temperature: float) -> float:
         posterior = bayes.posterior(log_pxy, priors, float(np.exp(log_temperature)))

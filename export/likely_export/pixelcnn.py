@@ -278,9 +278,11 @@ class PixelCNN(nn.Module):
         """-log p(x) in nats, (n,)."""
         return -self.log_prob(x)
 
-    def matrices(self) -> list[nn.Parameter]:
+    def matrices(self) -> list[Tensor]:
         """The weights that are matrices between hidden layers, which Muon may train."""
-        inner = [p for block in self.blocks for p in block.parameters() if p.ndim == 4]
+        inner: list[Tensor] = []
+        for block in self.blocks:
+            inner += [p for p in block.parameters() if p.ndim == 4]
         if self.config.row_layers:
             inner += [p for p in self.rows.blocks.parameters() if p.ndim == 2]
             inner += [self.rows.embed.weight, self.rows.out.weight]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan  # private path: torch is pinned
 from torch.nn import functional
 
-from likely_export.pixelcnn import Block, PixelCNN
+from likely_export.pixelcnn import Block, PixelCNN, RowBlock, RowTransformer
 
 
 class Sampler(nn.Module):
@@ -160,7 +160,7 @@ class Sampler(nn.Module):
         self, latest: Tensor, caches: list[Tensor], index: Tensor, y: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """What to add to v's row, (w, n, channels), and the next keys and values."""
-        rows = self.model.rows
+        rows: RowTransformer = self.model.rows
         # Channels outermost within a token, as in training.
         scaled = self.model.scale(latest).permute(1, 2, 0).flatten(1)
         token = rows.embed(scaled) + rows.position.index_select(0, index[None])
@@ -170,7 +170,8 @@ class Sampler(nn.Module):
         # Slots hold rows oldest first; those before row 0 are still empty.
         mask = torch.arange(self.height) >= self.height - 1 - index
         kept = []
-        for block, keys, values in zip(rows.blocks, caches[::2], caches[1::2], strict=True):
+        for each, keys, values in zip(rows.blocks, caches[::2], caches[1::2], strict=True):
+            block = cast(RowBlock, each)
             q, k, v = block.project(token)
             keys = torch.cat([keys[:, 1:], k], 1)
             values = torch.cat([values[:, 1:], v], 1)

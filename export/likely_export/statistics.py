@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,8 +71,7 @@ def surprise_shares(t: Tables) -> Tensor:
     that no rounding can move it from one bin to the next.
     """
     flat = t.surprise.flatten(1)
-    intervals = zip(EDGES[:-1], EDGES[1:], strict=True)
-    shares = [((flat - low) / (high - low)).clamp(0, 1).mean(1) for low, high in intervals]
+    shares = [((flat - low) / (high - low)).clamp(0, 1).mean(1) for low, high in pairwise(EDGES)]
     return torch.stack(shares, 1)
 
 

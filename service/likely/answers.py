@@ -92,7 +92,7 @@ class Draws:
 
     Attributes:
         images: uint8 (n, c, h, w) of levels.
-        label: int64 (n,).
+        label: int64 (n,); -1 where the model draws from p(x) without one.
         first_index: index of the first picture.
         seed: what they were drawn with.
         model_version: the version that drew them.

@@ -180,7 +180,7 @@ class Engine:
             count: how many pictures.
             seed: where the random numbers come from.
             first_index: of the first picture; picture i depends on i, not on the chunking.
-            temperature: multiplies the noise of every draw.
+            temperature: multiplies the noise that levels are drawn with.
             chunk: pictures of one chunk.
         """
         role = self._generator(label)
@@ -212,7 +212,8 @@ class Engine:
     async def _draw(
         self, role: Role, label: int | None, first: int, n: int, *, seed: int, temperature: float
     ) -> Draws:
-        labels = self._labels(label, seed, first, n)
+        takes_label = self._session(role).spec.input("y") is not None
+        labels = self._labels(label, seed, first, n) if takes_label else np.full(n, -1)
         parts = [
             self._submit(
                 self._draw_rows,
@@ -249,11 +250,9 @@ class Engine:
         return self._session(role).run(feeds, ["x"])[0]
 
     def _labels(self, label: int | None, seed: int, first: int, n: int) -> Labels:
-        """The labels of pictures to draw; -1 where the model has none."""
+        """The labels of pictures to draw."""
         if label is not None:
             return np.full(n, label, dtype=np.int64)
-        if not self.manifest.labels:
-            return np.full(n, -1, dtype=np.int64)
         bounds = np.cumsum(self.manifest.priors)[:-1]
         drawn = np.searchsorted(bounds, noise.uniform(seed, first, n), side="right")
         return drawn.astype(np.int64)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from likely import machine
 from likely.bundle import Graph, TensorSpec
 from likely.errors import BundleError, DeviceError, RuntimeMissing, SettingsError
 
@@ -65,10 +66,7 @@ def require_runtime() -> None:
         RuntimeMissing: there is none; the message names the extras that bring one.
     """
     if importlib.util.find_spec("onnxruntime") is None:
-        raise RuntimeMissing(
-            "no ONNX Runtime is installed: `pip install 'likely[cpu]'` brings one for CPUs, "
-            "'likely[gpu]' one for NVIDIA cards, 'likely[cuda]' the same with its CUDA libraries"
-        )
+        raise RuntimeMissing(f"no ONNX Runtime is installed; {machine.INSTALL}")
 
 
 def cuda_devices() -> int:

@@ -57,7 +57,8 @@ class Detector:
     def score(self, statistics: npt.NDArray[np.floating]) -> Doubles:
         """The squared Mahalanobis distance (n,) of statistics (n, s); large is unusual."""
         whitened = (self.normal_scores(statistics) - self.centre) @ self.whitening
-        return np.einsum("nr,nr->n", whitened, whitened)
+        distance: Doubles = np.einsum("nr,nr->n", whitened, whitened)
+        return distance
 
     def p_value(self, statistics: npt.NDArray[np.floating]) -> Doubles:
         """The calibrated p-value (n,) in (0, 1] of statistics (n, s); ties count against."""

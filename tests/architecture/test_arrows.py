@@ -24,7 +24,7 @@ SERVICE = {
     "settings": "answers errors pydantic pydantic_settings tomli_w",
     "logs": "structlog",
     "bundle": "errors numpy pydantic",
-    "graphs": "bundle errors numpy onnxruntime",
+    "graphs": "bundle errors machine numpy onnxruntime",
     "engine": "answers bayes bundle errors graphs noise outliers numpy",
     "registry": "answers bundle engine errors",
     "checks": "answers bayes bundle codec errors noise outliers v1 numpy",

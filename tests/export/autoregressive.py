@@ -14,7 +14,9 @@ Opener = Callable[[GraphSource, int, int], Session]
 CONFIGS = {
     "grey": PixelCNNConfig((1, 5, 4), 3, channels=6, layers=2, head=8),
     "colour": PixelCNNConfig((3, 4, 3), 4, channels=6, layers=2, head=8, stem=(1, 1, 1)),
-    "relu_labels": PixelCNNConfig((1, 4, 5), 5, labels=3, channels=6, layers=2, head=8, gated=False),
+    "relu_labels": PixelCNNConfig(
+        (1, 4, 5), 5, labels=3, channels=6, layers=2, head=8, gated=False
+    ),
     "rows_nibbles": PixelCNNConfig(
         (1, 6, 5), 16, labels=2, channels=6, layers=3, head=8, digits=2, positions=True,
         row_layers=2, row_width=8, row_heads=2, stem=(3, 2, 3), gated=False,

@@ -35,7 +35,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = tmp_path_factory.mktemp("environment") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = environment / "bin" / "python"
-    install = ["pip", "install", "--quiet", f"{wheel}[cpu]"]
+    install = ["pip", "install", "--quiet", "--no-compile", f"{wheel}[cpu]"]
     subprocess.run([str(python), "-m", *install], check=True)
     return python
 

@@ -52,8 +52,8 @@ class GenerateRequest(google.protobuf.message.Message):
     divided: indices 0..99 are the same pictures as 0..49 and 50..99.
     """
     temperature: builtins.float
-    """Multiplies the noise of every draw, in [0, 2]: 1 draws from the model,
-    0 gives its most probable levels. Absent: 1.
+    """Multiplies the noise that levels are drawn with, in [0, 2]: 1 draws from
+    the model, 0 takes the most probable level every time. Absent: 1.
     """
     def __init__(
         self,
@@ -100,7 +100,9 @@ class GenerateResponse(google.protobuf.message.Message):
 
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The label of every picture of this chunk."""
+        """The label of every picture of this chunk; -1 where the model draws from
+        p(x) without one.
+        """
 
     def __init__(
         self,

@@ -1,0 +1,64 @@
+import itertools
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from likely.answers import Pixels
+from likely_export import baselines, data
+from likely_export.baselines import DiscretisedMixture, IndependentPixels
+from likely_export.data import Sizes
+
+LEVELS = 3
+
+
+@pytest.fixture(scope="module")
+def every() -> Pixels:
+    """All pictures of 2x2 pixels and three levels."""
+    pictures = list(itertools.product(range(LEVELS), repeat=4))
+    return np.array(pictures, np.uint8).reshape(-1, 1, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def seen() -> Pixels:
+    pairs = np.random.default_rng(0).integers(0, LEVELS, (60, 1, 2, 1))
+    return pairs.repeat(2, 3).astype(np.uint8)
+
+
+def test_independent_pixels_sum_to_one_over_all_pictures(every: Pixels, seen: Pixels) -> None:
+    log_px = IndependentPixels(seen, LEVELS).log_prob(every)
+    assert np.exp(log_px).sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("components", [1, 4])
+@pytest.mark.parametrize("variance", [1e-4, 0.25])
+def test_a_discretised_mixture_sums_to_one_over_all_pictures(
+    every: Pixels, seen: Pixels, components: int, variance: float
+) -> None:
+    log_px = DiscretisedMixture(seen, LEVELS, components, variance).log_prob(every)
+    assert np.exp(log_px).sum() == pytest.approx(1)
+
+
+def test_a_mixture_of_one_is_a_product_of_normal_masses(every: Pixels, seen: Pixels) -> None:
+    flat = seen.reshape(60, 4)
+    normal = norm(flat.mean(0), np.sqrt(flat.var(0) + 0.1))
+    edges = np.array([-np.inf, 0.5, 1.5, np.inf])
+    pixels = every.reshape(-1, 4)
+    expected = (normal.cdf(edges[pixels + 1]) - normal.cdf(edges[pixels])).prod(1)
+    found = DiscretisedMixture(seen, LEVELS, 1, 0.1).log_prob(every)
+    assert np.allclose(np.exp(found), expected, atol=1e-9)
+
+
+def test_masses_keep_their_logarithm_in_both_tails() -> None:
+    edges = np.array([-60.0, -59.0, 59.0, 60.0])
+    masses = baselines._log_masses(edges)
+    assert np.isfinite(masses).all() and masses[2] == pytest.approx(0)
+    assert np.allclose(masses, masses[::-1]) and masses[1] == pytest.approx(norm.logcdf(-59))
+
+
+def test_on_digits_structure_pays() -> None:
+    found = baselines.evaluate(data.load("digits", Sizes(160, 260, 120, 300)))
+    pixels = found["independent_pixels_nll_nats"]
+    assert found["gaussian_mixture_nll_nats"] < pixels < 64 * np.log(17)
+    assert found["independent_pixels_given_label_nll_nats"] < pixels
+    assert found["logistic_regression_accuracy"] > found["independent_pixels_accuracy"] > 0.85

@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from likely.bundle import Manifest
+from likely_export import runs
+from likely_export.cli import main
+from likely_export.runs import Run
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    x = np.random.default_rng(0).integers(0, 256, (40, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "set.npz", x=x, y=np.arange(40) % 2)
+    (tmp_path / "tiny.toml").write_text(
+        """
+        name = "tiny"
+        version = "1"
+        data = { source = "set.npz", splits = { fit = 5, calibrate = 5, validate = 5, test = 5 } }
+        roles = { density = "a" }
+        [models.a]
+        family = "cvae"
+        width = 8
+        training = { steps = 2, validations = 1 }
+        """
+    )
+    return tmp_path / "tiny.toml"
+
+
+def test_recipes_are_listed() -> None:
+    result = call("recipes")
+    assert result.exit_code == 0 and "digits" in result.output
+
+
+def test_training_leaves_a_run_and_says_what_comes_next(recipe: Path, tmp_path: Path) -> None:
+    result = call("train", "--recipe", recipe, "--out", tmp_path / "run", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "likely-export build" in result.stdout and "step 2" in result.stderr
+    assert Run.open(tmp_path / "run").model("a") is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--recipe", "letters"], "letters is neither"),
+        (["train", "--model", "gan", "--out", "RUN"], "gan is none of"),
+        (["build", "absent", "--out", "bundle"], "no training run"),
+        (["evaluate", "absent"], "no bundle"),
+    ],
+)
+def test_a_mistake_is_one_sentence_on_stderr(
+    arguments: list[str], says: str, tmp_path: Path
+) -> None:
+    result = call(*[str(tmp_path / "run") if a == "RUN" else a for a in arguments])
+    assert result.exit_code == 1 and result.stdout == ""
+    assert says in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_interruption_says_how_to_go_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train_all", interrupted)
+    result = call("train", "--recipe", recipe, "--out", tmp_path / "run")
+    assert result.exit_code == 1 and "goes on from the last checkpoint" in result.stderr
+
+
+def test_build_reports_its_steps_and_its_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from likely_export import build
+
+    fields = {"name": "tiny", "version": "3", "files": {}}
+
+    def built(run: Path, out: Path, report: object) -> Manifest:
+        report("export density")  # type: ignore[operator]
+        return Manifest.model_construct(**fields)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build, "build", built)
+    result = call("build", tmp_path, "--out", tmp_path / "bundle")
+    assert result.exit_code == 0 and "export density" in result.stderr
+    assert "tiny 3" in result.stdout

@@ -1,0 +1,139 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from likely.bundle import Role
+from likely.errors import InvalidInput
+from likely_export import families, recipes
+from likely_export.statistics import STATISTICS
+
+TINY = """
+name = "tiny"
+version = "1"
+
+[data]
+source = "set.npz"
+levels = 4
+[data.splits]
+fit = 10
+calibrate = 20
+validate = 10
+
+[models.a]
+family = "cvae"
+latent = 2
+width = 8
+[models.a.training]
+steps = 3
+betas = [0.8, 0.9]
+
+[roles]
+density = "a"
+conditional = "a"
+"""
+
+
+def test_the_shipped_recipes_are_whole() -> None:
+    assert "digits" in recipes.shipped()
+    for name, description in recipes.shipped().items():
+        recipe = recipes.load(name)
+        assert recipe.name == name and recipe.description == description != ""
+        for model in recipe.models.values():
+            config = families.family(model.family).config
+            assert set(model.options) <= {field.name for field in dataclasses.fields(config)}
+    assert recipes.load("digits").calibration.statistics
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(TINY)
+    recipe = recipes.load(tmp_path / "mine.toml")
+    assert recipe.data.source == str(tmp_path / "set.npz")
+    assert recipe.models["a"].options == {"latent": 2, "width": 8}
+    assert recipe.models["a"].training.betas == (0.8, 0.9)
+    assert recipe.roles == {Role.DENSITY: "a", Role.CONDITIONAL: "a"}
+    assert recipe.calibration.statistics == tuple(STATISTICS)
+
+
+@pytest.mark.parametrize("name", ["digits", "mine"])
+def test_what_is_written_is_read_again(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine.toml").write_text(TINY)
+    recipe = recipes.load(name if name == "digits" else tmp_path / "mine.toml")
+    (tmp_path / "run").mkdir()
+    recipe.write(tmp_path / "run" / "recipe.toml")
+    assert recipes.load(tmp_path / "run" / "recipe.toml") == recipe
+
+
+def test_a_published_recipe_names_no_folder_and_can_be_used_again(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(TINY)
+    recipe = recipes.load(tmp_path / "mine.toml")
+    published = recipe.published()
+    assert str(tmp_path) not in str(published) and published["data"]["source"] == "set.npz"
+    assert recipes.from_table(published, str(tmp_path / "set.npz")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "says"),
+    [
+        ("levels = 4", "level = 4", "data.level", "not a known key"),
+        ("fit = 10", "fits = 10", "data.splits", "fits is not a known key"),
+        ("latent = 2", "latents = 2", "models.a", "latents is not a known key"),
+        ("latent = 2", "levels = 2", "models.a", "levels is not a known key"),
+        ("latent = 2", 'latent = "two"', "models.a", "latent: .*'two'"),
+        ("steps = 3", "stops = 3", "models.a.training", "stops is not a known key"),
+        ("steps = 3", "steps = 3\nepochs = 1", "models.a.training", "exactly one"),
+        ('family = "cvae"', 'family = "gan"', "models.a", "'gan' is none of pixelcnn, cvae"),
+        ('density = "a"', 'density = "b"', "recipe", "b is none of a"),
+        ('density = "a"', 'sample = "a"', "recipe", "needs a density"),
+        ('density = "a"', 'guess = "a"', "roles.guess", "density"),
+        ('version = "1"', "", "version", "is missing"),
+        ("calibrate = 20", "", "data.splits", "calibrate is missing"),
+        ("[roles]", "[calibration]\nalphas = [2.0]\n[roles]", "calibration.alphas.0", "less than"),
+        (
+            "[roles]",
+            '[calibration]\nstatistics = ["mood"]\n[roles]',
+            "calibration.statistics",
+            "mood is none of",
+        ),
+        ("[data]", "[data", "recipe", "not TOML"),
+        ('name = "tiny"', 'name = "../tiny"', "name", "pattern"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, field: str, says: str) -> None:
+    assert old in TINY
+    (tmp_path / "mine.toml").write_text(TINY.replace(old, new, 1))
+    with pytest.raises(InvalidInput, match=says) as caught:
+        recipes.load(tmp_path / "mine.toml")
+    assert caught.value.field.startswith(field)
+
+
+@pytest.mark.parametrize("name", ["letters", "absent.toml"])
+def test_a_recipe_that_is_not_there(name: str) -> None:
+    with pytest.raises(InvalidInput, match=name):
+        recipes.load(name)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_model_is_restored_from_its_weights(tmp_path: Path, name: str) -> None:
+    import torch
+
+    from likely_export.train import WEIGHTS
+
+    shape = {"shape": (1, 3, 3), "levels": 4, "labels": 2}
+    first, again, other = (
+        families.create(name, {}, **shape, seed=seed)  # type: ignore[arg-type]
+        for seed in (0, 0, 1)
+    )
+    state = first.state_dict()
+    assert all(torch.equal(state[key], again.state_dict()[key]) for key in state)
+    assert any(not torch.equal(state[key], other.state_dict()[key]) for key in state)
+    content = {"model": type(first).__name__, "config": dataclasses.asdict(first.config)}  # type: ignore[arg-type]
+    torch.save({**content, "state": state}, tmp_path / WEIGHTS)
+    found = families.restore(tmp_path / WEIGHTS)
+    assert found.config == first.config and not found.training
+    assert all(torch.equal(state[key], found.state_dict()[key]) for key in state)
+    torch.save({**content, "model": "GAN", "state": state}, tmp_path / WEIGHTS)
+    with pytest.raises(InvalidInput, match="GAN"):
+        families.restore(tmp_path / WEIGHTS)
+    with pytest.raises(InvalidInput, match="trained to the end"):
+        families.restore(tmp_path / "absent.pt")

@@ -1,0 +1,137 @@
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from likely.errors import InvalidInput, LikelyError
+from likely_export import recipes, runs, train
+from likely_export.progress import Display
+from likely_export.recipes import Recipe
+from likely_export.train import Progress
+
+RECIPE = """
+name = "tiny"
+version = "1"
+[data]
+source = "set.npz"
+[data.splits]
+fit = 5
+calibrate = 5
+validate = 10
+test = 10
+[models.a]
+family = "cvae"
+latent = 2
+width = 8
+logistics = 1
+training.steps = 6
+training.validations = 3
+[models.b]
+family = "pixelcnn"
+channels = 4
+layers = 1
+head = 4
+training.steps = 4
+training.validations = 2
+[roles]
+density = "b"
+conditional = "a"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    x = np.random.default_rng(0).integers(0, 256, (60, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "set.npz", x=x, y=np.arange(60) % 2)
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    return recipes.load(tmp_path / "tiny.toml")
+
+
+def test_models_trained_side_by_side_are_those_trained_alone(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    told: list[tuple[str, Progress]] = []
+    both = runs.train_all(
+        recipe, tmp_path / "both", report=lambda name, now: told.append((name, now))
+    )
+    assert list(both) == ["a", "b"] and [both[name].steps for name in both] == [6, 4]
+    assert {name for name, now in told if now.done == 1} == {"a", "b"}
+    run = runs.Run.open(tmp_path / "both")
+    assert run.recipe == recipe
+    for name in both:
+        alone = runs.train_all(recipe, tmp_path / "alone", only=[name])[name]
+        assert alone.validation == both[name].validation
+        again = runs.Run.open(tmp_path / "alone").model(name).state_dict()
+        for key, weight in run.model(name).state_dict().items():
+            assert torch.equal(weight, again[key])
+
+
+def test_a_finished_run_is_not_trained_again_unless_afresh(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    runs.train_all(recipe, folder, only=["a"])
+    told: list[int] = []
+    runs.train_all(recipe, folder, only=["a"], report=lambda _, now: told.append(now.step))
+    assert told == []
+    runs.train_all(
+        recipe, folder, only=["a"], resume=False, report=lambda _, now: told.append(now.step)
+    )
+    assert told[-1] == 6
+
+
+def test_a_folder_belongs_to_one_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    runs.train_all(recipe, tmp_path / "run", only=["a"])
+    other = recipe.model_copy(update={"version": "2"})
+    with pytest.raises(InvalidInput, match="another recipe"):
+        runs.train_all(other, tmp_path / "run", only=["a"])
+    with pytest.raises(InvalidInput, match="c is none of a, b"):
+        runs.train_all(recipe, tmp_path / "run", only=["c"])
+    with pytest.raises(InvalidInput, match="no training run"):
+        runs.Run.open(tmp_path)
+
+
+def test_a_failure_in_one_process_ends_all_with_its_sentence(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    wild = recipe.models["a"].model_copy(
+        update={"training": replace(recipe.models["a"].training, learning_rate=1e30)}
+    )
+    broken = recipe.model_copy(update={"models": {**recipe.models, "a": wild}})
+    with pytest.raises(LikelyError, match="training of a failed: .*diverged"):
+        runs.train_all(broken, tmp_path / "run")
+    assert not (tmp_path / "run" / "a" / train.WEIGHTS).exists()
+
+
+def test_a_worker_that_dies_without_a_word_is_news(recipe: Recipe, tmp_path: Path) -> None:
+    class Dead:
+        exitcode = -9
+
+    class Silent:
+        def get(self, timeout: float) -> None:
+            import queue
+
+            raise queue.Empty
+
+    assert runs._next(Silent(), {"a": Dead()}) == ("a", "its process ended with code -9")  # type: ignore[dict-item]
+
+
+def test_progress_is_lines_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    with Display(["a", "b"], Console(file=out)) as display:
+        for step in range(1, 101):
+            valid = 12.5 if step > 50 else math.nan
+            display.update("a", Progress(step, step / 100, step / 10, valid, valid))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("a:   1%  step 1")
+    assert lines[1] == "a: 100%  step 100  validation 12.50 nats  best 12.50  10 s"
+
+
+def test_progress_is_bars_on_a_terminal() -> None:
+    out = io.StringIO()
+    with Display(["a", "b"], Console(file=out, force_terminal=True, width=100)) as display:
+        display.update("b", Progress(5, 1.0, 0.5, 3.0, 2.0))
+    assert "step 5" in out.getvalue() and "best 2.00" in out.getvalue()
