@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from likely import Scores
 from likely.answers import Floats, Pixels
 
+MOST_NATS = 8.0  # a pixel; one impossible pixel would darken all others
 INK = "#1b2a41"
 ACCEPTED, REJECTED = "#2a7f62", "#c0392b"
 COLOURS = ("#e69f00", "#7f7f7f", "#b07aa1", "#c0392b", "#56b4e9", "#8c6d31")
@@ -74,7 +75,6 @@ def generated(path: Path, rows: Sequence[Pixels], labels: Sequence[str]) -> None
 
 def surprise(path: Path, examples: Sequence[Example], alpha: float) -> None:
     """Pictures over their surprise maps, on one scale of nats."""
-    top = max(float(example.surprise.max()) for example in examples)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.2 * len(examples) + 1.1, 3.75))
         grid = figure.subplots(
@@ -88,7 +88,7 @@ def surprise(path: Path, examples: Sequence[Example], alpha: float) -> None:
             colour = REJECTED if example.rejected else ACCEPTED
             _picture(above, example.x, colour)
             above.set_title(example.name, fontsize=9.5)
-            shown = below.imshow(example.surprise, cmap="magma", vmin=0, vmax=top)
+            shown = below.imshow(example.surprise, cmap="magma", vmin=0, vmax=MOST_NATS)
             _bare(below, colour)
             verdict = "rejected" if example.rejected else "accepted"
             below.set_xlabel(
@@ -102,7 +102,7 @@ def surprise(path: Path, examples: Sequence[Example], alpha: float) -> None:
             f"Verdicts at alpha = {alpha:g}",
             x=0.055, y=0.965, ha="left",
         )  # fmt: skip
-        bar = figure.colorbar(shown, cax=figure.add_axes((0.935, 0.17, 0.012, 0.64)))
+        bar = figure.colorbar(shown, cax=figure.add_axes((0.935, 0.17, 0.012, 0.64)), extend="max")
         bar.set_label("nats a pixel")
         figure.savefig(path)
 

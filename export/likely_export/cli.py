@@ -140,7 +140,7 @@ def evaluate(bundle: Path, source: str | None, as_json: bool) -> None:
         return
     table = Table("figure", "value")
     for name, value in _flat(found):
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(name, _text(value))
     Console().print(table)
 
 
@@ -161,3 +161,9 @@ def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{path}{name}.")
         else:
             yield path + name, value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -13,6 +13,7 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 Verdicts = npt.NDArray[np.int8]
+Accepted = npt.NDArray[np.bool_]
 
 
 class Verdict(IntEnum):
@@ -95,6 +96,8 @@ class Draws:
         label: int64 (n,); -1 where the model draws from p(x) without one.
         first_index: index of the first picture.
         seed: what they were drawn with.
+        draws: int64 (n,), how often each picture was drawn until it passed.
+        accepted: bool (n,), whether its last draw passed; true without a self-check.
         model_version: the version that drew them.
     """
 
@@ -102,6 +105,8 @@ class Draws:
     label: Labels
     first_index: int
     seed: int
+    draws: Labels
+    accepted: Accepted
     model_version: str
 
 

@@ -1,14 +1,13 @@
-"""The use cases: score, classify, encode and generate, on one version of one model."""
+"""The use cases: score, classify, encode, generate and complete, on one model version."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from likely import bayes, noise
 from likely.answers import (
@@ -16,22 +15,25 @@ from likely.answers import (
     Doubles,
     Draws,
     Features,
+    Floats,
     Labels,
     Pixels,
     Scores,
     Verdict,
 )
 from likely.bundle import Bundle, Role
-from likely.errors import BundleError, NotAnswered, ServerFault
+from likely.errors import BundleError, ServerFault
+from likely.generation import Generator, SelfCheck
 from likely.graphs import Array, Device, Session, agrees
+from likely.lanes import Lanes
 from likely.outliers import Detector
 
-T = TypeVar("T")
 _METHODS: dict[str, tuple[Role, ...]] = {
     "Score": (Role.DENSITY,),
     "Classify": (Role.CONDITIONAL,),
     "Encode": (Role.ENCODE,),
     "Generate": (Role.SAMPLE, Role.GENERATE),
+    "Complete": (Role.SAMPLE,),
 }
 
 
@@ -59,10 +61,9 @@ class Engine:
         self.manifest = bundle.manifest
         self.digest = bundle.digest
         self.detector = Detector(bundle.calibration())
-        self.providers = next(iter(sessions.values())).providers
-        self._sessions = sessions
-        self._max_batch = max_batch
-        self._lanes = ThreadPoolExecutor(lanes, thread_name_prefix=f"lane-{self.manifest.name}")
+        self._lanes = Lanes(self.manifest.name, sessions, lanes=lanes, max_batch=max_batch)
+        self.providers = self._lanes.providers
+        self._generator = Generator(self.manifest, self._lanes, self._passes, self._surprise)
         self._replay(bundle.golden())
 
     @classmethod
@@ -91,8 +92,8 @@ class Engine:
         return cls(bundle, sessions, lanes=lanes, max_batch=max_batch)
 
     def answers(self, method: str) -> bool:
-        """Whether the bundle has a graph for `Score`, `Classify`, `Encode` or `Generate`."""
-        return any(role in self._sessions for role in _METHODS[method])
+        """Whether the bundle has a graph for `Score`, `Classify`, `Encode`, `Generate`, `Complete`."""
+        return any(role in self._lanes for role in _METHODS[method])
 
     async def score(self, x: Pixels, alpha: float, *, surprise: bool = False) -> Scores:
         """How plausible pictures are.
@@ -103,7 +104,7 @@ class Engine:
             surprise: whether to give the per-pixel map.
         """
         outputs = ["log_px", "statistics"] + ["surprise"] * surprise
-        arrays = await self._run(Role.DENSITY, {"x": x}, outputs)
+        arrays = await self._lanes.run(Role.DENSITY, {"x": x}, outputs)
         log_px = _finite(arrays["log_px"])
         p_value = self.detector.p_value(_finite(arrays["statistics"]))
         return Scores(
@@ -155,7 +156,7 @@ class Engine:
         if label is None:
             joint = bayes.posterior(await self._log_pxy(x), self.manifest.priors)
             label = joint.argmax(1).astype(np.int64)
-        arrays = await self._run(Role.ENCODE, {"x": x, "y": label}, ["mean", "log_variance"])
+        arrays = await self._lanes.run(Role.ENCODE, {"x": x, "y": label}, ["mean", "log_variance"])
         return Features(
             mean=_finite(arrays["mean"], np.float32),
             log_variance=_finite(arrays["log_variance"], np.float32),
@@ -163,7 +164,7 @@ class Engine:
             model_version=self.manifest.version,
         )
 
-    async def generate(
+    def generate(
         self,
         label: int | None,
         count: int,
@@ -172,8 +173,9 @@ class Engine:
         first_index: int = 0,
         temperature: float = 1.0,
         chunk: int = 64,
+        check: SelfCheck | None = None,
     ) -> AsyncGenerator[Draws, None]:
-        """Pictures drawn from the model, in chunks; the next is drawn while one is consumed.
+        """Pictures drawn from the model, in chunks.
 
         Args:
             label: of all pictures; None draws each from the model's own priors.
@@ -182,128 +184,91 @@ class Engine:
             first_index: of the first picture; picture i depends on i, not on the chunking.
             temperature: multiplies the noise that levels are drawn with.
             chunk: pictures of one chunk.
+            check: redraw what does not pass.
         """
-        role = self._generator(label)
-        draw = partial(self._draw, role, label, seed=seed, temperature=temperature)
-        starts = range(first_index, first_index + count, chunk)
-        upcoming: asyncio.Task[Draws] | None = None
-        try:
-            for start in starts:
-                current = upcoming or asyncio.create_task(draw(start, min(chunk, count)))
-                left = first_index + count - (start + chunk)
-                upcoming = (
-                    asyncio.create_task(draw(start + chunk, min(chunk, left))) if left > 0 else None
-                )
-                yield await current
-        finally:
-            if upcoming is not None:
-                upcoming.cancel()
+        return self._generator.generate(
+            label,
+            count,
+            seed,
+            first_index=first_index,
+            temperature=temperature,
+            chunk=chunk,
+            check=check,
+        )
+
+    def complete(
+        self,
+        x: Pixels,
+        known: npt.NDArray[np.bool_],
+        label: int | None,
+        completions: int,
+        seed: int,
+        *,
+        first_index: int = 0,
+        temperature: float = 1.0,
+        proposals: int = 1,
+        chunk: int = 64,
+    ) -> AsyncGenerator[Draws, None]:
+        """Pictures with their open pixels drawn from the model, in chunks.
+
+        Args:
+            x: uint8 (n, c, h, w); levels of open pixels do not matter.
+            known: bool (n, c, h, w), true where a pixel is fixed.
+            label: of all pictures; None for p(x).
+            completions: of each picture.
+            seed: where the random numbers come from.
+            first_index: of the first picture.
+            temperature: multiplies the noise that levels are drawn with.
+            proposals: behind each completion, where fixed pixels follow open ones.
+            chunk: completions of one chunk.
+
+        Returns:
+            Draws whose row r completes picture r // completions.
+        """
+        return self._generator.complete(
+            x,
+            known,
+            label,
+            completions,
+            seed,
+            first_index=first_index,
+            temperature=temperature,
+            proposals=proposals,
+            chunk=chunk,
+        )
 
     def close(self) -> None:
         """Lets running graphs end and frees the lanes."""
-        self._lanes.shutdown(wait=True)
+        self._lanes.close()
 
-    def _generator(self, label: int | None) -> Role:
-        sample = self._sessions.get(Role.SAMPLE)
-        if sample is not None and (label is None or sample.spec.input("y") is not None):
-            return Role.SAMPLE
-        return Role.GENERATE
+    async def _passes(self, x: Pixels, labels: Labels, alpha: float) -> npt.NDArray[np.bool_]:
+        """Whether draws would be accepted, and assigned the labels they were drawn with."""
+        if Role.CONDITIONAL in self._lanes and np.all(labels >= 0):
+            answer = await self.classify(x, alpha)
+            return (answer.verdict == Verdict.ACCEPTED) & (answer.label == labels)
+        return (await self.score(x, alpha)).verdict == Verdict.ACCEPTED
 
-    async def _draw(
-        self, role: Role, label: int | None, first: int, n: int, *, seed: int, temperature: float
-    ) -> Draws:
-        takes_label = self._session(role).spec.input("y") is not None
-        labels = self._labels(label, seed, first, n) if takes_label else np.full(n, -1)
-        parts = [
-            self._submit(
-                self._draw_rows,
-                role,
-                labels[at : at + self._max_batch],
-                seed,
-                first + at,
-                temperature,
-            )
-            for at in range(0, n, self._max_batch)
-        ]
-        return Draws(
-            images=np.concatenate(await asyncio.gather(*parts)),
-            label=labels,
-            first_index=first,
-            seed=seed,
-            model_version=self.manifest.version,
-        )
-
-    def _draw_rows(
-        self, role: Role, labels: Labels, seed: int, first: int, temperature: float
-    ) -> Pixels:
-        spec = self._session(role).spec
-        feeds: dict[str, Array] = {}
-        for tensor in spec.inputs:
-            shape = tensor.array_shape(len(labels))[1:]
-            if tensor.name == "y":
-                feeds["y"] = labels
-            elif tensor.name == "eps":
-                feeds["eps"] = noise.normal(seed, first, len(labels), shape)
-            else:
-                gumbel = noise.gumbel(seed, first, len(labels), shape)
-                feeds["gumbel"] = gumbel if temperature == 1 else gumbel * np.float32(temperature)
-        return self._session(role).run(feeds, ["x"])[0]
-
-    def _labels(self, label: int | None, seed: int, first: int, n: int) -> Labels:
-        """The labels of pictures to draw."""
-        if label is not None:
-            return np.full(n, label, dtype=np.int64)
-        bounds = np.cumsum(self.manifest.priors)[:-1]
-        drawn = np.searchsorted(bounds, noise.uniform(seed, first, n), side="right")
-        return drawn.astype(np.int64)
+    async def _surprise(self, x: Pixels) -> Floats:
+        return (await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"]))["surprise"]
 
     async def _log_pxy(self, x: Pixels) -> Doubles:
         feeds = {"x": x}
-        spec = self._session(Role.CONDITIONAL).spec
+        spec = self._lanes.graph(Role.CONDITIONAL)
         if (eps := spec.input("eps")) is not None:
             # The same noise for every picture: an answer depends on its picture alone,
             # and errors of the estimate are shared by the labels that it compares.
-            table = noise.normal(0, 0, 1, eps.array_shape(1)[1:])
+            table = noise.normal(0, [0], eps.array_shape(1)[1:])
             feeds["eps"] = np.broadcast_to(table, eps.array_shape(len(x)))
-        arrays = await self._run(Role.CONDITIONAL, feeds, ["log_pxy"])
+        arrays = await self._lanes.run(Role.CONDITIONAL, feeds, ["log_pxy"])
         log_pxy: Doubles = _finite(arrays["log_pxy"])
         return log_pxy
 
-    async def _run(
-        self, role: Role, feeds: Mapping[str, Array], outputs: Sequence[str]
-    ) -> dict[str, Array]:
-        """The graph's outputs over all rows, in runs of at most max_batch rows side by side."""
-        session = self._session(role)
-        n = len(next(iter(feeds.values())))
-        if n == 0:
-            shapes = {spec.name: spec for spec in session.spec.outputs}
-            return {
-                name: np.empty(shapes[name].array_shape(0), dtype=shapes[name].dtype)
-                for name in outputs
-            }
-        parts = []
-        for at in range(0, n, self._max_batch):
-            rows = slice(at, at + self._max_batch)
-            part = {name: np.ascontiguousarray(feed[rows]) for name, feed in feeds.items()}
-            parts.append(self._submit(session.run, part, outputs))
-        columns = zip(*await asyncio.gather(*parts), strict=True)
-        return {name: np.concatenate(column) for name, column in zip(outputs, columns, strict=True)}
-
-    def _submit(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._lanes, partial(call, *args))
-
-    def _session(self, role: Role) -> Session:
-        if role not in self._sessions:
-            raise NotAnswered(
-                f"model {self.manifest.name} has no {role} graph, so it does not answer this"
-            )
-        return self._sessions[role]
-
     def _replay(self, golden: Mapping[str, Array]) -> None:
-        for role, session in self._sessions.items():
-            feeds = {spec.name: golden[f"{role}/{spec.name}"] for spec in session.spec.inputs}
-            outputs = [spec.name for spec in session.spec.outputs]
-            for name, got in zip(outputs, session.run(feeds, outputs), strict=True):
+        for role, graph in self.manifest.graphs.items():
+            feeds = {spec.name: golden[f"{role}/{spec.name}"] for spec in graph.inputs}
+            outputs = [spec.name for spec in graph.outputs]
+            found = self._lanes.run_once(role, feeds, outputs)
+            for name, got in zip(outputs, found, strict=True):
                 if not agrees(got, golden[f"{role}/{name}"]):
                     raise BundleError(
                         f"bundle {self.manifest.name}@{self.manifest.version} does not give its "

@@ -1,8 +1,8 @@
 """Random numbers keyed by (seed, picture): the same in whatever batch, chunk or worker.
 
 Philox is a counter-based generator (Salmon et al., 2011): the key (seed, index)
-opens a stream of its own for every picture, and the counter's highest word
-divides it by use. A graph names its noise inputs by their distribution:
+opens a stream of its own for every picture, and the counter's two highest words
+divide it by use and by attempt. A graph names its noise inputs by their distribution:
 `eps` is standard normal, `gumbel` standard Gumbel. Adding Gumbel noise to
 log-probabilities and taking the largest draws from them (Gumbel, 1954), and
 multiplying that noise by t draws from the probabilities to the power 1/t.
@@ -10,6 +10,7 @@ multiplying that noise by t draws from the probabilities to the power 1/t.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -25,40 +26,53 @@ class Use(IntEnum):
     LABEL = 0
     LATENT = 1
     PIXELS = 2
+    CHOICE = 3
 
 
-def stream(seed: int, index: int, use: Use) -> np.random.Generator:
+def stream(seed: int, index: int, use: Use, attempt: int = 0) -> np.random.Generator:
     """The generator of one picture for one use.
 
     Args:
         seed: in [-2**63, 2**63).
         index: of the picture, in [0, 2**63).
         use: the part of the picture's stream.
+        attempt: how often the picture has been drawn before.
     """
     key = np.array([seed % (1 << 64), index], dtype=np.uint64)
-    counter = np.array([0, 0, 0, use], dtype=np.uint64)
+    counter = np.array([0, 0, attempt, use], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def normal(seed: int, first: int, n: int, shape: tuple[int, ...]) -> Floats:
-    """Standard normal noise, float32 (n, *shape), for pictures first..first+n-1."""
-    noise = np.empty((n, *shape), dtype=np.float32)
-    for i in range(n):
-        stream(seed, first + i, Use.LATENT).standard_normal(out=noise[i], dtype=np.float32)
+def normal(
+    seed: int, indices: Sequence[int], shape: tuple[int, ...], attempts: Sequence[int] | None = None
+) -> Floats:
+    """Standard normal noise, float32 (n, *shape), for the pictures of these n indices."""
+    noise = np.empty((len(indices), *shape), dtype=np.float32)
+    for row, generator in zip(noise, _streams(seed, indices, Use.LATENT, attempts), strict=True):
+        generator.standard_normal(out=row, dtype=np.float32)
     return noise
 
 
-def gumbel(seed: int, first: int, n: int, shape: tuple[int, ...]) -> Floats:
-    """Standard Gumbel noise, float32 (n, *shape), for pictures first..first+n-1."""
-    noise = np.empty((n, *shape), dtype=np.float32)
-    for i in range(n):
+def gumbel(
+    seed: int, indices: Sequence[int], shape: tuple[int, ...], attempts: Sequence[int] | None = None
+) -> Floats:
+    """Standard Gumbel noise, float32 (n, *shape), for the pictures of these n indices."""
+    noise = np.empty((len(indices), *shape), dtype=np.float32)
+    for row, generator in zip(noise, _streams(seed, indices, Use.PIXELS, attempts), strict=True):
         # -log(E) with E exponential is Gumbel; the ziggurat draws E without a logarithm.
-        stream(seed, first + i, Use.PIXELS).standard_exponential(out=noise[i], dtype=np.float32)
+        generator.standard_exponential(out=row, dtype=np.float32)
     np.maximum(noise, np.finfo(np.float32).tiny, out=noise)
     np.log(noise, out=noise)
     return np.negative(noise, out=noise)
 
 
-def uniform(seed: int, first: int, n: int) -> Doubles:
+def uniform(seed: int, indices: Sequence[int]) -> Doubles:
     """One uniform number in [0, 1) a picture, float64 (n,), to draw its label with."""
-    return np.array([stream(seed, first + i, Use.LABEL).random() for i in range(n)])
+    return np.array([each.random() for each in _streams(seed, indices, Use.LABEL, None)])
+
+
+def _streams(
+    seed: int, indices: Sequence[int], use: Use, attempts: Sequence[int] | None
+) -> Iterator[np.random.Generator]:
+    for index, attempt in zip(indices, attempts or [0] * len(indices), strict=True):
+        yield stream(seed, index, use, attempt)

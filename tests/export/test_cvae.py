@@ -154,4 +154,4 @@ def test_graphs_pass_the_parity_gate(config: CVAEConfig, role: Role, opened: Any
 @pytest.mark.parametrize("field", ["labels", "latent", "importance_samples", "depth"])
 def test_sizes_of_zero_are_refused(field: str) -> None:
     with pytest.raises(InvalidInput, match=field):
-        replace(SOFTMAX, **{field: 0})
+        replace(SOFTMAX, **{field: 0})  # type: ignore[arg-type]

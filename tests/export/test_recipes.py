@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -127,7 +128,8 @@ def test_a_model_is_restored_from_its_weights(tmp_path: Path, name: str) -> None
     state = first.state_dict()
     assert all(torch.equal(state[key], again.state_dict()[key]) for key in state)
     assert any(not torch.equal(state[key], other.state_dict()[key]) for key in state)
-    content = {"model": type(first).__name__, "config": dataclasses.asdict(first.config)}  # type: ignore[arg-type]
+    config = dataclasses.asdict(cast(Any, first.config))
+    content = {"model": type(first).__name__, "config": config}
     torch.save({**content, "state": state}, tmp_path / WEIGHTS)
     found = families.restore(tmp_path / WEIGHTS)
     assert found.config == first.config and not found.training

@@ -101,7 +101,7 @@ def test_a_failure_in_one_process_ends_all_with_its_sentence(
         update={"training": replace(recipe.models["a"].training, learning_rate=1e30)}
     )
     broken = recipe.model_copy(update={"models": {**recipe.models, "a": wild}})
-    with pytest.raises(LikelyError, match="training of a failed: .*diverged"):
+    with pytest.raises(LikelyError, match=r"training of a failed: .*diverged"):
         runs.train_all(broken, tmp_path / "run")
     assert not (tmp_path / "run" / "a" / train.WEIGHTS).exists()
 

@@ -28,7 +28,9 @@ class Toy(nn.Module):
         self.config = config
         c, h, w = config.shape
         self.calls = 0
-        self.conv = nn.Conv2d(c, 6, 3, padding=1).to(memory_format=torch.channels_last)
+        self.conv = nn.Conv2d(c, 6, 3, padding=1)
+        kernel = self.conv.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.conv.weight = nn.Parameter(kernel)
         self.norm = nn.BatchNorm2d(6)  # its buffers must survive too
         self.drop = nn.Dropout(0.2)
         self.out = nn.Linear(6 * h * w, c * h * w)

@@ -13,13 +13,15 @@ import pytest
 from demo.serving import Served
 from likely import Client
 
-pytestmark = pytest.mark.skipif(not shutil.which("buf"), reason="buf is not installed")
+BUF = str(Path(shutil.which("buf") or "buf").absolute())
+
+pytestmark = pytest.mark.skipif(not Path(BUF).exists(), reason="buf is not installed")
 
 
 def curl(server: Served, method: str, request: dict[str, Any], tmp_path: Path) -> Any:
     """The answer's messages, or the error."""
     ran = subprocess.run(
-        ["buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--data", "@-",
+        [BUF, "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--data", "@-",
          f"http://{server.address}/{method}"],
         input=json.dumps(request), capture_output=True, text=True, timeout=60,
         cwd=tmp_path,  # away from the protos: only reflection can tell it the schema

@@ -25,17 +25,23 @@ _sym_db = _symbol_database.Default()
 from likely.v1 import images_pb2 as likely_dot_v1_dot_images__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alikely/v1/generation.proto\x12\tlikely.v1\x1a\x16likely/v1/images.proto\"\xc4\x01\n\x0fGenerateRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x12\n\x05label\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x13\n\x0b\x66irst_index\x18\x06 \x01(\x03\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_labelB\x07\n\x05_seedB\x0e\n\x0c_temperature\"\x7f\n\x10GenerateResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12!\n\x06images\x18\x02 \x01(\x0b\x32\x11.likely.v1.Images\x12\x0e\n\x06labels\x18\x03 \x03(\x05\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\x03\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x32Z\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1a.likely.v1.GenerateRequest\x1a\x1b.likely.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alikely/v1/generation.proto\x12\tlikely.v1\x1a\x16likely/v1/images.proto\"O\n\tSelfCheck\x12\x12\n\x05\x61lpha\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tmax_draws\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x08\n\x06_alphaB\x0c\n\n_max_draws\"\xee\x01\n\x0fGenerateRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x12\n\x05label\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x13\n\x0b\x66irst_index\x18\x06 \x01(\x03\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12(\n\nself_check\x18\x08 \x01(\x0b\x32\x14.likely.v1.SelfCheckB\x08\n\x06_labelB\x07\n\x05_seedB\x0e\n\x0c_temperature\"\xa0\x01\n\x10GenerateResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12!\n\x06images\x18\x02 \x01(\x0b\x32\x11.likely.v1.Images\x12\x0e\n\x06labels\x18\x03 \x03(\x05\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\x03\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\r\n\x05\x64raws\x18\x06 \x03(\x05\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x07 \x03(\x08\"\xb6\x02\n\x0f\x43ompleteRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12!\n\x06images\x18\x03 \x01(\x0b\x32\x11.likely.v1.Images\x12\x0c\n\x04mask\x18\x04 \x01(\x0c\x12\x12\n\x05label\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0b\x63ompletions\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x02\x88\x01\x01\x12\x13\n\x0b\x66irst_index\x18\x08 \x01(\x03\x12\x18\n\x0btemperature\x18\t \x01(\x01H\x03\x88\x01\x01\x12\x16\n\tproposals\x18\n \x01(\x05H\x04\x88\x01\x01\x42\x08\n\x06_labelB\x0e\n\x0c_completionsB\x07\n\x05_seedB\x0e\n\x0c_temperatureB\x0c\n\n_proposals\"m\n\x10\x43ompleteResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12!\n\x06images\x18\x02 \x01(\x0b\x32\x11.likely.v1.Images\x12\x11\n\tfirst_row\x18\x03 \x01(\x03\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x32\xa1\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1a.likely.v1.GenerateRequest\x1a\x1b.likely.v1.GenerateResponse0\x01\x12\x45\n\x08\x43omplete\x12\x1a.likely.v1.CompleteRequest\x1a\x1b.likely.v1.CompleteResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'likely.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATEREQUEST']._serialized_start=66
-  _globals['_GENERATEREQUEST']._serialized_end=262
-  _globals['_GENERATERESPONSE']._serialized_start=264
-  _globals['_GENERATERESPONSE']._serialized_end=391
-  _globals['_GENERATIONSERVICE']._serialized_start=393
-  _globals['_GENERATIONSERVICE']._serialized_end=483
+  _globals['_SELFCHECK']._serialized_start=65
+  _globals['_SELFCHECK']._serialized_end=144
+  _globals['_GENERATEREQUEST']._serialized_start=147
+  _globals['_GENERATEREQUEST']._serialized_end=385
+  _globals['_GENERATERESPONSE']._serialized_start=388
+  _globals['_GENERATERESPONSE']._serialized_end=548
+  _globals['_COMPLETEREQUEST']._serialized_start=551
+  _globals['_COMPLETEREQUEST']._serialized_end=861
+  _globals['_COMPLETERESPONSE']._serialized_start=863
+  _globals['_COMPLETERESPONSE']._serialized_end=972
+  _globals['_GENERATIONSERVICE']._serialized_start=975
+  _globals['_GENERATIONSERVICE']._serialized_end=1136
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,38 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class SelfCheck(google.protobuf.message.Message):
+    """What a drawn picture must pass; one that does not is drawn again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALPHA_FIELD_NUMBER: builtins.int
+    MAX_DRAWS_FIELD_NUMBER: builtins.int
+    alpha: builtins.float
+    """A draw whose p-value is at most alpha is drawn again, in [finest_alpha, 1)
+    of the model (GetModel). Absent: the server's default. A draw with a label
+    is also drawn again where Bayes' rule assigns another one.
+    """
+    max_draws: builtins.int
+    """How often one picture is drawn at most, the first time included, from 1
+    to 100. Absent: 16.
+    """
+    def __init__(
+        self,
+        *,
+        alpha: builtins.float | None = ...,
+        max_draws: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "_max_draws", b"_max_draws", "alpha", b"alpha", "max_draws", b"max_draws"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_max_draws", b"_max_draws", "alpha", b"alpha", "max_draws", b"max_draws"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_draws", b"_max_draws"]) -> typing.Literal["max_draws"] | None: ...
+
+Global___SelfCheck: typing_extensions.TypeAlias = SelfCheck
+
+@typing.final
 class GenerateRequest(google.protobuf.message.Message):
     """Asks for pictures."""
 
@@ -32,6 +64,7 @@ class GenerateRequest(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     FIRST_INDEX_FIELD_NUMBER: builtins.int
     TEMPERATURE_FIELD_NUMBER: builtins.int
+    SELF_CHECK_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     """The model's name as ListModels gives it. Required."""
     model_version: builtins.str
@@ -55,6 +88,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """Multiplies the noise that levels are drawn with, in [0, 2]: 1 draws from
     the model, 0 takes the most probable level every time. Absent: 1.
     """
+    @property
+    def self_check(self) -> Global___SelfCheck:
+        """Absent: every draw is sent as it comes, so that pictures follow the model."""
+
     def __init__(
         self,
         *,
@@ -65,9 +102,10 @@ class GenerateRequest(google.protobuf.message.Message):
         seed: builtins.int | None = ...,
         first_index: builtins.int = ...,
         temperature: builtins.float | None = ...,
+        self_check: Global___SelfCheck | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_label", b"_label", "_seed", b"_seed", "_temperature", b"_temperature", "label", b"label", "seed", b"seed", "temperature", b"temperature"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_label", b"_label", "_seed", b"_seed", "_temperature", b"_temperature", "count", b"count", "first_index", b"first_index", "label", b"label", "model_name", b"model_name", "model_version", b"model_version", "seed", b"seed", "temperature", b"temperature"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_label", b"_label", "_seed", b"_seed", "_temperature", b"_temperature", "label", b"label", "seed", b"seed", "self_check", b"self_check", "temperature", b"temperature"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_label", b"_label", "_seed", b"_seed", "_temperature", b"_temperature", "count", b"count", "first_index", b"first_index", "label", b"label", "model_name", b"model_name", "model_version", b"model_version", "seed", b"seed", "self_check", b"self_check", "temperature", b"temperature"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_label", b"_label"]) -> typing.Literal["label"] | None: ...
     @typing.overload
@@ -88,6 +126,8 @@ class GenerateResponse(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     FIRST_INDEX_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    DRAWS_FIELD_NUMBER: builtins.int
+    ACCEPTED_FIELD_NUMBER: builtins.int
     model_version: builtins.str
     """The version of the model that gave this answer."""
     first_index: builtins.int
@@ -104,6 +144,14 @@ class GenerateResponse(google.protobuf.message.Message):
         p(x) without one.
         """
 
+    @property
+    def draws(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """How often each picture of this chunk was drawn."""
+
+    @property
+    def accepted(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
+        """Whether each picture's last draw passed the self-check; true without one."""
+
     def __init__(
         self,
         *,
@@ -112,8 +160,126 @@ class GenerateResponse(google.protobuf.message.Message):
         labels: collections.abc.Iterable[builtins.int] | None = ...,
         first_index: builtins.int = ...,
         seed: builtins.int = ...,
+        draws: collections.abc.Iterable[builtins.int] | None = ...,
+        accepted: collections.abc.Iterable[builtins.bool] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["images", b"images"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["first_index", b"first_index", "images", b"images", "labels", b"labels", "model_version", b"model_version", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "draws", b"draws", "first_index", b"first_index", "images", b"images", "labels", b"labels", "model_version", b"model_version", "seed", b"seed"]) -> None: ...
 
 Global___GenerateResponse: typing_extensions.TypeAlias = GenerateResponse
+
+@typing.final
+class CompleteRequest(google.protobuf.message.Message):
+    """Asks for completions."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_NAME_FIELD_NUMBER: builtins.int
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
+    MASK_FIELD_NUMBER: builtins.int
+    LABEL_FIELD_NUMBER: builtins.int
+    COMPLETIONS_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    FIRST_INDEX_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    PROPOSALS_FIELD_NUMBER: builtins.int
+    model_name: builtins.str
+    """The model's name as ListModels gives it. Required."""
+    model_version: builtins.str
+    """The model's version; empty means the one that the server serves by default."""
+    mask: builtins.bytes
+    """One byte a level of `images`, in the same order: 1 where it is fixed, 0
+    where it is open. Fixed pixels come back unchanged.
+    """
+    label: builtins.int
+    """The label of all pictures as an index. Absent: open pixels follow p(x)."""
+    completions: builtins.int
+    """How many completions of each picture, 1 or more; pictures times
+    completions is held to the limit of Generate (GetModel). Absent: 1.
+    """
+    seed: builtins.int
+    """Where the random numbers come from. Completion j of picture i is a function
+    of the picture, the model version, the label, the temperature, the
+    proposals, the seed, i and j alone. Absent: the server picks a seed.
+    """
+    first_index: builtins.int
+    """The index of the first picture, 0 or more, so that a job can be divided."""
+    temperature: builtins.float
+    """Multiplies the noise that levels are drawn with, in [0, 2]: 1 draws from
+    the model, 0 takes the most probable level every time. Absent: 1.
+    """
+    proposals: builtins.int
+    """Proposals behind each completion, from 1 to 256. An open pixel is drawn
+    given all that comes before it in raster order, so 1 is exact where no
+    fixed pixel follows an open one. Elsewhere more proposals come closer to
+    p(open | fixed): one is chosen in proportion to how probable it makes the
+    fixed pixels. More than 1 needs an absent label. Absent: 1.
+    """
+    @property
+    def images(self) -> likely.v1.images_pb2.Images:
+        """The pictures; the levels of open pixels do not matter."""
+
+    def __init__(
+        self,
+        *,
+        model_name: builtins.str = ...,
+        model_version: builtins.str = ...,
+        images: likely.v1.images_pb2.Images | None = ...,
+        mask: builtins.bytes = ...,
+        label: builtins.int | None = ...,
+        completions: builtins.int | None = ...,
+        seed: builtins.int | None = ...,
+        first_index: builtins.int = ...,
+        temperature: builtins.float | None = ...,
+        proposals: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_completions", b"_completions", "_label", b"_label", "_proposals", b"_proposals", "_seed", b"_seed", "_temperature", b"_temperature", "completions", b"completions", "images", b"images", "label", b"label", "proposals", b"proposals", "seed", b"seed", "temperature", b"temperature"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_completions", b"_completions", "_label", b"_label", "_proposals", b"_proposals", "_seed", b"_seed", "_temperature", b"_temperature", "completions", b"completions", "first_index", b"first_index", "images", b"images", "label", b"label", "mask", b"mask", "model_name", b"model_name", "model_version", b"model_version", "proposals", b"proposals", "seed", b"seed", "temperature", b"temperature"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_completions", b"_completions"]) -> typing.Literal["completions"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_label", b"_label"]) -> typing.Literal["label"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_proposals", b"_proposals"]) -> typing.Literal["proposals"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_temperature", b"_temperature"]) -> typing.Literal["temperature"] | None: ...
+
+Global___CompleteRequest: typing_extensions.TypeAlias = CompleteRequest
+
+@typing.final
+class CompleteResponse(google.protobuf.message.Message):
+    """Some of the completions asked for."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
+    FIRST_ROW_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    model_version: builtins.str
+    """The version of the model that gave this answer."""
+    first_row: builtins.int
+    """The row of the chunk's first completion among all of this request: row r
+    completes picture r / completions.
+    """
+    seed: builtins.int
+    """The seed that the completions were drawn with."""
+    @property
+    def images(self) -> likely.v1.images_pb2.Images:
+        """The completions of this chunk, all of one picture before those of the next."""
+
+    def __init__(
+        self,
+        *,
+        model_version: builtins.str = ...,
+        images: likely.v1.images_pb2.Images | None = ...,
+        first_row: builtins.int = ...,
+        seed: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["images", b"images"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["first_row", b"first_row", "images", b"images", "model_version", b"model_version", "seed", b"seed"]) -> None: ...
+
+Global___CompleteResponse: typing_extensions.TypeAlias = CompleteResponse

@@ -40,6 +40,11 @@ class GenerationServiceStub(object):
                 request_serializer=likely_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=likely_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Complete = channel.unary_stream(
+                '/likely.v1.GenerationService/Complete',
+                request_serializer=likely_dot_v1_dot_generation__pb2.CompleteRequest.SerializeToString,
+                response_deserializer=likely_dot_v1_dot_generation__pb2.CompleteResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -53,6 +58,14 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Complete(self, request, context):
+        """Draws the pixels of given pictures that a mask leaves open, several times
+        if asked, and streams the completions in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=likely_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=likely_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Complete': grpc.unary_stream_rpc_method_handler(
+                    servicer.Complete,
+                    request_deserializer=likely_dot_v1_dot_generation__pb2.CompleteRequest.FromString,
+                    response_serializer=likely_dot_v1_dot_generation__pb2.CompleteResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class GenerationService(object):
             '/likely.v1.GenerationService/Generate',
             likely_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             likely_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Complete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/likely.v1.GenerationService/Complete',
+            likely_dot_v1_dot_generation__pb2.CompleteRequest.SerializeToString,
+            likely_dot_v1_dot_generation__pb2.CompleteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,7 +41,23 @@ _GenerationServiceGenerateType = typing_extensions.TypeVar(
     ],
 )
 
-class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType]):
+_GenerationServiceCompleteType = typing_extensions.TypeVar(
+    '_GenerationServiceCompleteType',
+    grpc.UnaryStreamMultiCallable[
+        likely.v1.generation_pb2.CompleteRequest,
+        likely.v1.generation_pb2.CompleteResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        likely.v1.generation_pb2.CompleteRequest,
+        likely.v1.generation_pb2.CompleteResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        likely.v1.generation_pb2.CompleteRequest,
+        likely.v1.generation_pb2.CompleteResponse,
+    ],
+)
+
+class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType, _GenerationServiceCompleteType]):
     """Draws pictures from the model."""
 
     @typing.overload
@@ -49,6 +65,10 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType]):
         grpc.UnaryStreamMultiCallable[
             likely.v1.generation_pb2.GenerateRequest,
             likely.v1.generation_pb2.GenerateResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            likely.v1.generation_pb2.CompleteRequest,
+            likely.v1.generation_pb2.CompleteResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -58,15 +78,28 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType]):
             likely.v1.generation_pb2.GenerateRequest,
             likely.v1.generation_pb2.GenerateResponse,
         ],
+        grpc.aio.UnaryStreamMultiCallable[
+            likely.v1.generation_pb2.CompleteRequest,
+            likely.v1.generation_pb2.CompleteResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _GenerationServiceGenerateType
     """Draws pictures and streams them in chunks, in the order of their index."""
 
+    Complete: _GenerationServiceCompleteType
+    """Draws the pixels of given pictures that a mask leaves open, several times
+    if asked, and streams the completions in chunks.
+    """
+
 GenerationServiceAsyncStub: typing_extensions.TypeAlias = GenerationServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         likely.v1.generation_pb2.GenerateRequest,
         likely.v1.generation_pb2.GenerateResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        likely.v1.generation_pb2.CompleteRequest,
+        likely.v1.generation_pb2.CompleteResponse,
     ],
 ]
 
@@ -80,5 +113,15 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[likely.v1.generation_pb2.GenerateResponse], collections.abc.AsyncIterator[likely.v1.generation_pb2.GenerateResponse]]:
         """Draws pictures and streams them in chunks, in the order of their index."""
+
+    @abc.abstractmethod
+    def Complete(
+        self,
+        request: likely.v1.generation_pb2.CompleteRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[likely.v1.generation_pb2.CompleteResponse], collections.abc.AsyncIterator[likely.v1.generation_pb2.CompleteResponse]]:
+        """Draws the pixels of given pictures that a mask leaves open, several times
+        if asked, and streams the completions in chunks.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

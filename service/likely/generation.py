@@ -1,0 +1,284 @@
+"""Drawing pictures: which noise, which label, which pixels are given, and the self-check."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from likely import noise
+from likely.answers import Draws, Floats, Labels, Pixels
+from likely.bundle import Manifest, Role, TensorSpec
+from likely.lanes import Lanes
+
+Mask = npt.NDArray[np.bool_]
+TOWER = np.float32(1e6)  # noise that no log-probability outweighs
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """What a draw must pass; one that does not is drawn again.
+
+    Attributes:
+        alpha: a draw whose p-value is at most alpha is rejected, as Score would.
+        max_draws: draws of one picture, the first included.
+    """
+
+    alpha: float
+    max_draws: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Pictures to draw: picture indices[i] for the attempts[i]-th time, with labels[i].
+
+    `given` and `known` are the levels that are fixed and where, each (n, c, h, w).
+    """
+
+    seed: int
+    temperature: float
+    indices: Sequence[int]
+    attempts: Sequence[int]
+    labels: Labels
+    given: Pixels | None = None
+    known: Mask | None = None
+
+
+class Generator:
+    """Draws pictures from one model."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        lanes: Lanes,
+        passes: Callable[[Pixels, Labels, float], Awaitable[Mask]],
+        surprise: Callable[[Pixels], Awaitable[Floats]],
+    ) -> None:
+        """A generator over opened graphs.
+
+        Args:
+            manifest: of the model.
+            lanes: run its graphs.
+            passes: whether draws with these labels stand the self-check at an alpha.
+            surprise: -log p of every pixel, float32 (n, c, h, w).
+        """
+        self._manifest = manifest
+        self._lanes = lanes
+        self._passes = passes
+        self._surprise = surprise
+
+    async def generate(
+        self,
+        label: int | None,
+        count: int,
+        seed: int,
+        *,
+        first_index: int,
+        temperature: float,
+        chunk: int,
+        check: SelfCheck | None,
+    ) -> AsyncGenerator[Draws, None]:
+        """Chunks of pictures; the next is drawn while one is consumed."""
+        role = self._role(label)
+
+        async def draw(start: int, stop: int) -> Draws:
+            indices = range(first_index + start, first_index + stop)
+            labels = self._labels(role, label, seed, indices)
+            plan = _Plan(seed, temperature, indices, [0] * len(indices), labels)
+            images = await self._draw(role, plan)
+            attempts = np.ones(len(images), dtype=np.int64)
+            accepted = np.ones(len(images), dtype=np.bool_)
+            if check:
+                attempts, accepted = await self._checked(role, plan, images, check)
+            return self._answer(images, labels, indices[0], seed, attempts, accepted)
+
+        async with aclosing(_ahead(draw, count, chunk)) as chunks:
+            async for answer in chunks:
+                yield answer
+
+    async def complete(
+        self,
+        given: Pixels,
+        known: Mask,
+        label: int | None,
+        completions: int,
+        seed: int,
+        *,
+        first_index: int,
+        temperature: float,
+        proposals: int,
+        chunk: int,
+    ) -> AsyncGenerator[Draws, None]:
+        """Chunks of completions, all of a picture before those of the next.
+
+        An open pixel is drawn given all that comes before it in raster order, which is
+        exact where no fixed pixel follows an open one. Elsewhere each completion is
+        chosen among proposals in proportion to how probable they make the fixed pixels
+        (sampling-importance-resampling; Rubin, 1988): exact in the limit.
+        """
+        self._lanes.graph(Role.SAMPLE)
+
+        async def draw(start: int, stop: int) -> Draws:
+            rows = np.arange(start, stop).repeat(proposals)
+            pictures, numbers = np.divmod(rows, completions)
+            attempts = numbers * proposals + np.tile(np.arange(proposals), stop - start)
+            plan = _Plan(
+                seed,
+                temperature,
+                (first_index + pictures).tolist(),
+                attempts.tolist(),
+                np.full(len(rows), self._null if label is None else label),
+                given[pictures],
+                known[pictures],
+            )
+            images = await self._draw(Role.SAMPLE, plan)
+            if proposals > 1:
+                images = await self._resampled(plan, images, proposals)
+            ones = np.ones(stop - start, dtype=np.int64)
+            labels = np.full(stop - start, -1 if label is None else label)
+            return self._answer(images, labels, start, seed, ones * proposals, ones.astype(bool))
+
+        async with aclosing(_ahead(draw, len(given) * completions, chunk)) as chunks:
+            async for answer in chunks:
+                yield answer
+
+    @property
+    def _null(self) -> int:
+        """The label that stands for none."""
+        return len(self._manifest.labels)
+
+    def _role(self, label: int | None) -> Role:
+        """The graph to draw with: pixel by pixel where it can take the label, if one is asked."""
+        if Role.SAMPLE in self._lanes and (label is None or self._takes_label(Role.SAMPLE)):
+            return Role.SAMPLE
+        return Role.GENERATE
+
+    def _takes_label(self, role: Role) -> bool:
+        return self._lanes.graph(role).input("y") is not None
+
+    def _labels(self, role: Role, label: int | None, seed: int, indices: Sequence[int]) -> Labels:
+        """The label of each picture: the one asked for, or drawn; -1 where there are none."""
+        if not self._takes_label(role):
+            return np.full(len(indices), -1)
+        if label is not None:
+            return np.full(len(indices), label)
+        bounds = np.cumsum(self._manifest.priors)[:-1]
+        return np.searchsorted(bounds, noise.uniform(seed, indices), side="right")
+
+    async def _draw(self, role: Role, plan: _Plan) -> Pixels:
+        def draw(rows: slice) -> Pixels:
+            specs = self._lanes.graph(role).inputs
+            feeds = {spec.name: _feed(spec, plan, rows) for spec in specs}
+            images: Pixels = self._lanes.run_once(role, feeds, ["x"])[0]
+            return images
+
+        return np.concatenate(await self._lanes.map(draw, len(plan.indices)))
+
+    async def _checked(
+        self, role: Role, plan: _Plan, images: Pixels, check: SelfCheck
+    ) -> tuple[Labels, Mask]:
+        """Redraws in place what fails; how many draws each took, and whether the last passed."""
+        attempts = np.ones(len(images), dtype=np.int64)
+        failing = np.flatnonzero(~await self._passes(images, plan.labels, check.alpha))
+        for attempt in range(1, check.max_draws):
+            if not failing.size:
+                break
+            again = _Plan(
+                plan.seed,
+                plan.temperature,
+                [plan.indices[i] for i in failing],
+                [attempt] * len(failing),
+                plan.labels[failing],
+            )
+            images[failing] = await self._draw(role, again)
+            attempts[failing] += 1
+            passed = await self._passes(images[failing], again.labels, check.alpha)
+            failing = failing[~passed]
+        accepted = np.ones(len(images), dtype=np.bool_)
+        accepted[failing] = False
+        return attempts, accepted
+
+    async def _resampled(self, plan: _Plan, images: Pixels, proposals: int) -> Pixels:
+        """One of each picture's proposals, drawn by how probable it makes the fixed pixels."""
+        surprise = await self._surprise(images)
+        weights = -(surprise.astype(np.float64) * plan.known).sum((1, 2, 3))
+        firsts = range(0, len(images), proposals)
+        gumbel = [
+            noise.stream(plan.seed, plan.indices[at], noise.Use.CHOICE, plan.attempts[at]).gumbel(
+                size=proposals
+            )
+            for at in firsts
+        ]
+        chosen = (weights.reshape(-1, proposals) + np.array(gumbel)).argmax(1)
+        return images[np.array(firsts) + chosen]
+
+    def _answer(
+        self,
+        images: Pixels,
+        labels: Labels,
+        first: int,
+        seed: int,
+        draws: Labels,
+        accepted: Mask,
+    ) -> Draws:
+        return Draws(
+            images=images,
+            label=labels,
+            first_index=first,
+            seed=seed,
+            draws=draws,
+            accepted=accepted,
+            model_version=self._manifest.version,
+        )
+
+
+def _feed(spec: TensorSpec, plan: _Plan, rows: slice) -> npt.NDArray[Any]:
+    """The graph's input of that name for those rows of the plan."""
+    shape = spec.array_shape(1)[1:]
+    indices, attempts = plan.indices[rows], plan.attempts[rows]
+    if spec.name == "y":
+        return plan.labels[rows]
+    if spec.name == "eps":
+        return noise.normal(plan.seed, indices, shape, attempts)
+    gumbel = noise.gumbel(plan.seed, indices, shape, attempts)
+    if plan.temperature != 1:
+        gumbel *= np.float32(plan.temperature)
+    if plan.given is not None and plan.known is not None:
+        _fix(gumbel, plan.given[rows], plan.known[rows])
+    return gumbel
+
+
+def _fix(gumbel: Floats, given: Pixels, known: Mask) -> None:
+    """Makes the noise (n, h, w, c[, digits], base) tower at the digits of the given levels."""
+    base = gumbel.shape[-1]
+    digits = gumbel.reshape(*gumbel.shape[:4], -1, base)
+    level = given.transpose(0, 2, 3, 1).astype(np.int64)
+    where = known.transpose(0, 2, 3, 1)
+    for digit in reversed(range(digits.shape[4])):
+        level, value = np.divmod(level, base)
+        tower = (np.arange(base) == value[..., None]) * TOWER
+        digits[..., digit, :] = np.where(where[..., None], tower, digits[..., digit, :])
+
+
+async def _ahead(
+    draw: Callable[[int, int], Coroutine[Any, Any, Draws]], count: int, chunk: int
+) -> AsyncGenerator[Draws, None]:
+    """The draws of rows 0..count-1 in chunks, each begun while the one before is consumed."""
+    upcoming: asyncio.Task[Draws] | None = None
+    try:
+        for start in range(0, count, chunk):
+            current = upcoming or asyncio.create_task(draw(start, min(start + chunk, count)))
+            upcoming, then = current, start + chunk
+            answer = await current
+            upcoming = (
+                asyncio.create_task(draw(then, min(then + chunk, count))) if then < count else None
+            )
+            yield answer
+    finally:
+        if upcoming is not None:
+            upcoming.cancel()
