@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 PATIENCE = 60.0
-COMMAND = (sys.executable, "-c", "from likely.cli import main; main()", "serve")
+COMMAND = (sys.executable, "-m", "likely", "serve")
 
 
 class ServerFailed(Exception):

@@ -59,6 +59,12 @@ class Toy:
         log_pxy: Doubles = np.einsum("nchwl,ychwl->ny", self.hot(x), self.log_theta)
         return log_pxy
 
+    @property
+    def log_tables(self) -> Doubles:
+        """log p(x_d|y) for every label, and log p(x_d) for none, (labels + 1, c, h, w, levels)."""
+        tables: Doubles = np.concatenate((self.log_theta, self.log_q[None]))
+        return tables
+
     def hot(self, x: Pixels) -> Doubles:
         return np.eye(LEVELS)[x]
 
@@ -86,7 +92,7 @@ class Toy:
             total = feeds["x"].sum((1, 2, 3), dtype=np.float32)
             mean = np.stack((total, feeds["y"].astype(np.float32)), 1)
             return {"mean": mean, "log_variance": mean * np.float32(-0.1)}
-        logits = self.log_theta[feeds["y"]].transpose(0, 2, 3, 1, 4) + feeds["gumbel"]
+        logits = self.log_tables[feeds["y"]].transpose(0, 2, 3, 1, 4) + feeds["gumbel"]
         if role == "generate":
             tilt = feeds["eps"].sum(1)[:, None, None, None, None]
             logits = logits + tilt * np.arange(LEVELS)
@@ -199,7 +205,7 @@ def _graph(role: str, toy: Toy) -> bytes:
         node("Concat", *columns, out="mean", axis=1)
         node("Mul", "mean", table("slope", np.array([-0.1], dtype=np.float32)), out="log_variance")
     else:
-        theta = table("log_theta", toy.log_theta.transpose(0, 2, 3, 1, 4).astype(np.float32))
+        theta = table("log_theta", toy.log_tables.transpose(0, 2, 3, 1, 4).astype(np.float32))
         logits = node("Add", node("Gather", theta, "y", out="logits"), "gumbel", out="noisy")
         if role == "generate":
             tilt = node("Unsqueeze", total("eps", 1, out="tilt"), axes(1, 2, 3, 4), out="tilt_wide")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,10 @@ def train(
 
     chosen = recipes.load(recipe)
     folder = out or Path("runs") / chosen.name
+    # With several devices Fabric runs this command once for each; only the first speaks.
+    quiet = os.environ.get("LOCAL_RANK", "0") != "0"
     try:
-        with Display(models or chosen.models) as display:
+        with Display(models or chosen.models, Console(stderr=True, quiet=quiet)) as display:
             trained = runs.train_all(
                 chosen,
                 folder,
@@ -91,6 +94,8 @@ def train(
         raise click.ClickException(
             "interrupted; the same command goes on from the last checkpoint"
         ) from None
+    if quiet:
+        return
     table = Table("model", "steps", "seconds", "validation, nats a picture")
     for name, result in trained.items():
         numbers = (f"{result.steps}", f"{result.seconds:.0f}", f"{result.validation:.2f}")

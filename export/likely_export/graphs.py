@@ -1,15 +1,14 @@
 """From a module to an ONNX file that provably does the same: export, clean, compare.
 
-Opset 20, no random operator, no Pad in a loop and no local function, so that every
-node has a CUDA kernel of exactly that version; noise is an input. An export is
-done only when names, dynamic axes, shapes and then values agree with torch.
+An export is done only when the graph keeps the rules of `hygiene` and when names,
+dynamic axes, shapes and then values agree with torch.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,10 @@ import torch
 from likely.bundle import Graph, TensorSpec
 from likely.errors import BundleError
 from likely.graphs import Array, Device, Session
+from likely_export import hygiene
+from likely_export.hygiene import OPSET, subgraphs
 from likely_export.roles import GraphSource
 
-OPSET = 20
 BATCHES = (1, 3, 64)
 TOLERANCE = 1e-3  # nats
 SMALLEST_HALVED = 256  # numbers of a weight
@@ -53,7 +53,7 @@ def export(source: GraphSource, path: Path, levels: int, labels: int) -> Exporte
         labels: number of labels, likewise.
 
     Raises:
-        BundleError: the graph differs from the module.
+        BundleError: the graph differs from the module, or breaks a rule of `hygiene`.
     """
     write(source, path, levels, labels)
     graph = Graph(
@@ -72,7 +72,11 @@ def export(source: GraphSource, path: Path, levels: int, labels: int) -> Exporte
 
 
 def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
-    """Writes the module as one ONNX file, without a trace of the machine that did."""
+    """Writes the module as one ONNX file, without a trace of the machine that did.
+
+    Raises:
+        BundleError: the graph breaks a rule of `hygiene`.
+    """
     feeds = example(source.inputs, 2, levels, labels, seed=0)
     batch = torch.export.Dim("batch", min=1)
     quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
@@ -98,6 +102,7 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
     strip(model)
     compact(model)
     onnx.checker.check_model(model, full_check=True)
+    hygiene.check(model, source.inputs, source.outputs)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -147,15 +152,6 @@ def compact(model: onnx.ModelProto) -> None:
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-
-
-def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and all graphs within its nodes, outermost first."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from subgraphs(attribute.g)
 
 
 def example(

@@ -293,4 +293,6 @@ class PixelCNN(nn.Module):
         """The labels to condition on, null ones (1,) for None; None if the model takes none."""
         if not self.config.labels:
             return None
-        return torch.tensor([self.null_label]) if y is None else y
+        if y is not None:
+            return y
+        return torch.tensor([self.null_label], device=self.mix.weight.device)

@@ -62,7 +62,7 @@ class EveryLabel(nn.Module):
         labels = self.model.config.labels
         n, c, h, w = x.shape
         each = x[:, None].expand(n, labels, c, h, w).reshape(n * labels, c, h, w)
-        y = torch.arange(labels).expand(n, labels).reshape(-1)
+        y = torch.arange(labels, device=x.device).expand(n, labels).reshape(-1)
         return self.model.log_prob(each, y).view(n, labels)
 
 

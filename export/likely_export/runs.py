@@ -124,11 +124,18 @@ def train_all(
     for name in names:
         if name not in recipe.models:
             raise InvalidInput("model", f"{name} is none of {', '.join(recipe.models)}")
-    _prepare(recipe, folder, names, resume)
-    jobs = [
-        Job(recipe, name, folder / name, resume, hardware or Hardware(), threads) for name in names
-    ]
-    if len(jobs) == 1 or (hardware is not None and hardware.devices > 1):
+    hardware = hardware or Hardware()
+    jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
+    if hardware.devices > 1:
+        # From here on one process a device runs this very code; the first keeps the folder.
+        fabric = hardware.fabric()
+        if fabric.is_global_zero:
+            _prepare(recipe, folder, names, resume)
+        fabric.barrier()
+        report = report if fabric.is_global_zero else None
+    else:
+        _prepare(recipe, folder, names, resume)
+    if len(jobs) == 1 or hardware.devices > 1:
         return {job.name: job.run(report) for job in jobs}
     return _side_by_side(jobs, report)
 

@@ -95,14 +95,15 @@ class Sampler(nn.Module):
         if y is not None:
             label = self.model.label(y)
             mix_bias = mix_bias + torch.cat([label, torch.zeros_like(label[:, :1])], -1)
-            mix_bias = mix_bias + gumbel.new_zeros(n, 1)
+            mix_bias = mix_bias + gumbel.new_full((n, 1), 0.0)
         depth = len(self.layers)
         rows_above, side, to_the_left = config.stem
+        # Zeros are filled in: new_zeros exports to an operator without a CUDA kernel.
         blank = gumbel.new_full((side, n, rows_above * self.channels), self.blank)
-        edge = gumbel.new_zeros(1, n, config.channels)
+        edge = gumbel.new_full((1, n, config.channels), 0.0)
         start_pixel = [
             gumbel.new_full((n, to_the_left * self.channels), self.blank),
-            *[gumbel.new_zeros(n, config.channels) for _ in self.layers],
+            *[gumbel.new_full((n, config.channels), 0.0) for _ in self.layers],
         ]
 
         def pixel(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -137,9 +138,9 @@ class Sampler(nn.Module):
 
         start_row = [
             gumbel.new_full((self.width, n, rows_above * self.channels), self.blank),
-            *[gumbel.new_zeros(self.width + 2, n, config.channels) for _ in self.layers],
+            *[gumbel.new_full((self.width + 2, n, config.channels), 0.0) for _ in self.layers],
             *[
-                gumbel.new_zeros(n, self.height, config.row_width)
+                gumbel.new_full((n, self.height, config.row_width), 0.0)
                 for _ in range(2 * config.row_layers)
             ],
         ]

@@ -1,11 +1,11 @@
 """One training loop for every model family.
 
 The loop knows a model only by `objective` and `evaluate`, both in nats a picture.
-Weights are averaged exponentially as they descend, the average is what is
-validated and kept, and a run that was interrupted goes on from its last
-checkpoint to the very weights that it would have reached undisturbed: the data
-order is a function of (seed, epoch), and every other random number comes from
-generators whose state the checkpoint holds.
+Weights are averaged exponentially as they descend, and the average is what is
+validated and kept. On one device, a run that was interrupted goes on from its
+last checkpoint to the very weights that it would have reached undisturbed: the
+data order is a function of (seed, epoch), and every other random number comes
+from generators whose state the checkpoint holds.
 """
 
 from __future__ import annotations
@@ -244,11 +244,16 @@ class _Loop:
         self.best_state: dict[str, Tensor] | None = None
         self.began = self.clock()
         self.losses: list[Tensor] = []
-        random.seed(self.training.seed)
-        np.random.seed(self.training.seed % (1 << 32))
-        torch.manual_seed(self.training.seed)
+        self._seed(self.training.seed)
         if self.fabric.is_global_zero:
             (self.folder / LOG).write_text("")
+
+    def _seed(self, seed: int) -> None:
+        """Seeds every global generator, differently on every device."""
+        seed += self.fabric.global_rank
+        random.seed(seed)
+        np.random.seed(seed % (1 << 32))
+        torch.manual_seed(seed)
 
     @property
     def seconds(self) -> float:
@@ -364,7 +369,9 @@ class _Loop:
         self.best_state, self.losses = state["best_state"], []
         if self.fabric.is_global_zero:
             _cut_log(self.folder / LOG, self.step)
-        _set_random_state(state["random"])
+            _set_random_state(state["random"])
+        else:  # the first device's noise is in the checkpoint; the others draw anew
+            self._seed(self.training.seed + self.step)
         self.began = self.clock()
 
     def _check(self, state: Mapping[str, Any], path: Path) -> None:

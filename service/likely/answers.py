@@ -172,3 +172,31 @@ class ModelInfo:
     execution_providers: tuple[str, ...]
     limits: Limits
     digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """Pictures whose open pixels were drawn.
+
+    Attributes:
+        images: uint8 (n, completions, c, h, w) of levels; fixed pixels unchanged.
+        seed: what they were drawn with.
+        model_version: the version that drew them.
+    """
+
+    images: Pixels
+    seed: int
+    model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """What a draw must pass; one that does not is drawn again.
+
+    Attributes:
+        alpha: a draw whose p-value is at most alpha is rejected, as Score would.
+        max_draws: draws of one picture, the first included.
+    """
+
+    alpha: float
+    max_draws: int

@@ -47,11 +47,9 @@ def check_priors(priors: Sequence[float], labels: int) -> Doubles:
     if len(priors) != labels:
         raise InvalidInput("priors", f"{len(priors)} values; the model has {labels} labels")
     values = np.array(priors, dtype=np.float64)
-    if not np.all(np.isfinite(values)) or np.any(values < 0):
-        first = int(np.argmax(~(np.isfinite(values) & (values >= 0))))
-        raise InvalidInput(
-            f"priors[{first}]", f"{values[first]:g} is not a probability: finite, 0 or more"
-        )
+    if np.any(wrong := ~((values >= 0) & (values <= 1))):
+        first = int(np.argmax(wrong))
+        raise InvalidInput(f"priors[{first}]", f"{values[first]:g} is no probability in [0, 1]")
     if abs(values.sum() - 1) > 1e-6:
         raise InvalidInput("priors", f"they sum to {values.sum():.9g}; 1 within 1e-6 is asked")
     return values

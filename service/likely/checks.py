@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from likely import bayes, codec
-from likely.answers import Doubles, Labels, Limits, Pixels
+from likely.answers import Accepted, Doubles, Labels, Limits, Pixels, SelfCheck
 from likely.errors import InvalidInput
 from likely.noise import SEED_LIMIT
 from likely.v1 import generation_pb2, images_pb2, scoring_pb2
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from likely.outliers import Detector
 
 HOTTEST = 2.0
+USUAL_DRAWS, MOST_DRAWS = 16, 100
+MOST_PROPOSALS = 256
+T = TypeVar("T")
+Drawing = generation_pb2.GenerateRequest | generation_pb2.CompleteRequest
 _AXES = ("pictures", "channels", "rows", "columns")
 
 
@@ -35,8 +39,13 @@ class Pictured(Protocol):
         """The pictures."""
 
 
-def pixels(request: Pictured, manifest: Manifest, limits: Limits) -> Pixels:
-    """The request's pictures, uint8 (n, c, h, w), every byte in [0, levels)."""
+def pixels(
+    request: Pictured, manifest: Manifest, limits: Limits, known: Accepted | None = None
+) -> Pixels:
+    """The request's pictures, uint8 (n, c, h, w), every byte in [0, levels).
+
+    Where `known` is given, levels that are not known may be any and become 0.
+    """
     n, *geometry = codec.shape(request.images)
     for axis, (given, asked) in enumerate(zip(geometry, manifest.shape, strict=True), start=1):
         if given != asked:
@@ -49,6 +58,8 @@ def pixels(request: Pictured, manifest: Manifest, limits: Limits) -> Pixels:
             f"{n} pictures; one request brings at most {limits.images_per_request}",
         )
     x = codec.pixels(request.images)
+    if known is not None:
+        x = x * known
     if x.size and x.max() >= manifest.levels:
         i, c, h, w = np.unravel_index(int(np.argmax(x >= manifest.levels)), x.shape)
         raise InvalidInput(
@@ -60,7 +71,7 @@ def pixels(request: Pictured, manifest: Manifest, limits: Limits) -> Pixels:
 
 
 def alpha(
-    request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest,
+    request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest | generation_pb2.SelfCheck,
     detector: Detector,
     default: float,
 ) -> float:
@@ -92,8 +103,8 @@ def labels(request: scoring_pb2.EncodeRequest, manifest: Manifest, n: int) -> La
     return np.array(given, dtype=np.int64)
 
 
-def label(request: generation_pb2.GenerateRequest, manifest: Manifest) -> int | None:
-    """The label that all pictures shall have; None where it is drawn from the priors."""
+def label(request: Drawing, manifest: Manifest) -> int | None:
+    """The label that all pictures shall have; None where the request leaves it open."""
     if not request.HasField("label"):
         return None
     return _check_label("label", request.label, manifest)
@@ -101,37 +112,86 @@ def label(request: generation_pb2.GenerateRequest, manifest: Manifest) -> int | 
 
 def count(request: generation_pb2.GenerateRequest, limits: Limits) -> int:
     """How many pictures are drawn, from 1 to the limit."""
-    if not 1 <= request.count <= limits.images_per_generation:
-        raise InvalidInput(
-            "count", f"{request.count} is not in 1 to {limits.images_per_generation}"
-        )
-    return request.count
+    return _within("count", request.count, limits.images_per_generation)
 
 
-def first_index(request: generation_pb2.GenerateRequest) -> int:
+def first_index(request: Drawing, count: int) -> int:
     """The first picture's index, such that the last one's is below 2**63."""
     if request.first_index < 0:
         raise InvalidInput("first_index", f"{request.first_index} is negative")
-    if request.first_index + request.count > SEED_LIMIT:
+    if request.first_index + count > SEED_LIMIT:
         raise InvalidInput(
-            "first_index",
-            f"{request.first_index} leaves no room for {request.count} pictures below 2**63",
+            "first_index", f"{request.first_index} leaves no room for {count} pictures below 2**63"
         )
     return request.first_index
 
 
-def seed(request: generation_pb2.GenerateRequest) -> int:
+def seed(request: Drawing) -> int:
     """The request's seed, or a fresh one."""
     return request.seed if request.HasField("seed") else secrets.randbelow(SEED_LIMIT)
 
 
-def temperature(request: generation_pb2.GenerateRequest) -> float:
+def temperature(request: Drawing) -> float:
     """What multiplies the noise, in [0, 2]; 1 where the request names none."""
     if not request.HasField("temperature"):
         return 1.0
     if not (math.isfinite(request.temperature) and 0 <= request.temperature <= HOTTEST):
         raise InvalidInput("temperature", f"{request.temperature:g} is not in [0, {HOTTEST:g}]")
     return request.temperature
+
+
+def self_check(
+    request: generation_pb2.GenerateRequest, detector: Detector, default_alpha: float
+) -> SelfCheck | None:
+    """What draws must pass; None where the request asks for no self-check."""
+    if not request.HasField("self_check"):
+        return None
+    asked = request.self_check
+    draws = asked.max_draws if asked.HasField("max_draws") else USUAL_DRAWS
+    return SelfCheck(
+        _in_field("self_check", alpha, asked, detector, default_alpha),
+        _within("self_check.max_draws", draws, MOST_DRAWS),
+    )
+
+
+def mask(request: generation_pb2.CompleteRequest, x: Pixels) -> Accepted:
+    """Where the request's pictures x are fixed, bool (n, c, h, w)."""
+    if len(request.mask) != x.size:
+        raise InvalidInput(
+            "mask", f"{len(request.mask)} bytes; one for each of {x.size} levels is asked"
+        )
+    known = np.frombuffer(request.mask, dtype=np.uint8).reshape(x.shape)
+    if known.size and known.max() > 1:
+        first = int(np.argmax(known.ravel() > 1))
+        raise InvalidInput("mask", f"byte {first} is {known.ravel()[first]}; 0 or 1 is asked")
+    return known.astype(np.bool_)
+
+
+def completions(request: generation_pb2.CompleteRequest, n: int, limits: Limits) -> int:
+    """How many completions of each of n pictures, at most the limit in all."""
+    given = request.completions if request.HasField("completions") else 1
+    return _within("completions", given, limits.images_per_generation // max(1, n))
+
+
+def proposals(request: generation_pb2.CompleteRequest) -> int:
+    """How many proposals stand behind each completion, from 1 to 256."""
+    given = request.proposals if request.HasField("proposals") else 1
+    if given > 1 and request.HasField("label"):
+        raise InvalidInput("proposals", f"{given} proposals need an absent label")
+    return _within("proposals", given, MOST_PROPOSALS)
+
+
+def _within(field: str, value: int, most: int) -> int:
+    if not 1 <= value <= most:
+        raise InvalidInput(field, f"{value} is not in 1 to {most}")
+    return value
+
+
+def _in_field(field: str, check: Callable[..., T], *given: Any) -> T:
+    try:
+        return check(*given)
+    except InvalidInput as error:
+        raise InvalidInput(f"{field}.{error.field}", error.description) from None
 
 
 def _check_label(field: str, label: int, manifest: Manifest) -> int:

@@ -17,7 +17,7 @@ import grpc.aio
 import numpy.typing as npt
 
 from likely import codec, plans, statuses
-from likely.answers import Classifications, Draws, Features, ModelInfo, Scores
+from likely.answers import Classifications, Completions, Draws, Features, ModelInfo, Scores
 from likely.v1 import (
     generation_pb2_grpc,
     models_pb2,
@@ -61,7 +61,9 @@ class Client:
         self._timeout = timeout
         self._catalogue = plans.Catalogue()
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
-        self._generate = generation_pb2_grpc.GenerationServiceStub(self._channel).Generate
+        generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._generate = generation.Generate
+        self._complete = generation.Complete
         self._calls = _calls(self._channel)
 
     def score(
@@ -144,6 +146,9 @@ class Client:
         seed: int | None = None,
         first_index: int = 0,
         temperature: float | None = None,
+        self_check: bool = False,
+        alpha: float | None = None,
+        max_draws: int | None = None,
         model: str | None = None,
         version: str | None = None,
     ) -> Draws:
@@ -155,6 +160,9 @@ class Client:
             seed: one seed gives the same pictures; None lets the server pick one.
             first_index: of the first picture.
             temperature: multiplies the noise, in [0, 2]; None is 1.
+            self_check: redraw what the server would reject, or assign another label.
+            alpha: of the self-check; None for the server's default.
+            max_draws: of one picture; None for the server's default.
             model: its name.
             version: its version.
 
@@ -167,6 +175,9 @@ class Client:
             seed=seed,
             first_index=first_index,
             temperature=temperature,
+            self_check=self_check,
+            alpha=alpha,
+            max_draws=max_draws,
             model=model,
             version=version,
         )
@@ -180,14 +191,18 @@ class Client:
         seed: int | None = None,
         first_index: int = 0,
         temperature: float | None = None,
+        self_check: bool = False,
+        alpha: float | None = None,
+        max_draws: int | None = None,
         model: str | None = None,
         version: str | None = None,
     ) -> Iterator[Draws]:
         """The pictures of `generate`, chunk by chunk as they are drawn."""
         info = self.model(model, version)
         last: Draws | None = None
+        check = plans.self_check(self_check, alpha, max_draws)
         for request in plans.generations(
-            info, version, label, count, seed, first_index, temperature
+            info, version, label, count, seed, first_index, temperature, check
         ):
             plans.pin(request, last)
             call = self._generate(request, timeout=self._timeout)
@@ -198,6 +213,50 @@ class Client:
                         yield last
             finally:
                 call.cancel()  # of a reader that left; ended calls do not mind
+
+    def complete(
+        self,
+        images: npt.ArrayLike,
+        mask: npt.ArrayLike,
+        *,
+        label: int | None = None,
+        completions: int = 1,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        proposals: int = 1,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Completions:
+        """Pictures with their open pixels drawn from the model.
+
+        Args:
+            images: uint8 (n, c, h, w), or (n, h, w) for one channel.
+            mask: true where a pixel is fixed; of the images' shape, or one that broadcasts to it.
+            label: of all pictures; None for p(x).
+            completions: of each picture.
+            seed: one seed gives the same completions; None lets the server pick one.
+            first_index: of the first picture.
+            temperature: multiplies the noise, in [0, 2]; None is 1.
+            proposals: behind each completion; 1 is exact where no fixed pixel follows an
+                open one in raster order.
+            model: its name.
+            version: its version.
+
+        Raises:
+            LikelyError: as `score`.
+        """
+        info = self.model(model, version)
+        x = plans.pixels(images)
+        parts: list[Completions] = []
+        for request in plans.completions(
+            info, version, x, mask, label, completions, seed, first_index, temperature, proposals
+        ):
+            plans.pin(request, parts[-1] if parts else None)
+            with _told():
+                call = self._complete(request, timeout=self._timeout)
+                parts += [codec.completions(message) for message in call]
+        return plans.completed(parts, x, completions, info)
 
     def models(self) -> list[ModelInfo]:
         """Every version that is served, sorted by name.
@@ -253,7 +312,9 @@ class AsyncClient:
         self._timeout = timeout
         self._catalogue = plans.Catalogue()
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self._generate = generation_pb2_grpc.GenerationServiceStub(self._channel).Generate
+        generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._generate = generation.Generate
+        self._complete = generation.Complete
         self._calls = _calls(self._channel)
 
     async def score(
@@ -302,6 +363,9 @@ class AsyncClient:
         seed: int | None = None,
         first_index: int = 0,
         temperature: float | None = None,
+        self_check: bool = False,
+        alpha: float | None = None,
+        max_draws: int | None = None,
         model: str | None = None,
         version: str | None = None,
     ) -> Draws:
@@ -312,6 +376,9 @@ class AsyncClient:
             seed=seed,
             first_index=first_index,
             temperature=temperature,
+            self_check=self_check,
+            alpha=alpha,
+            max_draws=max_draws,
             model=model,
             version=version,
         )
@@ -325,14 +392,18 @@ class AsyncClient:
         seed: int | None = None,
         first_index: int = 0,
         temperature: float | None = None,
+        self_check: bool = False,
+        alpha: float | None = None,
+        max_draws: int | None = None,
         model: str | None = None,
         version: str | None = None,
     ) -> AsyncIterator[Draws]:
         """As `Client.generate_stream`."""
         info = await self.model(model, version)
         last: Draws | None = None
+        check = plans.self_check(self_check, alpha, max_draws)
         for request in plans.generations(
-            info, version, label, count, seed, first_index, temperature
+            info, version, label, count, seed, first_index, temperature, check
         ):
             plans.pin(request, last)
             call = self._generate(request, timeout=self._timeout)
@@ -343,6 +414,33 @@ class AsyncClient:
                         yield last
             finally:
                 call.cancel()
+
+    async def complete(
+        self,
+        images: npt.ArrayLike,
+        mask: npt.ArrayLike,
+        *,
+        label: int | None = None,
+        completions: int = 1,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        proposals: int = 1,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Completions:
+        """As `Client.complete`."""
+        info = await self.model(model, version)
+        x = plans.pixels(images)
+        parts: list[Completions] = []
+        for request in plans.completions(
+            info, version, x, mask, label, completions, seed, first_index, temperature, proposals
+        ):
+            plans.pin(request, parts[-1] if parts else None)
+            with _told():
+                call = self._complete(request, timeout=self._timeout)
+                parts += [codec.completions(message) async for message in call]
+        return plans.completed(parts, x, completions, info)
 
     async def models(self) -> list[ModelInfo]:
         """As `Client.models`."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from likely.answers import (
     Classifications,
+    Completions,
     Draws,
     Features,
     Floats,
@@ -31,6 +32,7 @@ Answer = (
     | scoring_pb2.ClassifyResponse
     | scoring_pb2.EncodeResponse
     | generation_pb2.GenerateResponse
+    | generation_pb2.CompleteResponse
     | models_pb2.ListModelsResponse
     | models_pb2.GetModelResponse
 )
@@ -164,6 +166,27 @@ def generate_response(answer: Draws) -> generation_pb2.GenerateResponse:
         labels=answer.label,
         first_index=answer.first_index,
         seed=answer.seed,
+        draws=answer.draws,
+        accepted=answer.accepted,
+    )
+
+
+def complete_response(answer: Draws) -> generation_pb2.CompleteResponse:
+    """A chunk of completions as a message."""
+    return generation_pb2.CompleteResponse(
+        model_version=answer.model_version,
+        images=images(answer.images),
+        first_row=answer.first_index,
+        seed=answer.seed,
+    )
+
+
+def completions(message: generation_pb2.CompleteResponse) -> Completions:
+    """The completions of a chunk, (rows, c, h, w): not yet divided by picture."""
+    return Completions(
+        images=pixels(message.images),
+        seed=message.seed,
+        model_version=message.model_version,
     )
 
 
@@ -174,6 +197,8 @@ def draws(message: generation_pb2.GenerateResponse) -> Draws:
         label=np.array(message.labels, dtype=np.int64),
         first_index=message.first_index,
         seed=message.seed,
+        draws=np.array(message.draws, dtype=np.int64),
+        accepted=np.array(message.accepted, dtype=np.bool_),
         model_version=message.model_version,
     )
 
@@ -252,6 +277,8 @@ def size(answer: Answer) -> int:
             return len(answer.classifications)
         case scoring_pb2.EncodeResponse() | generation_pb2.GenerateResponse():
             return len(answer.labels)
+        case generation_pb2.CompleteResponse():
+            return answer.images.shape[0]
         case _:
             return 0
 

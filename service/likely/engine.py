@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from likely import bayes, noise
 from likely.answers import (
+    Accepted,
     Classifications,
     Doubles,
     Draws,
@@ -19,11 +19,12 @@ from likely.answers import (
     Labels,
     Pixels,
     Scores,
+    SelfCheck,
     Verdict,
 )
 from likely.bundle import Bundle, Role
 from likely.errors import BundleError, ServerFault
-from likely.generation import Generator, SelfCheck
+from likely.generation import Generator
 from likely.graphs import Array, Device, Session, agrees
 from likely.lanes import Lanes
 from likely.outliers import Detector
@@ -92,7 +93,7 @@ class Engine:
         return cls(bundle, sessions, lanes=lanes, max_batch=max_batch)
 
     def answers(self, method: str) -> bool:
-        """Whether the bundle has a graph for `Score`, `Classify`, `Encode`, `Generate`, `Complete`."""
+        """Whether the bundle has a graph for that RPC, such as `Score`."""
         return any(role in self._lanes for role in _METHODS[method])
 
     async def score(self, x: Pixels, alpha: float, *, surprise: bool = False) -> Scores:
@@ -199,7 +200,7 @@ class Engine:
     def complete(
         self,
         x: Pixels,
-        known: npt.NDArray[np.bool_],
+        known: Accepted,
         label: int | None,
         completions: int,
         seed: int,
@@ -241,12 +242,14 @@ class Engine:
         """Lets running graphs end and frees the lanes."""
         self._lanes.close()
 
-    async def _passes(self, x: Pixels, labels: Labels, alpha: float) -> npt.NDArray[np.bool_]:
+    async def _passes(self, x: Pixels, labels: Labels, alpha: float) -> Accepted:
         """Whether draws would be accepted, and assigned the labels they were drawn with."""
         if Role.CONDITIONAL in self._lanes and np.all(labels >= 0):
             answer = await self.classify(x, alpha)
-            return (answer.verdict == Verdict.ACCEPTED) & (answer.label == labels)
-        return (await self.score(x, alpha)).verdict == Verdict.ACCEPTED
+            assigned: Accepted = (answer.verdict == Verdict.ACCEPTED) & (answer.label == labels)
+            return assigned
+        plausible: Accepted = (await self.score(x, alpha)).verdict == Verdict.ACCEPTED
+        return plausible
 
     async def _surprise(self, x: Pixels) -> Floats:
         return (await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"]))["surprise"]

@@ -37,6 +37,10 @@ class InvalidInput(LikelyError, ValueError):
         self.field = field
         self.description = message
 
+    def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str]]:
+        """Rebuilt from both arguments where it crosses a process."""
+        return type(self), (self.field, self.description)
+
 
 class ModelNotFound(LikelyError, LookupError):
     """No such model or version is served.

@@ -12,25 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from likely import noise
-from likely.answers import Draws, Floats, Labels, Pixels
+from likely.answers import Draws, Floats, Labels, Pixels, SelfCheck
 from likely.bundle import Manifest, Role, TensorSpec
 from likely.lanes import Lanes
 
 Mask = npt.NDArray[np.bool_]
 TOWER = np.float32(1e6)  # noise that no log-probability outweighs
-
-
-@dataclass(frozen=True, slots=True)
-class SelfCheck:
-    """What a draw must pass; one that does not is drawn again.
-
-    Attributes:
-        alpha: a draw whose p-value is at most alpha is rejected, as Score would.
-        max_draws: draws of one picture, the first included.
-    """
-
-    alpha: float
-    max_draws: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +125,7 @@ class Generator:
             )
             images = await self._draw(Role.SAMPLE, plan)
             if proposals > 1:
-                images = await self._resampled(plan, images, proposals)
+                images = await self._resampled(plan, images, known[pictures], proposals)
             ones = np.ones(stop - start, dtype=np.int64)
             labels = np.full(stop - start, -1 if label is None else label)
             return self._answer(images, labels, start, seed, ones * proposals, ones.astype(bool))
@@ -191,7 +178,7 @@ class Generator:
             again = _Plan(
                 plan.seed,
                 plan.temperature,
-                [plan.indices[i] for i in failing],
+                [plan.indices[i] for i in failing.tolist()],
                 [attempt] * len(failing),
                 plan.labels[failing],
             )
@@ -203,10 +190,10 @@ class Generator:
         accepted[failing] = False
         return attempts, accepted
 
-    async def _resampled(self, plan: _Plan, images: Pixels, proposals: int) -> Pixels:
+    async def _resampled(self, plan: _Plan, images: Pixels, known: Mask, proposals: int) -> Pixels:
         """One of each picture's proposals, drawn by how probable it makes the fixed pixels."""
         surprise = await self._surprise(images)
-        weights = -(surprise.astype(np.float64) * plan.known).sum((1, 2, 3))
+        weights = -(surprise.astype(np.float64) * known).sum((1, 2, 3))
         firsts = range(0, len(images), proposals)
         gumbel = [
             noise.stream(plan.seed, plan.indices[at], noise.Use.CHOICE, plan.attempts[at]).gumbel(
@@ -215,7 +202,8 @@ class Generator:
             for at in firsts
         ]
         chosen = (weights.reshape(-1, proposals) + np.array(gumbel)).argmax(1)
-        return images[np.array(firsts) + chosen]
+        kept: Pixels = images[np.array(firsts) + chosen]
+        return kept
 
     def _answer(
         self,

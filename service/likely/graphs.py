@@ -11,7 +11,7 @@ import ctypes
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,23 +29,34 @@ CUDA = "CUDAExecutionProvider"
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where graphs shall run: `cpu`, `cuda[:index]`, or `auto` for CUDA where there is one."""
+    """Where graphs shall run: `cpu`, `cuda[:index]`, or `auto` for CUDA where there is one.
+
+    Attributes:
+        kind: what computes.
+        index: which card.
+        memory: bytes of a card that each graph's arena may take; 0 for all there are.
+    """
 
     kind: Literal["auto", "cpu", "cuda"]
     index: int = 0
+    memory: int = 0
 
     @classmethod
-    def parse(cls, text: str) -> Device:
+    def parse(cls, text: str, memory: int = 0) -> Device:
         """The device that `auto`, `cpu`, `cuda` or `cuda:1` names.
+
+        Args:
+            text: one of these.
+            memory: bytes of a card that each graph's arena may take; 0 for all there are.
 
         Raises:
             SettingsError: the text is none of these.
         """
         match text:
             case "auto" | "cpu" | "cuda":
-                return cls(text)
+                return cls(text, memory=memory)
         if found := re.fullmatch(r"cuda:(\d{1,2})", text):
-            return cls("cuda", int(found[1]))
+            return cls("cuda", int(found[1]), memory)
         raise SettingsError(f"device {text!r} is none of auto, cpu, cuda, cuda:0, cuda:1, …")
 
     def resolve(self) -> Device:
@@ -53,7 +64,7 @@ class Device:
         if self.kind != "auto":
             return self
         there = CUDA in _runtime().get_available_providers() and cuda_devices() > 0
-        return Device("cuda" if there else "cpu")
+        return replace(self, kind="cuda" if there else "cpu")
 
     def __str__(self) -> str:
         return f"cuda:{self.index}" if self.kind == "cuda" else self.kind
@@ -103,15 +114,59 @@ class Session:
             DeviceError: the device is not really there.
         """
         self.spec = spec
-        self._session = _open(path, device.resolve(), threads)
+        self._device = device.resolve()
+        self._session = _open(path, self._device, threads)
         self.providers = tuple(self._session.get_providers())
         _check_signature(path, "input", spec.inputs, self._session.get_inputs())
         _check_signature(path, "output", spec.outputs, self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """The outputs of that name, in that order."""
+        if self._device.kind == "cuda":
+            return self.run_bound(feeds, outputs)
         arrays: list[Array] = self._session.run(list(outputs), dict(feeds))
         return arrays
+
+    def run_bound(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """The same as `run`, by copies of its own to and from the device, in a batch of few sizes.
+
+        A card sees every size of batch for the first time once: it then chooses kernels and
+        grows its arena. So rows are filled up to a power of two, and cut off the outputs.
+        """
+        n = rows(feeds)
+        kind, index = self._device.kind, self._device.index
+        binding = self._session.io_binding()
+        for name, feed in filled(feeds, bucket(n)).items():
+            value = _runtime().OrtValue.ortvalue_from_numpy(feed, kind, index)
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        return [value.numpy()[:n] for value in binding.get_outputs()]
+
+
+def rows(feeds: Mapping[str, Array]) -> int:
+    """How many rows there are in every feed."""
+    return len(next(iter(feeds.values())))
+
+
+def bucket(n: int) -> int:
+    """The size of batch in which `n` rows run, at least 1: the next power of two."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def filled(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
+    """The feeds with their last row repeated up to `size` rows, each in one block of memory.
+
+    A row that is there cannot be what a graph has never seen, as zeros could.
+    """
+    missing = size - rows(feeds)
+    return {
+        name: np.ascontiguousarray(np.concatenate([feed, np.repeat(feed[-1:], missing, 0)]))
+        if missing
+        else np.ascontiguousarray(feed)
+        for name, feed in feeds.items()
+    }
 
 
 def _runtime() -> Any:
@@ -132,8 +187,7 @@ def _open(path: Path, device: Device, threads: int) -> Any:
     providers: list[Any] = [CPU]
     if device.kind == "cuda":
         _check_cuda(ort, device)
-        # TensorFloat-32 would leave the tolerance that the parity gate promised.
-        providers = [(CUDA, {"device_id": str(device.index), "use_tf32": "0"}), CPU]
+        providers = [(CUDA, _cuda_options(device)), CPU]
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime raises its own types, one for each status
@@ -147,6 +201,24 @@ def _open(path: Path, device: Device, threads: int) -> Any:
             "('likely[cuda]' brings them)"
         )
     return session
+
+
+def _cuda_options(device: Device) -> dict[str, str]:
+    options = {
+        "device_id": str(device.index),
+        # TensorFloat-32 would leave the tolerance that the parity gate promised.
+        "use_tf32": "0",
+        # The default, EXHAUSTIVE, times every convolution anew for each size of batch: the first
+        # request of a size would wait for it, and two servers could choose, and round, differently.
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
+    if device.memory:
+        # Growing by powers of two would reach for twice the memory and fail below the limit.
+        options |= {
+            "gpu_mem_limit": str(device.memory),
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+    return options
 
 
 def _check_cuda(ort: Any, device: Device) -> None:

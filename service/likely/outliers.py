@@ -25,8 +25,8 @@ class Detector:
     Attributes:
         knots: float64 (k, s), quantiles of each of s statistics on the fit split.
         normals: float64 (k,), the standard normal quantiles of the same ranks.
-        spreads: float64 (s,), one robust standard deviation of each statistic:
-            the slope of the map outside the knots, where ranks would saturate.
+        spreads: float64 (s,), one standard deviation of each statistic: beyond the
+            knots, where ranks would saturate, it counts as one normal score.
         centre: float64 (s,), mean of the normal scores.
         whitening: float64 (s, r), maps centred normal scores to r independent ones.
         scores: float64 (n,), the calibration split's distances, ascending.

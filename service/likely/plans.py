@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from likely import codec
-from likely.answers import Classifications, Draws, Features, ModelInfo, Pixels, Scores
+from likely.answers import Classifications, Completions, Draws, Features, ModelInfo, Pixels, Scores
 from likely.errors import InvalidInput
 from likely.v1 import generation_pb2, models_pb2, scoring_pb2
 
@@ -150,6 +150,7 @@ def generations(
     seed: int | None,
     first_index: int,
     temperature: float | None,
+    self_check: generation_pb2.SelfCheck | None,
 ) -> Iterator[generation_pb2.GenerateRequest]:
     """The requests that draw `count` pictures, none of them above the server's limit.
 
@@ -165,10 +166,65 @@ def generations(
             seed=seed,
             first_index=first_index + start,
             temperature=temperature,
+            self_check=self_check,
         )
 
 
-def pin(request: generation_pb2.GenerateRequest, last: Draws | None) -> None:
+def self_check(
+    wanted: bool, alpha: float | None, max_draws: int | None
+) -> generation_pb2.SelfCheck | None:
+    """The self-check that a request asks for, if any."""
+    return generation_pb2.SelfCheck(alpha=alpha, max_draws=max_draws) if wanted else None
+
+
+def completions(
+    info: ModelInfo,
+    version: str | None,
+    x: Pixels,
+    mask: npt.ArrayLike,
+    label: int | None,
+    count: int,
+    seed: int | None,
+    first_index: int,
+    temperature: float | None,
+    proposals: int,
+) -> Iterator[generation_pb2.CompleteRequest]:
+    """The requests that complete pictures x, none of them above the server's limits.
+
+    All but the first need `pin`.
+    """
+    known = np.asarray(mask, dtype=np.bool_)
+    known = np.broadcast_to(known[:, None] if known.ndim == 3 else known, x.shape).astype(np.uint8)
+    fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, 2 * x[:1].nbytes)
+    drawn = info.limits.images_per_generation // max(1, count)
+    step = max(1, min(info.limits.images_per_request, fitting, drawn))
+    for at in range(0, max(len(x), 1), step):
+        part = x[at : at + step]
+        yield generation_pb2.CompleteRequest(
+            model_name=info.name,
+            model_version=version or "",
+            images=codec.images(part),
+            mask=known[at : at + step].tobytes(),
+            label=label,
+            completions=count,
+            seed=seed,
+            first_index=first_index + at,
+            temperature=temperature,
+            proposals=proposals,
+        )
+
+
+def completed(parts: Sequence[Completions], x: Pixels, count: int, info: ModelInfo) -> Completions:
+    """The chunks' completions joined, images (n, completions, c, h, w) of pictures x."""
+    first = parts[0] if parts else Completions(x[:0], 0, info.version)
+    rows = np.concatenate([x[:0], *(part.images for part in parts)])
+    return replace(first, images=rows.reshape(len(x), count, *x.shape[1:]))
+
+
+def pin(
+    request: generation_pb2.GenerateRequest | generation_pb2.CompleteRequest,
+    last: Draws | Completions | None,
+) -> None:
     """Ties a request to the seed and version that the one before it was answered with."""
     if last is not None:
         request.seed = last.seed

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 METHODS = {
+    "Complete": "likely.v1.GenerationService/Complete",
     "Classify": "likely.v1.ScoringService/Classify",
     "Encode": "likely.v1.ScoringService/Encode",
     "Generate": "likely.v1.GenerationService/Generate",

@@ -129,7 +129,7 @@ class Server:
         limits, alpha = self._settings.limits, self._settings.default_alpha
         scoring = Scoring(self.registry, limits, alpha)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, self._grpc)
-        generation = Generation(self.registry, limits)
+        generation = Generation(self.registry, limits, alpha)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._grpc)
         models = Models(self.registry, limits, alpha)
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, self._grpc)
@@ -147,7 +147,7 @@ class Server:
 
 def load_engines(settings: Settings) -> list[Engine]:
     """The engines of all bundles that the settings name, verified and warm."""
-    device = graphs.Device.parse(settings.device)
+    device = graphs.Device.parse(settings.device, memory=settings.gpu_memory << 20)
     threads = settings.threads or machine.cores()
     bundles = [Bundle.open(path) for path in settings.bundles or shipped()]
     for bundle in bundles:

@@ -66,28 +66,53 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
 
 
 class Generation(generation_pb2_grpc.GenerationServiceServicer):
-    """Draws pictures."""
+    """Draws pictures, whole or in part."""
 
-    def __init__(self, registry: Registry, limits: Limits) -> None:
+    def __init__(self, registry: Registry, limits: Limits, default_alpha: float) -> None:
         self._registry = registry
         self._limits = limits
+        self._default_alpha = default_alpha
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Chunks of pictures in the order of their index."""
         engine = self._registry.find(request.model_name, request.model_version)
+        count = checks.count(request, self._limits)
         drawn = engine.generate(
             checks.label(request, engine.manifest),
-            checks.count(request, self._limits),
+            count,
             checks.seed(request),
-            first_index=checks.first_index(request),
+            first_index=checks.first_index(request, count),
             temperature=checks.temperature(request),
             chunk=self._limits.images_per_chunk,
+            check=checks.self_check(request, engine.detector, self._default_alpha),
         )
         async with aclosing(drawn) as chunks:
             async for chunk in chunks:
                 yield codec.generate_response(chunk)
+
+    async def Complete(
+        self, request: generation_pb2.CompleteRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.CompleteResponse]:
+        """Chunks of completions, picture by picture."""
+        engine = self._registry.find(request.model_name, request.model_version)
+        known = checks.mask(request, codec.pixels(request.images))
+        x = checks.pixels(request, engine.manifest, self._limits, known)
+        drawn = engine.complete(
+            x,
+            known,
+            checks.label(request, engine.manifest),
+            checks.completions(request, len(x), self._limits),
+            checks.seed(request),
+            first_index=checks.first_index(request, len(x)),
+            temperature=checks.temperature(request),
+            proposals=checks.proposals(request),
+            chunk=self._limits.images_per_chunk,
+        )
+        async with aclosing(drawn) as chunks:
+            async for chunk in chunks:
+                yield codec.complete_response(chunk)
 
 
 class Models(models_pb2_grpc.ModelServiceServicer):

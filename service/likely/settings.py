@@ -53,6 +53,8 @@ class Settings(BaseSettings):
     """Port of the Prometheus metrics; 0 takes any free one."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")
     """What runs the models: auto, cpu, cuda or cuda:N; cuda or nothing, never a silent fallback."""
+    gpu_memory: int = Field(0, ge=0, le=1 << 20)
+    """MiB of a card that each graph may take for its runs; 0 is no limit."""
     threads: int = Field(0, ge=0, le=1024)
     """Threads of the runtime; 0 takes as many as there are cores."""
     max_batch: int = Field(16, ge=1, le=4096)

@@ -36,6 +36,7 @@ def model(name: str) -> PixelCNN:
 
 def randomised(config: PixelCNNConfig, scale: float = 0.3) -> PixelCNN:
     """A model whose every weight is drawn anew, so that nothing starts at zero."""
+    torch.manual_seed(7)
     net = PixelCNN(config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -62,7 +62,7 @@ def check(request: Any, manifest: Manifest, detector: Detector) -> dict[str, Any
             "label": checks.label(request, manifest),
             "count": checks.count(request, LIMITS),
             "seed": checks.seed(request),
-            "first_index": checks.first_index(request),
+            "first_index": checks.first_index(request, request.count),
             "temperature": checks.temperature(request),
         }
     x = checks.pixels(request, manifest, LIMITS)

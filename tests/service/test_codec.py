@@ -112,6 +112,8 @@ def test_draws() -> None:
         label=np.array([0, 1, 2]),
         first_index=2**62,
         seed=-(2**63),
+        draws=np.array([1, 7, 16]),
+        accepted=np.array([True, True, False]),
         model_version="2",
     )
     message = codec.generate_response(answer)

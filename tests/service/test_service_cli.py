@@ -25,7 +25,7 @@ from likely.cli.serve import FLAGS
 from likely.settings import Settings
 
 if TYPE_CHECKING:
-    from tests.conftest import Live, Toy
+    from tests.conftest import Live, Running, Toy
 
 COMMAND = [sys.executable, "-c", "from likely.cli import main; main()"]
 
@@ -148,7 +148,8 @@ def test_generate_writes_arrays(
     told = lines(
         likely("generate", "--label", label, "--count", 9, "--seed", 3, "--out", out, "--json")
     )
-    assert told == [{"out": str(out), "pictures": 9, "seed": 3, "model": "toy", "version": "1.0"}]
+    row = {"out": str(out), "pictures": 9, "seed": 3, "draws": 9, "accepted": 9}
+    assert told == [{**row, "model": "toy", "version": "1.0"}]
     with np.load(out) as arrays, Client(live.address) as client:
         drawn = client.generate(9, label=1, seed=3)
         assert np.array_equal(arrays["x"], drawn.images)
@@ -300,3 +301,13 @@ def test_serve_answers_and_ends_well_when_told(toy: Toy, number: int) -> None:
         assert process.stderr is not None
         events = [json.loads(line)["event"] for line in process.stderr]
     assert events[-2:] == ["draining", "ended"]
+
+
+def test_health_is_one_word_or_one_sentence(
+    likely: Callable[..., Result], live: Live, running: Running
+) -> None:
+    ready = likely("health", "--address", live.address)
+    assert (ready.exit_code, ready.output) == (0, "SERVING\n")
+    with running(load=False) as loading:
+        assert "not serving yet" in failed(likely("health", "--address", loading.address))
+    assert "does not answer" in failed(likely("health", "--address", "127.0.0.1:1"))

@@ -155,6 +155,11 @@ def classify(
 @click.option("--first-index", type=int, default=0, help="The index of the first picture.")
 @click.option("--temperature", type=float, help="Multiplies the noise, from 0 to 2. [1]")
 @click.option(
+    "--self-check", is_flag=True, help="Redraw what would be rejected or get another label."
+)
+@_ALPHA
+@click.option("--max-draws", type=int, help="Of one picture, with --self-check. [16]")
+@click.option(
     "--out",
     required=True,
     type=click.Path(path_type=Path),
@@ -171,6 +176,9 @@ def generate(
     seed: int | None,
     first_index: int,
     temperature: float | None,
+    self_check: bool,
+    alpha: float | None,
+    max_draws: int | None,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -183,6 +191,9 @@ def generate(
             seed=seed,
             first_index=first_index,
             temperature=temperature,
+            self_check=self_check,
+            alpha=alpha,
+            max_draws=max_draws,
             model=info.name,
             version=info.version,
         )
@@ -193,7 +204,13 @@ def generate(
                 advance(len(chunk.images))
     drawn = plans.joined(chunks)
     pictures.write_draws(out, drawn, info)
-    row = {"out": str(out), "pictures": len(drawn.images), "seed": drawn.seed}
+    row = {
+        "out": str(out),
+        "pictures": len(drawn.images),
+        "seed": drawn.seed,
+        "draws": int(drawn.draws.sum()),
+        "accepted": int(drawn.accepted.sum()),
+    }
     show.rows([row], as_json, {"model": info.name, "version": drawn.model_version})
 
 

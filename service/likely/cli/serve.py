@@ -23,6 +23,7 @@ FLAGS = {
     "metrics_host": "Address of the Prometheus metrics. [127.0.0.1]",
     "metrics_port": "Their port; 0 takes any free one, off none. [9464]",
     "device": "auto, cpu, cuda or cuda:N. [auto]",
+    "gpu_memory": "MiB of a card that each graph may take; 0 is no limit. [0]",
     "threads": "Threads of the runtime; 0 takes as many as there are cores. [0]",
     "max_batch": "Pictures that one run of a graph takes. [16]",
     "images_per_request": "Pictures that a request may bring. [1024]",

@@ -1,0 +1,37 @@
+"""Measures, prints, and writes the figures: `python -m bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import figures, tables
+
+BATCHES = (1, 16, 64, 256)
+
+
+def main() -> None:
+    """The whole bench, in about three minutes once the graphs are exported."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9, help="of every measurement [9]")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="[1 16 64 256]")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of batches 1 and 16")
+    parser.add_argument("--out", type=Path, default=Path("build/bench.json"))
+    parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="[build/bench]")
+    given = parser.parse_args()
+    rounds, batches = (3, (1, 16)) if given.quick else (given.rounds, given.batches)
+    console = Console()
+    with console.status("") as status:
+        found = figures.collect(given.cache, batches, rounds, status.update)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(found, indent=1) + "\n")
+    console.print(tables.by_batch(found))
+    console.print(tables.others(found))
+    console.print(f"written to {given.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""From measurements to the figures that are promised: `build/bench.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from bench import measures, memory, models
+from bench.clock import Timing
+from bench.environment import environment
+from bench.exports import Exports
+from likely.bundle import Role
+from likely.server import shipped
+
+Figures = dict[str, object]
+Report = Callable[[str], None]
+Timings = dict[int, dict[str, Timing]]
+BOUND_BATCHES = (1, 16, 64)
+FIXED_POINTS = 64
+
+
+def collect(cache: Path, batches: Sequence[int], rounds: int, report: Report) -> Figures:
+    """All figures, by name.
+
+    Args:
+        cache: where exported graphs are kept.
+        batches: of the sampler.
+        rounds: of every measurement.
+        report: told what is being done.
+    """
+    exports = Exports.of(cache, report)
+    timings: Timings = {}
+    for batch in batches:
+        report(f"sampling, batch {batch}")
+        timings[batch] = measures.sampling(exports, batch, rounds)
+    return {
+        "environment": environment(),
+        "rounds": rounds,
+        "model": _model(exports),
+        **_sampling(timings),
+        "sampling.differing_pixels": measures.differing(exports, min(FIXED_POINTS, max(batches))),
+        **_pass(timings),
+        **_conditional(exports, [n for n in BOUND_BATCHES if n <= max(batches)], rounds, report),
+        "export.seconds": exports.seconds,
+        "load.seconds": measures.load_seconds(exports, ("pass", "sample"), 3),
+        "memory.sample": memory.peak(exports.path("sample"), min(64, max(batches))),
+        "shipped": _shipped(batches, rounds, report),
+    }
+
+
+def _model(exports: Exports) -> Figures:
+    model, config = models.pixelcnn(), asdict(models.PIXELCNN)
+    sizes = {name: exports.path(name).stat().st_size for name in ("pass", "sample")}
+    return {
+        "config": config,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "pass_flops": models.pass_flops(models.PIXELCNN),
+        "bytes": sizes,
+    }
+
+
+def _sampling(timings: Timings) -> Figures:
+    _, h, w = models.PIXELCNN.shape
+    ratio = {n: each["sample"].over(each["pass"]) for n, each in timings.items()}
+    naive = {n: each["naive"].times(h * w).over(each["pass"]) for n, each in timings.items()}
+    return {
+        **_both("sampling.ratio", ratio),
+        **_both("sampling.naive_ratio", naive),
+        **_both("sampling.ms_per_picture", _milliseconds(timings, "sample")),
+        **_both("noise.ms_per_picture", _milliseconds(timings, "noise")),
+    }
+
+
+def _pass(timings: Timings) -> Figures:
+    rows, inner, columns = models.MATMUL
+    limit = 2 * rows * inner * columns
+    flops = models.pass_flops(models.PIXELCNN)
+    # Share of the MatMul's speed = its time over the pass's, both by operation.
+    share = {
+        n: each["matmul"].times(flops * n / limit).over(each["pass"]) for n, each in timings.items()
+    }
+    largest = max((n for n in share if n <= 64), default=min(share))
+    fastest = min(each["matmul"].minimum for each in timings.values())
+    return {
+        "pass.matmul_share": round(share[largest].minimum, 3),
+        **_both("pass.matmul_share_by_batch", share),
+        **_both("pass.ms_per_picture", _milliseconds(timings, "pass")),
+        "matmul.gflops": round(limit / fastest / 1e9, 1),
+    }
+
+
+def _conditional(exports: Exports, batches: Sequence[int], rounds: int, report: Report) -> Figures:
+    figures: Figures = {}
+    for name in models.BOUNDS:
+        found = {}
+        for n in batches:
+            report(f"conditional, {name}, batch {n}")
+            found[n] = measures.conditional(exports, name, n, rounds)
+        speedup = {n: each["single"].over(each["fused"]) for n, each in found.items()}
+        key = "conditional" if name == "bernoulli" else f"conditional.{name}"
+        figures |= _both(f"{key}.fused_speedup", speedup)
+        figures |= _both(f"{key}.ms_per_picture", _milliseconds(found, "fused"))
+    return figures
+
+
+def _shipped(batches: Sequence[int], rounds: int, report: Report) -> Figures:
+    figures: Figures = {}
+    for folder in shipped():
+        report(f"bundle {folder.name}")
+        found = {n: measures.shipped(folder, n, rounds) for n in batches}
+        figures[folder.name] = _both(
+            "sampling.ratio",
+            {n: t[Role.SAMPLE].over(t[Role.DENSITY]) for n, t in found.items() if len(t) == 2},
+        ) | _both("pass.ms_per_picture", _milliseconds(found, Role.DENSITY))
+    return figures
+
+
+def _milliseconds(timings: Timings, call: str) -> dict[int, Timing]:
+    return {n: each[call].times(1000 / n) for n, each in timings.items()}
+
+
+def _both(name: str, values: dict[int, Timing]) -> Figures:
+    """Minima under the name, medians beside it, each by batch."""
+    return {
+        name: {str(n): round(value.minimum, 4) for n, value in values.items()},
+        f"{name}.median": {str(n): round(value.median, 4) for n, value in values.items()},
+    }
