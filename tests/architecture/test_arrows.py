@@ -37,11 +37,11 @@ SERVICE = {
         "bundle engine errors graphs interceptors logs machine metrics registry servicers "
         "settings v1 grpc grpc_health grpc_reflection structlog"
     ),
-    "__main__": "cli",
     "cli": (
         "answers client errors machine plans settings server bundle engine graphs "
         "click grpc numpy onnxruntime PIL rich"
     ),
+    "__main__": "cli",
 }
 EXPORT = {
     "data": "likely.answers likely.errors numpy PIL sklearn",
