@@ -108,8 +108,9 @@ def train(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")
 def build(run: Path, out: Path) -> None:
-    """Export a trained RUN, calibrate it and write the bundle."""
+    """Export a trained RUN, calibrate it, write the bundle and tell its figures."""
     from likely_export.build import build as build_bundle
+    from likely_export.evaluate import EVALUATION
 
     console = Console(stderr=True)
     with console.status("") as status:
@@ -120,6 +121,7 @@ def build(run: Path, out: Path) -> None:
                 console.print(step, highlight=False)
 
         manifest = build_bundle(run, out, report)
+    _show(json.loads((out / EVALUATION).read_text()))
     size = sum(record.size for record in manifest.files.values())
     click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
 
@@ -143,10 +145,7 @@ def evaluate(bundle: Path, source: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
-    table = Table("figure", "value")
-    for name, value in _flat(found):
-        table.add_row(name, _text(value))
-    Console().print(table)
+    _show(found)
 
 
 @main.command("recipes")
@@ -157,6 +156,13 @@ def list_recipes() -> None:
     table = Table("recipe", "what it makes")
     for name, description in recipes.shipped().items():
         table.add_row(name, description)
+    Console().print(table)
+
+
+def _show(figures: Mapping[str, Any]) -> None:
+    table = Table("figure", "value")
+    for name, value in _flat(figures):
+        table.add_row(name, _text(value))
     Console().print(table)
 
 

@@ -82,9 +82,11 @@ def test_build_reports_its_steps_and_its_bundle(
 
     def built(run: Path, out: Path, report: object) -> Manifest:
         report("export density")  # type: ignore[operator]
+        out.mkdir()
+        (out / "evaluation.json").write_text('{"nll_nats": {"mean": 77.5}}')
         return Manifest.model_construct(**fields)  # type: ignore[arg-type]
 
     monkeypatch.setattr(build, "build", built)
     result = call("build", tmp_path, "--out", tmp_path / "bundle")
     assert result.exit_code == 0 and "export density" in result.stderr
-    assert "tiny 3" in result.stdout
+    assert "tiny 3" in result.stdout and "nll_nats.mean" in result.stdout

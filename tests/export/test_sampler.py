@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import autoregressive
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from autoregressive import CONFIGS, Opener
 from scipy.stats import chisquare
 
+from likely.graphs import Device, Session
 from likely_export import roles
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
 from likely_export.sampler import Sampler
@@ -24,10 +26,10 @@ def choices(
 @EVERY
 def test_one_pass_reproduces_every_choice(name: str) -> None:
     model, config = autoregressive.model(name), CONFIGS[name]
-    noise, y = autoregressive.gumbel(config, 16), autoregressive.labels(config, 16)
+    noise, y = autoregressive.gumbel(config, 64), autoregressive.labels(config, 64)
     with torch.no_grad():
         x = Sampler(model)(noise, y)
-        assert x.dtype == torch.uint8 and x.shape == (16, *config.shape)
+        assert x.dtype == torch.uint8 and x.shape == (64, *config.shape)
         assert len(torch.unique(x)) > 1
         assert torch.equal(choices(model, x, noise, y), model.head.split(x))
 
@@ -48,16 +50,19 @@ def test_drawing_equals_the_naive_way(name: str) -> None:
 
 
 @EVERY
-def test_the_graph_draws_the_same_whatever_the_batch(name: str, opened: Opener) -> None:
+def test_the_graph_draws_the_same_whatever_the_batch_and_threads(
+    name: str, opened: Opener, tmp_path: Path
+) -> None:
     model, config = autoregressive.model(name), CONFIGS[name]
     session = opened(roles.sample(model), config.levels, config.labels)
     feeds = {"gumbel": autoregressive.gumbel(config, 64).numpy()}
     if config.labels:
         feeds["y"] = np.arange(64) % (config.labels + 1)  # null labels among them
     (together,) = session.run(feeds, ["x"])
-    for n in (1, 3, 16):
+    two = Session(tmp_path / "graph.onnx", session.spec, Device("cpu"), threads=2)
+    for n, each in itertools.product((1, 3, 16, 64), (session, two)):
         parts = [
-            session.run({key: feed[at : at + n] for key, feed in feeds.items()}, ["x"])[0]
+            each.run({key: feed[at : at + n] for key, feed in feeds.items()}, ["x"])[0]
             for at in range(0, 64, n)
         ]
         assert np.array_equal(np.concatenate(parts), together)
@@ -104,3 +109,22 @@ def test_towering_noise_fixes_a_pixel(opened: Opener) -> None:
     (x,) = session.run({"gumbel": noise, "y": np.zeros(8, np.int64)}, ["x"])
     assert np.array_equal(x[:, :, :3], wanted.numpy()[:, :, :3])
     assert len(np.unique(x[:, :, 3:])) > 1
+
+
+@pytest.mark.slow
+def test_the_reference_model_draws_exactly(opened: Opener) -> None:
+    """The model that `bench` measures: 28x28, 256 levels, gated, 8 layers of 64 channels."""
+    config = PixelCNNConfig((1, 28, 28), 256)
+    model = autoregressive.randomised(config, 0.03)
+    session = opened(roles.sample(model), 256, 0)
+    noise = autoregressive.gumbel(config, 64)
+    x = torch.from_numpy(session.run({"gumbel": noise.numpy()}, ["x"])[0])
+    with torch.no_grad():
+        assert torch.equal(choices(model, x, noise, None), model.head.split(x))
+        naive = torch.zeros_like(x[:2])
+        for i, j in itertools.product(range(28), range(28)):
+            features = model.features(naive)[:, :, i : i + 1, j : j + 1]
+            log_probs = model.head.log_probs(features, naive[:, :, i : i + 1, j : j + 1])
+            naive[:, 0, i, j] = (log_probs[:, 0, 0] + noise[:2, i, j, 0]).argmax(-1)[:, 0].byte()
+    assert torch.equal(x[:2], naive)
+    assert len(torch.unique(x)) > 100
