@@ -101,8 +101,7 @@ def _calibrate(
         session = Session(folder / conditional.file, conditional, Device("cpu"))
         feeds: dict[str, Array] = {"x": data.fit.x}
         if (eps := conditional.input("eps")) is not None:
-            table = noise.normal(0, [0], eps.array_shape(1)[1:])
-            feeds["eps"] = np.broadcast_to(table, eps.array_shape(len(data.fit)))
+            feeds["eps"] = noise.common(eps.array_shape(len(data.fit)))
         log_pxy = _rows(session, feeds, "log_pxy")
         temperature = calibrate.temperature(log_pxy, data.fit.y, _priors(data))
     return calibrate.detector(fit, ranked), temperature

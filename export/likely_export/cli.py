@@ -43,7 +43,7 @@ def main() -> None:
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option(
     "--precision",
-    type=click.Choice(["32-true", "bf16-mixed", "64-true"]),
+    type=click.Choice(["32-true", "bf16-mixed"]),
     default="32-true",
     show_default=True,
 )

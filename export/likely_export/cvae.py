@@ -223,12 +223,17 @@ class CVAE(nn.Module):
 
 
 class Conditional(nn.Module):
-    """The IWAE-K bound on log p(x|y) for all labels, as one graph."""
+    """The IWAE-K bound on log p(x|y) for all labels, as one graph.
+
+    A Scan over pictures: what one needs for all labels and samples fits a CPU's cache, what
+    a batch needs does not. The encoder still runs once a batch.
+    """
 
     def __init__(self, model: CVAE) -> None:
         super().__init__()
         self.model = model
 
+    @torch.no_grad()
     def forward(self, x: Tensor, eps: Tensor) -> Tensor:
         """log_pxy float32 (n, labels), nats.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +19,17 @@ import torch
 
 from likely.bundle import Graph, TensorSpec
 from likely.errors import BundleError
-from likely.graphs import Array, Device, Session
+from likely.graphs import Array, Device, Session, agrees
 from likely_export import hygiene
 from likely_export.hygiene import OPSET, subgraphs
 from likely_export.roles import GraphSource
 
 BATCHES = (1, 3, 64)
+TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 TOLERANCE = 1e-3  # nats
 SMALLEST_HALVED = 256  # numbers of a weight
+GOLDEN_TRIES = 200
+JITTER = 1e-4
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,33 @@ def export(source: GraphSource, path: Path, levels: int, labels: int) -> Exporte
     )
     session = Session(path, graph, Device("cpu"))
     parity = max(_difference(source, session, levels, labels, n) for n in BATCHES)
-    feeds = example(source.inputs, 2, levels, labels, seed=0)
-    outputs = session.run(feeds, [spec.name for spec in source.outputs])
-    names = [spec.name for spec in source.outputs]
-    return Exported(graph, parity, {**feeds, **dict(zip(names, outputs, strict=True))})
+    return Exported(graph, parity, golden(session, levels, labels))
+
+
+def golden(session: Session, levels: int, labels: int) -> dict[str, Array]:
+    """Inputs and outputs to replay elsewhere, the outputs of noise that leaves no near tie.
+
+    Another processor rounds otherwise: a drawn level whose noise wins by a hair may fall
+    there to its neighbour, and take the rest of the picture along.
+    """
+    specs, names = session.spec.inputs, [spec.name for spec in session.spec.outputs]
+    for seed in range(GOLDEN_TRIES):
+        feeds = example(specs, 2, levels, labels, seed)
+        outputs = session.run(feeds, names)
+        if all(map(agrees, session.run(_jittered(feeds, seed), names), outputs)):
+            return {**feeds, **dict(zip(names, outputs, strict=True))}
+    raise BundleError(
+        f"no noise of {GOLDEN_TRIES} draws pictures that stand a jitter of {JITTER:g}"
+    )
+
+
+def _jittered(feeds: Mapping[str, Array], seed: int) -> dict[str, Array]:
+    """The inputs with their Gumbel noise moved by up to `JITTER`."""
+    if "gumbel" not in feeds:
+        return dict(feeds)
+    generator = np.random.Generator(np.random.Philox(key=[seed, 7]))
+    moved = generator.uniform(-JITTER, JITTER, feeds["gumbel"].shape)
+    return {**feeds, "gumbel": feeds["gumbel"] + moved.astype(np.float32)}
 
 
 def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
@@ -79,24 +106,18 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
     """
     feeds = example(source.inputs, 2, levels, labels, seed=0)
     batch = torch.export.Dim("batch", min=1)
-    quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it would name every absent package of custom operators
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch's own deprecations
-            program = torch.onnx.export(
-                source.module,
-                tuple(torch.from_numpy(feeds[spec.name]) for spec in source.inputs),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[spec.name for spec in source.inputs],
-                output_names=[spec.name for spec in source.outputs],
-                dynamic_shapes=tuple({0: batch} for _ in source.inputs),
-                verbose=False,
-            )
-    finally:
-        quiet.setLevel(level)
+    with warnings.catch_warnings(), _quiet(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch's own deprecations
+        program = torch.onnx.export(
+            source.module,
+            tuple(torch.from_numpy(feeds[spec.name]) for spec in source.inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in source.inputs],
+            output_names=[spec.name for spec in source.outputs],
+            dynamic_shapes=tuple({0: batch} for _ in source.inputs),
+            verbose=False,
+        )
     assert program is not None
     model = program.model_proto
     strip(model)
@@ -104,6 +125,19 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
     onnx.checker.check_model(model, full_check=True)
     hygiene.check(model, source.inputs, source.outputs)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter from naming every absent package and every step that it left out."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, TALKATIVE)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -197,9 +231,9 @@ def _compare(spec: TensorSpec, value: Array, got: Array, n: int) -> None:
         )
     if spec.dtype == "uint8":
         # Two levels that tie within rounding may fall either way, and take their picture along.
-        changed = np.mean(np.any((value != got).reshape(n, -1), 1))
-        if changed > 0.05:
-            raise BundleError(f"{changed:.0%} of {n} drawn pictures differ between torch and ONNX")
+        changed = int(np.any((value != got).reshape(n, -1), 1).sum())
+        if changed > 1 + n // 20:
+            raise BundleError(f"{changed} of {n} drawn pictures differ between torch and ONNX")
     elif not np.allclose(
         value, got, rtol=1e-4 if spec.name == "statistics" else 1e-6, atol=TOLERANCE
     ):

@@ -41,7 +41,8 @@ def tables(log_probs: Tensor, surprise: Tensor, channels: int) -> Tables:
     """
     probs = log_probs.exp()
     entropy = -(probs * log_probs).sum(-1)
-    variance = (probs * log_probs.square()).sum(-1) - entropy.square()
+    # Not E[l^2] - H^2, whose rounding can fall below 0.
+    variance = (probs * (log_probs + entropy[..., None]).square()).sum(-1)
     return Tables(surprise, *(_by_pixel(part, channels) for part in (entropy, variance)))
 
 

@@ -122,7 +122,7 @@ class Hardware:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
-    precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
     def fabric(self) -> Fabric:
         """A launched Fabric.

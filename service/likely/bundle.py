@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import stat
+import zipfile
+import zlib
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -194,8 +196,11 @@ class Bundle:
         return self._arrays(self.manifest.golden)
 
     def _arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
-        with np.load(self.path / name, allow_pickle=False) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(self.path / name, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise BundleError(f"{self.path / name} is no archive of arrays: {error}") from error
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:

@@ -46,17 +46,7 @@ def pixels(
 
     Where `known` is given, levels that are not known may be any and become 0.
     """
-    n, *geometry = codec.shape(request.images)
-    for axis, (given, asked) in enumerate(zip(geometry, manifest.shape, strict=True), start=1):
-        if given != asked:
-            raise InvalidInput(
-                f"images.shape[{axis}]", f"{given} {_AXES[axis]}; the model takes {asked}"
-            )
-    if n > limits.images_per_request:
-        raise InvalidInput(
-            "images.shape[0]",
-            f"{n} pictures; one request brings at most {limits.images_per_request}",
-        )
+    geometry(request, manifest, limits)
     x = codec.pixels(request.images)
     if known is not None:
         x = x * known
@@ -68,6 +58,21 @@ def pixels(
             f"is not in [0, {manifest.levels})",
         )
     return x
+
+
+def geometry(request: Pictured, manifest: Manifest, limits: Limits) -> None:
+    """Returns if the claimed shape is the model's and the pictures are not too many."""
+    n, *claimed = codec.shape(request.images)
+    for axis, (given, asked) in enumerate(zip(claimed, manifest.shape, strict=True), start=1):
+        if given != asked:
+            raise InvalidInput(
+                f"images.shape[{axis}]", f"{given} {_AXES[axis]}; the model takes {asked}"
+            )
+    if n > limits.images_per_request:
+        raise InvalidInput(
+            "images.shape[0]",
+            f"{n} pictures; one request brings at most {limits.images_per_request}",
+        )
 
 
 def alpha(
@@ -154,31 +159,34 @@ def self_check(
     )
 
 
-def mask(request: generation_pb2.CompleteRequest, x: Pixels) -> Accepted:
-    """Where the request's pictures x are fixed, bool (n, c, h, w)."""
-    if len(request.mask) != x.size:
+def mask(request: generation_pb2.CompleteRequest) -> Accepted:
+    """Where the request's pictures are fixed, bool, in their claimed shape (n, c, h, w)."""
+    claimed = codec.shape(request.images)
+    expected = math.prod(claimed)
+    if len(request.mask) != expected:
         raise InvalidInput(
-            "mask", f"{len(request.mask)} bytes; one for each of {x.size} levels is asked"
+            "mask", f"{len(request.mask)} bytes; one for each of {expected} levels is asked"
         )
-    known = np.frombuffer(request.mask, dtype=np.uint8).reshape(x.shape)
+    known = np.frombuffer(request.mask, dtype=np.uint8)
     if known.size and known.max() > 1:
-        first = int(np.argmax(known.ravel() > 1))
-        raise InvalidInput("mask", f"byte {first} is {known.ravel()[first]}; 0 or 1 is asked")
-    return known.astype(np.bool_)
+        first = int(np.argmax(known > 1))
+        raise InvalidInput("mask", f"byte {first} is {known[first]}; 0 or 1 is asked")
+    return known.reshape(claimed).astype(np.bool_)
 
 
-def completions(request: generation_pb2.CompleteRequest, n: int, limits: Limits) -> int:
-    """How many completions of each of n pictures, at most the limit in all."""
-    given = request.completions if request.HasField("completions") else 1
-    return _within("completions", given, limits.images_per_generation // max(1, n))
+def completions(request: generation_pb2.CompleteRequest, limits: Limits) -> tuple[int, int]:
+    """How many completions of each picture, from how many proposals each.
 
-
-def proposals(request: generation_pb2.CompleteRequest) -> int:
-    """How many proposals stand behind each completion, from 1 to 256."""
+    Pictures times completions times proposals are held to the limit of one request.
+    """
+    n = max(1, codec.shape(request.images)[0])
+    count = request.completions if request.HasField("completions") else 1
+    _within("completions", count, limits.images_per_generation // n)
     given = request.proposals if request.HasField("proposals") else 1
-    if given > 1 and request.HasField("label"):
-        raise InvalidInput("proposals", f"{given} proposals need an absent label")
-    return _within("proposals", given, MOST_PROPOSALS)
+    if given > 1 and (request.HasField("label") or request.HasField("temperature")):
+        raise InvalidInput("proposals", f"{given} need an absent label and temperature")
+    _within("proposals", given, min(MOST_PROPOSALS, limits.images_per_generation // (n * count)))
+    return count, given
 
 
 def _within(field: str, value: int, most: int) -> int:

@@ -61,7 +61,7 @@ class Engine:
         """
         self.manifest = bundle.manifest
         self.digest = bundle.digest
-        self.detector = Detector(bundle.calibration())
+        self.detector = _detector(bundle)
         self._lanes = Lanes(self.manifest.name, sessions, lanes=lanes, max_batch=max_batch)
         self.providers = self._lanes.providers
         self._generator = Generator(self.manifest, self._lanes, self._passes, self._surprise)
@@ -129,10 +129,9 @@ class Engine:
             priors: p(y) (labels,); None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
         """
+        self._lanes.graph(Role.CONDITIONAL)
         scores, log_pxy = await asyncio.gather(self.score(x, alpha), self._log_pxy(x))
-        temperature = self.manifest.calibration.temperature
-        prior = self.manifest.priors if priors is None else priors
-        posterior = bayes.posterior(log_pxy, prior, temperature)
+        posterior = self._posterior(log_pxy, priors)
         label = posterior.argmax(1).astype(np.int64)
         unsure = posterior.max(1, initial=0.0) < min_posterior
         verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
@@ -154,9 +153,9 @@ class Engine:
             x: uint8 (n, c, h, w), levels below the model's.
             label: int64 (n,); None for each picture's most probable one.
         """
+        self._lanes.graph(Role.ENCODE)
         if label is None:
-            joint = bayes.posterior(await self._log_pxy(x), self.manifest.priors)
-            label = joint.argmax(1).astype(np.int64)
+            label = self._posterior(await self._log_pxy(x)).argmax(1).astype(np.int64)
         arrays = await self._lanes.run(Role.ENCODE, {"x": x, "y": label}, ["mean", "log_variance"])
         return Features(
             mean=_finite(arrays["mean"], np.float32),
@@ -254,22 +253,26 @@ class Engine:
     async def _surprise(self, x: Pixels) -> Floats:
         return (await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"]))["surprise"]
 
+    def _posterior(self, log_pxy: Doubles, priors: Doubles | None = None) -> Doubles:
+        prior = self.manifest.priors if priors is None else priors
+        return bayes.posterior(log_pxy, prior, self.manifest.calibration.temperature)
+
     async def _log_pxy(self, x: Pixels) -> Doubles:
-        feeds = {"x": x}
+        feeds: dict[str, Array] = {"x": x}
         spec = self._lanes.graph(Role.CONDITIONAL)
         if (eps := spec.input("eps")) is not None:
-            # The same noise for every picture: an answer depends on its picture alone,
-            # and errors of the estimate are shared by the labels that it compares.
-            table = noise.normal(0, [0], eps.array_shape(1)[1:])
-            feeds["eps"] = np.broadcast_to(table, eps.array_shape(len(x)))
+            feeds["eps"] = noise.common(eps.array_shape(len(x)))
         arrays = await self._lanes.run(Role.CONDITIONAL, feeds, ["log_pxy"])
         log_pxy: Doubles = _finite(arrays["log_pxy"])
         return log_pxy
 
     def _replay(self, golden: Mapping[str, Array]) -> None:
         for role, graph in self.manifest.graphs.items():
-            feeds = {spec.name: golden[f"{role}/{spec.name}"] for spec in graph.inputs}
             outputs = [spec.name for spec in graph.outputs]
+            names = [*(spec.name for spec in graph.inputs), *outputs]
+            if missing := [name for name in names if f"{role}/{name}" not in golden]:
+                raise BundleError(f"the golden arrays have no {role}/{missing[0]}")
+            feeds = {spec.name: golden[f"{role}/{spec.name}"] for spec in graph.inputs}
             found = self._lanes.run_once(role, feeds, outputs)
             for name, got in zip(outputs, found, strict=True):
                 if not agrees(got, golden[f"{role}/{name}"]):
@@ -277,6 +280,22 @@ class Engine:
                         f"bundle {self.manifest.name}@{self.manifest.version} does not give its "
                         f"golden {name} of the {role} graph on this machine"
                     )
+
+
+def _detector(bundle: Bundle) -> Detector:
+    """The bundle's detector, held to what the manifest says of it."""
+    calibration, graph = bundle.manifest.calibration, bundle.manifest.graphs[Role.DENSITY]
+    try:
+        detector = Detector(bundle.calibration())
+    except KeyError as error:
+        raise BundleError(f"{calibration.file} has no array {error}") from error
+    width = next((out.shape[-1] for out in graph.outputs if out.name == "statistics"), None)
+    if detector.knots.shape[1:] != (width,) or detector.scores.shape != (calibration.size,):
+        raise BundleError(
+            f"{calibration.file} is for {detector.knots.shape[1:]} statistics and "
+            f"{detector.scores.shape} scores where the manifest says {width} and {calibration.size}"
+        )
+    return detector
 
 
 def _finite(values: Array, dtype: type[Any] = np.float64) -> Any:

@@ -15,7 +15,7 @@
     └── SettingsError         settings that cannot be used
 
 The engine raises the first three; the client raises all up to ServerFault, as
-the server's status says; the others end `likely serve` before it listens.
+the server's status says; the others end `likely serve` before it says that it serves.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from likely import noise
 from likely.answers import Draws, Floats, Labels, Pixels, SelfCheck
 from likely.bundle import Manifest, Role, TensorSpec
+from likely.errors import NotAnswered
 from likely.lanes import Lanes
 
 Mask = npt.NDArray[np.bool_]
@@ -72,6 +73,7 @@ class Generator:
     ) -> AsyncGenerator[Draws, None]:
         """Chunks of pictures; the next is drawn while one is consumed."""
         role = self._role(label)
+        self._check_label(role, label)
 
         async def draw(start: int, stop: int) -> Draws:
             indices = range(first_index + start, first_index + stop)
@@ -109,6 +111,8 @@ class Generator:
         (sampling-importance-resampling; Rubin, 1988): exact in the limit.
         """
         self._lanes.graph(Role.SAMPLE)
+        self._check_label(Role.SAMPLE, label)
+        chunk = max(1, chunk // proposals)
 
         async def draw(start: int, stop: int) -> Draws:
             rows = np.arange(start, stop).repeat(proposals)
@@ -139,9 +143,16 @@ class Generator:
         """The label that stands for none."""
         return len(self._manifest.labels)
 
+    def _check_label(self, role: Role, label: int | None) -> None:
+        """Refuses a label that the graph cannot take, and a graph that is not there."""
+        if label is not None and not self._takes_label(role):
+            raise NotAnswered(f"model {self._manifest.name} draws from p(x) alone: no label")
+
     def _role(self, label: int | None) -> Role:
         """The graph to draw with: pixel by pixel where it can take the label, if one is asked."""
         if Role.SAMPLE in self._lanes and (label is None or self._takes_label(Role.SAMPLE)):
+            return Role.SAMPLE
+        if Role.SAMPLE in self._lanes and Role.GENERATE not in self._lanes:
             return Role.SAMPLE
         return Role.GENERATE
 
@@ -270,3 +281,5 @@ async def _ahead(
     finally:
         if upcoming is not None:
             upcoming.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await upcoming  # or its failure would be told to nobody, in the log

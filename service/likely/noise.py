@@ -66,6 +66,15 @@ def gumbel(
     return np.negative(noise, out=noise)
 
 
+def common(shape: tuple[int, ...]) -> Floats:
+    """The same standard normal noise for every picture, float32 (n, ...), to estimate bounds with.
+
+    So an answer depends on its picture alone, and errors of the estimate are shared by
+    the labels that it compares.
+    """
+    return np.broadcast_to(normal(0, [0], shape[1:]), shape)
+
+
 def uniform(seed: int, indices: Sequence[int]) -> Doubles:
     """One uniform number in [0, 1) a picture, float64 (n,), to draw its label with."""
     return np.array([each.random() for each in _streams(seed, indices, Use.LABEL, None)])

@@ -26,6 +26,7 @@ Request = (
     | models_pb2.GetModelRequest
 )
 T = TypeVar("T")
+M = TypeVar("M")
 A = TypeVar("A", Scores, Classifications, Features, Draws)
 # A request goes out and its own answer comes in: a pairing that Generator cannot type.
 Plan = Generator[Request, Any, T]
@@ -80,7 +81,8 @@ def score(
     info = yield from catalogue.model(model, version)
 
     def ask(part: Pixels, pinned: str) -> Plan[Scores]:
-        answer: scoring_pb2.ScoreResponse = yield scoring_pb2.ScoreRequest(
+        answer: scoring_pb2.ScoreResponse = yield _message(
+            scoring_pb2.ScoreRequest,
             model_name=info.name,
             model_version=pinned,
             images=codec.images(part),
@@ -103,14 +105,16 @@ def classify(
 ) -> Plan[Classifications]:
     """The classifications of all pictures."""
     info = yield from catalogue.model(model, version)
+    given = None if priors is None else _array("priors", priors, np.float64).tolist()
 
     def ask(part: Pixels, pinned: str) -> Plan[Classifications]:
-        answer: scoring_pb2.ClassifyResponse = yield scoring_pb2.ClassifyRequest(
+        answer: scoring_pb2.ClassifyResponse = yield _message(
+            scoring_pb2.ClassifyRequest,
             model_name=info.name,
             model_version=pinned,
             images=codec.images(part),
             alpha=alpha,
-            priors=None if priors is None else np.asarray(priors, dtype=np.float64).tolist(),
+            priors=given,
             min_posterior=min_posterior,
         )
         return codec.classifications(answer, len(info.labels))
@@ -131,7 +135,8 @@ def encode(
     left = _whole_numbers(labels, len(x)) if labels is not None else []
 
     def ask(part: Pixels, pinned: str) -> Plan[Features]:
-        answer: scoring_pb2.EncodeResponse = yield scoring_pb2.EncodeRequest(
+        answer: scoring_pb2.EncodeResponse = yield _message(
+            scoring_pb2.EncodeRequest,
             model_name=info.name,
             model_version=pinned,
             images=codec.images(part),
@@ -158,7 +163,8 @@ def generations(
     """
     most = info.limits.images_per_generation
     for start in range(0, max(count, 1), most):
-        yield generation_pb2.GenerateRequest(
+        yield _message(
+            generation_pb2.GenerateRequest,
             model_name=info.name,
             model_version=version or "",
             label=label,
@@ -174,7 +180,9 @@ def self_check(
     wanted: bool, alpha: float | None, max_draws: int | None
 ) -> generation_pb2.SelfCheck | None:
     """The self-check that a request asks for, if any."""
-    return generation_pb2.SelfCheck(alpha=alpha, max_draws=max_draws) if wanted else None
+    if not wanted:
+        return None
+    return _message(generation_pb2.SelfCheck, alpha=alpha, max_draws=max_draws)
 
 
 def completions(
@@ -193,14 +201,20 @@ def completions(
 
     All but the first need `pin`.
     """
-    known = np.asarray(mask, dtype=np.bool_)
-    known = np.broadcast_to(known[:, None] if known.ndim == 3 else known, x.shape).astype(np.uint8)
+    known = _array("mask", mask, np.bool_)
+    known = known[:, None] if known.ndim == 3 else known
+    try:
+        known = np.broadcast_to(known, x.shape).astype(np.uint8)
+    except ValueError as error:
+        message = f"shape {known.shape} for pictures of shape {x.shape}"
+        raise InvalidInput("mask", message) from error
     fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, 2 * x[:1].nbytes)
     drawn = info.limits.images_per_generation // max(1, count)
     step = max(1, min(info.limits.images_per_request, fitting, drawn))
     for at in range(0, max(len(x), 1), step):
         part = x[at : at + step]
-        yield generation_pb2.CompleteRequest(
+        yield _message(
+            generation_pb2.CompleteRequest,
             model_name=info.name,
             model_version=version or "",
             images=codec.images(part),
@@ -249,6 +263,25 @@ def pixels(images: npt.ArrayLike) -> Pixels:
     if x.dtype != np.uint8 and x.size and (x.min() < 0 or x.max() > 255):
         raise InvalidInput("images", f"values {x.min()} to {x.max()}; 0 to 255 are asked")
     return x.astype(np.uint8, copy=False).reshape(x.shape if x.ndim == 4 else _one_channel(x.shape))
+
+
+def _message(kind: Callable[..., M], **fields: Any) -> M:
+    """The message with these fields.
+
+    Raises:
+        InvalidInput: one of them is of a type or size that the message cannot hold.
+    """
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput("", f"a value cannot be sent: {error}") from error
+
+
+def _array(field: str, values: npt.ArrayLike, dtype: Any) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(values, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(field, f"not to be read as {np.dtype(dtype)}: {error}") from error
 
 
 def _whole_numbers(labels: npt.ArrayLike, n: int) -> list[int]:

@@ -97,17 +97,19 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.CompleteResponse]:
         """Chunks of completions, picture by picture."""
         engine = self._registry.find(request.model_name, request.model_version)
-        known = checks.mask(request, codec.pixels(request.images))
+        checks.geometry(request, engine.manifest, self._limits)
+        known = checks.mask(request)
         x = checks.pixels(request, engine.manifest, self._limits, known)
+        completions, proposals = checks.completions(request, self._limits)
         drawn = engine.complete(
             x,
             known,
             checks.label(request, engine.manifest),
-            checks.completions(request, len(x), self._limits),
+            completions,
             checks.seed(request),
             first_index=checks.first_index(request, len(x)),
             temperature=checks.temperature(request),
-            proposals=checks.proposals(request),
+            proposals=proposals,
             chunk=self._limits.images_per_chunk,
         )
         async with aclosing(drawn) as chunks:

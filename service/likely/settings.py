@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     """Address of the Prometheus metrics."""
     metrics_port: Port | Literal["off"] = 9464
     """Port of the Prometheus metrics; 0 takes any free one."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")
     """What runs the models: auto, cpu, cuda or cuda:N; cuda or nothing, never a silent fallback."""
     gpu_memory: int = Field(0, ge=0, le=1 << 20)
     """MiB of a card that each graph may take for its runs; 0 is no limit."""

@@ -26,7 +26,7 @@ SERVICE = {
     "bundle": "errors numpy pydantic",
     "graphs": "bundle errors machine numpy onnxruntime",
     "lanes": "bundle errors graphs numpy",
-    "generation": "answers bundle lanes noise numpy",
+    "generation": "answers bundle errors lanes noise numpy",
     "engine": "answers bayes bundle errors generation graphs lanes noise outliers numpy",
     "registry": "answers bundle engine errors",
     "checks": "answers bayes bundle codec errors noise outliers v1 numpy",
@@ -96,7 +96,7 @@ BENCH = {
     "figures": (
         "likely.bundle likely.server __init__ clock environment exports measures memory models"
     ),
-    "tables": "figures rich",
+    "tables": "rich",
     "__main__": "__init__ figures tables rich",
 }
 PACKAGES = {

@@ -220,6 +220,7 @@ def test_a_device_that_is_not_there_is_an_error(pictures: Dataset, tmp_path: Pat
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_training_runs_on_a_gpu(pictures: Dataset, tmp_path: Path) -> None:
     hardware = Hardware("cuda", precision="bf16-mixed")
     assert train.fit(toy(pictures), pictures, MUON, tmp_path, hardware=hardware).steps == 30

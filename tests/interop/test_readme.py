@@ -27,7 +27,9 @@ def test_the_python_session_runs(server: Served) -> None:
     assert server.address in code
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[-1] == "(10, 1, 8, 8)"
+    *_, drawn, halves = ran.stdout.splitlines()
+    assert drawn.startswith("(10, 1, 8, 8) ")
+    assert halves == "(5, 6, 1, 8, 8)"
 
 
 COMMANDS = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]

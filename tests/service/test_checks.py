@@ -16,7 +16,7 @@ from likely.answers import Limits
 from likely.bundle import Bundle, Manifest
 from likely.errors import InvalidInput
 from likely.outliers import Detector
-from likely.v1.generation_pb2 import GenerateRequest
+from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest, SelfCheck
 from likely.v1.images_pb2 import Images
 from likely.v1.scoring_pb2 import ClassifyRequest, EncodeRequest, ScoreRequest
 
@@ -51,6 +51,16 @@ requests = st.one_of(
         seed=st.none() | int64,
         first_index=int64,
         temperature=st.none() | double,
+        self_check=st.none() | st.builds(SelfCheck, alpha=st.none() | double, max_draws=int32),
+    ),
+    st.builds(
+        CompleteRequest,
+        images=images,
+        mask=st.binary(max_size=20) | st.just(bytes(18)),
+        label=st.none() | int32,
+        completions=st.none() | int32,
+        proposals=st.none() | int32,
+        first_index=int64,
     ),
 )
 
@@ -64,7 +74,13 @@ def check(request: Any, manifest: Manifest, detector: Detector) -> dict[str, Any
             "seed": checks.seed(request),
             "first_index": checks.first_index(request, request.count),
             "temperature": checks.temperature(request),
+            "self_check": checks.self_check(request, detector, 0.05),
         }
+    if isinstance(request, CompleteRequest):
+        checks.geometry(request, manifest, LIMITS)
+        known = checks.mask(request)
+        x = checks.pixels(request, manifest, LIMITS, known)
+        return {"x": x, "completions": checks.completions(request, LIMITS)}
     x = checks.pixels(request, manifest, LIMITS)
     checked: dict[str, Any] = {"x": x}
     if isinstance(request, EncodeRequest):

@@ -115,15 +115,17 @@ def test_no_pictures_have_no_completions(client: Client) -> None:
         ("label", {"label": 3}),
         ("first_index", {"first_index": -1}),
         ("images.data", {"mask": b"\1" * 9, "images": b"\xff" * 9}),
+        ("images.data", {"images": b""}),
+        ("images.shape", {"shape": ()}),
+        ("images.shape[1]", {"shape": (0, 2**62, 2**62, 8), "images": b"", "mask": b""}),
+        ("proposals", {"proposals": 8, "completions": 10}),
+        ("proposals", {"proposals": 2, "temperature": 0.5}),
     ],
 )
 def test_bad_completions_are_refused(live: Live, field: str, change: dict[str, Any]) -> None:
-    data = change.pop("images", bytes(9))
-    request = generation_pb2.CompleteRequest(
-        model_name="toy",
-        images=images_pb2.Images(data=data, shape=(1, *SHAPE)),
-        **{"mask": bytes(9), **change},
-    )
+    given = {"images": bytes(9), "shape": (1, *SHAPE), "mask": bytes(9), **change}
+    images = images_pb2.Images(data=given.pop("images"), shape=given.pop("shape"))
+    request = generation_pb2.CompleteRequest(model_name="toy", images=images, **given)
     with grpc.insecure_channel(live.address) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:

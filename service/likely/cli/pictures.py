@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,7 @@ def _array(path: Path) -> npt.NDArray[Any]:
             key = next((key for key in KEYS if key in loaded), None) or loaded.files[0]
             array: npt.NDArray[Any] = loaded[key]
             return array
-    except (ValueError, EOFError, IndexError) as error:
+    except (ValueError, EOFError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         raise InvalidInput(str(path), f"no array can be read from it: {error}") from error
 
 

@@ -29,8 +29,9 @@ class SelfCheck(google.protobuf.message.Message):
     MAX_DRAWS_FIELD_NUMBER: builtins.int
     alpha: builtins.float
     """A draw whose p-value is at most alpha is drawn again, in [finest_alpha, 1)
-    of the model (GetModel). Absent: the server's default. A draw with a label
-    is also drawn again where Bayes' rule assigns another one.
+    of the model (GetModel). Absent: the server's default. Where the model
+    answers Classify, a draw with a label is also drawn again if Bayes' rule
+    assigns another one.
     """
     max_draws: builtins.int
     """How often one picture is drawn at most, the first time included, from 1
@@ -77,8 +78,8 @@ class GenerateRequest(google.protobuf.message.Message):
     """How many pictures, from 1 to the server's limit (GetModel)."""
     seed: builtins.int
     """Where the random numbers come from. Picture i is a function of the model
-    version, the label, the temperature, the seed and i alone, in whatever
-    request, chunk or batch it is drawn. Absent: the server picks a seed.
+    version, the label, the temperature, the self-check, the seed and i alone,
+    in whatever request, chunk or batch it is drawn. Absent: the server picks.
     """
     first_index: builtins.int
     """The index of the first picture, 0 or more, so that a large job can be
@@ -214,7 +215,8 @@ class CompleteRequest(google.protobuf.message.Message):
     given all that comes before it in raster order, so 1 is exact where no
     fixed pixel follows an open one. Elsewhere more proposals come closer to
     p(open | fixed): one is chosen in proportion to how probable it makes the
-    fixed pixels. More than 1 needs an absent label. Absent: 1.
+    fixed pixels. More than 1 needs an absent label and temperature, and counts
+    towards the limit as if each were asked for. Absent: 1.
     """
     @property
     def images(self) -> likely.v1.images_pb2.Images:

@@ -60,7 +60,7 @@ class GenerationServiceServicer(object):
 
     def Complete(self, request, context):
         """Draws the pixels of given pictures that a mask leaves open, several times
-        if asked, and streams the completions in chunks.
+        if asked, and streams the completions in chunks; none for zero pictures.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

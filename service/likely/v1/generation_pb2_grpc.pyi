@@ -89,7 +89,7 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType, _Gene
 
     Complete: _GenerationServiceCompleteType
     """Draws the pixels of given pictures that a mask leaves open, several times
-    if asked, and streams the completions in chunks.
+    if asked, and streams the completions in chunks; none for zero pictures.
     """
 
 GenerationServiceAsyncStub: typing_extensions.TypeAlias = GenerationServiceStub[
@@ -121,7 +121,7 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[likely.v1.generation_pb2.CompleteResponse], collections.abc.AsyncIterator[likely.v1.generation_pb2.CompleteResponse]]:
         """Draws the pixels of given pictures that a mask leaves open, several times
-        if asked, and streams the completions in chunks.
+        if asked, and streams the completions in chunks; none for zero pictures.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

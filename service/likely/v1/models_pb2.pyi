@@ -278,11 +278,11 @@ class Limits(google.protobuf.message.Message):
     IMAGES_PER_CHUNK_FIELD_NUMBER: builtins.int
     REQUEST_BYTES_FIELD_NUMBER: builtins.int
     images_per_request: builtins.int
-    """Pictures in one request to Score, Classify or Encode."""
+    """Pictures in one request to Score, Classify, Encode or Complete."""
     images_per_generation: builtins.int
-    """Pictures in one request to Generate."""
+    """Pictures that one request to Generate or Complete may have drawn."""
     images_per_chunk: builtins.int
-    """Pictures in one chunk of Generate's stream."""
+    """Pictures in one chunk of the stream of Generate or Complete."""
     request_bytes: builtins.int
     """Bytes of one request message."""
     def __init__(

@@ -1,0 +1,91 @@
+import math
+
+import autoregressive
+import numpy as np
+import pytest
+import torch
+
+from likely.outliers import Detector
+from likely_export import calibrate
+from likely_export.statistics import (
+    EDGES,
+    STATISTICS,
+    Tables,
+    excess,
+    regional_surprise,
+    statistics,
+    surprise_shares,
+    tables,
+    total_entropy,
+    total_surprise,
+)
+
+
+def made(name: str, n: int = 5) -> Tables:
+    model, config = autoregressive.model(name), autoregressive.CONFIGS[name]
+    x = autoregressive.pictures(config, n)
+    log_probs = model.log_probs(x)
+    return tables(log_probs, model.head.surprise(log_probs, x), config.shape[0])
+
+
+@pytest.mark.parametrize("name", autoregressive.CONFIGS)
+def test_tables_are_of_the_pictures_shape_and_sum_to_the_totals(name: str) -> None:
+    config, t = autoregressive.CONFIGS[name], made(name)
+    assert t.surprise.shape == t.entropy.shape == t.variance.shape == (5, *config.shape)
+    assert torch.all(t.entropy >= 0) and torch.all(t.variance >= 0)
+    assert torch.all(t.entropy <= config.shape[0] * math.log(config.levels) + 1e-4)
+    assert torch.allclose(total_surprise(t)[:, 0], t.surprise.sum((1, 2, 3)))
+    assert torch.allclose(total_entropy(t)[:, 0], t.entropy.sum((1, 2, 3)))
+    assert torch.allclose(regional_surprise(t).sum(1), t.surprise.sum((1, 2, 3)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 17, 256])
+def test_a_model_that_knows_nothing_has_finite_statistics(levels: int) -> None:
+    log_probs = torch.full((2, 28, 28, 1, levels), -math.log(levels))
+    t = tables(log_probs, torch.full((2, 1, 28, 28), math.log(levels)), 1)
+    found = statistics(t, tuple(STATISTICS))
+    assert torch.all(torch.isfinite(found))
+    assert torch.all(excess(t).abs() < 1)
+
+
+def test_expected_surprise_is_what_draws_give() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_probs = torch.log_softmax(torch.randn((1, 1, 1, 1, 9), generator=generator), -1)
+    probs = log_probs.exp()[0, 0, 0, 0]
+    t = tables(log_probs, torch.zeros(1, 1, 1, 1), 1)
+    surprises = -log_probs[0, 0, 0, 0]
+    mean = float((probs * surprises).sum())
+    assert float(t.entropy) == pytest.approx(mean, abs=1e-6)
+    assert float(t.variance) == pytest.approx(
+        float((probs * (surprises - mean) ** 2).sum()), abs=1e-6
+    )
+
+
+def test_shares_count_each_pixel_once() -> None:
+    surprise = torch.tensor([0.005, 0.03, 0.75, 100.0]).view(1, 1, 2, 2)
+    shares = surprise_shares(Tables(surprise, surprise, surprise))[0]
+    assert len(shares) == len(EDGES) - 1
+    assert float(shares[0]) == pytest.approx((0.5 + 3) / 4)
+    assert float(shares[-1]) == pytest.approx(0.25)
+    assert torch.all(shares[1:] <= shares[:-1] + 1e-6)
+
+
+def test_calibrated_p_values_are_valid_for_dependent_statistics() -> None:
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(6, 6))
+    draw = [np.exp(rng.normal(size=(n, 6)) @ mixing) for n in (400, 999, 4000)]
+    detector = Detector(calibrate.detector(draw[0], draw[1]))
+    p = detector.p_value(draw[2])
+    for alpha in (0.01, 0.05, 0.1):
+        spread = math.sqrt(alpha * (1 - alpha) * (1 / 999 + 1 / 4000))
+        assert np.mean(p <= alpha) == pytest.approx(alpha, abs=4 * spread)
+    assert np.all(detector.p_value(draw[2][:50] * 1e6) == detector.finest_alpha)
+
+
+def test_the_temperature_is_found_again() -> None:
+    rng = np.random.default_rng(1)
+    log_pxy = rng.normal(size=(20000, 5)) * 3
+    honest = np.exp(log_pxy) / np.exp(log_pxy).sum(1, keepdims=True)
+    y = (honest.cumsum(1) > rng.random((20000, 1))).argmax(1)
+    found = calibrate.temperature(log_pxy * 4, y, np.full(5, 0.2))
+    assert found == pytest.approx(4, rel=0.05)
