@@ -28,8 +28,8 @@ from likely.bundle import Name, Role
 from likely.errors import InvalidInput
 from likely_export import data
 from likely_export.families import GIVEN_BY_DATA, family
+from likely_export.optimisers import Training
 from likely_export.statistics import STATISTICS
-from likely_export.train import Training
 
 
 class _Table(BaseModel):

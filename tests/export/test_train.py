@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from likely.errors import DeviceError, InvalidInput, LikelyError
 from likely_export import data, train
 from likely_export.data import Dataset, Sizes
-from likely_export.train import Hardware, Matrices, Progress, Training
+from likely_export.optimisers import Matrices, Training, optimisers
+from likely_export.train import Hardware, Progress
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def test_muon_moves_kernels_in_place_and_along_orthogonal_directions() -> None:
 def test_every_weight_has_one_optimiser(pictures: Dataset) -> None:
     for training in (TRAINING, MUON):
         model = toy(pictures)
-        found = train.optimisers(model, training)
+        found = optimisers(model, training)
         held = sum(w.numel() for o in found for g in o.param_groups for w in g["params"])
         assert held == sum(weight.numel() for weight in model.parameters())
 

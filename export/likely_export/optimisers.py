@@ -1,0 +1,130 @@
+"""How weights move: the settings of a training, its schedule, AdamW and Muon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from likely.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How a model is trained; exactly one of `steps`, `epochs` and `budget_seconds` is set.
+
+    Attributes:
+        steps: updates of the weights.
+        epochs: passes over the training part.
+        budget_seconds: processor time of this process (wall time on a GPU); the
+            schedule follows the clock, so such a run is not repeatable to the bit.
+        batch: pictures a step, over all devices.
+        optimiser: `adamw`, or `muon` for the matrices with AdamW for the rest
+            (Jordan et al., 2024).
+        learning_rate: AdamW's peak.
+        muon_learning_rate: Muon's peak.
+        betas: AdamW's.
+        weight_decay: AdamW's, for weights of two axes and more.
+        muon_weight_decay: Muon's.
+        warm_up: the part of the run in which the rates rise from 0, before they
+            fall linearly back to 0.
+        average: decay of the weight average, min(average, (1 + t) / (10 + t)) at step t.
+        clip: largest norm of the gradient of the mean objective.
+        validations: how often the run is validated and checkpointed.
+        keep_best: keep the average of the best validation, not the last.
+        seed: of the data order and of everything random in the objective.
+    """
+
+    steps: int = 0
+    epochs: float = 0.0
+    budget_seconds: float = 0.0
+    batch: int = 64
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-3
+    muon_learning_rate: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    muon_weight_decay: float = 0.01
+    warm_up: float = 0.03
+    average: float = 0.996
+    clip: float = 100.0
+    validations: int = 20
+    keep_best: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lengths = {name: getattr(self, name) for name in ("steps", "epochs", "budget_seconds")}
+        if min(lengths.values()) < 0 or sum(length > 0 for length in lengths.values()) != 1:
+            given = ", ".join(f"{name} = {length:g}" for name, length in lengths.items())
+            raise InvalidInput("training", f"{given}; exactly one must be above 0")
+        for name in ("batch", "clip", "validations", "learning_rate", "muon_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise InvalidInput(f"training.{name}", f"{getattr(self, name)} is not above 0")
+        for name in ("warm_up", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InvalidInput(f"training.{name}", f"{getattr(self, name)} is not in [0, 1)")
+
+    def rate(self, progress: float) -> float:
+        """The learning rates' factor in [0, 1] after that part of the run."""
+        if progress < self.warm_up:
+            return progress / self.warm_up
+        return max(0.0, (1 - progress) / (1 - self.warm_up))
+
+
+class Matrices(torch.optim.Muon):
+    """Muon for weights of two axes and more, each seen as a matrix (out, everything else)."""
+
+    def __init__(self, weights: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        self.weights = list(weights)
+        views = [_matrix(weight, weight).detach() for weight in self.weights]
+        super().__init__(views, lr=lr, weight_decay=weight_decay)
+        self.views = views
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; the views share their memory with the weights."""
+        for weight, view in zip(self.weights, self.views, strict=True):
+            view.grad = None if weight.grad is None else _matrix(weight.grad, weight)
+        loss: float | None = super().step(closure)  # type: ignore[no-untyped-call]
+        return loss
+
+
+def _matrix(tensor: Tensor, weight: Tensor) -> Tensor:
+    """(out, everything else), in the order of the weight's memory: then its view is no copy."""
+    if tensor.ndim == 4 and not weight.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(len(tensor), -1)
+
+
+def optimisers(module: nn.Module, training: Training) -> list[torch.optim.Optimizer]:
+    """The optimisers of a training, each group with its `peak` rate."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    matrices: list[Tensor] = []
+    if training.optimiser == "muon":
+        named = getattr(module, "matrices", None)
+        matrices = list(named()) if named else list(_matrices(module))
+    taken = {id(weight) for weight in matrices}
+    rest = [weight for weight in weights if id(weight) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [w for w in rest if w.ndim > 1], "weight_decay": training.weight_decay},
+        {"params": [w for w in rest if w.ndim <= 1], "weight_decay": 0.0},
+    ]
+    chosen: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, foreach=True)
+    ]
+    if matrices:
+        chosen.append(Matrices(matrices, training.muon_learning_rate, training.muon_weight_decay))
+    for optimiser in chosen:
+        for group in optimiser.param_groups:
+            group["peak"] = group["lr"]
+    return chosen
+
+
+def _matrices(module: nn.Module) -> Iterator[Tensor]:
+    """The weights of linear and convolutional layers."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            yield layer.weight
