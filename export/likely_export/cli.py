@@ -35,6 +35,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--recipe", default="digits", show_default=True, help="Name or .toml file.")
+@click.option("--data", help="Where the pictures lie, if not where the recipe says.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder  [default: runs/RECIPE]")
 @click.option("--model", "models", multiple=True, help="Train only this model; repeatable.")
 @click.option(
@@ -44,8 +45,7 @@ def main() -> None:
 @click.option(
     "--precision",
     type=click.Choice(["32-true", "bf16-mixed"]),
-    default="32-true",
-    show_default=True,
+    help="Of the arithmetic  [default: the recipe's]",
 )
 @click.option(
     "--threads",
@@ -62,6 +62,7 @@ def main() -> None:
 )
 def train(
     recipe: str,
+    data: str | None,
     out: Path | None,
     models: tuple[str, ...],
     device: Any,
@@ -75,7 +76,7 @@ def train(
     from likely_export.progress import Display
     from likely_export.train import Hardware
 
-    chosen = recipes.load(recipe)
+    chosen = recipes.load(recipe, data)
     folder = out or Path("runs") / chosen.name
     # With several devices Fabric runs this command once for each; only the first speaks.
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"

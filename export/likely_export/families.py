@@ -13,6 +13,7 @@ from torch import nn
 
 from likely.errors import InvalidInput
 from likely_export.cvae import CVAE, CVAEConfig
+from likely_export.local import LocalConfig, LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
 
 GIVEN_BY_DATA = ("shape", "levels", "labels")
@@ -35,6 +36,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "pixelcnn": Family(PixelCNNConfig, PixelCNN),
         "cvae": Family(CVAEConfig, CVAE),
+        "local": Family(LocalConfig, LocalPixelCNN),
     }
 )
 

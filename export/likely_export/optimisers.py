@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from likely.errors import InvalidInput
 
+Precision = Literal["32-true", "bf16-mixed"]
+
 
 @dataclass(frozen=True, slots=True)
 class Training:
@@ -32,6 +34,7 @@ class Training:
         warm_up: the part of the run in which the rates rise from 0, before they
             fall linearly back to 0.
         average: decay of the weight average, min(average, (1 + t) / (10 + t)) at step t.
+        precision: of the arithmetic, by Lightning Fabric's name; weights stay float32.
         clip: largest norm of the gradient of the mean objective.
         validations: how often the run is validated and checkpointed.
         keep_best: keep the average of the best validation, not the last.
@@ -50,6 +53,7 @@ class Training:
     muon_weight_decay: float = 0.01
     warm_up: float = 0.03
     average: float = 0.996
+    precision: Precision = "32-true"
     clip: float = 100.0
     validations: int = 20
     keep_best: bool = True

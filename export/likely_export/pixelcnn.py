@@ -124,7 +124,7 @@ def _sum(terms: list[tuple[nn.Conv2d, Tensor]], bias: Tensor | None, units: slic
         term = functional.conv2d(x, conv.weight[units], own)
         total = term if total is None else total + term
     assert total is not None
-    return total if bias is None else total + bias[:, units, None, None]
+    return total if bias is None else total + bias[:, units, None, None].to(total.dtype)
 
 
 class RowTransformer(nn.Module):
@@ -247,13 +247,19 @@ class PixelCNN(nn.Module):
         v = self.stem_vertical(functional.pad(z[:, :, :-1], (side, side, rows, 0)))
         h = self.stem_horizontal(functional.pad(z[..., :-1], (left, 0, 0, 0)))
         if self.config.positions:
-            v, h = v + self.position_vertical, h + self.position_horizontal
+            v = v + self.position_vertical.to(v.dtype)
+            h = h + self.position_horizontal.to(h.dtype)
         if self.config.row_layers:
             v = v + self.rows(z, y)
+        if self.training:  # the layout in which a CPU convolves fastest
+            v = v.contiguous(memory_format=torch.channels_last)
+            h = h.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             v, h = block(v, h, y)
         features: Tensor = self.mix(torch.relu(h))
-        return features if y is None else features + self.label(y)[:, :, None, None]
+        return (
+            features if y is None else features + self.label(y)[:, :, None, None].to(features.dtype)
+        )
 
     def log_probs(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Log-probabilities of every digit (n, h, w, c * digits, base), nats."""
@@ -269,14 +275,24 @@ class PixelCNN(nn.Module):
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """Nats a picture to minimise in training, (n,); labels are withheld at random."""
-        if not self.config.labels:
-            return -self.log_prob(x)
-        withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout
-        return -self.log_prob(x, torch.where(withheld, self.null_label, y))
+        if self.config.labels:
+            withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout
+            y = torch.where(withheld, self.null_label, y)
+        features = self.features(x, y)
+        # Under mixed precision the stacks may round, the softmaxes may not.
+        with torch.autocast(x.device.type, enabled=False):
+            log_probs = self.head.log_probs(features.float(), x)
+        return self.head.surprise(log_probs, x).flatten(1).sum(1)
 
-    def evaluate(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
-        """-log p(x) in nats, (n,)."""
-        return -self.log_prob(x)
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
+        """The expected objective in nats, (n,): of -log p(x|y) and -log p(x), as often as seen."""
+        withheld = self.config.label_dropout if self.config.labels else 1.0
+        nats = torch.zeros(len(x), device=x.device)
+        if withheld:
+            nats = nats - withheld * self.log_prob(x)
+        if withheld < 1:
+            nats = nats - (1 - withheld) * self.log_prob(x, y)
+        return nats
 
     def matrices(self) -> list[Tensor]:
         """The weights that are matrices between hidden layers, which Muon may train."""

@@ -156,8 +156,8 @@ def shipped() -> dict[str, str]:
     return {name: tomllib.loads(texts[name])["description"] for name in sorted(texts)}
 
 
-def load(name_or_path: str | Path) -> Recipe:
-    """The recipe of that name or in that file.
+def load(name_or_path: str | Path, source: str | None = None) -> Recipe:
+    """The recipe of that name or in that file, with another source of pictures if given.
 
     Raises:
         InvalidInput: there is none, or it is not understood; names the key.
@@ -168,10 +168,15 @@ def load(name_or_path: str | Path) -> Recipe:
             raise InvalidInput(
                 "recipe", f"{name_or_path} is neither a .toml file nor one of {list(shipped())}"
             )
-        return parse((resources.files("likely_export") / "recipes" / f"{path}.toml").read_text())
-    if not path.is_file():
+        text = (resources.files("likely_export") / "recipes" / f"{path}.toml").read_text()
+        recipe = parse(text)
+    elif not path.is_file():
         raise InvalidInput("recipe", f"{path} is not there")
-    return parse(path.read_text(), path.parent)
+    else:
+        recipe = parse(path.read_text(), path.parent)
+    if source is None:
+        return recipe
+    return _relocated(recipe, source if source == "digits" else str(Path(source).resolve()))
 
 
 def parse(text: str, folder: Path | None = None) -> Recipe:

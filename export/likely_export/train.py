@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from likely.errors import DeviceError, InvalidInput, LikelyError
 from likely_export.data import Dataset, Split
-from likely_export.optimisers import Training, optimisers
+from likely_export.optimisers import Precision, Training, optimisers
 
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "weights.pt"
@@ -56,22 +56,23 @@ class Hardware:
     Attributes:
         device: `auto` takes a GPU if there is one.
         devices: how many; more than one splits every batch among them.
-        precision: Lightning Fabric's name, such as `32-true` or `bf16-mixed`.
+        precision: another than the training's own.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Precision | None = None
 
-    def fabric(self) -> Fabric:
-        """A launched Fabric.
+    def fabric(self, precision: Precision = "32-true") -> Fabric:
+        """A launched Fabric, of that precision if no other was chosen.
 
         Raises:
             DeviceError: CUDA is asked for and not there.
         """
         if self.device == "cuda" and not torch.cuda.is_available():
             raise DeviceError("device cuda was asked for, but torch sees no CUDA device")
-        fabric = Fabric(accelerator=self.device, devices=self.devices, precision=self.precision)
+        precision = self.precision or precision
+        fabric = Fabric(accelerator=self.device, devices=self.devices, precision=precision)
         fabric.launch()
         return fabric
 
@@ -141,7 +142,7 @@ def fit(
         LikelyError: the objective is no longer finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    loop = _Loop((hardware or Hardware()).fabric(), model, data, training, folder)
+    loop = _Loop((hardware or Hardware()).fabric(training.precision), model, data, training, folder)
     if not (resume and loop.restore()):
         loop.start()
     while not loop.finished:
@@ -167,6 +168,8 @@ class _Loop:
         self.name = type(model).__name__
         # Optimisers hold views of the weights, so these must have arrived on their device.
         module = fabric.to_device(cast(nn.Module, model))
+        # torch's types leave this overload out.
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = AveragedModel(module, multi_avg_fn=_averaging(training.average))
         self.average.module.eval()
         self.optimisers = optimisers(module, training)
