@@ -151,6 +151,7 @@ class ModelInfo:
         execution_providers: what really runs the model, in order of preference.
         limits: what requests are held to.
         digest: SHA-256 of the bundle's manifest, hexadecimal.
+        version_labels: those of `stable` and `canary` that name this version.
     """
 
     name: str
@@ -172,6 +173,7 @@ class ModelInfo:
     execution_providers: tuple[str, ...]
     limits: Limits
     digest: str
+    version_labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

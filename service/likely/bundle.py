@@ -177,7 +177,8 @@ class Bundle:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "manifest"
             raise BundleError(
-                f"{path} is not a bundle that this version reads: {where}: {first['msg']}"
+                f"{path} is not a bundle that this version reads: {where}: {first['msg']}",
+                "manifest",
             ) from error
         for name, record in manifest.files.items():
             _check_file(path / name, record)
@@ -200,7 +201,9 @@ class Bundle:
             with np.load(self.path / name, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise BundleError(f"{self.path / name} is no archive of arrays: {error}") from error
+            raise BundleError(
+                f"{self.path / name} is no archive of arrays: {error}", "arrays"
+            ) from error
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
@@ -229,12 +232,16 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
 def _manifest_bytes(path: Path) -> bytes:
     manifest = path / MANIFEST
     if not path.is_dir():
-        raise BundleError(f"{path} is not a folder, so it is no bundle")
+        raise BundleError(f"{path} is not a folder, so it is no bundle", "incomplete")
     if not manifest.is_file():
-        raise BundleError(f"{path} has no {MANIFEST}, so it is no bundle (or not yet whole)")
+        raise BundleError(
+            f"{path} has no {MANIFEST}, so it is no bundle (or not yet whole)", "incomplete"
+        )
     size = manifest.stat().st_size
     if size > LARGEST_MANIFEST:
-        raise BundleError(f"{manifest} has {size} bytes; at most {LARGEST_MANIFEST} are read")
+        raise BundleError(
+            f"{manifest} has {size} bytes; at most {LARGEST_MANIFEST} are read", "manifest"
+        )
     return manifest.read_bytes()
 
 
@@ -242,15 +249,22 @@ def _check_file(path: Path, record: FileRecord) -> None:
     try:
         status = path.lstat()
     except FileNotFoundError:
-        raise BundleError(f"{path} is missing although the manifest names it") from None
+        raise BundleError(
+            f"{path} is missing although the manifest names it", "incomplete"
+        ) from None
     if not stat.S_ISREG(status.st_mode):
-        raise BundleError(f"{path} is a link or no plain file; a bundle holds plain files only")
+        raise BundleError(
+            f"{path} is a link or no plain file; a bundle holds plain files only", "link"
+        )
     if status.st_size != record.size:
         raise BundleError(
-            f"{path} has {status.st_size} bytes where the manifest says {record.size}: truncated?"
+            f"{path} has {status.st_size} bytes where the manifest says {record.size}: truncated?",
+            "truncated",
         )
     if _sha256(path) != record.sha256:
-        raise BundleError(f"{path} does not have the SHA-256 that the manifest names: altered")
+        raise BundleError(
+            f"{path} does not have the SHA-256 that the manifest names: altered", "digest"
+        )
 
 
 def _sha256(path: Path) -> str:

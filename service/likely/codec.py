@@ -235,6 +235,7 @@ def model(info: ModelInfo) -> models_pb2.Model:
             request_bytes=info.limits.request_bytes,
         ),
         digest=info.digest,
+        version_labels=info.version_labels,
     )
 
 
@@ -265,6 +266,7 @@ def model_info(message: models_pb2.Model) -> ModelInfo:
             request_bytes=message.limits.request_bytes,
         ),
         digest=message.digest,
+        version_labels=tuple(message.version_labels),
     )
 
 

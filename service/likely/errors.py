@@ -7,10 +7,16 @@
     ├── Overloaded            try again later; carries a delay where one is known
     ├── Unavailable           the server cannot be reached or is going away
     ├── DeadlineExceeded      no answer in time
-    ├── AccessDenied          no valid credentials, or not enough of them
+    ├── AccessDenied          a valid token that does not allow this
+    │   └── Unauthenticated   no token, or none that is valid; carries the reason
+    ├── MethodUnknown         the server has no such method: older than its client, or another
     ├── ServerFault           the server failed; carries its request id
     ├── BundleError           a bundle is incomplete, altered or foreign
+    ├── Refused               a change of what is served that may not be made now
     ├── DeviceError           the device asked for is not really there
+    ├── DeviceLost            the device that served is gone; only a restart helps
+    ├── OutOfMemory           the runtime found no memory for a batch
+    ├── RunStopped            a run was ended because nobody waits for it
     ├── RuntimeMissing        no ONNX Runtime is installed
     └── SettingsError         settings that cannot be used
 
@@ -82,16 +88,64 @@ class AccessDenied(LikelyError, PermissionError):
     """The server wants credentials, or other ones."""
 
 
+class Unauthenticated(AccessDenied):
+    """The server wants a token, or a valid one.
+
+    Attributes:
+        reason: one of TOKEN_MISSING, TOKEN_INVALID and TOKEN_EXPIRED.
+    """
+
+    def __init__(self, message: str, reason: str = "TOKEN_INVALID") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[Unauthenticated], tuple[str, str]]:
+        """Rebuilt from both arguments where it crosses a process."""
+        return type(self), (str(self), self.reason)
+
+
+class MethodUnknown(LikelyError):
+    """The server has no such service or method."""
+
+
 class ServerFault(LikelyError):
     """The server failed; its log tells why under the request id in the message."""
 
 
 class BundleError(LikelyError):
-    """A bundle is incomplete, altered or foreign, and is refused."""
+    """A bundle is incomplete, altered or foreign, and is refused.
+
+    Attributes:
+        reason: the kind of fault in one word, as metrics count it.
+    """
+
+    def __init__(self, message: str, reason: str = "refused") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BundleError], tuple[str, str]]:
+        """Rebuilt from both arguments where it crosses a process."""
+        return type(self), (str(self), self.reason)
+
+
+class Refused(LikelyError):
+    """What is served stays as it is: a change was asked for that the server may not make now."""
 
 
 class DeviceError(LikelyError):
     """The device asked for is not really there."""
+
+
+class DeviceLost(LikelyError):
+    """The device that served can run nothing any more; a new process may."""
+
+
+class OutOfMemory(LikelyError, MemoryError):
+    """The runtime found no memory for a batch; a smaller one may run."""
+
+
+class RunStopped(LikelyError):
+    """A run was ended before it had an answer, because nobody waits for it."""
 
 
 class RuntimeMissing(LikelyError, ImportError):

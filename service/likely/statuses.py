@@ -1,16 +1,22 @@
 """Errors as gRPC statuses with google.rpc details, and back.
 
-| error            | status              | details beside ErrorInfo |
-| ---------------- | ------------------- | ------------------------ |
-| InvalidInput     | INVALID_ARGUMENT    | BadRequest: the field    |
-| ModelNotFound    | NOT_FOUND           | ResourceInfo: the model  |
-| NotAnswered      | FAILED_PRECONDITION |                          |
-| Overloaded       | RESOURCE_EXHAUSTED  | RetryInfo                |
-| Unavailable      | UNAVAILABLE         | RetryInfo                |
-| DeadlineExceeded | DEADLINE_EXCEEDED   |                          |
-| AccessDenied     | PERMISSION_DENIED   |                          |
-| anything else    | INTERNAL            | RequestInfo              |
+| error            | status              | details beside ErrorInfo and RequestInfo |
+| ---------------- | ------------------- | ---------------------------------------- |
+| InvalidInput     | INVALID_ARGUMENT    | BadRequest: the field                    |
+| ModelNotFound    | NOT_FOUND           | ResourceInfo: the model                  |
+| NotAnswered      | FAILED_PRECONDITION |                                          |
+| Overloaded       | RESOURCE_EXHAUSTED  | RetryInfo                                |
+| Unavailable      | UNAVAILABLE         | RetryInfo                                |
+| DeadlineExceeded | DEADLINE_EXCEEDED   |                                          |
+| Unauthenticated  | UNAUTHENTICATED     |                                          |
+| AccessDenied     | PERMISSION_DENIED   |                                          |
+| BundleError      | FAILED_PRECONDITION |                                          |
+| DeviceError      | FAILED_PRECONDITION |                                          |
+| Refused          | FAILED_PRECONDITION |                                          |
+| MethodUnknown    | UNIMPLEMENTED       |                                          |
+| anything else    | INTERNAL            |                                          |
 
+docs/errors.md lists the reasons that ErrorInfo gives.
 NotAnswered is not UNIMPLEMENTED: proxies and clients take that as a server too
 old to know the method, whereas here another model on the same server may answer.
 """
@@ -39,16 +45,28 @@ _CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     errors.Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     errors.Unavailable: (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     errors.DeadlineExceeded: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
-    errors.AccessDenied: (grpc.StatusCode.PERMISSION_DENIED, "ACCESS_DENIED"),
+    errors.Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_INVALID"),
+    errors.AccessDenied: (grpc.StatusCode.PERMISSION_DENIED, "SCOPE_MISSING"),
+    errors.BundleError: (grpc.StatusCode.FAILED_PRECONDITION, "BUNDLE_REFUSED"),
+    errors.DeviceError: (grpc.StatusCode.FAILED_PRECONDITION, "DEVICE_MISSING"),
+    errors.Refused: (grpc.StatusCode.FAILED_PRECONDITION, "CHANGE_REFUSED"),
+    errors.MethodUnknown: (grpc.StatusCode.UNIMPLEMENTED, "METHOD_UNKNOWN"),
 }
 _PLAIN: dict[grpc.StatusCode, type[errors.LikelyError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: errors.NotAnswered,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.PERMISSION_DENIED: errors.AccessDenied,
-    grpc.StatusCode.UNAUTHENTICATED: errors.AccessDenied,
+    grpc.StatusCode.UNIMPLEMENTED: errors.MethodUnknown,
 }
 _INTERNAL = (grpc.StatusCode.INTERNAL, "INTERNAL")
+
+REASONS: dict[str, grpc.StatusCode] = {
+    **{reason: code for code, reason in (*_CODES.values(), _INTERNAL)},
+    "TOKEN_MISSING": grpc.StatusCode.UNAUTHENTICATED,
+    "TOKEN_EXPIRED": grpc.StatusCode.UNAUTHENTICATED,
+}
+"""Every reason that ErrorInfo can give, and the status that it comes with."""
 
 M = TypeVar("M", bound=Message)
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -75,6 +93,8 @@ def is_told(error: Exception) -> bool:
 def status(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str, Metadata]:
     """Code, message and trailing metadata that tell the caller of an error."""
     code, reason = _CODES.get(type(error), _INTERNAL)
+    if isinstance(error, errors.Unauthenticated):
+        reason = error.reason
     message = str(error) if is_told(error) else f"internal error, request {request_id}"
     rich = status_pb2.Status(code=code.value[0], message=message)
     told = [
@@ -105,6 +125,9 @@ def error(failure: Failure) -> errors.LikelyError:
         retry = _detail(rich, details_pb2.RetryInfo)
         delay = retry.retry_delay.ToTimedelta().total_seconds() if retry else None
         return errors.Overloaded(message, delay)
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        info = _detail(rich, details_pb2.ErrorInfo)
+        return errors.Unauthenticated(message, info.reason if info else "TOKEN_INVALID")
     if kind := _PLAIN.get(code):
         return kind(message)
     return errors.ServerFault(message if code is grpc.StatusCode.INTERNAL else f"{code}: {message}")

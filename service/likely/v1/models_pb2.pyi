@@ -98,7 +98,9 @@ class GetModelRequest(google.protobuf.message.Message):
     model_name: builtins.str
     """The model's name as ListModels gives it. Required."""
     model_version: builtins.str
-    """The model's version; empty means the one that the server serves by default."""
+    """The model's version or label; empty means the one that the server serves by
+    default.
+    """
     def __init__(
         self,
         *,
@@ -160,6 +162,7 @@ class Model(google.protobuf.message.Message):
     EXECUTION_PROVIDERS_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
+    VERSION_LABELS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The model's name."""
     version: builtins.str
@@ -216,6 +219,13 @@ class Model(google.protobuf.message.Message):
     def limits(self) -> Global___Limits:
         """The limits that requests are held to."""
 
+    @property
+    def version_labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The labels that name this version, of "stable" and "canary". A request's
+        model_version may be one of them; "stable", where it is set, is also what
+        an empty model_version means.
+        """
+
     def __init__(
         self,
         *,
@@ -239,9 +249,10 @@ class Model(google.protobuf.message.Message):
         execution_providers: collections.abc.Iterable[builtins.str] | None = ...,
         limits: Global___Limits | None = ...,
         digest: builtins.str = ...,
+        version_labels: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["calibration_size", b"calibration_size", "channels", b"channels", "conditional_kind", b"conditional_kind", "default_alpha", b"default_alpha", "density_kind", b"density_kind", "description", b"description", "digest", b"digest", "execution_providers", b"execution_providers", "finest_alpha", b"finest_alpha", "height", b"height", "importance_samples", b"importance_samples", "labels", b"labels", "latent_dimensions", b"latent_dimensions", "levels", b"levels", "limits", b"limits", "methods", b"methods", "name", b"name", "posterior_temperature", b"posterior_temperature", "version", b"version", "width", b"width"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["calibration_size", b"calibration_size", "channels", b"channels", "conditional_kind", b"conditional_kind", "default_alpha", b"default_alpha", "density_kind", b"density_kind", "description", b"description", "digest", b"digest", "execution_providers", b"execution_providers", "finest_alpha", b"finest_alpha", "height", b"height", "importance_samples", b"importance_samples", "labels", b"labels", "latent_dimensions", b"latent_dimensions", "levels", b"levels", "limits", b"limits", "methods", b"methods", "name", b"name", "posterior_temperature", b"posterior_temperature", "version", b"version", "version_labels", b"version_labels", "width", b"width"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
 
