@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from likely import bayes, noise
+from likely import bayes, noise, tuning
+from likely.admission import Bounds
 from likely.answers import (
     Accepted,
     Classifications,
@@ -22,13 +22,22 @@ from likely.answers import (
     SelfCheck,
     Verdict,
 )
+from likely.batches import Runner, rows_of
 from likely.bundle import Bundle, Role
-from likely.errors import BundleError, ServerFault
+from likely.errors import BundleError
 from likely.generation import Generator
 from likely.graphs import Array, Device, Session, agrees
-from likely.lanes import Lanes
+from likely.lanes import Ask, Lanes
 from likely.outliers import Detector
+from likely.ranking import P_VALUE, Ranked
+from likely.traffic import Traffic
+from likely.trust import Trust
+from likely.tuning import Best
 
+LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
+TUNING = 0.06  # seconds for each graph
+_SCORE, _SURPRISE = ("log_px", P_VALUE), ("log_px", P_VALUE, "surprise")
+_OUTLIER, _ACCEPTED = np.int8(Verdict.OUTLIER), np.int8(Verdict.ACCEPTED)
 _METHODS: dict[str, tuple[Role, ...]] = {
     "Score": (Role.DENSITY,),
     "Classify": (Role.CONDITIONAL,),
@@ -36,6 +45,22 @@ _METHODS: dict[str, tuple[Role, ...]] = {
     "Generate": (Role.SAMPLE, Role.GENERATE),
     "Complete": (Role.SAMPLE,),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How an engine holds requests.
+
+    Attributes:
+        lanes: runs at once; 0 to find how many are best.
+        bounds: how much may wait for each graph.
+        patience: answers withheld in a row, as not finite, until the version counts as
+            unhealthy; 0 for any number.
+    """
+
+    lanes: int = 0
+    bounds: Bounds = field(default_factory=Bounds)
+    patience: int = 0
 
 
 class Engine:
@@ -49,26 +74,61 @@ class Engine:
     """
 
     def __init__(
-        self, bundle: Bundle, sessions: Mapping[Role, Session], *, lanes: int, max_batch: int
+        self,
+        bundle: Bundle,
+        sessions: Mapping[Role, Session],
+        *,
+        cores: int,
+        max_batch: int = 0,
+        terms: Terms | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
-        """An engine over opened graphs.
+        """An engine over opened graphs, warmed up by replaying the bundle's golden outputs.
 
         Args:
             bundle: where the sessions came from.
             sessions: one for each graph of the bundle.
-            lanes: runs at once.
-            max_batch: rows of one run; longer inputs are divided.
+            cores: the most runs at once.
+            max_batch: rows of one run; 0 to find what is best.
+            terms: how requests are held.
+            traffic: is told of queues and batches.
         """
+        terms, traffic = terms or Terms(), traffic or Traffic()
         self.manifest = bundle.manifest
         self.digest = bundle.digest
         self.detector = _detector(bundle)
-        self._lanes = Lanes(self.manifest.name, sessions, lanes=lanes, max_batch=max_batch)
+        self._trust = Trust(self.manifest.name, terms.patience, traffic)
+        golden = bundle.golden()
+        runners: dict[Role, Runner] = {**sessions}
+        runners[Role.DENSITY] = Ranked(sessions[Role.DENSITY], self.detector)
+        self._replay(runners, golden)
+        lanes, best = terms.lanes or cores, dict.fromkeys(runners, Best(max_batch))
+        if not max_batch:
+            best = {role: _best(role, runner, golden) for role, runner in runners.items()}
+        if not terms.lanes and cores > 1:
+            lanes = _lanes(runners[Role.DENSITY], golden, best[Role.DENSITY].rows, cores)
+        self._lanes = Lanes(
+            self.manifest.name,
+            runners,
+            lanes=lanes,
+            best=best,
+            bounds=terms.bounds,
+            traffic=traffic,
+        )
         self.providers = self._lanes.providers
         self._generator = Generator(self.manifest, self._lanes, self._passes, self._surprise)
-        self._replay(bundle.golden())
 
     @classmethod
-    def load(cls, bundle: Bundle, *, device: Device, threads: int, max_batch: int) -> Engine:
+    def load(
+        cls,
+        bundle: Bundle,
+        *,
+        device: Device,
+        threads: int,
+        max_batch: int = 0,
+        terms: Terms | None = None,
+        traffic: Traffic | None = None,
+    ) -> Engine:
         """The engine of a verified bundle, warmed up by replaying its golden outputs.
 
         Args:
@@ -76,7 +136,9 @@ class Engine:
             device: where the graphs shall run.
             threads: cores to use, each as a lane of its own: lanes of one thread
                 beat one run of many threads on graphs of this size.
-            max_batch: rows of one run.
+            max_batch: rows of one run; 0 to find what is best.
+            terms: how requests are held.
+            traffic: is told of queues and batches.
 
         Raises:
             BundleError: a graph does not open, is not the one described, or does not
@@ -89,8 +151,13 @@ class Engine:
             for role, spec in bundle.manifest.graphs.items()
         }
         # A card runs one graph at a time; more lanes would only queue there.
-        lanes = 1 if device.kind == "cuda" else threads
-        return cls(bundle, sessions, lanes=lanes, max_batch=max_batch)
+        cores = 1 if device.kind == "cuda" else threads
+        return cls(bundle, sessions, cores=cores, max_batch=max_batch, terms=terms, traffic=traffic)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the model's answers have been finite, but for a few."""
+        return self._trust.healthy
 
     def answers(self, method: str) -> bool:
         """Whether the bundle has a graph for that RPC, such as `Score`."""
@@ -104,19 +171,10 @@ class Engine:
             alpha: accepted rate of false rejections, promisable by the calibration.
             surprise: whether to give the per-pixel map.
         """
-        outputs = ["log_px", "statistics"] + ["surprise"] * surprise
-        arrays = await self._lanes.run(Role.DENSITY, {"x": x}, outputs)
-        log_px = _finite(arrays["log_px"])
-        p_value = self.detector.p_value(_finite(arrays["statistics"]))
-        return Scores(
-            log_px=log_px,
-            bits_per_dim=-log_px / (self.manifest.dimensions * np.log(2)),
-            p_value=p_value,
-            verdict=np.where(p_value <= alpha, Verdict.OUTLIER, Verdict.ACCEPTED).astype(np.int8),
-            alpha=alpha,
-            surprise=arrays.get("surprise"),
-            model_version=self.manifest.version,
-        )
+        self._trust.require()
+        outputs = _SURPRISE if surprise else _SCORE
+        arrays = (await self._lanes.run_all(_ask(Role.DENSITY, {"x": x}, outputs)))[0]
+        return self._scores(arrays, alpha)
 
     async def classify(
         self, x: Pixels, alpha: float, *, priors: Doubles | None = None, min_posterior: float = 0.0
@@ -129,8 +187,11 @@ class Engine:
             priors: p(y) (labels,); None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
         """
-        self._lanes.graph(Role.CONDITIONAL)
-        scores, log_pxy = await asyncio.gather(self.score(x, alpha), self._log_pxy(x))
+        self._trust.require()
+        density, conditional = await self._lanes.run_all(
+            _ask(Role.DENSITY, {"x": x}, _SCORE), self._conditional(x)
+        )
+        scores, log_pxy = self._scores(density, alpha), self._finite(conditional["log_pxy"])
         posterior = self._posterior(log_pxy, priors)
         label = posterior.argmax(1).astype(np.int64)
         unsure = posterior.max(1, initial=0.0) < min_posterior
@@ -153,13 +214,15 @@ class Engine:
             x: uint8 (n, c, h, w), levels below the model's.
             label: int64 (n,); None for each picture's most probable one.
         """
+        self._trust.require()
         self._lanes.graph(Role.ENCODE)
         if label is None:
             label = self._posterior(await self._log_pxy(x)).argmax(1).astype(np.int64)
         arrays = await self._lanes.run(Role.ENCODE, {"x": x, "y": label}, ["mean", "log_variance"])
+        self._trust.check(*arrays.values())
         return Features(
-            mean=_finite(arrays["mean"], np.float32),
-            log_variance=_finite(arrays["log_variance"], np.float32),
+            mean=arrays["mean"],
+            log_variance=arrays["log_variance"],
             label=label,
             model_version=self.manifest.version,
         )
@@ -186,6 +249,7 @@ class Engine:
             chunk: pictures of one chunk.
             check: redraw what does not pass.
         """
+        self._trust.require()
         return self._generator.generate(
             label,
             count,
@@ -225,6 +289,7 @@ class Engine:
         Returns:
             Draws whose row r completes picture r // completions.
         """
+        self._trust.require()
         return self._generator.complete(
             x,
             known,
@@ -257,28 +322,51 @@ class Engine:
         prior = self.manifest.priors if priors is None else priors
         return bayes.posterior(log_pxy, prior, self.manifest.calibration.temperature)
 
-    async def _log_pxy(self, x: Pixels) -> Doubles:
-        feeds: dict[str, Array] = {"x": x}
-        spec = self._lanes.graph(Role.CONDITIONAL)
-        if (eps := spec.input("eps")) is not None:
-            feeds["eps"] = noise.common(eps.array_shape(len(x)))
-        arrays = await self._lanes.run(Role.CONDITIONAL, feeds, ["log_pxy"])
-        log_pxy: Doubles = _finite(arrays["log_pxy"])
-        return log_pxy
+    def _scores(self, arrays: Mapping[str, Array], alpha: float) -> Scores:
+        self._trust.check(*arrays.values())
+        log_px, p_value = arrays["log_px"].astype(np.float64), arrays["p_value"]
+        return Scores(
+            log_px=log_px,
+            bits_per_dim=log_px / (-np.log(2) * self.manifest.dimensions),
+            p_value=p_value,
+            verdict=np.where(p_value <= alpha, _OUTLIER, _ACCEPTED),
+            alpha=alpha,
+            surprise=arrays.get("surprise"),
+            model_version=self.manifest.version,
+        )
 
-    def _replay(self, golden: Mapping[str, Array]) -> None:
+    async def _log_pxy(self, x: Pixels) -> Doubles:
+        (arrays,) = await self._lanes.run_all(self._conditional(x))
+        return self._finite(arrays["log_pxy"])
+
+    def _finite(self, values: Array) -> Doubles:
+        self._trust.check(values)
+        return values.astype(np.float64)
+
+    def _conditional(self, x: Pixels) -> Ask:
+        eps = self._lanes.graph(Role.CONDITIONAL).input("eps")
+
+        def feed(start: int, stop: int) -> Mapping[str, Array]:
+            shape = eps.array_shape(stop - start) if eps else None
+            common = {"eps": np.ascontiguousarray(noise.common(shape))} if shape else {}
+            return {"x": x[start:stop], **common}
+
+        return Ask(Role.CONDITIONAL, len(x), feed, ("log_pxy",))
+
+    def _replay(self, runners: Mapping[Role, Runner], golden: Mapping[str, Array]) -> None:
         for role, graph in self.manifest.graphs.items():
             outputs = [spec.name for spec in graph.outputs]
             names = [*(spec.name for spec in graph.inputs), *outputs]
             if missing := [name for name in names if f"{role}/{name}" not in golden]:
-                raise BundleError(f"the golden arrays have no {role}/{missing[0]}")
+                raise BundleError(f"the golden arrays have no {role}/{missing[0]}", "golden")
             feeds = {spec.name: golden[f"{role}/{spec.name}"] for spec in graph.inputs}
-            found = self._lanes.run_once(role, feeds, outputs)
+            found = runners[role].run(feeds, outputs)
             for name, got in zip(outputs, found, strict=True):
                 if not agrees(got, golden[f"{role}/{name}"]):
                     raise BundleError(
                         f"bundle {self.manifest.name}@{self.manifest.version} does not give its "
-                        f"golden {name} of the {role} graph on this machine"
+                        f"golden {name} of the {role} graph on this machine",
+                        "golden",
                     )
 
 
@@ -288,22 +376,38 @@ def _detector(bundle: Bundle) -> Detector:
     try:
         detector = Detector(bundle.calibration())
     except KeyError as error:
-        raise BundleError(f"{calibration.file} has no array {error}") from error
+        raise BundleError(f"{calibration.file} has no array {error}", "calibration") from error
     width = next((out.shape[-1] for out in graph.outputs if out.name == "statistics"), None)
     if detector.knots.shape[1:] != (width,) or detector.scores.shape != (calibration.size,):
         raise BundleError(
             f"{calibration.file} is for {detector.knots.shape[1:]} statistics and "
-            f"{detector.scores.shape} scores where the manifest says {width} and {calibration.size}"
+            f"{detector.scores.shape} scores; the manifest says {width} and {calibration.size}",
+            "calibration",
         )
     return detector
 
 
-def _finite(values: Array, dtype: type[Any] = np.float64) -> Any:
-    """The values as that type.
+def _ask(role: Role, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> Ask:
+    return Ask(role, len(feeds["x"]), rows_of(feeds), outputs)
 
-    Raises:
-        ServerFault: one is not a finite number; it must not leave the service.
-    """
-    if not np.all(np.isfinite(values)):
-        raise ServerFault("the model gave a value that is not finite")
-    return values.astype(dtype)
+
+def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
+    """How a graph runs best on this machine, found on its golden inputs."""
+    sample, outputs = _sample(role, runner, golden)
+    # Drawing gains most from large batches and takes longest: fewer and larger steps.
+    step = 4 if role in (Role.SAMPLE, Role.GENERATE) else 2
+    return tuning.batch(runner, sample, outputs, most=LARGEST, step=step, seconds=TUNING)
+
+
+def _lanes(runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:
+    """How many runs at once are best on this machine."""
+    sample, outputs = _sample(Role.DENSITY, runner, golden)
+    return tuning.lanes(runner, sample, outputs, rows=rows, most=cores, seconds=2 * TUNING)
+
+
+def _sample(
+    role: Role, runner: Runner, golden: Mapping[str, Array]
+) -> tuple[dict[str, Array], list[str]]:
+    """A graph's golden inputs, and the names of its outputs."""
+    sample = {spec.name: golden[f"{role}/{spec.name}"] for spec in runner.spec.inputs}
+    return sample, [spec.name for spec in runner.spec.outputs]

@@ -15,7 +15,7 @@ from likely import noise
 from likely.answers import Draws, Floats, Labels, Pixels, SelfCheck
 from likely.bundle import Manifest, Role, TensorSpec
 from likely.errors import NotAnswered
-from likely.lanes import Lanes
+from likely.lanes import Ask, Lanes
 
 Mask = npt.NDArray[np.bool_]
 TOWER = np.float32(1e6)  # noise that no log-probability outweighs
@@ -169,13 +169,13 @@ class Generator:
         return np.searchsorted(bounds, noise.uniform(seed, indices), side="right")
 
     async def _draw(self, role: Role, plan: _Plan) -> Pixels:
-        def draw(rows: slice) -> Pixels:
-            specs = self._lanes.graph(role).inputs
-            feeds = {spec.name: _feed(spec, plan, rows) for spec in specs}
-            images: Pixels = self._lanes.run_once(role, feeds, ["x"])[0]
-            return images
+        specs = self._lanes.graph(role).inputs
 
-        return np.concatenate(await self._lanes.map(draw, len(plan.indices)))
+        def feed(start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
+            return {spec.name: _feed(spec, plan, slice(start, stop)) for spec in specs}
+
+        (drawn,) = await self._lanes.run_all(Ask(role, len(plan.indices), feed, ("x",)))
+        return drawn["x"]
 
     async def _checked(
         self, role: Role, plan: _Plan, images: Pixels, check: SelfCheck

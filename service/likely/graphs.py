@@ -20,11 +20,26 @@ import numpy.typing as npt
 
 from likely import machine
 from likely.bundle import Graph, TensorSpec
-from likely.errors import BundleError, DeviceError, RuntimeMissing, SettingsError
+from likely.errors import (
+    BundleError,
+    DeviceError,
+    DeviceLost,
+    OutOfMemory,
+    RunStopped,
+    RuntimeMissing,
+    SettingsError,
+)
 
 Array = npt.NDArray[Any]
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+# ONNX Runtime tells these apart by their text alone.
+_STOPPED = re.compile(r"terminate flag")
+_NO_MEMORY = re.compile(
+    r"[Ff]ailed to allocate|bad_alloc|out of memory|MEMORY_ALLOC|ALLOC_FAILED|bad allocation"
+)
+# Errors that leave the process's CUDA context unusable (cudaError_t in the CUDA runtime's manual).
+_LOST = re.compile(r"CUDA (?:failure|error) (?:46|100|7(?:00|02|09|1[04-9])|999)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +107,17 @@ def cuda_devices() -> int:
     return count.value
 
 
+class Stop:
+    """Ends a run from another thread, once for all that it is given to."""
+
+    def __init__(self) -> None:
+        self.options = _runtime().RunOptions()
+
+    def now(self) -> None:
+        """Ends the run at its next node."""
+        self.options.terminate = True
+
+
 class Session:
     """One opened graph; `run` may be called from several threads at once.
 
@@ -120,14 +146,38 @@ class Session:
         _check_signature(path, "input", spec.inputs, self._session.get_inputs())
         _check_signature(path, "output", spec.outputs, self._session.get_outputs())
 
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """The outputs of that name, in that order."""
-        if self._device.kind == "cuda":
-            return self.run_bound(feeds, outputs)
-        arrays: list[Array] = self._session.run(list(outputs), dict(feeds))
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
+    ) -> list[Array]:
+        """The outputs of that name, in that order.
+
+        Args:
+            feeds: an array for each input.
+            outputs: names of the graph's outputs.
+            stop: what can end this run before it has an answer.
+
+        Raises:
+            RunStopped: it was ended so.
+            OutOfMemory: the runtime found no memory for it; a smaller batch may run.
+            DeviceLost: the card can run nothing any more.
+        """
+        options = stop.options if stop else None
+        try:
+            if self._device.kind == "cuda":
+                return self.run_bound(feeds, outputs, options)
+            arrays: list[Array] = self._session.run(list(outputs), dict(feeds), options)
+        except Exception as error:  # ONNX Runtime raises its own types, one for each status
+            raise _failure(error) from error
         return arrays
 
-    def run_bound(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+    def empty(self, outputs: Sequence[str]) -> list[Array]:
+        """The outputs of no rows."""
+        specs = {spec.name: spec for spec in self.spec.outputs}
+        return [np.empty(specs[name].array_shape(0), dtype=specs[name].dtype) for name in outputs]
+
+    def run_bound(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], options: Any = None
+    ) -> list[Array]:
         """The same as `run`, by copies of its own to and from the device, in a batch of few sizes.
 
         A card sees every size of batch for the first time once: it then chooses kernels and
@@ -141,7 +191,7 @@ class Session:
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, options)
         return [value.numpy()[:n] for value in binding.get_outputs()]
 
 
@@ -169,6 +219,18 @@ def filled(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
     }
 
 
+def _failure(error: Exception) -> Exception:
+    """What the runtime's error means, or the error itself."""
+    text = str(error)
+    if _STOPPED.search(text):
+        return RunStopped("the run was stopped")
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+        return OutOfMemory(f"no memory for the run: {text[:200]}")
+    if _LOST.search(text):
+        return DeviceLost(f"the card is lost: {text[:200]}")
+    return error
+
+
 def _runtime() -> Any:
     require_runtime()
     import onnxruntime
@@ -192,7 +254,8 @@ def _open(path: Path, device: Device, threads: int) -> Any:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime raises its own types, one for each status
         raise BundleError(
-            f"{path} is not a graph that ONNX Runtime {ort.__version__} opens: {error}"
+            f"{path} is not a graph that ONNX Runtime {ort.__version__} opens: {error}",
+            "graph",
         ) from error
     if device.kind == "cuda" and session.get_providers()[0] != CUDA:
         raise DeviceError(
@@ -241,7 +304,9 @@ def _check_signature(
     told = {spec.name: (_ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs}
     seen = {arg.name: (arg.type, list(arg.shape)) for arg in found}
     if told != seen:
-        raise BundleError(f"{path} has the {what}s {seen} where the manifest says {told}")
+        raise BundleError(
+            f"{path} has the {what}s {seen} where the manifest says {told}", "signature"
+        )
 
 
 _ONNX_TYPES = {"uint8": "tensor(uint8)", "int64": "tensor(int64)", "float32": "tensor(float)"}

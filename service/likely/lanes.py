@@ -1,48 +1,99 @@
-"""Runs graphs side by side: rows in, rows out, at most `max_batch` of them a run."""
+"""Runs graphs side by side: rows in, rows out, merged with those of other requests.
+
+Requests wait in a queue for each graph. As soon as a lane, a thread of its own, is
+free, it takes a batch of what waits: an idle server answers at once, and a busy one
+merges what has come meanwhile. All of it happens on the event loop but the runs.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
+from likely import callers
+from likely.admission import Bounds
+from likely.batcher import Batcher
+from likely.batches import Batch, Feed, Member, Outcome, Runner, Span, rows_of
 from likely.bundle import Graph, Role
-from likely.errors import NotAnswered
-from likely.graphs import Array, Session
+from likely.callers import Caller, Priority
+from likely.errors import LikelyError, NotAnswered, ServerFault, Unavailable
+from likely.graphs import Array
+from likely.traffic import Traffic
+from likely.tuning import Best
 
-T = TypeVar("T")
+BULK_ROWS = 64  # a request of so many rows yields to smaller ones
+PASSES = 7  # batches that may go before waiting bulk: so it gets an eighth, at least
+_DRAWING = (Role.SAMPLE, Role.GENERATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Rows for a graph.
+
+    Attributes:
+        role: of the graph.
+        rows: how many.
+        feed: the graph's inputs for rows [start, stop); called in a lane, where work is cheap.
+        outputs: names of those that the answer shall have.
+    """
+
+    role: Role
+    rows: int
+    feed: Feed
+    outputs: tuple[str, ...]
 
 
 class Lanes:
-    """The opened graphs of one bundle and the threads that run them.
+    """The opened graphs of one bundle, their queues, and the threads that run them.
+
+    Beside the lanes proper there is one that only interactive requests may take, and
+    only where none of theirs runs: so a long bulk run holds nobody up, and no core idles.
 
     Attributes:
         providers: what really runs the graphs, as their sessions report.
     """
 
     def __init__(
-        self, name: str, sessions: Mapping[Role, Session], *, lanes: int, max_batch: int
+        self,
+        name: str,
+        runners: Mapping[Role, Runner],
+        *,
+        lanes: int,
+        best: Mapping[Role, Best],
+        bounds: Bounds | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         """Lanes over opened graphs.
 
         Args:
-            name: of the model, for threads and messages.
-            sessions: one for each graph of the bundle.
+            name: of the model, for threads, metrics and messages.
+            runners: one for each graph of the bundle.
             lanes: runs at once.
-            max_batch: rows of one run; longer inputs are divided.
+            best: how each graph runs best.
+            bounds: how much may wait for each graph.
+            traffic: is told of queues and batches.
         """
-        self.providers = next(iter(sessions.values())).providers
+        self.providers = next(iter(runners.values())).providers
         self._name = name
-        self._sessions = sessions
-        self._max_batch = max_batch
-        self._threads = ThreadPoolExecutor(lanes, thread_name_prefix=f"lane-{name}")
+        self._count = lanes
+        self._traffic = traffic or Traffic()
+        self._batchers = {
+            role: Batcher(name, runner, best[role], bounds or Bounds(), self._traffic, role)
+            for role, runner in runners.items()
+        }
+        self._threads = ThreadPoolExecutor(lanes + 1, thread_name_prefix=f"lane-{name}")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._running: dict[Batch, Role] = {}
+        self._passed = 0  # interactive batches that went before waiting bulk
+        self._woken = False
+        self._closed = False
 
     def __contains__(self, role: Role) -> bool:
-        return role in self._sessions
+        return role in self._batchers
 
     def graph(self, role: Role) -> Graph:
         """What the manifest says of the graph of that role.
@@ -50,7 +101,7 @@ class Lanes:
         Raises:
             NotAnswered: the bundle has none.
         """
-        return self._session(role).spec
+        return self._batcher(role).runner.spec
 
     async def run(
         self, role: Role, feeds: Mapping[str, Array], outputs: Sequence[str]
@@ -59,41 +110,213 @@ class Lanes:
 
         Raises:
             NotAnswered: the bundle has no such graph.
+            Overloaded: there is no room to wait, or no memory to run.
+            Unavailable: the queue broke, or is closed.
         """
-        session = self._session(role)
-        n = len(next(iter(feeds.values())))
-        if n == 0:
-            specs = {spec.name: spec for spec in session.spec.outputs}
-            return {
-                name: np.empty(specs[name].array_shape(0), dtype=specs[name].dtype)
-                for name in outputs
-            }
+        rows = len(next(iter(feeds.values())))
+        return (await self.run_all(Ask(role, rows, rows_of(feeds), tuple(outputs))))[0]
 
-        def run(rows: slice) -> list[Array]:
-            part = {name: np.ascontiguousarray(feed[rows]) for name, feed in feeds.items()}
-            return session.run(part, outputs)
+    async def run_all(self, *asks: Ask) -> list[dict[str, Array]]:
+        """The outputs of each ask; where one fails, the others are given up.
 
-        columns = zip(*await self.map(run, n), strict=True)
-        return {name: np.concatenate(parts) for name, parts in zip(outputs, columns, strict=True)}
-
-    async def map(self, call: Callable[[slice], T], n: int) -> list[T]:
-        """What the call gives for consecutive parts of n rows, each in a lane."""
-        loop = asyncio.get_running_loop()
-        starts = range(0, n, self._max_batch)
-        parts = [slice(start, min(start + self._max_batch, n)) for start in starts]
-        return await asyncio.gather(
-            *(loop.run_in_executor(self._threads, partial(call, part)) for part in parts)
-        )
+        Raises:
+            As `run`.
+        """
+        members = self._admitted(asks)
+        try:
+            return [await member.future for member in members]
+        except BaseException:
+            for member, ask in zip(members, asks, strict=True):
+                self._abandon(member, ask.role)
+            raise
 
     def run_once(self, role: Role, feeds: Mapping[str, Array], outputs: Sequence[str]) -> Any:
         """One run in the calling thread, undivided."""
-        return self._session(role).run(feeds, outputs)
+        return self._batcher(role).runner.run(feeds, outputs)
 
     def close(self) -> None:
-        """Lets running graphs end and frees the threads."""
+        """Refuses what waits, lets running graphs end and frees the threads."""
+        self._closed = True
+        if self._loop and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._refuse, f"model {self._name} is being closed")
         self._threads.shutdown(wait=True)
 
-    def _session(self, role: Role) -> Session:
-        if role not in self._sessions:
+    def _batcher(self, role: Role) -> Batcher:
+        if role not in self._batchers:
             raise NotAnswered(f"model {self._name} has no {role} graph, so it does not answer this")
-        return self._sessions[role]
+        return self._batchers[role]
+
+    def _admitted(self, asks: Sequence[Ask]) -> list[Member]:
+        """The asks as members that wait for their turn."""
+        if self._closed:
+            raise Unavailable(f"model {self._name} is being closed")
+        loop, caller = self._adopted(), callers.current()
+        members = [self._member(ask, caller, loop) for ask in asks]
+        waiting = [
+            (ask.role, member) for ask, member in zip(asks, members, strict=True) if ask.rows
+        ]
+        if not caller.admitted:
+            for role, member in waiting:
+                self._batchers[role].check(member, self._wait(member.priority))
+            caller.admitted = True
+        for role, member in waiting:
+            self._batchers[role].add(member)
+        if waiting and not self._woken:
+            # What else is ready in this turn of the loop comes along in the same batch.
+            self._woken = True
+            loop.call_soon(self._wake)
+        return members
+
+    def _member(self, ask: Ask, caller: Caller, loop: asyncio.AbstractEventLoop) -> Member:
+        batcher = self._batcher(ask.role)
+        bulk = ask.role in _DRAWING or ask.rows >= BULK_ROWS or caller.priority is Priority.BULK
+        member = Member(
+            client=caller.client,
+            rows=ask.rows,
+            row_bytes=batcher.row_bytes,
+            future=loop.create_future(),
+            feed=ask.feed,
+            outputs=ask.outputs,
+            priority=Priority.BULK if bulk else Priority.INTERACTIVE,
+            deadline=caller.deadline,
+            since=time.monotonic(),
+            guest=not caller.admitted,
+        )
+        if not ask.rows:
+            found = batcher.runner.empty(ask.outputs)
+            member.future.set_result(dict(zip(ask.outputs, found, strict=True)))
+        return member
+
+    def _adopted(self) -> asyncio.AbstractEventLoop:
+        """The running loop; what an earlier one left behind is forgotten."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop = loop
+            for batcher in self._batchers.values():
+                batcher.clear()
+                batcher.tell()
+            for role in self._running.values():
+                self._traffic.running.labels(self._name, role).dec()
+            self._running.clear()
+            self._woken = False
+        return loop
+
+    def _wait(self, priority: Priority) -> float:
+        """Seconds until the lanes have done what goes before a newcomer."""
+        ahead = [p for p in Priority if p <= priority]
+        rows = ((b.pace, b.waiting(p)) for b in self._batchers.values() for p in ahead)
+        return sum(pace * waiting for pace, waiting in rows) / self._count
+
+    def _abandon(self, member: Member, role: Role) -> None:
+        """Frees the place of a member that nobody waits for, and ends a run that is its alone."""
+        if member.future.done() and not member.future.cancelled():
+            member.future.exception()  # seen: the loop need not complain that nobody looked
+        member.future.cancel()
+        self._batchers[role].remove(member)
+        self._batchers[role].tell()
+        if member.future.cancelled():
+            stage = "run" if member.batches else "queue"
+            self._traffic.dropped.labels(self._name, stage).inc()
+        _leave(member)
+
+    def _wake(self) -> None:
+        """Gives free lanes what waits for them."""
+        self._woken = False
+        try:
+            while started := self._next():
+                self._start(*started)
+            for batcher in self._batchers.values():
+                batcher.tell()
+        except Exception as error:
+            self._restart(error)
+
+    def _next(self) -> tuple[Role, Batch] | None:
+        """The batch whose turn it is, where a lane is free for it."""
+        free = self._count - len(self._running)
+        order = (Priority.BULK, Priority.INTERACTIVE)
+        for priority in order if self._passed >= PASSES else reversed(order):
+            if free <= 0 and not (priority is Priority.INTERACTIVE and self._express_is_free()):
+                continue
+            for role in list(self._batchers):
+                batch = self._batchers[role].batch(priority, free)
+                if batch:
+                    self._batchers[role] = self._batchers.pop(role)  # graphs take turns, too
+                    bulk_waits = any(b.waiting(Priority.BULK) for b in self._batchers.values())
+                    passed = priority is Priority.INTERACTIVE and bulk_waits
+                    self._passed = self._passed + 1 if passed else 0
+                    return role, batch
+        return None
+
+    def _express_is_free(self) -> bool:
+        return len(self._running) == self._count and all(
+            batch.priority is Priority.BULK for batch in self._running
+        )
+
+    def _start(self, role: Role, batch: Batch) -> None:
+        self._running[batch] = role
+        self._traffic.running.labels(self._name, role).inc()
+        self._threads.submit(self._work, batch, asyncio.get_running_loop())
+
+    def _work(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> None:
+        """Runs a batch; in a lane."""
+        began = time.perf_counter()
+        try:
+            outcomes = batch.run()
+        except BaseException as error:  # a lane must come back whatever happens
+            fault = ServerFault(f"a batch failed: {error!r}")
+            outcomes = [(span, fault) for span in batch.spans]
+        seconds = time.perf_counter() - began
+        try:
+            loop.call_soon_threadsafe(self._ran, batch, outcomes, seconds)
+        except RuntimeError:
+            if not loop.is_closed():  # then nobody waits any more
+                raise
+
+    def _ran(self, batch: Batch, outcomes: Sequence[tuple[Span, Outcome]], seconds: float) -> None:
+        """Hands the answers out, and the lane on."""
+        role = self._running.pop(batch, None)
+        if role is None:
+            return  # of an earlier loop
+        self._traffic.running.labels(self._name, role).dec()
+        try:
+            if not any(isinstance(outcome, Exception) for _, outcome in outcomes):
+                self._batchers[role].ran(batch.rows, seconds)
+            for (member, start, stop), outcome in outcomes:
+                member.batches.discard(batch)
+                member.take(start, stop, outcome)
+                if isinstance(outcome, Exception):
+                    self._failed(member, role, outcome)
+        except Exception as error:
+            self._restart(error, batch)
+        self._wake()
+
+    def _failed(self, member: Member, role: Role, error: Exception) -> None:
+        """Counts a failed run, and gives up what else its member has waiting or running."""
+        reason = type(error).__name__ if isinstance(error, LikelyError) else "raised"
+        self._traffic.failures.labels(self._name, reason).inc()
+        self._batchers[role].remove(member)
+        _leave(member)
+
+    def _restart(self, error: Exception, batch: Batch | None = None) -> None:
+        """Begins the queues anew after a fault of their own: what waits fails at once."""
+        self._traffic.restarts.labels(self._name).inc()
+        context = {"message": f"the queue of model {self._name} broke", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(context)
+        for member, _, _ in batch.spans if batch else ():
+            if not member.dead:
+                member.future.set_exception(Unavailable("the queue broke and was begun anew"))
+        self._refuse("the queue broke and was begun anew")
+
+    def _refuse(self, why: str) -> None:
+        for batcher in self._batchers.values():
+            for member in batcher.clear():
+                if not member.dead:
+                    member.future.set_exception(Unavailable(why))
+            batcher.tell()
+
+
+def _leave(member: Member) -> None:
+    """Lets batches that run for nobody else end."""
+    for batch in member.batches:
+        batch.leave()
+    member.batches.clear()

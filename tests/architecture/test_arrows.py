@@ -12,6 +12,10 @@ SERVICE = {
     "v1": "google grpc",
     "errors": "",
     "machine": "",
+    "addresses": "",
+    "fresh": "errors structlog",
+    "access": "errors fresh jwt pydantic structlog",
+    "tls": "errors fresh cryptography grpc structlog",
     "answers": "numpy",
     "bayes": "answers errors numpy",
     "outliers": "answers errors numpy",
@@ -19,23 +23,35 @@ SERVICE = {
     "codec": "answers errors v1 numpy",
     "statuses": "errors grpc google",
     "plans": "answers codec errors v1 numpy",
-    "client": "answers codec plans statuses v1 numpy grpc",
+    "client": "addresses answers codec errors plans statuses v1 numpy grpc",
     "__init__": "answers client errors",
     "settings": "answers errors pydantic pydantic_settings tomli_w",
     "logs": "structlog",
     "bundle": "errors numpy pydantic",
     "graphs": "bundle errors machine numpy onnxruntime",
-    "lanes": "bundle errors graphs numpy",
+    "callers": "",
+    "turns": "",
+    "traffic": "prometheus_client",
+    "admission": "errors",
+    "batches": "bundle callers errors graphs turns numpy",
+    "tuning": "batches graphs numpy",
+    "batcher": "admission batches callers errors traffic tuning turns numpy",
+    "lanes": "admission batcher batches bundle callers errors graphs traffic tuning",
+    "ranking": "bundle graphs outliers numpy",
+    "trust": "errors graphs traffic numpy",
     "generation": "answers bundle errors lanes noise numpy",
-    "engine": "answers bayes bundle errors generation graphs lanes noise outliers numpy",
+    "engine": (
+        "admission answers batches bayes bundle errors generation graphs lanes noise outliers "
+        "ranking traffic trust tuning numpy"
+    ),
     "registry": "answers bundle engine errors",
     "checks": "answers bayes bundle codec errors noise outliers v1 numpy",
     "metrics": "answers engine errors machine prometheus_client",
-    "interceptors": "codec errors metrics registry statuses grpc structlog",
+    "interceptors": "access codec errors metrics registry statuses grpc structlog",
     "servicers": "answers checks codec registry v1 grpc",
     "server": (
-        "bundle engine errors graphs interceptors logs machine metrics registry servicers "
-        "settings v1 grpc grpc_health grpc_reflection structlog"
+        "access addresses bundle engine errors graphs interceptors logs machine metrics registry servicers "
+        "settings tls v1 grpc grpc_health grpc_reflection structlog"
     ),
     "cli": (
         "answers client errors machine plans settings server bundle engine graphs "

@@ -19,6 +19,7 @@ from likely.bundle import Role
 from likely.generation import Generator
 from likely.graphs import Device, Session
 from likely.lanes import Lanes
+from likely.tuning import Best
 from likely_export import graphs, roles
 from likely_export.pixelcnn import PixelCNNConfig
 from likely_export.statistics import STATISTICS
@@ -36,7 +37,8 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
         Role.DENSITY: roles.density(MODEL, tuple(STATISTICS)),
     }
     sessions = {role: opened(source, folder / f"{role}.onnx") for role, source in sources.items()}
-    lanes = Lanes("small", sessions, lanes=1, max_batch=4096)
+    best = dict.fromkeys(sessions, Best(4096))
+    lanes = Lanes("small", sessions, lanes=1, best=best)
 
     async def surprise(x: Pixels) -> Floats:
         return (await lanes.run(Role.DENSITY, {"x": x}, ["surprise"]))["surprise"]

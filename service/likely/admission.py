@@ -1,0 +1,85 @@
+"""How much may wait, and how much one client may ask for: the rest is refused at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from likely.errors import Overloaded
+
+SOONEST, LATEST = 0.05, 30.0  # seconds after which refused callers are told to come again
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much may wait for one graph.
+
+    Attributes:
+        rows: of all requests together; one request may always wait alone.
+        nbytes: of these rows.
+    """
+
+    rows: int = 4096
+    nbytes: int = 64 << 20
+
+
+class Quota:
+    """How many pictures a second each client may ask for: a token bucket a client."""
+
+    def __init__(
+        self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """A quota for every client alike.
+
+        Args:
+            rate: pictures a second; 0 is no limit.
+            burst: pictures that may come at once after a pause. A request of more waits for
+                a full bucket, and leaves it in debt.
+            clock: seconds that only grow.
+        """
+        self._rate = rate
+        self._burst = burst
+        self._clock = clock
+        self._owed: dict[str, tuple[float, float]] = {}  # pictures below a full bucket, and when
+        self._swept = clock()
+
+    def take(self, client: str, rows: int) -> None:
+        """Counts pictures against the client's quota.
+
+        Raises:
+            Overloaded: the quota is spent; it says after how many seconds there is room.
+        """
+        if not self._rate or not rows:
+            return
+        now = self._clock()
+        owed = self._owing(client, now)
+        excess = owed + min(rows, self._burst) - self._burst
+        if excess > 1e-9:  # sums of floats
+            raise Overloaded(
+                f"{rows} pictures are more than is left of the quota of {self._rate:g} a second, "
+                f"{self._burst} at once",
+                max(SOONEST, excess / self._rate),
+            )
+        self._sweep(now)
+        self._owed[client] = owed + rows, now
+
+    def __len__(self) -> int:
+        """Clients that are remembered: those whose bucket is not full."""
+        return len(self._owed)
+
+    def _owing(self, client: str, now: float) -> float:
+        owed, since = self._owed.get(client, (0.0, now))
+        return max(0.0, owed - (now - since) * self._rate)
+
+    def _sweep(self, now: float) -> None:
+        """Forgets, once in a while, the clients whose buckets are full again."""
+        if now - self._swept < max(1.0, self._burst / self._rate):
+            return
+        self._swept = now
+        self._owed = {c: entry for c, entry in self._owed.items() if self._owing(c, now) > 0}
+
+
+def patience(seconds: float) -> float:
+    """After how many seconds a refused caller shall come again, from how long the queue is."""
+    return min(LATEST, max(SOONEST, seconds))

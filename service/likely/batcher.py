@@ -1,0 +1,175 @@
+"""One graph's queue: lets requests in or refuses them, and forms the batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from likely.admission import Bounds, patience
+from likely.batches import Batch, Member, Runner
+from likely.callers import Priority
+from likely.errors import DeadlineExceeded, Overloaded
+from likely.traffic import Traffic
+from likely.tuning import Best
+from likely.turns import Turns
+
+BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs
+_SMOOTHING = 0.1
+
+
+class Batcher:
+    """The requests that wait for one graph.
+
+    Attributes:
+        runner: what runs the graph.
+        pace: seconds that one row takes a lane, as of late.
+    """
+
+    def __init__(
+        self, name: str, runner: Runner, best: Best, bounds: Bounds, traffic: Traffic, graph: str
+    ) -> None:
+        """An empty queue.
+
+        Args:
+            name: of the model.
+            runner: what runs the graph.
+            best: sizes of batches.
+            bounds: how much may wait.
+            traffic: is told of it.
+            graph: its name there.
+        """
+        specs = (*runner.spec.inputs, *runner.spec.outputs)
+        self.runner = runner
+        self.pace = best.pace
+        self.row_bytes = sum(
+            math.prod(spec.array_shape(1)) * np.dtype(spec.dtype).itemsize for spec in specs
+        )
+        self._most = max(1, min(best.rows, BATCH_BYTES // self.row_bytes))
+        self._grain = best.grain
+        self._bounds = bounds
+        self._turns: dict[Priority, Turns[Member]] = {p: Turns() for p in Priority}
+        self._name = name
+        self._traffic = traffic
+        self._waiting = traffic.waiting.labels(name, graph)
+        self._batches = traffic.batches.labels(name, graph)
+        self._waits = traffic.waits.labels(name, graph)
+        self._told = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows wait."""
+        return sum(turns.rows for turns in self._turns.values())
+
+    def waiting(self, priority: Priority) -> int:
+        """How many rows of that priority wait."""
+        return self._turns[priority].rows
+
+    def check(self, member: Member, wait: float) -> None:
+        """Returns if there is room for a member, where need be for one of a greedier client's.
+
+        Args:
+            member: does not wait yet.
+            wait: seconds until its turn, as far as can be told.
+
+        Raises:
+            Overloaded: there is none, or its deadline comes before its turn.
+        """
+        if member.deadline is not None and member.since + wait > member.deadline:
+            self._shed("deadline")
+            raise Overloaded(
+                f"about {wait:.3g} s of work wait, which is longer than the deadline allows",
+                patience(wait),
+            )
+        while self._full(member):
+            greedy = self._greedier(member)
+            if greedy is None:
+                self._shed("queue")
+                raise Overloaded(
+                    f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
+                    f"pictures and {self._bounds.nbytes} bytes",
+                    patience(wait),
+                )
+            self._turns[greedy.priority].remove(greedy)
+            self._shed("share")
+            greedy.future.set_exception(
+                Overloaded("the queue is full, and other clients ask for less", patience(wait))
+            )
+
+    def add(self, member: Member) -> None:
+        """Lets a member wait."""
+        self._turns[member.priority].add(member)
+
+    def remove(self, member: Member) -> None:
+        """Frees the place of a member."""
+        self._turns[member.priority].remove(member)
+
+    def batch(self, priority: Priority, free: int) -> Batch | None:
+        """The next batch of that priority; None where no living member waits.
+
+        Args:
+            priority: of its members.
+            free: lanes that are free: what waits is spread over them, as far as it is
+                worth a lane.
+        """
+        turns, now = self._turns[priority], time.monotonic()
+        while turns.rows:
+            even = -(-turns.rows // max(1, free))
+            spans = turns.take(min(self._most, max(self._grain, even)))
+            for member, start, _ in spans:
+                if not member.dead and member.deadline is not None and member.deadline <= now:
+                    turns.remove(member)
+                    self._traffic.dropped.labels(self._name, "queue").inc()
+                    member.future.set_exception(
+                        DeadlineExceeded("the deadline passed in the queue")
+                    )
+                elif start == 0:
+                    self._waits.observe(now - member.since)
+            if living := [span for span in spans if not span[0].dead]:
+                batch = Batch(self.runner, living)
+                self._batches.observe(batch.rows)
+                return batch
+        return None
+
+    def ran(self, rows: int, seconds: float) -> None:
+        """Learns from a run of a lane."""
+        pace = seconds / rows
+        self.pace += (pace - self.pace) * (_SMOOTHING if self.pace else 1)
+
+    def tell(self) -> None:
+        """Tells how many rows wait."""
+        rows = self.rows
+        if rows != self._told:
+            self._waiting.inc(rows - self._told)
+            self._told = rows
+
+    def clear(self) -> Sequence[Member]:
+        """All members that waited; none waits any more."""
+        return [member for turns in self._turns.values() for member in turns.clear()]
+
+    def _full(self, member: Member) -> bool:
+        if not self.rows:
+            return False
+        nbytes = sum(turns.nbytes for turns in self._turns.values())
+        return (
+            self.rows + member.rows > self._bounds.rows
+            or nbytes + member.rows * member.row_bytes > self._bounds.nbytes
+        )
+
+    def _greedier(self, member: Member) -> Member | None:
+        """The latest request of the client with most rows waiting, if that is to give way."""
+        for turns in (self._turns[p] for p in reversed(Priority) if p >= member.priority):
+            if not turns.rows:
+                continue
+            client = turns.heaviest()
+            latest = turns.latest(client)
+            held = sum(t.held(member.client) for t in self._turns.values())
+            may_go = client != member.client and latest.guest and not latest.taken
+            if may_go and turns.held(client) > held + member.rows:
+                return latest
+        return None
+
+    def _shed(self, reason: str) -> None:
+        self._traffic.shed.labels(self._name, reason).inc()

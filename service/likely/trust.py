@@ -1,0 +1,58 @@
+"""Whether a model's answers may leave: what is not finite stays here and is counted."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from likely.errors import ServerFault, Unavailable
+from likely.graphs import Array
+from likely.traffic import Traffic
+
+
+class Trust:
+    """How far one model version can be believed.
+
+    Attributes:
+        healthy: false once so many answers in a row had to be withheld.
+    """
+
+    def __init__(self, name: str, patience: int, traffic: Traffic) -> None:
+        """Full trust.
+
+        Args:
+            name: of the model.
+            patience: answers withheld in a row until the version is unhealthy; 0 for any number.
+            traffic: is told of them.
+        """
+        self.healthy = True
+        self._name = name
+        self._patience = patience
+        self._withheld = traffic.withheld.labels(name)
+        self._in_a_row = 0
+
+    def require(self) -> None:
+        """Returns while the version is healthy.
+
+        Raises:
+            Unavailable: it is not: another server, or another version, may answer.
+        """
+        if not self.healthy:
+            raise Unavailable(
+                f"this version of model {self._name} gave {self._in_a_row} answers in a row "
+                "that were not finite, and answers no more"
+            )
+
+    def check(self, *arrays: Array) -> None:
+        """Returns if all values of an answer are finite.
+
+        Raises:
+            ServerFault: one is not; it must not leave the service.
+        """
+        if all(np.isfinite(values).all() for values in arrays):
+            self._in_a_row = 0
+            return
+        self._withheld.inc()
+        self._in_a_row += 1
+        if self._patience and self._in_a_row >= self._patience:
+            self.healthy = False
+        raise ServerFault("the model gave a value that is not finite")
