@@ -1,4 +1,4 @@
-"""One guard round every RPC: decodes, maps errors to statuses, logs, counts.
+"""One guard round every RPC: lets in, decodes, maps errors to statuses, logs, counts.
 
 Stock grpc.aio answers bytes that are no message, and handlers that raise, with
 UNKNOWN and the exception's text. Here the request arrives as bytes and is
@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc
 import grpc.aio
 
-from likely import codec, statuses
-from likely.errors import InvalidInput, Unavailable
+from likely import callers, codec, statuses
+from likely.access import Gate
+from likely.callers import Caller, Priority
+from likely.errors import DeadlineExceeded, InvalidInput, MethodUnknown, Unavailable
 from likely.metrics import Metrics
 from likely.registry import Registry
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 REQUEST_ID = "x-request-id"
+PRIORITY = "likely-priority"
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -46,6 +49,7 @@ class Call:
     model: str = ""
     code: str = "OK"
     images: int = 0
+    holder: str = ""
 
     @property
     def is_ours(self) -> bool:
@@ -56,10 +60,29 @@ class Call:
 class Guard(grpc.aio.ServerInterceptor):
     """Stands before every RPC."""
 
-    def __init__(self, registry: Registry, metrics: Metrics, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        gate: Gate | None = None,
+        *,
+        slow_reader_seconds: float = 60.0,
+    ) -> None:
+        """A guard.
+
+        Args:
+            registry: knows which names may be told in logs and metrics.
+            metrics: where RPCs are counted.
+            log: where they are told.
+            gate: lets callers in; None lets in all.
+            slow_reader_seconds: how long a stream waits for a caller that does not read.
+        """
         self._registry = registry
         self._metrics = metrics
         self._log = log
+        self._gate = gate or Gate()
+        self._patience = slow_reader_seconds
         self._probes: set[asyncio.Timeout] = set()
 
     def end_probes(self) -> None:
@@ -72,11 +95,12 @@ class Guard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """The RPC's handler, guarded; None where there is no such RPC."""
+        """The RPC's handler, guarded; where there is no such RPC, one that says so."""
         handler = await continuation(handler_call_details)
         if handler is None:
-            return None
-        *_, service, method = handler_call_details.method.split("/")
+            # Named by nobody's wish: callers must not grow logs and metrics.
+            return self._guarded(_NO_METHOD, "unknown", "unknown")
+        service, _, method = handler_call_details.method.removeprefix("/").rpartition("/")
         return self._guarded(handler, service, method)
 
     def _guarded(self, handler: Handler, service: str, method: str) -> Handler:
@@ -96,14 +120,14 @@ class Guard(grpc.aio.ServerInterceptor):
                 self._answered(call, answer)
                 return answer
 
-        async def stream(data: Any, context: Context) -> AsyncIterator[Any]:
+        async def stream(data: Any, context: Context) -> None:
             async with self._watched(service, method, context) as call:
                 request = decode(data, read)
                 self._asked(call, request)
                 async with aclosing(inner(request, context)) as answers:
                     async for answer in answers:
                         self._answered(call, answer)
-                        yield answer
+                        await self._write(answer, context)
 
         # grpc.aio also takes a coroutine that writes its stream by context.write,
         # as the health service's Watch does.
@@ -123,7 +147,11 @@ class Guard(grpc.aio.ServerInterceptor):
         context.set_trailing_metadata(trailer)
         if call.is_ours:
             self._metrics.began(method)
+        refusal: tuple[grpc.StatusCode, str, statuses.Metadata] | None = None
         try:
+            holder = self._gate.admit(service, context.invocation_metadata() or ())
+            call.holder = holder.name if holder else ""
+            callers.announce(_caller(call.holder, context))
             async with self._endable(call):
                 yield call
         except grpc.aio.AbortError:
@@ -133,13 +161,26 @@ class Guard(grpc.aio.ServerInterceptor):
             call.code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
             raise
         except Exception as error:
-            code, message, details = statuses.status(error, call.request_id)
-            call.code = code.name
+            refusal = statuses.status(error, call.request_id)
+            call.code = refusal[0].name
             if not statuses.is_told(error):
                 self._log.exception("fault", method=method, request_id=call.request_id)
-            await context.abort(code, message, (*trailer, *details))
         finally:
             self._ended(call)
+        # Ended before it is told: a caller that does not read lets this wait.
+        if refusal:
+            code, message, details = refusal
+            await context.abort(code, message, (*trailer, *details))
+
+    async def _write(self, answer: Any, context: Context) -> None:
+        # Returns once the caller's window has room: what it does not read is not drawn.
+        try:
+            async with asyncio.timeout(self._patience):
+                await context.write(answer)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the caller read nothing for {self._patience:g} seconds"
+            ) from None
 
     @asynccontextmanager
     async def _endable(self, call: Call) -> AsyncIterator[None]:
@@ -165,6 +206,7 @@ class Guard(grpc.aio.ServerInterceptor):
             model=call.model,
             code=call.code,
             images=call.images,
+            **({"holder": call.holder} if call.holder else {}),
             seconds=round(seconds, 6),
             request_id=call.request_id,
         )
@@ -183,6 +225,14 @@ class Guard(grpc.aio.ServerInterceptor):
             self._metrics.answered(call.method, call.model, images, codec.verdicts(answer))
 
 
+async def _no_method(_: Any, __: Context) -> AsyncIterator[Any]:
+    raise MethodUnknown("this server has no such service or method")
+    yield
+
+
+_NO_METHOD: Handler = grpc.stream_stream_rpc_method_handler(_no_method)
+
+
 def _decode(data: bytes, read: Callable[[bytes], Any] | None) -> Any:
     try:
         return read(data) if read else data
@@ -195,6 +245,25 @@ async def _decode_all(
 ) -> AsyncIterator[Any]:
     async for data in stream:
         yield _decode(data, read)
+
+
+def _caller(holder: str, context: Context) -> Caller:
+    """Who asks: the token's holder, or the address where there is none.
+
+    Raises:
+        DeadlineExceeded: the deadline has passed already.
+    """
+    seconds = context.time_remaining()
+    if seconds is not None and seconds <= 0:
+        raise DeadlineExceeded("the deadline had passed when the request came")
+    bulk = any(
+        key == PRIORITY and value == "bulk" for key, value in context.invocation_metadata() or ()
+    )
+    return Caller(
+        holder or context.peer().rpartition(":")[0],  # ports change with each connection
+        Priority.BULK if bulk else None,
+        None if seconds is None else time.monotonic() + seconds,
+    )
 
 
 def _request_id(context: Context) -> str:

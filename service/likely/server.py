@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from likely import graphs, logs, machine
+from likely import access, graphs, logs, machine, tls
 from likely.bundle import MANIFEST, Bundle
 from likely.engine import Engine
 from likely.errors import BundleError, SettingsError
@@ -61,7 +61,13 @@ class Server:
         self._metrics = Metrics()
         self._exporter: Exporter | None = None
         self._health = health_aio.HealthServicer()
-        self._guard = Guard(self.registry, self._metrics, log)
+        self._guard = Guard(
+            self.registry,
+            self._metrics,
+            log,
+            access.gate(settings, log),
+            slow_reader_seconds=settings.slow_reader_seconds,
+        )
         self._grpc = grpc.aio.server(
             interceptors=[self._guard],
             options=[
@@ -83,7 +89,7 @@ class Server:
         try:
             # An IPv6 address stands in brackets before a port.
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            self.port = self._grpc.add_insecure_port(f"{host}:{settings.port}")
+            self.port = self._listen(f"{host}:{settings.port}")
         except RuntimeError as error:
             raise SettingsError(
                 f"gRPC cannot listen on {settings.host}:{settings.port}: in use, "
@@ -124,6 +130,16 @@ class Server:
         if self._exporter:
             await asyncio.to_thread(self._exporter.close)
         await asyncio.to_thread(self.registry.close)
+
+    def _listen(self, address: str) -> int:
+        """The port that is bound; encrypted where there is a certificate."""
+        settings = self._settings
+        if settings.tls_certificate is None or settings.tls_key is None:
+            return self._grpc.add_insecure_port(address)
+        credentials = tls.server_credentials(
+            settings.tls_certificate, settings.tls_key, settings.tls_client_ca, self._log
+        )
+        return self._grpc.add_secure_port(address, credentials)
 
     def _add_services(self) -> None:
         limits, alpha = self._settings.limits, self._settings.default_alpha

@@ -24,12 +24,23 @@ from likely.errors import SettingsError
 PREFIX = "LIKELY_"
 
 
+def _words(value: Any) -> Any:
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
 def _paths(value: Any) -> Any:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
+Algorithm = Literal[
+    "EdDSA", "ES256", "ES384", "ES512", "PS256", "PS384", "PS512", "RS256", "RS384", "RS512"
+]
+# Of a token's signature; none of them with a shared secret.
+Algorithms = Annotated[
+    tuple[Algorithm, ...], NoDecode, BeforeValidator(_words), Field(min_length=1)
+]
 
 
 class Settings(BaseSettings):
@@ -51,14 +62,48 @@ class Settings(BaseSettings):
     """Address of the Prometheus metrics."""
     metrics_port: Port | Literal["off"] = 9464
     """Port of the Prometheus metrics; 0 takes any free one."""
+    tls_certificate: Path | None = None
+    """PEM file of the server's certificate chain; with it, every connection is encrypted."""
+    tls_key: Path | None = None
+    """PEM file of that certificate's key, unencrypted."""
+    tls_client_ca: Path | None = None
+    """PEM file of the authorities of which a client must show a certificate."""
+    tokens: Path | None = None
+    """TOML file of bearer tokens; with it, or with jwt_keys, a request needs a token."""
+    jwt_keys: Path | None = None
+    """JWKS file of the issuer whose signed tokens are believed."""
+    jwt_issuer: str = ""
+    """Claim `iss` that a signed token must have."""
+    jwt_audience: str = ""
+    """Claim `aud` that a signed token must have."""
+    jwt_algorithms: Algorithms = ("ES256", "EdDSA", "RS256", "PS256")
+    """Algorithms that a token may be signed with."""
+    jwt_leeway: float = Field(30.0, ge=0, le=600, allow_inf_nan=False)
+    """Seconds that the issuer's clock may differ from ours."""
+    plaintext_tokens: bool = False
+    """Whether tokens may come unencrypted from other machines, as behind a proxy that has TLS."""
+    require_signature: Paths = ()
+    """PEM files of public keys or certificates; a bundle is opened if one of them signed it."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")
     """What runs the models: auto, cpu, cuda or cuda:N; cuda or nothing, never a silent fallback."""
     gpu_memory: int = Field(0, ge=0, le=1 << 20)
     """MiB of a card that each graph may take for its runs; 0 is no limit."""
     threads: int = Field(0, ge=0, le=1024)
     """Threads of the runtime; 0 takes as many as there are cores."""
-    max_batch: int = Field(16, ge=1, le=4096)
-    """Pictures that one run of a graph takes at most."""
+    lanes: int = Field(0, ge=0, le=1024)
+    """Runs of a model at once; 0 finds at warm-up how many are best."""
+    max_batch: int = Field(0, ge=0, le=4096)
+    """Pictures that one run of a graph takes at most; 0 finds at warm-up how many are best."""
+    queued_images: int = Field(4096, ge=1, le=1 << 24)
+    """Pictures that may wait for one of a model's graphs."""
+    queued_bytes: int = Field(64 << 20, ge=1024, le=1 << 40)
+    """Bytes of what may wait for one of a model's graphs."""
+    client_images_per_second: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Pictures a second that one client may ask for; 0 is no limit."""
+    client_images_at_once: int = Field(1024, ge=1, le=1 << 24)
+    """Pictures that one client may ask for at once after a pause, where there is such a limit."""
+    withheld_answers: int = Field(10, ge=0, le=1 << 20)
+    """Answers in a row that are withheld, as not finite, until a version ends; 0 for any number."""
     images_per_request: int = Field(1024, ge=1, le=1 << 20)
     """Pictures that one Score, Classify or Encode request may bring."""
     images_per_generation: int = Field(4096, ge=1, le=1 << 20)
@@ -67,6 +112,8 @@ class Settings(BaseSettings):
     """Pictures in one chunk of a Generate stream."""
     request_bytes: int = Field(16 << 20, ge=1024, le=1 << 30)
     """Bytes of the largest request."""
+    response_bytes: int = Field(64 << 20, ge=1024, le=1 << 30)
+    """Bytes of the pictures, or maps, in one answer."""
     default_alpha: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
     """Rate of false rejections where a request names none."""
     drain_seconds: float = Field(30.0, ge=0, le=3600, allow_inf_nan=False)
@@ -75,6 +122,8 @@ class Settings(BaseSettings):
     """The least grave event that is logged."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """How events are logged; auto is console on a terminal and json elsewhere."""
+    slow_reader_seconds: float = Field(60.0, gt=0, le=3600, allow_inf_nan=False)
+    """How long a stream waits for a caller that does not read before it is cut off."""
     reflection: bool = True
     """Whether gRPC reflection is served."""
 
@@ -100,11 +149,16 @@ class Settings(BaseSettings):
             self.images_per_generation,
             self.images_per_chunk,
             self.request_bytes,
+            self.response_bytes,
+            self.queued_images,
+            self.queued_bytes,
+            self.client_images_per_second,
+            self.client_images_at_once,
         )
 
     def toml(self) -> str:
         """The settings as the TOML file that would give them."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude={"config"}))
+        return tomli_w.dumps(self.model_dump(mode="json", exclude={"config"}, exclude_none=True))
 
 
 def load(flags: Mapping[str, Any]) -> Settings:

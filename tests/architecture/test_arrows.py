@@ -14,7 +14,6 @@ SERVICE = {
     "machine": "",
     "addresses": "",
     "fresh": "errors structlog",
-    "access": "errors fresh jwt pydantic structlog",
     "tls": "errors fresh cryptography grpc structlog",
     "answers": "numpy",
     "bayes": "answers errors numpy",
@@ -26,6 +25,7 @@ SERVICE = {
     "client": "addresses answers codec errors plans statuses v1 numpy grpc",
     "__init__": "answers client errors",
     "settings": "answers errors pydantic pydantic_settings tomli_w",
+    "access": "addresses errors fresh settings jwt pydantic structlog",
     "logs": "structlog",
     "bundle": "errors numpy pydantic",
     "graphs": "bundle errors machine numpy onnxruntime",
@@ -46,11 +46,11 @@ SERVICE = {
     ),
     "registry": "answers bundle engine errors",
     "checks": "answers bayes bundle codec errors noise outliers v1 numpy",
-    "metrics": "answers engine errors machine prometheus_client",
+    "metrics": "answers engine errors machine traffic prometheus_client",
     "interceptors": "access codec errors metrics registry statuses grpc structlog",
     "servicers": "answers checks codec registry v1 grpc",
     "server": (
-        "access addresses bundle engine errors graphs interceptors logs machine metrics registry servicers "
+        "access bundle engine errors graphs interceptors logs machine metrics registry servicers "
         "settings tls v1 grpc grpc_health grpc_reflection structlog"
     ),
     "cli": (
