@@ -28,7 +28,7 @@ class Quota:
     """How many pictures a second each client may ask for: a token bucket a client."""
 
     def __init__(
-        self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic
+        self, rate: float = 0.0, burst: int = 1, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """A quota for every client alike.
 

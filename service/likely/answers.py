@@ -24,6 +24,13 @@ class Verdict(IntEnum):
     AMBIGUOUS = 3
 
 
+class Guarantee(IntEnum):
+    """What a rate of false rejections holds for; the numbers are those of the wire contract."""
+
+    MARGINAL = 1
+    PAC = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """How plausible pictures are.
@@ -31,6 +38,8 @@ class Scores:
     Attributes:
         log_px: float64 (n,), log p(x) in nats.
         bits_per_dim: float64 (n,), -log2 p(x) a pixel and channel.
+        unusualness: float64 (n,), the score that is ranked: about standard normal for
+            in-distribution pictures, and unbounded where p-values saturate.
         p_value: float64 (n,), calibrated, in (0, 1].
         verdict: int8 (n,) of `Verdict`: OUTLIER where p_value <= alpha.
         alpha: the rate of false rejections that the verdicts were given at.
@@ -40,6 +49,7 @@ class Scores:
 
     log_px: Doubles
     bits_per_dim: Doubles
+    unusualness: Doubles
     p_value: Doubles
     verdict: Verdicts
     alpha: float
@@ -56,6 +66,9 @@ class Classifications:
         posterior: float64 (n, labels), rows sum to 1.
         label: int64 (n,), the most probable label, whatever the verdict.
         p_value: float64 (n,), of the picture under p(x), in (0, 1].
+        label_p_values: float64 (n, labels), of the picture under each label: those above
+            alpha make a set that holds the true label with probability 1 - alpha, for every
+            label; empty (n, 0) where the bundle has none.
         verdict: int8 (n,) of `Verdict`.
         alpha: the rate of false rejections that the verdicts were given at.
         model_version: the version that gave the answer.
@@ -65,9 +78,15 @@ class Classifications:
     posterior: Doubles
     label: Labels
     p_value: Doubles
+    label_p_values: Doubles
     verdict: Verdicts
     alpha: float
     model_version: str
+
+    @property
+    def label_sets(self) -> Accepted:
+        """Which labels are plausible, bool (n, labels): none for an outlier, several if unsure."""
+        return self.label_p_values > self.alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +138,22 @@ class Limits:
         images_per_generation: pictures in one request to Generate.
         images_per_chunk: pictures in one chunk of Generate's stream.
         request_bytes: bytes of one request message.
+        response_bytes: bytes of the pictures, or maps, in one answer message.
+        queued_images: pictures that may wait for one of a model's graphs.
+        queued_bytes: bytes of what may wait for one of a model's graphs.
+        client_images_per_second: that one client may ask for; 0 for no limit.
+        client_images_at_once: that one client may ask for after a pause.
     """
 
     images_per_request: int
     images_per_generation: int
     images_per_chunk: int
     request_bytes: int
+    response_bytes: int = 64 << 20
+    queued_images: int = 4096
+    queued_bytes: int = 64 << 20
+    client_images_per_second: float = 0.0
+    client_images_at_once: int = 1024
 
 
 @dataclass(frozen=True, slots=True)

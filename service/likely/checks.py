@@ -75,6 +75,22 @@ def geometry(request: Pictured, manifest: Manifest, limits: Limits) -> None:
         )
 
 
+def surprise(request: scoring_pb2.ScoreRequest, manifest: Manifest, limits: Limits) -> bool:
+    """Whether the request's surprise maps are asked for, in an answer within the limits."""
+    nbytes = 4 * codec.shape(request.images)[0] * manifest.dimensions
+    if request.surprise and nbytes > limits.response_bytes:
+        raise InvalidInput(
+            "surprise",
+            f"the maps would have {nbytes} bytes; one answer has at most {limits.response_bytes}",
+        )
+    return request.surprise
+
+
+def chunk(manifest: Manifest, limits: Limits) -> int:
+    """How many drawn pictures one answer holds, at least 1."""
+    return max(1, min(limits.images_per_chunk, limits.response_bytes // manifest.dimensions))
+
+
 def alpha(
     request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest | generation_pb2.SelfCheck,
     detector: Detector,

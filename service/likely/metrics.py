@@ -19,6 +19,7 @@ from prometheus_client import (
 from likely import machine
 from likely.answers import Verdict
 from likely.errors import SettingsError
+from likely.traffic import Traffic
 
 if TYPE_CHECKING:
     from likely.engine import Engine
@@ -30,11 +31,16 @@ class Metrics:
     """Counters of one server in a registry of their own.
 
     Labels are bounded: methods are those of the contract, models those served.
+
+    Attributes:
+        registry: all of them.
+        traffic: those of queues and batches.
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        self.traffic = Traffic(self.registry)
         self._requests = Counter(
             "likely_requests",
             "Requests answered.",

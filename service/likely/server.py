@@ -15,14 +15,16 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from likely import access, graphs, logs, machine, tls
+from likely.admission import Bounds, Quota
 from likely.bundle import MANIFEST, Bundle
-from likely.engine import Engine
+from likely.engine import Engine, Terms
 from likely.errors import BundleError, SettingsError
 from likely.interceptors import Guard
 from likely.metrics import Exporter, Metrics
 from likely.registry import Registry
 from likely.servicers import Generation, Models, Scoring
 from likely.settings import Settings
+from likely.traffic import Traffic
 from likely.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -108,7 +110,7 @@ class Server:
             DeviceError: the device asked for is not really there.
             SettingsError: a bundle cannot promise the default alpha.
         """
-        engines = await asyncio.to_thread(load_engines, self._settings)
+        engines = await asyncio.to_thread(load_engines, self._settings, self._metrics.traffic)
         self.registry.fill(engines)
         self._metrics.serving(engines)
         for engine in self.registry.engines():
@@ -143,9 +145,10 @@ class Server:
 
     def _add_services(self) -> None:
         limits, alpha = self._settings.limits, self._settings.default_alpha
-        scoring = Scoring(self.registry, limits, alpha)
+        quota = Quota(limits.client_images_per_second, limits.client_images_at_once)
+        scoring = Scoring(self.registry, limits, alpha, quota)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, self._grpc)
-        generation = Generation(self.registry, limits, alpha)
+        generation = Generation(self.registry, limits, alpha, quota)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._grpc)
         models = Models(self.registry, limits, alpha)
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, self._grpc)
@@ -161,7 +164,7 @@ class Server:
             await self._health.set(service, status)
 
 
-def load_engines(settings: Settings) -> list[Engine]:
+def load_engines(settings: Settings, traffic: Traffic) -> list[Engine]:
     """The engines of all bundles that the settings name, verified and warm."""
     device = graphs.Device.parse(settings.device, memory=settings.gpu_memory << 20)
     threads = settings.threads or machine.cores()
@@ -173,8 +176,20 @@ def load_engines(settings: Settings) -> list[Engine]:
                 f"default_alpha = {settings.default_alpha:g} is finer than {finest:.6g}, "
                 f"the finest that {bundle.path} can promise"
             )
+    terms = Terms(
+        settings.lanes,
+        Bounds(settings.queued_images, settings.queued_bytes),
+        settings.withheld_answers,
+    )
     return [
-        Engine.load(bundle, device=device, threads=threads, max_batch=settings.max_batch)
+        Engine.load(
+            bundle,
+            device=device,
+            threads=threads,
+            max_batch=settings.max_batch,
+            terms=terms,
+            traffic=traffic,
+        )
         for bundle in bundles
     ]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import grpc.aio
 
-from likely import checks, codec
+from likely import callers, checks, codec
+from likely.admission import Quota
 from likely.answers import Limits
 from likely.registry import Registry, describe
 from likely.v1 import (
@@ -26,10 +27,13 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
     """How plausible, which label, which features."""
 
-    def __init__(self, registry: Registry, limits: Limits, default_alpha: float) -> None:
+    def __init__(
+        self, registry: Registry, limits: Limits, default_alpha: float, quota: Quota | None = None
+    ) -> None:
         self._registry = registry
         self._limits = limits
         self._default_alpha = default_alpha
+        self._quota = quota or Quota()
 
     async def Score(
         self, request: scoring_pb2.ScoreRequest, context: Context
@@ -38,7 +42,9 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         engine = self._registry.find(request.model_name, request.model_version)
         x = checks.pixels(request, engine.manifest, self._limits)
         alpha = checks.alpha(request, engine.detector, self._default_alpha)
-        return codec.score_response(await engine.score(x, alpha, surprise=request.surprise))
+        surprise = checks.surprise(request, engine.manifest, self._limits)
+        self._quota.take(callers.current().client, len(x))
+        return codec.score_response(await engine.score(x, alpha, surprise=surprise))
 
     async def Classify(
         self, request: scoring_pb2.ClassifyRequest, context: Context
@@ -46,12 +52,11 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         """log p(x|y), posterior and label of every picture."""
         engine = self._registry.find(request.model_name, request.model_version)
         x = checks.pixels(request, engine.manifest, self._limits)
-        answer = await engine.classify(
-            x,
-            checks.alpha(request, engine.detector, self._default_alpha),
-            priors=checks.priors(request, engine.manifest),
-            min_posterior=checks.min_posterior(request),
-        )
+        alpha = checks.alpha(request, engine.detector, self._default_alpha)
+        priors = checks.priors(request, engine.manifest)
+        floor = checks.min_posterior(request)
+        self._quota.take(callers.current().client, len(x))
+        answer = await engine.classify(x, alpha, priors=priors, min_posterior=floor)
         return codec.classify_response(answer)
 
     async def Encode(
@@ -60,18 +65,21 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         """The latent features of every picture."""
         engine = self._registry.find(request.model_name, request.model_version)
         x = checks.pixels(request, engine.manifest, self._limits)
-        return codec.encode_response(
-            await engine.encode(x, checks.labels(request, engine.manifest, len(x)))
-        )
+        labels = checks.labels(request, engine.manifest, len(x))
+        self._quota.take(callers.current().client, len(x))
+        return codec.encode_response(await engine.encode(x, labels))
 
 
 class Generation(generation_pb2_grpc.GenerationServiceServicer):
     """Draws pictures, whole or in part."""
 
-    def __init__(self, registry: Registry, limits: Limits, default_alpha: float) -> None:
+    def __init__(
+        self, registry: Registry, limits: Limits, default_alpha: float, quota: Quota | None = None
+    ) -> None:
         self._registry = registry
         self._limits = limits
         self._default_alpha = default_alpha
+        self._quota = quota or Quota()
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -85,9 +93,10 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
             checks.seed(request),
             first_index=checks.first_index(request, count),
             temperature=checks.temperature(request),
-            chunk=self._limits.images_per_chunk,
+            chunk=checks.chunk(engine.manifest, self._limits),
             check=checks.self_check(request, engine.detector, self._default_alpha),
         )
+        self._quota.take(callers.current().client, count)
         async with aclosing(drawn) as chunks:
             async for chunk in chunks:
                 yield codec.generate_response(chunk)
@@ -110,8 +119,9 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
             first_index=checks.first_index(request, len(x)),
             temperature=checks.temperature(request),
             proposals=proposals,
-            chunk=self._limits.images_per_chunk,
+            chunk=checks.chunk(engine.manifest, self._limits),
         )
+        self._quota.take(callers.current().client, len(x) * completions * proposals)
         async with aclosing(drawn) as chunks:
             async for chunk in chunks:
                 yield codec.complete_response(chunk)

@@ -22,7 +22,8 @@ SERVICE = {
     "codec": "answers errors v1 numpy",
     "statuses": "errors grpc google",
     "plans": "answers codec errors v1 numpy",
-    "client": "addresses answers codec errors plans statuses v1 numpy grpc",
+    "channels": "addresses errors grpc",
+    "client": "answers channels codec plans statuses v1 numpy grpc",
     "__init__": "answers client errors",
     "settings": "answers errors pydantic pydantic_settings tomli_w",
     "access": "addresses errors fresh settings jwt pydantic structlog",
@@ -47,14 +48,14 @@ SERVICE = {
     "registry": "answers bundle engine errors",
     "checks": "answers bayes bundle codec errors noise outliers v1 numpy",
     "metrics": "answers engine errors machine traffic prometheus_client",
-    "interceptors": "access codec errors metrics registry statuses grpc structlog",
-    "servicers": "answers checks codec registry v1 grpc",
+    "interceptors": "access callers codec errors metrics registry statuses grpc structlog",
+    "servicers": "admission answers callers checks codec registry v1 grpc",
     "server": (
-        "access bundle engine errors graphs interceptors logs machine metrics registry servicers "
-        "settings tls v1 grpc grpc_health grpc_reflection structlog"
+        "access admission bundle engine errors graphs interceptors logs machine metrics registry "
+        "servicers settings tls traffic v1 grpc grpc_health grpc_reflection structlog"
     ),
     "cli": (
-        "answers client errors machine plans settings server bundle engine graphs "
+        "answers channels client errors machine plans settings server bundle engine graphs "
         "click grpc numpy onnxruntime PIL rich"
     ),
     "__main__": "cli",

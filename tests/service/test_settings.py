@@ -62,7 +62,7 @@ def test_bundles_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"port": "65536"}, "port = '65536' .* less than or equal to 65535"),
         ({"metrics_port": "no"}, "metrics_port = 'no' .* 'off'"),
         ({"device": "tpu"}, "device = 'tpu' .*auto"),
-        ({"max_batch": 0}, "max_batch = 0 .* greater than or equal to 1"),
+        ({"max_batch": -1}, "max_batch = -1 .* greater than or equal to 0"),
         ({"default_alpha": "nan"}, "default_alpha = 'nan'"),
         ({"log_format": "xml"}, "log_format = 'xml' .* 'json' or 'console'"),
         ({"wrong": 1}, "wrong"),

@@ -288,6 +288,11 @@ class Limits(google.protobuf.message.Message):
     IMAGES_PER_GENERATION_FIELD_NUMBER: builtins.int
     IMAGES_PER_CHUNK_FIELD_NUMBER: builtins.int
     REQUEST_BYTES_FIELD_NUMBER: builtins.int
+    RESPONSE_BYTES_FIELD_NUMBER: builtins.int
+    QUEUED_IMAGES_FIELD_NUMBER: builtins.int
+    QUEUED_BYTES_FIELD_NUMBER: builtins.int
+    CLIENT_IMAGES_PER_SECOND_FIELD_NUMBER: builtins.int
+    CLIENT_IMAGES_AT_ONCE_FIELD_NUMBER: builtins.int
     images_per_request: builtins.int
     """Pictures in one request to Score, Classify, Encode or Complete."""
     images_per_generation: builtins.int
@@ -296,6 +301,22 @@ class Limits(google.protobuf.message.Message):
     """Pictures in one chunk of the stream of Generate or Complete."""
     request_bytes: builtins.int
     """Bytes of one request message."""
+    response_bytes: builtins.int
+    """Bytes that the pictures' part of one answer message may take."""
+    queued_images: builtins.int
+    """Pictures that may wait for one of a model's graphs: above, requests are
+    refused with RESOURCE_EXHAUSTED.
+    """
+    queued_bytes: builtins.int
+    """Bytes of what may wait for one of a model's graphs."""
+    client_images_per_second: builtins.float
+    """Pictures a second that one client may ask for; 0 where there is no such
+    limit.
+    """
+    client_images_at_once: builtins.int
+    """Pictures that one client may ask for at once after a pause, where
+    client_images_per_second is not 0.
+    """
     def __init__(
         self,
         *,
@@ -303,7 +324,12 @@ class Limits(google.protobuf.message.Message):
         images_per_generation: builtins.int = ...,
         images_per_chunk: builtins.int = ...,
         request_bytes: builtins.int = ...,
+        response_bytes: builtins.int = ...,
+        queued_images: builtins.int = ...,
+        queued_bytes: builtins.int = ...,
+        client_images_per_second: builtins.float = ...,
+        client_images_at_once: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["images_per_chunk", b"images_per_chunk", "images_per_generation", b"images_per_generation", "images_per_request", b"images_per_request", "request_bytes", b"request_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_images_at_once", b"client_images_at_once", "client_images_per_second", b"client_images_per_second", "images_per_chunk", b"images_per_chunk", "images_per_generation", b"images_per_generation", "images_per_request", b"images_per_request", "queued_bytes", b"queued_bytes", "queued_images", b"queued_images", "request_bytes", b"request_bytes", "response_bytes", b"response_bytes"]) -> None: ...
 
 Global___Limits: typing_extensions.TypeAlias = Limits
