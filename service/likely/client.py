@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
-import grpc.aio
 import numpy.typing as npt
 
 from likely import codec, plans, statuses
 from likely.answers import Classifications, Completions, Draws, Features, ModelInfo, Scores
+from likely.channels import File, Route, Token
 from likely.v1 import (
     generation_pb2_grpc,
     models_pb2,
@@ -51,16 +51,36 @@ class Client:
     one; no version means the one that the server serves by default.
     """
 
-    def __init__(self, address: str = ADDRESS, *, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        address: str = ADDRESS,
+        *,
+        timeout: float = TIMEOUT,
+        token: Token | None = None,
+        tls: bool = False,
+        ca: File | None = None,
+        certificate: File | None = None,
+        key: File | None = None,
+    ) -> None:
         """A client of one server; connects at the first question.
 
         Args:
             address: host:port, or any name that gRPC resolves.
             timeout: seconds that one request may take, retries included.
+            token: a bearer token, or what gives one for each request.
+            tls: whether to encrypt; `ca` and `certificate` imply it.
+            ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
+            certificate: PEM file that this client shows of itself.
+            key: PEM file of that certificate's key.
+
+        Raises:
+            SettingsError: a file cannot be read, one of certificate and key is missing, or
+                the token would go unencrypted to another machine.
         """
         self._timeout = timeout
         self._catalogue = plans.Catalogue()
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
+        self._channel = self._route.channel(OPTIONS)
         generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._generate = generation.Generate
         self._complete = generation.Complete
@@ -205,7 +225,7 @@ class Client:
             info, version, label, count, seed, first_index, temperature, check
         ):
             plans.pin(request, last)
-            call = self._generate(request, timeout=self._timeout)
+            call = self._generate(request, timeout=self._timeout, metadata=self._route.metadata())
             try:
                 with _told():
                     for message in call:
@@ -254,7 +274,9 @@ class Client:
         ):
             plans.pin(request, parts[-1] if parts else None)
             with _told():
-                call = self._complete(request, timeout=self._timeout)
+                call = self._complete(
+                    request, timeout=self._timeout, metadata=self._route.metadata()
+                )
                 parts += [codec.completions(message) for message in call]
         return plans.completed(parts, x, completions, info)
 
@@ -298,7 +320,9 @@ class Client:
                 result: T = end.value
                 return result
             with _told():
-                answer = self._calls[type(request)](request, timeout=self._timeout)
+                answer = self._calls[type(request)](
+                    request, timeout=self._timeout, metadata=self._route.metadata()
+                )
 
 
 class AsyncClient:
@@ -307,11 +331,22 @@ class AsyncClient:
     To be made where the event loop runs; also an asynchronous context manager.
     """
 
-    def __init__(self, address: str = ADDRESS, *, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        address: str = ADDRESS,
+        *,
+        timeout: float = TIMEOUT,
+        token: Token | None = None,
+        tls: bool = False,
+        ca: File | None = None,
+        certificate: File | None = None,
+        key: File | None = None,
+    ) -> None:
         """A client of one server, as `Client`."""
         self._timeout = timeout
         self._catalogue = plans.Catalogue()
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
+        self._channel = self._route.aio_channel(OPTIONS)
         generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._generate = generation.Generate
         self._complete = generation.Complete
@@ -406,7 +441,7 @@ class AsyncClient:
             info, version, label, count, seed, first_index, temperature, check
         ):
             plans.pin(request, last)
-            call = self._generate(request, timeout=self._timeout)
+            call = self._generate(request, timeout=self._timeout, metadata=self._route.metadata())
             try:
                 with _told():
                     async for message in call:
@@ -438,7 +473,9 @@ class AsyncClient:
         ):
             plans.pin(request, parts[-1] if parts else None)
             with _told():
-                call = self._complete(request, timeout=self._timeout)
+                call = self._complete(
+                    request, timeout=self._timeout, metadata=self._route.metadata()
+                )
                 parts += [codec.completions(message) async for message in call]
         return plans.completed(parts, x, completions, info)
 
@@ -474,7 +511,9 @@ class AsyncClient:
                 result: T = end.value
                 return result
             with _told():
-                answer = await self._calls[type(request)](request, timeout=self._timeout)
+                answer = await self._calls[type(request)](
+                    request, timeout=self._timeout, metadata=self._route.metadata()
+                )
 
 
 def _calls(channel: Any) -> dict[type[plans.Request], Any]:

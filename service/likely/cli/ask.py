@@ -12,7 +12,7 @@ import click
 from likely import plans
 from likely.answers import Classifications, Draws, Scores, Verdict
 from likely.cli import pictures, show
-from likely.client import ADDRESS, TIMEOUT, Client
+from likely.cli.connection import Connection, connected
 from likely.errors import InvalidInput
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,26 +24,20 @@ _ALPHA = click.option("--alpha", type=float, help="Accepted rate of false reject
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 
 
-def _server(command: F) -> F:
+def _model(command: F) -> F:
     """Adds the options that name a server and a model."""
     for option in (
         click.option("--model-version", "version", help="The model's version. [the default one]"),
         click.option("--model", help="The model's name. [the server's only one]"),
-        click.option(
-            "--timeout", type=float, default=TIMEOUT, show_default=True, help="Seconds a request."
-        ),
-        click.option(
-            "--address", envvar="LIKELY_ADDRESS", default=ADDRESS, show_default=True,
-            show_envvar=True, help="The server.",
-        ),
-    ):  # fmt: skip
+        connected(),
+    ):
         command = option(command)
     return command
 
 
 @click.command(epilog=show.FILES_HELP)
 @_FILES
-@_server
+@_model
 @_ALPHA
 @click.option(
     "--surprise",
@@ -53,8 +47,7 @@ def _server(command: F) -> F:
 @_AS_JSON
 def score(
     files: tuple[Path, ...],
-    address: str,
-    timeout: float,
+    server: Connection,
     model: str | None,
     version: str | None,
     alpha: float | None,
@@ -62,7 +55,7 @@ def score(
     as_json: bool,
 ) -> None:
     """How plausible are these pictures; which are outliers?"""
-    with Client(address, timeout=timeout) as client:
+    with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read(files, info)
 
@@ -94,7 +87,7 @@ def score(
 
 @click.command(epilog=show.FILES_HELP)
 @_FILES
-@_server
+@_model
 @_ALPHA
 @click.option("--priors", help="p(y) in the model's order, with commas. [the model's own]")
 @click.option(
@@ -103,8 +96,7 @@ def score(
 @_AS_JSON
 def classify(
     files: tuple[Path, ...],
-    address: str,
-    timeout: float,
+    server: Connection,
     model: str | None,
     version: str | None,
     alpha: float | None,
@@ -114,7 +106,7 @@ def classify(
 ) -> None:
     """Which label does Bayes' rule assign, if any?"""
     given = _numbers(priors)
-    with Client(address, timeout=timeout) as client:
+    with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read(files, info)
 
@@ -148,7 +140,7 @@ def classify(
 
 
 @click.command()
-@_server
+@_model
 @click.option("--label", help="The label's name or index. [each drawn from the priors]")
 @click.option("--count", type=int, default=64, show_default=True, help="How many pictures.")
 @click.option("--seed", type=int, help="The same seed gives the same pictures. [a fresh one]")
@@ -167,8 +159,7 @@ def classify(
 )
 @_AS_JSON
 def generate(
-    address: str,
-    timeout: float,
+    server: Connection,
     model: str | None,
     version: str | None,
     label: str | None,
@@ -183,7 +174,7 @@ def generate(
     as_json: bool,
 ) -> None:
     """Draw pictures, with a label if you like."""
-    with Client(address, timeout=timeout) as client:
+    with server.client() as client:
         info = client.model(model, version)
         stream = client.generate_stream(
             count,
@@ -215,14 +206,11 @@ def generate(
 
 
 @click.command()
-@click.option(
-    "--address", envvar="LIKELY_ADDRESS", default=ADDRESS, show_default=True, show_envvar=True
-)
-@click.option("--timeout", type=float, default=TIMEOUT, show_default=True)
+@connected()
 @_AS_JSON
-def models(address: str, timeout: float, as_json: bool) -> None:
+def models(server: Connection, as_json: bool) -> None:
     """List the models of a server, and what really runs them."""
-    with Client(address, timeout=timeout) as client:
+    with server.client() as client:
         infos = client.models()
     if as_json:
         show.rows([asdict(info) for info in infos], True, {})

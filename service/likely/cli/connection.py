@@ -1,0 +1,93 @@
+"""The options of every command that asks a server: where it is and what is shown to it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+
+from likely.channels import Route
+from likely.client import ADDRESS, TIMEOUT, Client
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What the options say."""
+
+    address: str
+    timeout: float
+    token: str | None
+    tls: bool
+    ca: Path | None
+    certificate: Path | None
+    key: Path | None
+
+    def client(self) -> Client:
+        """A client of that server."""
+        return Client(
+            self.address,
+            timeout=self.timeout,
+            token=self.token,
+            tls=self.tls,
+            ca=self.ca,
+            certificate=self.certificate,
+            key=self.key,
+        )
+
+    def route(self) -> Route:
+        """The way to that server, without a token."""
+        return Route(
+            self.address, tls=self.tls, ca=self.ca, certificate=self.certificate, key=self.key
+        )
+
+
+def connected(timeout: float = TIMEOUT) -> Callable[[F], F]:
+    """Adds the options, and gives the command its `server: Connection`."""
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            names = Connection.__dataclass_fields__
+            connection = Connection(**{name: given.pop(name) for name in names})
+            command(server=connection, **given)
+
+        # click fills the options in by name, so that the two need not have one signature.
+        decorated = cast("F", run)
+        for option in _options(timeout):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+def _options(timeout: float) -> tuple[Callable[[F], F], ...]:
+    file = click.Path(dir_okay=False, path_type=Path)
+    return (
+        click.option("--key", type=file, envvar="LIKELY_KEY", help="PEM file, its key."),
+        click.option(
+            "--certificate", type=file, envvar="LIKELY_CERTIFICATE",
+            help="PEM file that the client shows of itself.",
+        ),
+        click.option(
+            "--ca", type=file, envvar="LIKELY_CA", show_envvar=True,
+            help="PEM file of who vouches for the server.",
+        ),
+        click.option("--tls", is_flag=True, help="Encrypt; --ca and --certificate imply it."),
+        click.option(
+            "--token", envvar="LIKELY_TOKEN", show_envvar=True,
+            help="A bearer token; others can see the options of a command, not its environment.",
+        ),
+        click.option(
+            "--timeout", type=float, default=timeout, show_default=True, help="Seconds a request."
+        ),
+        click.option(
+            "--address", envvar="LIKELY_ADDRESS", default=ADDRESS, show_default=True,
+            show_envvar=True, help="The server.",
+        ),
+    )  # fmt: skip
