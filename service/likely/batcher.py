@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -61,28 +61,32 @@ class Batcher:
     @property
     def rows(self) -> int:
         """How many rows wait."""
-        return sum(turns.rows for turns in self._turns.values())
+        return self._turns[Priority.INTERACTIVE].rows + self._turns[Priority.BULK].rows
 
     def waiting(self, priority: Priority) -> int:
         """How many rows of that priority wait."""
         return self._turns[priority].rows
 
-    def check(self, member: Member, wait: float) -> None:
+    def check(self, member: Member, wait: Callable[[Priority], float]) -> None:
         """Returns if there is room for a member, where need be for one of a greedier client's.
 
         Args:
             member: does not wait yet.
-            wait: seconds until its turn, as far as can be told.
+            wait: seconds until a newcomer's turn, as far as can be told.
 
         Raises:
             Overloaded: there is none, or its deadline comes before its turn.
         """
-        if member.deadline is not None and member.since + wait > member.deadline:
-            self._shed("deadline")
-            raise Overloaded(
-                f"about {wait:.3g} s of work wait, which is longer than the deadline allows",
-                patience(wait),
-            )
+        if not self.rows:
+            return
+        if member.deadline is not None:
+            seconds = wait(member.priority)
+            if member.since + seconds > member.deadline:
+                self._shed("deadline")
+                raise Overloaded(
+                    f"about {seconds:.3g} s of work wait, longer than the deadline allows",
+                    patience(seconds),
+                )
         while self._full(member):
             greedy = self._greedier(member)
             if greedy is None:
@@ -90,12 +94,15 @@ class Batcher:
                 raise Overloaded(
                     f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
                     f"pictures and {self._bounds.nbytes} bytes",
-                    patience(wait),
+                    patience(wait(member.priority)),
                 )
             self._turns[greedy.priority].remove(greedy)
             self._shed("share")
             greedy.future.set_exception(
-                Overloaded("the queue is full, and other clients ask for less", patience(wait))
+                Overloaded(
+                    "the queue is full, and other clients ask for less",
+                    patience(wait(greedy.priority)),
+                )
             )
 
     def add(self, member: Member) -> None:
@@ -150,13 +157,13 @@ class Batcher:
         return [member for turns in self._turns.values() for member in turns.clear()]
 
     def _full(self, member: Member) -> bool:
-        if not self.rows:
+        rows = self.rows
+        if not rows:
             return False
+        if rows + member.rows > self._bounds.rows:
+            return True
         nbytes = sum(turns.nbytes for turns in self._turns.values())
-        return (
-            self.rows + member.rows > self._bounds.rows
-            or nbytes + member.rows * member.row_bytes > self._bounds.nbytes
-        )
+        return nbytes + member.rows * member.row_bytes > self._bounds.nbytes
 
     def _greedier(self, member: Member) -> Member | None:
         """The latest request of the client with most rows waiting, if that is to give way."""

@@ -157,7 +157,7 @@ class Lanes:
         ]
         if not caller.admitted:
             for role, member in waiting:
-                self._batchers[role].check(member, self._wait(member.priority))
+                self._batchers[role].check(member, self._wait)
             caller.admitted = True
         for role, member in waiting:
             self._batchers[role].add(member)
