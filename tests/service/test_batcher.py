@@ -1,0 +1,720 @@
+"""Requests merge and come apart: none lost, none harmed by another, none kept waiting unfairly."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from likely import callers, tuning
+from likely.admission import Bounds, Quota
+from likely.bundle import Graph, Role, TensorSpec
+from likely.callers import Caller, Priority
+from likely.errors import (
+    DeadlineExceeded,
+    NotAnswered,
+    OutOfMemory,
+    Overloaded,
+    RunStopped,
+    Unavailable,
+)
+from likely.graphs import Array, Stop
+from likely.lanes import Ask, Lanes
+from likely.traffic import Traffic
+from likely.tuning import Best
+from likely.turns import Turns, Waiting
+
+POISON, HUGE = -1, 10**6
+SECONDS = 30  # a bound for what hangs, not a measure of what is fast
+
+
+class Doubler:
+    """A graph that gives 2x; raises on poison, and finds no memory for more rows than `fits`."""
+
+    providers = ("Fake",)
+    spec = Graph(
+        file="density.onnx",
+        inputs=(TensorSpec(name="x", dtype="int64", shape=("batch",)),),
+        outputs=(TensorSpec(name="y", dtype="int64", shape=("batch",)),),
+        importance_samples=0,
+    )
+
+    def __init__(self, fits: int = HUGE) -> None:
+        self.runs: list[list[int]] = []
+        self.stopped: list[list[int]] = []
+        self.fits = fits
+        self._gate = threading.Event()
+        self._gate.set()
+        self._arrived = threading.Semaphore(0)
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
+    ) -> list[Array]:
+        x = feeds["x"]
+        self.runs.append(x.tolist())
+        self._arrived.release()
+        while not self._gate.wait(0.005):
+            if stop and stop.options.terminate:
+                self.stopped.append(x.tolist())
+                raise RunStopped("stopped")
+        if np.any(x == POISON):
+            raise RuntimeError("poison")
+        if len(x) > self.fits:
+            raise OutOfMemory("too many")
+        return [2 * x]
+
+    def empty(self, outputs: Sequence[str]) -> list[Array]:
+        return [np.empty(0, dtype=np.int64)]
+
+    def hold(self) -> None:
+        """Lets runs wait within until `release`."""
+        self._gate.clear()
+
+    def release(self) -> None:
+        self._gate.set()
+
+    async def arrived(self) -> None:
+        """Returns once a run more has begun."""
+        assert await asyncio.to_thread(self._arrived.acquire, timeout=SECONDS)
+
+
+@asynccontextmanager
+async def opened(graph: Doubler, **more: Any) -> AsyncIterator[Lanes]:
+    options = {"lanes": 1, "best": {Role.DENSITY: Best(4)}, "traffic": Traffic()}
+    lanes = Lanes("fake", {Role.DENSITY: graph}, **{**options, **more})
+    try:
+        yield lanes
+    finally:
+        graph.release()
+        await asyncio.to_thread(lanes.close)
+
+
+async def ask(lanes: Lanes, *x: int, client: str = "", **more: Any) -> list[int]:
+    if client or more:
+        callers.announce(Caller(client, **more))
+    answer = await lanes.run(Role.DENSITY, {"x": np.array(x, dtype=np.int64)}, ["y"])
+    return [int(y) for y in answer["y"]]
+
+
+def going(work: Coroutine[Any, Any, list[int]]) -> asyncio.Task[list[int]]:
+    return asyncio.get_running_loop().create_task(work)
+
+
+async def settled() -> None:
+    """Returns once all that is ready has had its turn."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(SECONDS):
+            await work
+
+    asyncio.run(bounded())
+
+
+def gauge(traffic: Traffic, name: str) -> float:
+    (metric,) = getattr(traffic, name).collect()
+    values = (s.value for s in metric.samples if not s.name.endswith(("_created", "_bucket")))
+    return float(sum(values))
+
+
+def test_an_idle_lane_answers_at_once_and_alone() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph) as lanes:
+            assert await ask(lanes, 7) == [14]
+            assert await ask(lanes) == []
+        assert graph.runs == [[7]]
+
+    run(work())
+
+
+def test_what_comes_together_runs_together() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph) as lanes:
+            answers = await asyncio.gather(*(ask(lanes, i) for i in range(4)))
+            assert answers == [[2 * i] for i in range(4)]
+        assert graph.runs == [[0, 1, 2, 3]]
+
+    run(work())
+
+
+def test_what_comes_while_lanes_are_busy_merges_up_to_the_best_size() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 100))
+            await graph.arrived()
+            rest = [going(ask(lanes, i, i + 10)) for i in range(5)]
+            await settled()
+            assert graph.runs == [[100]]
+            graph.release()
+            assert await first == [200]
+            assert [await task for task in rest] == [[2 * i, 2 * i + 20] for i in range(5)]
+        assert sorted(map(len, graph.runs[1:])) == [2, 4, 4]
+
+    run(work())
+
+
+def test_a_large_request_is_divided_and_comes_back_in_order() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, lanes=3) as lanes:
+            assert await ask(lanes, *range(50)) == list(range(0, 100, 2))
+        assert max(map(len, graph.runs)) == 4
+
+    run(work())
+
+
+def test_free_lanes_share_what_is_worth_sharing() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, lanes=2, best={Role.DENSITY: Best(16, grain=3)}) as lanes:
+            await ask(lanes, *range(10))
+            assert sorted(map(len, graph.runs)) == [5, 5]
+            graph.runs.clear()
+            await ask(lanes, *range(4))
+            assert sorted(map(len, graph.runs)) == [1, 3]
+
+    run(work())
+
+
+def test_a_caller_that_leaves_the_queue_is_never_run() -> None:
+    async def work() -> None:
+        graph, traffic = Doubler(), Traffic()
+        async with opened(graph, traffic=traffic) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 1))
+            await graph.arrived()
+            leaver, stayer = going(ask(lanes, 2)), going(ask(lanes, 3))
+            await settled()
+            assert gauge(traffic, "waiting") == 2
+            leaver.cancel()
+            await settled()
+            assert gauge(traffic, "waiting") == 1
+            graph.release()
+            assert (await first, await stayer) == ([2], [6])
+        assert graph.runs == [[1], [3]]
+        assert gauge(traffic, "waiting") == gauge(traffic, "running") == 0
+
+    run(work())
+
+
+def test_a_batch_goes_on_for_one_caller_and_is_stopped_without_any() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph) as lanes:
+            graph.hold()
+            tasks = [going(ask(lanes, i)) for i in range(3)]
+            await graph.arrived()
+            tasks[0].cancel()
+            tasks[2].cancel()
+            await settled()
+            graph.release()
+            assert await tasks[1] == [2]
+            graph.hold()
+            tasks = [going(ask(lanes, i)) for i in (8, 9)]
+            await graph.arrived()
+            for task in tasks:
+                task.cancel()
+            while not graph.stopped:
+                await asyncio.sleep(0.001)
+            graph.release()
+            assert await ask(lanes, 5) == [10]  # the lane is back
+        assert graph.stopped == [[8, 9]]
+
+    run(work())
+
+
+def test_a_deadline_that_passes_in_the_queue_is_not_run() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 1))
+            await graph.arrived()
+            late = going(ask(lanes, 2, client="a", deadline=time.monotonic()))
+            fine = going(ask(lanes, 3, client="b", deadline=time.monotonic() + SECONDS))
+            await settled()
+            graph.release()
+            assert (await first, await fine) == ([2], [6])
+            with pytest.raises(DeadlineExceeded):
+                await late
+        assert graph.runs == [[1], [3]]
+
+    run(work())
+
+
+@pytest.mark.parametrize("poisoned", [[0], [3], [1, 2], [0, 1, 2, 3]])
+def test_who_makes_the_model_raise_is_alone_in_failing(poisoned: list[int]) -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph) as lanes:
+            rows = [POISON if i in poisoned else i for i in range(4)]
+            found = await asyncio.gather(*(ask(lanes, x) for x in rows), return_exceptions=True)
+            for i, answer in enumerate(found):
+                if i in poisoned:
+                    assert isinstance(answer, RuntimeError)
+                else:
+                    assert answer == [2 * i]
+
+    run(work())
+
+
+def test_a_request_that_fails_in_one_part_fails_once_and_leaves() -> None:
+    async def work() -> None:
+        graph, traffic = Doubler(), Traffic()
+        async with opened(graph, traffic=traffic) as lanes:
+            with pytest.raises(RuntimeError, match="poison"):
+                await ask(lanes, POISON, *range(400))
+            assert gauge(traffic, "waiting") == 0
+            assert await ask(lanes, 1) == [2]
+        assert sum(map(len, graph.runs)) < 100
+
+    run(work())
+
+
+def test_without_memory_half_is_tried_once_and_then_refused() -> None:
+    async def work() -> None:
+        graph = Doubler(fits=2)
+        async with opened(graph) as lanes:
+            assert await ask(lanes, 1, 2, 3, 4) == [2, 4, 6, 8]
+            assert list(map(len, graph.runs)) == [4, 2, 2]
+            graph.fits, graph.runs = 1, []
+            with pytest.raises(Overloaded, match="no memory"):
+                await ask(lanes, 1, 2, 3, 4)
+            assert list(map(len, graph.runs)) == [4, 2, 2]
+            graph.fits = HUGE  # and never for good
+            assert await ask(lanes, 1, 2, 3, 4) == [2, 4, 6, 8]
+
+    run(work())
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_again() -> None:
+    async def work() -> None:
+        graph, traffic = Doubler(), Traffic()
+        async with opened(graph, bounds=Bounds(rows=3), traffic=traffic) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0, client="a"))
+            await graph.arrived()
+            waiting = [going(ask(lanes, i, client="a")) for i in range(3)]
+            await settled()
+            with pytest.raises(Overloaded) as caught:
+                await asyncio.create_task(ask(lanes, 9, client="a"))
+            assert caught.value.retry_after
+            graph.release()
+            assert await first == [0]
+            assert [await task for task in waiting] == [[0], [2], [4]]
+            assert await ask(lanes, *range(50), client="a")  # alone, any request has room
+        assert gauge(traffic, "shed") == 1
+
+    run(work())
+
+
+def test_bytes_are_bounded_as_rows_are() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, bounds=Bounds(nbytes=3 * 16)) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            waiting = going(ask(lanes, 1, 2, client="a"))
+            await settled()
+            with pytest.raises(Overloaded):
+                await asyncio.create_task(ask(lanes, 3, 4, client="a"))
+            graph.release()
+            assert (await first, await waiting) == ([0], [2, 4])
+
+    run(work())
+
+
+def test_in_a_full_queue_the_greediest_client_gives_way() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, bounds=Bounds(rows=6)) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            greedy = [going(ask(lanes, i, i, client="greedy")) for i in range(3)]
+            await settled()
+            modest = going(ask(lanes, 7, client="modest"))
+            await settled()
+            graph.release()
+            assert (await first, await modest) == ([0], [14])
+            found = await asyncio.gather(*greedy, return_exceptions=True)
+            assert found[:2] == [[0, 0], [2, 2]]
+            assert isinstance(found[2], Overloaded)
+
+    run(work())
+
+
+def test_what_was_let_in_is_not_refused_later() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, bounds=Bounds(rows=2)) as lanes:
+            callers.announce(Caller("a"))
+            assert await lanes.run(Role.DENSITY, {"x": np.arange(1)}, ["y"])
+            graph.hold()
+            parts = [
+                going(drawn)
+                for drawn in (ask(lanes, i, i) for i in range(4))  # the same caller's
+            ]
+            await settled()
+            graph.release()
+            assert [await part for part in parts] == [[2 * i] * 2 for i in range(4)]
+
+    run(work())
+
+
+def test_a_deadline_before_its_turn_is_refused_at_once() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, best={Role.DENSITY: Best(4, pace=10.0)}) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            waiting = going(ask(lanes, 1))
+            await settled()
+            with pytest.raises(Overloaded, match="longer than the deadline allows") as caught:
+                await asyncio.create_task(ask(lanes, 2, client="a", deadline=time.monotonic() + 5))
+            assert caught.value.retry_after == pytest.approx(10)
+            graph.release()
+            assert (await first, await waiting) == ([0], [2])
+
+    run(work())
+
+
+def test_interactive_goes_first_but_not_for_ever() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, best={Role.DENSITY: Best(1)}) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            bulk = [going(ask(lanes, 1000 + i, client="b", priority=Priority.BULK)) for i in (0, 1)]
+            quick = [going(ask(lanes, i, client="q")) for i in range(1, 21)]
+            await settled()
+            graph.release()
+            await asyncio.gather(first, *bulk, *quick)
+        order = [row for (row,) in graph.runs[1:]]
+        at = [i for i, row in enumerate(order) if row >= 1000]
+        assert at == [7, 15]
+
+    run(work())
+
+
+def test_bulk_never_holds_interactive_up() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, lanes=2, best={Role.DENSITY: Best(4)}) as lanes:
+            graph.hold()
+            bulk = going(ask(lanes, *range(100)))
+            await graph.arrived()
+            await graph.arrived()
+            quick = going(ask(lanes, 7))
+            await graph.arrived()  # a third run, while two lanes are held
+            assert graph.runs[-1] == [7]
+            another = going(ask(lanes, 8))
+            await settled()
+            assert graph.runs[-1] == [7]  # but not a fourth
+            graph.release()
+            assert (await quick, await another) == ([14], [16])
+            assert await bulk == list(range(0, 200, 2))
+
+    run(work())
+
+
+def test_a_broken_queue_fails_what_waits_and_is_begun_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work() -> None:
+        graph, traffic, told = Doubler(), Traffic(), []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        async with opened(graph, traffic=traffic) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 1))
+            await graph.arrived()
+            waiting = [going(ask(lanes, i)) for i in range(3)]
+            await settled()
+            with monkeypatch.context() as patch:
+                patch.setattr(Turns, "take", broken)
+                graph.release()
+                assert await first == [2]
+                for task in waiting:
+                    with pytest.raises(Unavailable):
+                        await task
+            assert await ask(lanes, 4) == [8]
+        assert [str(context["exception"]) for context in told] == ["the queue is broken"]
+        assert gauge(traffic, "restarts") == 1
+        assert gauge(traffic, "waiting") == gauge(traffic, "running") == 0
+
+    run(work())
+
+
+def broken(*_: Any) -> Any:
+    raise RuntimeError("the queue is broken")
+
+
+def test_lanes_serve_one_loop_after_another() -> None:
+    graph = Doubler()
+    lanes = Lanes("fake", {Role.DENSITY: graph}, lanes=1, best={Role.DENSITY: Best(4)})
+
+    async def left() -> None:
+        graph.hold()
+        going(ask(lanes, 1))
+        await graph.arrived()
+        going(ask(lanes, 2))
+        await settled()
+
+    run(left())
+    graph.release()
+    assert asyncio.run(ask(lanes, 3)) == [6]
+    lanes.close()
+
+
+def test_closed_lanes_refuse() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        lanes = Lanes("fake", {Role.DENSITY: graph}, lanes=1, best={Role.DENSITY: Best(1)})
+        graph.hold()
+        running, waiting = going(ask(lanes, 1)), going(ask(lanes, 2))
+        await graph.arrived()
+        closing = asyncio.create_task(asyncio.to_thread(lanes.close))
+        with pytest.raises(Unavailable):
+            await waiting
+        graph.release()
+        await closing
+        assert await running == [2]
+        with pytest.raises(Unavailable):
+            await ask(lanes, 3)
+
+    run(work())
+
+
+def test_where_one_ask_fails_the_other_is_given_up() -> None:
+    async def work() -> None:
+        graph, other = Doubler(), Doubler()
+        both = {Role.DENSITY: graph, Role.CONDITIONAL: other}
+        lanes = Lanes("fake", both, lanes=2, best=dict.fromkeys(both, Best(4)))
+        other.hold()
+
+        def feed(start: int, stop: int) -> Mapping[str, Array]:
+            return {"x": np.full(stop - start, POISON)}
+
+        with pytest.raises(RuntimeError, match="poison"):
+            await lanes.run_all(
+                *(Ask(role, 1, feed, ("y",)) for role in (Role.DENSITY, Role.CONDITIONAL))
+            )
+        while not other.stopped:
+            await asyncio.sleep(0.001)
+        with pytest.raises(NotAnswered):
+            await lanes.run(Role.ENCODE, {"x": np.zeros(1)}, ["y"])
+        await asyncio.to_thread(lanes.close)
+
+    run(work())
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 9),  # rows
+            st.sampled_from("abc"),
+            st.sampled_from(["stays", "stays", "leaves", "raises"]),
+            st.booleans(),  # lets others have their turn first
+        ),
+        max_size=25,
+    ),
+    st.integers(1, 3),
+    st.integers(1, 7),
+)
+def test_every_request_has_one_outcome_and_its_own_rows(
+    requests: list[tuple[int, str, str, bool]], count: int, most: int
+) -> None:
+    async def work() -> None:
+        graph, traffic, tasks = Doubler(), Traffic(), []
+        async with opened(
+            graph, lanes=count, best={Role.DENSITY: Best(most)}, traffic=traffic
+        ) as lanes:
+            for i, (rows, client, fate, pause) in enumerate(requests):
+                x = [100 * i + row for row in range(rows)]
+                x += [POISON] * (fate == "raises")
+                tasks.append((going(ask(lanes, *x, client=client)), x, fate))
+                if pause:
+                    await settled()
+                if fate == "leaves":
+                    tasks[-1][0].cancel()
+            for task, x, fate in tasks:
+                (outcome,) = await asyncio.gather(task, return_exceptions=True)
+                if fate == "raises":
+                    assert isinstance(outcome, RuntimeError)
+                elif fate == "stays":
+                    assert outcome == [2 * row for row in x]
+                else:
+                    assert isinstance(outcome, asyncio.CancelledError) or outcome is not None
+            assert await ask(lanes, 5) == [10]
+        answered = Counter(row for batch in graph.runs for row in batch)
+        stay = [row for _, x, fate in tasks if fate == "stays" for row in x]
+        assert all(answered[row] >= 1 for row in stay)
+        assert gauge(traffic, "waiting") == gauge(traffic, "running") == 0
+
+    run(work())
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 20)), max_size=30),
+    st.lists(st.integers(1, 16), min_size=1, max_size=20),
+    st.sets(st.integers(0, 29)),
+)
+def test_turns_lose_no_row_and_give_none_twice(
+    members: list[tuple[str, int]], rooms: list[int], removed: set[int]
+) -> None:
+    turns: Turns[Waiting] = Turns()
+    waiting = [Waiting(client, rows, 3) for client, rows in members]
+    for member in waiting:
+        turns.add(member)
+    gone = [member for i, member in enumerate(waiting) if i in removed]
+    for member in gone:
+        turns.remove(member)
+        turns.remove(member)
+    stay = [member for member in waiting if member not in gone]
+    assert turns.rows == sum(member.rows for member in stay)
+    seen: dict[Waiting, int] = {}
+    while turns.rows:
+        before = turns.rows
+        room = rooms[len(seen) % len(rooms)]
+        spans = turns.take(room)
+        assert len({member for member, _, _ in spans}) == len(spans)
+        taken = sum(stop - start for _, start, stop in spans)
+        assert taken == min(room, before)
+        for member, start, stop in spans:
+            assert start == seen.get(member, 0) < stop <= member.rows
+            seen[member] = stop
+            earlier = waiting[: waiting.index(member)]  # each client's own come in order
+            assert all(m.left == 0 for m in earlier if m.client == member.client and m in stay)
+        assert turns.nbytes == 3 * turns.rows
+    assert seen == {member: member.rows for member in stay}
+    assert not turns.take(5)
+
+
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=8), st.integers(1, 64))
+def test_clients_that_wait_are_served_alike(sizes: list[int], room: int) -> None:
+    turns: Turns[Waiting] = Turns()
+    served = dict.fromkeys(map(str, range(len(sizes))), 0)
+    for _ in range(40):
+        for client, rows in zip(served, sizes, strict=True):
+            while turns.held(client) < 200:  # all of them wait, always
+                turns.add(Waiting(client, rows, 1))
+        for member, start, stop in turns.take(room):
+            served[member.client] += stop - start
+        assert max(served.values()) - min(served.values()) <= room
+
+
+def test_a_quota_is_spent_and_comes_back() -> None:
+    now = 100.0
+    quota = Quota(10, 5, lambda: now)
+    quota.take("a", 5)
+    with pytest.raises(Overloaded, match="quota of 10 a second") as caught:
+        quota.take("a", 2)
+    assert caught.value.retry_after == pytest.approx(0.2)
+    quota.take("b", 5)
+    now += 0.2
+    quota.take("a", 2)
+    now += 10
+    quota.take("a", 20)  # more than the bucket holds needs a full one, and leaves a debt
+    with pytest.raises(Overloaded) as caught:
+        quota.take("a", 1)
+    assert caught.value.retry_after == pytest.approx(1.6)
+    assert len(quota) == 1  # b's is full again, and forgotten
+    for client in map(str, range(1000)):
+        Quota().take(client, HUGE)
+
+
+@given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 30)), max_size=50))
+def test_no_client_gets_more_than_its_quota(asks: list[tuple[float, int]]) -> None:
+    now, granted = 0.0, 0
+    quota = Quota(4, 8, lambda: now)
+    for pause, rows in asks:
+        now += pause
+        try:
+            quota.take("a", rows)
+        except Overloaded as refusal:
+            assert refusal.retry_after is not None
+            now += refusal.retry_after + 1e-9
+            quota.take("a", rows)  # as it was told
+        granted += rows
+        assert granted <= 4 * now + 8 + 30 + 1e-6
+
+
+class Timed(Doubler):
+    """A graph whose runs take `once` and `each` a row, by a clock of its own."""
+
+    def __init__(self, once: float, each: float) -> None:
+        super().__init__()
+        self.once, self.each, self.now = once, each, 0.0
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
+    ) -> list[Array]:
+        self.now += self.once + self.each * len(feeds["x"])
+        return [feeds["x"]]
+
+
+@pytest.mark.parametrize(
+    ("once", "each", "rows", "grain"),
+    [
+        (0.0, 5e-3, 1, 1),  # heavy: nothing is gained by merging
+        (0.0, 6e-5, 16, 2),  # light: the way to a lane and back counts
+        (1e-3, 1e-4, 64, 1),
+        (0.0, 7e-6, 64, 15),
+    ],
+)
+def test_the_best_batch_is_found(
+    monkeypatch: pytest.MonkeyPatch, once: float, each: float, rows: int, grain: int
+) -> None:
+    graph = Timed(once, each)
+    monkeypatch.setattr("time.perf_counter", lambda: graph.now)
+    found = tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=1.0)
+    assert (found.rows, found.grain) == (rows, grain)
+    assert found.pace == pytest.approx(each + once / rows)
+
+
+def test_a_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Timed(0.0, 0.1)
+    monkeypatch.setattr("time.perf_counter", lambda: graph.now)
+    tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=0.5)
+    assert graph.now <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize(("slowed", "expected"), [(False, 2), (True, 1)])
+def test_fewer_lanes_are_taken_only_where_they_are_faster(slowed: bool, expected: int) -> None:
+    lock = threading.Lock()
+
+    class Shared(Doubler):
+        inside = 0
+
+        def run(
+            self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
+        ) -> list[Array]:
+            with lock:
+                self.inside += 1
+                crowded = self.inside > 1
+            time.sleep(0.05 if crowded and slowed else 0.005)
+            with lock:
+                self.inside -= 1
+            return [feeds["x"]]
+
+    found = tuning.lanes(Shared(), {"x": np.arange(3)}, ["y"], rows=4, most=2, seconds=0.4)
+    assert found == expected
