@@ -17,8 +17,9 @@ import numpy.typing as npt
 import pytest
 from hypothesis import settings as hypothesis_settings
 
+from likely import bayes
 from likely.answers import Doubles, Pixels
-from likely.outliers import Detector
+from likely.outliers import Combination, Mahalanobis, Ranks, label_score
 
 if TYPE_CHECKING:
     from likely.bundle import Manifest
@@ -229,20 +230,33 @@ def _graph(role: str, toy: Toy) -> bytes:
 
 def _calibration(toy: Toy, rng: np.random.Generator) -> dict[str, Any]:
     fit = toy.statistics(toy.draw(rng, 500)).astype(np.float64)
-    ranks = (np.arange(21) + 0.5) / 21
-    arrays: dict[str, Array] = {
-        "knots": np.quantile(fit, ranks, axis=0),
-        "normals": np.array([NormalDist().inv_cdf(rank) for rank in ranks]),
-        "spreads": fit.std(0),
-        "centre": np.zeros(2),
-        "whitening": np.eye(2),
-        "scores": np.zeros(0),
-    }
-    normal = Detector(arrays).normal_scores(fit)
+    ranks = _ranks(fit)
+    normal = ranks(fit)
     values, vectors = np.linalg.eigh(np.cov(normal.T))
-    arrays |= {"centre": normal.mean(0), "whitening": vectors / np.sqrt(values)}
-    ranked = toy.statistics(toy.draw(rng, CALIBRATION))
-    return {**arrays, "scores": np.sort(Detector(arrays).score(ranked))}
+    centre, taken = normal.mean(0)[None], np.zeros(len(fit), np.int64)
+    part = Mahalanobis(np.arange(2.0), centre, vectors / np.sqrt(values))
+    part_ranks = _ranks(part(normal, taken)[:, None])
+    usual = np.array([[0.0, 1.0]])
+    learnt = Combination(ranks, (part,), part_ranks, np.ones(1), usual)
+    x = toy.draw(rng, CALIBRATION)
+    scores = learnt(toy.statistics(x), np.zeros(len(x), np.int64))
+    found = label_score(scores, bayes.posterior(toy.log_pxy(x), np.array(PRIORS)))
+    y = found.argmin(1)
+    return {
+        **learnt.stored(),
+        "scores": np.sort(scores),
+        "confident": np.minimum(1.0, np.arange(1.0, CALIBRATION + 2) / CALIBRATION + 0.02),
+        "label_scores": np.concatenate(
+            [np.sort(found[y == label, label]) for label in range(LABELS)]
+        ),
+        "label_counts": np.bincount(y, minlength=LABELS),
+    }
+
+
+def _ranks(values: Doubles) -> Ranks:
+    levels = (np.arange(21) + 0.5) / 21
+    normals = np.array([NormalDist().inv_cdf(level) for level in levels])
+    return Ranks(np.quantile(values, levels, axis=0), normals, values.std(0))
 
 
 def _golden(toy: Toy, rng: np.random.Generator, roles: tuple[str, ...]) -> dict[str, Any]:

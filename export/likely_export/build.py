@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from likely import noise
-from likely.answers import Doubles
+from likely import bayes, noise
+from likely.answers import Doubles, Pixels
 from likely.bundle import MANIFEST, Manifest, Role, write_manifest
 from likely.errors import BundleError
 from likely.graphs import Array, Device, Session
-from likely_export import calibrate, evaluate, graphs, roles
-from likely_export.data import Dataset
+from likely_export import calibrate, corruptions, evaluate, graphs, roles
+from likely_export.calibrate import Seen
+from likely_export.data import Dataset, Split
 from likely_export.graphs import Exported
+from likely_export.recipes import Recipe
 from likely_export.runs import Run
 
-BATCH = 64
+BATCH = 16
 CALIBRATION = "calibration.npz"
 GOLDEN = "golden.npz"
 
@@ -44,7 +47,7 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
     with _replacing(out) as folder:
         exported = dict(_export(opened, data, folder, report))
         report("calibrate")
-        arrays, temperature = _calibrate(exported, data, folder)
+        arrays, weights, temperature = _calibrate(opened.recipe, exported, data, folder)
         np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
         golden = {
             f"{role}/{name}": array
@@ -64,6 +67,7 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
                 "file": CALIBRATION,
                 "size": len(data.calibrate),
                 "temperature": temperature,
+                "weights": weights,
             },
             "golden": GOLDEN,
             "parity_nats": max(each.parity for each in exported.values()),
@@ -79,44 +83,94 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
 def _export(
     run: Run, data: Dataset, folder: Path, report: Report
 ) -> Iterator[tuple[Role, Exported]]:
-    for role, name in run.recipe.roles.items():
+    for role in run.recipe.roles:
         report(f"export {role}")
-        model = graphs.halved(run.model(name))
-        source = roles.source(role, model, run.recipe.calibration.statistics)
+        models = [graphs.halved(run.model(name)) for name in run.recipe.models_of(role)]
+        source = roles.source(role, models, run.recipe.calibration.statistics)
         yield role, graphs.export(source, folder / f"{role}.onnx", data.levels, len(data.labels))
 
 
 def _calibrate(
-    exported: Mapping[Role, Exported], data: Dataset, folder: Path
-) -> tuple[dict[str, Doubles], float]:
-    """The detector's arrays and the posterior's temperature."""
-    density = exported[Role.DENSITY].graph
-    session = Session(folder / density.file, density, Device("cpu"))
-    fit, ranked = (
-        _rows(session, {"x": part.x}, "statistics") for part in (data.fit, data.calibrate)
+    recipe: Recipe, exported: Mapping[Role, Exported], data: Dataset, folder: Path
+) -> tuple[dict[str, Array], tuple[float, ...], float]:
+    """The detector's arrays, the experts' weights and the posterior's temperature."""
+    density = _session(folder, exported[Role.DENSITY])
+    parts = recipe.calibration.parts
+    corrupted = None
+    if any(part.kind == "contrast" for part in parts):
+        corrupted = _seen(density, _corrupted(recipe.calibration.contrast, data))
+    columns = _columns(exported[Role.DENSITY].widths)
+    learnt = calibrate.combination(_seen(density, data.fit.x), parts, columns, corrupted)
+    ranked = _seen(density, data.calibrate.x)
+    if Role.CONDITIONAL not in exported:
+        return calibrate.detector(learnt, ranked), (), 1.0
+    conditional = _session(folder, exported[Role.CONDITIONAL])
+    priors = _priors(data)
+    evidence = _evidence(conditional, data.fit)
+    weights: tuple[float, ...] = ()
+    if evidence.shape[1] > 1:
+        weights, temperature = calibrate.expert_weights(evidence, data.fit.y, priors)
+    else:
+        temperature = calibrate.temperature(evidence[:, 0], data.fit.y, priors)
+    pooled = bayes.pooled(_evidence(conditional, data.calibrate), np.array(weights or (1.0,)))
+    posterior = bayes.posterior(pooled, priors, temperature)
+    arrays = calibrate.detector(learnt, ranked, posterior, data.calibrate.y)
+    return arrays, weights, temperature
+
+
+def _session(folder: Path, exported: Exported) -> Session:
+    return Session(folder / exported.graph.file, exported.graph, Device("cpu"))
+
+
+def _seen(density: Session, x: Pixels) -> Seen:
+    """What the density graph says of pictures."""
+    if density.spec.output("label") is None:
+        (statistics,) = _rows(density, {"x": x}, ["statistics"])
+        return Seen(statistics, np.zeros(len(x), np.int64))
+    statistics, label = _rows(density, {"x": x}, ["statistics", "label"])
+    return Seen(statistics, label)
+
+
+def _corrupted(names: Sequence[str], data: Dataset) -> Pixels:
+    """Fit pictures, each corrupted in one of these ways, as many as there are of them."""
+    parts = np.array_split(data.fit.x, len(names))
+    return np.concatenate(
+        [
+            corruptions.corrupt(name, part, data.levels)
+            for name, part in zip(names, parts, strict=True)
+        ]
     )
-    temperature = 1.0
-    if Role.CONDITIONAL in exported:
-        conditional = exported[Role.CONDITIONAL].graph
-        session = Session(folder / conditional.file, conditional, Device("cpu"))
-        feeds: dict[str, Array] = {"x": data.fit.x}
-        if (eps := conditional.input("eps")) is not None:
-            feeds["eps"] = noise.common(eps.array_shape(len(data.fit)))
-        log_pxy = _rows(session, feeds, "log_pxy")
-        temperature = calibrate.temperature(log_pxy, data.fit.y, _priors(data))
-    return calibrate.detector(fit, ranked), temperature
 
 
-def _rows(session: Session, feeds: Mapping[str, Array], output: str) -> Array:
+def _columns(widths: Mapping[str, int]) -> dict[str, npt.NDArray[np.int64]]:
+    """Where each statistic's numbers stand."""
+    ends = np.cumsum(list(widths.values()))
+    return {
+        name: np.arange(end - width, end)
+        for (name, width), end in zip(widths.items(), ends, strict=True)
+    }
+
+
+def _evidence(conditional: Session, part: Split) -> Array:
+    """log p_e(x|y) of a part, (n, experts, labels)."""
+    feeds: dict[str, Array] = {"x": part.x}
+    if (eps := conditional.spec.input("eps")) is not None:
+        feeds["eps"] = noise.common(eps.array_shape(len(part)))
+    if conditional.spec.output("evidence") is None:
+        return _rows(conditional, feeds, ["log_pxy"])[0][:, None]
+    return _rows(conditional, feeds, ["evidence"])[0]
+
+
+def _rows(session: Session, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
     n = len(feeds["x"])
     parts = [
         session.run(
             {name: np.ascontiguousarray(feed[at : at + BATCH]) for name, feed in feeds.items()},
-            [output],
-        )[0]
+            outputs,
+        )
         for at in range(0, n, BATCH)
     ]
-    return np.concatenate(parts)
+    return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
 
 
 def _labels(data: Dataset) -> list[dict[str, object]]:

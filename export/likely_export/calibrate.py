@@ -1,52 +1,159 @@
 """What held-out pictures teach about scores: how statistics combine, how they rank, how sure.
 
-The combination and the temperature are fitted on the *fit* split, the ranks taken
-on the *calibrate* split, once; neither split trained a model.
+The combination, the experts' weights and the temperature are fitted on the *fit* split,
+the ranks taken on the *calibrate* split, once; neither split trained a model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
-from scipy.stats import norm
+from scipy.optimize import minimize, minimize_scalar
+from scipy.stats import beta, norm
 from sklearn.covariance import LedoitWolf
+from sklearn.linear_model import LogisticRegression
+from sklearn.mixture import GaussianMixture
 
 from likely import bayes
 from likely.answers import Doubles, Labels
-from likely.outliers import Detector
+from likely.outliers import (
+    Combination,
+    Contrast,
+    Detector,
+    Mahalanobis,
+    Mixture,
+    Neighbours,
+    Part,
+    Ranks,
+    label_score,
+)
+
+_Kept = TypeVar("_Kept", Ranks, Mahalanobis, Mixture, Neighbours, Contrast)
 
 KNOTS = 257
+FOLDS = 4
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class PartConfig:
+    """One part of the combination.
+
+    Attributes:
+        kind: how it looks at the statistics; `contrast` needs corrupted pictures.
+        statistics: their names; none for all of the bundle's.
+        weight: of its normal score in the average.
+        dimensions: principal components that a mixture keeps, at most.
+        components: terms of a mixture.
+        neighbours: pictures that the mean distance is taken to.
+        strength: inverse of a contrast's penalty on its weights.
+    """
+
+    kind: Literal["mahalanobis", "mixture", "neighbours", "contrast"] = "mahalanobis"
+    statistics: tuple[str, ...] = ()
+    weight: float = 1.0
+    dimensions: int = 40
+    components: int = 10
+    neighbours: int = 5
+    strength: float = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the density graph says of some pictures.
+
+    Attributes:
+        statistics: (n, s).
+        label: int64 (n,), the labels taken for; all 0 where the graph gives none.
+    """
+
+    statistics: npt.NDArray[np.floating]
+    label: Labels
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, rows: npt.NDArray[np.integer]) -> Seen:
+        """Those rows."""
+        return Seen(self.statistics[rows], self.label[rows])
+
+
+def combination(
+    fit: Seen,
+    parts: Sequence[PartConfig],
+    columns: Mapping[str, npt.NDArray[np.integer]],
+    corrupted: Seen | None = None,
+) -> Combination:
+    """Statistics to one score, learnt from the fit split.
+
+    How the parts' scores rank is learnt from pictures that the part in question was not
+    fitted on, by cross-fitting.
+
+    Args:
+        fit: the fit split.
+        parts: what looks at which statistics.
+        columns: where each statistic's numbers stand.
+        corrupted: fit pictures, corrupted; needed by `contrast`.
+    """
+    ranks = _ranks(fit.statistics)
+    normal = ranks(fit.statistics)
+    labels = int(fit.label.max()) + 1
+    wrong = np.empty((0, normal.shape[1])) if corrupted is None else ranks(corrupted.statistics)
+
+    def made(rows: npt.NDArray[np.integer], odd: Doubles) -> tuple[Part, ...]:
+        return tuple(
+            _part(part, _columns(part, columns), normal[rows], fit.label[rows], odd)
+            for part in parts
+        )
+
+    folds = np.arange(len(fit)) % FOLDS
+    odd_folds = np.arange(len(wrong)) % FOLDS
+    scores = np.empty((len(fit), len(parts)))
+    for fold in range(FOLDS):
+        fitted = made(np.flatnonzero(folds != fold), wrong[odd_folds != fold])
+        held = folds == fold
+        for index, part in enumerate(fitted):
+            scores[held, index] = part(normal[held], fit.label[held])
+    whole = made(np.arange(len(fit)), wrong)
+    part_ranks = _ranks(scores)
+    weights = np.array([part.weight for part in parts])
+    average = part_ranks(scores) @ (weights / weights.sum())
+    usual = _usual(average, fit.label, labels)
+    return Combination(ranks, whole, part_ranks, weights / weights.sum(), usual)
 
 
 def detector(
-    fit: npt.NDArray[np.floating], calibrate: npt.NDArray[np.floating]
-) -> dict[str, Doubles]:
-    """The arrays of `likely.outliers.Detector`, from statistics on the two splits.
+    learnt: Combination, calibrate: Seen, posterior: Doubles | None = None, y: Labels | None = None
+) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of `likely.outliers.Detector`.
 
     Args:
-        fit: statistics (n, s) that the combination is fitted on.
-        calibrate: statistics (m, s) that scores are ranked against.
+        learnt: the combination.
+        calibrate: the calibration split.
+        posterior: p(y|x) of its pictures (n, labels), where there are labels.
+        y: their true labels.
     """
-    values = fit.astype(np.float64)
-    ranks = (np.arange(KNOTS) + 0.5) / KNOTS
-    knots = np.quantile(values, ranks, axis=0)
-    # Not a robust spread: where most pictures agree and few differ, those few set the scale.
-    # One that hardly varies on the fit split must not explode outside it.
-    spreads = np.maximum(values.std(0), 1e-3 * np.maximum(1.0, np.abs(values).max(0)))
-    arrays = {
-        "knots": knots,
-        "normals": norm.ppf(ranks),
-        "spreads": spreads,
-        "centre": np.zeros(values.shape[1]),
-        "whitening": np.eye(values.shape[1]),
-        "scores": np.zeros(1),
+    arrays: dict[str, npt.NDArray[Any]] = {
+        key: _rounded(value) for key, value in learnt.stored().items()
     }
-    normal = Detector(arrays).normal_scores(values)
-    covariance = LedoitWolf().fit(normal)
-    arrays["centre"] = covariance.location_
-    arrays["whitening"] = np.linalg.cholesky(covariance.precision_)
-    arrays["scores"] = np.sort(Detector(arrays).score(calibrate))
+    scores = Combination.read(arrays)(calibrate.statistics, calibrate.label)
+    n = len(scores)
+    # P(false rejection | split) of rejecting above the k-th largest of n is Beta(k, n + 1 - k).
+    arrays["confident"] = beta.ppf(CONFIDENCE, np.arange(n + 1) + 1, n - np.arange(n + 1))
+    arrays["confident"][-1] = 1.0
+    arrays["scores"] = np.sort(scores)
+    arrays["label_scores"], arrays["label_counts"] = np.empty(0), np.empty(0, np.int64)
+    if posterior is not None and y is not None:
+        found = label_score(scores, posterior)[np.arange(n), y]
+        arrays["label_scores"] = np.concatenate(
+            [np.sort(found[y == label]) for label in range(posterior.shape[1])]
+        )
+        arrays["label_counts"] = np.bincount(y, minlength=posterior.shape[1])
+    Detector(arrays)
     return arrays
 
 
@@ -54,9 +161,130 @@ def temperature(log_pxy: npt.NDArray[np.floating], y: Labels, priors: Doubles) -
     """The temperature of log p(x|y) that makes the labels likeliest (Guo et al., 2017)."""
 
     def label_nll(log_temperature: float) -> float:
-        posterior = bayes.posterior(log_pxy, priors, float(np.exp(log_temperature)))
-        taken = posterior[np.arange(len(y)), y]
-        return float(-np.log(np.maximum(taken, 1e-300)).mean())
+        return _label_nll(log_pxy, y, priors, float(np.exp(log_temperature)))
 
-    found = minimize_scalar(label_nll, bounds=(np.log(0.1), np.log(100)), method="bounded")
+    found = minimize_scalar(label_nll, bounds=(np.log(0.1), np.log(1000)), method="bounded")
     return float(np.exp(found.x))
+
+
+def expert_weights(
+    evidence: npt.NDArray[np.floating], y: Labels, priors: Doubles
+) -> tuple[tuple[float, ...], float]:
+    """Weights of experts, which sum to 1, and the temperature that make the labels likeliest.
+
+    The pooled evidence sum_e w_e log p_e(x|y) is a product of experts; its weights are shared
+    by all labels.
+
+    Args:
+        evidence: log p_e(x|y), (n, experts, labels).
+        y: int64 (n,).
+        priors: p(y), (labels,).
+    """
+    experts = evidence.shape[1]
+
+    def label_nll(log_scales: Doubles) -> float:
+        return _label_nll(bayes.pooled(evidence, np.exp(log_scales)), y, priors, 1.0)
+
+    start = np.full(experts, np.log(0.05))
+    found = minimize(label_nll, start, method="Nelder-Mead", options={"maxiter": 400})
+    scales = np.exp(found.x)
+    return tuple((scales / scales.sum()).tolist()), float(1 / scales.sum())
+
+
+def _label_nll(
+    log_pxy: npt.NDArray[np.floating], y: Labels, priors: Doubles, temperature: float
+) -> float:
+    posterior = bayes.posterior(log_pxy, priors, temperature)
+    taken = posterior[np.arange(len(y)), y]
+    return float(-np.log(np.maximum(taken, 1e-300)).mean())
+
+
+def _columns(
+    part: PartConfig, columns: Mapping[str, npt.NDArray[np.integer]]
+) -> npt.NDArray[np.integer]:
+    return np.concatenate([columns[name] for name in part.statistics or columns])
+
+
+def _ranks(values: npt.NDArray[np.floating]) -> Ranks:
+    values = values.astype(np.float64)
+    levels = (np.arange(KNOTS) + 0.5) / KNOTS
+    # Not a robust spread: where most pictures agree and few differ, those few set the scale.
+    # One that hardly varies on the fit split must not explode outside it.
+    spreads = np.maximum(values.std(0), 1e-3 * np.maximum(1.0, np.abs(values).max(0)))
+    return _single(Ranks(np.quantile(values, levels, axis=0), norm.ppf(levels), spreads))
+
+
+def _part(
+    config: PartConfig,
+    columns: npt.NDArray[np.integer],
+    normal: Doubles,
+    label: Labels,
+    odd: Doubles,
+) -> Mahalanobis | Mixture | Neighbours | Contrast:
+    chosen, v = columns.astype(np.float64), normal[:, columns]
+    match config.kind:
+        case "mahalanobis":
+            return _single(_mahalanobis(chosen, v, label))
+        case "mixture":
+            return _single(_mixture(config, chosen, v))
+        case "neighbours":
+            return _single(_neighbours(config, chosen, v))
+        case "contrast":
+            return _single(_contrast(config, chosen, v, odd[:, columns]))
+
+
+def _mahalanobis(columns: Doubles, v: Doubles, label: Labels) -> Mahalanobis:
+    overall = v.mean(0)
+    centres = np.stack(
+        [v[label == k].mean(0) if np.any(label == k) else overall for k in range(label.max() + 1)]
+    )
+    return Mahalanobis(columns, centres, _whitening(v - centres[label])[1])
+
+
+def _mixture(config: PartConfig, columns: Doubles, v: Doubles) -> Mixture:
+    centre = v.mean(0)
+    values, vectors = np.linalg.eigh(np.cov((v - centre).T))
+    largest = np.argsort(-values)[: config.dimensions]
+    whitening = vectors[:, largest] / np.sqrt(np.maximum(values[largest], 1e-6))
+    mixture = GaussianMixture(config.components, reg_covar=0.05, random_state=0)
+    mixture.fit((v - centre) @ whitening)
+    roots = mixture.precisions_cholesky_
+    offsets = np.log(mixture.weights_) + np.log(np.diagonal(roots, axis1=1, axis2=2)).sum(1)
+    return Mixture(columns, centre, whitening, mixture.means_, roots, offsets)
+
+
+def _neighbours(config: PartConfig, columns: Doubles, v: Doubles) -> Neighbours:
+    centre, whitening = _whitening(v)
+    bank = (v - centre) @ whitening
+    return Neighbours(columns, centre, whitening, bank, np.array(float(config.neighbours)))
+
+
+def _contrast(config: PartConfig, columns: Doubles, v: Doubles, odd: Doubles) -> Contrast:
+    held = np.clip(np.concatenate([v, odd]), -Contrast.HELD, Contrast.HELD)
+    wrong = np.repeat([0, 1], [len(v), len(odd)])
+    regression = LogisticRegression(C=config.strength, max_iter=1000, class_weight="balanced")
+    regression.fit(np.concatenate([held, np.abs(held)], 1), wrong)
+    slopes, bends = np.split(regression.coef_[0], 2)
+    return Contrast(columns, slopes, bends)
+
+
+def _whitening(v: Doubles) -> tuple[Doubles, Doubles]:
+    """The mean, and the root of the inverse covariance, shrunk (Ledoit and Wolf, 2004)."""
+    covariance = LedoitWolf().fit(v)
+    return covariance.location_, np.linalg.cholesky(covariance.precision_)
+
+
+def _usual(average: Doubles, label: Labels, labels: int) -> Doubles:
+    """Mean and deviation of the average for each label taken for, (labels, 2)."""
+    overall = [average.mean(), average.std()]
+    of_label = [average[label == k] for k in range(labels)]
+    return np.array([[own.mean(), own.std()] if len(own) > 1 else overall for own in of_label])
+
+
+def _single(part: _Kept) -> _Kept:
+    """The same, rounded as the archive will be, so that ranks are those of what is served."""
+    return type(part).read({key: _rounded(value) for key, value in part.stored().items()})
+
+
+def _rounded(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    return np.asarray(values, np.float32)

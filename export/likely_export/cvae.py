@@ -48,6 +48,11 @@ class CVAEConfig:
         importance_samples: K of the bound that is validated and served.
         training_samples: K of the bound that training raises; 1 is the ELBO.
         dropout: share of hidden features dropped in training.
+        convolutions: channels of the trunk's first layers, each of 3 x 3 pixels at a
+            stride of 2; none for a trunk of linear layers only.
+        contrast: nats of a picture that training pays for a nat of its label,
+            -log p(y|x) by Bayes' rule over the bounds of all labels; 0 for
+            likelihood alone.
     """
 
     shape: tuple[int, int, int]
@@ -60,6 +65,8 @@ class CVAEConfig:
     importance_samples: int = 64
     training_samples: int = 1
     dropout: float = 0.0
+    convolutions: tuple[int, ...] = ()
+    contrast: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = ("labels", "latent", "width", "depth", "importance_samples", "training_samples")
@@ -76,7 +83,7 @@ class CVAE(nn.Module):
         self.config = config
         self.dimensions = math.prod(config.shape)
         width, terms = config.width, config.logistics
-        self.trunk = _layers(self.dimensions, width, config.depth, config.dropout)
+        self.trunk = _trunk(config)
         self.encoder_label = nn.Embedding(config.labels, width)
         self.encoder_join = nn.Linear(width, width)
         self.posterior_out = nn.Linear(width, 2 * config.latent)
@@ -85,6 +92,9 @@ class CVAE(nn.Module):
         self.decoder = _layers(width, width, config.depth - 1, config.dropout)
         self.decoder_out = nn.Linear(width, self.dimensions * (3 * terms or config.levels))
         self.dropout = nn.Dropout(config.dropout)
+        if config.contrast:
+            # Sums over pixels are far too sure of a label.
+            self.sureness = nn.Parameter(torch.tensor(0.1))
         self._start()
 
     @torch.no_grad()
@@ -112,6 +122,16 @@ class CVAE(nn.Module):
         tables = self._tables(self.decode(z[:, None], y)[:, 0])
         return torch.unflatten(tables, 1, self.config.shape)
 
+    def expected(self, z: Tensor, y: Tensor) -> Tensor:
+        """The expected picture given z (n, z) and y (n,), levels scaled to [0, 1], (n, c, h, w)."""
+        parameters = self.decode(z[:, None], y)[:, 0]
+        if self.config.logistics:
+            means = logistic.expected(parameters)
+        else:
+            levels = torch.linspace(0, 1, self.config.levels, device=z.device)
+            means = torch.softmax(parameters, -1) @ levels
+        return torch.unflatten(means, 1, self.config.shape)
+
     def log_weights(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
         """w_k in nats, (n, k).
 
@@ -133,7 +153,14 @@ class CVAE(nn.Module):
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """The negated bound that training raises, nats (n,)."""
         shape = (len(x), self.config.training_samples, self.config.latent)
-        return -self.iwae(x, y, torch.randn(shape, device=x.device))
+        eps = torch.randn(shape, device=x.device)
+        if not self.config.contrast:
+            return -self.iwae(x, y, eps)
+        labels = torch.arange(self.config.labels, device=x.device)
+        features, levels = self.features(x)[:, None], x.flatten(1)[:, None, None]
+        bounds = _mean_exp(self.weights(features, levels, labels, eps[:, None]))
+        label_nll = functional.cross_entropy(bounds * self.sureness, y, reduction="none")
+        return self.config.contrast * label_nll - bounds.gather(1, y[:, None])[:, 0]
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The negated IWAE-K bound, nats (n,), with the same noise at every call."""
@@ -143,7 +170,7 @@ class CVAE(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """What the trunk makes of uint8 (n, c, h, w), (n, width)."""
-        scaled = x.flatten(1).float() * (2 / (self.config.levels - 1)) - 1
+        scaled = x.float() * (2 / (self.config.levels - 1)) - 1
         features: Tensor = self.trunk(scaled)
         return features
 
@@ -285,6 +312,17 @@ class Encode(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance float32 (n, z) of uint8 x (n, c, h, w) and int64 y (n,)."""
         return self.model.encode(x, y)
+
+
+def _trunk(config: CVAEConfig) -> nn.Sequential:
+    """Scaled pixels (n, c, h, w) to features (n, width)."""
+    layers: list[nn.Module] = []
+    channels, height, width = config.shape
+    for wider in config.convolutions:
+        layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.ReLU()]
+        channels, height, width = wider, (height + 1) // 2, (width + 1) // 2
+    linear = _layers(channels * height * width, config.width, config.depth, config.dropout)
+    return nn.Sequential(*layers, nn.Flatten(), *linear)
 
 
 def _layers(inputs: int, width: int, depth: int, dropout: float) -> nn.Sequential:

@@ -52,3 +52,10 @@ def log_probs(parameters: Tensor, levels: int) -> Tensor:
     x = torch.arange(levels, dtype=parameters.dtype, device=parameters.device)
     every = parameters[..., None].expand(*parameters.shape, levels).flatten(-2)
     return torch.unflatten(log_prob(every, x.repeat(d), levels), -1, (d, levels))
+
+
+def expected(parameters: Tensor) -> Tensor:
+    """The mixture's mean with every term's mean held to the range, scaled to [0, 1], (..., d)."""
+    logits, mean, _ = parameters.unbind(-3)
+    means = (torch.softmax(logits, -2) * mean.clamp(-1, 1)).sum(-2)
+    return (means + 1) / 2

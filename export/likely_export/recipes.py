@@ -27,6 +27,8 @@ from pydantic import (
 from likely.bundle import Name, Role
 from likely.errors import InvalidInput
 from likely_export import data
+from likely_export.calibrate import PartConfig
+from likely_export.corruptions import CHOOSING
 from likely_export.families import GIVEN_BY_DATA, family
 from likely_export.optimisers import Training
 from likely_export.statistics import STATISTICS
@@ -96,11 +98,16 @@ class Calibration(_Table):
     """What outlier decisions are made of, and what the report checks.
 
     Attributes:
-        statistics: names of `likely_export.statistics.STATISTICS`; all by default.
+        statistics: names of `likely_export.statistics.STATISTICS`; by default all that the
+            density's own tables give.
+        parts: how they are combined; see `calibrate.PartConfig`.
+        contrast: the corruptions that a contrast part learns from, none of which is reported.
         alphas: rates of false rejections to check on the test part.
     """
 
-    statistics: tuple[str, ...] = tuple(STATISTICS)
+    statistics: tuple[str, ...] = tuple(n for n, s in STATISTICS.items() if s.needs is None)
+    parts: tuple[PartConfig, ...] = (PartConfig(),)
+    contrast: tuple[str, ...] = tuple(CHOOSING)
     alphas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.01, 0.05, 0.1)
 
     @field_validator("statistics")
@@ -109,6 +116,25 @@ class Calibration(_Table):
         if unknown := [name for name in names if name not in STATISTICS]:
             raise ValueError(f"{unknown[0]} is none of {', '.join(STATISTICS)}")
         return names
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _known_parts(cls, parts: Any) -> Any:
+        return tuple(_checked(PartConfig, part) for part in parts)
+
+    @field_validator("contrast")
+    @classmethod
+    def _known_corruptions(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in CHOOSING]:
+            raise ValueError(f"{unknown[0]} is none of {', '.join(CHOOSING)}")
+        return names
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        for part in self.parts:
+            if unknown := [name for name in part.statistics if name not in self.statistics]:
+                raise ValueError(f"parts: {unknown[0]} is not among the statistics")
+        return self
 
 
 class Recipe(_Table):
@@ -119,17 +145,27 @@ class Recipe(_Table):
     description: str = Field("", max_length=1000)
     data: Data
     models: dict[Name, Model] = Field(min_length=1)
-    roles: dict[Role, Name]
+    roles: dict[Role, Name | tuple[Name, ...]]
     calibration: Calibration = Calibration()
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if Role.DENSITY not in self.roles:
             raise ValueError("roles: a bundle needs a density model")
-        for role, model in self.roles.items():
-            if model not in self.models:
-                raise ValueError(f"roles.{role}: {model} is none of {', '.join(self.models)}")
+        for role in self.roles:
+            for model in self.models_of(role):
+                if model not in self.models:
+                    raise ValueError(f"roles.{role}: {model} is none of {', '.join(self.models)}")
+        families = {self.models[name].family for name in self.models_of(Role.DENSITY)[1:]}
+        for name in self.calibration.statistics:
+            if (needed := STATISTICS[name].needs) and needed not in families:
+                raise ValueError(f"calibration: {name} needs a {needed} beside the density")
         return self
+
+    def models_of(self, role: Role) -> tuple[Name, ...]:
+        """The names of the models behind a role, the one that leads first."""
+        named = self.roles[role]
+        return (named,) if isinstance(named, str) else named
 
     def published(self) -> dict[str, Any]:
         """The recipe as plain values, without the folders of this machine."""

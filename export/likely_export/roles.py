@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,10 @@ from torch import Tensor, nn
 from likely.bundle import Kind, Role, TensorSpec
 from likely.errors import InvalidInput
 from likely_export.cvae import CVAE, Conditional, Encode, Generate
+from likely_export.local import LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN
 from likely_export.sampler import Sampler
-from likely_export.statistics import statistics, tables
+from likely_export.statistics import Reconstruction, Tables, statistics, tables
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class GraphSource:
         outputs: likewise.
         kind: what the log-likelihoods are, where it gives any.
         importance_samples: behind a bound.
+        widths: how many numbers each statistic gives, of a density.
     """
 
     module: nn.Module
@@ -32,22 +36,73 @@ class GraphSource:
     outputs: tuple[TensorSpec, ...]
     kind: Kind | None = None
     importance_samples: int = 0
+    widths: Mapping[str, int] = field(default_factory=dict)
 
 
 class Density(nn.Module):
-    """x -> log p(x), the surprise of every pixel, the outlier statistics."""
+    """x -> log p(x), the surprise of every pixel, the outlier statistics[, the likeliest label].
 
-    def __init__(self, model: PixelCNN, names: tuple[str, ...]) -> None:
+    Args:
+        model: the density.
+        names: the statistics.
+        local: a model of neighbours only, for the statistics that need one.
+        cvae: likewise; it also says which label a picture is taken for.
+    """
+
+    def __init__(
+        self,
+        model: PixelCNN,
+        names: tuple[str, ...],
+        local: LocalPixelCNN | None = None,
+        cvae: CVAE | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.names = names
+        self.local = local
+        self.cvae = cvae
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log_px (n,), surprise (n, c, h, w), statistics (n, s) of uint8 x (n, c, h, w)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """log_px (n,), surprise (n, c, h, w), statistics (n, s)[, label (n,)] of uint8 x."""
+        seen = self.tables(x)
+        label = () if seen.reconstruction is None else (seen.redrawn.bounds.argmax(1),)
+        log_px = -seen.surprise.flatten(1).sum(1)
+        return log_px, seen.surprise, statistics(seen, self.names), *label
+
+    def tables(self, x: Tensor) -> Tables:
+        """What the statistics are computed from, of uint8 x (n, c, h, w)."""
         log_probs = self.model.log_probs(x)
-        surprise = self.model.head.surprise(log_probs, x)
-        seen = tables(log_probs, surprise, self.model.config.shape[0])
-        return -surprise.flatten(1).sum(1), surprise, statistics(seen, self.names)
+        seen = tables(log_probs, self.model.head.split(x), self.model.config.shape[0])
+        if self.local is not None:
+            seen = replace(seen, local=self.local.surprise(x))
+        if self.cvae is not None:
+            seen = replace(seen, reconstruction=_reconstruction(self.cvae, x))
+        return seen
+
+    @torch.no_grad()
+    def widths(self) -> dict[str, int]:
+        """How many numbers each statistic gives, in their order."""
+        seen = self.tables(torch.zeros(1, *self.model.config.shape, dtype=torch.uint8))
+        return {name: statistics(seen, (name,)).shape[1] for name in self.names}
+
+
+def _reconstruction(cvae: CVAE, x: Tensor) -> Reconstruction:
+    """The picture as the CVAE redraws it, of uint8 x (n, c, h, w)."""
+    labels = torch.arange(cvae.config.labels, device=x.device)
+    mean, log_variance = cvae.posterior(cvae.features(x)[:, None], labels)
+    middle = torch.zeros(1, 1, 1, cvae.config.latent, device=x.device)
+    levels = x.flatten(1)[:, None, None]
+    bounds = cvae.weights_of(mean, log_variance, levels, labels, middle)[..., 0]
+    likeliest = bounds.argmax(1)
+    chosen = likeliest[:, None, None].expand(-1, 1, cvae.config.latent)
+    mean, log_variance = (part.gather(1, chosen)[:, 0] for part in (mean, log_variance))
+    return Reconstruction(
+        bounds=bounds,
+        mean=mean,
+        log_variance=log_variance,
+        expected=cvae.expected(mean, likeliest),
+        picture=x.float() / (cvae.config.levels - 1),
+    )
 
 
 class EveryLabel(nn.Module):
@@ -66,29 +121,91 @@ class EveryLabel(nn.Module):
         return self.model.log_prob(each, y).view(n, labels)
 
 
-def density(model: PixelCNN, names: tuple[str, ...]) -> GraphSource:
-    """The graph of log p(x) and its statistics."""
+class Experts(nn.Module):
+    """x[, noise] -> log p(x|y) for all labels, by each of several models.
+
+    Args:
+        models: graphs' modules that give log_pxy; all but the first take x alone or x and noise.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(models)
+
+    def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """log_pxy (n, labels) of the first expert, and evidence (n, experts, labels) of all."""
+        each = [
+            expert(x, eps) if isinstance(expert, Conditional) else expert(x)
+            for expert in self.experts
+        ]
+        return each[0], torch.stack(each, 1)
+
+
+def density(
+    model: PixelCNN, names: tuple[str, ...], companions: Sequence[nn.Module] = ()
+) -> GraphSource:
+    """The graph of log p(x) and its statistics.
+
+    Raises:
+        InvalidInput: a companion is neither a local model nor a CVAE.
+    """
     shape = model.config.shape
-    module = Density(model, names).eval()
-    with torch.no_grad():
-        width = module(torch.zeros(1, *shape, dtype=torch.uint8))[2].shape[1]
-    outputs = (_floats("log_px"), _floats("surprise", *shape), _floats("statistics", width))
-    return GraphSource(module, (_pictures(shape),), outputs, Kind.EXACT)
+    local: LocalPixelCNN | None = None
+    cvae: CVAE | None = None
+    for companion in companions:
+        match companion:
+            case LocalPixelCNN():
+                local = companion
+            case CVAE():
+                cvae = companion
+            case _:
+                kind = type(companion).__name__
+                raise InvalidInput("roles.density", f"a {kind} has no place beside a density")
+    module = Density(model, names, local, cvae).eval()
+    widths = module.widths()
+    outputs = [
+        _floats("log_px"),
+        _floats("surprise", *shape),
+        _floats("statistics", sum(widths.values())),
+    ]
+    if cvae is not None:
+        outputs.append(TensorSpec(name="label", dtype="int64", shape=("batch",)))
+    return GraphSource(module, (_pictures(shape),), tuple(outputs), Kind.EXACT, widths=widths)
 
 
-def conditional(model: PixelCNN | CVAE) -> GraphSource:
-    """The graph of log p(x|y) for all labels."""
-    config = model.config
-    outputs = (_floats("log_pxy", config.labels),)
+def conditional(*models: PixelCNN | CVAE) -> GraphSource:
+    """The graph of log p(x|y) for all labels: of the first model, and of each beside it.
+
+    Raises:
+        InvalidInput: two of them need noise.
+    """
+    config = models[0].config
+    inputs = [_pictures(config.shape)]
+    modules: list[nn.Module] = []
+    for model in models:
+        if isinstance(model, PixelCNN):
+            modules.append(EveryLabel(model))
+            continue
+        if len(inputs) > 1:
+            raise InvalidInput("roles.conditional", "names two models that need noise")
+        inputs.append(_floats("eps", model.config.importance_samples, model.config.latent))
+        modules.append(Conditional(model))
+    outputs = [_floats("log_pxy", config.labels)]
+    if len(models) == 1:
+        module = modules[0]
+    else:
+        module = Experts(modules)
+        outputs.append(_floats("evidence", len(models), config.labels))
+    kind, k = _kind(models[0])
+    return GraphSource(module.eval(), tuple(inputs), tuple(outputs), kind, k)
+
+
+def _kind(model: PixelCNN | CVAE) -> tuple[Kind, int]:
+    """What the model's log p(x|y) is, and how many importance samples are behind it."""
     if isinstance(model, PixelCNN):
-        return GraphSource(
-            EveryLabel(model).eval(), (_pictures(config.shape),), outputs, Kind.EXACT
-        )
+        return Kind.EXACT, 0
     k = model.config.importance_samples
-    inputs = (_pictures(config.shape), _floats("eps", k, model.config.latent))
-    return GraphSource(
-        Conditional(model).eval(), inputs, outputs, Kind.IWAE if k > 1 else Kind.ELBO, k
-    )
+    return (Kind.IWAE if k > 1 else Kind.ELBO), k
 
 
 def sample(model: PixelCNN) -> GraphSource:
@@ -120,29 +237,34 @@ def encode(model: CVAE) -> GraphSource:
     return GraphSource(Encode(model).eval(), (_pictures(model.config.shape), _labels()), outputs)
 
 
-def source(role: Role, model: nn.Module, names: tuple[str, ...]) -> GraphSource:
+def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> GraphSource:
     """The graph of that role.
 
     Args:
         role: what the graph answers.
-        model: of a family that can answer it.
+        models: of families that can answer it together; the first gives the role's name.
         names: the statistics of the density graph.
 
     Raises:
-        InvalidInput: this family cannot answer it.
+        InvalidInput: these families cannot answer it.
     """
-    match role, model:
-        case Role.DENSITY, PixelCNN():
-            return density(model, names)
-        case Role.CONDITIONAL, (PixelCNN() | CVAE()) if model.config.labels:
-            return conditional(model)
-        case Role.SAMPLE, PixelCNN():
+    match role, models:
+        case Role.DENSITY, [PixelCNN() as model, *companions]:
+            return density(model, names, companions)
+        case Role.CONDITIONAL, _ if all(map(_is_conditional, models)):
+            return conditional(*cast("Sequence[PixelCNN | CVAE]", models))
+        case Role.SAMPLE, [PixelCNN() as model]:
             return sample(model)
-        case Role.GENERATE, CVAE():
+        case Role.GENERATE, [CVAE() as model]:
             return generate(model)
-        case Role.ENCODE, CVAE():
+        case Role.ENCODE, [CVAE() as model]:
             return encode(model)
-    raise InvalidInput(f"roles.{role}", f"a {type(model).__name__} has no such graph")
+    kinds = " beside a ".join(type(model).__name__ for model in models)
+    raise InvalidInput(f"roles.{role}", f"a {kinds} has no such graph")
+
+
+def _is_conditional(model: nn.Module) -> bool:
+    return isinstance(model, PixelCNN | CVAE) and model.config.labels > 0
 
 
 def _pictures(shape: tuple[int, int, int]) -> TensorSpec:

@@ -12,6 +12,7 @@ from likely.answers import (
     Classifications,
     Draws,
     Features,
+    Guarantee,
     Limits,
     ModelInfo,
     Scores,
@@ -33,6 +34,7 @@ from likely.errors import (
     SettingsError,
     Unavailable,
 )
+from likely.outliers import benjamini_hochberg
 
 __all__ = [
     "AccessDenied",
@@ -44,6 +46,7 @@ __all__ = [
     "DeviceError",
     "Draws",
     "Features",
+    "Guarantee",
     "InvalidInput",
     "LikelyError",
     "Limits",
@@ -57,4 +60,5 @@ __all__ = [
     "SettingsError",
     "Unavailable",
     "Verdict",
+    "benjamini_hochberg",
 ]

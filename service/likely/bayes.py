@@ -37,6 +37,17 @@ def posterior(
     return normalised
 
 
+def pooled(evidence: npt.NDArray[np.floating], weights: Doubles) -> Doubles:
+    """sum_e weights_e log p_e(x|y), (n, labels): a product of experts (Hinton, 2002).
+
+    Args:
+        evidence: log p_e(x|y) in nats (n, experts, labels).
+        weights: (experts,), the same for all labels.
+    """
+    found: Doubles = np.einsum("nel,e->nl", evidence.astype(np.float64), weights)
+    return found
+
+
 def check_priors(priors: Sequence[float], labels: int) -> Doubles:
     """The priors as an array.
 

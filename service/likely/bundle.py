@@ -81,6 +81,10 @@ class Graph(_Entry):
         """The input of that name, None where there is none."""
         return next((spec for spec in self.inputs if spec.name == name), None)
 
+    def output(self, name: str) -> TensorSpec | None:
+        """The output of that name, None where there is none."""
+        return next((spec for spec in self.outputs if spec.name == name), None)
+
 
 class Label(_Entry):
     """A label and how probable it is before a picture is seen."""
@@ -90,11 +94,16 @@ class Label(_Entry):
 
 
 class Calibration(_Entry):
-    """Where the calibration arrays are and what they can promise."""
+    """Where the calibration arrays are and what they can promise.
+
+    The posterior is softmax_y(sum_e weights_e log p_e(x|y) / temperature + log p(y)), with
+    one expert where there are no weights.
+    """
 
     file: FileName
     size: int = Field(ge=1)
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weights: tuple[Probability, ...] = ()
 
     @property
     def finest_alpha(self) -> float:
@@ -137,6 +146,11 @@ class Manifest(_Entry):
             raise ValueError("a bundle needs a density graph")
         if self.labels and abs(sum(label.prior for label in self.labels) - 1) > 1e-6:
             raise ValueError("the priors of the labels must sum to 1")
+        conditional = self.graphs.get(Role.CONDITIONAL)
+        evidence = conditional.output("evidence") if conditional else None
+        experts = evidence.shape[1] if evidence else 0
+        if len(self.calibration.weights) != experts:
+            raise ValueError(f"{len(self.calibration.weights)} weights for {experts} experts")
         named = {graph.file for graph in self.graphs.values()}
         named |= {self.calibration.file, self.golden}
         if missing := named - set(self.files):

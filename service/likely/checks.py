@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from likely import bayes, codec
-from likely.answers import Accepted, Doubles, Labels, Limits, Pixels, SelfCheck
+from likely.answers import Accepted, Doubles, Guarantee, Labels, Limits, Pixels, SelfCheck
 from likely.errors import InvalidInput
 from likely.noise import SEED_LIMIT
 from likely.v1 import generation_pb2, images_pb2, scoring_pb2
@@ -96,8 +96,18 @@ def alpha(
     detector: Detector,
     default: float,
 ) -> float:
-    """The request's alpha, in [finest_alpha, 1), or the default."""
-    return detector.check_alpha(request.alpha if request.HasField("alpha") else default)
+    """The request's alpha, in [finest_alpha, 1) of its guarantee, or the default."""
+    asked = request.alpha if request.HasField("alpha") else default
+    if isinstance(request, generation_pb2.SelfCheck):
+        return detector.check_alpha(asked)
+    return detector.check_alpha(asked, guarantee(request))
+
+
+def guarantee(request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest) -> Guarantee:
+    """What the request's alpha is to hold for."""
+    if request.guarantee not in scoring_pb2.Guarantee.values():
+        raise InvalidInput("guarantee", f"{request.guarantee} is no number of a guarantee")
+    return Guarantee(request.guarantee or Guarantee.MARGINAL)
 
 
 def priors(request: scoring_pb2.ClassifyRequest, manifest: Manifest) -> Doubles | None:

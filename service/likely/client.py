@@ -16,7 +16,15 @@ import grpc
 import numpy.typing as npt
 
 from likely import codec, plans, statuses
-from likely.answers import Classifications, Completions, Draws, Features, ModelInfo, Scores
+from likely.answers import (
+    Classifications,
+    Completions,
+    Draws,
+    Features,
+    Guarantee,
+    ModelInfo,
+    Scores,
+)
 from likely.channels import File, Route, Token
 from likely.v1 import (
     generation_pb2_grpc,
@@ -92,6 +100,7 @@ class Client:
         *,
         alpha: float | None = None,
         surprise: bool = False,
+        guarantee: Guarantee = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> Scores:
@@ -101,6 +110,7 @@ class Client:
             images: uint8 (n, c, h, w), or (n, h, w) for one channel.
             alpha: accepted rate of false rejections; None for the server's default.
             surprise: whether to give -log p of every pixel.
+            guarantee: what alpha is to hold for: on average, or with 95 % confidence.
             model: its name.
             version: its version.
 
@@ -108,7 +118,7 @@ class Client:
             LikelyError: InvalidInput, ModelNotFound, NotAnswered, Overloaded,
                 Unavailable, DeadlineExceeded, AccessDenied or ServerFault.
         """
-        plan = plans.score(self._catalogue, images, alpha, surprise, model, version)
+        plan = plans.score(self._catalogue, images, alpha, surprise, guarantee, model, version)
         return self._follow(plan)
 
     def classify(
@@ -118,6 +128,7 @@ class Client:
         alpha: float | None = None,
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
+        guarantee: Guarantee = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> Classifications:
@@ -128,13 +139,16 @@ class Client:
             alpha: accepted rate of false rejections; None for the server's default.
             priors: p(y) in the model's order; None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
+            guarantee: what alpha is to hold for: on average, or with 95 % confidence.
             model: its name.
             version: its version.
 
         Raises:
             LikelyError: as `score`.
         """
-        plan = plans.classify(self._catalogue, images, alpha, priors, min_posterior, model, version)
+        plan = plans.classify(
+            self._catalogue, images, alpha, priors, min_posterior, guarantee, model, version
+        )
         return self._follow(plan)
 
     def encode(
@@ -358,11 +372,12 @@ class AsyncClient:
         *,
         alpha: float | None = None,
         surprise: bool = False,
+        guarantee: Guarantee = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> Scores:
         """As `Client.score`."""
-        plan = plans.score(self._catalogue, images, alpha, surprise, model, version)
+        plan = plans.score(self._catalogue, images, alpha, surprise, guarantee, model, version)
         return await self._follow(plan)
 
     async def classify(
@@ -372,11 +387,14 @@ class AsyncClient:
         alpha: float | None = None,
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
+        guarantee: Guarantee = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> Classifications:
         """As `Client.classify`."""
-        plan = plans.classify(self._catalogue, images, alpha, priors, min_posterior, model, version)
+        plan = plans.classify(
+            self._catalogue, images, alpha, priors, min_posterior, guarantee, model, version
+        )
         return await self._follow(plan)
 
     async def encode(

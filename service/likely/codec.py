@@ -13,6 +13,7 @@ import numpy as np
 from likely.answers import (
     Classifications,
     Completions,
+    Doubles,
     Draws,
     Features,
     Floats,
@@ -78,15 +79,19 @@ def pixels(message: images_pb2.Images) -> Pixels:
 
 def score_response(scores: Scores) -> scoring_pb2.ScoreResponse:
     """Scores as a message."""
-    columns = (scores.log_px, scores.bits_per_dim, scores.p_value, scores.verdict)
+    columns = (
+        scores.log_px, scores.bits_per_dim, scores.p_value, scores.verdict, scores.unusualness,
+    )  # fmt: skip
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return scoring_pb2.ScoreResponse(
         model_version=scores.model_version,
         alpha=scores.alpha,
         surprise=b"" if scores.surprise is None else _packed(scores.surprise),
         scores=[
-            scoring_pb2.Score(log_likelihood=log_px, bits_per_dim=bits, p_value=p, verdict=verdict)
-            for log_px, bits, p, verdict in rows
+            scoring_pb2.Score(
+                log_likelihood=log_px, bits_per_dim=bits, p_value=p, verdict=verdict, unusualness=z
+            )
+            for log_px, bits, p, verdict, z in rows
         ],
     )
 
@@ -97,6 +102,7 @@ def scores(message: scoring_pb2.ScoreResponse, surprise: Sequence[int] | None) -
     return Scores(
         log_px=np.array([row.log_likelihood for row in rows], dtype=np.float64),
         bits_per_dim=np.array([row.bits_per_dim for row in rows], dtype=np.float64),
+        unusualness=np.array([row.unusualness for row in rows], dtype=np.float64),
         p_value=np.array([row.p_value for row in rows], dtype=np.float64),
         verdict=np.array([row.verdict for row in rows], dtype=np.int8),
         alpha=message.alpha,
@@ -107,16 +113,24 @@ def scores(message: scoring_pb2.ScoreResponse, surprise: Sequence[int] | None) -
 
 def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
     """Classifications as a message."""
-    columns = (answer.log_pxy, answer.posterior, answer.label, answer.p_value, answer.verdict)
+    columns = (
+        answer.log_pxy, answer.posterior, answer.label, answer.p_value, answer.verdict,
+        answer.label_p_values,
+    )  # fmt: skip
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return scoring_pb2.ClassifyResponse(
         model_version=answer.model_version,
         alpha=answer.alpha,
         classifications=[
             scoring_pb2.Classification(
-                log_likelihoods=log_pxy, posterior=posterior, label=y, p_value=p, verdict=verdict
+                log_likelihoods=log_pxy,
+                posterior=posterior,
+                label=y,
+                p_value=p,
+                verdict=verdict,
+                label_p_values=each,
             )
-            for log_pxy, posterior, y, p, verdict in rows
+            for log_pxy, posterior, y, p, verdict, each in rows
         ],
     )
 
@@ -126,14 +140,19 @@ def classifications(message: scoring_pb2.ClassifyResponse, labels: int) -> Class
     rows = message.classifications
     shape = (len(rows), labels)
     return Classifications(
-        log_pxy=np.array([row.log_likelihoods for row in rows], dtype=np.float64).reshape(shape),
-        posterior=np.array([row.posterior for row in rows], dtype=np.float64).reshape(shape),
+        log_pxy=_matrix([row.log_likelihoods for row in rows], shape),
+        posterior=_matrix([row.posterior for row in rows], shape),
         label=np.array([row.label for row in rows], dtype=np.int64),
         p_value=np.array([row.p_value for row in rows], dtype=np.float64),
+        label_p_values=_matrix([row.label_p_values for row in rows], shape),
         verdict=np.array([row.verdict for row in rows], dtype=np.int8),
         alpha=message.alpha,
         model_version=message.model_version,
     )
+
+
+def _matrix(rows: Sequence[Sequence[float]], shape: tuple[int, int]) -> Doubles:
+    return np.array(rows, dtype=np.float64).reshape(shape)
 
 
 def encode_response(answer: Features) -> scoring_pb2.EncodeResponse:

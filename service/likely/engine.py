@@ -16,6 +16,7 @@ from likely.answers import (
     Draws,
     Features,
     Floats,
+    Guarantee,
     Labels,
     Pixels,
     Scores,
@@ -29,14 +30,14 @@ from likely.generation import Generator
 from likely.graphs import Array, Device, Session, agrees
 from likely.lanes import Ask, Lanes
 from likely.outliers import Detector
-from likely.ranking import P_VALUE, Ranked
+from likely.ranking import UNUSUALNESS, Ranked
 from likely.traffic import Traffic
 from likely.trust import Trust
 from likely.tuning import Best
 
 LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
 TUNING = 0.06  # seconds for each graph
-_SCORE, _SURPRISE = ("log_px", P_VALUE), ("log_px", P_VALUE, "surprise")
+_SCORE, _SURPRISE = ("log_px", UNUSUALNESS), ("log_px", UNUSUALNESS, "surprise")
 _OUTLIER, _ACCEPTED = np.int8(Verdict.OUTLIER), np.int8(Verdict.ACCEPTED)
 _METHODS: dict[str, tuple[Role, ...]] = {
     "Score": (Role.DENSITY,),
@@ -163,21 +164,35 @@ class Engine:
         """Whether the bundle has a graph for that RPC, such as `Score`."""
         return any(role in self._lanes for role in _METHODS[method])
 
-    async def score(self, x: Pixels, alpha: float, *, surprise: bool = False) -> Scores:
+    async def score(
+        self,
+        x: Pixels,
+        alpha: float,
+        *,
+        surprise: bool = False,
+        guarantee: Guarantee = Guarantee.MARGINAL,
+    ) -> Scores:
         """How plausible pictures are.
 
         Args:
             x: uint8 (n, c, h, w), levels below the model's.
             alpha: accepted rate of false rejections, promisable by the calibration.
             surprise: whether to give the per-pixel map.
+            guarantee: what alpha is to hold for.
         """
         self._trust.require()
         outputs = _SURPRISE if surprise else _SCORE
         arrays = (await self._lanes.run_all(_ask(Role.DENSITY, {"x": x}, outputs)))[0]
-        return self._scores(arrays, alpha)
+        return self._scores(arrays, alpha, guarantee)
 
     async def classify(
-        self, x: Pixels, alpha: float, *, priors: Doubles | None = None, min_posterior: float = 0.0
+        self,
+        x: Pixels,
+        alpha: float,
+        *,
+        priors: Doubles | None = None,
+        min_posterior: float = 0.0,
+        guarantee: Guarantee = Guarantee.MARGINAL,
     ) -> Classifications:
         """Which label Bayes' rule assigns, if any.
 
@@ -186,22 +201,27 @@ class Engine:
             alpha: accepted rate of false rejections, promisable by the calibration.
             priors: p(y) (labels,); None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
+            guarantee: what alpha is to hold for.
         """
         self._trust.require()
         density, conditional = await self._lanes.run_all(
             _ask(Role.DENSITY, {"x": x}, _SCORE), self._conditional(x)
         )
-        scores, log_pxy = self._scores(density, alpha), self._finite(conditional["log_pxy"])
-        posterior = self._posterior(log_pxy, priors)
+        scores = self._scores(density, alpha, guarantee)
+        evidence = self._evidence(conditional)
+        posterior = self._posterior(evidence, priors)
+        # What a label's pictures look like does not depend on how many of them are expected.
+        own = posterior if priors is None else self._posterior(evidence)
         label = posterior.argmax(1).astype(np.int64)
         unsure = posterior.max(1, initial=0.0) < min_posterior
         verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
         verdict = np.where(scores.verdict == Verdict.OUTLIER, Verdict.OUTLIER, verdict)
         return Classifications(
-            log_pxy=log_pxy,
+            log_pxy=conditional["log_pxy"].astype(np.float64),
             posterior=posterior,
             label=label,
             p_value=scores.p_value,
+            label_p_values=self.detector.label_p_values(scores.unusualness, own),
             verdict=verdict.astype(np.int8),
             alpha=alpha,
             model_version=self.manifest.version,
@@ -217,7 +237,8 @@ class Engine:
         self._trust.require()
         self._lanes.graph(Role.ENCODE)
         if label is None:
-            label = self._posterior(await self._log_pxy(x)).argmax(1).astype(np.int64)
+            (conditional,) = await self._lanes.run_all(self._conditional(x))
+            label = self._posterior(self._evidence(conditional)).argmax(1).astype(np.int64)
         arrays = await self._lanes.run(Role.ENCODE, {"x": x, "y": label}, ["mean", "log_variance"])
         self._trust.check(*arrays.values())
         return Features(
@@ -318,16 +339,18 @@ class Engine:
     async def _surprise(self, x: Pixels) -> Floats:
         return (await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"]))["surprise"]
 
-    def _posterior(self, log_pxy: Doubles, priors: Doubles | None = None) -> Doubles:
+    def _posterior(self, evidence: Doubles, priors: Doubles | None = None) -> Doubles:
         prior = self.manifest.priors if priors is None else priors
-        return bayes.posterior(log_pxy, prior, self.manifest.calibration.temperature)
+        return bayes.posterior(evidence, prior, self.manifest.calibration.temperature)
 
-    def _scores(self, arrays: Mapping[str, Array], alpha: float) -> Scores:
+    def _scores(self, arrays: Mapping[str, Array], alpha: float, guarantee: Guarantee) -> Scores:
         self._trust.check(*arrays.values())
-        log_px, p_value = arrays["log_px"].astype(np.float64), arrays["p_value"]
+        log_px = arrays["log_px"].astype(np.float64)
+        p_value = self.detector.p_value(arrays[UNUSUALNESS], guarantee)
         return Scores(
             log_px=log_px,
             bits_per_dim=log_px / (-np.log(2) * self.manifest.dimensions),
+            unusualness=arrays[UNUSUALNESS],
             p_value=p_value,
             verdict=np.where(p_value <= alpha, _OUTLIER, _ACCEPTED),
             alpha=alpha,
@@ -335,23 +358,24 @@ class Engine:
             model_version=self.manifest.version,
         )
 
-    async def _log_pxy(self, x: Pixels) -> Doubles:
-        (arrays,) = await self._lanes.run_all(self._conditional(x))
-        return self._finite(arrays["log_pxy"])
-
-    def _finite(self, values: Array) -> Doubles:
-        self._trust.check(values)
-        return values.astype(np.float64)
+    def _evidence(self, conditional: Mapping[str, Array]) -> Doubles:
+        """What speaks for each label (n, labels): log p(x|y), pooled where there are experts."""
+        self._trust.check(*conditional.values())
+        if "evidence" not in conditional:
+            return conditional["log_pxy"].astype(np.float64)
+        weights = np.array(self.manifest.calibration.weights)
+        return bayes.pooled(conditional["evidence"], weights)
 
     def _conditional(self, x: Pixels) -> Ask:
-        eps = self._lanes.graph(Role.CONDITIONAL).input("eps")
+        graph = self._lanes.graph(Role.CONDITIONAL)
+        eps, outputs = graph.input("eps"), tuple(spec.name for spec in graph.outputs)
 
         def feed(start: int, stop: int) -> Mapping[str, Array]:
             shape = eps.array_shape(stop - start) if eps else None
             common = {"eps": np.ascontiguousarray(noise.common(shape))} if shape else {}
             return {"x": x[start:stop], **common}
 
-        return Ask(Role.CONDITIONAL, len(x), feed, ("log_pxy",))
+        return Ask(Role.CONDITIONAL, len(x), feed, outputs)
 
     def _replay(self, runners: Mapping[Role, Runner], golden: Mapping[str, Array]) -> None:
         for role, graph in self.manifest.graphs.items():
@@ -378,10 +402,10 @@ def _detector(bundle: Bundle) -> Detector:
     except KeyError as error:
         raise BundleError(f"{calibration.file} has no array {error}", "calibration") from error
     width = next((out.shape[-1] for out in graph.outputs if out.name == "statistics"), None)
-    if detector.knots.shape[1:] != (width,) or detector.scores.shape != (calibration.size,):
+    if detector.statistics != width or len(detector.scores) != calibration.size:
         raise BundleError(
-            f"{calibration.file} is for {detector.knots.shape[1:]} statistics and "
-            f"{detector.scores.shape} scores; the manifest says {width} and {calibration.size}",
+            f"{calibration.file} is for {detector.statistics} statistics and "
+            f"{len(detector.scores)} scores; the manifest says {width} and {calibration.size}",
             "calibration",
         )
     return detector

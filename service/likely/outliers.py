@@ -1,81 +1,376 @@
 """From outlier statistics to one calibrated p-value; pure numpy.
 
-The statistics of a picture (columns of the density graph's `statistics`) are
-mapped to normal scores by their ranks on the *fit* split, combined into one
-squared Mahalanobis distance, and that is ranked once against the *calibration*
-split, which neither the model nor the combination has seen. Then
-P(p <= alpha) <= alpha for a new in-distribution picture, for any alpha and
-whatever the dependence of the statistics (Vovk et al., 2005; Bates et al., 2023).
+The statistics of a picture (columns of the density graph's `statistics`) are mapped to
+normal scores by their ranks on the *fit* split. Several parts, each a way to say how
+unusual a vector is, look at some of them; the parts' scores are mapped to normal ones
+again, averaged, set against what is usual for the label that the picture is taken for,
+and ranked once against the *calibration* split, which neither the models nor the
+combination have seen. Then P(p <= alpha) <= alpha for a new in-distribution picture, for
+any alpha and whatever the dependence of the statistics (Vovk et al., 2005; Bates et al.,
+2023, https://arxiv.org/abs/2104.08279).
+
+`likely_export.calibrate` makes the arrays that everything here is built from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from likely.answers import Doubles
+from likely.answers import Doubles, Guarantee, Labels
 from likely.errors import InvalidInput
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class _Stored:
+    """A dataclass of arrays that goes into an archive and comes back."""
+
+    @classmethod
+    def read(cls, arrays: Arrays, prefix: str = "") -> Self:
+        """The instance whose fields are stored under that prefix.
+
+        Raises:
+            KeyError: one of them is not there.
+        """
+        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        return cls(**{name: np.asarray(arrays[prefix + name], np.float64) for name in names})
+
+    def stored(self, prefix: str = "") -> dict[str, Doubles]:
+        """The fields under that prefix."""
+        return {prefix + field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Ranks(_Stored):
+    """Maps values to the normal scores of their ranks; linear beyond the outermost ranks.
+
+    Attributes:
+        knots: (k, s), quantiles of each of s columns.
+        normals: (k,), the standard normal quantiles of the same ranks.
+        spreads: (s,), beyond the knots, where ranks would saturate, so much counts as one.
+    """
+
+    knots: Doubles
+    normals: Doubles
+    spreads: Doubles
+
+    def __call__(self, values: npt.NDArray[np.floating]) -> Doubles:
+        """Normal scores (n, s) of values (n, s)."""
+        values = values.astype(np.float64)
+        ranked = np.empty_like(values)
+        for column in range(values.shape[1]):
+            ranked[:, column] = np.interp(values[:, column], self.knots[:, column], self.normals)
+        excess = values - np.clip(values, self.knots[0], self.knots[-1])
+        normal: Doubles = ranked + excess / self.spreads
+        return normal
+
+
+class Part(Protocol):
+    """One way to say how unusual a vector of normal scores is."""
+
+    def __call__(self, normal: Doubles, label: Labels) -> Doubles:
+        """Scores (n,), large is unusual, of normal scores (n, s) and the labels taken for (n,)."""
+
+    def stored(self, prefix: str = "") -> dict[str, Doubles]:
+        """Its arrays."""
+
+
+@dataclass(frozen=True)
+class Mahalanobis(_Stored):
+    """The squared Mahalanobis distance from the centre of the label taken for.
+
+    Attributes:
+        columns: (c,), the statistics that it looks at.
+        centres: (labels, c), or (1, c) for one centre of all.
+        whitening: (c, r), maps differences to independent ones.
+    """
+
+    columns: Doubles
+    centres: Doubles
+    whitening: Doubles
+
+    def __call__(self, normal: Doubles, label: Labels) -> Doubles:
+        """The distances (n,)."""
+        centres = self.centres[label] if len(self.centres) > 1 else self.centres
+        whitened = (normal[:, self.columns.astype(int)] - centres) @ self.whitening
+        distance: Doubles = np.einsum("nr,nr->n", whitened, whitened)
+        return distance
+
+
+@dataclass(frozen=True)
+class Mixture(_Stored):
+    """Minus the log-density of a mixture of normal distributions.
+
+    Attributes:
+        columns: (c,), the statistics that it looks at.
+        centre: (c,), what is subtracted first.
+        whitening: (c, r), maps the rest to r principal components.
+        means: (m, r), of the terms.
+        roots: (m, r, r), R with R R' the inverse covariance.
+        offsets: (m,), log of the weight, and of the determinant of R.
+    """
+
+    columns: Doubles
+    centre: Doubles
+    whitening: Doubles
+    means: Doubles
+    roots: Doubles
+    offsets: Doubles
+
+    def __call__(self, normal: Doubles, label: Labels) -> Doubles:  # noqa: ARG002
+        """Minus log-densities (n,), but for a constant."""
+        v = (normal[:, self.columns.astype(int)] - self.centre) @ self.whitening
+        terms = np.empty((len(v), len(self.means)))
+        for k, (mean, root) in enumerate(zip(self.means, self.roots, strict=True)):
+            terms[:, k] = self.offsets[k] - 0.5 * np.square((v - mean) @ root).sum(1)
+        improbable: Doubles = -np.logaddexp.reduce(terms, axis=1)
+        return improbable
+
+
+@dataclass(frozen=True)
+class Neighbours(_Stored):
+    """The mean distance to the nearest of the fit split's pictures.
+
+    Attributes:
+        columns: (c,), the statistics that it looks at.
+        centre: (c,), what is subtracted first.
+        whitening: (c, r), maps the rest to independent numbers.
+        bank: (b, r), those of the fit split.
+        count: (), how many of the nearest are averaged.
+    """
+
+    columns: Doubles
+    centre: Doubles
+    whitening: Doubles
+    bank: Doubles
+    count: Doubles
+
+    def __call__(self, normal: Doubles, label: Labels) -> Doubles:  # noqa: ARG002
+        """The distances (n,)."""
+        v = (normal[:, self.columns.astype(int)] - self.centre) @ self.whitening
+        k = int(self.count)
+        found = np.empty(len(v))
+        for start in range(0, len(v), 64):  # a block of distances fits a cache
+            rows = v[start : start + 64]
+            squares = np.square(rows).sum(1)[:, None] + np.square(self.bank).sum(1)
+            squares = squares - 2 * rows @ self.bank.T
+            nearest = np.partition(squares, k - 1, axis=1)[:, :k]
+            found[start : start + 64] = np.sqrt(np.maximum(nearest, 0)).mean(1)
+        return found
+
+
+@dataclass(frozen=True)
+class Contrast(_Stored):
+    """The log-odds of a corrupted picture against a real one.
+
+    Attributes:
+        columns: (c,), the statistics that it looks at.
+        slopes: (c,), weights of the normal scores, which are held to +-`HELD`.
+        bends: (c,), weights of their absolute values.
+    """
+
+    columns: Doubles
+    slopes: Doubles
+    bends: Doubles
+
+    HELD = 6.0
+
+    def __call__(self, normal: Doubles, label: Labels) -> Doubles:  # noqa: ARG002
+        """The log-odds (n,), but for a constant."""
+        v = np.clip(normal[:, self.columns.astype(int)], -self.HELD, self.HELD)
+        odds: Doubles = v @ self.slopes + np.abs(v) @ self.bends
+        return odds
+
+
+PARTS: Mapping[str, type[Mahalanobis | Mixture | Neighbours | Contrast]] = {
+    "mahalanobis": Mahalanobis,
+    "mixture": Mixture,
+    "neighbours": Neighbours,
+    "contrast": Contrast,
+}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Statistics to one score; large is unusual.
+
+    Attributes:
+        ranks: of the statistics.
+        parts: what looks at them.
+        part_ranks: of the parts' scores.
+        weights: (parts,), of the parts' normal scores.
+        usual: (labels, 2), mean and deviation of that average for each label taken for,
+            or (1, 2) for all.
+    """
+
+    ranks: Ranks
+    parts: tuple[Part, ...]
+    part_ranks: Ranks
+    weights: Doubles
+    usual: Doubles
+
+    def __call__(self, statistics: npt.NDArray[np.floating], label: Labels) -> Doubles:
+        """Scores (n,), about standard normal in distribution, of statistics (n, s)."""
+        average = self.part_ranks(self.parts_of(self.ranks(statistics), label)) @ self.weights
+        mean, deviation = self.usual[label if len(self.usual) > 1 else np.zeros_like(label)].T
+        score: Doubles = (average - mean) / deviation
+        return score
+
+    def parts_of(self, normal: Doubles, label: Labels) -> Doubles:
+        """The parts' scores (n, parts)."""
+        return np.stack([part(normal, label) for part in self.parts], 1)
+
+    @classmethod
+    def read(cls, arrays: Arrays) -> Combination:
+        """The combination in an archive.
+
+        Raises:
+            KeyError: an array is not there.
+        """
+        headed = {key.split(".")[0] for key in arrays if key[:1].isdigit()}
+        parts: list[Part] = []
+        for head in sorted(headed, key=lambda head: int(head.split("_")[0])):
+            kind = head.split("_")[1]
+            parts.append(PARTS[kind].read(arrays, f"{head}."))
+        return cls(
+            Ranks.read(arrays, "statistics."),
+            tuple(parts),
+            Ranks.read(arrays, "parts."),
+            np.asarray(arrays["weights"], np.float64),
+            np.asarray(arrays["usual"], np.float64),
+        )
+
+    def stored(self) -> dict[str, Doubles]:
+        """Its arrays."""
+        kinds = {kind: name for name, kind in PARTS.items()}
+        arrays = {**self.ranks.stored("statistics."), **self.part_ranks.stored("parts.")}
+        for index, part in enumerate(self.parts):
+            arrays |= part.stored(f"{index}_{kinds[type(part)]}.")  # type: ignore[index]
+        return {**arrays, "weights": self.weights, "usual": self.usual}
 
 
 class Detector:
     """Turns statistics into p-values by the arrays that calibration wrote.
 
     Attributes:
-        knots: float64 (k, s), quantiles of each of s statistics on the fit split.
-        normals: float64 (k,), the standard normal quantiles of the same ranks.
-        spreads: float64 (s,), one standard deviation of each statistic: beyond the
-            knots, where ranks would saturate, it counts as one normal score.
-        centre: float64 (s,), mean of the normal scores.
-        whitening: float64 (s, r), maps centred normal scores to r independent ones.
-        scores: float64 (n,), the calibration split's distances, ascending.
+        combination: statistics to one score.
+        scores: float64 (n,), the calibration split's, ascending.
+        label_scores: float64 (n,), its scores under the true label (`label_score`), label by
+            label and ascending within each; empty where there are no labels.
+        label_counts: int64 (labels,), how many of them each label has.
+        confident: float64 (n + 1,), by how many calibration scores are at least as large: the
+            p-value that is large enough with a confidence of 95 %.
     """
 
-    def __init__(self, arrays: Mapping[str, npt.NDArray[np.float64]]) -> None:
-        self.knots = arrays["knots"]
-        self.normals = arrays["normals"]
-        self.spreads = arrays["spreads"]
-        self.centre = arrays["centre"]
-        self.whitening = arrays["whitening"]
-        self.scores = arrays["scores"]
+    def __init__(self, arrays: Arrays) -> None:
+        self.combination = Combination.read(arrays)
+        self.scores = np.asarray(arrays["scores"], np.float64)
+        self.confident = np.asarray(arrays["confident"], np.float64)
+        self.label_scores = np.asarray(arrays["label_scores"], np.float64)
+        self.label_counts = np.asarray(arrays["label_counts"], np.int64)
+
+    @property
+    def statistics(self) -> int:
+        """How many statistics a picture has."""
+        return int(self.combination.ranks.knots.shape[1])
 
     @property
     def finest_alpha(self) -> float:
         """The smallest alpha that n calibration scores can promise: 1 / (n + 1)."""
         return 1 / (len(self.scores) + 1)
 
-    def normal_scores(self, statistics: npt.NDArray[np.floating]) -> Doubles:
-        """Statistics (n, s) as normal scores (n, s): by rank inside the knots, linear outside."""
-        values = statistics.astype(np.float64)
-        ranked = np.empty_like(values)
-        for column in range(values.shape[1]):
-            ranked[:, column] = np.interp(values[:, column], self.knots[:, column], self.normals)
-        excess = values - np.clip(values, self.knots[0], self.knots[-1])
-        return ranked + excess / self.spreads
+    def score(self, statistics: npt.NDArray[np.floating], label: Labels | None = None) -> Doubles:
+        """How unusual pictures are (n,); about standard normal in distribution.
 
-    def score(self, statistics: npt.NDArray[np.floating]) -> Doubles:
-        """The squared Mahalanobis distance (n,) of statistics (n, s); large is unusual."""
-        whitened = (self.normal_scores(statistics) - self.centre) @ self.whitening
-        distance: Doubles = np.einsum("nr,nr->n", whitened, whitened)
-        return distance
+        Args:
+            statistics: (n, s).
+            label: int64 (n,), the labels taken for, where the density graph gives them.
+        """
+        if label is None:
+            label = np.zeros(len(statistics), np.int64)
+        return self.combination(statistics, label)
 
-    def p_value(self, statistics: npt.NDArray[np.floating]) -> Doubles:
-        """The calibrated p-value (n,) in (0, 1] of statistics (n, s); ties count against."""
+    def p_value(self, score: Doubles, guarantee: Guarantee = Guarantee.MARGINAL) -> Doubles:
+        """The calibrated p-value (n,) in (0, 1] of scores (n,); ties count against.
+
+        Rejecting at p <= alpha rejects at most the share alpha of in-distribution pictures:
+        on average over calibration splits (MARGINAL), or with a confidence of 95 % in this
+        very split (PAC; Vovk, 2012: the false-rejection rate of a split is beta-distributed).
+        """
         n = len(self.scores)
-        below = np.searchsorted(self.scores, self.score(statistics), side="left")
-        return (1 + n - below) / (n + 1)
+        as_large = n - np.searchsorted(self.scores, score, side="left")
+        if guarantee == Guarantee.PAC:
+            return self.confident[as_large]
+        return (1 + as_large) / (n + 1)
 
-    def check_alpha(self, alpha: float) -> float:
+    def label_p_values(self, score: Doubles, posterior: Doubles) -> Doubles:
+        """A p-value for every label (n, labels), of scores (n,) and posteriors (n, labels).
+
+        Each ranks among calibration pictures of that label only, so the set of labels whose
+        p-value exceeds alpha holds the true one with probability 1 - alpha, for every label
+        (Sadinle et al., 2019): empty for an outlier, several for an ambiguous picture.
+        """
+        found = label_score(score, posterior)
+        p = np.empty_like(found)
+        starts = np.concatenate([[0], np.cumsum(self.label_counts)])
+        for label, count in enumerate(self.label_counts):
+            own = self.label_scores[starts[label] : starts[label] + count]
+            below = np.searchsorted(own, found[:, label], side="left")
+            p[:, label] = (1 + count - below) / (count + 1)
+        return p
+
+    def check_alpha(self, alpha: float, guarantee: Guarantee = Guarantee.MARGINAL) -> float:
         """The same alpha if the calibration can promise it.
 
         Raises:
-            InvalidInput: alpha is not in [finest_alpha, 1).
+            InvalidInput: alpha is not in [finest, 1).
         """
-        if not self.finest_alpha <= alpha < 1:
+        finest = self.confident[0] if guarantee == Guarantee.PAC else self.finest_alpha
+        if not finest <= alpha < 1:
             raise InvalidInput(
                 "alpha",
-                f"{alpha:g} is not in [{self.finest_alpha:.6g}, 1): "
+                f"{alpha:g} is not in [{finest:.6g}, 1): "
                 f"{len(self.scores)} calibration pictures cannot promise finer",
             )
         return alpha
+
+
+def label_score(score: Doubles, posterior: Doubles) -> Doubles:
+    """How unusual pictures are under each label (n, labels), of scores (n,) and posteriors.
+
+    Half the square of a positive score is about minus the log of a normal tail: what speaks
+    against the picture, in nats. To it comes -log p(y|x): what speaks against the label.
+    """
+    against: Doubles = np.square(np.maximum(score, 0))[:, None] / 2
+    return against - np.log(np.maximum(posterior, 1e-300))
+
+
+def benjamini_hochberg(p_values: Doubles, rate: float) -> npt.NDArray[np.bool_]:
+    """Which pictures of a batch to reject so that the false ones are at most that share.
+
+    Benjamini and Hochberg, 1995; valid for p-values of one calibration split (Bates et al.,
+    2023). A batch of m pictures can only lose one if rate >= m * finest_alpha.
+
+    Args:
+        p_values: (n,), of `Score` or `Classify` with the marginal guarantee.
+        rate: the accepted expected share of in-distribution pictures among the rejected.
+
+    Returns:
+        bool (n,), true where rejected.
+
+    Raises:
+        InvalidInput: rate is not in (0, 1).
+    """
+    if not 0 < rate < 1:
+        raise InvalidInput("rate", f"{rate:g} is not in (0, 1)")
+    n = len(p_values)
+    order = np.argsort(p_values, kind="stable")
+    passing = np.flatnonzero(p_values[order] <= rate * np.arange(1, n + 1) / max(n, 1))
+    rejected = np.zeros(n, bool)
+    rejected[order[: passing[-1] + 1 if len(passing) else 0]] = True
+    return rejected

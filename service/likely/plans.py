@@ -14,7 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from likely import codec
-from likely.answers import Classifications, Completions, Draws, Features, ModelInfo, Pixels, Scores
+from likely.answers import (
+    Classifications,
+    Completions,
+    Draws,
+    Features,
+    Guarantee,
+    ModelInfo,
+    Pixels,
+    Scores,
+)
 from likely.errors import InvalidInput
 from likely.v1 import generation_pb2, models_pb2, scoring_pb2
 
@@ -74,6 +83,7 @@ def score(
     images: npt.ArrayLike,
     alpha: float | None,
     surprise: bool,
+    guarantee: Guarantee,
     model: str | None,
     version: str | None,
 ) -> Plan[Scores]:
@@ -88,6 +98,7 @@ def score(
             images=codec.images(part),
             alpha=alpha,
             surprise=surprise,
+            guarantee=int(guarantee),
         )
         return codec.scores(answer, part.shape if surprise else None)
 
@@ -100,6 +111,7 @@ def classify(
     alpha: float | None,
     priors: npt.ArrayLike | None,
     min_posterior: float,
+    guarantee: Guarantee,
     model: str | None,
     version: str | None,
 ) -> Plan[Classifications]:
@@ -116,6 +128,7 @@ def classify(
             alpha=alpha,
             priors=given,
             min_posterior=min_posterior,
+            guarantee=int(guarantee),
         )
         return codec.classifications(answer, len(info.labels))
 

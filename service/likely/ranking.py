@@ -1,4 +1,4 @@
-"""The density graph with its p-values: ranked for a whole batch at a time, in a lane."""
+"""The density graph with its scores: combined for a whole batch at a time, in a lane."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from likely.bundle import Graph
 from likely.graphs import Array, Session, Stop
 from likely.outliers import Detector
 
-P_VALUE, STATISTICS = "p_value", "statistics"
+UNUSUALNESS, STATISTICS, LABEL = "unusualness", "statistics", "label"
 
 
 class Ranked:
-    """Runs the density graph; has `p_value` beside the graph's own outputs.
+    """Runs the density graph; has `unusualness` beside the graph's own outputs.
 
     Attributes:
         spec: what the manifest says of the graph.
@@ -30,28 +30,31 @@ class Ranked:
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
     ) -> list[Array]:
-        """The outputs of that name; the p-value is float64 (n,), NaN where a statistic is."""
-        if P_VALUE not in outputs:
+        """The outputs of that name; unusualness is float64 (n,), NaN where a statistic is."""
+        if UNUSUALNESS not in outputs:
             return self._session.run(feeds, outputs, stop)
-        own = _own(outputs)
+        own = self._own(outputs)
         found = dict(zip(own, self._session.run(feeds, own, stop), strict=True))
-        found[P_VALUE] = self._p_value(found[STATISTICS])
+        found[UNUSUALNESS] = self._score(found[STATISTICS], found.get(LABEL))
         return [found[name] for name in outputs]
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
         """The outputs of no rows."""
-        own = _own(outputs)
-        found = dict(zip(own, self._session.empty(own), strict=True)) | {P_VALUE: np.empty(0)}
+        own = self._own(outputs)
+        found = dict(zip(own, self._session.empty(own), strict=True))
+        found[UNUSUALNESS] = np.empty(0)
         return [found[name] for name in outputs]
 
-    def _p_value(self, statistics: Array) -> Array:
+    def _score(self, statistics: Array, label: Array | None) -> Array:
         finite = np.isfinite(statistics).all(1)
         if finite.all():
-            return self._detector.p_value(statistics)
-        p_value = np.full(len(statistics), np.nan)
-        p_value[finite] = self._detector.p_value(statistics[finite])
-        return p_value
+            return self._detector.score(statistics, label)
+        score = np.full(len(statistics), np.nan)
+        known = None if label is None else label[finite]
+        score[finite] = self._detector.score(statistics[finite], known)
+        return score
 
-
-def _own(outputs: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*(o for o in outputs if o != P_VALUE), STATISTICS)))
+    def _own(self, outputs: Sequence[str]) -> tuple[str, ...]:
+        """What the graph itself must give for these outputs."""
+        needed = [STATISTICS, *(spec.name for spec in self.spec.outputs if spec.name == LABEL)]
+        return tuple(dict.fromkeys([*(o for o in outputs if o != UNUSUALNESS), *needed]))

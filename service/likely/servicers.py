@@ -44,7 +44,11 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         alpha = checks.alpha(request, engine.detector, self._default_alpha)
         surprise = checks.surprise(request, engine.manifest, self._limits)
         self._quota.take(callers.current().client, len(x))
-        return codec.score_response(await engine.score(x, alpha, surprise=surprise))
+        return codec.score_response(
+            await engine.score(
+                x, alpha, surprise=surprise, guarantee=checks.guarantee(request)
+            )
+        )
 
     async def Classify(
         self, request: scoring_pb2.ClassifyRequest, context: Context
@@ -56,7 +60,13 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         priors = checks.priors(request, engine.manifest)
         floor = checks.min_posterior(request)
         self._quota.take(callers.current().client, len(x))
-        answer = await engine.classify(x, alpha, priors=priors, min_posterior=floor)
+        answer = await engine.classify(
+            x,
+            alpha,
+            priors=priors,
+            min_posterior=floor,
+            guarantee=checks.guarantee(request),
+        )
         return codec.classify_response(answer)
 
     async def Encode(

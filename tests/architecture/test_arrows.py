@@ -24,7 +24,7 @@ SERVICE = {
     "plans": "answers codec errors v1 numpy",
     "channels": "addresses errors grpc",
     "client": "answers channels codec plans statuses v1 numpy grpc",
-    "__init__": "answers client errors",
+    "__init__": "answers client errors outliers",
     "settings": "answers errors pydantic pydantic_settings tomli_w",
     "access": "addresses errors fresh settings jwt pydantic structlog",
     "logs": "structlog",
@@ -63,6 +63,7 @@ SERVICE = {
 EXPORT = {
     "data": "likely.answers likely.errors numpy PIL sklearn",
     "heads": "torch",
+    "corruptions": "likely.answers numpy scipy",
     "logistic": "torch",
     "local": "heads torch",
     "pixelcnn": "heads torch",
@@ -72,26 +73,29 @@ EXPORT = {
     "optimisers": "likely.errors torch",
     "train": "likely.errors data optimisers numpy torch lightning_fabric",
     "statistics": "torch",
-    "recipes": "likely.bundle likely.errors data families statistics optimisers pydantic tomli_w",
+    "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
+    "recipes": (
+        "likely.bundle likely.errors calibrate corruptions data families statistics optimisers "
+        "pydantic tomli_w"
+    ),
     "runs": "likely.errors families recipes train torch",
     "progress": "train rich",
-    "roles": "likely.bundle likely.errors cvae pixelcnn sampler statistics numpy torch",
+    "roles": "likely.bundle likely.errors cvae local pixelcnn sampler statistics numpy torch",
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
     "graphs": "likely.bundle likely.errors likely.graphs hygiene roles numpy onnx torch",
-    "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
     "baselines": "likely.answers data numpy scipy sklearn",
     "evaluate": (
         "likely.answers likely.bundle likely.engine likely.graphs baselines data "
         "numpy scipy sklearn"
     ),
     "build": (
-        "likely.answers likely.bundle likely.errors likely.graphs likely.noise "
-        "calibrate data evaluate graphs roles runs numpy"
+        "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "
+        "calibrate corruptions data evaluate graphs recipes roles runs numpy"
     ),
     "__init__": "",
     "cli": (
-        "likely.bundle likely.errors build data evaluate families progress recipes runs train "
+        "likely.bundle likely.errors likely.signing build data evaluate families progress recipes runs train "
         "click rich"
     ),
 }

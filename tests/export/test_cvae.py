@@ -140,9 +140,9 @@ def test_drawn_levels_are_as_frequent_as_they_are_probable() -> None:
 )
 def test_graphs_pass_the_parity_gate(config: CVAEConfig, role: Role, opened: Any) -> None:
     model = cvae(config)
-    session = opened(roles.source(role, model, ()), config.levels, config.labels)
+    session = opened(roles.source(role, [model], ()), config.levels, config.labels)
     module: Any = {"conditional": Conditional, "generate": Generate, "encode": Encode}[role](model)
-    source = roles.source(role, model, ())
+    source = roles.source(role, [model], ())
     for n in (1, 3, 64):
         feeds = graphs.example(source.inputs, n, config.levels, config.labels, seed=n)
         expected = module(*map(torch.from_numpy, feeds.values()))

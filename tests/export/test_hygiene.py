@@ -17,7 +17,7 @@ from likely_export.cvae import CVAE, CVAEConfig
 from likely_export.roles import GraphSource
 from likely_export.statistics import STATISTICS
 
-NAMES = tuple(STATISTICS)
+NAMES = tuple(name for name, each in STATISTICS.items() if each.needs is None)
 BOUND = CVAEConfig((1, 3, 2), 5, 3, latent=4, width=16, importance_samples=7)
 BOUNDS = {"cvae": BOUND, "cvae_logistic": replace(BOUND, shape=(3, 4, 4), levels=64, logistics=2)}
 BUNDLES = sorted(Path("service/likely/bundles").iterdir())
@@ -41,12 +41,12 @@ def source(role: Role, name: str) -> tuple[GraphSource, int, int]:
     if name in CONFIGS:
         config = CONFIGS[name]
         return (
-            roles.source(role, autoregressive.model(name), NAMES),
+            roles.source(role, [autoregressive.model(name)], NAMES),
             config.levels,
             config.labels,
         )
     bound = BOUNDS[name]
-    return roles.source(role, CVAE(bound).eval(), NAMES), bound.levels, bound.labels
+    return roles.source(role, [CVAE(bound).eval()], NAMES), bound.levels, bound.labels
 
 
 @functools.cache

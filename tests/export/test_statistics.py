@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from likely.answers import Guarantee
 from likely.outliers import Detector
 from likely_export import calibrate
+from likely_export.calibrate import PartConfig, Seen
 from likely_export.statistics import (
     EDGES,
     STATISTICS,
@@ -20,12 +22,16 @@ from likely_export.statistics import (
     total_surprise,
 )
 
+OWN = tuple(name for name, statistic in STATISTICS.items() if statistic.needs is None)
+
 
 def made(name: str, n: int = 5) -> Tables:
     model, config = autoregressive.model(name), autoregressive.CONFIGS[name]
     x = autoregressive.pictures(config, n)
-    log_probs = model.log_probs(x)
-    return tables(log_probs, model.head.surprise(log_probs, x), config.shape[0])
+    found = tables(model.log_probs(x), model.head.split(x), config.shape[0])
+    assert torch.allclose(found.surprise, model.surprise(x), atol=1e-5)
+    assert torch.all(found.coarse <= found.surprise + 1e-5)
+    return found
 
 
 @pytest.mark.parametrize("name", autoregressive.CONFIGS)
@@ -42,8 +48,8 @@ def test_tables_are_of_the_pictures_shape_and_sum_to_the_totals(name: str) -> No
 @pytest.mark.parametrize("levels", [2, 3, 17, 256])
 def test_a_model_that_knows_nothing_has_finite_statistics(levels: int) -> None:
     log_probs = torch.full((2, 28, 28, 1, levels), -math.log(levels))
-    t = tables(log_probs, torch.full((2, 1, 28, 28), math.log(levels)), 1)
-    found = statistics(t, tuple(STATISTICS))
+    t = tables(log_probs, torch.zeros(2, 28, 28, 1, dtype=torch.long), 1)
+    found = statistics(t, OWN)
     assert torch.all(torch.isfinite(found))
     assert torch.all(excess(t).abs() < 1)
 
@@ -52,7 +58,7 @@ def test_expected_surprise_is_what_draws_give() -> None:
     generator = torch.Generator().manual_seed(0)
     log_probs = torch.log_softmax(torch.randn((1, 1, 1, 1, 9), generator=generator), -1)
     probs = log_probs.exp()[0, 0, 0, 0]
-    t = tables(log_probs, torch.zeros(1, 1, 1, 1), 1)
+    t = tables(log_probs, torch.zeros(1, 1, 1, 1, dtype=torch.long), 1)
     surprises = -log_probs[0, 0, 0, 0]
     mean = float((probs * surprises).sum())
     assert float(t.entropy) == pytest.approx(mean, abs=1e-6)
@@ -63,23 +69,40 @@ def test_expected_surprise_is_what_draws_give() -> None:
 
 def test_shares_count_each_pixel_once() -> None:
     surprise = torch.tensor([0.005, 0.03, 0.75, 100.0]).view(1, 1, 2, 2)
-    shares = surprise_shares(Tables(surprise, surprise, surprise))[0]
+    shares = surprise_shares(Tables(surprise, surprise, surprise, surprise))[0]
     assert len(shares) == len(EDGES) - 1
     assert float(shares[0]) == pytest.approx((0.5 + 3) / 4)
     assert float(shares[-1]) == pytest.approx(0.25)
     assert torch.all(shares[1:] <= shares[:-1] + 1e-6)
 
 
-def test_calibrated_p_values_are_valid_for_dependent_statistics() -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (PartConfig(),),
+        (PartConfig("mixture", dimensions=4, components=2), PartConfig("neighbours")),
+        (PartConfig(), PartConfig("contrast", weight=2.0)),
+    ],
+)
+def test_calibrated_p_values_are_valid_for_dependent_statistics(
+    parts: tuple[PartConfig, ...],
+) -> None:
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(6, 6))
     draw = [np.exp(rng.normal(size=(n, 6)) @ mixing) for n in (400, 999, 4000)]
-    detector = Detector(calibrate.detector(draw[0], draw[1]))
-    p = detector.p_value(draw[2])
+    fit, ranked = (Seen(values, np.arange(len(values)) % 3) for values in draw[:2])
+    odd = Seen(rng.normal(size=(300, 6)) @ mixing.T, np.zeros(300, np.int64))
+    learnt = calibrate.combination(fit, parts, {"all": np.arange(6)}, odd)
+    detector = Detector(calibrate.detector(learnt, ranked))
+    label = np.arange(len(draw[2])) % 3
+    p = detector.p_value(detector.score(draw[2], label))
     for alpha in (0.01, 0.05, 0.1):
         spread = math.sqrt(alpha * (1 - alpha) * (1 / 999 + 1 / 4000))
         assert np.mean(p <= alpha) == pytest.approx(alpha, abs=4 * spread)
-    assert np.all(detector.p_value(draw[2][:50] * 1e6) == detector.finest_alpha)
+    far = detector.score(draw[2][:50] * 1e6, label[:50])
+    assert np.all(detector.p_value(far) == detector.finest_alpha)
+    sure = detector.p_value(detector.score(draw[2], label), Guarantee.PAC)
+    assert np.all((sure >= p) & (sure <= 1))
 
 
 def test_the_temperature_is_found_again() -> None:

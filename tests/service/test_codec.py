@@ -60,6 +60,7 @@ def test_scores(n: int, surprise: bool) -> None:
     scores = Scores(
         log_px=-rng.random(n),
         bits_per_dim=rng.random(n),
+        unusualness=rng.normal(size=n),
         p_value=rng.random(n),
         verdict=rng.integers(1, 3, n).astype(np.int8),
         alpha=0.05,
@@ -80,6 +81,7 @@ def test_classifications(n: int) -> None:
         posterior=rng.random((n, 4)),
         label=rng.integers(0, 4, n),
         p_value=rng.random(n),
+        label_p_values=rng.random((n, 4)),
         verdict=rng.integers(1, 4, n).astype(np.int8),
         alpha=0.01,
         model_version="2",

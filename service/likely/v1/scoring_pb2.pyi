@@ -50,6 +50,34 @@ VERDICT_AMBIGUOUS: Verdict.ValueType  # 3
 """Classify only: plausible, but no label's posterior reaches min_posterior."""
 Global___Verdict: typing_extensions.TypeAlias = Verdict
 
+class _Guarantee:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _GuaranteeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Guarantee.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    GUARANTEE_UNSPECIFIED: _Guarantee.ValueType  # 0
+    """The same as GUARANTEE_MARGINAL."""
+    GUARANTEE_MARGINAL: _Guarantee.ValueType  # 1
+    """On average over calibration splits: of many models calibrated so, the mean
+    rate of false rejections is at most alpha.
+    """
+    GUARANTEE_PAC: _Guarantee.ValueType  # 2
+    """Of this very model, with a confidence of 95 %: p-values are a little larger."""
+
+class Guarantee(_Guarantee, metaclass=_GuaranteeEnumTypeWrapper):
+    """What a rate of false rejections holds for."""
+
+GUARANTEE_UNSPECIFIED: Guarantee.ValueType  # 0
+"""The same as GUARANTEE_MARGINAL."""
+GUARANTEE_MARGINAL: Guarantee.ValueType  # 1
+"""On average over calibration splits: of many models calibrated so, the mean
+rate of false rejections is at most alpha.
+"""
+GUARANTEE_PAC: Guarantee.ValueType  # 2
+"""Of this very model, with a confidence of 95 %: p-values are a little larger."""
+Global___Guarantee: typing_extensions.TypeAlias = Guarantee
+
 @typing.final
 class ScoreRequest(google.protobuf.message.Message):
     """Asks how plausible pictures are."""
@@ -61,6 +89,7 @@ class ScoreRequest(google.protobuf.message.Message):
     IMAGES_FIELD_NUMBER: builtins.int
     ALPHA_FIELD_NUMBER: builtins.int
     SURPRISE_FIELD_NUMBER: builtins.int
+    GUARANTEE_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     """The model's name as ListModels gives it. Required."""
     model_version: builtins.str
@@ -71,6 +100,8 @@ class ScoreRequest(google.protobuf.message.Message):
     """
     surprise: builtins.bool
     """Whether to send the surprise map of every picture."""
+    guarantee: Global___Guarantee.ValueType
+    """What alpha is to hold for."""
     @property
     def images(self) -> likely.v1.images_pb2.Images:
         """The pictures. Zero pictures are answered by zero scores."""
@@ -83,9 +114,10 @@ class ScoreRequest(google.protobuf.message.Message):
         images: likely.v1.images_pb2.Images | None = ...,
         alpha: builtins.float | None = ...,
         surprise: builtins.bool = ...,
+        guarantee: Global___Guarantee.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "images", b"images"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "images", b"images", "model_name", b"model_name", "model_version", b"model_version", "surprise", b"surprise"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "guarantee", b"guarantee", "images", b"images", "model_name", b"model_name", "model_version", b"model_version", "surprise", b"surprise"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
 
 Global___ScoreRequest: typing_extensions.TypeAlias = ScoreRequest
@@ -100,6 +132,7 @@ class Score(google.protobuf.message.Message):
     BITS_PER_DIM_FIELD_NUMBER: builtins.int
     P_VALUE_FIELD_NUMBER: builtins.int
     VERDICT_FIELD_NUMBER: builtins.int
+    UNUSUALNESS_FIELD_NUMBER: builtins.int
     log_likelihood: builtins.float
     """log p(x) in nats, natural logarithm; exact, not a bound, unless GetModel
     says otherwise. At most 0; minus infinity never occurs.
@@ -113,6 +146,10 @@ class Score(google.protobuf.message.Message):
     """
     verdict: Global___Verdict.ValueType
     """VERDICT_OUTLIER where p_value <= alpha, else VERDICT_ACCEPTED."""
+    unusualness: builtins.float
+    """The score behind the p-value: about standard normal for in-distribution
+    pictures, large for unusual ones, and not bounded where p-values saturate.
+    """
     def __init__(
         self,
         *,
@@ -120,8 +157,9 @@ class Score(google.protobuf.message.Message):
         bits_per_dim: builtins.float = ...,
         p_value: builtins.float = ...,
         verdict: Global___Verdict.ValueType = ...,
+        unusualness: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bits_per_dim", b"bits_per_dim", "log_likelihood", b"log_likelihood", "p_value", b"p_value", "verdict", b"verdict"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bits_per_dim", b"bits_per_dim", "log_likelihood", b"log_likelihood", "p_value", b"p_value", "unusualness", b"unusualness", "verdict", b"verdict"]) -> None: ...
 
 Global___Score: typing_extensions.TypeAlias = Score
 
@@ -172,6 +210,7 @@ class ClassifyRequest(google.protobuf.message.Message):
     ALPHA_FIELD_NUMBER: builtins.int
     PRIORS_FIELD_NUMBER: builtins.int
     MIN_POSTERIOR_FIELD_NUMBER: builtins.int
+    GUARANTEE_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     """The model's name as ListModels gives it. Required."""
     model_version: builtins.str
@@ -184,6 +223,8 @@ class ClassifyRequest(google.protobuf.message.Message):
     """The smallest posterior at which a label is assigned, in [0, 1);
     0 always assigns the most probable one.
     """
+    guarantee: Global___Guarantee.ValueType
+    """What alpha is to hold for."""
     @property
     def images(self) -> likely.v1.images_pb2.Images:
         """The pictures. Zero pictures are answered by zero classifications."""
@@ -203,9 +244,10 @@ class ClassifyRequest(google.protobuf.message.Message):
         alpha: builtins.float | None = ...,
         priors: collections.abc.Iterable[builtins.float] | None = ...,
         min_posterior: builtins.float = ...,
+        guarantee: Global___Guarantee.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "images", b"images"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "images", b"images", "min_posterior", b"min_posterior", "model_name", b"model_name", "model_version", b"model_version", "priors", b"priors"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "guarantee", b"guarantee", "images", b"images", "min_posterior", b"min_posterior", "model_name", b"model_name", "model_version", b"model_version", "priors", b"priors"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
 
 Global___ClassifyRequest: typing_extensions.TypeAlias = ClassifyRequest
@@ -221,6 +263,7 @@ class Classification(google.protobuf.message.Message):
     LABEL_FIELD_NUMBER: builtins.int
     P_VALUE_FIELD_NUMBER: builtins.int
     VERDICT_FIELD_NUMBER: builtins.int
+    LABEL_P_VALUES_FIELD_NUMBER: builtins.int
     label: builtins.int
     """The index of the most probable label, whatever the verdict."""
     p_value: builtins.float
@@ -237,6 +280,14 @@ class Classification(google.protobuf.message.Message):
     def posterior(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """p(y|x) for every label, in the model's order; sums to 1."""
 
+    @property
+    def label_p_values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """A calibrated p-value of the picture under every label, in the model's
+        order, in (0, 1]. The labels whose p-value exceeds alpha hold the true one
+        with probability 1 - alpha, whatever that label is: none of them for an
+        outlier, several for an ambiguous picture.
+        """
+
     def __init__(
         self,
         *,
@@ -245,8 +296,9 @@ class Classification(google.protobuf.message.Message):
         label: builtins.int = ...,
         p_value: builtins.float = ...,
         verdict: Global___Verdict.ValueType = ...,
+        label_p_values: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["label", b"label", "log_likelihoods", b"log_likelihoods", "p_value", b"p_value", "posterior", b"posterior", "verdict", b"verdict"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["label", b"label", "label_p_values", b"label_p_values", "log_likelihoods", b"log_likelihoods", "p_value", b"p_value", "posterior", b"posterior", "verdict", b"verdict"]) -> None: ...
 
 Global___Classification: typing_extensions.TypeAlias = Classification
 
