@@ -179,3 +179,43 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " to ".join(map(_text, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--private-key",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PEM file of an elliptic curve's key.",
+)
+@click.option(
+    "--password", envvar="LIKELY_KEY_PASSWORD", show_envvar=True, help="Of an encrypted key."
+)
+@click.option(
+    "--certificate",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PEM file of the key's certificate, to be verified by its authority.",
+)
+@click.option(
+    "--chain",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PEM file of an authority between the two; repeatable.",
+)
+def sign(
+    bundle: Path,
+    private_key: Path,
+    password: str | None,
+    certificate: Path | None,
+    chain: tuple[Path, ...],
+) -> None:
+    """Sign a BUNDLE by OpenSSF model signing; the signature is its file model.sig."""
+    from likely import signing
+    from likely.bundle import Bundle
+
+    Bundle.open(bundle)  # what is signed is whole
+    path = signing.sign(
+        bundle, private_key, password=password, certificate=certificate, chain=chain
+    )
+    click.echo(f"{path} signs all of {bundle}; likely serve --require-signature asks for it")

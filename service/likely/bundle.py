@@ -8,14 +8,14 @@ before anything in it is opened.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import stat
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,10 +23,14 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from likely import arrays, scan, signing
 from likely.errors import BundleError
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 20
+LARGEST_BUNDLE = 8 << 30
+_PACKAGE = Path(__file__).resolve().parent
+_LINKS = (errno.ELOOP, errno.ENXIO)  # a link; a socket, or a pipe that nobody writes to
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[a-z0-9]{1,8}){1,2}$")]
@@ -178,12 +182,20 @@ class Bundle:
         self.digest = digest
 
     @classmethod
-    def open(cls, path: Path) -> Bundle:
+    def open(cls, path: Path, trusted: Sequence[Path] = ()) -> Bundle:
         """The bundle in that folder, verified.
+
+        Args:
+            path: the folder.
+            trusted: PEM files of keys or certificates; where there are any, one of them must
+                have signed the folder.
 
         Raises:
             BundleError: one sentence on the first thing that is wrong.
+            SettingsError: a trusted key cannot be used.
         """
+        if trusted:
+            signing.verify(path, trusted)
         text = _manifest_bytes(path)
         try:
             manifest = Manifest.model_validate_json(text)
@@ -194,8 +206,16 @@ class Bundle:
                 f"{path} is not a bundle that this version reads: {where}: {first['msg']}",
                 "manifest",
             ) from error
+        sizes = {name: record.size for name, record in manifest.files.items()}
+        if (total := sum(sizes.values())) > LARGEST_BUNDLE:
+            raise BundleError(
+                f"{path} is to have {total} bytes; at most {LARGEST_BUNDLE} are read", "manifest"
+            )
         for name, record in manifest.files.items():
             _check_file(path / name, record)
+        for graph in manifest.graphs.values():
+            for name in scan.check_graph(path / graph.file, sizes):
+                _check_alone(path / name)
         return cls(path, manifest, hashlib.sha256(text).hexdigest())
 
     def graph(self, role: Role) -> Path:
@@ -211,13 +231,7 @@ class Bundle:
         return self._arrays(self.manifest.golden)
 
     def _arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
-        try:
-            with np.load(self.path / name, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise BundleError(
-                f"{self.path / name} is no archive of arrays: {error}", "arrays"
-            ) from error
+        return arrays.read(self.path / name)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
@@ -230,7 +244,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
     files = {
         entry.name: FileRecord(size=entry.stat().st_size, sha256=_sha256(entry))
         for entry in sorted(folder.iterdir())
-        if entry.name != MANIFEST
+        if entry.name not in (MANIFEST, signing.SIGNATURE)
     }
     checked = Manifest.model_validate({**manifest, "files": files})
     text = json.dumps(checked.model_dump(mode="json"), indent=1) + "\n"
@@ -247,38 +261,70 @@ def _manifest_bytes(path: Path) -> bytes:
     manifest = path / MANIFEST
     if not path.is_dir():
         raise BundleError(f"{path} is not a folder, so it is no bundle", "incomplete")
-    if not manifest.is_file():
+    try:
+        with _plain(manifest) as handle:
+            text = handle.read(LARGEST_MANIFEST + 1)
+    except FileNotFoundError:
         raise BundleError(
             f"{path} has no {MANIFEST}, so it is no bundle (or not yet whole)", "incomplete"
-        )
-    size = manifest.stat().st_size
-    if size > LARGEST_MANIFEST:
+        ) from None
+    if len(text) > LARGEST_MANIFEST:
         raise BundleError(
-            f"{manifest} has {size} bytes; at most {LARGEST_MANIFEST} are read", "manifest"
+            f"{manifest} is too long; at most {LARGEST_MANIFEST} bytes are read", "manifest"
         )
-    return manifest.read_bytes()
+    return text
 
 
 def _check_file(path: Path, record: FileRecord) -> None:
     try:
-        status = path.lstat()
+        with _plain(path) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if size != record.size:
+                raise BundleError(
+                    f"{path} has {size} bytes where the manifest says {record.size}: truncated?",
+                    "truncated",
+                )
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
     except FileNotFoundError:
         raise BundleError(
             f"{path} is missing although the manifest names it", "incomplete"
         ) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise BundleError(
-            f"{path} is a link or no plain file; a bundle holds plain files only", "link"
-        )
-    if status.st_size != record.size:
-        raise BundleError(
-            f"{path} has {status.st_size} bytes where the manifest says {record.size}: truncated?",
-            "truncated",
-        )
-    if _sha256(path) != record.sha256:
+    if digest != record.sha256:
         raise BundleError(
             f"{path} does not have the SHA-256 that the manifest names: altered", "digest"
         )
+
+
+def _check_alone(path: Path) -> None:
+    """Returns if the file has no other name: what is written to that would be read by the runtime.
+
+    Those of the package are another matter: installers link them to their cache.
+    """
+    if path.stat().st_nlink > 1 and not path.resolve().is_relative_to(_PACKAGE):
+        raise BundleError(
+            f"{path} is a hard link; weights outside of a graph are files of their own", "link"
+        )
+
+
+def _plain(path: Path) -> BufferedReader:
+    """The file, opened without following a link or waiting for a pipe.
+
+    Raises:
+        BundleError: it is no plain file, or cannot be read.
+        FileNotFoundError: there is none.
+    """
+    try:
+        handle = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno not in _LINKS:
+            raise BundleError(f"{path} cannot be read: {error.strerror}", "unreadable") from error
+    else:
+        if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            return handle
+        handle.close()
+    raise BundleError(f"{path} is a link or no plain file; a bundle holds plain files only", "link")
 
 
 def _sha256(path: Path) -> str:

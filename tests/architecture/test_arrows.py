@@ -28,7 +28,11 @@ SERVICE = {
     "settings": "answers errors pydantic pydantic_settings tomli_w",
     "access": "addresses errors fresh settings jwt pydantic structlog",
     "logs": "structlog",
-    "bundle": "errors numpy pydantic",
+    "wire": "",
+    "scan": "errors wire",
+    "arrays": "errors numpy",
+    "signing": "errors model_signing",
+    "bundle": "arrays errors scan signing numpy pydantic",
     "graphs": "bundle errors machine numpy onnxruntime",
     "callers": "",
     "turns": "",
@@ -48,15 +52,21 @@ SERVICE = {
     "registry": "answers bundle engine errors",
     "checks": "answers bayes bundle codec errors noise outliers v1 numpy",
     "metrics": "answers engine errors machine traffic prometheus_client",
-    "interceptors": "access callers codec errors metrics registry statuses grpc structlog",
-    "servicers": "admission answers callers checks codec registry v1 grpc",
+    "doors": "errors",
+    "interceptors": "access callers codec doors errors metrics registry statuses grpc structlog",
+    "servicers": "admission answers callers checks codec engine registry v1 grpc",
+    "loading": "admission bundle engine errors graphs machine settings traffic",
+    "lifecycle": "bundle engine errors loading metrics registry structlog",
+    "watch": "bundle errors lifecycle structlog",
+    "admin": "errors lifecycle registry v1 grpc",
     "server": (
-        "access admission bundle engine errors graphs interceptors logs machine metrics registry "
-        "servicers settings tls traffic v1 grpc grpc_health grpc_reflection structlog"
+        "access admin admission errors interceptors lifecycle loading metrics registry servicers "
+        "settings tls v1 watch grpc grpc_health grpc_reflection structlog"
     ),
+    "process": "graphs logs server settings structlog",
     "cli": (
-        "answers channels client errors machine plans settings server bundle engine graphs "
-        "click grpc numpy onnxruntime PIL rich"
+        "answers channels client errors machine plans settings process loading bundle engine "
+        "graphs click grpc numpy onnxruntime PIL rich"
     ),
     "__main__": "cli",
 }
@@ -117,7 +127,7 @@ BENCH = {
         "__init__ clock exports models numpy"
     ),
     "figures": (
-        "likely.bundle likely.server __init__ clock environment exports measures memory models"
+        "likely.bundle likely.loading __init__ clock environment exports measures memory models"
     ),
     "tables": "rich",
     "__main__": "__init__ figures tables rich",

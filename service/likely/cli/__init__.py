@@ -1,4 +1,4 @@
-"""The command line: `likely serve|score|classify|generate|models|health|doctor`.
+"""The command line: `likely serve|score|classify|generate|models|health|doctor|verify`.
 
 Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage.
 """
@@ -13,6 +13,7 @@ from likely.cli.ask import classify, generate, models, score
 from likely.cli.doctor import doctor
 from likely.cli.health import health
 from likely.cli.serve import serve
+from likely.cli.verify import verify
 from likely.errors import LikelyError
 
 
@@ -33,5 +34,5 @@ def main() -> None:
     """Explicit-density models: draw pictures, judge how plausible they are, label them."""
 
 
-for command in (serve, score, classify, generate, models, health, doctor):
+for command in (serve, score, classify, generate, models, health, doctor, verify):
     main.add_command(command)

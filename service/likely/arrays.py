@@ -1,0 +1,100 @@
+"""Archives of arrays (.npz), read without trust: numbers alone, and no more than they claim."""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from likely.errors import BundleError
+
+MOST_ARRAYS = 256
+LARGEST = 1 << 30
+_ENDING = ".npy"
+_NUMBERS = "biuf"
+_STORED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+_ENCRYPTED = 1
+# What zipfile and numpy raise at bytes that are no archive of arrays, as fuzzing found.
+_BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def read(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an archive by name; truth values, whole and floating-point numbers.
+
+    Raises:
+        BundleError: it is no archive, or holds what is no array of numbers (a pickle, say),
+            or more than MOST_ARRAYS or LARGEST bytes; its reason is `arrays`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            _check(entries)
+            return {
+                entry.filename.removesuffix(_ENDING): _array(archive, entry) for entry in entries
+            }
+    except _BROKEN as error:
+        told = f"{type(error).__name__}: {error}"[:200]
+        raise BundleError(f"{path} is no archive of arrays: {told}", "arrays") from error
+
+
+def _check(entries: list[zipfile.ZipInfo]) -> None:
+    """Returns if all can be read into memory: none is unpacked to a path."""
+    if len(entries) > MOST_ARRAYS or len({entry.filename for entry in entries}) < len(entries):
+        raise ValueError(f"it has more than {MOST_ARRAYS} entries, or two of one name")
+    for entry in entries:
+        if not entry.filename.endswith(_ENDING) or ".." in entry.filename:
+            raise ValueError(f"the entry {entry.filename[:80]!r} is no array")
+        if entry.compress_type not in _STORED or entry.flag_bits & _ENCRYPTED:
+            raise ValueError(f"the entry {entry.filename[:80]!r} is packed in another way")
+    if (size := sum(entry.file_size for entry in entries)) > LARGEST:
+        raise ValueError(f"its arrays have {size} bytes; at most {LARGEST} are read")
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> npt.NDArray[Any]:
+    with archive.open(entry) as file:
+        shape, fortran, dtype = _header(file)
+        if dtype.kind not in _NUMBERS:  # before a byte of it is read: objects are pickles
+            raise ValueError(f"{entry.filename[:80]!r} holds {dtype}, not numbers")
+        size = math.prod(shape) * dtype.itemsize
+        # The archive's own size, not the header's claim, decides what is read.
+        data = file.read(entry.file_size)
+    if len(data) != size:
+        raise ValueError(f"{entry.filename[:80]!r} claims {size} bytes and has {len(data)}")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        raise ValueError(f"an array is of version {version}")
+    with warnings.catch_warnings(action="ignore"):
+        shape, fortran, dtype = readers[version](file)
+    if any(length < 0 for length in shape):
+        raise ValueError("an array has a negative length")
+    return shape, fortran, dtype

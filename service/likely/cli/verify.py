@@ -1,0 +1,34 @@
+"""`likely verify`: whether a bundle is whole, allowed, and signed by whom it should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from likely import machine
+from likely.errors import RuntimeMissing
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--public-key",
+    "keys",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PEM file of a key, or of an authority's certificates, one of which must have signed.",
+)
+def verify(bundle: Path, keys: tuple[Path, ...]) -> None:
+    """Check every byte of a BUNDLE, as a server does before it opens one.
+
+    With --public-key, the bundle must also be signed (likely-export sign).
+    """
+    try:
+        from likely.bundle import Bundle
+    except ModuleNotFoundError as error:
+        raise RuntimeMissing(f"{error.name} is missing; {machine.INSTALL}") from error
+    found = Bundle.open(bundle, keys)
+    signed = "signed" if keys else "signature not asked for"
+    name = f"{found.manifest.name}@{found.manifest.version}"
+    click.echo(f"{name} is whole and allowed; {signed}; digest {found.digest}")

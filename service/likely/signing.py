@@ -1,0 +1,119 @@
+"""Signatures of bundles, by OpenSSF model signing: `model.sig` covers every file of the folder.
+
+The library brings much that a server without signatures does not need, so it is the extra
+`likely[signing]` and is imported when something is signed or verified. Nothing here asks the
+network: signatures are made with a key, or with a certificate of one's own authority.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from likely.errors import BundleError, SettingsError
+
+SIGNATURE = "model.sig"
+LARGEST_SIGNATURE = 1 << 20
+_MISSING = "signatures need the library model-signing: pip install 'likely[signing]'"
+_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+
+
+def sign(
+    folder: Path,
+    private_key: Path,
+    *,
+    password: str | None = None,
+    certificate: Path | None = None,
+    chain: Sequence[Path] = (),
+) -> Path:
+    """The signature's file, written into the folder.
+
+    Args:
+        folder: the bundle, complete.
+        private_key: PEM; an elliptic curve's (P-256, P-384 or P-521).
+        password: of the key, where it is encrypted.
+        certificate: PEM; where given, the signature names it and is verified by its authority.
+        chain: PEM files of the authorities in between.
+
+    Raises:
+        SettingsError: the library is not installed, or a key cannot be used.
+    """
+    library = _library()
+    path = folder / SIGNATURE
+    config = library.signing.Config().set_hashing_config(_hashing(library))
+    try:
+        if certificate is None:
+            config.use_elliptic_key_signer(private_key=private_key, password=_bytes(password))
+        else:
+            config.use_certificate_signer(
+                private_key=private_key, signing_certificate=certificate, certificate_chain=chain
+            )
+        path.unlink(missing_ok=True)
+        config.sign(folder, path)
+    except Exception as error:  # the library raises what its own libraries raise
+        raise SettingsError(f"{folder} cannot be signed with {private_key}: {error}") from error
+    return path
+
+
+def verify(folder: Path, trusted: Sequence[Path]) -> None:
+    """Returns if one of the trusted keys signed all that is in the folder.
+
+    Args:
+        folder: the bundle.
+        trusted: PEM files, each a public key or the certificates of an authority.
+
+    Raises:
+        BundleError: there is no signature, or none of them made it, or a file is another one,
+            missing or added since; its reason is `signature`.
+        SettingsError: the library is not installed, or a trusted file cannot be read.
+    """
+    library = _library()
+    path = folder / SIGNATURE
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{folder} has no {SIGNATURE}, and a signature is asked", "signature")
+    if path.stat().st_size > LARGEST_SIGNATURE:
+        raise BundleError(f"{path} has more than {LARGEST_SIGNATURE} bytes", "signature")
+    told = []
+    for key in trusted:
+        config = library.verifying.Config().set_hashing_config(_hashing(library))
+        try:
+            pem = key.read_bytes()
+            if pem.lstrip().startswith(_CERTIFICATE):
+                config.use_certificate_verifier(certificate_chain=[key])
+            else:
+                config.use_elliptic_key_verifier(public_key=key)
+        except (OSError, ValueError, TypeError) as error:
+            raise SettingsError(f"{key} is no key or certificate to trust: {error}") from error
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the library prints its warnings
+                config.verify(folder, path)
+        except Exception as error:  # whatever goes wrong, it is no valid signature
+            told.append(f"{key}: {' '.join(str(error).split())[:300] or type(error).__name__}")
+        else:
+            return
+    raise BundleError(f"{folder} is not signed by a trusted key ({'; '.join(told)})", "signature")
+
+
+def _library() -> Any:
+    try:
+        import model_signing
+        import model_signing.hashing
+        import model_signing.signing
+        import model_signing.verifying
+    except ImportError as error:
+        raise SettingsError(f"{_MISSING} ({error})") from error
+    return model_signing
+
+
+def _hashing(library: Any) -> Any:
+    """Every file but the signature itself counts, a `.gitignore` too."""
+    return library.hashing.Config().set_ignored_paths(
+        paths=[Path(SIGNATURE)], ignore_git_paths=False
+    )
+
+
+def _bytes(password: str | None) -> Any:
+    return None if password is None else password.encode()

@@ -1,0 +1,126 @@
+"""Protocol buffers as they lie in a file: field by field, with nothing built and nothing guessed.
+
+A library's parser forgives: it drops what it does not know, merges what comes twice and
+lets the last of two values win. Two parsers can then read one file differently, so here
+such a message is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeAlias
+
+# A varint holds 64 bits in at most ten bytes.
+_LONGEST_VARINT = 10
+_MOST = 1 << 64
+
+Value: TypeAlias = int | memoryview
+Values: TypeAlias = dict[str, list[Value]]
+
+
+class WireError(ValueError):
+    """Bytes that are no message of the kind that was expected."""
+
+
+class Kind(IntEnum):
+    """How a value is written, as the format numbers it."""
+
+    VARINT = 0
+    FIXED64 = 1
+    BYTES = 2
+    FIXED32 = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """What a message may hold under one number.
+
+    Attributes:
+        name: the field's.
+        kinds: how it may be written.
+        many: whether it may occur more than once.
+    """
+
+    name: str
+    kinds: tuple[Kind, ...]
+    many: bool = False
+
+
+Schema: TypeAlias = Mapping[int, Field]
+
+
+class Reader:
+    """Reads messages, up to so many fields in all: tiny ones would take longest."""
+
+    def __init__(self, most_fields: int) -> None:
+        self._left = most_fields
+
+    def message(self, data: memoryview, schema: Schema, what: str) -> Values:
+        """The values of a message's fields, by name, in the order of the file.
+
+        Args:
+            data: the message's bytes.
+            schema: what it may hold.
+            what: the message's type, for errors.
+
+        Raises:
+            WireError: malformed bytes, a field that the schema does not name or allow twice,
+                or more fields than this reader takes.
+        """
+        found: Values = {}
+        for number, kind, value in self._fields(data, what):
+            field = schema.get(number)
+            if field is None or kind not in field.kinds:
+                raise WireError(f"{what} holds field {number}, kind {kind}, which is not allowed")
+            values = found.setdefault(field.name, [])
+            if values and not field.many:
+                raise WireError(f"{what} holds {field.name} twice")
+            values.append(value)
+        return found
+
+    def _fields(self, data: memoryview, what: str) -> Iterator[tuple[int, int, Value]]:
+        at, end = 0, len(data)
+        while at < end:
+            self._left -= 1
+            if self._left < 0:
+                raise WireError("there are too many fields")
+            tag, at = varint(data, at)
+            number, kind = tag >> 3, tag & 7
+            if kind == Kind.VARINT:
+                value, at = varint(data, at)
+                yield number, kind, value
+                continue
+            if kind == Kind.BYTES:
+                size, at = varint(data, at)
+            elif kind == Kind.FIXED32:
+                size = 4
+            elif kind == Kind.FIXED64:
+                size = 8
+            else:
+                raise WireError(f"{what} holds field {number} of kind {kind}, which is none")
+            if size > end - at:
+                raise WireError(f"{what} ends within field {number}")
+            yield number, kind, data[at : at + size]
+            at += size
+
+
+def varint(data: memoryview, at: int) -> tuple[int, int]:
+    """The whole number at that place, from 0 to 2**64 - 1, and the place after it.
+
+    Raises:
+        WireError: the bytes end within it, or it has more than 64 bits.
+    """
+    value = 0
+    for shift in range(_LONGEST_VARINT):
+        if at >= len(data):
+            raise WireError("the bytes end within a number")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << (7 * shift)
+        if byte < 0x80:
+            if value >= _MOST:
+                break
+            return value, at
+    raise WireError("a number has more than 64 bits")
