@@ -11,7 +11,7 @@ from bench.clock import Timing
 from bench.environment import environment
 from bench.exports import Exports
 from likely.bundle import Role
-from likely.server import shipped
+from likely.loading import shipped
 
 Figures = dict[str, object]
 Report = Callable[[str], None]

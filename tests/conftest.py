@@ -373,6 +373,7 @@ def _settings_of(toy: Toy) -> Callable[..., Settings]:
         "images_per_generation": 50,
         "images_per_chunk": 8,
         "drain_seconds": 5,
+        "drain_delay": 0,
     }
     return lambda **more: Settings(**{**quiet, **more})
 

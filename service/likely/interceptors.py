@@ -23,7 +23,8 @@ import grpc.aio
 from likely import callers, codec, statuses
 from likely.access import Gate
 from likely.callers import Caller, Priority
-from likely.errors import DeadlineExceeded, InvalidInput, MethodUnknown, Unavailable
+from likely.doors import Door
+from likely.errors import DeadlineExceeded, DeviceLost, InvalidInput, MethodUnknown, Unavailable
 from likely.metrics import Metrics
 from likely.registry import Registry
 
@@ -50,6 +51,7 @@ class Call:
     code: str = "OK"
     images: int = 0
     holder: str = ""
+    accepted: bool = True
 
     @property
     def is_ours(self) -> bool:
@@ -57,8 +59,16 @@ class Call:
         return self.service.startswith("likely.")
 
 
+def _ignored(_: DeviceLost) -> None:
+    """Nobody has to be told."""
+
+
 class Guard(grpc.aio.ServerInterceptor):
-    """Stands before every RPC."""
+    """Stands before every RPC.
+
+    Attributes:
+        door: lets requests in.
+    """
 
     def __init__(
         self,
@@ -68,6 +78,7 @@ class Guard(grpc.aio.ServerInterceptor):
         gate: Gate | None = None,
         *,
         slow_reader_seconds: float = 60.0,
+        lost: Callable[[DeviceLost], None] = _ignored,
     ) -> None:
         """A guard.
 
@@ -77,13 +88,17 @@ class Guard(grpc.aio.ServerInterceptor):
             log: where they are told.
             gate: lets callers in; None lets in all.
             slow_reader_seconds: how long a stream waits for a caller that does not read.
+            lost: is told that the device is gone.
         """
+        self.door = Door()
         self._registry = registry
         self._metrics = metrics
         self._log = log
         self._gate = gate or Gate()
         self._patience = slow_reader_seconds
+        self._lost = lost
         self._probes: set[asyncio.Timeout] = set()
+        self._handlers: dict[str, Handler] = {}  # of the methods that there are
 
     def end_probes(self) -> None:
         """Ends health watches and reflection streams: by themselves they last until drained."""
@@ -100,8 +115,11 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler is None:
             # Named by nobody's wish: callers must not grow logs and metrics.
             return self._guarded(_NO_METHOD, "unknown", "unknown")
-        service, _, method = handler_call_details.method.removeprefix("/").rpartition("/")
-        return self._guarded(handler, service, method)
+        path = handler_call_details.method
+        if path not in self._handlers:
+            service, _, method = path.removeprefix("/").rpartition("/")
+            self._handlers[path] = self._guarded(handler, service, method)
+        return self._handlers[path]
 
     def _guarded(self, handler: Handler, service: str, method: str) -> Handler:
         name = "_".join(
@@ -160,6 +178,11 @@ class Guard(grpc.aio.ServerInterceptor):
         except (asyncio.CancelledError, GeneratorExit):
             call.code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
             raise
+        except DeviceLost as error:
+            self._lost(error)
+            gone = Unavailable("the device that served is gone; the server ends, to be restarted")
+            refusal = statuses.status(gone, call.request_id)
+            call.code = refusal[0].name
         except Exception as error:
             refusal = statuses.status(error, call.request_id)
             call.code = refusal[0].name
@@ -185,7 +208,10 @@ class Guard(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _endable(self, call: Call) -> AsyncIterator[None]:
         if call.is_ours:
-            yield
+            call.accepted = False
+            async with self.door.inside():
+                call.accepted = True
+                yield
             return
         limit = asyncio.timeout(None)
         try:
@@ -199,7 +225,9 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _ended(self, call: Call) -> None:
         seconds = time.monotonic() - call.began
-        tell = self._log.info if call.is_ours else self._log.debug
+        # What goes well is counted; a line for each would cost as much as a small model's run.
+        told = call.is_ours and call.code not in ("OK", "RESOURCE_EXHAUSTED")
+        tell = self._log.info if told else self._log.debug
         tell(
             "rpc",
             method=call.method,
@@ -207,6 +235,7 @@ class Guard(grpc.aio.ServerInterceptor):
             code=call.code,
             images=call.images,
             **({"holder": call.holder} if call.holder else {}),
+            **({} if call.accepted else {"accepted": False}),
             seconds=round(seconds, 6),
             request_id=call.request_id,
         )

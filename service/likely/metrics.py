@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import platform
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,6 +24,7 @@ from likely.traffic import Traffic
 if TYPE_CHECKING:
     from likely.engine import Engine
 
+M = TypeVar("M", Counter, Gauge, Histogram)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -41,6 +42,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.traffic = Traffic(self.registry)
+        self._children: dict[tuple[object, tuple[str, ...]], object] = {}
         self._requests = Counter(
             "likely_requests",
             "Requests answered.",
@@ -74,8 +76,16 @@ class Metrics:
         )
         self._models = Gauge(
             "likely_model_info",
-            "1 for each model served, by the execution provider that its sessions prefer.",
+            "1 for each version served, 0 once it is not any more; by the execution provider "
+            "that its sessions prefer.",
             ("name", "version", "digest", "provider"),
+            registry=self.registry,
+        )
+        self._served: set[tuple[str, ...]] = set()
+        self._refused = Counter(
+            "likely_load_failures",
+            "Bundles refused while serving; what was served before was served on.",
+            ("reason",),
             registry=self.registry,
         )
         build = Gauge(
@@ -89,28 +99,46 @@ class Metrics:
 
     def began(self, method: str) -> None:
         """A request has arrived."""
-        self._running.labels(method).inc()
+        self._of(self._running, method).inc()
 
     def ended(self, method: str, model: str, code: str, seconds: float) -> None:
         """A request has been answered."""
-        self._running.labels(method).dec()
-        self._requests.labels(method, model, code).inc()
-        self._seconds.labels(method).observe(seconds)
+        self._of(self._running, method).dec()
+        self._of(self._requests, method, model, code).inc()
+        self._of(self._seconds, method).observe(seconds)
 
     def answered(self, method: str, model: str, images: int, verdicts: Iterable[Verdict]) -> None:
         """Pictures have been answered for."""
         if images:
-            self._images.labels(method, model).inc(images)
+            self._of(self._images, method, model).inc(images)
         for verdict, n in collections.Counter(verdicts).items():
-            self._verdicts.labels(method, model, verdict.name.lower()).inc(n)
+            self._of(self._verdicts, method, model, verdict.name.lower()).inc(n)
+
+    def _of(self, metric: M, *labels: str) -> M:
+        """The metric with these labels; `labels` itself is slow for what every request does."""
+        child = self._children.get((metric, labels))
+        if child is None:
+            child = self._children[metric, labels] = metric.labels(*labels)
+        return cast("M", child)
 
     def serving(self, engines: Iterable[Engine]) -> None:
         """These models are served from now on."""
-        self._models.clear()
-        for engine in engines:
-            manifest = engine.manifest
-            provider = engine.providers[0] if engine.providers else "none"
-            self._models.labels(manifest.name, manifest.version, engine.digest, provider).set(1)
+        served = {_labels_of(engine) for engine in engines}
+        for gone in self._served - served:
+            self._models.labels(*gone).set(0)
+        for labels in served:
+            self._models.labels(*labels).set(1)
+        self._served = served
+
+    def load_failed(self, reason: str) -> None:
+        """A bundle has been refused while serving."""
+        self._refused.labels(reason).inc()
+
+
+def _labels_of(engine: Engine) -> tuple[str, ...]:
+    manifest = engine.manifest
+    provider = engine.providers[0] if engine.providers else "none"
+    return manifest.name, manifest.version, engine.digest, provider
 
 
 class Exporter:
@@ -123,9 +151,9 @@ class Exporter:
         SettingsError: the address cannot be listened on.
     """
 
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
         try:
-            self._server, self._thread = start_http_server(port, host, metrics.registry)
+            self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
             raise SettingsError(
                 f"metrics cannot listen on {host}:{port}: {error.strerror or error}"

@@ -106,7 +106,7 @@ class Registry:
         self._filled()[name] = dict(sorted(shelf.items(), key=lambda item: age(item[0])))
 
     def remove(self, name: str, version: str) -> Held:
-        """The engine of that name and version, which no request finds any more.
+        """The engine of that name and version (no label), which no request finds any more.
 
         Its labels go with it; requests that use it are not disturbed.
 
@@ -141,7 +141,8 @@ class Registry:
         check_name("model_name", name)
         if version:
             check_name("model_version", version)
-        return self._held(name, version)
+        named = self._labels.get(name, {}).get(version, version)
+        return self._held(name, named or self.default(name) or "")
 
     def default(self, name: str) -> str | None:
         """The version that answers a request that names none: the stable one, or by policy."""
@@ -164,8 +165,6 @@ class Registry:
             self._labels.get(name, {}).pop(label, None)
             return
         self._held(name, version)
-        if version in LABELS:
-            raise InvalidInput("model_version", f"{version} is a label; name the version itself")
         self._labels.setdefault(name, {})[label] = version
 
     def labels(self, name: str, version: str) -> tuple[str, ...]:
@@ -193,12 +192,11 @@ class Registry:
         versions = self._filled().get(name)
         if versions is None:
             raise ModelNotFound(name, f"no model {name}; served are {self._listed()}")
-        chosen = self._labels.get(name, {}).get(version, version) or self.default(name)
-        if chosen not in versions:
+        if version not in versions:
             raise ModelNotFound(
                 f"{name}@{version}", f"no {name}@{version}; served are {self._listed()}"
             )
-        return versions[chosen]
+        return versions[version]
 
     def _filled(self) -> dict[str, dict[str, Held]]:
         if self._shelves is None:

@@ -1,11 +1,8 @@
-"""The composition root: settings in, a server that answers, drains and ends."""
+"""The composition root: settings in, a server that answers, reloads, drains and ends."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
-from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,18 +11,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from likely import access, graphs, logs, machine, tls
-from likely.admission import Bounds, Quota
-from likely.bundle import MANIFEST, Bundle
-from likely.engine import Engine, Terms
-from likely.errors import BundleError, SettingsError
+from likely import access, tls
+from likely.admin import Admin
+from likely.admission import Quota
+from likely.errors import DeviceLost, SettingsError
 from likely.interceptors import Guard
+from likely.lifecycle import Lifecycle
+from likely.loading import Loader, shipped
 from likely.metrics import Exporter, Metrics
 from likely.registry import Registry
 from likely.servicers import Generation, Models, Scoring
 from likely.settings import Settings
-from likely.traffic import Traffic
 from likely.v1 import (
+    admin_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     models_pb2,
@@ -33,6 +31,7 @@ from likely.v1 import (
     scoring_pb2,
     scoring_pb2_grpc,
 )
+from likely.watch import Watcher
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -45,23 +44,58 @@ SERVICES = (
 _STATUS = health_pb2.HealthCheckResponse
 
 
+HOLD = 0.05  # seconds in which requests that race with a drain gather
+CUT_OFF = 2.0  # seconds in which requests that are cut off may say so
+
+
 class Server:
-    """One gRPC server with its health, reflection and metrics.
+    """One gRPC server with its health, reflection, metrics, and its admin on a port of its own.
 
     Attributes:
         port: where gRPC listens, once started.
+        admin_port: where the admin RPCs listen, once started; None where they are off.
         metrics_port: where metrics are scraped, once started; None where they are off.
         registry: the models served.
+        lifecycle: changes them.
+        lost: done when the device is gone, with what it said.
     """
 
-    def __init__(self, settings: Settings, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log: FilteringBoundLogger,
+        *,
+        shared: bool = False,
+        admin_socket: Path | None = None,
+    ) -> None:
+        """A server, to be made where the event loop runs.
+
+        Args:
+            settings: what it runs with.
+            log: where it tells what it does.
+            shared: whether other processes listen on the same port.
+            admin_socket: where the admin RPCs listen, in place of the settings' port.
+
+        Raises:
+            SettingsError: settings that exclude each other.
+        """
         self.port = 0
+        self.admin_port: int | None = None
         self.metrics_port: int | None = None
         self.registry = Registry(settings.default_version)
         self._settings = settings
         self._log = log
         self._metrics = Metrics()
         self._exporter: Exporter | None = None
+        self.lost: asyncio.Future[DeviceLost] = asyncio.get_running_loop().create_future()
+        loader = Loader(settings, self._metrics.traffic)
+        self.lifecycle = Lifecycle(self.registry, loader, self._metrics, log, self._tell)
+        self._watcher: Watcher | None = None
+        if settings.watch:
+            self._watcher = Watcher(settings.watch, settings.watch_seconds, self.lifecycle, log)
+        self._watching: asyncio.Task[None] | None = None
+        self._loaded = False
+        self._admin_socket = admin_socket
         self._health = health_aio.HealthServicer()
         self._guard = Guard(
             self.registry,
@@ -69,16 +103,14 @@ class Server:
             log,
             access.gate(settings, log),
             slow_reader_seconds=settings.slow_reader_seconds,
+            lost=self._lose,
         )
-        self._grpc = grpc.aio.server(
-            interceptors=[self._guard],
-            options=[
-                ("grpc.max_receive_message_length", settings.request_bytes),
-                ("grpc.max_send_message_length", -1),  # bounded by what a request may ask
-                ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server
-            ],
-        )
+        self._grpc = self._server(shared)
         self._add_services()
+        self._admin = None
+        if admin_socket or settings.admin_port != "off":
+            self._admin = self._server(shared=False)
+            admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(self.lifecycle), self._admin)
 
     async def start(self) -> None:
         """Opens the ports and says NOT_SERVING; `load` does the rest.
@@ -88,19 +120,19 @@ class Server:
         """
         settings = self._settings
         await self._tell_health(_STATUS.NOT_SERVING)
-        try:
-            # An IPv6 address stands in brackets before a port.
-            host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            self.port = self._listen(f"{host}:{settings.port}")
-        except RuntimeError as error:
-            raise SettingsError(
-                f"gRPC cannot listen on {settings.host}:{settings.port}: in use, "
-                "not this machine's, or not allowed"
-            ) from error
+        self.port = self._listen(self._grpc, settings.host, settings.port)
+        if self._admin and self._admin_socket:
+            self._admin.add_insecure_port(f"unix:{self._admin_socket}")
+        elif self._admin and settings.admin_port != "off":
+            self.admin_port = self._listen(self._admin, settings.admin_host, settings.admin_port)
         if settings.metrics_port != "off":
-            self._exporter = Exporter(self._metrics, settings.metrics_host, settings.metrics_port)
+            self._exporter = Exporter(
+                self._metrics.registry, settings.metrics_host, settings.metrics_port
+            )
             self.metrics_port = self._exporter.port
         await self._grpc.start()
+        if self._admin:
+            await self._admin.start()
 
     async def load(self) -> None:
         """Verifies the bundles, opens and warms their engines, then says SERVING.
@@ -110,38 +142,76 @@ class Server:
             DeviceError: the device asked for is not really there.
             SettingsError: a bundle cannot promise the default alpha.
         """
-        engines = await asyncio.to_thread(load_engines, self._settings, self._metrics.traffic)
-        self.registry.fill(engines)
-        self._metrics.serving(engines)
-        for engine in self.registry.engines():
-            self._log.info(
-                "model",
-                name=engine.manifest.name,
-                version=engine.manifest.version,
-                digest=engine.digest,
-                providers=list(engine.providers),
-            )
-        await self._tell_health(_STATUS.SERVING)
+        settings = self._settings
+        await self.lifecycle.begin(settings.bundles or (() if settings.watch else shipped()))
+        if self._watcher:
+            try:
+                await self._watcher.begin()
+            except OSError as error:
+                raise SettingsError(f"{settings.watch} cannot be read: {error.strerror}") from error
+            self._watching = asyncio.create_task(self._watcher.run())
+        self.lifecycle.pin(settings.version_labels)
+        self._loaded = True
+        await self._tell()
 
-    async def stop(self, drain_seconds: float | None = None) -> None:
-        """Says NOT_SERVING, lets running requests end, closes everything."""
+    async def stop(self, drain_seconds: float | None = None, delay: float = 0.0) -> None:
+        """Says NOT_SERVING, takes requests for the delay, answers what it took, closes everything.
+
+        Args:
+            drain_seconds: that requests may take; those that take longer are cut off.
+            delay: seconds in which whoever looks at health finds other servers.
+        """
         grace = self._settings.drain_seconds if drain_seconds is None else drain_seconds
         await self._health.enter_graceful_shutdown()
-        self._guard.end_probes()
-        await self._grpc.stop(grace)
+        await asyncio.sleep(delay)
+        if self._watching:
+            self._watching.cancel()
+        await self._drain(grace)
         if self._exporter:
             await asyncio.to_thread(self._exporter.close)
-        await asyncio.to_thread(self.registry.close)
+        await self.lifecycle.close()
 
-    def _listen(self, address: str) -> int:
+    async def _drain(self, grace: float) -> None:
+        # gRPC's own stop cancels what arrives while the connections are being told to go
+        # elsewhere. So newcomers are first held, then told so, and only then refused.
+        door, servers = self._guard.door, [s for s in (self._grpc, self._admin) if s]
+        door.close()
+        self._guard.end_probes()
+        await asyncio.sleep(HOLD)
+        stopping = [asyncio.create_task(server.stop(grace + CUT_OFF)) for server in servers]
+        await asyncio.sleep(HOLD)
+        door.shut()
+        if not await door.empty(grace):
+            self._log.warning("cut off", requests=door.cut())
+        await asyncio.gather(*stopping)
+
+    def _server(self, shared: bool) -> grpc.aio.Server:
+        return grpc.aio.server(
+            interceptors=[self._guard],
+            options=[
+                ("grpc.max_receive_message_length", self._settings.request_bytes),
+                ("grpc.max_send_message_length", -1),  # bounded by what a request may ask
+                # A taken port is an error, not a second server, unless that is the wish.
+                ("grpc.so_reuseport", int(shared)),
+            ],
+        )
+
+    def _listen(self, server: grpc.aio.Server, host: str, port: int) -> int:
         """The port that is bound; encrypted where there is a certificate."""
         settings = self._settings
-        if settings.tls_certificate is None or settings.tls_key is None:
-            return self._grpc.add_insecure_port(address)
-        credentials = tls.server_credentials(
-            settings.tls_certificate, settings.tls_key, settings.tls_client_ca, self._log
-        )
-        return self._grpc.add_secure_port(address, credentials)
+        # An IPv6 address stands in brackets before a port.
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if settings.tls_certificate is None or settings.tls_key is None:
+                return server.add_insecure_port(address)
+            credentials = tls.server_credentials(
+                settings.tls_certificate, settings.tls_key, settings.tls_client_ca, self._log
+            )
+            return server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise SettingsError(
+                f"gRPC cannot listen on {host}:{port}: in use, not this machine's, or not allowed"
+            ) from error
 
     def _add_services(self) -> None:
         limits, alpha = self._settings.limits, self._settings.default_alpha
@@ -159,93 +229,17 @@ class Server:
                 (*SERVICES, health, reflection.SERVICE_NAME), self._grpc
             )
 
+    def _lose(self, error: DeviceLost) -> None:
+        if not self.lost.done():
+            self._log.error("device lost", message=str(error))
+            self.lost.set_result(error)
+
+    async def _tell(self) -> None:
+        """Tells health whether there is a model to ask."""
+        if self._loaded:
+            serves = bool(self.registry.engines())
+            await self._tell_health(_STATUS.SERVING if serves else _STATUS.NOT_SERVING)
+
     async def _tell_health(self, status: int) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
-
-
-def load_engines(settings: Settings, traffic: Traffic) -> list[Engine]:
-    """The engines of all bundles that the settings name, verified and warm."""
-    device = graphs.Device.parse(settings.device, memory=settings.gpu_memory << 20)
-    threads = settings.threads or machine.cores()
-    bundles = [Bundle.open(path) for path in settings.bundles or shipped()]
-    for bundle in bundles:
-        finest = bundle.manifest.calibration.finest_alpha
-        if settings.default_alpha < finest:
-            raise SettingsError(
-                f"default_alpha = {settings.default_alpha:g} is finer than {finest:.6g}, "
-                f"the finest that {bundle.path} can promise"
-            )
-    terms = Terms(
-        settings.lanes,
-        Bounds(settings.queued_images, settings.queued_bytes),
-        settings.withheld_answers,
-    )
-    return [
-        Engine.load(
-            bundle,
-            device=device,
-            threads=threads,
-            max_batch=settings.max_batch,
-            terms=terms,
-            traffic=traffic,
-        )
-        for bundle in bundles
-    ]
-
-
-def shipped() -> Sequence[Path]:
-    """The folders of the bundles inside the package.
-
-    Raises:
-        BundleError: there is none.
-    """
-    shelf = Path(str(resources.files("likely"))) / "bundles"
-    if found := sorted(manifest.parent for manifest in shelf.glob(f"*/{MANIFEST}")):
-        return found
-    raise BundleError(f"{shelf} holds no bundle; name one by --bundle")
-
-
-def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT; a second one ends at once.
-
-    Raises:
-        LikelyError: why nothing can be served.
-    """
-    graphs.require_runtime()
-    log = logs.logger(settings.log_level, settings.log_format)
-    logs.adopt_stdlib(settings.log_format)
-    asyncio.run(_serve(settings, log))
-
-
-async def _serve(settings: Settings, log: FilteringBoundLogger) -> None:
-    ending = _signalled()
-    server = Server(settings, log)
-    try:
-        await server.start()
-        log.info("listening", host=settings.host, port=server.port, metrics=server.metrics_port)
-        loading = asyncio.create_task(server.load())
-        await asyncio.wait({loading, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            loading.result()
-            log.info("serving", host=settings.host, port=server.port)
-            await ending
-        log.info("draining", seconds=settings.drain_seconds)
-    finally:
-        await server.stop()
-    log.info("ended")
-
-
-def _signalled() -> asyncio.Future[None]:
-    """Done at the first SIGTERM or SIGINT; the second one has its ordinary effect."""
-    loop = asyncio.get_running_loop()
-    ending: asyncio.Future[None] = loop.create_future()
-
-    def end() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-        ending.set_result(None)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
-    return ending

@@ -10,7 +10,8 @@ import grpc.aio
 
 from likely import callers, checks, codec
 from likely.admission import Quota
-from likely.answers import Limits
+from likely.answers import Limits, ModelInfo
+from likely.engine import Engine
 from likely.registry import Registry, describe
 from likely.v1 import (
     generation_pb2,
@@ -39,45 +40,43 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         self, request: scoring_pb2.ScoreRequest, context: Context
     ) -> scoring_pb2.ScoreResponse:
         """log p(x), p-value and verdict of every picture."""
-        engine = self._registry.find(request.model_name, request.model_version)
-        x = checks.pixels(request, engine.manifest, self._limits)
-        alpha = checks.alpha(request, engine.detector, self._default_alpha)
-        surprise = checks.surprise(request, engine.manifest, self._limits)
-        self._quota.take(callers.current().client, len(x))
-        return codec.score_response(
-            await engine.score(
-                x, alpha, surprise=surprise, guarantee=checks.guarantee(request)
-            )
-        )
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            x = checks.pixels(request, engine.manifest, self._limits)
+            alpha = checks.alpha(request, engine.detector, self._default_alpha)
+            surprise = checks.surprise(request, engine.manifest, self._limits)
+            self._quota.take(callers.current().client, len(x))
+            guarantee = checks.guarantee(request)
+            scores = await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
+            return codec.score_response(scores)
 
     async def Classify(
         self, request: scoring_pb2.ClassifyRequest, context: Context
     ) -> scoring_pb2.ClassifyResponse:
         """log p(x|y), posterior and label of every picture."""
-        engine = self._registry.find(request.model_name, request.model_version)
-        x = checks.pixels(request, engine.manifest, self._limits)
-        alpha = checks.alpha(request, engine.detector, self._default_alpha)
-        priors = checks.priors(request, engine.manifest)
-        floor = checks.min_posterior(request)
-        self._quota.take(callers.current().client, len(x))
-        answer = await engine.classify(
-            x,
-            alpha,
-            priors=priors,
-            min_posterior=floor,
-            guarantee=checks.guarantee(request),
-        )
-        return codec.classify_response(answer)
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            x = checks.pixels(request, engine.manifest, self._limits)
+            alpha = checks.alpha(request, engine.detector, self._default_alpha)
+            priors = checks.priors(request, engine.manifest)
+            floor = checks.min_posterior(request)
+            self._quota.take(callers.current().client, len(x))
+            answer = await engine.classify(
+                x,
+                alpha,
+                priors=priors,
+                min_posterior=floor,
+                guarantee=checks.guarantee(request),
+            )
+            return codec.classify_response(answer)
 
     async def Encode(
         self, request: scoring_pb2.EncodeRequest, context: Context
     ) -> scoring_pb2.EncodeResponse:
         """The latent features of every picture."""
-        engine = self._registry.find(request.model_name, request.model_version)
-        x = checks.pixels(request, engine.manifest, self._limits)
-        labels = checks.labels(request, engine.manifest, len(x))
-        self._quota.take(callers.current().client, len(x))
-        return codec.encode_response(await engine.encode(x, labels))
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            x = checks.pixels(request, engine.manifest, self._limits)
+            labels = checks.labels(request, engine.manifest, len(x))
+            self._quota.take(callers.current().client, len(x))
+            return codec.encode_response(await engine.encode(x, labels))
 
 
 class Generation(generation_pb2_grpc.GenerationServiceServicer):
@@ -95,46 +94,46 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Chunks of pictures in the order of their index."""
-        engine = self._registry.find(request.model_name, request.model_version)
-        count = checks.count(request, self._limits)
-        drawn = engine.generate(
-            checks.label(request, engine.manifest),
-            count,
-            checks.seed(request),
-            first_index=checks.first_index(request, count),
-            temperature=checks.temperature(request),
-            chunk=checks.chunk(engine.manifest, self._limits),
-            check=checks.self_check(request, engine.detector, self._default_alpha),
-        )
-        self._quota.take(callers.current().client, count)
-        async with aclosing(drawn) as chunks:
-            async for chunk in chunks:
-                yield codec.generate_response(chunk)
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            count = checks.count(request, self._limits)
+            drawn = engine.generate(
+                checks.label(request, engine.manifest),
+                count,
+                checks.seed(request),
+                first_index=checks.first_index(request, count),
+                temperature=checks.temperature(request),
+                chunk=checks.chunk(engine.manifest, self._limits),
+                check=checks.self_check(request, engine.detector, self._default_alpha),
+            )
+            self._quota.take(callers.current().client, count)
+            async with aclosing(drawn) as chunks:
+                async for chunk in chunks:
+                    yield codec.generate_response(chunk)
 
     async def Complete(
         self, request: generation_pb2.CompleteRequest, context: Context
     ) -> AsyncIterator[generation_pb2.CompleteResponse]:
         """Chunks of completions, picture by picture."""
-        engine = self._registry.find(request.model_name, request.model_version)
-        checks.geometry(request, engine.manifest, self._limits)
-        known = checks.mask(request)
-        x = checks.pixels(request, engine.manifest, self._limits, known)
-        completions, proposals = checks.completions(request, self._limits)
-        drawn = engine.complete(
-            x,
-            known,
-            checks.label(request, engine.manifest),
-            completions,
-            checks.seed(request),
-            first_index=checks.first_index(request, len(x)),
-            temperature=checks.temperature(request),
-            proposals=proposals,
-            chunk=checks.chunk(engine.manifest, self._limits),
-        )
-        self._quota.take(callers.current().client, len(x) * completions * proposals)
-        async with aclosing(drawn) as chunks:
-            async for chunk in chunks:
-                yield codec.complete_response(chunk)
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            checks.geometry(request, engine.manifest, self._limits)
+            known = checks.mask(request)
+            x = checks.pixels(request, engine.manifest, self._limits, known)
+            completions, proposals = checks.completions(request, self._limits)
+            drawn = engine.complete(
+                x,
+                known,
+                checks.label(request, engine.manifest),
+                completions,
+                checks.seed(request),
+                first_index=checks.first_index(request, len(x)),
+                temperature=checks.temperature(request),
+                proposals=proposals,
+                chunk=checks.chunk(engine.manifest, self._limits),
+            )
+            self._quota.take(callers.current().client, len(x) * completions * proposals)
+            async with aclosing(drawn) as chunks:
+                async for chunk in chunks:
+                    yield codec.complete_response(chunk)
 
 
 class Models(models_pb2_grpc.ModelServiceServicer):
@@ -150,13 +149,16 @@ class Models(models_pb2_grpc.ModelServiceServicer):
     ) -> models_pb2.ListModelsResponse:
         """Every version that is served."""
         engines = self._registry.engines()
-        infos = [describe(engine, self._limits, self._default_alpha) for engine in engines]
+        infos = [self._described(engine) for engine in engines]
         return models_pb2.ListModelsResponse(models=[codec.model(info) for info in infos])
 
     async def GetModel(
         self, request: models_pb2.GetModelRequest, context: Context
     ) -> models_pb2.GetModelResponse:
         """One version."""
-        engine = self._registry.find(request.model_name, request.model_version)
-        info = describe(engine, self._limits, self._default_alpha)
+        info = self._described(self._registry.find(request.model_name, request.model_version))
         return models_pb2.GetModelResponse(model_version=info.version, model=codec.model(info))
+
+    def _described(self, engine: Engine) -> ModelInfo:
+        labels = self._registry.labels(engine.manifest.name, engine.manifest.version)
+        return describe(engine, self._limits, self._default_alpha, labels)

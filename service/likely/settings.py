@@ -43,6 +43,12 @@ Algorithms = Annotated[
 ]
 
 
+VersionLabel = Annotated[
+    str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}:(stable|canary)=[a-z0-9][a-z0-9_.-]{0,63}$")
+]
+VersionLabels = Annotated[tuple[VersionLabel, ...], NoDecode, BeforeValidator(_words)]
+
+
 class Settings(BaseSettings):
     """What `likely serve` runs with; every field is a flag, a LIKELY_ variable and a TOML key."""
 
@@ -52,12 +58,22 @@ class Settings(BaseSettings):
     """TOML file that the other settings are read from."""
     bundles: Paths = ()
     """Folders of bundles to serve; none means those that the package ships."""
+    watch: Path | None = None
+    """Folder of further bundles, followed while serving: what comes or changes is loaded."""
+    watch_seconds: float = Field(5.0, gt=0, le=3600, allow_inf_nan=False)
+    """Seconds between two looks at that folder."""
+    labels: VersionLabels = ()
+    """Labels of versions, such as digits:stable=1.0; there are stable and canary."""
     default_version: Literal["newest", "oldest"] = "newest"
-    """Which version answers a request that names none."""
+    """Which version answers a request that names none, where none is labelled stable."""
     host: str = Field("127.0.0.1", min_length=1)
     """Address to listen on; 0.0.0.0 listens on all."""
     port: Port = 50051
     """Port of the gRPC server; 0 takes any free one."""
+    admin_host: str = Field("127.0.0.1", min_length=1)
+    """Address of the admin RPCs."""
+    admin_port: Port | Literal["off"] = "off"
+    """Port of the admin RPCs; 0 takes any free one."""
     metrics_host: str = Field("127.0.0.1", min_length=1)
     """Address of the Prometheus metrics."""
     metrics_port: Port | Literal["off"] = 9464
@@ -88,8 +104,10 @@ class Settings(BaseSettings):
     """What runs the models: auto, cpu, cuda or cuda:N; cuda or nothing, never a silent fallback."""
     gpu_memory: int = Field(0, ge=0, le=1 << 20)
     """MiB of a card that each graph may take for its runs; 0 is no limit."""
+    workers: int = Field(1, ge=0, le=256)
+    """Processes that serve side by side on one port; 0 takes as many as there are cores."""
     threads: int = Field(0, ge=0, le=1024)
-    """Threads of the runtime; 0 takes as many as there are cores."""
+    """Threads of the runtime in each process; 0 divides the cores among the processes."""
     lanes: int = Field(0, ge=0, le=1024)
     """Runs of a model at once; 0 finds at warm-up how many are best."""
     max_batch: int = Field(0, ge=0, le=4096)
@@ -116,8 +134,10 @@ class Settings(BaseSettings):
     """Bytes of the pictures, or maps, in one answer."""
     default_alpha: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
     """Rate of false rejections where a request names none."""
+    drain_delay: float = Field(1.0, ge=0, le=600, allow_inf_nan=False)
+    """Seconds after SIGTERM in which requests are still taken, while health says NOT_SERVING."""
     drain_seconds: float = Field(30.0, ge=0, le=3600, allow_inf_nan=False)
-    """How long running requests may take to end after SIGTERM."""
+    """How long requests that were taken may take to end after that."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least grave event that is logged."""
     log_format: Literal["auto", "json", "console"] = "auto"
@@ -140,6 +160,12 @@ class Settings(BaseSettings):
         path = init_settings().get("config") or env_settings().get("config")
         file = InitSettingsSource(settings_cls, _file(Path(path)) if path else {})
         return init_settings, env_settings, file
+
+    @property
+    def version_labels(self) -> dict[tuple[str, str], str]:
+        """Versions by model name and label."""
+        parts = (text.replace("=", ":").split(":") for text in self.labels)
+        return {(name, label): version for name, label, version in parts}
 
     @property
     def limits(self) -> Limits:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from demo import pictures
 from likely.bundle import Bundle, Manifest
-from likely.server import shipped
+from likely.loading import shipped
 from likely_export import data
 
 
