@@ -34,6 +34,7 @@ MOST_FIELDS = 4_000_000
 DEEPEST = 4
 MOST_AXES = 16
 _LARGEST_TEXT = 1 << 12
+_LARGEST_PACKED = 1 << 22
 
 # Bytes of an element by ONNX's number of its type; what is missing is not allowed.
 _SIZES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
@@ -111,13 +112,16 @@ _TENSOR: Schema = {
 _ENTRY: Schema = {1: _one("key"), 2: _one("value")}
 _VALUE: Schema = {1: _one("name"), 2: _one("type"), 3: _one("doc_string")}
 _TYPE: Schema = {1: _one("tensor"), 6: _one("denotation")}
-# Typed data and the element types that it is for, with the fewest and most bytes of one.
+_TENSOR_TYPE: Schema = {1: _one("elem_type", _NUMBER), 2: _one("shape")}
+_SHAPE: Schema = {1: _many("dim")}
+_DIM: Schema = {1: _one("dim_value", _NUMBER), 2: _one("dim_param"), 3: _one("denotation")}
+# Typed data and the element types that it is for; all others than the first two are varints.
 _TYPED = {
-    "float_data": ({1}, 4, 4),
-    "double_data": ({11}, 8, 8),
-    "int32_data": ({2, 3, 4, 5, 6, 9, 10, 16}, 1, 10),
-    "int64_data": ({7}, 1, 10),
-    "uint64_data": ({12, 13}, 1, 10),
+    "float_data": {1},
+    "double_data": {11},
+    "int32_data": {2, 3, 4, 5, 6, 9, 10, 16},
+    "int64_data": {7},
+    "uint64_data": {12, 13},
 }
 _EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 
@@ -174,11 +178,17 @@ class _Scan:
         graph = self._read(data, _GRAPH, "a graph")
         for part in _parts(graph, "value"):
             for kind in _parts(self._read(part, _VALUE, "a value"), "type"):
-                self._read(kind, _TYPE, "a type")
+                self._type(kind)
         for part in _parts(graph, "initializer"):
             self._tensor(part)
         for part in _parts(graph, "node"):
             self._node(part, depth)
+
+    def _type(self, data: memoryview) -> None:
+        for tensor in _parts(self._read(data, _TYPE, "a type"), "tensor"):
+            for shape in _parts(self._read(tensor, _TENSOR_TYPE, "a type"), "shape"):
+                for dim in _parts(self._read(shape, _SHAPE, "a shape"), "dim"):
+                    self._read(dim, _DIM, "an axis")
 
     def _node(self, data: memoryview, depth: int) -> None:
         node = self._read(data, _NODE, "a node")
@@ -187,6 +197,7 @@ class _Scan:
             raise WireError(f"the operator {_shown(domain, operator)} is not allowed")
         for part in _parts(node, "attribute"):
             attribute = self._read(part, _ATTRIBUTE, "an attribute")
+            _check_lists(attribute)
             for tensor in _parts(attribute, "tensor"):
                 self._tensor(tensor)
             for graph in _parts(attribute, "graph"):
@@ -237,16 +248,32 @@ class _Scan:
 def _check_inside(tensor: Values, given: list[str], kind: int, count: int) -> None:
     """Returns if the file holds as many elements as the shape claims: none is made up."""
     name = given[0] if given else "raw_data"
-    size = sum(len(part) for part in _parts(tensor, name))
-    if name == "raw_data":
-        fewest = most = count * _SIZES[kind]
+    data = next(_parts(tensor, name), memoryview(b""))
+    if name in _TYPED and kind not in _TYPED[name]:
+        raise WireError(f"a tensor of type {kind} has {name}")
+    if name in ("raw_data", "float_data", "double_data"):
+        found, rest = divmod(len(data), _SIZES[kind])
     else:
-        kinds, least, largest = _TYPED[name]
-        if kind not in kinds:
-            raise WireError(f"a tensor of type {kind} has {name}")
-        fewest, most = count * least, count * largest
-    if not fewest <= size <= most:
-        raise WireError(f"a tensor of {count} elements of type {kind} has {size} bytes of {name}")
+        found, rest = _count(data), 0
+    if found != count or rest:
+        raise WireError(f"a tensor of {count} elements of type {kind} has {len(data)} bytes")
+
+
+def _check_lists(attribute: Values) -> None:
+    """Returns if numbers that are packed together are whole."""
+    for value in attribute.get("floats", ()):
+        if isinstance(value, memoryview) and len(value) % 4:
+            raise WireError("an attribute's numbers end within one")
+    for value in attribute.get("ints", ()):
+        if isinstance(value, memoryview):
+            _count(value)
+
+
+def _count(data: memoryview) -> int:
+    """How many numbers are packed there."""
+    if len(data) > _LARGEST_PACKED:
+        raise WireError(f"{len(data)} bytes of numbers are packed; at most {_LARGEST_PACKED} are")
+    return sum(1 for _ in _varints(data))
 
 
 def _dims(tensor: Values) -> list[int]:
