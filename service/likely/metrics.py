@@ -60,6 +60,7 @@ class Metrics:
             "likely_requests_in_flight",
             "Requests that are being answered.",
             ("method",),
+            multiprocess_mode="livesum",
             registry=self.registry,
         )
         self._images = Counter(
@@ -79,6 +80,7 @@ class Metrics:
             "1 for each version served, 0 once it is not any more; by the execution provider "
             "that its sessions prefer.",
             ("name", "version", "digest", "provider"),
+            multiprocess_mode="livemax",
             registry=self.registry,
         )
         self._served: set[tuple[str, ...]] = set()
@@ -92,6 +94,7 @@ class Metrics:
             "likely_build_info",
             "1, with the versions that run.",
             ("version", "python", "runtime"),
+            multiprocess_mode="livemax",
             registry=self.registry,
         )
         runtime = ",".join(f"{name}=={number}" for name, number in machine.runtimes().items())

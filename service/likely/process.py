@@ -71,13 +71,13 @@ async def run(
     delay, grace = 0.0, settings.drain_seconds
     try:
         loading = asyncio.create_task(server.load())
-        await _first(loading, ending)
+        await first(loading, ending)
         if loading.done():
             await loading
             if ready:
                 await ready()
             log.info("serving", host=settings.host, port=server.port)
-            await _first(ending, server.lost)
+            await first(ending, server.lost)
             # Who types Ctrl-C has no other servers to find first.
             if ending.done() and ending.result() == signal.SIGTERM:
                 delay = settings.drain_delay
@@ -91,7 +91,8 @@ async def run(
     log.info("ended")
 
 
-async def _first(*awaited: asyncio.Future[Any]) -> None:
+async def first(*awaited: asyncio.Future[Any]) -> None:
+    """Returns once one of them is done."""
     await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
 
 

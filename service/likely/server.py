@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from likely import access, tls
+from likely import access, ports
 from likely.admin import Admin
 from likely.admission import Quota
 from likely.errors import DeviceLost, SettingsError
@@ -113,18 +113,21 @@ class Server:
             admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(self.lifecycle), self._admin)
 
     async def start(self) -> None:
-        """Opens the ports and says NOT_SERVING; `load` does the rest.
+        """Opens the ports; until `load` has been there, health says NOT_SERVING.
 
         Raises:
             SettingsError: an address cannot be listened on.
         """
         settings = self._settings
         await self._tell_health(_STATUS.NOT_SERVING)
-        self.port = self._listen(self._grpc, settings.host, settings.port)
+        await self._tell()
+        self.port = ports.listen(self._grpc, settings, settings.host, settings.port, self._log)
         if self._admin and self._admin_socket:
             self._admin.add_insecure_port(f"unix:{self._admin_socket}")
         elif self._admin and settings.admin_port != "off":
-            self.admin_port = self._listen(self._admin, settings.admin_host, settings.admin_port)
+            self.admin_port = ports.listen(
+                self._admin, settings, settings.admin_host, settings.admin_port, self._log
+            )
         if settings.metrics_port != "off":
             self._exporter = Exporter(
                 self._metrics.registry, settings.metrics_host, settings.metrics_port
@@ -195,23 +198,6 @@ class Server:
                 ("grpc.so_reuseport", int(shared)),
             ],
         )
-
-    def _listen(self, server: grpc.aio.Server, host: str, port: int) -> int:
-        """The port that is bound; encrypted where there is a certificate."""
-        settings = self._settings
-        # An IPv6 address stands in brackets before a port.
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            if settings.tls_certificate is None or settings.tls_key is None:
-                return server.add_insecure_port(address)
-            credentials = tls.server_credentials(
-                settings.tls_certificate, settings.tls_key, settings.tls_client_ca, self._log
-            )
-            return server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise SettingsError(
-                f"gRPC cannot listen on {host}:{port}: in use, not this machine's, or not allowed"
-            ) from error
 
     def _add_services(self) -> None:
         limits, alpha = self._settings.limits, self._settings.default_alpha

@@ -28,8 +28,8 @@ class Traffic:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         into = registry or CollectorRegistry()
         graph = ("model", "graph")
-        self.waiting = Gauge("likely_queue_rows", "Rows that wait.", graph, registry=into)
-        self.running = Gauge("likely_batches_running", "Batches in lanes.", graph, registry=into)
+        self.waiting = _gauge("likely_queue_rows", "Rows that wait.", graph, into)
+        self.running = _gauge("likely_batches_running", "Batches in lanes.", graph, into)
         self.batches = Histogram(
             "likely_batch_rows", "Rows of a batch.", graph, buckets=ROWS, registry=into
         )
@@ -61,3 +61,8 @@ class Traffic:
         self.withheld = Counter(
             "likely_withheld", "Answers withheld as not finite.", ("model",), registry=into
         )
+
+
+def _gauge(name: str, text: str, labels: tuple[str, ...], into: CollectorRegistry) -> Gauge:
+    # Of several workers, what counts is the sum over those that live.
+    return Gauge(name, text, labels, registry=into, multiprocess_mode="livesum")

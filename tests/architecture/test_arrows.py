@@ -59,13 +59,21 @@ SERVICE = {
     "lifecycle": "bundle engine errors loading metrics registry structlog",
     "watch": "bundle errors lifecycle structlog",
     "admin": "errors lifecycle registry v1 grpc",
+    "ports": "errors settings tls grpc structlog",
     "server": (
-        "access admin admission errors interceptors lifecycle loading metrics registry servicers "
-        "settings tls v1 watch grpc grpc_health grpc_reflection structlog"
+        "access admin admission errors interceptors lifecycle loading metrics ports registry "
+        "servicers settings v1 watch grpc grpc_health grpc_reflection structlog"
     ),
     "process": "graphs logs server settings structlog",
+    "together": "prometheus_client",
+    "worker": "errors logs process server settings together",
+    "fanout": "errors v1 grpc",
+    "supervisor": (
+        "access errors fanout graphs interceptors logs machine metrics ports process registry "
+        "settings together v1 worker grpc structlog"
+    ),
     "cli": (
-        "answers channels client errors machine plans settings process loading bundle engine "
+        "answers channels client errors machine plans settings supervisor loading bundle engine "
         "graphs click grpc numpy onnxruntime PIL rich"
     ),
     "__main__": "cli",
