@@ -1,0 +1,104 @@
+"""What an evaluation leaves beside its figures: the pictures and numbers that a report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from likely.answers import Accepted, Doubles, Floats, Labels, Pixels
+
+INLIERS = "test"
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """One set of pictures, in or out of distribution, as the bundle sees it.
+
+    Attributes:
+        examples: uint8 (k, c, h, w), a few of its pictures.
+        nats: float64 (n,), -log p(x).
+        unusualness: float64 (n,), the score that is ranked.
+        p_value: float64 (n,).
+    """
+
+    examples: Pixels
+    nats: Doubles
+    unusualness: Doubles
+    p_value: Doubles
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """What the bundle makes of the test part's labels.
+
+    Attributes:
+        y: int64 (n,), the true ones.
+        posterior: float64 (n, labels).
+        p_value: float64 (n,), of the pictures.
+        label_p_values: float64 (n, labels).
+    """
+
+    y: Labels
+    posterior: Doubles
+    p_value: Doubles
+    label_p_values: Doubles
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """Pictures with a part hidden, and what the model drew there.
+
+    Attributes:
+        x: uint8 (n, c, h, w), the originals.
+        known: bool (n, c, h, w), true where a pixel was given.
+        drawn: uint8 (n, k, c, h, w), completions.
+    """
+
+    x: Pixels
+    known: Accepted
+    drawn: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """Pictures and why: maps that add up.
+
+    Attributes:
+        x: uint8 (n, c, h, w).
+        surprise: float32 (n, c, h, w), nats, summing to -log p(x).
+        pair: int64 (n, 2), two labels to compare; empty where there are none.
+        evidence: float32 (n, c, h, w), log p(pixel|before, first) - log p(pixel|before, second),
+            summing to the log-odds; empty where there are none.
+    """
+
+    x: Pixels
+    surprise: Floats
+    pair: Labels
+    evidence: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Everything that a report shows beside the figures.
+
+    Attributes:
+        levels: of a pixel.
+        labels: their names.
+        sets: by name; `INLIERS` is the test part.
+        labelled: where the bundle classifies.
+        drawn: uint8 (labels, k, c, h, w), draws by label; (1, k, c, h, w) without labels;
+            None where the bundle draws nothing.
+        nearest: uint8 (k, 2, c, h, w), draws beside their nearest training pictures.
+        completed: where the bundle completes.
+        explained: a few test pictures.
+    """
+
+    levels: int
+    labels: tuple[str, ...]
+    sets: Mapping[str, Sets]
+    labelled: Labelled | None = None
+    drawn: Pixels | None = None
+    nearest: Pixels | None = None
+    completed: Completed | None = None
+    explained: Explained | None = None
+    alphas: tuple[float, ...] = field(default=(0.01, 0.05, 0.1))
