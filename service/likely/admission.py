@@ -64,8 +64,9 @@ class Quota:
         self._sweep(now)
         self._owed[client] = owed + rows, now
 
-    def __len__(self) -> int:
-        """Clients that are remembered: those whose bucket is not full."""
+    @property
+    def remembered(self) -> int:
+        """How many clients are remembered: those whose bucket is not full."""
         return len(self._owed)
 
     def _owing(self, client: str, now: float) -> float:

@@ -637,7 +637,7 @@ def test_a_quota_is_spent_and_comes_back() -> None:
     with pytest.raises(Overloaded) as caught:
         quota.take("a", 1)
     assert caught.value.retry_after == pytest.approx(1.6)
-    assert len(quota) == 1  # b's is full again, and forgotten
+    assert quota.remembered == 1  # b's is full again, and forgotten
     for client in map(str, range(1000)):
         Quota().take(client, HUGE)
 

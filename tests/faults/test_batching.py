@@ -1,0 +1,610 @@
+"""Faults of load, time and company: each costs whom it concerns, and nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from likely import codec, statuses
+from likely.bundle import Role
+from likely.errors import OutOfMemory, RunStopped
+from likely.graphs import Array, Stop
+from likely.ranking import UNUSUALNESS
+from likely.turns import Turns
+from likely.v1.generation_pb2 import GenerateRequest
+from likely.v1.generation_pb2_grpc import GenerationServiceStub
+from likely.v1.scoring_pb2 import ClassifyRequest, ScoreRequest, ScoreResponse, Verdict
+from likely.v1.scoring_pb2_grpc import ScoringServiceStub
+
+if TYPE_CHECKING:
+    from likely.batches import Runner
+    from tests.conftest import Live, Running, Toy
+
+SECONDS = 30  # a bound for what hangs, not a measure of what is fast
+GAUGES = ("likely_queue_rows", "likely_batches_running", "likely_requests_in_flight")
+Change = Callable[[dict[str, Array], dict[str, Array]], None]
+
+
+class Rigged:
+    """A graph whose runs can be held, slowed, failed and changed.
+
+    Attributes:
+        runs: rows of each run that began.
+        stopped: rows of each run that was stopped.
+        pause: seconds that a run takes longer.
+        fails: raises for a run's inputs.
+        change: changes a run's outputs, by its inputs.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.spec, self.providers, self.empty = runner.spec, runner.providers, runner.empty
+        self.runs: list[int] = []
+        self.stopped: list[int] = []
+        self.pause = 0.0
+        self.fails: Callable[[dict[str, Array]], None] = lambda _: None
+        self.change: Change = lambda _, __: None
+        self._runner = runner
+        self._held = threading.Event()
+        self._let = threading.Semaphore(0)
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
+    ) -> list[Array]:
+        n = len(next(iter(feeds.values())))
+        self.runs.append(n)
+        time.sleep(self.pause)
+        while self._held.is_set() and not self._let.acquire(timeout=0.005):
+            if stop and stop.options.terminate:
+                self.stopped.append(n)
+                raise RunStopped("stopped")
+        self.fails(dict(feeds))
+        found = dict(zip(outputs, self._runner.run(feeds, outputs, stop), strict=True))
+        self.change(dict(feeds), found)
+        return [found[name] for name in outputs]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Runs that begin within wait for its end, or to be let on."""
+        self._held.set()
+        try:
+            yield
+        finally:
+            self._held.clear()
+
+    def let(self, runs: int = 1) -> None:
+        """Lets so many runs that are held go on."""
+        self._let.release(runs)
+
+    def begun(self, runs: int = 1) -> None:
+        """Returns once so many runs have begun."""
+        until(lambda: len(self.runs) >= runs)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.002)
+
+
+def rig(live: Live, role: Role = Role.DENSITY) -> Rigged:
+    batcher = live.server.registry.find("toy")._lanes._batchers[role]
+    batcher.runner = rigged = Rigged(batcher.runner)
+    return rigged
+
+
+@pytest.fixture(scope="module")
+def served(running: Running) -> Iterator[Live]:
+    with running(max_batch=4, queued_images=40) as live:
+        yield live
+
+
+@pytest.fixture
+def live(served: Live) -> Iterator[Live]:
+    """A server of one lane, which must be as well after a test as before."""
+    lanes = served.server.registry.find("toy")._lanes
+    runners = {role: batcher.runner for role, batcher in lanes._batchers.items()}
+    yield served
+    for role, runner in runners.items():
+        lanes._batchers[role].runner = runner
+    alive(served)
+
+
+@pytest.fixture
+def stub(live: Live) -> Iterator[ScoringServiceStub]:
+    with grpc.insecure_channel(live.address) as channel:
+        yield ScoringServiceStub(channel)
+
+
+def alive(live: Live) -> None:
+    """Health is SERVING, a good request is answered, and nothing is left behind."""
+    with grpc.insecure_channel(live.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        assert len(ScoringServiceStub(channel).Score(score(3), timeout=SECONDS).scores) == 3
+    until(lambda: not any(samples(live, name) for name in GAUGES))
+
+
+def samples(live: Live, name: str, **labels: str) -> float:
+    """The sum of a metric's values."""
+    with urllib.request.urlopen(live.metrics_url) as answer:
+        lines = answer.read().decode().splitlines()
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if line.startswith((f"{name}{{", f"{name} ")) and all(pair in line for pair in wanted)
+    )
+
+
+def score(n: int = 1, level: int = 0, **fields: Any) -> ScoreRequest:
+    x = np.full((n, 1, 3, 3), level, dtype=np.uint8)
+    return ScoreRequest(model_name="toy", images=codec.images(x), **fields)
+
+
+def same(answer: ScoreResponse, other: ScoreResponse) -> bool:
+    """Whether the scores are those of the same pictures; sums of floats differ in a last bit."""
+    given, expected = (codec.scores(each, None).log_px for each in (answer, other))
+    return np.allclose(given, expected, atol=1e-5)
+
+
+def failed(future: Any) -> grpc.StatusCode:
+    """The status of a call that does not succeed."""
+    error = future.exception(timeout=SECONDS)
+    assert isinstance(error, grpc.RpcError)
+    code: grpc.StatusCode = error.code()
+    return code
+
+
+def detail(error: Any, kind: Any) -> Any:
+    rich = status_pb2.Status.FromString(dict(error.trailing_metadata())[statuses.DETAILS_KEY])
+    message = kind()
+    assert any(packed.Unpack(message) for packed in rich.details)
+    return message
+
+
+def told_to_come_again(error: Any) -> None:
+    """Both the details and the header that clients obey say when."""
+    delay = detail(error, error_details_pb2.RetryInfo).retry_delay.ToTimedelta().total_seconds()
+    pushback = dict(error.trailing_metadata())[statuses.PUSHBACK_KEY]
+    assert delay > 0
+    assert int(pushback) == round(1000 * delay)
+
+
+def logged(live: Live, code: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in live.log.getvalue().splitlines()]
+    return [line for line in lines if line["event"] == "rpc" and line["code"] == code]
+
+
+def waits(live: Live, rows: int) -> None:
+    until(lambda: samples(live, "likely_queue_rows") == rows)
+
+
+@pytest.mark.fault(3)
+def test_what_is_not_a_number_is_withheld_and_ends_the_version(running: Running) -> None:
+    with running(withheld_answers=3) as live, grpc.insecure_channel(live.address) as channel:
+        stub, rigged = ScoringServiceStub(channel), rig(live)
+
+        def spoil(_: Any, found: dict[str, Array]) -> None:
+            found["log_px"] = found["log_px"] * np.nan
+
+        whole = rigged.change
+        for withheld in (1, 2):
+            rigged.change = spoil
+            call = stub.Score.future(score(2), timeout=SECONDS)
+            assert failed(call) is grpc.StatusCode.INTERNAL
+            assert "finite" not in str(call.details())
+            assert samples(live, "likely_withheld_total", model="toy") == withheld
+        rigged.change = whole
+        assert stub.Score(score(), timeout=SECONDS).scores  # two are no reason to end it
+        rigged.change = spoil
+        codes = [failed(stub.Score.future(score(), timeout=SECONDS)) for _ in range(4)]
+        assert codes == [grpc.StatusCode.INTERNAL] * 3 + [grpc.StatusCode.UNAVAILABLE]
+        assert not live.server.registry.find("toy").healthy
+        rigged.change = whole
+        classify = ClassifyRequest(model_name="toy", images=score().images)
+        assert failed(stub.Classify.future(classify, timeout=SECONDS)) is (
+            grpc.StatusCode.UNAVAILABLE
+        )
+
+
+@pytest.mark.fault(13)
+def test_where_every_class_underflows_the_posterior_sums_to_one(live: Live, stub: Any) -> None:
+    def sink(_: Any, found: dict[str, Array]) -> None:
+        if "log_pxy" in found:
+            found["log_pxy"] = found["log_pxy"] * 0 - 1e5 - np.arange(3, dtype=np.float32)
+        else:
+            found["log_px"] = np.full_like(found["log_px"], -1e5)
+            found[UNUSUALNESS] = np.full_like(found[UNUSUALNESS], 1e5)
+
+    for role in (Role.DENSITY, Role.CONDITIONAL):
+        rig(live, role).change = sink
+    request = ClassifyRequest(model_name="toy", images=score(2).images)
+    answer = stub.Classify(request, timeout=SECONDS)
+    for row in answer.classifications:
+        assert sum(row.posterior) == pytest.approx(1, abs=1e-9)
+        assert row.label == int(np.argmax(row.posterior))
+        assert row.verdict == Verdict.VERDICT_OUTLIER
+
+
+@pytest.mark.fault(21)
+def test_a_deadline_that_has_passed_on_arrival_is_never_run(live: Live, stub: Any) -> None:
+    rigged = rig(live)
+    stub.Score(score(), timeout=SECONDS)
+    before, late = len(rigged.runs), len(logged(live, "DEADLINE_EXCEEDED"))
+    live.loop.call_soon_threadsafe(time.sleep, 0.4)  # the server looks at it only then
+    time.sleep(0.05)
+    assert failed(stub.Score.future(score(), timeout=0.1)) is grpc.StatusCode.DEADLINE_EXCEEDED
+    stub.Score(score(), timeout=SECONDS)
+    assert len(rigged.runs) == before + 1
+    assert len(logged(live, "DEADLINE_EXCEEDED")) <= late + 1
+
+
+@pytest.mark.fault(21)
+def test_a_deadline_that_passes_in_the_queue_frees_the_place(live: Live, stub: Any) -> None:
+    rigged = rig(live)
+    with rigged.held():
+        first = stub.Score.future(score(4), timeout=SECONDS)
+        rigged.begun()
+        late = stub.Score.future(score(2), timeout=0.3)
+        stays = stub.Score.future(score(3), timeout=SECONDS)
+        waits(live, 5)
+        assert failed(late) is grpc.StatusCode.DEADLINE_EXCEEDED
+        waits(live, 3)  # while the lane is still held
+    assert len(first.result(SECONDS).scores) == 4
+    assert len(stays.result(SECONDS).scores) == 3
+    assert rigged.runs == [4, 3]
+
+
+@pytest.mark.fault(21)
+def test_a_deadline_that_passes_in_a_batch_harms_no_mate(live: Live, stub: Any) -> None:
+    rigged = rig(live)
+    with rigged.held():
+        first = stub.Score.future(score(4), timeout=SECONDS)
+        rigged.begun()
+        mates = [stub.Score.future(score(1, 1), timeout=SECONDS) for _ in range(2)]
+        late = stub.Score.future(score(1, 2), timeout=1.5)
+        waits(live, 3)
+        rigged.let()
+        first.result(SECONDS)
+        rigged.begun(2)
+        assert failed(late) is grpc.StatusCode.DEADLINE_EXCEEDED
+    alone = stub.Score(score(1, 1), timeout=SECONDS)
+    assert all(same(mate.result(SECONDS), alone) for mate in mates)
+    assert rigged.runs[:2] == [4, 3]
+    assert not rigged.stopped
+
+
+@pytest.mark.fault(21)
+def test_a_batch_that_nobody_waits_for_is_stopped(live: Live, stub: Any) -> None:
+    rigged = rig(live)
+    with rigged.held():
+        calls = [stub.Score.future(score(2), timeout=0.5) for _ in range(2)]
+        for call in calls:
+            assert failed(call) is grpc.StatusCode.DEADLINE_EXCEEDED
+        until(lambda: sum(rigged.stopped) == sum(rigged.runs) > 0)
+        until(lambda: not samples(live, "likely_batches_running"))  # the lane is back, still held
+
+
+@pytest.mark.fault(21)
+def test_a_real_run_is_stopped_in_its_midst(live: Live) -> None:
+    """ONNX Runtime itself, not a rigged graph: a long batch ends before its time."""
+    session = live.server.registry.find("toy")._lanes._batchers[Role.CONDITIONAL].runner
+    x = np.zeros((20_000, 1, 3, 3), dtype=np.uint8)
+    began = time.thread_time()
+    session.run({"x": x}, ["log_pxy"])
+    whole = time.thread_time() - began
+    stop = Stop()
+    stop.now()
+    began = time.thread_time()
+    with pytest.raises(RunStopped):
+        session.run({"x": x}, ["log_pxy"], stop)
+    assert time.thread_time() - began < whole
+
+
+@pytest.mark.fault(22)
+def test_who_cancels_on_arrival_leaves_no_trace(live: Live, stub: Any) -> None:
+    calls = [stub.Score.future(score(), timeout=SECONDS) for _ in range(50)]
+    for call in calls:
+        call.cancel()
+    assert all(call.cancelled() or call.done() for call in calls)
+
+
+@pytest.mark.fault(22)
+def test_who_cancels_in_the_queue_or_the_batch_harms_no_mate(live: Live, stub: Any) -> None:
+    rigged = rig(live)
+    with rigged.held():
+        first = [stub.Score.future(score(1, level), timeout=SECONDS) for level in (0, 1)]
+        rigged.begun()
+        queued = [stub.Score.future(score(1, level), timeout=SECONDS) for level in (2, 3)]
+        until(lambda: samples(live, "likely_queue_rows") + sum(rigged.runs) == 4)
+        first[0].cancel()
+        queued[0].cancel()
+        until(lambda: len(logged(live, "CANCELLED")) >= 2)
+    alone = {level: stub.Score(score(1, level), timeout=SECONDS) for level in (1, 3)}
+    assert same(first[1].result(SECONDS), alone[1])
+    assert same(queued[1].result(SECONDS), alone[3])
+
+
+@pytest.mark.fault(22)
+def test_who_cancels_a_stream_stops_the_drawing(live: Live) -> None:
+    rigged = rig(live, Role.SAMPLE)
+    with grpc.insecure_channel(live.address) as channel:
+        request = GenerateRequest(model_name="toy", count=50, seed=1)
+        call = GenerationServiceStub(channel).Generate(request, timeout=SECONDS)
+        next(call)
+        with rigged.held():
+            ahead = len(rigged.runs)
+            call.cancel()
+            until(lambda: not samples(live, "likely_requests_in_flight"))
+        alive(live)
+    # 50 pictures in chunks of 8 and runs of 4; at most the chunk in hand goes on.
+    assert len(rigged.runs) <= ahead + 2 < 13
+
+
+@pytest.mark.fault(25)
+def test_ten_times_the_capacity_costs_little_of_it(running: Running) -> None:
+    settings: dict[str, Any] = {"max_batch": 4, "queued_images": 12}
+    with running(**settings) as live:
+        rigged = rig(live)
+        rigged.pause = 0.1  # forty pictures a second
+
+        async def load() -> tuple[float, float, Counter[str], list[Any]]:
+            async with grpc.aio.insecure_channel(live.address) as channel:
+                stub = ScoringServiceStub(channel)
+                peak = await closed(stub, callers=8, seconds=3.0)
+                goodput, codes, errors = await open_loop(stub, rate=400, seconds=3.0)
+                return peak, goodput, codes, errors
+
+        peak, goodput, codes, errors = live.run(load())
+        assert codes["RESOURCE_EXHAUSTED"] > codes["OK"]
+        assert set(codes) == {"OK", "RESOURCE_EXHAUSTED"}
+        assert goodput >= 0.9 * peak
+        for error in errors[:20]:
+            told_to_come_again(error)
+            assert detail(error, error_details_pb2.ErrorInfo).reason == "OVERLOADED"
+        took = [line["seconds"] for line in logged(live, "RESOURCE_EXHAUSTED")]
+        assert median(took) < 0.01
+        assert samples(live, "likely_shed_total", reason="queue") == codes["RESOURCE_EXHAUSTED"]
+        alive(live)
+
+
+async def closed(stub: Any, callers: int, seconds: float) -> float:
+    """Answers a second to so many callers, each of which waits for its answer."""
+    end, done = time.monotonic() + seconds, 0
+
+    async def caller() -> None:
+        nonlocal done
+        while time.monotonic() < end:
+            await stub.Score(score(), timeout=SECONDS)
+            done += 1
+
+    began = time.monotonic()
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    return done / (time.monotonic() - began)
+
+
+async def open_loop(
+    stub: Any, rate: float, seconds: float
+) -> tuple[float, Counter[str], list[grpc.aio.AioRpcError]]:
+    """Good answers a second, how all ended, and errors, where requests come whatever happens."""
+    codes: Counter[str] = Counter()
+    errors: list[grpc.aio.AioRpcError] = []
+    ended: list[float] = []
+
+    async def caller() -> None:
+        try:
+            await stub.Score(score(), timeout=SECONDS)
+            ended.append(time.monotonic())
+            codes["OK"] += 1
+        except grpc.aio.AioRpcError as error:
+            codes[error.code().name] += 1
+            errors.append(error)
+
+    tasks: list[asyncio.Task[None]] = []
+    began = time.monotonic()
+    while (now := time.monotonic() - began) < seconds:
+        tasks += [asyncio.create_task(caller()) for _ in range(int(rate * now) - len(tasks))]
+        await asyncio.sleep(0.005)
+    await asyncio.gather(*tasks)
+    return len(ended) / (max(ended) - began), codes, errors
+
+
+@pytest.mark.fault(25)
+def test_a_quota_holds_one_client_alone(running: Running, tmp_path: Path) -> None:
+    limits: dict[str, Any] = {"client_images_per_second": 0.001, "client_images_at_once": 5}
+    with (
+        running(tokens=tokens(tmp_path), **limits) as live,
+        grpc.insecure_channel(live.address) as channel,
+    ):
+        stub = ScoringServiceStub(channel)
+        assert len(stub.Score(score(5), metadata=bearer("flood"), timeout=SECONDS).scores) == 5
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Score(score(1), metadata=bearer("flood"), timeout=SECONDS)
+        error: Any = caught.value
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "quota" in error.details()
+        told_to_come_again(error)
+        assert len(stub.Score(score(5), metadata=bearer("calm"), timeout=SECONDS).scores) == 5
+
+
+def tokens(folder: Path) -> Path:
+    path = folder / "tokens.toml"
+    path.write_text(
+        "".join(
+            f'[[token]]\nname = "{name}"\nscopes = ["score"]\nsecret = "{name * 8}"\n'
+            for name in ("flood", "calm")
+        )
+    )
+    path.chmod(0o600)
+    return path
+
+
+def bearer(name: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {name * 8}"),)
+
+
+@pytest.mark.fault(26)
+def test_a_flood_does_not_drown_a_small_client(running: Running, tmp_path: Path) -> None:
+    with running(tokens=tokens(tmp_path), max_batch=4, queued_images=64) as live:
+        rig(live).pause = 0.03
+
+        async def load() -> tuple[list[float], list[float], Counter[str]]:
+            async with grpc.aio.insecure_channel(live.address) as channel:
+                stub: Any = ScoringServiceStub(channel)
+                codes: Counter[str] = Counter()
+
+                async def flood() -> None:
+                    while True:
+                        try:
+                            await stub.Score(score(8), metadata=bearer("flood"))
+                            codes["OK"] += 1
+                        except grpc.aio.AioRpcError as error:
+                            codes[error.code().name] += 1
+                            await asyncio.sleep(0.02)
+
+                async def calm() -> list[float]:
+                    took = []
+                    for _ in range(25):
+                        began = time.monotonic()
+                        await stub.Score(score(), metadata=bearer("calm"), timeout=SECONDS)
+                        took.append(time.monotonic() - began)
+                    return took
+
+                alone = await calm()
+                floods = [asyncio.create_task(flood()) for _ in range(20)]
+                await asyncio.sleep(0.3)
+                beside = await calm()
+                for task in floods:
+                    task.cancel()
+                await asyncio.gather(*floods, return_exceptions=True)
+                return alone, beside, codes
+
+        alone, beside, codes = live.run(load())
+        assert codes["RESOURCE_EXHAUSTED"] and codes["OK"]  # it was one, and was served, too
+        assert max(beside) <= 5 * max(alone)
+
+
+@pytest.mark.fault(27)
+def test_who_makes_the_model_raise_fails_alone(live: Live, stub: Any) -> None:
+    rigged = rig(live)
+
+    def refuse(feeds: dict[str, Array]) -> None:
+        if np.any(feeds["x"] == 3):
+            raise RuntimeError("the secret of the house")
+
+    rigged.fails = refuse
+    with rigged.held():
+        first = stub.Score.future(score(4), timeout=SECONDS)
+        rigged.begun()
+        mates = [stub.Score.future(score(1, level), timeout=SECONDS) for level in (0, 3, 1, 2)]
+        waits(live, 4)
+    first.result(SECONDS)
+    assert rigged.runs[1] == 4  # they did ride together
+    assert failed(mates.pop(1)) is grpc.StatusCode.INTERNAL
+    for level, mate in enumerate(mates):
+        assert same(mate.result(SECONDS), stub.Score(score(1, level), timeout=SECONDS))
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Score(score(1, 3), timeout=SECONDS)
+    error: Any = caught.value
+    assert "secret" not in f"{error.details()}{error.trailing_metadata()}"
+    assert detail(error, error_details_pb2.RequestInfo).request_id in error.details()
+
+
+@pytest.mark.fault(28)
+def test_a_broken_queue_fails_what_waits_and_serves_on(
+    live: Live, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the secret of the house")
+
+    rigged = rig(live)
+    restarts = samples(live, "likely_queue_restarts_total")
+    told: list[Any] = []
+    live.loop.call_soon_threadsafe(
+        live.loop.set_exception_handler, lambda _, context: told.append(context["exception"])
+    )
+    with rigged.held():
+        first = stub.Score.future(score(4), timeout=SECONDS)
+        rigged.begun()
+        pending = [stub.Score.future(score(2), timeout=SECONDS) for _ in range(3)]
+        waits(live, 6)
+        monkeypatch.setattr(Turns, "take", broken)
+    assert len(first.result(SECONDS).scores) == 4
+    for call in pending:
+        assert failed(call) is grpc.StatusCode.UNAVAILABLE
+        told_to_come_again(call)
+        assert "secret" not in str(call.details())
+    monkeypatch.undo()
+    assert len(stub.Score(score(2), timeout=SECONDS).scores) == 2
+    assert samples(live, "likely_queue_restarts_total") > restarts
+    assert told and all("secret" in str(error) for error in told)
+    live.loop.call_soon_threadsafe(live.loop.set_exception_handler, None)
+
+
+@pytest.mark.fault(29)
+def test_without_memory_half_a_batch_is_tried_and_then_refused(live: Live, stub: Any) -> None:
+    rigged, most = rig(live), 2
+
+    def allocate(feeds: dict[str, Array]) -> None:
+        if len(feeds["x"]) > most:
+            raise OutOfMemory("Failed to allocate memory for requested buffer of size 1")
+
+    rigged.fails = allocate
+    whole = stub.Score(score(4), timeout=SECONDS)
+    assert (len(whole.scores), rigged.runs) == (4, [4, 2, 2])
+    most = 1
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Score(score(4), timeout=SECONDS)
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    told_to_come_again(error)
+    most = 4
+    assert same(stub.Score(score(4), timeout=SECONDS), whole)  # never for good
+
+
+STARVED = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from likely.bundle import Bundle, Role
+from likely.errors import OutOfMemory
+from likely.graphs import Device, Session
+
+bundle = Bundle.open(Path(sys.argv[1]))
+role = Role.CONDITIONAL
+session = Session(bundle.graph(role), bundle.manifest.graphs[role], Device("cpu"))
+few, many = (np.zeros((n, 1, 3, 3), dtype=np.uint8) for n in (2, 10_000_000))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+try:
+    session.run({"x": many}, ["log_pxy"])
+except OutOfMemory:
+    print(session.run({"x": few}, ["log_pxy"])[0].shape)
+"""
+
+
+@pytest.mark.fault(29)
+def test_what_the_runtime_says_of_memory_is_understood(toy: Toy) -> None:
+    """ONNX Runtime itself, in a process that may have little memory, which runs on."""
+    command = [sys.executable, "-c", STARVED, str(toy.path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert ran.stdout == "(2, 3)\n", ran.stderr
