@@ -77,13 +77,15 @@ def geometry(request: Pictured, manifest: Manifest, limits: Limits) -> None:
 
 def surprise(request: scoring_pb2.ScoreRequest, manifest: Manifest, limits: Limits) -> bool:
     """Whether the request's surprise maps are asked for, in an answer within the limits."""
+    if not request.surprise:
+        return False
     nbytes = 4 * codec.shape(request.images)[0] * manifest.dimensions
-    if request.surprise and nbytes > limits.response_bytes:
+    if nbytes > limits.response_bytes:
         raise InvalidInput(
             "surprise",
             f"the maps would have {nbytes} bytes; one answer has at most {limits.response_bytes}",
         )
-    return request.surprise
+    return True
 
 
 def chunk(manifest: Manifest, limits: Limits) -> int:

@@ -50,16 +50,16 @@ def shape(message: images_pb2.Images) -> tuple[int, int, int, int]:
     Raises:
         InvalidInput: it has not four dimensions, or one is negative.
     """
-    if len(message.shape) != 4:
+    claimed = tuple(message.shape)
+    if len(claimed) != 4:
         raise InvalidInput(
             "images.shape",
-            f"{len(message.shape)} dimensions; 4 are asked: pictures, channels, rows, columns",
+            f"{len(claimed)} dimensions; 4 are asked: pictures, channels, rows, columns",
         )
-    for axis, length in enumerate(message.shape):
+    for axis, length in enumerate(claimed):
         if length < 0:
             raise InvalidInput(f"images.shape[{axis}]", f"{length} is negative")
-    n, c, h, w = message.shape
-    return n, c, h, w
+    return claimed
 
 
 def pixels(message: images_pb2.Images) -> Pixels:

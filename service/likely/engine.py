@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 
@@ -349,7 +350,7 @@ class Engine:
         p_value = self.detector.p_value(arrays[UNUSUALNESS], guarantee)
         return Scores(
             log_px=log_px,
-            bits_per_dim=log_px / (-np.log(2) * self.manifest.dimensions),
+            bits_per_dim=log_px / (-math.log(2) * self.manifest.dimensions),
             unusualness=arrays[UNUSUALNESS],
             p_value=p_value,
             verdict=np.where(p_value <= alpha, _OUTLIER, _ACCEPTED),

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
+import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -93,7 +93,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self.door = Door()
         self._registry = registry
         self._metrics = metrics
-        self._log = log
+        self._log = log.bind()  # once: a logger that was never bound binds itself for each event
         self._gate = gate or Gate()
         self._patience = slow_reader_seconds
         self._lost = lost
@@ -131,21 +131,25 @@ class Guard(grpc.aio.ServerInterceptor):
         read = handler.request_deserializer
 
         async def unary(data: Any, context: Context) -> Any:
-            async with self._watched(service, method, context) as call:
+            async def work(call: Call) -> Any:
                 request = decode(data, read)
                 self._asked(call, request)
                 answer = await inner(request, context)
                 self._answered(call, answer)
                 return answer
 
+            return await self._watched(service, method, context, work)
+
         async def stream(data: Any, context: Context) -> None:
-            async with self._watched(service, method, context) as call:
+            async def work(call: Call) -> None:
                 request = decode(data, read)
                 self._asked(call, request)
                 async with aclosing(inner(request, context)) as answers:
                     async for answer in answers:
                         self._answered(call, answer)
                         await self._write(answer, context)
+
+            await self._watched(service, method, context, work)
 
         # grpc.aio also takes a coroutine that writes its stream by context.write,
         # as the health service's Watch does.
@@ -156,8 +160,15 @@ class Guard(grpc.aio.ServerInterceptor):
         )
         return guarded
 
-    @asynccontextmanager
-    async def _watched(self, service: str, method: str, context: Context) -> AsyncIterator[Call]:
+    async def _watched(
+        self,
+        service: str,
+        method: str,
+        context: Context,
+        work: Callable[[Call], Awaitable[Any]],
+    ) -> Any:
+        # A function that is handed the work: generators as contexts, one in another, cost a
+        # request more than the rest of its guard.
         call = Call(service, method, _request_id(context), time.monotonic())
         # Trailing, not initial: initial metadata would commit the call, and no
         # client would retry it.
@@ -165,17 +176,20 @@ class Guard(grpc.aio.ServerInterceptor):
         context.set_trailing_metadata(trailer)
         if call.is_ours:
             self._metrics.began(method)
-        refusal: tuple[grpc.StatusCode, str, statuses.Metadata] | None = None
         try:
             holder = self._gate.admit(service, context.invocation_metadata() or ())
             call.holder = holder.name if holder else ""
             callers.announce(_caller(call.holder, context))
-            async with self._endable(call):
-                yield call
+            if not call.is_ours:
+                return await self._endable(call, work)
+            call.accepted = False
+            async with self.door.inside():
+                call.accepted = True
+                return await work(call)
         except grpc.aio.AbortError:
             call.code = _code_name(context.code())
             raise
-        except (asyncio.CancelledError, GeneratorExit):
+        except asyncio.CancelledError:
             call.code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
             raise
         except DeviceLost as error:
@@ -191,9 +205,8 @@ class Guard(grpc.aio.ServerInterceptor):
         finally:
             self._ended(call)
         # Ended before it is told: a caller that does not read lets this wait.
-        if refusal:
-            code, message, details = refusal
-            await context.abort(code, message, (*trailer, *details))
+        code, message, details = refusal
+        return await context.abort(code, message, (*trailer, *details))
 
     async def _write(self, answer: Any, context: Context) -> None:
         # Returns once the caller's window has room: what it does not read is not drawn.
@@ -205,19 +218,12 @@ class Guard(grpc.aio.ServerInterceptor):
                 f"the caller read nothing for {self._patience:g} seconds"
             ) from None
 
-    @asynccontextmanager
-    async def _endable(self, call: Call) -> AsyncIterator[None]:
-        if call.is_ours:
-            call.accepted = False
-            async with self.door.inside():
-                call.accepted = True
-                yield
-            return
+    async def _endable(self, call: Call, work: Callable[[Call], Awaitable[Any]]) -> Any:
         limit = asyncio.timeout(None)
         try:
             async with limit:
                 self._probes.add(limit)
-                yield
+                return await work(call)
         except TimeoutError:
             raise Unavailable("the server is ending") from None
         finally:
@@ -299,7 +305,7 @@ def _request_id(context: Context) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID and isinstance(value, str) and _SANE_ID.fullmatch(value):
             return value
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 def _code_name(code: grpc.StatusCode | int | None) -> str:
