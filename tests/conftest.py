@@ -127,12 +127,16 @@ ROLES: dict[str, tuple[Inputs, Inputs]] = {
 
 
 def build_toy(
-    folder: Path, name: str = "toy", version: str = "1.0", roles: tuple[str, ...] = tuple(ROLES)
+    folder: Path,
+    name: str = "toy",
+    version: str = "1.0",
+    roles: tuple[str, ...] = tuple(ROLES),
+    seed: int = 0,
 ) -> Toy:
-    """Writes the toy bundle and gives its closed form."""
+    """Writes the toy bundle and gives its closed form, which another seed makes another."""
     from likely.bundle import write_manifest
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     toy = Toy(
         folder,
         _log_softmax(rng.normal(size=(*SHAPE, LEVELS))),

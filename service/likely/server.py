@@ -94,6 +94,7 @@ class Server:
         if settings.watch:
             self._watcher = Watcher(settings.watch, settings.watch_seconds, self.lifecycle, log)
         self._watching: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
         self._loaded = False
         self._admin_socket = admin_socket
         self._health = health_aio.HealthServicer()
@@ -219,6 +220,7 @@ class Server:
         if not self.lost.done():
             self._log.error("device lost", message=str(error))
             self.lost.set_result(error)
+            self._telling = asyncio.create_task(self._health.enter_graceful_shutdown())
 
     async def _tell(self) -> None:
         """Tells health whether there is a model to ask."""
