@@ -26,6 +26,8 @@ class Batcher:
     Attributes:
         runner: what runs the graph.
         pace: seconds that one row takes a lane, as of late.
+        at_once: the most rows that need no lane.
+        grain: the fewest rows that are worth a lane while others run.
     """
 
     def __init__(
@@ -44,11 +46,12 @@ class Batcher:
         specs = (*runner.spec.inputs, *runner.spec.outputs)
         self.runner = runner
         self.pace = best.pace
+        self.at_once = best.at_once
         self.row_bytes = sum(
             math.prod(spec.array_shape(1)) * np.dtype(spec.dtype).itemsize for spec in specs
         )
         self._most = max(1, min(best.rows, BATCH_BYTES // self.row_bytes))
-        self._grain = best.grain
+        self.grain = best.grain
         self._bounds = bounds
         self._turns: dict[Priority, Turns[Member]] = {p: Turns() for p in Priority}
         self._name = name
@@ -124,7 +127,7 @@ class Batcher:
         turns, now = self._turns[priority], time.monotonic()
         while turns.rows:
             even = -(-turns.rows // max(1, free))
-            spans = turns.take(min(self._most, max(self._grain, even)))
+            spans = turns.take(min(self._most, max(self.grain, even)))
             for member, start, _ in spans:
                 if not member.dead and member.deadline is not None and member.deadline <= now:
                     turns.remove(member)

@@ -2,7 +2,8 @@
 
 Requests wait in a queue for each graph. As soon as a lane, a thread of its own, is
 free, it takes a batch of what waits: an idle server answers at once, and a busy one
-merges what has come meanwhile. All of it happens on the event loop but the runs.
+merges what has come meanwhile. All of it happens on the event loop but the runs; and
+those too, where they are shorter than the way to a lane.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from likely.traffic import Traffic
 from likely.tuning import Best
 
 BULK_ROWS = 64  # a request of so many rows yields to smaller ones
+SOON = 1e-3  # seconds of a run that a few rows rather wait for than wake another lane
 PASSES = 7  # batches that may go before waiting bulk: so it gets an eighth, at least
 _DRAWING = (Role.SAMPLE, Role.GENERATE)
 
@@ -224,7 +226,13 @@ class Lanes:
         self._woken = False
         try:
             while started := self._next():
-                self._start(*started)
+                role, batch = started
+                self._running[batch] = role
+                self._traffic.running.labels(self._name, role).inc()
+                if self._is_short(role, batch):
+                    self._ended(batch, *_run(batch))
+                else:
+                    self._threads.submit(self._work, batch, asyncio.get_running_loop())
             for batcher in self._batchers.values():
                 batcher.tell()
         except Exception as error:
@@ -237,7 +245,9 @@ class Lanes:
         for priority in order if self._passed >= PASSES else reversed(order):
             if free <= 0 and not (priority is Priority.INTERACTIVE and self._express_is_free()):
                 continue
-            for role in list(self._batchers):
+            for role in [r for r, b in self._batchers.items() if b.waiting(priority)]:
+                if not self._is_worth_a_lane(role, priority):
+                    continue
                 batch = self._batchers[role].batch(priority, free)
                 if batch:
                     self._batchers[role] = self._batchers.pop(role)  # graphs take turns, too
@@ -247,25 +257,26 @@ class Lanes:
                     return role, batch
         return None
 
+    def _is_worth_a_lane(self, role: Role, priority: Priority) -> bool:
+        """Whether what waits is enough for a lane, or would wait long for one that is at it."""
+        batcher = self._batchers[role]
+        return batcher.waiting(priority) >= batcher.grain or not any(
+            of is role and batch.rows * batcher.pace <= SOON for batch, of in self._running.items()
+        )
+
     def _express_is_free(self) -> bool:
         return len(self._running) == self._count and all(
             batch.priority is Priority.BULK for batch in self._running
         )
 
-    def _start(self, role: Role, batch: Batch) -> None:
-        self._running[batch] = role
-        self._traffic.running.labels(self._name, role).inc()
-        self._threads.submit(self._work, batch, asyncio.get_running_loop())
+    def _is_short(self, role: Role, batch: Batch) -> bool:
+        """Whether a batch is all there is, and done sooner than a lane would be."""
+        batcher = self._batchers[role]
+        return batch.rows <= batcher.at_once and len(self._running) == 1 and not batcher.rows
 
     def _work(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> None:
         """Runs a batch; in a lane."""
-        began = time.perf_counter()
-        try:
-            outcomes = batch.run()
-        except BaseException as error:  # a lane must come back whatever happens
-            fault = ServerFault(f"a batch failed: {error!r}")
-            outcomes = [(span, fault) for span in batch.spans]
-        seconds = time.perf_counter() - began
+        outcomes, seconds = _run(batch)
         try:
             loop.call_soon_threadsafe(self._ran, batch, outcomes, seconds)
         except RuntimeError:
@@ -274,6 +285,12 @@ class Lanes:
 
     def _ran(self, batch: Batch, outcomes: Sequence[tuple[Span, Outcome]], seconds: float) -> None:
         """Hands the answers out, and the lane on."""
+        self._ended(batch, outcomes, seconds)
+        self._wake()
+
+    def _ended(
+        self, batch: Batch, outcomes: Sequence[tuple[Span, Outcome]], seconds: float
+    ) -> None:
         role = self._running.pop(batch, None)
         if role is None:
             return  # of an earlier loop
@@ -288,7 +305,6 @@ class Lanes:
                     self._failed(member, role, outcome)
         except Exception as error:
             self._restart(error, batch)
-        self._wake()
 
     def _failed(self, member: Member, role: Role, error: Exception) -> None:
         """Counts a failed run, and gives up what else its member has waiting or running."""
@@ -313,6 +329,17 @@ class Lanes:
                 if not member.dead:
                     member.future.set_exception(Unavailable(why))
             batcher.tell()
+
+
+def _run(batch: Batch) -> tuple[Sequence[tuple[Span, Outcome]], float]:
+    """What comes of a batch's members, whatever happens, and how long it took in seconds."""
+    began = time.perf_counter()
+    try:
+        outcomes = batch.run()
+    except BaseException as error:  # the lane must come back, the members hear of it
+        fault = ServerFault(f"a batch failed: {error!r}")
+        outcomes = [(span, fault) for span in batch.spans]
+    return outcomes, time.perf_counter() - began
 
 
 def _leave(member: Member) -> None:

@@ -14,6 +14,7 @@ from likely.batches import Runner
 from likely.graphs import Array
 
 HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
+AT_ONCE = 2e-4  # seconds that a run may hold the event loop up
 NEAR = 1.1  # a small batch this near to the fastest one is better: it holds up less
 
 
@@ -25,11 +26,14 @@ class Best:
         rows: of a batch, at most.
         grain: the fewest rows that are worth a lane of their own.
         pace: seconds a row, in a full batch.
+        at_once: the most rows that are run where they came, on the event loop: the way to a
+            lane and back would take longer.
     """
 
     rows: int
     grain: int = 1
     pace: float = 0.0
+    at_once: int = 0
 
 
 def batch(
@@ -66,7 +70,8 @@ def batch(
     costs = {size: (spent + HOP) / size for size, spent in took.items()}
     rows = min(size for size, cost in costs.items() if cost <= NEAR * min(costs.values()))
     pace = took[rows] / rows
-    return Best(rows, min(rows, max(1, math.ceil(HOP / pace))), pace)
+    at_once = max((size for size, spent in took.items() if spent <= AT_ONCE), default=0)
+    return Best(rows, min(rows, max(1, math.ceil(HOP / pace))), pace, min(rows, at_once))
 
 
 def lanes(

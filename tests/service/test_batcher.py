@@ -192,6 +192,50 @@ def test_free_lanes_share_what_is_worth_sharing() -> None:
     run(work())
 
 
+def test_few_light_rows_wait_for_a_run_that_is_about_to_end() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        best = Best(16, grain=3, pace=1e-6)
+        async with opened(graph, lanes=2, best={Role.DENSITY: best}) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            others = [going(ask(lanes, i)) for i in (1, 2)]
+            await settled()
+            assert graph.runs == [[0]]  # a lane is free, but not worth waking
+            others.append(going(ask(lanes, 3)))
+            await graph.arrived()
+            assert graph.runs == [[0], [1, 2, 3]]
+            graph.release()
+            assert await asyncio.gather(first, *others) == [[0], [2], [4], [6]]
+
+    run(work())
+
+
+def test_what_is_shorter_than_the_way_to_a_lane_runs_where_it_came() -> None:
+    async def work() -> None:
+        threads = set[str]()
+
+        class Seen(Doubler):
+            def run(
+                self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
+            ) -> list[Array]:
+                threads.add(threading.current_thread().name)
+                return super().run(feeds, outputs, stop)
+
+        graph = Seen()
+        best = Best(4, at_once=2, pace=1e-6)
+        async with opened(graph, best={Role.DENSITY: best}) as lanes:
+            assert list(await asyncio.gather(ask(lanes, 1), ask(lanes, 2))) == [[2], [4]]
+            assert threads == {threading.current_thread().name}
+            with pytest.raises(RuntimeError, match="poison"):
+                await ask(lanes, POISON)
+            assert await ask(lanes, 1, 2, 3) == [2, 4, 6]
+            assert len(threads) == 2
+
+    run(work())
+
+
 def test_a_caller_that_leaves_the_queue_is_never_run() -> None:
     async def work() -> None:
         graph, traffic = Doubler(), Traffic()
