@@ -101,13 +101,14 @@ class Calibration(_Entry):
     """Where the calibration arrays are and what they can promise.
 
     The posterior is softmax_y(sum_e weights_e log p_e(x|y) / temperature + log p(y)), with
-    one expert where there are no weights.
+    one expert where there are no weights. `statistics` says how many numbers each gives.
     """
 
     file: FileName
     size: int = Field(ge=1)
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     weights: tuple[Probability, ...] = ()
+    statistics: dict[str, Annotated[int, Field(ge=1)]] = {}
 
     @property
     def finest_alpha(self) -> float:
@@ -140,6 +141,8 @@ class Manifest(_Entry):
     calibration: Calibration
     golden: FileName
     parity_nats: float = Field(ge=0, allow_inf_nan=False)
+    decisions_compared: int = Field(0, ge=0)
+    decisions_changed: int = Field(0, ge=0)
     recipe: dict[str, Any] = {}
     data_digest: Digest
     files: dict[FileName, FileRecord]
@@ -249,11 +252,14 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
     checked = Manifest.model_validate({**manifest, "files": files})
     text = json.dumps(checked.model_dump(mode="json"), indent=1) + "\n"
     temporary = folder / f".{MANIFEST}"
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(folder / MANIFEST)
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(folder / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
     return checked
 
 

@@ -6,6 +6,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,19 @@ def write_draws(out: Path, drawn: Draws, info: ModelInfo) -> None:
     The arrays are `x` uint8 (n, c, h, w), `y` int64 (n,), `seed` and `first_index`.
     """
     if out.suffix.lower() == ".npz":
-        np.savez_compressed(
-            out, x=drawn.images, y=drawn.label, seed=drawn.seed, first_index=drawn.first_index
-        )
+        with _whole(out) as part:
+            np.savez_compressed(
+                part, x=drawn.images, y=drawn.label, seed=drawn.seed, first_index=drawn.first_index
+            )
     elif out.suffix:
-        Image.fromarray(grid(brightness(drawn.images, info.levels))).save(out)
+        with _whole(out) as part:
+            Image.fromarray(grid(brightness(drawn.images, info.levels))).save(part)
     else:
         out.mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(brightness(drawn.images, info.levels)):
             name = f"{drawn.first_index + i:06d}-label{drawn.label[i]}.png"
-            Image.fromarray(grid(picture[None])).save(out / name)
+            with _whole(out / name) as part:
+                Image.fromarray(grid(picture[None])).save(part)
 
 
 def write_surprise(out: Path, x: Pixels, surprise: Floats, info: ModelInfo) -> None:
@@ -73,12 +77,14 @@ def write_surprise(out: Path, x: Pixels, surprise: Floats, info: ModelInfo) -> N
     where the surprise is the largest of the file.
     """
     if out.suffix.lower() == ".npz":
-        np.savez_compressed(out, x=x, surprise=surprise)
+        with _whole(out) as part:
+            np.savez_compressed(part, x=x, surprise=surprise)
         return
     maps = surprise.sum(1, keepdims=True)
     scaled = np.rint(255 * maps / max(float(maps.max(initial=0)), 1e-9)).astype(np.uint8)
     shown = np.stack([brightness(x, info.levels), np.broadcast_to(scaled, x.shape)], 1)
-    Image.fromarray(grid(shown.reshape(-1, *x.shape[1:]), even=True)).save(out)
+    with _whole(out) as part:
+        Image.fromarray(grid(shown.reshape(-1, *x.shape[1:]), even=True)).save(part)
 
 
 def brightness(x: Pixels, levels: int) -> Pixels:
@@ -103,6 +109,20 @@ def grid(x: Pixels, *, even: bool = False) -> Pixels:
 def slices(n: int, step: int) -> Iterator[slice]:
     """Consecutive slices of at most `step` of n; one empty slice where n is 0."""
     return (slice(at, min(at + step, n)) for at in range(0, max(n, 1), step))
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """Where to write a file that appears when it is whole, and not at all if that fails."""
+    part = out.with_name(f".{out.stem}.part{out.suffix}")
+    try:
+        yield part
+        part.replace(out)
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def _array(path: Path) -> npt.NDArray[Any]:
