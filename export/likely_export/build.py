@@ -1,4 +1,4 @@
-"""From a training run to a bundle: export, calibrate, record golden outputs, evaluate."""
+"""From a training run to a bundle: export, calibrate, record golden outputs, compare."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from likely import bayes, noise
 from likely.answers import Doubles, Pixels
 from likely.bundle import MANIFEST, Manifest, Role, write_manifest
 from likely.errors import BundleError
 from likely.graphs import Array, Device, Session
-from likely_export import calibrate, corruptions, evaluate, graphs, roles
+from likely.outliers import Detector
+from likely_export import calibrate, corruptions, graphs, roles
 from likely_export.calibrate import Seen
 from likely_export.data import Dataset, Split
 from likely_export.graphs import Exported
@@ -24,6 +26,7 @@ from likely_export.recipes import Recipe
 from likely_export.runs import Run
 
 BATCH = 16
+COMPARED = 10_000
 CALIBRATION = "calibration.npz"
 GOLDEN = "golden.npz"
 
@@ -55,6 +58,8 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
             for name, array in each.golden.items()
         }
         np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
+        report("compare decisions")
+        compared, changed = _decisions(opened.recipe, exported, data, folder, arrays)
         fields = {
             "name": opened.recipe.name,
             "version": opened.recipe.version,
@@ -68,15 +73,15 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
                 "size": len(data.calibrate),
                 "temperature": temperature,
                 "weights": weights,
+                "statistics": exported[Role.DENSITY].source.widths,
             },
             "golden": GOLDEN,
             "parity_nats": max(each.parity for each in exported.values()),
+            "decisions_compared": compared,
+            "decisions_changed": changed,
             "recipe": opened.recipe.published(),
             "data_digest": data.digest,
         }
-        write_manifest(folder, fields)
-        report("evaluate")
-        evaluate.write(folder, data, opened.recipe.calibration.alphas)
         return write_manifest(folder, fields)
 
 
@@ -99,7 +104,7 @@ def _calibrate(
     corrupted = None
     if any(part.kind == "contrast" for part in parts):
         corrupted = _seen(density, _corrupted(recipe.calibration.contrast, data))
-    columns = _columns(exported[Role.DENSITY].widths)
+    columns = _columns(exported[Role.DENSITY].source.widths)
     learnt = calibrate.combination(_seen(density, data.fit.x), parts, columns, corrupted)
     ranked = _seen(density, data.calibrate.x)
     if Role.CONDITIONAL not in exported:
@@ -116,6 +121,46 @@ def _calibrate(
     posterior = bayes.posterior(pooled, priors, temperature)
     arrays = calibrate.detector(learnt, ranked, posterior, data.calibrate.y)
     return arrays, weights, temperature
+
+
+def _decisions(
+    recipe: Recipe,
+    exported: Mapping[Role, Exported],
+    data: Dataset,
+    folder: Path,
+    arrays: Mapping[str, Array],
+) -> tuple[int, int]:
+    """How many test pictures torch and ONNX Runtime judged, and how many they judge otherwise."""
+    detector = Detector(arrays)
+    x = data.test.x[:COMPARED]
+    found = _seen(_session(folder, exported[Role.DENSITY]), x)
+    module = exported[Role.DENSITY].source.module
+    with torch.no_grad():
+        parts = [module(part) for part in torch.from_numpy(x).split(BATCH)]
+    statistics = np.concatenate([part[2].numpy() for part in parts])
+    label = np.concatenate([part[3].numpy() for part in parts]) if len(parts[0]) > 3 else None
+    ours, torchs = (
+        detector.p_value(detector.score(s, y))
+        for s, y in ((found.statistics, found.label), (statistics, label))
+    )
+    changed = np.zeros(len(x), bool)
+    for alpha in recipe.calibration.alphas:
+        changed |= (ours <= alpha) != (torchs <= alpha)
+    if Role.CONDITIONAL in exported:
+        session = _session(folder, exported[Role.CONDITIONAL])
+        evidence = _evidence(session, Split(x, data.test.y[:COMPARED]))
+        module = exported[Role.CONDITIONAL].source.module
+        feeds = {"x": x}
+        if (eps := session.spec.input("eps")) is not None:
+            feeds["eps"] = np.array(noise.common(eps.array_shape(len(x))))
+        with torch.no_grad():
+            each = [
+                module(*(torch.from_numpy(feed[at : at + BATCH]) for feed in feeds.values()))
+                for at in range(0, len(x), BATCH)
+            ]
+        first = np.concatenate([(e[0] if isinstance(e, tuple) else e).numpy() for e in each])
+        changed |= first.argmax(1) != evidence[:, 0].argmax(1)
+    return len(x), int(changed.sum())
 
 
 def _session(folder: Path, exported: Exported) -> Session:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from likely.errors import InvalidInput, LikelyError
+
+if TYPE_CHECKING:
+    from likely.bundle import Manifest
+    from likely_export.recipes import Recipe
 
 # Commands import what they need when they run: `--help` should not wait for torch.
 
@@ -108,11 +113,68 @@ def train(
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")
-def build(run: Path, out: Path) -> None:
+@click.option(
+    "--evaluate/--no-evaluate",
+    "evaluated",
+    default=True,
+    show_default=True,
+    help="Put figures and a report into the bundle.",
+)
+def build(run: Path, out: Path, evaluated: bool) -> None:
     """Export a trained RUN, calibrate it, write the bundle and tell its figures."""
     from likely_export.build import build as build_bundle
-    from likely_export.evaluate import EVALUATION
+    from likely_export.runs import Run
 
+    with _steps() as report:
+        manifest = build_bundle(run, out, report)
+        if evaluated:
+            report("evaluate")
+            figures, manifest = _evaluated(out, Run.open(run).recipe)
+    if evaluated:
+        _show(figures)
+    size = sum(record.size for record in manifest.files.values())
+    click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
+@click.option("--write", is_flag=True, help="Put figures and report into the bundle.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def evaluate(bundle: Path, source: str | None, write: bool, as_json: bool) -> None:
+    """Compute a BUNDLE's figures on the test part, beside simple baselines."""
+    from likely.bundle import Bundle
+    from likely_export import recipes
+
+    recipe = recipes.from_table(dict(Bundle.open(bundle).manifest.recipe), source)
+    with _steps() as report:
+        report("evaluate")
+        figures, _ = _evaluated(bundle, recipe, write=write)
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    _show(figures)
+
+
+def _evaluated(
+    bundle: Path, recipe: Recipe, *, write: bool = True
+) -> tuple[dict[str, Any], Manifest]:
+    """The figures of a bundle, and its manifest once they have joined it."""
+    from likely.bundle import Bundle
+    from likely_export import evaluate
+
+    manifest = Bundle.open(bundle).manifest
+    data = recipe.data.load()
+    if data.digest != manifest.data_digest:
+        raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
+    others = recipe.others(data.levels)
+    figures, material = evaluate.evaluate(bundle, data, recipe.calibration.alphas, others)
+    return figures, evaluate.attach(bundle, figures, material) if write else manifest
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    """Tells what is being done, in place on a terminal and line by line elsewhere."""
     console = Console(stderr=True)
     with console.status("") as status:
 
@@ -121,32 +183,7 @@ def build(run: Path, out: Path) -> None:
             if not console.is_terminal:
                 console.print(step, highlight=False)
 
-        manifest = build_bundle(run, out, report)
-    _show(json.loads((out / EVALUATION).read_text()))
-    size = sum(record.size for record in manifest.files.values())
-    click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
-
-
-@main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def evaluate(bundle: Path, source: str | None, as_json: bool) -> None:
-    """Compute a BUNDLE's figures on the test part, beside simple baselines."""
-    from likely.bundle import Bundle
-    from likely_export import recipes
-    from likely_export.evaluate import evaluate as evaluate_bundle
-
-    manifest = Bundle.open(bundle).manifest
-    recipe = recipes.from_table(dict(manifest.recipe), source)
-    data = recipe.data.load()
-    if data.digest != manifest.data_digest:
-        raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
-    found = evaluate_bundle(bundle, data, recipe.calibration.alphas)
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    _show(found)
+        yield report
 
 
 @main.command("recipes")

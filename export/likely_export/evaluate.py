@@ -1,124 +1,492 @@
-"""What a bundle is worth, computed from the bundle alone through ONNX Runtime."""
+"""What a bundle is worth, computed from the bundle alone through ONNX Runtime.
+
+Every figure is a function of the bundle and the data: seeds are fixed, and nothing that is
+reported has decided anything. Beside each stands what a simple method reaches.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from scipy.stats import binom
-from sklearn.metrics import roc_auc_score
 
-from likely.answers import Classifications, Doubles, Pixels, Scores, Verdict
-from likely.bundle import Bundle, Role
+from likely import noise
+from likely.answers import Classifications, Doubles, Labels, Pixels, Scores, Verdict
+from likely.bundle import Bundle, Graph, Kind, Manifest, Role, write_manifest
 from likely.engine import Engine
-from likely.graphs import Device
-from likely_export import baselines
-from likely_export.data import Dataset
+from likely.graphs import Array, Device, Session
+from likely_export import baselines, corruptions, costs, measures, report
+from likely_export.data import Dataset, bernoulli
+from likely_export.judge import Judge, taught
+from likely_export.material import (
+    INLIERS,
+    Completed,
+    Explained,
+    Labelled,
+    Material,
+    Sets,
+)
 
-EVALUATION = "evaluation.json"
+EVALUATION, REPORT = "evaluation.json", "report.html"
 BATCH = 16
-NATS_PER_BIT = np.log(2)
+SEED = 20261122
+BINARISATIONS = 3
+BOUND_SAMPLES = 64
 
 
-def write(bundle: Path, data: Dataset, alphas: Sequence[float]) -> dict[str, Any]:
-    """Evaluates a bundle and leaves the result in it as `evaluation.json`."""
-    found = evaluate(bundle, data, alphas)
-    (bundle / EVALUATION).write_text(json.dumps(found, indent=1) + "\n")
-    return found
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many pictures each figure is taken over, at most.
+
+    Attributes:
+        test: of the test part.
+        outliers: of every set out of distribution.
+        drawn: drawn for faithfulness and for training on draws; 0 leaves these out.
+        bound: for the bound of many importance samples.
+        steps: of training each judge.
+        examples: shown of each set.
+    """
+
+    test: int = 10_000
+    outliers: int = 2000
+    drawn: int = 10_000
+    bound: int = 500
+    steps: int = 3000
+    examples: int = 8
 
 
-def evaluate(bundle: Path, data: Dataset, alphas: Sequence[float]) -> dict[str, Any]:
-    """The figures of a bundle on the test part, beside baselines fitted on the same training part.
+def evaluate(
+    bundle: Path,
+    data: Dataset,
+    alphas: Sequence[float],
+    others: Mapping[str, Pixels] | None = None,
+    sizes: Sizes | None = None,
+) -> tuple[dict[str, Any], Material]:
+    """The figures of a bundle on the test part, and what a report shows beside them.
 
     Args:
         bundle: verified and loaded as a server would.
         data: the data set that its recipe names.
         alphas: rates of false rejections to check.
+        others: other data sets, uint8 (n, c, h, w), to tell from this one.
+        sizes: how many pictures to spend.
 
     Returns:
         Values for JSON: nats and bits/dim with standard errors, rates, areas under curves.
     """
-    engine = Engine.load(Bundle.open(bundle), device=Device("cpu"), threads=2, max_batch=BATCH)
+    opened = Bundle.open(bundle)
+    engine = Engine.load(opened, device=Device("cpu"), threads=2, max_batch=BATCH)
     try:
-        return asyncio.run(_evaluate(engine, data, alphas))
+        evaluation = _Evaluation(opened, engine, data, alphas, others or {}, sizes or Sizes())
+        return asyncio.run(evaluation.run())
     finally:
         engine.close()
 
 
-async def _evaluate(engine: Engine, data: Dataset, alphas: Sequence[float]) -> dict[str, Any]:
-    manifest = engine.manifest
-    alphas = [alpha for alpha in alphas if alpha >= manifest.calibration.finest_alpha]
-    test = data.test
-    scores = await engine.score(test.x, alphas[-1])
-    found: dict[str, Any] = {
-        "test_size": len(test),
-        "nll_nats": _mean(-scores.log_px),
-        "bits_per_dim": _mean(scores.bits_per_dim),
-        "false_rejection": {
-            f"{alpha:g}": _rejection(scores.p_value <= alpha, alpha) for alpha in alphas
-        },
-        "outliers": {
-            name: _outliers(
-                scores, await engine.score(make(test.x, manifest.levels), alphas[-1]), alphas
-            )
-            for name, make in OUTLIERS.items()
-        },
-        "parity_nats": manifest.parity_nats,
-        "baselines": baselines.evaluate(data),
-    }
-    if Role.CONDITIONAL in manifest.graphs:
-        found |= _labels(await engine.classify(test.x, alphas[-1]), data)
-    return found
+def attach(bundle: Path, figures: Mapping[str, Any], material: Material) -> Manifest:
+    """The manifest of the bundle after figures and report have joined its files."""
+    fields = Bundle.open(bundle).manifest.model_dump(exclude={"files"})
+    (bundle / EVALUATION).write_text(json.dumps(figures, indent=1) + "\n")
+    report.write(bundle / REPORT, Bundle.open(bundle).manifest, figures, material)
+    return write_manifest(bundle, fields)
 
 
-def _labels(answer: Classifications, data: Dataset) -> dict[str, Any]:
-    y = data.test.y
-    rows = np.arange(len(y))
-    kept = answer.verdict == Verdict.ACCEPTED
-    return {
-        "conditional_nll_nats": _mean(-answer.log_pxy[rows, y]),
-        "accuracy": _mean((answer.label == y).astype(float)),
-        "accuracy_of_accepted": _mean((answer.label == y)[kept].astype(float)),
-        "label_nll_nats": _mean(-np.log(np.maximum(answer.posterior[rows, y], 1e-300))),
-    }
+class _Evaluation:
+    """One evaluation on its way; what several figures need is computed once."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        data: Dataset,
+        alphas: Sequence[float],
+        others: Mapping[str, Pixels],
+        sizes: Sizes,
+    ) -> None:
+        self.bundle, self.engine, self.data, self.sizes = bundle, engine, data, sizes
+        self.manifest: Manifest = bundle.manifest
+        self.alphas = [alpha for alpha in alphas if alpha >= engine.detector.finest_alpha]
+        # Every k-th picture, not the first: files need not be in random order.
+        step = max(1, len(data.test) // sizes.test)
+        self.test = data.test.take(np.arange(0, len(data.test), step))
+        every = max(1, len(self.test) // sizes.outliers)
+        self.some = self.test.x[::every]
+        self.others = {
+            name: pictures[:: max(1, len(pictures) // sizes.outliers)][: sizes.outliers]
+            for name, pictures in others.items()
+        }
+
+    async def run(self) -> tuple[dict[str, Any], Material]:
+        """Everything, in the order of the report."""
+        scores = await self._score(self.test.x)
+        figures: dict[str, Any] = {
+            "name": self.manifest.name,
+            "version": self.manifest.version,
+            "test_size": len(self.test),
+            "bits_per_dim": measures.mean(scores.bits_per_dim),
+            "nll_nats": measures.mean(-scores.log_px),
+        }
+        sets = {INLIERS: _set(self.test.x, scores, self.sizes.examples)}
+        sets |= await self._outside()
+        figures |= self._separations(sets)
+        figures["parity_nats"] = self.manifest.parity_nats
+        figures["decisions"] = {
+            "compared_with_torch": self.manifest.decisions_compared,
+            "changed": self.manifest.decisions_changed,
+        }
+        figures["baselines"] = baselines.evaluate(self.data)
+        figures |= costs.measure(self.bundle, self.some)
+        taken = None
+        labelled = None
+        judge = None
+        if self.manifest.labels:
+            judge = self._judge(self.data.train.x, self.data.train.y)
+        if Role.CONDITIONAL in self.manifest.graphs:
+            taken = await self._classify(self.test.x)
+            labelled = Labelled(self.test.y, taken.posterior, taken.p_value, taken.label_p_values)
+            figures |= self._labels(taken)
+            figures |= await self._likelihoods(taken)
+        figures["false_rejection"] = {
+            f"{alpha:g}": self._false_rejection(scores.p_value, alpha) for alpha in self.alphas
+        }
+        if judge is not None and taken is not None:
+            figures |= await self._mixed(judge, taken)
+        drawn, nearest = None, None
+        if Role.SAMPLE in self.manifest.graphs or Role.GENERATE in self.manifest.graphs:
+            x, y = await self._draw()
+            drawn = _by_label(x, y, self.sizes.examples)
+            figures |= self._drawn(judge, x, y)
+            figures |= await self._own_surprise(len(x))
+            nearest, figures["memorisation"] = self._memorised(x)
+        material = Material(
+            levels=self.manifest.levels,
+            labels=tuple(label.name for label in self.manifest.labels),
+            sets=sets,
+            labelled=labelled,
+            drawn=drawn,
+            nearest=nearest,
+            completed=await self._completed(),
+            explained=await self._explained(taken),
+            alphas=tuple(self.alphas),
+        )
+        return figures, material
+
+    async def _score(self, x: Pixels, *, surprise: bool = False) -> Scores:
+        return await self.engine.score(x, self.alphas[-1], surprise=surprise)
+
+    async def _classify(self, x: Pixels) -> Classifications:
+        return await self.engine.classify(x, self.alphas[-1])
+
+    async def _outside(self) -> dict[str, Sets]:
+        levels = self.manifest.levels
+        pictures = {
+            name: corruptions.corrupt(name, self.some, levels)
+            for name in (*corruptions.PANEL, *corruptions.HARD)
+        }
+        found: dict[str, Sets] = {}
+        for name, x in {**self.others, **pictures}.items():
+            found[name] = _set(x, await self._score(x), self.sizes.examples)
+        return found
+
+    def _separations(self, sets: Mapping[str, Sets]) -> dict[str, Any]:
+        """AUROC and the like for every set outside, by our score and by likelihood alone."""
+        inside = sets[INLIERS]
+        ours: dict[str, Any] = {}
+        likelihood, aurocs = {}, {}
+        for name, outside in sets.items():
+            if name == INLIERS:
+                continue
+            apart = measures.separation(inside.unusualness, outside.unusualness)
+            aurocs[name] = apart["auroc"]
+            ours[name] = apart | {
+                "accepted": {
+                    f"{alpha:g}": float(np.mean(outside.p_value > alpha)) for alpha in self.alphas
+                }
+            }
+            likelihood[name] = measures.separation(inside.nats, outside.nats)
+        panel = [aurocs[name] for name in corruptions.PANEL]
+        return {
+            "outliers": ours,
+            "likelihood_only": likelihood,
+            "panel": {"auroc_min": min(panel), "auroc_mean": float(np.mean(panel))},
+        }
+
+    def _false_rejection(self, p_value: Doubles, alpha: float) -> dict[str, Any]:
+        size, n = self.manifest.calibration.size, len(p_value)
+        names = [label.name for label in self.manifest.labels]
+        found: dict[str, Any] = {
+            "overall": float(np.mean(p_value <= alpha)),
+            "band": measures.rejection_band(alpha, size, n),
+        }
+        if names:
+            # A label's share of the calibration split, as if it had been ranked alone.
+            counts = np.bincount(self.test.y, minlength=len(names))
+            found["by_label"] = {
+                name: float(np.mean(p_value[self.test.y == y] <= alpha))
+                for y, name in enumerate(names)
+            }
+            found["band_by_label"] = {
+                name: measures.rejection_band(alpha, round(size * counts[y] / n), int(counts[y]))
+                for y, name in enumerate(names)
+            }
+        return found
+
+    def _labels(self, taken: Classifications) -> dict[str, Any]:
+        y, rows = self.test.y, np.arange(len(self.test))
+        kept = taken.verdict == Verdict.ACCEPTED
+        doubt = -taken.posterior.max(1)
+        return {
+            "conditional_nll_nats": measures.mean(-taken.log_pxy[rows, y]),
+            "accuracy": measures.mean(taken.label == y),
+            "accuracy_of_accepted": measures.mean((taken.label == y)[kept]),
+            "label_nll_nats": measures.mean(-np.log(np.maximum(taken.posterior[rows, y], 1e-300))),
+            "ece": measures.calibration_error(taken.posterior, y),
+            "aurc": measures.selective_risk(doubt, taken.label != y),
+            "label_set": {
+                f"{alpha:g}": self._label_set(taken.label_p_values, alpha) for alpha in self.alphas
+            },
+        }
+
+    def _label_set(self, p_values: Doubles, alpha: float) -> dict[str, Any]:
+        members = p_values > alpha
+        covered = members[np.arange(len(members)), self.test.y]
+        counts = self.engine.detector.label_counts
+        return {
+            "coverage": float(covered.mean()),
+            "coverage_by_label": {
+                label.name: float(covered[self.test.y == y].mean())
+                for y, label in enumerate(self.manifest.labels)
+            },
+            "least_by_label": {
+                label.name: 1
+                - measures.rejection_band(alpha, int(counts[y]), int(np.sum(self.test.y == y)))[1]
+                for y, label in enumerate(self.manifest.labels)
+            },
+            "mean_size": float(members.sum(1).mean()),
+        }
+
+    async def _likelihoods(self, taken: Classifications) -> dict[str, Any]:
+        """-log p(x) as the mixture over labels where p(x|y) is exact; else the tighter bound."""
+        graph = self.manifest.graphs[Role.CONDITIONAL]
+        if graph.kind != Kind.EXACT:
+            return self._bound()
+        draws = [taken.log_pxy]
+        if self.test.grey is not None:
+            # The test part is draw 0; the figure is the mean over several.
+            for draw in range(1, BINARISATIONS):
+                generator = np.random.Generator(np.random.Philox(key=[SEED, draw]))
+                x = bernoulli(self.test.grey, self.test.peak, generator)
+                draws.append((await self._classify(x)).log_pxy)
+        log_prior = np.log(self.manifest.priors)
+        nats = [-np.logaddexp.reduce(log_pxy + log_prior, axis=1) for log_pxy in draws]
+        mixed = measures.mean(np.mean(nats, 0))
+        return {"marginal_nll_nats": mixed | {"by_draw": [float(each.mean()) for each in nats]}}
+
+    def _bound(self) -> dict[str, Any]:
+        """IWAE over more samples: the mean of the weights of several calls."""
+        graph = self.manifest.graphs[Role.CONDITIONAL]
+        eps = graph.input("eps")
+        if eps is None:
+            return {}
+        session = Session(self.bundle.graph(Role.CONDITIONAL), graph, Device("cpu"))
+        every = max(1, len(self.test) // self.sizes.bound)
+        part = self.test.take(np.arange(0, len(self.test), every))
+        calls = max(1, BOUND_SAMPLES // graph.importance_samples)
+        rows = np.arange(len(part))
+        bounds = []
+        for call in range(calls):
+            generator = np.random.Generator(np.random.Philox(key=[SEED, call]))
+            noises = generator.standard_normal(eps.array_shape(len(part)), dtype=np.float32)
+            bounds.append(_batched(session, {"x": part.x, "eps": noises}, "log_pxy")[rows, part.y])
+        bound = np.logaddexp.reduce(np.array(bounds, np.float64), axis=0) - np.log(calls)
+        bits = -bound / (self.manifest.dimensions * np.log(2))
+        samples = calls * graph.importance_samples
+        return {"conditional_bits_per_dim": measures.mean(bits) | {"importance_samples": samples}}
+
+    def _judge(self, x: Pixels, y: Labels) -> Judge:
+        labels = len(self.manifest.labels)
+        return taught(x, y, self.manifest.levels, labels, steps=self.sizes.steps)
+
+    async def _mixed(self, judge: Judge, taken: Classifications) -> dict[str, Any]:
+        """Classification with as many outliers mixed in; to accept one is an error.
+
+        Beside the bundle, the largest softmax of a convolutional network that learnt from
+        the same pictures.
+        """
+        own = judge.posterior(self.test.x)
+        right = own.argmax(1) == self.test.y
+        found: dict[str, Any] = {
+            "cnn": {
+                "accuracy": float(np.mean(right)),
+                "aurc": measures.selective_risk(-own.max(1), ~right),
+                "ece": measures.calibration_error(own, self.test.y),
+            },
+            "mixed": {},
+        }
+        for name, x in self.others.items():
+            rows = np.linspace(0, len(self.test) - 1, len(x)).astype(int)
+            outside = await self._classify(x)
+            wrong = np.concatenate([(taken.label != self.test.y)[rows], np.ones(len(x), bool)])
+            doubt = np.concatenate([self._doubt(taken)[rows], self._doubt(outside)])
+            theirs = np.concatenate([~right[rows], np.ones(len(x), bool)])
+            softmax = np.concatenate([own[rows].max(1), judge.posterior(x).max(1)])
+            found["mixed"][name] = {
+                "aurc": measures.selective_risk(doubt, wrong),
+                "cnn_max_softmax_aurc": measures.selective_risk(-softmax, theirs),
+                "cnn_max_softmax_auroc": measures.separation(
+                    -softmax[: len(rows)], -softmax[len(rows) :]
+                )["auroc"],
+            }
+        return found
+
+    def _doubt(self, answer: Classifications) -> Doubles:
+        """How far the least unusual label is from certain, (n,)."""
+        return -answer.label_p_values.max(1) - 1e-3 * answer.posterior.max(1)
+
+    async def _draw(self) -> tuple[Pixels, Labels]:
+        """Pictures in turn of every label, or of none."""
+        labels = max(1, len(self.manifest.labels))
+        each = max(self.sizes.examples, self.sizes.drawn // labels)
+        pictures, named = [], []
+        for y in range(labels):
+            label = y if self.manifest.labels else None
+            async for chunk in self.engine.generate(label, each, SEED, first_index=y * each):
+                pictures.append(chunk.images)
+                named.append(np.full(len(chunk.images), y))
+        return np.concatenate(pictures), np.concatenate(named)
+
+    def _drawn(self, judge: Judge | None, x: Pixels, y: Labels) -> dict[str, Any]:
+        """Whether draws show their label, and whether they teach it."""
+        if judge is None or not self.sizes.drawn:
+            return {}
+        shown = judge.posterior(x).argmax(1) == y
+        pupil = self._judge(x, y)
+        learnt = pupil.posterior(self.test.x).argmax(1) == self.test.y
+        return {
+            "faithfulness": measures.mean(shown),
+            "faithfulness_by_label": {
+                label.name: float(shown[y == k].mean())
+                for k, label in enumerate(self.manifest.labels)
+            },
+            "train_on_draws_accuracy": measures.mean(learnt),
+        }
+
+    async def _own_surprise(self, most: int) -> dict[str, Any]:
+        """Whether draws are as surprising to their model as it expects: mean surprise = entropy.
+
+        The same p(x) must have drawn: a density that knows labels draws without one here.
+        """
+        sizes = self.manifest.calibration.statistics
+        if Role.SAMPLE not in self.manifest.graphs or not {"surprise", "entropy"} <= set(sizes):
+            return {}
+        spec = self.manifest.graphs[Role.SAMPLE]
+        session = Session(self.bundle.graph(Role.SAMPLE), spec, Device("cpu"))
+        n = min(most, 500)
+        feeds: dict[str, Array] = {
+            "gumbel": noise.gumbel(SEED, range(n), _noise_shape(spec)),
+        }
+        if spec.input("y") is not None:
+            feeds["y"] = np.full(n, len(self.manifest.labels), np.int64)
+        drawn = _batched(session, feeds, "x")
+        density = self.manifest.graphs[Role.DENSITY]
+        seen = Session(self.bundle.graph(Role.DENSITY), density, Device("cpu"))
+        statistics = _batched(seen, {"x": drawn}, "statistics").astype(np.float64)
+        ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
+        surprise = statistics[:, ends["surprise"] - 1]
+        entropy = statistics[:, ends["entropy"] - 1]
+        return {
+            "self_entropy": {
+                "own_draws_nll_nats": measures.mean(surprise),
+                "expected_nats": measures.mean(entropy),
+                "difference_nats": measures.mean(surprise - entropy),
+            }
+        }
+
+    def _memorised(self, x: Pixels) -> tuple[Pixels, dict[str, Any]]:
+        """Draws beside their nearest training pictures, and whether they lie too near."""
+        rows = np.linspace(0, len(x) - 1, min(len(x), 500)).astype(int)
+        held = self.test.x[np.linspace(0, len(self.test) - 1, len(rows)).astype(int)]
+        near, distance = _nearest(x[rows], self.data.train.x)
+        _, usual = _nearest(held, self.data.train.x)
+        shown = np.linspace(0, len(rows) - 1, self.sizes.examples).astype(int)
+        pairs = np.stack([x[rows][shown], self.data.train.x[near[shown]]], 1)
+        return pairs, {
+            "distance_of_draws": measures.mean(distance),
+            "distance_of_test": measures.mean(usual),
+            "nearer_than_1_percent_of_test": float(np.mean(distance < np.quantile(usual, 0.01))),
+        }
+
+    async def _completed(self) -> Completed | None:
+        if Role.SAMPLE not in self.manifest.graphs:
+            return None
+        x = self.test.x[:: max(1, len(self.test) // 4)][:4]
+        known = np.zeros(x.shape, bool)
+        known[:, :, : x.shape[2] // 2] = True
+        chunks = self.engine.complete(x, known, None, 4, SEED)
+        images = np.concatenate([chunk.images async for chunk in chunks])
+        return Completed(x, known, images.reshape(len(x), 4, *x.shape[1:]))
+
+    async def _explained(self, taken: Classifications | None) -> Explained | None:
+        rows = np.linspace(0, len(self.test) - 1, self.sizes.examples).astype(int)
+        spec = self.manifest.graphs.get(Role.CONDITIONAL)
+        mapped = taken is not None and spec is not None and spec.output("surprise") is not None
+        if taken is not None and mapped:
+            # Where two labels come closest, there is most to explain.
+            closest = np.sort(taken.posterior, 1)
+            rows = np.argsort(closest[:, -1] - closest[:, -2])[: self.sizes.examples]
+        x = self.test.x[rows]
+        surprise = (await self._score(x, surprise=True)).surprise
+        assert surprise is not None
+        none = np.empty((0, *x.shape[1:]), np.float32)
+        if taken is None or spec is None or not mapped:
+            return Explained(x, surprise, np.empty((0, 2), np.int64), none)
+        session = Session(self.bundle.graph(Role.CONDITIONAL), spec, Device("cpu"))
+        feeds: dict[str, Array] = {"x": x}
+        if (eps := spec.input("eps")) is not None:
+            feeds["eps"] = np.ascontiguousarray(noise.common(eps.array_shape(len(x))))
+        maps = session.run(feeds, ["surprise"])[0]
+        pair = np.argsort(-taken.posterior[rows], 1)[:, :2].astype(np.int64)
+        each = np.arange(len(x))
+        return Explained(x, surprise, pair, maps[each, pair[:, 1]] - maps[each, pair[:, 0]])
 
 
-def _outliers(inliers: Scores, outliers: Scores, alphas: Sequence[float]) -> dict[str, Any]:
-    truth = np.repeat([0, 1], [len(inliers.p_value), len(outliers.p_value)])
-    return {
-        "auroc": _auroc(truth, -inliers.p_value, -outliers.p_value),
-        "likelihood_only_auroc": _auroc(truth, -inliers.log_px, -outliers.log_px),
-        "rejected": {f"{alpha:g}": float(np.mean(outliers.p_value <= alpha)) for alpha in alphas},
-    }
+def _set(x: Pixels, scores: Scores, examples: int) -> Sets:
+    shown = np.linspace(0, len(x) - 1, min(examples, len(x))).astype(int)
+    return Sets(x[shown], -scores.log_px, scores.unusualness, scores.p_value)
 
 
-def _auroc(truth: Doubles, inliers: Doubles, outliers: Doubles) -> float:
-    return float(roc_auc_score(truth, np.concatenate([inliers, outliers])))
+def _by_label(x: Pixels, y: Labels, examples: int) -> Pixels:
+    return np.stack([x[y == label][:examples] for label in range(int(y.max()) + 1)])
 
 
-def _rejection(rejected: npt.NDArray[np.bool_], alpha: float) -> dict[str, Any]:
-    n = len(rejected)
-    low, high = binom.interval(0.99, n, alpha)
-    return {"rate": float(np.mean(rejected)), "binomial_99": [low / n, high / n]}
+def _batched(session: Session, feeds: Mapping[str, Array], output: str) -> Array:
+    n = len(next(iter(feeds.values())))
+    parts = [
+        {name: np.ascontiguousarray(feed[at : at + BATCH]) for name, feed in feeds.items()}
+        for at in range(0, n, BATCH)
+    ]
+    return np.concatenate([session.run(part, [output])[0] for part in parts])
 
 
-def _mean(values: Doubles) -> dict[str, float]:
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
-    return {"mean": float(np.mean(values)), "standard_error": error}
+def _nearest(x: Pixels, among: Pixels) -> tuple[Labels, Doubles]:
+    """Which of some pictures is the nearest to each, and its distance in levels."""
+    flat = among.reshape(len(among), -1).astype(np.float32)
+    squares = np.square(flat).sum(1)
+    own = x.reshape(len(x), -1).astype(np.float32)
+    found = np.empty(len(x), np.int64)
+    for start in range(0, len(x), 100):
+        rows = slice(start, start + 100)
+        found[rows] = (squares - 2 * own[rows] @ flat.T).argmin(1)
+    distance: Doubles = np.linalg.norm(own.astype(np.float64) - flat[found], axis=1)
+    return found, distance
 
 
-def _noise(x: Pixels, levels: int) -> Pixels:
-    generator = np.random.Generator(np.random.Philox(key=[0, 1]))
-    return generator.integers(0, levels, x.shape).astype(np.uint8)
-
-
-OUTLIERS: dict[str, Callable[[Pixels, int], Pixels]] = {
-    "noise": _noise,
-    "blank": lambda x, levels: np.zeros_like(x),  # noqa: ARG005
-    "inverted": lambda x, levels: (levels - 1 - x).astype(np.uint8),
-}
+def _noise_shape(spec: Graph) -> tuple[int, ...]:
+    gumbel = spec.input("gumbel")
+    assert gumbel is not None  # a sampler has no other way to draw
+    return gumbel.array_shape(1)[1:]

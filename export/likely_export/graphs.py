@@ -40,13 +40,13 @@ class Exported:
         graph: its entry in the manifest.
         parity: the largest difference of a log-likelihood from torch's, in nats.
         golden: inputs and outputs by name, to be replayed where it is served.
-        widths: how many numbers each statistic gives, of a density.
+        source: what it was exported from.
     """
 
     graph: Graph
     parity: float
     golden: dict[str, Array]
-    widths: Mapping[str, int]
+    source: GraphSource
 
 
 def export(source: GraphSource, path: Path, levels: int, labels: int) -> Exported:
@@ -71,7 +71,7 @@ def export(source: GraphSource, path: Path, levels: int, labels: int) -> Exporte
     )
     session = Session(path, graph, Device("cpu"))
     parity = max(_difference(source, session, levels, labels, n) for n in BATCHES)
-    return Exported(graph, parity, golden(session, levels, labels), source.widths)
+    return Exported(graph, parity, golden(session, levels, labels), source)
 
 
 def golden(session: Session, levels: int, labels: int) -> dict[str, Array]:

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Self, get_type_hints
 
+import numpy as np
 import tomli_w
 from pydantic import (
     BaseModel,
@@ -24,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from likely.answers import Pixels
 from likely.bundle import Name, Role
 from likely.errors import InvalidInput
 from likely_export import data
@@ -137,6 +139,17 @@ class Calibration(_Table):
         return self
 
 
+class Evaluation(_Table):
+    """What the bundle is reported against.
+
+    Attributes:
+        others: sources of other data sets by name, beside the recipe's own source; one that
+            is not there is left out.
+    """
+
+    others: dict[Name, str] = {}
+
+
 class Recipe(_Table):
     """Everything that decides a bundle."""
 
@@ -147,6 +160,7 @@ class Recipe(_Table):
     models: dict[Name, Model] = Field(min_length=1)
     roles: dict[Role, Name | tuple[Name, ...]]
     calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -166,6 +180,25 @@ class Recipe(_Table):
         """The names of the models behind a role, the one that leads first."""
         named = self.roles[role]
         return (named,) if isinstance(named, str) else named
+
+    def others(self, levels: int) -> dict[str, Pixels]:
+        """The other data sets to report against that are there and fit, uint8 (n, c, h, w).
+
+        A set lies in the folder of the recipe's own source, and is read as that is.
+        """
+        folder = Path(self.data.source).parent
+        found: dict[str, Pixels] = {}
+        for name, source in self.evaluation.others.items():
+            if not (folder / source).exists():
+                continue
+            raw = data.read(folder / source)
+            x = raw.x if raw.test is None else raw.test[0]
+            if self.data.binarise:
+                x = data.binarised(data.Split(x, raw.y[: len(x)]), raw.levels, 0).x
+            elif levels != raw.levels:
+                x = (x.astype(np.int64) * levels // raw.levels).astype(np.uint8)
+            found[name] = x
+        return found
 
     def published(self) -> dict[str, Any]:
         """The recipe as plain values, without the folders of this machine."""

@@ -112,33 +112,38 @@ class EveryLabel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> Tensor:
-        """log_pxy (n, labels) of uint8 x (n, c, h, w)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log_pxy (n, labels), and its pixels' surprise (n, labels, c, h, w), of uint8 x."""
         labels = self.model.config.labels
         n, c, h, w = x.shape
         each = x[:, None].expand(n, labels, c, h, w).reshape(n * labels, c, h, w)
         y = torch.arange(labels, device=x.device).expand(n, labels).reshape(-1)
-        return self.model.log_prob(each, y).view(n, labels)
+        surprise = self.model.surprise(each, y).view(n, labels, c, h, w)
+        return -surprise.flatten(2).sum(2), surprise
 
 
 class Experts(nn.Module):
-    """x[, noise] -> log p(x|y) for all labels, by each of several models.
+    """x, noise -> log p(x|y) for all labels, by an exact model and one that gives a bound.
 
     Args:
-        models: graphs' modules that give log_pxy; all but the first take x alone or x and noise.
+        models: an `EveryLabel` and a `Conditional`, the one that leads first.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
         self.experts = nn.ModuleList(models)
 
-    def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """log_pxy (n, labels) of the first expert, and evidence (n, experts, labels) of all."""
-        each = [
-            expert(x, eps) if isinstance(expert, Conditional) else expert(x)
-            for expert in self.experts
-        ]
-        return each[0], torch.stack(each, 1)
+    def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log_pxy (n, labels) of the first expert, evidence (n, experts, labels), surprise."""
+        each, surprise = [], None
+        for expert in self.experts:
+            if isinstance(expert, EveryLabel):
+                log_pxy, surprise = expert(x)
+                each.append(log_pxy)
+            else:
+                each.append(expert(x, eps))
+        assert surprise is not None
+        return each[0], torch.stack(each, 1), surprise
 
 
 def density(
@@ -177,25 +182,26 @@ def conditional(*models: PixelCNN | CVAE) -> GraphSource:
     """The graph of log p(x|y) for all labels: of the first model, and of each beside it.
 
     Raises:
-        InvalidInput: two of them need noise.
+        InvalidInput: two of them are of one family.
     """
+    if len({type(model) for model in models}) < len(models):
+        raise InvalidInput("roles.conditional", "names two models of one family")
     config = models[0].config
     inputs = [_pictures(config.shape)]
+    outputs = [_floats("log_pxy", config.labels)]
     modules: list[nn.Module] = []
     for model in models:
         if isinstance(model, PixelCNN):
             modules.append(EveryLabel(model))
-            continue
-        if len(inputs) > 1:
-            raise InvalidInput("roles.conditional", "names two models that need noise")
-        inputs.append(_floats("eps", model.config.importance_samples, model.config.latent))
-        modules.append(Conditional(model))
-    outputs = [_floats("log_pxy", config.labels)]
-    if len(models) == 1:
-        module = modules[0]
-    else:
+        else:
+            inputs.append(_floats("eps", model.config.importance_samples, model.config.latent))
+            modules.append(Conditional(model))
+    module = modules[0]
+    if len(models) > 1:
         module = Experts(modules)
         outputs.append(_floats("evidence", len(models), config.labels))
+    if any(isinstance(model, PixelCNN) for model in models):
+        outputs.append(_floats("surprise", config.labels, *config.shape))
     kind, k = _kind(models[0])
     return GraphSource(module.eval(), tuple(inputs), tuple(outputs), kind, k)
 

@@ -369,7 +369,8 @@ class Engine:
 
     def _conditional(self, x: Pixels) -> Ask:
         graph = self._lanes.graph(Role.CONDITIONAL)
-        eps, outputs = graph.input("eps"), tuple(spec.name for spec in graph.outputs)
+        eps = graph.input("eps")
+        outputs = ("log_pxy", "evidence") if graph.output("evidence") else ("log_pxy",)
 
         def feed(start: int, stop: int) -> Mapping[str, Array]:
             shape = eps.array_shape(stop - start) if eps else None

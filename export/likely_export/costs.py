@@ -1,0 +1,65 @@
+"""What decisions cost beside one pass of log p(x), in processor time of one thread."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx.utils import Extractor
+
+from likely import noise
+from likely.answers import Pixels
+from likely.bundle import Bundle, Graph, Role
+from likely.graphs import Array, Device, Session
+
+BATCH = 16
+ROUNDS = 7
+
+
+def measure(bundle: Bundle, x: Pixels) -> dict[str, float]:
+    """The least times over interleaved rounds, each as a multiple of the plain pass.
+
+    `statistics_cost` is the density graph with all its outlier statistics;
+    `classification_cost` is the graph of log p(x|y) for all labels.
+
+    Args:
+        bundle: verified.
+        x: uint8 (n, c, h, w), pictures to spend.
+    """
+    density = bundle.manifest.graphs[Role.DENSITY]
+    part = {"x": np.ascontiguousarray(x[:BATCH])}
+    with tempfile.TemporaryDirectory() as folder:
+        plain = _plain(bundle.graph(Role.DENSITY), density, Path(folder) / "plain.onnx")
+    runs = {
+        "plain": (plain, part),
+        "statistics_cost": (Session(bundle.graph(Role.DENSITY), density, Device("cpu")), part),
+    }
+    if (spec := bundle.manifest.graphs.get(Role.CONDITIONAL)) is not None:
+        feeds: dict[str, Array] = dict(part)
+        if (eps := spec.input("eps")) is not None:
+            feeds["eps"] = np.ascontiguousarray(noise.common(eps.array_shape(len(part["x"]))))
+        session = Session(bundle.graph(Role.CONDITIONAL), spec, Device("cpu"))
+        runs["classification_cost"] = (session, feeds)
+    least = dict.fromkeys(runs, np.inf)
+    for _ in range(ROUNDS):
+        for name, (session, given) in runs.items():
+            least[name] = min(least[name], _seconds(session, given))
+    return {name: least[name] / least["plain"] for name in runs if name != "plain"}
+
+
+def _plain(path: Path, density: Graph, into: Path) -> Session:
+    """The density graph cut down to log p(x)."""
+    model = Extractor(onnx.load(path)).extract_model(["x"], ["log_px"])
+    onnx.save(model, into)
+    only = tuple(spec for spec in density.outputs if spec.name == "log_px")
+    return Session(into, density.model_copy(update={"outputs": only}), Device("cpu"))
+
+
+def _seconds(session: Session, feeds: Mapping[str, Array]) -> float:
+    began = time.process_time()
+    session.run(feeds, [spec.name for spec in session.spec.outputs])
+    return time.process_time() - began
