@@ -234,7 +234,7 @@ def gate(settings: Settings, log: FilteringBoundLogger) -> Gate:
 
     Raises:
         SettingsError: a file cannot be used, a setting lacks its other half, or tokens would
-            come unencrypted from other machines.
+            come unencrypted from other machines, or anybody there could reach the admin RPCs.
     """
     if (settings.tls_certificate is None) != (settings.tls_key is None):
         raise SettingsError("tls_certificate and tls_key are given together, or neither")
@@ -255,11 +255,18 @@ def gate(settings: Settings, log: FilteringBoundLogger) -> Gate:
         )
     made = Gate(secrets, issuer)
     encrypted = settings.tls_certificate is not None or settings.plaintext_tokens
-    if not (made.is_open or encrypted or is_local(settings.host)):
+    admin = [] if settings.admin_port == "off" else [settings.admin_host]
+    if made.is_open and not all(map(is_local, admin)):
         raise SettingsError(
-            f"tokens would come unencrypted to {settings.host}; give tls_certificate and tls_key, "
-            "or plaintext_tokens where a proxy has TLS"
+            f"everybody who reaches {settings.admin_host} could change what is served; "
+            "give tokens or jwt_keys"
         )
+    for host in (settings.host, *admin):
+        if not (made.is_open or encrypted or is_local(host)):
+            raise SettingsError(
+                f"tokens would come unencrypted to {host}; give tls_certificate and tls_key, "
+                "or plaintext_tokens where a proxy has TLS"
+            )
     return made
 
 

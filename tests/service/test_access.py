@@ -330,6 +330,8 @@ def test_no_text_is_a_token(tmp_path_factory: Any, text: str) -> None:
         ({"jwt_keys": Path("k")}, "jwt_keys needs jwt_issuer and jwt_audience"),
         ({"tokens": Path("none")}, "none cannot be read: No such file"),
         ({"host": "0.0.0.0"}, "unencrypted to 0.0.0.0"),
+        ({"admin_host": "0.0.0.0", "admin_port": 0}, "unencrypted to 0.0.0.0"),
+        ({"admin_host": "0.0.0.0", "admin_port": 0, "tokens": None}, "everybody who reaches"),
     ],
 )
 def test_settings_that_let_in_the_wrong_are_refused(

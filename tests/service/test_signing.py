@@ -22,7 +22,7 @@ from likely.cli import main
 from likely.errors import BundleError, SettingsError
 
 if TYPE_CHECKING:
-    from tests.conftest import Toy
+    from tests.conftest import Running, Toy
 
 pytest.importorskip("model_signing")
 PEM = serialization.Encoding.PEM
@@ -199,3 +199,14 @@ def test_the_commands_sign_and_verify(folder: Path, key: Path) -> None:
     assert run(main, ["verify", str(folder), "--public-key", public]).exit_code == 0
     append(folder / "density.onnx")
     assert run(main, ["verify", str(folder)]).exit_code == 1
+
+
+def test_a_server_opens_what_a_trusted_key_signed(
+    running: Running, folder: Path, key: Path
+) -> None:
+    trusted = {"bundles": (folder,), "require_signature": (key.with_suffix(".pub"),)}
+    with pytest.raises(BundleError, match=r"has no model\.sig"), running(**trusted):
+        pass
+    signing.sign(folder, key)
+    with running(**trusted) as live:
+        assert live.server.registry.known("toy")
