@@ -10,10 +10,11 @@ Randomness comes in as Gumbel noise g: argmax(logits + g) draws from
 softmax(logits). So t * g in its place draws at temperature t, and noise that
 towers at one level fixes a pixel to it: completion needs no other graph.
 
-Written for ONNX Runtime: columns before pictures, (w, n, channels), so that a
-shift by one column is one block of memory; every term a GEMM whose bias is the
-sum so far; the halves of a gated unit apart, so that each fuses with its
-activation.
+Written for ONNX Runtime, which moves memory slowly and multiplies fast: columns
+before pictures, (w * n, channels), so that a row's windows are one Gather, which
+serves two rows: what a row gives to the next is kept as the sums that those
+start from. Every term is a GEMM whose bias is the sum so far; the halves of a
+gated unit are apart, so that each fuses with its activation.
 """
 
 from __future__ import annotations
@@ -96,11 +97,18 @@ class Sampler(nn.Module):
             label = self.model.label(y)
             mix_bias = mix_bias + torch.cat([label, torch.zeros_like(label[:, :1])], -1)
             mix_bias = mix_bias + gumbel.new_full((n, 1), 0.0)
-        depth = len(self.layers)
+        depth = sum(layer.halves for layer in self.layers)
         rows_above, side, to_the_left = config.stem
+        size = self.width * n
+        # Where to gather from: a column's neighbours in a row with edges, a row's noise.
+        here = torch.arange(size)[:, None]
+        seen_by_stem = here + torch.arange(2 * side + 1) * n
+        seen_by_layer = here + torch.arange(3) * n
+        noises = gumbel.flatten(3).flatten(0, 2)
+        places = torch.arange(self.width)[:, None] + torch.arange(n) * (self.height * self.width)
         # Zeros are filled in: new_zeros exports to an operator without a CUDA kernel.
-        blank = gumbel.new_full((side, n, rows_above * self.channels), self.blank)
-        edge = gumbel.new_full((1, n, config.channels), 0.0)
+        blank = gumbel.new_full((side * n, rows_above * self.channels), self.blank)
+        edge = gumbel.new_full((n, config.channels), 0.0)
         start_pixel = [
             gumbel.new_full((n, to_the_left * self.channels), self.blank),
             *[gumbel.new_full((n, config.channels), 0.0) for _ in self.layers],
@@ -120,42 +128,45 @@ class Sampler(nn.Module):
             return [_pushed(left, latest), *kept], levels.clone()
 
         def row(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-            """One row: the rows above and each layer's v there -> the row here."""
-            above, v_above, caches = state[0], state[1 : depth + 1], state[depth + 1 :]
-            noise, position, position_left, index = inputs
-            v = self._windows(above, blank) @ self.stem_vertical + position[:, None]
+            """One row: the rows above and what they give to each layer -> the row here."""
+            above, given, caches = state[0], state[1 : depth + 1], state[depth + 1 :]
+            position, position_left, index = inputs
+            noise = functional.embedding(places + index * self.width, noises)
+            window = _windows(above.flatten(0, 1), blank, seen_by_stem)
+            v = (window @ self.stem_vertical).view(self.width, -1, config.channels)
+            v = v + position[:, None]
             if config.row_layers:
                 fed, caches = self._row_transformer(above[:, :, -self.channels :], caches, index, y)
                 v = v + fed
+            v = v.flatten(0, 1)
             kept, across = [], []
-            for layer, v_row, bias in zip(self.layers, v_above, biases, strict=True):
-                kept.append(torch.cat([edge, v, edge]))
-                v = layer.row(v_row, kept[-1], v, bias.vertical)
-                across += layer.across(v, bias.horizontal)
+            for k, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
+                window = _windows(v, edge, seen_by_layer)
+                sums = given[layer.halves * k : layer.halves * (k + 1)]
+                kept += layer.below(window, bias.vertical)
+                v = layer.row(window, v, sums)
+                across += layer.across(v, bias.horizontal, self.width)
             _, levels = scan(pixel, start_pixel, [position_left, noise, *across])
             latest = levels.to(torch.float32)
             return [_pushed(above, latest), *kept, *caches], levels.clone()
 
         start_row = [
             gumbel.new_full((self.width, n, rows_above * self.channels), self.blank),
-            *[gumbel.new_full((self.width + 2, n, config.channels), 0.0) for _ in self.layers],
+            *[
+                bias + gumbel.new_full((size, config.channels), 0.0)
+                for layer in biases
+                for bias in layer.vertical
+            ],
             *[
                 gumbel.new_full((n, self.height, config.row_width), 0.0)
                 for _ in range(2 * config.row_layers)
             ],
         ]
-        noise = gumbel.flatten(3).permute(1, 2, 0, 3)
         rows = torch.arange(self.height)
-        inputs = [noise, self.position_vertical, self.position_horizontal, rows]
+        inputs = [self.position_vertical, self.position_horizontal, rows]
         _, levels = scan(row, start_row, inputs)
         pictures: Tensor = levels.permute(2, 3, 0, 1).to(torch.uint8)
         return pictures
-
-    def _windows(self, above: Tensor, blank: Tensor) -> Tensor:
-        """The stem's view of the rows above, (w, n, (2 side + 1) * rows * c)."""
-        wide = torch.cat([blank, above, blank])
-        taps = range(2 * self.model.config.stem[1] + 1)
-        return torch.cat([wide[k : k + self.width] for k in taps], -1)
 
     def _row_transformer(
         self, latest: Tensor, caches: list[Tensor], index: Tensor, y: Tensor | None
@@ -215,10 +226,9 @@ class _Layer(nn.Module):
         self.block = block
         self.halves = 2 if block.gated else 1
         self.width = block.units // self.halves
-        # A matrix for each column, the row above before the own one.
-        columns = block.vertical.weight.permute(3, 2, 1, 0).flatten(1, 2)
-        self.vertical = [self._matrices(column) for column in columns]
-        self.taps = nn.ModuleList(self.vertical)
+        # The kernel's two rows; each a matrix for the three columns of a window.
+        above, own = block.vertical.weight.permute(2, 3, 1, 0).flatten(1, 2)
+        self.above, self.own = self._matrices(above), self._matrices(own)
         self.over = self._matrices(block.across.weight[:, :, 0, 0].T)
         self.left = self._matrices(block.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1))
         self.out = nn.Parameter(block.out.weight[:, :, 0, 0].T.detach().clone(), False)
@@ -229,24 +239,19 @@ class _Layer(nn.Module):
         labels = self.block.biases(y)
         return _Biases(*(self._bias(*pair, width, n) for pair in zip(own, labels, strict=True)))
 
-    def row(self, above: Tensor, own: Tensor, v: Tensor, biases: list[Tensor]) -> Tensor:
-        """The next v (w, n, channels) of this one, and of its row and the one above with edges."""
-        w, n, channels = v.shape
-        wide = torch.cat([above, own], -1)
-        terms = biases
-        for k, matrices in enumerate(self.vertical):
-            column = wide[k : k + w].reshape(-1, 2 * channels)
-            terms = [
-                torch.addmm(term, column, matrix)
-                for term, matrix in zip(terms, matrices, strict=True)
-            ]
-        return v + self._unit(terms).view(w, n, channels)
+    def row(self, window: Tensor, v: Tensor, given: list[Tensor]) -> Tensor:
+        """The next v (w * n, channels) of this one, its windows, and what the row above gave."""
+        sums = [torch.addmm(term, window, m) for term, m in zip(given, self.own, strict=True)]
+        return v + self._unit(sums)
 
-    def across(self, v: Tensor, biases: list[Tensor]) -> list[Tensor]:
+    def below(self, window: Tensor, biases: list[Tensor]) -> list[Tensor]:
+        """What this row gives to the next one, biases included, each (w * n, channels)."""
+        return [torch.addmm(bias, window, m) for bias, m in zip(biases, self.above, strict=True)]
+
+    def across(self, v: Tensor, biases: list[Tensor], columns: int) -> list[Tensor]:
         """What the vertical stack gives to the horizontal one, each (w, n, channels)."""
-        flat = v.reshape(-1, v.shape[-1])
         return [
-            torch.addmm(bias, flat, matrix).view(v.shape)
+            torch.addmm(bias, v, matrix).view(columns, -1, v.shape[-1])
             for bias, matrix in zip(biases, self.over, strict=True)
         ]
 
@@ -278,6 +283,11 @@ class _Layer(nn.Module):
 def _bias(conv: nn.Conv2d) -> Tensor:
     assert conv.bias is not None
     return conv.bias
+
+
+def _windows(row: Tensor, edge: Tensor, taps: Tensor) -> Tensor:
+    """Each column's neighbours in a row (w * n, k), itself among them: (w * n, taps * k)."""
+    return functional.embedding(taps, torch.cat([edge, row, edge])).flatten(1)
 
 
 def _pushed(window: Tensor, latest: Tensor) -> Tensor:
