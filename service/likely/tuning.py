@@ -14,7 +14,7 @@ from likely.batches import Runner
 from likely.graphs import Array
 
 HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
-AT_ONCE = 2e-4  # seconds that a run may hold the event loop up
+AT_ONCE = 5e-4  # seconds that a run may hold the event loop up
 NEAR = 1.1  # a small batch this near to the fastest one is better: it holds up less
 
 
