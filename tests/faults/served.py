@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 COMMAND = [sys.executable, "-c", "from likely.cli import main; main()", "serve"]
-QUIET = ["--metrics-port", "off", "--log-format", "json", "--threads", "1", "--lanes", "1",
-         "--max-batch", "16", "--device", "cpu", "--drain-delay", "0"]  # fmt: skip
+# Every request is logged, so that what was accepted is known.
+QUIET = ["--metrics-port", "off", "--log-format", "json", "--log-level", "debug",
+         "--threads", "1", "--lanes", "1", "--max-batch", "16", "--device", "cpu",
+         "--drain-delay", "0"]  # fmt: skip
 # Connections are the channel's own, and a failure is seen as it is.
 ALONE = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0),
          ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
