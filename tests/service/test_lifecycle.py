@@ -1,0 +1,213 @@
+"""What is served changes while it is served: labels, versions, folders, ports."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+
+from likely import Client
+from likely.errors import ModelNotFound, SettingsError
+from likely.v1 import admin_pb2
+from likely.v1.admin_pb2_grpc import AdminServiceStub
+
+if TYPE_CHECKING:
+    from tests.conftest import Live, Running, Toy
+
+
+@pytest.fixture(scope="module")
+def toys(make_toy: Callable[..., Toy]) -> dict[str, Toy]:
+    return {version: make_toy(version=version, seed=int(version)) for version in ("1", "2")}
+
+
+class Admin:
+    """The admin RPCs of a server, and its client."""
+
+    def __init__(self, live: Live, channel: grpc.Channel, client: Client) -> None:
+        self.live = live
+        self.client = client
+        self._stub: Any = AdminServiceStub(channel)
+
+    def versions(self) -> dict[str, Any]:
+        answer = self._stub.ListVersions(admin_pb2.ListVersionsRequest(), timeout=30)
+        return {version.model_version: version for version in answer.versions}
+
+    def load(self, folder: Path | str) -> Any:
+        request = admin_pb2.LoadModelRequest(folder=str(folder))
+        return self._stub.LoadModel(request, timeout=60).version
+
+    def unload(self, version: str, name: str = "toy") -> None:
+        request = admin_pb2.UnloadModelRequest(model_name=name, model_version=version)
+        self._stub.UnloadModel(request, timeout=30)
+
+    def label(self, label: str, version: str) -> None:
+        request = admin_pb2.SetLabelRequest(model_name="toy", label=label, model_version=version)
+        self._stub.SetLabel(request, timeout=30)
+
+    def rollback(self) -> Any:
+        return self._stub.Rollback(admin_pb2.RollbackRequest(model_name="toy"), timeout=60).version
+
+    def answers(self, version: str | None = None) -> str:
+        """The version that answers a request for that one; None is the default."""
+        return self.client.score([[[0] * 3] * 3], model="toy", version=version).model_version
+
+
+@contextmanager
+def administered(running: Running, **settings: Any) -> Iterator[Admin]:
+    with (
+        running(admin_port=0, **settings) as live,
+        grpc.insecure_channel(f"127.0.0.1:{live.server.admin_port}") as channel,
+        Client(live.address) as client,
+    ):
+        yield Admin(live, channel, client)
+
+
+def refusal(call: Callable[[], Any]) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    code: grpc.StatusCode = caught.value.code()
+    return code
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def both(toys: dict[str, Toy]) -> tuple[Path, ...]:
+    return tuple(toy.path for toy in toys.values())
+
+
+def test_labels_name_versions(running: Running, toys: dict[str, Toy]) -> None:
+    with administered(running, bundles=both(toys), labels=("toy:stable=1",)) as admin:
+        assert admin.answers() == "1"
+        admin.label("canary", "2")
+        assert [admin.answers(v) for v in ("stable", "canary", "1", "2")] == ["1", "2", "1", "2"]
+        models = {model.version: model.version_labels for model in admin.client.models()}
+        assert models == {"1": ("stable",), "2": ("canary",)}
+        told = {v: (list(m.labels), m.is_default) for v, m in admin.versions().items()}
+        assert told == {"1": (["stable"], True), "2": (["canary"], False)}
+        admin.label("stable", "")
+        assert admin.answers() == "2"
+        with pytest.raises(ModelNotFound, match="toy@stable"):
+            admin.answers("stable")
+
+
+def test_a_label_on_what_is_not_there_is_refused(running: Running, toys: dict[str, Toy]) -> None:
+    with administered(running, bundles=both(toys)) as admin:
+        assert refusal(partial(admin.label, "stable", "3")) is grpc.StatusCode.NOT_FOUND
+        assert refusal(partial(admin.label, "best", "1")) is grpc.StatusCode.INVALID_ARGUMENT
+    sentence = "labels names toy:stable=3; no toy@3"
+    with (
+        pytest.raises(SettingsError, match=sentence),
+        running(bundles=both(toys), labels=("toy:stable=3",)),
+    ):
+        pass
+
+
+def test_a_version_is_loaded_and_unloaded(running: Running, toys: dict[str, Toy]) -> None:
+    with administered(running, bundles=(toys["1"].path,)) as admin:
+        assert admin.load(toys["2"].path).model_version == "2"
+        assert admin.load(toys["2"].path).is_default  # again, which changes nothing
+        assert (admin.answers(), admin.answers("1")) == ("2", "1")
+        admin.label("canary", "2")
+        assert refusal(partial(admin.unload, "2")) is grpc.StatusCode.FAILED_PRECONDITION
+        assert refusal(partial(admin.unload, "canary")) is grpc.StatusCode.NOT_FOUND
+        admin.label("canary", "")
+        admin.unload("2")
+        assert set(admin.versions()) == {"1"}
+        assert refusal(partial(admin.unload, "2")) is grpc.StatusCode.NOT_FOUND
+        assert admin.answers() == "1"
+
+
+def test_a_rollback_goes_one_change_back(
+    running: Running, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    second = tmp_path / "second"
+    shutil.copytree(toys["2"].path, second)
+    with administered(running, bundles=(toys["1"].path,)) as admin:
+        assert refusal(admin.rollback) is grpc.StatusCode.FAILED_PRECONDITION
+        admin.load(second)
+        assert admin.rollback().labels == ["stable"]
+        assert admin.answers() == "1"
+        assert refusal(admin.rollback) is grpc.StatusCode.FAILED_PRECONDITION
+        admin.label("stable", "2")
+        admin.unload("1")
+        assert admin.rollback().model_version == "1"  # loaded again from its folder
+        assert admin.answers() == "1"
+        admin.label("stable", "2")
+        admin.label("stable", "1")
+        admin.unload("2")
+        shutil.rmtree(second)
+        assert refusal(admin.rollback) is grpc.StatusCode.FAILED_PRECONDITION
+        assert admin.answers() == "1"
+
+
+@pytest.mark.parametrize("folder", ["", "bundles/toy", "/no/such/folder", "/\0"])
+def test_no_folder_no_bundle(running: Running, toys: dict[str, Toy], folder: str) -> None:
+    with administered(running, bundles=(toys["1"].path,)) as admin:
+        code = refusal(partial(admin.load, folder))
+        absolute = folder == "/no/such/folder"
+        wanted = "FAILED_PRECONDITION" if absolute else "INVALID_ARGUMENT"
+        assert code is grpc.StatusCode[wanted]
+
+
+def test_a_watched_folder_is_followed(
+    running: Running, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    versions = tmp_path / "toy"
+    shutil.copytree(toys["1"].path, versions / "1")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(toys["2"].path, tmp_path / ".hidden")
+    with administered(running, bundles=(), watch=tmp_path, watch_seconds=0.02) as admin:
+        assert set(admin.versions()) == {"1"}
+        (tmp_path / ".hidden").rename(versions / "2")
+        eventually(lambda: set(admin.versions()) == {"1", "2"})
+        admin.label("stable", "1")
+        shutil.rmtree(versions / "1")
+        time.sleep(0.3)
+        assert admin.answers() == "1"  # kept, for its label
+        admin.label("stable", "")
+        eventually(lambda: set(admin.versions()) == {"2"})
+        # The folder itself goes, as when a volume is unmounted: nothing is unloaded.
+        tmp_path.rename(tmp_path.with_name("away"))
+        time.sleep(0.3)
+        assert admin.answers() == "2"
+        tmp_path.with_name("away").rename(tmp_path)
+
+
+def test_a_server_without_a_model_is_not_ready(
+    running: Running, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    def ready(channel: grpc.Channel) -> bool:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    with (
+        administered(running, bundles=(), watch=tmp_path, watch_seconds=0.02) as admin,
+        grpc.insecure_channel(admin.live.address) as channel,
+    ):
+        assert not ready(channel)
+        shutil.copytree(toys["1"].path, tmp_path / "toy")
+        eventually(lambda: ready(channel))
+        admin.unload("1")
+        assert not ready(channel)
+
+
+def test_the_admin_port_is_off_by_default(live: Live) -> None:
+    assert live.server.admin_port is None
+    with grpc.insecure_channel(live.address) as channel:
+        request = admin_pb2.ListVersionsRequest()
+        code = refusal(lambda: AdminServiceStub(channel).ListVersions(request, timeout=10))
+    assert code is grpc.StatusCode.UNIMPLEMENTED
