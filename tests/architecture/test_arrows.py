@@ -82,6 +82,8 @@ EXPORT = {
     "data": "likely.answers likely.errors numpy PIL sklearn",
     "heads": "torch",
     "corruptions": "likely.answers numpy scipy",
+    "material": "likely.answers",
+    "measures": "likely.answers numpy scipy sklearn",
     "logistic": "torch",
     "local": "heads torch",
     "pixelcnn": "heads torch",
@@ -103,6 +105,10 @@ EXPORT = {
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
     "graphs": "likely.bundle likely.errors likely.graphs hygiene roles numpy onnx torch",
     "baselines": "likely.answers data numpy scipy sklearn",
+    "report": (
+        "likely.answers likely.bundle corruptions material measures "
+        "PIL jinja2 markupsafe matplotlib numpy scipy tomli_w"
+    ),
     "evaluate": (
         "likely.answers likely.bundle likely.engine likely.graphs baselines data "
         "numpy scipy sklearn"

@@ -1,0 +1,64 @@
+"""The report of a bundle's evaluation: one page that can be mailed, printed and archived.
+
+`page.html` is the frame. Each section is a function of a `Subject` here, which gives the view
+that the template of the same name shows, or None where there is nothing to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from likely.bundle import Manifest
+from likely_export.material import Material
+from likely_export.report.card import card, reproduction
+from likely_export.report.generation import completions, copies, draws
+from likely_export.report.headline import every_figure, headline
+from likely_export.report.labels import classification
+from likely_export.report.maps import explanations
+from likely_export.report.outliers import promises, separation
+from likely_export.report.subject import Subject, View
+
+SECTIONS: tuple[tuple[str, str, Callable[[Subject], View]], ...] = (
+    ("headline", "In short", headline),
+    ("draws", "What it draws", draws),
+    ("completions", "What it completes", completions),
+    ("copies", "Copies or inventions", copies),
+    ("separation", "Outliers", separation),
+    ("promises", "False rejections", promises),
+    ("classification", "Labels", classification),
+    ("explanations", "Why", explanations),
+    ("card", "Model card", card),
+    ("reproduction", "How to make it again", reproduction),
+    ("every_figure", "All figures", every_figure),
+)
+
+
+def write(path: Path, manifest: Manifest, figures: Mapping[str, Any], material: Material) -> None:
+    """Leaves the report at that path: one HTML file that needs nothing else, script included.
+
+    Args:
+        path: of the file.
+        manifest: the bundle's.
+        figures: its `evaluation.json`; what is absent is left out.
+        material: what the figures were computed from.
+    """
+    path.write_text(page(manifest, figures, material), encoding="utf-8")
+
+
+def page(manifest: Manifest, figures: Mapping[str, Any], material: Material) -> str:
+    """The report as HTML; the same for the same arguments."""
+    environment = Environment(
+        loader=PackageLoader("likely_export.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    subject = Subject(manifest, figures, material)
+    made = ((name, title, view(subject)) for name, title, view in SECTIONS)
+    sections = [(name, title, view) for name, title, view in made if view is not None]
+    return environment.get_template("page.html").render(manifest=manifest, sections=sections)

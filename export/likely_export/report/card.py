@@ -1,0 +1,92 @@
+"""What the model is, what it is for, what it promises, and how to make it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tomli_w
+
+from likely.bundle import Graph, Kind, Role
+from likely_export import corruptions
+from likely_export.report.outliers import hard
+from likely_export.report.subject import Subject, View
+from likely_export.report.text import PER_CENT, value
+
+ANSWERS = {
+    Role.DENSITY: "log p(x) and the outlier statistics",
+    Role.CONDITIONAL: "log p(x|y) for every label",
+    Role.GENERATE: "a picture with a given label, in one pass",
+    Role.SAMPLE: "pictures, pixel by pixel",
+    Role.ENCODE: "latent features",
+}
+
+
+def card(subject: Subject) -> View:
+    """A model card."""
+    manifest = subject.manifest
+    c, h, w = manifest.shape
+    recipe = manifest.recipe
+    data = recipe.get("data", {})
+    splits: dict[str, Any] = data.get("splits", {})
+    size = sum(record.size for record in manifest.files.values())
+    calibration = manifest.calibration
+    return {
+        "manifest": manifest,
+        "shape": f"{h} × {w} pixels" + (f", {c} channels" if c > 1 else ""),
+        "size": f"{size / 1e6:.1f} MB" if size else "",
+        "labels": [(label.name, f"{100 * label.prior:.3g}{PER_CENT}") for label in manifest.labels],
+        "graphs": [
+            (role.value, ANSWERS[role], _kind(graph)) for role, graph in manifest.graphs.items()
+        ],
+        "source": data.get("source", ""),
+        "splits": [(name, value(n)) for name, n in splits.items() if n],
+        "test_size": value(subject.figures["test_size"]) if "test_size" in subject.figures else "",
+        "binarised": bool(data.get("binarise")),
+        "models": [
+            (name, model.get("family", ""), _training(model.get("training", {})))
+            for name, model in recipe.get("models", {}).items()
+        ],
+        "statistics": recipe.get("calibration", {}).get("statistics", ()),
+        "choosing": list(corruptions.CHOOSING),
+        "finest": f"{calibration.finest_alpha:.2g}",
+        "calibration": calibration,
+        "hard": hard(subject),
+        "classifies": Role.CONDITIONAL in manifest.graphs,
+        "draws": Role.SAMPLE in manifest.graphs or Role.GENERATE in manifest.graphs,
+    }
+
+
+def reproduction(subject: Subject) -> View:
+    """The commands, and the recipe that they follow."""
+    recipe = subject.manifest.recipe
+    return {
+        "name": subject.manifest.name,
+        "source": recipe.get("data", {}).get("source", ""),
+        "digest": subject.manifest.data_digest,
+        "recipe": tomli_w.dumps(_known(recipe)) if recipe else "",
+    }
+
+
+def _kind(graph: Graph) -> str:
+    if graph.kind is None:
+        return ""
+    bounds = {
+        Kind.EXACT: "exact",
+        Kind.ELBO: "a lower bound (ELBO)",
+        Kind.IWAE: f"a lower bound (IWAE-{graph.importance_samples})",
+    }
+    return bounds[graph.kind]
+
+
+def _training(training: dict[str, Any]) -> str:
+    told = ("epochs", "steps", "batch", "optimiser", "learning_rate", "precision")
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value(training[name])}" for name in told if training.get(name)
+    )
+
+
+def _known(values: Any) -> Any:
+    """The values without those that are None, which TOML has no word for."""
+    if isinstance(values, dict):
+        return {name: _known(item) for name, item in values.items() if item is not None}
+    return [_known(item) for item in values] if isinstance(values, list | tuple) else values

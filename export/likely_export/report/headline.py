@@ -1,0 +1,136 @@
+"""The figures that come first, what they are set beside, and all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from likely_export.report.subject import Subject, View
+from likely_export.report.text import Kind, flat, value, words
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """One of the first figures.
+
+    Attributes:
+        path: to the figure.
+        title: what it is called.
+        note: how it is read.
+        kind: how it is told.
+        tile: whether it is among the large ones.
+    """
+
+    path: str
+    title: str
+    note: str
+    kind: Kind = "plain"
+    tile: bool = False
+
+
+HEADLINES = (
+    Headline("bits_per_dim", "bits per dimension", "−log₂ p a pixel; lower is better", tile=True),
+    Headline("nll_nats", "nats a picture", "−log p(x); lower is better", tile=True),
+    Headline("conditional_nll_nats", "nats given the label", "−log p(x|y); lower is better"),
+    Headline("conditional_bits_per_dim", "bits per dimension given the label", "lower is better"),
+    Headline("accuracy", "accuracy by Bayes' rule", "of the test part", "share", tile=True),
+    Headline("label_nll_nats", "nats a label", "−log p(y|x) of the true label; lower is better"),
+    Headline("ece", "expected calibration error", "15 bins; lower is better"),
+    Headline("aurc", "area under risk–coverage", "lower is better"),
+    Headline(
+        "false_rejection.0.05.overall",
+        "false rejections at alpha 0.05",
+        "of the test part; 5 % are promised",
+        "share",
+        tile=True,
+    ),
+    Headline(
+        "faithfulness", "draws with the label asked for", "by an independent classifier", "share",
+        tile=True,
+    ),
+    Headline(
+        "train_on_draws_accuracy",
+        "accuracy of a classifier trained on draws",
+        "on the test part",
+        "share",
+    ),
+    Headline("parity_nats", "torch against ONNX Runtime", "largest difference of log p, in nats"),
+    Headline("statistics_cost", "cost of all outlier statistics", "in plain log-likelihood passes"),
+    Headline("classification_cost", "cost of classifying", "in plain log-likelihood passes"),
+)  # fmt: skip
+
+
+def headline(subject: Subject) -> View:
+    """The first figures, each with what it is set beside."""
+    anchors = _anchors(subject.figures)
+    rows = [*_rows(subject, anchors), *_separations(subject)]
+    known = {one.path for one in HEADLINES}
+    for path, beside in anchors.items():
+        if path not in known:
+            found = subject.figure(path)
+            shown = value(found) if found is not None else ""
+            rows.append({"title": _title(path), "value": shown, "note": "", "anchors": beside})
+    baselines = [
+        (words(name), value(found)) for name, found in flat(subject.table("baselines"))
+    ]  # fmt: skip
+    if not rows and not baselines:
+        return None
+    return {
+        "tiles": [row for row in rows if row.get("tile")],
+        "rows": rows,
+        "anchored": any(row["anchors"] for row in rows),
+        "baselines": baselines,
+    }
+
+
+def every_figure(subject: Subject) -> View:
+    """All figures with their paths."""
+    figures = {name: found for name, found in subject.figures.items() if name != "anchors"}
+    return {"rows": [(path, value(found)) for path, found in flat(figures)]} if figures else None
+
+
+def _rows(subject: Subject, anchors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for one in HEADLINES:
+        found = subject.figure(one.path)
+        beside = anchors.get(one.path, [])
+        if found is not None or beside:
+            yield {
+                "title": one.title,
+                "note": one.note,
+                "value": "" if found is None else value(found, one.kind),
+                "tile": one.tile and found is not None,
+                "anchors": beside,
+            }
+
+
+def _separations(subject: Subject) -> Iterator[dict[str, Any]]:
+    outliers = subject.table("outliers")
+    found = {name: float(one["auroc"]) for name, one in outliers.items() if "auroc" in one}
+    if found:
+        worst = min(found, key=lambda name: found[name])
+        yield {
+            "title": f"mean AUROC of {len(found)} outlier sets",
+            "note": f"the smallest is {found[worst]:.4f}, of “{words(worst)}”; 1 is best",
+            "value": f"{sum(found.values()) / len(found):.4f}",
+            "tile": True,
+            "anchors": [],
+        }
+
+
+def _title(path: str) -> str:
+    """What a figure is called that is no headline, like `outliers.blank.auroc`."""
+    first, _, rest = path.partition(".")
+    name, _, last = rest.rpartition(".")
+    if first in ("outliers", "likelihood_only") and name:
+        alone = " by likelihood alone" if first == "likelihood_only" else ""
+        return f"{last.upper()}, outliers from “{words(name)}”{alone}"
+    return words(path)
+
+
+def _anchors(figures: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+    found: dict[str, list[dict[str, str]]] = {}
+    for one in figures.get("anchors", ()):
+        shown = {"value": value(one["value"]), "source": str(one.get("source", ""))}
+        found.setdefault(str(one["figure"]), []).append(shown)
+    return found

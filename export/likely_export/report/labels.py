@@ -1,0 +1,54 @@
+"""Which labels are given, how surely, and which are mistaken for which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from likely_export.report import charts
+from likely_export.report.subject import Subject, View
+
+MOST_LABELS = 30  # of a table that can be read
+MOST_MISTAKES = 8
+MISTAKE, HIT = "213,94,0", "0,114,178"
+
+
+def classification(subject: Subject) -> View:
+    """The confusion matrix, the reliability diagram and accuracy against rejection."""
+    labelled, labels = subject.material.labelled, subject.material.labels
+    if labelled is None or not len(labelled.y):
+        return None
+    k = len(labels)
+    counts = np.zeros((k, k), np.int64)
+    np.add.at(counts, (labelled.y, labelled.posterior.argmax(1)), 1)
+    wrong = counts * (1 - np.eye(k, dtype=np.int64))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_MISTAKES]
+    mistakes = [(int(at) // k, int(at) % k) for at in order if wrong.flat[at]]
+    return {
+        "labels": labels,
+        "matrix": _matrix(counts) if k <= MOST_LABELS else None,
+        "mistakes": [
+            (labels[true], labels[given], int(counts[true, given])) for true, given in mistakes
+        ],
+        "reliability": charts.reliability(labelled),
+        "kept": charts.accuracy_of_kept(labelled),
+        "n": len(labelled.y),
+        "right": int(np.trace(counts)),
+    }
+
+
+def _matrix(counts: np.ndarray[Any, np.dtype[np.int64]]) -> list[list[dict[str, Any]]]:
+    """Cells with their counts and colours: stronger is more of the row."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    largest = max(float((shares * (1 - np.eye(len(counts)))).max()), 1e-9)
+    rows = []
+    for true, line in enumerate(counts):
+        cells = []
+        for given, n in enumerate(line):
+            hit = true == given
+            share = shares[true, given] * 0.45 if hit else shares[true, given] / largest * 0.75
+            colour = f"rgba({HIT if hit else MISTAKE},{share:.2f})" if n else ""
+            cells.append({"n": int(n), "colour": colour})
+        rows.append(cells)
+    return rows

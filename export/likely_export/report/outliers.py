@@ -1,0 +1,143 @@
+"""How well outliers are told apart, and whether false rejections are as rare as promised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from likely_export import corruptions
+from likely_export.report import charts
+from likely_export.report.pictures import sheet, tiles
+from likely_export.report.subject import Subject, View
+from likely_export.report.text import value, words
+
+FAILS = 0.5  # an AUROC below it calls outliers more usual than test pictures
+NEAR = tuple(corruptions.HARD)
+
+
+def separation(subject: Subject) -> View:
+    """A row for each set of outliers, the hardest first, and their distributions and ROC curves."""
+    found, alone = subject.table("outliers"), subject.table("likelihood_only")
+    sets = subject.outliers
+    names = [*sets, *(name for name in found if name not in sets)]
+    rows = [_row(subject, name, found.get(name, {}), alone.get(name, {})) for name in names]
+    rows.sort(key=lambda row: row["auroc"] if row["auroc"] is not None else 2)
+    view: dict[str, Any] = {
+        "rows": rows,
+        "alone": any(row["alone_auroc"] is not None for row in rows),
+        "pictured": any(row["picture"] for row in rows),
+        "failing": _failing(alone),
+    }
+    if subject.inliers is not None and sets:
+        aurocs = {name: float(one["auroc"]) for name, one in found.items() if "auroc" in one}
+        view["ridges"] = charts.ridges(subject.inliers, sets, aurocs)
+        view["rocs"] = charts.rocs(subject.inliers, sets)
+    return view if rows else None
+
+
+def promises(subject: Subject) -> View:
+    """P-values beside uniform ones; false rejections and label sets, by label, beside alpha."""
+    view: dict[str, Any] = {}
+    labelled, inliers = subject.material.labelled, subject.inliers
+    if inliers is not None and len(inliers.p_value) > 1:
+        same = labelled is not None and len(labelled.y) == len(inliers.p_value)
+        y = labelled.y if same and labelled is not None else None
+        view["uniformity"] = charts.uniformity(
+            inliers.p_value, subject.manifest.calibration.size, y
+        )
+        view["by_label"] = y is not None
+    rates = subject.table("false_rejection")
+    if rates:
+        view["alphas"] = list(rates)
+        view["rates"] = _rates(rates, subject.material.labels)
+        if all(one.get("by_label") for one in rates.values()):
+            shown = {alpha: _rates_by_name(one) for alpha, one in rates.items()}
+            view["chart"] = charts.rejections(shown)
+    if sets := subject.table("label_set"):
+        view["set_alphas"] = list(sets)
+        view["sets"] = _sets(sets, subject.material.labels)
+    return view or None
+
+
+def hard(subject: Subject) -> list[tuple[str, str]]:
+    """Sets that are not told apart well, with their AUROC."""
+    found = {
+        name: one["auroc"] for name, one in subject.table("outliers").items() if "auroc" in one
+    }
+    return [
+        (words(name), f"{auroc:.3f}")
+        for name, auroc in sorted(found.items(), key=lambda item: float(item[1]))
+        if auroc < 0.9 or name in NEAR
+    ]
+
+
+def _failing(alone: Mapping[str, Any]) -> list[str]:
+    """Sets that likelihood calls more usual than test pictures, the worst first."""
+    found = {name: one["auroc"] for name, one in alone.items() if one.get("auroc", 1) < FAILS}
+    return [words(name) for name in sorted(found, key=lambda name: float(found[name]))]
+
+
+def _row(
+    subject: Subject, name: str, figures: Mapping[str, Any], alone: Mapping[str, Any]
+) -> dict[str, Any]:
+    one = subject.material.sets.get(name)
+    made = {**corruptions.PANEL, **corruptions.HARD}.get(name)
+    return {
+        "name": words(name),
+        "what": (made.__doc__ or "").split("\n")[0] if made else "",
+        "near": name in NEAR,
+        "picture": _example(subject, name) if one is not None and len(one.examples) else None,
+        "auroc": figures.get("auroc"),
+        "fpr95": figures.get("fpr95"),
+        "accepted": figures.get("accepted_at_0.05"),
+        "alone_auroc": alone.get("auroc"),
+        "alone_fpr95": alone.get("fpr95"),
+    }
+
+
+def _example(subject: Subject, name: str) -> Any:
+    x = subject.material.sets[name].examples[:1]
+    return sheet(tiles(x, subject.material.levels), f"an example of {words(name)}", 1, 48)
+
+
+def _rates(rates: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "name": "all",
+            "cells": [_cell(one.get("overall"), one.get("band")) for one in rates.values()],
+        }
+    ]
+    for label in labels:
+        cells = [
+            _cell(one.get("by_label", {}).get(label), one.get("band_by_label", {}).get(label))
+            for one in rates.values()
+        ]
+        if any(cells):
+            rows.append({"name": label, "cells": cells})
+    return rows
+
+
+def _cell(rate: Any, band: Any) -> dict[str, Any] | None:
+    if rate is None:
+        return None
+    inside = band[0] <= rate <= band[1] if band else None
+    shown = f"{100 * band[0]:.2f} to {100 * band[1]:.2f}" if band else ""
+    return {"rate": value(rate, "share"), "band": shown, "inside": inside}
+
+
+def _rates_by_name(found: Mapping[str, Any]) -> dict[str, charts.Rate]:
+    """The rate and band of all pictures together, where they are told, and of every label."""
+    overall = {"all": (found["overall"], found.get("band"))} if "overall" in found else {}
+    bands = found.get("band_by_label", {})
+    return overall | {name: (rate, bands.get(name)) for name, rate in found["by_label"].items()}
+
+
+def _sets(sets: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    sizes = [value(one["mean_size"]) if "mean_size" in one else "" for one in sets.values()]
+    rows = [{"name": "mean size of the set", "cells": sizes}]
+    for label in labels:
+        found = [one.get("coverage_by_label", {}).get(label) for one in sets.values()]
+        if any(rate is not None for rate in found):
+            shown = ["" if rate is None else value(rate, "share") for rate in found]
+            rows.append({"name": f"coverage of {label}", "cells": shown})
+    return rows

@@ -1,0 +1,65 @@
+"""Figures as a reader wants to see them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+Kind = Literal["plain", "share"]
+PER_CENT = "\u00a0%"
+
+
+def value(found: Any, kind: Kind = "plain") -> str:
+    """A figure in words: digits by its standard error where it has one.
+
+    Args:
+        found: a number, a mean with a standard error, a range, a mapping of these, or text.
+        kind: a share is told in per cent.
+    """
+    if isinstance(found, Mapping):
+        if "mean" in found and "standard_error" in found:
+            return _measured(float(found["mean"]), float(found["standard_error"]), kind)
+        return ", ".join(f"{words(str(key))} {value(item, kind)}" for key, item in found.items())
+    if isinstance(found, list | tuple):
+        return " to ".join(value(item, kind) for item in found)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return str(found)
+    if kind == "share":
+        return f"{100 * found:.2f}{PER_CENT}"
+    return f"{found:,}".replace(",", "\u202f") if isinstance(found, int) else f"{found:.4g}"
+
+
+def words(name: str) -> str:
+    """A key of the figures without its underscores."""
+    return name.replace("_", " ")
+
+
+def flat(figures: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Every figure with the path to it; a mean and its standard error are one figure."""
+    for name, found in figures.items():
+        whole = isinstance(found, Mapping) and not {"mean", "standard_error"} <= found.keys()
+        if whole:
+            yield from flat(found, (*path, name))
+        else:
+            yield ".".join((*path, name)), found
+
+
+def find(figures: Mapping[str, Any], path: str) -> Any:
+    """The figure at a path like `false_rejection.0.05.overall`, None where there is none."""
+    if path in figures:
+        return figures[path]
+    for name, found in figures.items():
+        if isinstance(found, Mapping) and path.startswith(f"{name}."):
+            return find(found, path[len(name) + 1 :])
+    return None
+
+
+def _measured(mean: float, error: float, kind: Kind) -> str:
+    if kind == "share":
+        mean, error = 100 * mean, 100 * error
+    unit = PER_CENT if kind == "share" else ""
+    if not error > 0:
+        return f"{mean:.4g}{unit}"
+    places = min(2 if unit else 8, max(0, 1 - math.floor(math.log10(error))))
+    return f"{mean:.{places}f} ± {error:.{places}f}{unit}"
