@@ -103,6 +103,7 @@ class Supervisor:
         self._ready: set[int] = set()
         self._begun = asyncio.Event()
         self._ending = False
+        self._serving: frozenset[int] = frozenset()
 
     async def run(self) -> None:
         """Serves until it is told to end.
@@ -141,7 +142,8 @@ class Supervisor:
         for keeper in keepers:
             if not keeper.cancelled():
                 keeper.result()
-        if codes := {worker.returncode for worker in self._running.values()} - {0}:
+        # One that had not begun yet when all were told to end had no request to lose.
+        if codes := {self._running[index].returncode for index in self._serving} - {0}:
             raise LikelyError(f"a worker did not end well (exit {codes})")
         self._log.info("ended")
 
@@ -199,6 +201,7 @@ class Supervisor:
 
     async def _end(self, number: signal.Signals, keepers: Sequence[asyncio.Task[None]]) -> None:
         self._ending = True
+        self._serving = frozenset(self._ready)
         living = [worker for worker in self._running.values() if worker.returncode is None]
         for worker in living:
             worker.send_signal(number)

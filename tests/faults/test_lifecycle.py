@@ -610,6 +610,18 @@ def test_one_killed_worker_costs_no_other_request(
         assert server.process.wait(40) == 0
 
 
+@pytest.mark.fault(36)
+def test_a_worker_that_is_being_begun_does_not_spoil_the_end(
+    toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    with served(tmp_path, "--bundle", toys["1"].path, "--port", 0, "--workers", 2) as server:
+        server.address(2)
+        os.kill(children(server)[0], signal.SIGKILL)
+        server.wait_for("worker ended")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(40) == 0
+
+
 def children(server: Served) -> list[int]:
     pid = server.process.pid
     path = Path(f"/proc/{pid}/task/{pid}/children")
@@ -617,5 +629,7 @@ def children(server: Served) -> list[int]:
 
 
 def all_ready(metrics: str) -> bool:
+    """Whether the worker that died has been begun anew."""
     with urllib.request.urlopen(metrics, timeout=10) as answer:
-        return "likely_workers 2.0" in answer.read().decode()
+        text = answer.read().decode()
+    return "likely_workers 2.0" in text and "likely_worker_restarts_total 1.0" in text
