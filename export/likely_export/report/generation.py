@@ -6,7 +6,7 @@ import numpy as np
 
 from likely_export.report.pictures import hidden, sheet, tiles, tinted
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import flat, value, words
+from likely_export.report.text import told, value
 
 COLUMNS = 12
 MOST = 24  # draws of a label
@@ -33,9 +33,7 @@ def draws(subject: Subject) -> View:
         "rated": any(row["rate"] for row in rows),
         "faithfulness": _share(subject.figure("faithfulness")),
         "on_draws": _share(subject.figure("train_on_draws_accuracy")),
-        "self_entropy": [
-            (words(name), value(found)) for name, found in flat(subject.table("self_entropy"))
-        ],
+        "self_entropy": told(subject.table("self_entropy")),
     }
 
 
@@ -76,8 +74,7 @@ def copies(subject: Subject) -> View:
         drawn = sheet(tiles(pairs[:, 0], levels), f"{n} draws", COLUMNS)
         seen = sheet(tiles(pairs[:, 1], levels), f"the {n} nearest training pictures", COLUMNS)
         blocks.append((drawn, seen))
-    memorisation = subject.table("memorisation")
-    rows = [(words(name), value(found)) for name, found in flat(memorisation)]
+    rows = told(subject.table("memorisation"))
     return {"blocks": blocks, "rows": rows} if blocks or rows else None
 
 

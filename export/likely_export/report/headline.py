@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import Kind, flat, value, words
+from likely_export.report.text import Kind, flat, told, value, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,7 @@ def headline(subject: Subject) -> View:
             found = subject.figure(path)
             shown = value(found) if found is not None else ""
             rows.append({"title": _title(path), "value": shown, "note": "", "anchors": beside})
-    baselines = [
-        (words(name), value(found)) for name, found in flat(subject.table("baselines"))
-    ]  # fmt: skip
+    baselines = told(subject.table("baselines"))
     if not rows and not baselines:
         return None
     return {
@@ -87,7 +85,8 @@ def headline(subject: Subject) -> View:
 def every_figure(subject: Subject) -> View:
     """All figures with their paths."""
     figures = {name: found for name, found in subject.figures.items() if name != "anchors"}
-    return {"rows": [(path, value(found)) for path, found in flat(figures)]} if figures else None
+    rows = [(".".join(path), value(found)) for path, found in flat(figures)]
+    return {"rows": rows} if rows else None
 
 
 def _rows(subject: Subject, anchors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -35,24 +35,32 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def flat(figures: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+def flat(
+    figures: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every figure with the path to it; a mean and its standard error are one figure."""
     for name, found in figures.items():
-        whole = isinstance(found, Mapping) and not {"mean", "standard_error"} <= found.keys()
-        if whole:
+        if isinstance(found, Mapping) and not {"mean", "standard_error"} <= found.keys():
             yield from flat(found, (*path, name))
         else:
-            yield ".".join((*path, name)), found
+            yield (*path, name), found
+
+
+def told(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every figure in words, after its name in words."""
+    return [(": ".join(map(words, path)), value(found)) for path, found in flat(figures)]
 
 
 def find(figures: Mapping[str, Any], path: str) -> Any:
     """The figure at a path like `false_rejection.0.05.overall`, None where there is none."""
     if path in figures:
         return figures[path]
-    for name, found in figures.items():
-        if isinstance(found, Mapping) and path.startswith(f"{name}."):
-            return find(found, path[len(name) + 1 :])
-    return None
+    inside = (
+        find(found, path[len(name) + 1 :])
+        for name, found in figures.items()
+        if isinstance(found, Mapping) and path.startswith(f"{name}.")
+    )
+    return next((found for found in inside if found is not None), None)
 
 
 def _measured(mean: float, error: float, kind: Kind) -> str:

@@ -1,0 +1,371 @@
+import base64
+import dataclasses
+import io
+import re
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from likely.answers import Doubles, Pixels
+from likely.bundle import Manifest
+from likely_export import corruptions, measures, recipes, report
+from likely_export.material import INLIERS, Completed, Explained, Labelled, Material, Sets
+from likely_export.report import charts, pictures, text
+from likely_export.report.subject import Subject
+
+LABELS = ("0", "<one> & $two$", "ankle boot")
+N, CALIBRATION = 400, 199
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+ALWAYS = ["card", "reproduction"]
+
+
+class Page(HTMLParser):
+    """Reads a page as strictly as XML and keeps what its tests ask for."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.tags: list[str] = []
+        self.sections: dict[str, list[str]] = {}
+        self.feed(page)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [found["id"]] if found.get("id") else []  # type: ignore[list-item]
+        self.addresses += [str(found[key]) for key in ("src", "href", "xlink:href") if key in found]
+        self.images += [found] if tag == "img" else []
+        if tag == "section":
+            self.sections[str(found["id"])] = []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> inside {self.open}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "section" in self.open and "h2" not in self.open and data.strip():
+            list(self.sections.values())[-1].append(data.strip())
+
+
+def drawn(*shape: int, levels: int = 256) -> Pixels:
+    return np.random.default_rng(len(shape)).integers(0, levels, shape).astype(np.uint8)
+
+
+def one_set(x: Pixels, seed: int, nats: float, score: float) -> Sets:
+    generator = np.random.default_rng(seed)
+    unusualness: Doubles = generator.normal(score, 1, N)
+    ranks = (unusualness[:, None] <= generator.normal(0, 1, CALIBRATION)).sum(1)
+    p_value = (1 + ranks) / (CALIBRATION + 1)
+    return Sets(x[:3], generator.normal(nats, 5, N), unusualness, p_value)
+
+
+def material(channels: int = 1, levels: int = 256) -> Material:
+    generator = np.random.default_rng(7)
+    x = drawn(6, channels, 8, 6, levels=levels)
+    y = generator.integers(0, 3, N)
+    posterior = generator.dirichlet(np.ones(3), N) + 2 * np.eye(3)[y]
+    names = [*corruptions.PANEL, *corruptions.HARD, "other_data"]
+    sets = {INLIERS: one_set(x, 1, 80, 0)}
+    sets |= {name: one_set(x, at + 2, 40 + 10 * at, 0.5 + at / 2) for at, name in enumerate(names)}
+    labelled = Labelled(
+        y, posterior / posterior.sum(1, keepdims=True), sets[INLIERS].p_value, posterior / 3
+    )
+    known = np.zeros(x.shape, np.bool_)
+    known[:, :, :4] = True
+    maps = generator.normal(size=(2, *x.shape)).astype(np.float32)
+    return Material(
+        levels=levels,
+        labels=LABELS,
+        sets=sets,
+        labelled=labelled,
+        drawn=drawn(3, 5, channels, 8, 6, levels=levels),
+        nearest=drawn(4, 2, channels, 8, 6, levels=levels),
+        completed=Completed(x, known, drawn(6, 4, channels, 8, 6, levels=levels)),
+        explained=Explained(x, np.abs(maps[0]), np.array([[0, 1]] * 6), maps[1]),
+    )
+
+
+def figures(shown: Material) -> dict[str, Any]:
+    inliers = shown.sets[INLIERS]
+    outliers = {name: one for name, one in shown.sets.items() if name != INLIERS}
+    rates = {"overall": 0.0475, "band": [0.02, 0.09]}
+    by_label = {"by_label": dict.fromkeys(LABELS, 0.0525), "band_by_label": {"0": [0.2, 0.3]}}
+    return {
+        "name": "shapes",
+        "test_size": N,
+        "nll_nats": {"mean": 80.123, "standard_error": 0.25},
+        "accuracy": {"mean": 0.9925, "standard_error": 0.0009},
+        "ece": 0.00321,
+        "false_rejection": {"0.05": rates | by_label, "0.1": rates | by_label},
+        "label_set": {"0.05": {"coverage_by_label": {"0": 0.9625}, "mean_size": 1.0375}},
+        "outliers": {
+            name: {
+                **measures.separation(inliers.unusualness, one.unusualness),
+                "accepted_at_0.05": 0.125,
+            }
+            for name, one in outliers.items()
+        },
+        "likelihood_only": {
+            name: measures.separation(inliers.nats, one.nats) for name, one in outliers.items()
+        },
+        "faithfulness": 0.9834,
+        "faithfulness_by_label": {"0": 0.9712},
+        "self_entropy": {"draws": {"mean": 79.5, "standard_error": 0.5}},
+        "memorisation": {"nearest": 5.125},
+        "baselines": {"png": {"bits_per_dim": 2.4375}},
+        "anchors": [
+            {"figure": "nll_nats", "value": 81.3, "source": "PixelCNN, 2016"},
+            {"figure": "outliers.blank.auroc", "value": 0.875, "source": "a guess"},
+        ],
+    }
+
+
+def manifest(channels: int = 1, labels: tuple[str, ...] = LABELS) -> Manifest:
+    graph = {"file": "density.onnx", "inputs": (), "outputs": (), "kind": "exact"}
+    names = ("density.onnx", "calibration.npz", "golden.npz")
+    return Manifest.model_validate(
+        {
+            "name": "shapes",
+            "version": "3",
+            "description": "Shapes <drawn> for tests",
+            "shape": (channels, 8, 6),
+            "levels": 256,
+            "labels": [{"name": name, "prior": 1 / len(labels)} for name in labels],
+            "graphs": {"density": graph},
+            "calibration": {"file": "calibration.npz", "size": CALIBRATION},
+            "golden": "golden.npz",
+            "parity_nats": 1e-4,
+            "recipe": recipes.load("digits").published(),
+            "data_digest": "a1" * 32,
+            "files": {name: {"size": 10, "sha256": "0" * 64} for name in names},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> str:
+    shown = material()
+    return report.page(manifest(), figures(shown), shown)
+
+
+def test_a_page_is_well_formed_and_needs_nothing_else(whole: str) -> None:
+    page = Page(whole)
+    assert len(page.ids) == len(set(page.ids))
+    inside = {address[1:] for address in page.addresses if address.startswith("#")}
+    assert inside <= set(page.ids)
+    assert all(a.startswith(("#", "data:image/png;base64,")) for a in page.addresses)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert set(re.findall(r"url\(#?([^)]*)\)", whole)) <= set(page.ids)
+    assert "@import" not in whole and "http" not in re.sub(r"data:[^\"]*", "", whole)
+
+
+def test_all_sections_are_there_with_headings_and_alternatives(whole: str) -> None:
+    page = Page(whole)
+    assert list(page.sections) == [name for name, _, _ in report.SECTIONS]
+    assert page.tags.count("h1") == 1 and page.tags.count("h2") == len(page.sections)
+    assert page.tags.count("svg") == whole.count('role="img" aria-label="') > 5
+    scales = [image for image in page.images if not image["alt"]]
+    assert len(page.images) > 30 and len(scales) == 2  # whose ends are written beside them
+    assert all(int(str(i["width"])) > 0 and int(str(i["height"])) > 0 for i in page.images)
+
+
+def test_every_set_and_every_figure_is_told(whole: str) -> None:
+    shown = material()
+    page = Page(whole)
+    table = " ".join(page.sections["separation"])
+    for name, one in figures(shown)["outliers"].items():
+        assert name.replace("_", " ") in table
+        assert f"{one['auroc']:.4f}" in table and f"{one['fpr95']:.4f}" in table
+        assert f"{figures(shown)['likelihood_only'][name]['auroc']:.4f}" in table
+    everything = " ".join(page.sections["every_figure"])
+    told = [path for path, _ in text.flat(figures(shown)) if path[0] != "anchors"]
+    assert all(".".join(path) in everything for path in told)
+    headline = " ".join(page.sections["headline"])
+    for value in (
+        "80.12",
+        "± 0.25",
+        "99.25",
+        "0.00321",
+        "81.3",
+        "PixelCNN, 2016",
+        "0.875",
+        "2.438",
+    ):
+        assert value in headline
+    assert "outside" in page.sections["promises"]  # 5.25 % lies below the band of 20 to 30 %
+
+
+def test_names_are_shown_as_they_are(whole: str) -> None:
+    page = Page(whole)
+    for section in ("draws", "promises", "classification", "card"):
+        assert any("<one> & $two$" in words for words in page.sections[section]), section
+    assert "<one>" not in whole and "Shapes &lt;drawn&gt;" in whole
+
+
+def test_the_same_evaluation_gives_the_same_page(whole: str, tmp_path: Path) -> None:
+    shown = material()
+    report.write(tmp_path / "report.html", manifest(), figures(shown), shown)
+    assert (tmp_path / "report.html").read_bytes() == whole.encode()
+
+
+@pytest.mark.parametrize(
+    ("part", "gone"),
+    [
+        ("drawn", "draws"),
+        ("completed", "completions"),
+        ("nearest", "copies"),
+        ("labelled", "classification"),
+        ("explained", "explanations"),
+    ],
+)
+def test_what_is_missing_leaves_no_section(part: str, gone: str) -> None:
+    less: dict[str, Any] = {part: None}
+    shown = dataclasses.replace(material(), **less)
+    found = {k: v for k, v in figures(shown).items() if k != "memorisation"}
+    sections = Page(report.page(manifest(), found, shown)).sections
+    assert set(sections) == {name for name, _, _ in report.SECTIONS} - {gone}
+    assert all(sections.values())
+
+
+def test_with_nothing_evaluated_the_card_remains() -> None:
+    page = report.page(manifest(labels=()), {}, Material(256, (), {}))
+    assert list(Page(page).sections) == ALWAYS
+
+
+@pytest.mark.parametrize("name", [n for n in figures(material()) if n != "anchors"])
+def test_any_figure_may_be_missing(name: str) -> None:
+    shown = material()
+    found = {key: value for key, value in figures(shown).items() if key != name}
+    bare = dataclasses.replace(shown, sets={INLIERS: shown.sets[INLIERS]})
+    sections = Page(report.page(manifest(), found, bare)).sections
+    assert all(sections.values())
+    assert ("separation" in sections) == (name != "outliers")
+
+
+def test_a_bundle_without_labels_has_a_report() -> None:
+    shown = dataclasses.replace(
+        material(), labels=(), labelled=None, drawn=drawn(1, 30, 1, 8, 6),
+        explained=Explained(
+            drawn(2, 1, 8, 6), np.ones((2, 1, 8, 6), np.float32), np.zeros((0, 2), np.int64),
+            np.zeros((0, 1, 8, 6), np.float32),
+        ),
+    )  # fmt: skip
+    page = Page(report.page(manifest(labels=()), {"nll_nats": 80.0}, shown))
+    assert "48.0" in page.sections["explanations"] and "classification" not in page.sections
+    assert any("Drawn from p(x)." in words for words in page.sections["draws"])
+
+
+def test_a_large_colour_bundle_stays_small(tmp_path: Path) -> None:
+    x = drawn(12, 3, 32, 32)  # noise does not compress
+    shown = material(channels=3)
+    completed = Completed(x[:6], np.ones((6, 3, 32, 32), np.bool_), drawn(6, 6, 3, 32, 32))
+    large = dataclasses.replace(
+        shown, completed=completed, drawn=drawn(10, 12, 3, 32, 32), labels=tuple("0123456789"),
+        labelled=None, sets={n: dataclasses.replace(s, examples=x) for n, s in shown.sets.items()},
+    )  # fmt: skip
+    report.write(tmp_path / "report.html", manifest(3), figures(shown), large)
+    assert (tmp_path / "report.html").stat().st_size < 1_500_000
+
+
+def decoded(picture: pictures.Picture) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    content = base64.b64decode(picture.uri.removeprefix("data:image/png;base64,"))
+    return np.array(Image.open(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize(("channels", "levels"), [(1, 2), (1, 17), (1, 256), (3, 256), (3, 8)])
+def test_a_sheet_holds_the_very_pixels(channels: int, levels: int) -> None:
+    x = drawn(5, channels, 4, 3, levels=levels)
+    canvas = decoded(pictures.sheet(pictures.tiles(x, levels), "five", 3))
+    assert canvas.shape == (2 * 5 - 1, 3 * 4 - 1, channels + 1)
+    for at, picture in enumerate(x):
+        top, left = at // 3 * 5, at % 3 * 4
+        tile = canvas[top : top + 4, left : left + 3]
+        assert (tile[..., -1] == 255).all()
+        expected = np.moveaxis(picture, 0, -1) * (255 / (levels - 1))
+        assert np.abs(tile[..., :-1] - expected).max() <= 0.5
+    assert (canvas[..., -1] == 255).sum() == 5 * 12  # gaps, and what is left over, show the page
+
+
+def test_sheets_are_enlarged_by_whole_numbers_and_stay_narrow() -> None:
+    for size in (4, 8, 28, 64, 300):
+        shown = pictures.sheet(np.zeros((12, size, size, 1), np.uint8), "", 12)
+        assert shown.width % (12 * (size + 1) - 1) == 0
+        assert shown.width <= max(pictures.WIDEST, 12 * (size + 1))
+
+
+def test_maps_are_neutral_at_zero_and_tell_signs_apart() -> None:
+    middle, plus, minus = pictures.coloured(
+        np.array([0, 1, -1.0]).reshape(3, 1, 1), "RdBu_r", -1, 1
+    )[:, 0, 0].astype(int)
+    assert np.ptp(middle) < 8 and middle.min() > 235
+    assert plus[0] > plus[2] + 50 and minus[2] > minus[0] + 50
+
+
+def test_completions_show_what_was_given_and_what_was_drawn() -> None:
+    x = np.full((1, 1, 2, 2), 200, np.uint8)
+    known = np.array([[[True, False], [False, True]]])
+    given = pictures.hidden(pictures.tiles(x, 256), known)
+    made = pictures.tinted(pictures.tiles(x, 256), known)
+    assert (given[known] == 200).all() and (given[~known] == pictures.UNKNOWN).all()
+    assert (made[known] == 200).all()
+    assert (made[~known][:, 0] == 200).all() and (made[~known][:, 2] < 150).all()
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "expected"),
+    [
+        ({"mean": 79.1034, "standard_error": 0.0512}, "plain", "79.103 ± 0.051"),
+        ({"mean": 0.99234, "standard_error": 0.00087}, "share", "99.23 ± 0.09\u00a0%"),
+        ({"mean": 2.0, "standard_error": 0.0}, "plain", "2"),
+        (0.05, "share", "5.00\u00a0%"),
+        (10000, "plain", "10\u202f000"),
+        (0.00041, "plain", "0.00041"),
+        ([0.25, 0.5], "share", "25.00\u00a0% to 50.00\u00a0%"),
+        ({"a_b": 1.5}, "plain", "a b 1.5"),
+        ("none", "plain", "none"),
+    ],
+)
+def test_figures_are_told_with_the_digits_they_have(
+    found: Any, kind: text.Kind, expected: str
+) -> None:
+    assert text.value(found, kind) == expected
+
+
+def test_figures_are_found_by_paths_whose_names_have_dots() -> None:
+    tree: Mapping[str, Any] = {"a": {"0": {"5": 3}, "0.05": {"all": 1}}, "b": 4}
+    assert text.find(tree, "a.0.05.all") == 1
+    assert text.find(tree, "a.0.5") == 3 and text.find(tree, "b") == 4
+    assert text.find(tree, "a.0.05") == {"all": 1}
+    assert text.find(tree, "a.0.1") is None and text.find(tree, "c.d") is None
+
+
+def test_charts_take_their_colours_from_the_page_and_keep_their_digits() -> None:
+    shown = material()
+    outliers = Subject(manifest(), figures(shown), shown).outliers
+    chart = charts.ridges(shown.sets[INLIERS], outliers, {"blank": 0.98765})
+    assert not re.search(r"#[0-9a-f]{6}", chart.svg) and "var(--series-0)" in chart.svg
+    assert "0.9877" in chart.svg and "blank" in chart.svg
+
+
+def test_the_hardest_set_comes_first() -> None:
+    shown = material()
+    subject = Subject(manifest(), figures(shown), shown)
+    aurocs = [subject.figures["outliers"][name]["auroc"] for name in subject.outliers]
+    assert len(aurocs) > 10 and aurocs == sorted(aurocs)
