@@ -113,12 +113,22 @@ def figures(shown: Material) -> dict[str, Any]:
         "nll_nats": {"mean": 80.123, "standard_error": 0.25},
         "accuracy": {"mean": 0.9925, "standard_error": 0.0009},
         "ece": 0.00321,
+        "decisions": {"compared_with_torch": 10000, "changed": 0},
         "false_rejection": {"0.05": rates | by_label, "0.1": rates | by_label},
-        "label_set": {"0.05": {"coverage_by_label": {"0": 0.9625}, "mean_size": 1.0375}},
+        "label_set": {
+            "0.05": {
+                "coverage_by_label": {"0": 0.8125},
+                "least_by_label": {"0": 0.9375},
+                "mean_size": 1.0375,
+            }
+        },
+        "cnn": {"accuracy": 0.9765},
+        "mixed": {"other_data": {"aurc": 0.2515, "cnn_max_softmax_aurc": 0.3525}},
+        "marginal_nll_nats": {"mean": 77.7, "standard_error": 0.1, "by_draw": [77.6, 77.7, 77.8]},
         "outliers": {
             name: {
                 **measures.separation(inliers.unusualness, one.unusualness),
-                "accepted_at_0.05": 0.125,
+                "accepted": {"0.05": 0.125},
             }
             for name, one in outliers.items()
         },
@@ -209,7 +219,8 @@ def test_every_set_and_every_figure_is_told(whole: str) -> None:
         "2.438",
     ):
         assert value in headline
-    assert "outside" in page.sections["promises"]  # 5.25 % lies below the band of 20 to 30 %
+    assert page.sections["promises"].count("outside") == 3  # two rates and a coverage
+    assert {"12.50 %", "0.2515"} <= {*page.sections["separation"], *page.sections["classification"]}
 
 
 def test_names_are_shown_as_they_are(whole: str) -> None:
@@ -339,6 +350,7 @@ def test_completions_show_what_was_given_and_what_was_drawn() -> None:
         (0.00041, "plain", "0.00041"),
         ([0.25, 0.5], "share", "25.00\u00a0% to 50.00\u00a0%"),
         ({"a_b": 1.5}, "plain", "a b 1.5"),
+        ({"mean": 2.0, "standard_error": 0.5, "n": 3}, "plain", "2.00 ± 0.50 (n 3)"),
         ("none", "plain", "none"),
     ],
 )

@@ -12,6 +12,7 @@ from likely_export.report.outliers import hard
 from likely_export.report.subject import Subject, View
 from likely_export.report.text import PER_CENT, value
 
+ABOUT = (".html", ".json")  # files that tell of the bundle and are not served
 ANSWERS = {
     Role.DENSITY: "log p(x) and the outlier statistics",
     Role.CONDITIONAL: "log p(x|y) for every label",
@@ -28,7 +29,7 @@ def card(subject: Subject) -> View:
     recipe = manifest.recipe
     data = recipe.get("data", {})
     splits: dict[str, Any] = data.get("splits", {})
-    size = sum(record.size for record in manifest.files.values())
+    size = sum(record.size for name, record in manifest.files.items() if not name.endswith(ABOUT))
     calibration = manifest.calibration
     return {
         "manifest": manifest,

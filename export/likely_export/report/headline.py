@@ -6,8 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from likely_export.corruptions import HARD, PANEL
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import Kind, flat, told, value, words
+from likely_export.report.text import MEASURED, PER_CENT, Kind, flat, told, value, words
+
+Anchors = dict[str, list[dict[str, str]]]
+
+CNN = "a small convolutional network of the same pictures"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +37,16 @@ class Headline:
 HEADLINES = (
     Headline("bits_per_dim", "bits per dimension", "−log₂ p a pixel; lower is better", tile=True),
     Headline("nll_nats", "nats a picture", "−log p(x); lower is better", tile=True),
+    Headline(
+        "marginal_nll_nats", "nats a picture, over labels", "−log Σ p(x|y) p(y); lower is better",
+        tile=True,
+    ),
     Headline("conditional_nll_nats", "nats given the label", "−log p(x|y); lower is better"),
     Headline("conditional_bits_per_dim", "bits per dimension given the label", "lower is better"),
     Headline("accuracy", "accuracy by Bayes' rule", "of the test part", "share", tile=True),
+    Headline(
+        "accuracy_of_accepted", "accuracy of what is accepted", "at the largest alpha", "share"
+    ),
     Headline("label_nll_nats", "nats a label", "−log p(y|x) of the true label; lower is better"),
     Headline("ece", "expected calibration error", "15 bins; lower is better"),
     Headline("aurc", "area under risk–coverage", "lower is better"),
@@ -56,6 +68,7 @@ HEADLINES = (
         "share",
     ),
     Headline("parity_nats", "torch against ONNX Runtime", "largest difference of log p, in nats"),
+    Headline("decisions", "decisions in torch and ONNX Runtime", "how many came out differently"),
     Headline("statistics_cost", "cost of all outlier statistics", "in plain log-likelihood passes"),
     Headline("classification_cost", "cost of classifying", "in plain log-likelihood passes"),
 )  # fmt: skip
@@ -64,8 +77,8 @@ HEADLINES = (
 def headline(subject: Subject) -> View:
     """The first figures, each with what it is set beside."""
     anchors = _anchors(subject.figures)
-    rows = [*_rows(subject, anchors), *_separations(subject)]
-    known = {one.path for one in HEADLINES}
+    rows = [*_rows(subject, anchors), *_separations(subject, anchors)]
+    known = {one.path for one in HEADLINES} | set(map(_auroc, _whole_sets(subject)))
     for path, beside in anchors.items():
         if path not in known:
             found = subject.figure(path)
@@ -89,32 +102,63 @@ def every_figure(subject: Subject) -> View:
     return {"rows": rows} if rows else None
 
 
-def _rows(subject: Subject, anchors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _rows(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
     for one in HEADLINES:
         found = subject.figure(one.path)
         beside = anchors.get(one.path, [])
+        if (cnn := subject.figure(f"cnn.{one.path}")) is not None:
+            beside = [*beside, {"value": value(cnn, one.kind), "source": CNN}]
         if found is not None or beside:
             yield {
                 "title": one.title,
                 "note": one.note,
                 "value": "" if found is None else value(found, one.kind),
-                "tile": one.tile and found is not None,
+                "tile": _tile(found, one.kind) if one.tile and found is not None else None,
                 "anchors": beside,
             }
 
 
-def _separations(subject: Subject) -> Iterator[dict[str, Any]]:
+def _separations(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
+    """The sets of other data one by one, the corruptions together."""
     outliers = subject.table("outliers")
-    found = {name: float(one["auroc"]) for name, one in outliers.items() if "auroc" in one}
-    if found:
-        worst = min(found, key=lambda name: found[name])
+    for name in _whole_sets(subject):
+        shown = f"{outliers[name]['auroc']:.4f}"
+        alone = subject.figure(f"likelihood_only.{name}.auroc")
         yield {
-            "title": f"mean AUROC of {len(found)} outlier sets",
-            "note": f"the smallest is {found[worst]:.4f}, of “{words(worst)}”; 1 is best",
-            "value": f"{sum(found.values()) / len(found):.4f}",
-            "tile": True,
+            "title": f"AUROC, {words(name)} as outliers",
+            "note": "" if alone is None else f"by likelihood alone {alone:.4f}",
+            "value": shown,
+            "tile": (shown, ""),
+            "anchors": anchors.get(_auroc(name), []),
+        }
+    panel = {n: one["auroc"] for n, one in outliers.items() if n in PANEL and "auroc" in one}
+    if panel:
+        worst = min(panel, key=lambda name: float(panel[name]))
+        shown = f"{sum(panel.values()) / len(panel):.4f}"
+        yield {
+            "title": f"mean AUROC of {len(panel)} corruptions",
+            "note": f"the smallest is {panel[worst]:.4f}, of “{words(worst)}”",
+            "value": shown,
+            "tile": (shown, ""),
             "anchors": [],
         }
+
+
+def _whole_sets(subject: Subject) -> list[str]:
+    """Outlier sets that are other data, not corruptions of this."""
+    outliers = subject.table("outliers")
+    return [n for n, one in outliers.items() if n not in (*PANEL, *HARD) and "auroc" in one]
+
+
+def _auroc(name: str) -> str:
+    return f"outliers.{name}.auroc"
+
+
+def _tile(found: Any, kind: Kind) -> tuple[str, str]:
+    """The figure and its standard error, if any."""
+    known = {key: found[key] for key in MEASURED} if isinstance(found, Mapping) else found
+    mean, _, error = value(known, kind).partition(" ± ")
+    return mean + (PER_CENT if error.endswith(PER_CENT) else ""), error
 
 
 def _title(path: str) -> str:
@@ -127,8 +171,8 @@ def _title(path: str) -> str:
     return words(path)
 
 
-def _anchors(figures: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
-    found: dict[str, list[dict[str, str]]] = {}
+def _anchors(figures: Mapping[str, Any]) -> Anchors:
+    found: Anchors = {}
     for one in figures.get("anchors", ()):
         shown = {"value": value(one["value"]), "source": str(one.get("source", ""))}
         found.setdefault(str(one["figure"]), []).append(shown)

@@ -8,6 +8,7 @@ import numpy as np
 
 from likely_export.report import charts
 from likely_export.report.subject import Subject, View
+from likely_export.report.text import value, words
 
 MOST_LABELS = 30  # of a table that can be read
 MOST_MISTAKES = 8
@@ -33,9 +34,19 @@ def classification(subject: Subject) -> View:
         ],
         "reliability": charts.reliability(labelled),
         "kept": charts.accuracy_of_kept(labelled),
+        "mixed": _mixed(subject),
         "n": len(labelled.y),
         "right": int(np.trace(counts)),
     }
+
+
+def _mixed(subject: Subject) -> list[tuple[str, list[str]]]:
+    """Sets of outliers that were mixed in, and what that does to us and to a plain classifier."""
+    names = ("aurc", "cnn_max_softmax_aurc", "cnn_max_softmax_auroc")
+    return [
+        (words(name), [value(one[key]) if key in one else "" for key in names])
+        for name, one in subject.table("mixed").items()
+    ]
 
 
 def _matrix(counts: np.ndarray[Any, np.dtype[np.int64]]) -> list[list[dict[str, Any]]]:

@@ -12,6 +12,7 @@ from likely_export.report.subject import Subject, View
 from likely_export.report.text import value, words
 
 FAILS = 0.5  # an AUROC below it calls outliers more usual than test pictures
+SHOWN = "0.05"  # the alpha whose shares are told, where it was checked
 NEAR = tuple(corruptions.HARD)
 
 
@@ -20,10 +21,13 @@ def separation(subject: Subject) -> View:
     found, alone = subject.table("outliers"), subject.table("likelihood_only")
     sets = subject.outliers
     names = [*sets, *(name for name in found if name not in sets)]
-    rows = [_row(subject, name, found.get(name, {}), alone.get(name, {})) for name in names]
+    alphas = [alpha for one in found.values() for alpha in one.get("accepted", ())]
+    alpha = SHOWN if SHOWN in alphas or not alphas else alphas[0]
+    rows = [_row(subject, name, alpha) for name in names]
     rows.sort(key=lambda row: row["auroc"] if row["auroc"] is not None else 2)
     view: dict[str, Any] = {
         "rows": rows,
+        "alpha": alpha if alphas else None,
         "alone": any(row["alone_auroc"] is not None for row in rows),
         "pictured": any(row["picture"] for row in rows),
         "failing": _failing(alone),
@@ -77,9 +81,9 @@ def _failing(alone: Mapping[str, Any]) -> list[str]:
     return [words(name) for name in sorted(found, key=lambda name: float(found[name]))]
 
 
-def _row(
-    subject: Subject, name: str, figures: Mapping[str, Any], alone: Mapping[str, Any]
-) -> dict[str, Any]:
+def _row(subject: Subject, name: str, alpha: str) -> dict[str, Any]:
+    figures = subject.table("outliers").get(name, {})
+    alone = subject.table("likelihood_only").get(name, {})
     one = subject.material.sets.get(name)
     made = {**corruptions.PANEL, **corruptions.HARD}.get(name)
     return {
@@ -89,7 +93,7 @@ def _row(
         "picture": _example(subject, name) if one is not None and len(one.examples) else None,
         "auroc": figures.get("auroc"),
         "fpr95": figures.get("fpr95"),
-        "accepted": figures.get("accepted_at_0.05"),
+        "accepted": figures.get("accepted", {}).get(alpha),
         "alone_auroc": alone.get("auroc"),
         "alone_fpr95": alone.get("fpr95"),
     }
@@ -133,11 +137,29 @@ def _rates_by_name(found: Mapping[str, Any]) -> dict[str, charts.Rate]:
 
 
 def _sets(sets: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, Any]]:
-    sizes = [value(one["mean_size"]) if "mean_size" in one else "" for one in sets.values()]
-    rows = [{"name": "mean size of the set", "cells": sizes}]
+    sizes: list[Any] = [
+        {"rate": value(one["mean_size"])} for one in sets.values() if "mean_size" in one
+    ]
+    rows = [{"name": "mean size of the set", "cells": sizes}] if len(sizes) == len(sets) else []
     for label in labels:
-        found = [one.get("coverage_by_label", {}).get(label) for one in sets.values()]
-        if any(rate is not None for rate in found):
-            shown = ["" if rate is None else value(rate, "share") for rate in found]
-            rows.append({"name": f"coverage of {label}", "cells": shown})
+        cells = [
+            _covered(
+                one.get("coverage_by_label", {}).get(label),
+                one.get("least_by_label", {}).get(label),
+            )
+            for one in sets.values()
+        ]
+        if any(cells):
+            rows.append({"name": f"coverage of {label}", "cells": cells})
     return rows
+
+
+def _covered(rate: Any, least: Any) -> dict[str, Any] | None:
+    if rate is None:
+        return None
+    shown = f"at least {100 * least:.2f}" if least is not None else ""
+    return {
+        "rate": value(rate, "share"),
+        "band": shown,
+        "inside": None if least is None else rate >= least,
+    }

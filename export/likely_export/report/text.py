@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 Kind = Literal["plain", "share"]
 PER_CENT = "\u00a0%"
+MEASURED = ("mean", "standard_error")
 
 
 def value(found: Any, kind: Kind = "plain") -> str:
@@ -18,11 +19,14 @@ def value(found: Any, kind: Kind = "plain") -> str:
         kind: a share is told in per cent.
     """
     if isinstance(found, Mapping):
-        if "mean" in found and "standard_error" in found:
-            return _measured(float(found["mean"]), float(found["standard_error"]), kind)
-        return ", ".join(f"{words(str(key))} {value(item, kind)}" for key, item in found.items())
+        rest = {key: item for key, item in found.items() if key not in MEASURED}
+        told = ", ".join(f"{words(str(key))} {value(item, kind)}" for key, item in rest.items())
+        if len(rest) == len(found):
+            return told
+        mean, error = (float(found[key]) for key in MEASURED)
+        return _measured(mean, error, kind) + (f" ({told})" if rest else "")
     if isinstance(found, list | tuple):
-        return " to ".join(value(item, kind) for item in found)
+        return (" to " if len(found) == 2 else ", ").join(value(item, kind) for item in found)
     if isinstance(found, bool) or not isinstance(found, int | float):
         return str(found)
     if kind == "share":
@@ -40,7 +44,7 @@ def flat(
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every figure with the path to it; a mean and its standard error are one figure."""
     for name, found in figures.items():
-        if isinstance(found, Mapping) and not {"mean", "standard_error"} <= found.keys():
+        if isinstance(found, Mapping) and not set(MEASURED) <= found.keys():
             yield from flat(found, (*path, name))
         else:
             yield (*path, name), found
