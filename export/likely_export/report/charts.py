@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import binomtest
 
 from likely.answers import Doubles, Labels
@@ -193,9 +193,11 @@ def _histograms(ax: Axes, inliers: Doubles, outliers: Sequence[Doubles], scale: 
             )  # fmt: skip
             ax.stairs(top, edges, baseline=row, color=colour, linewidth=0.9)
     ax.set_xscale(scale)
-    _plain(ax.xaxis)
     if scale == "asinh":
         ax.set_xticks([tick for tick in TICKS if edges[0] <= tick <= edges[-1]])
+    elif edges[-1] < 100 * edges[0]:  # powers of ten alone would be too few
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    _plain(ax.xaxis)
     ax.set_xlim(edges[0], edges[-1])
     ax.set_ylim(len(outliers) - 0.9, -1.2)
     ax.spines["left"].set_visible(False)
