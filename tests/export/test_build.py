@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from likely.answers import Classifications, Pixels
 from likely.bundle import Bundle, Role
 from likely.engine import Engine
 from likely.errors import BundleError
 from likely.graphs import Device
-from likely_export import recipes, runs
+from likely_export import evaluate, recipes, runs
 from likely_export.build import build
+from likely_export.corruptions import HARD, PANEL
+from likely_export.evaluate import Sizes
 
 RECIPE = """
 name = "tiny"
@@ -27,42 +30,86 @@ family = "pixelcnn"
 channels = 4
 layers = 1
 training = { steps = 40, batch = 32, validations = 2 }
+[models.texture]
+family = "local"
+channels = 4
+layers = 1
+training = { steps = 20, batch = 32, validations = 1 }
 [models.latent]
 family = "cvae"
+convolutions = [4]
+contrast = 10.0
 width = 16
 latent = 2
 importance_samples = 2
 training = { steps = 40, batch = 32, validations = 2 }
 [roles]
-density = "density"
-conditional = "density"
+density = ["density", "texture", "latent"]
+conditional = ["density", "latent"]
+sample = "density"
 encode = "latent"
+[calibration]
+statistics = ["surprise", "entropy", "gain_shares", "margin", "error", "latent"]
+[[calibration.parts]]
+statistics = ["surprise", "entropy", "gain_shares"]
+[[calibration.parts]]
+kind = "mixture"
+dimensions = 3
+components = 2
+[[calibration.parts]]
+kind = "neighbours"
+[[calibration.parts]]
+kind = "contrast"
+weight = 3.0
 """
+SIZES = Sizes(test=100, outliers=20, drawn=20, bound=10, steps=20, examples=2)
+
+
+async def classified(bundle: Path, x: Pixels) -> Classifications:
+    engine = Engine.load(Bundle.open(bundle), device=Device("cpu"), threads=1, max_batch=8)
+    try:
+        return await engine.classify(x, 0.05)
+    finally:
+        engine.close()
 
 
 @pytest.mark.slow
 def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     steps: list[str] = []
+    x = np.random.default_rng(0).integers(0, 17, (20, 1, 8, 8)).astype(np.uint8)
     runs.train_all(recipes.parse(RECIPE), tmp_path / "run")
     manifest = build(tmp_path / "run", tmp_path / "bundle", steps.append)
-    assert steps == [
-        "export density",
-        "export conditional",
-        "export encode",
-        "calibrate",
-        "evaluate",
-    ]
-    assert set(manifest.graphs) == {Role.DENSITY, Role.CONDITIONAL, Role.ENCODE}
+    roles = ("density", "conditional", "sample", "encode")
+    assert steps == [*(f"export {role}" for role in roles), "calibrate", "compare decisions"]
+    assert set(manifest.graphs) == {Role(role) for role in roles}
+    assert manifest.calibration.statistics["latent"] == 2
+    assert len(manifest.calibration.weights) == 2
+    assert (manifest.decisions_compared, manifest.decisions_changed) == (100, 0)
     assert manifest.calibration.finest_alpha == pytest.approx(0.01)
     assert manifest.parity_nats <= 1e-3
+    recipe = recipes.parse(RECIPE)
+    data, others = recipe.data.load(), {"upside": x[:, :, ::-1].copy()}
+    figures, material = evaluate.evaluate(
+        tmp_path / "bundle", data, recipe.calibration.alphas, others, SIZES
+    )
+    evaluate.attach(tmp_path / "bundle", figures, material)
     told = json.loads((tmp_path / "bundle" / "evaluation.json").read_text())
     assert 0 < told["nll_nats"]["mean"] < 64 * np.log(17)
-    assert {"accuracy", "outliers", "false_rejection", "baselines"} <= set(told)
+    assert told["marginal_nll_nats"]["mean"] < 64 * np.log(17)
+    assert set(told["outliers"]) == {"upside", *PANEL, *HARD} == set(told["likelihood_only"])
+    assert told["statistics_cost"] > 0.5 and told["classification_cost"] > 1
+    wanted = {"accuracy", "ece", "aurc", "false_rejection", "faithfulness", "self_entropy"}
+    assert {*wanted, "train_on_draws_accuracy", "label_set", "memorisation"} <= set(told)
+    assert (tmp_path / "bundle" / "report.html").stat().st_size > 10_000
+    assert material.explained is not None
+    log_odds = material.explained.evidence.sum((1, 2, 3))
+    pair, rows = material.explained.pair, np.arange(2)
+    given = asyncio.run(classified(tmp_path / "bundle", material.explained.x)).log_pxy
+    assert log_odds == pytest.approx(given[rows, pair[:, 0]] - given[rows, pair[:, 1]], abs=1e-2)
 
     engine = Engine.load(
         Bundle.open(tmp_path / "bundle"), device=Device("cpu"), threads=1, max_batch=8
     )
-    x = np.random.default_rng(0).integers(0, 17, (20, 1, 8, 8)).astype(np.uint8)
     scores = asyncio.run(engine.score(x, 0.05, surprise=True))
     assert scores.surprise is not None
     assert -scores.log_px == pytest.approx(scores.surprise.sum((1, 2, 3)), abs=1e-2)

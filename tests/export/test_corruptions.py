@@ -1,0 +1,57 @@
+"""Corruptions: pictures of the same kind, changed, the same every time."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from likely.answers import Pixels
+from likely_export.corruptions import CHOOSING, HARD, PANEL, corrupt
+
+SETS = (PANEL, HARD, CHOOSING)
+EVERY = [name for names in SETS for name in names]
+
+
+def shapes(levels: int, shape: tuple[int, int, int]) -> Pixels:
+    """Discs off the middle, on a background of 0."""
+    c, h, w = shape
+    rng = np.random.default_rng(0)
+    i, j = np.indices((h, w))
+    out = np.zeros((12, c, h, w), np.uint8)
+    for picture in out:
+        middle = rng.uniform(0.3, 0.6, 2) * (h, w)
+        disc = (i - middle[0]) ** 2 + 2 * (j - middle[1]) ** 2 < (h / 3) ** 2
+        picture[:, disc] = rng.integers(1, levels, (c, int(disc.sum())))
+    return out
+
+
+def test_what_chooses_is_not_what_is_reported() -> None:
+    for one, other in itertools.combinations(SETS, 2):
+        assert not set(one) & set(other)
+        assert not set(one.values()) & set(other.values())
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    ("levels", "shape"), [(256, (1, 28, 28)), (17, (1, 8, 8)), (4, (3, 16, 12))]
+)
+def test_pictures_stay_pictures(name: str, levels: int, shape: tuple[int, int, int]) -> None:
+    x = shapes(levels, shape)
+    kept = x.copy()
+    found = corrupt(name, x, levels)
+    assert found.shape == x.shape and found.dtype == np.uint8 and found.max() < levels
+    assert np.array_equal(x, kept)
+    assert np.array_equal(found, corrupt(name, x, levels))
+    assert not np.array_equal(found, x)
+
+
+def test_some_do_exactly_this() -> None:
+    x = shapes(256, (1, 28, 28))
+    assert not corrupt("blank", x, 256).any()
+    assert np.array_equal(255 - corrupt("inverted", x, 256), x)
+    assert np.array_equal(corrupt("flipped_left_right", x, 256)[..., ::-1], x)
+    assert np.all(corrupt("eroded", x, 256) <= x) and np.all(corrupt("dilated", x, 256) >= x)
+    assert np.all(corrupt("overlay", x, 256) >= x)
+    assert np.array_equal(np.sort(corrupt("patch_swap", x, 256), None), np.sort(x, None))
+    shifted = corrupt("shifted_6", x, 256).astype(int)
+    assert shifted.sum() <= x.astype(int).sum()
