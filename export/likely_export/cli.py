@@ -169,6 +169,7 @@ def _evaluated(
         raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
     others = recipe.others(data.levels)
     figures, material = evaluate.evaluate(bundle, data, recipe.calibration.alphas, others)
+    figures["anchors"] = [anchor.model_dump() for anchor in recipe.evaluation.anchors]
     return figures, evaluate.attach(bundle, figures, material) if write else manifest
 
 

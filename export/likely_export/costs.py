@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx.utils import Extractor
 
 from likely import noise
 from likely.answers import Pixels
 from likely.bundle import Bundle, Graph, Role
 from likely.graphs import Array, Device, Session
+from likely_export.graphs import cut
 
 BATCH = 16
 ROUNDS = 7
@@ -53,8 +52,7 @@ def measure(bundle: Bundle, x: Pixels) -> dict[str, float]:
 
 def _plain(path: Path, density: Graph, into: Path) -> Session:
     """The density graph cut down to log p(x)."""
-    model = Extractor(onnx.load(path)).extract_model(["x"], ["log_px"])
-    onnx.save(model, into)
+    cut(path, into, ["x"], ["log_px"])
     only = tuple(spec for spec in density.outputs if spec.name == "log_px")
     return Session(into, density.model_copy(update={"outputs": only}), Device("cpu"))
 

@@ -37,6 +37,7 @@ BATCH = 16
 SEED = 20261122
 BINARISATIONS = 3
 BOUND_SAMPLES = 64
+COMPLETED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Sizes:
     drawn: int = 10_000
     bound: int = 500
     steps: int = 3000
-    examples: int = 8
+    examples: int = 12
 
 
 def evaluate(
@@ -226,14 +227,12 @@ class _Evaluation:
         if names:
             # A label's share of the calibration split, as if it had been ranked alone.
             counts = np.bincount(self.test.y, minlength=len(names))
+            bands = [measures.rejection_band(alpha, round(size * c / n), int(c)) for c in counts]
             found["by_label"] = {
                 name: float(np.mean(p_value[self.test.y == y] <= alpha))
                 for y, name in enumerate(names)
             }
-            found["band_by_label"] = {
-                name: measures.rejection_band(alpha, round(size * counts[y] / n), int(counts[y]))
-                for y, name in enumerate(names)
-            }
+            found["band_by_label"] = dict(zip(names, bands, strict=True))
         return found
 
     def _labels(self, taken: Classifications) -> dict[str, Any]:
@@ -263,12 +262,16 @@ class _Evaluation:
                 for y, label in enumerate(self.manifest.labels)
             },
             "least_by_label": {
-                label.name: 1
-                - measures.rejection_band(alpha, int(counts[y]), int(np.sum(self.test.y == y)))[1]
+                label.name: self._least_coverage(alpha, y, int(counts[y]))
                 for y, label in enumerate(self.manifest.labels)
             },
             "mean_size": float(members.sum(1).mean()),
         }
+
+    def _least_coverage(self, alpha: float, y: int, calibration: int) -> float | None:
+        """The least share of a label's sets that may hold it, at 99 %."""
+        band = measures.rejection_band(alpha, calibration, int(np.sum(self.test.y == y)))
+        return None if band is None else 1 - band[1]
 
     async def _likelihoods(self, taken: Classifications) -> dict[str, Any]:
         """-log p(x) as the mixture over labels where p(x|y) is exact; else the tighter bound."""
@@ -424,12 +427,14 @@ class _Evaluation:
     async def _completed(self) -> Completed | None:
         if Role.SAMPLE not in self.manifest.graphs:
             return None
-        x = self.test.x[:: max(1, len(self.test) // 4)][:4]
+        x = self.test.x[:: max(1, len(self.test) // COMPLETED)][:COMPLETED]
         known = np.zeros(x.shape, bool)
-        known[:, :, : x.shape[2] // 2] = True
-        chunks = self.engine.complete(x, known, None, 4, SEED)
+        h = x.shape[2]
+        known[::2, :, : h // 2] = True  # the upper half is given, or the upper two thirds
+        known[1::2, :, : 2 * h // 3] = True
+        chunks = self.engine.complete(x, known, None, COMPLETED, SEED)
         images = np.concatenate([chunk.images async for chunk in chunks])
-        return Completed(x, known, images.reshape(len(x), 4, *x.shape[1:]))
+        return Completed(x, known, images.reshape(len(x), COMPLETED, *x.shape[1:]))
 
     async def _explained(self, taken: Classifications | None) -> Explained | None:
         rows = np.linspace(0, len(self.test) - 1, self.sizes.examples).astype(int)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.utils
 import torch
 
 from likely.bundle import Graph, TensorSpec
@@ -127,6 +128,11 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
     onnx.checker.check_model(model, full_check=True)
     hygiene.check(model, source.inputs, source.outputs)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def cut(path: Path, into: Path, inputs: list[str], outputs: list[str]) -> None:
+    """Writes the part of an ONNX file that leads from these inputs to these outputs."""
+    onnx.save(onnx.utils.Extractor(onnx.load(path)).extract_model(inputs, outputs), into)
 
 
 @contextmanager

@@ -31,15 +31,15 @@ def separation(inliers: Doubles, outliers: Doubles) -> dict[str, float]:
     }
 
 
-def rejection_band(alpha: float, calibration: int, test: int) -> tuple[float, float]:
-    """Where the rate of false rejections on a test part lies, at 99 %.
+def rejection_band(alpha: float, calibration: int, test: int) -> tuple[float, float] | None:
+    """Where the rate of false rejections on a test part lies, at 99 %; None if never at all.
 
     The rate of one calibration split is Beta(k, n + 1 - k) with k = floor(alpha (n + 1))
     (Vovk, 2012), so the count on a test part is beta-binomial.
     """
     k = int(np.floor(alpha * (calibration + 1) + 1e-9))
     if k == 0:
-        return 0.0, 0.0
+        return None
     tail = (1 - BAND) / 2
     low, high = betabinom.ppf([tail, 1 - tail], test, k, calibration + 1 - k)
     return float(low / test), float(high / test)

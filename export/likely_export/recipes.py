@@ -139,15 +139,31 @@ class Calibration(_Table):
         return self
 
 
+class Anchor(_Table):
+    """A published figure.
+
+    Attributes:
+        figure: of ours that it stands beside, such as `accuracy`.
+        value: what was published.
+        source: where, and what differs.
+    """
+
+    figure: str
+    value: float
+    source: str
+
+
 class Evaluation(_Table):
     """What the bundle is reported against.
 
     Attributes:
         others: sources of other data sets by name, beside the recipe's own source; one that
             is not there is left out.
+        anchors: published figures to stand beside ours.
     """
 
     others: dict[Name, str] = {}
+    anchors: tuple[Anchor, ...] = ()
 
 
 class Recipe(_Table):

@@ -95,8 +95,8 @@ EXPORT = {
     "statistics": "torch",
     "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
     "recipes": (
-        "likely.bundle likely.errors calibrate corruptions data families statistics optimisers "
-        "pydantic tomli_w"
+        "likely.answers likely.bundle likely.errors calibrate corruptions data families "
+        "statistics optimisers numpy pydantic tomli_w"
     ),
     "runs": "likely.errors families recipes train torch",
     "progress": "train rich",
@@ -104,23 +104,25 @@ EXPORT = {
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
     "graphs": "likely.bundle likely.errors likely.graphs hygiene roles numpy onnx torch",
-    "baselines": "likely.answers data numpy scipy sklearn",
+    "baselines": "likely.answers data numpy PIL scipy sklearn",
+    "judge": "likely.answers numpy torch",
+    "costs": "likely.answers likely.bundle likely.graphs likely.noise graphs numpy",
     "report": (
         "likely.answers likely.bundle corruptions material measures "
         "PIL jinja2 markupsafe matplotlib numpy scipy tomli_w"
     ),
     "evaluate": (
-        "likely.answers likely.bundle likely.engine likely.graphs baselines data "
-        "numpy scipy sklearn"
+        "likely.answers likely.bundle likely.engine likely.graphs likely.noise baselines "
+        "corruptions costs data judge material measures report numpy"
     ),
     "build": (
         "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "
-        "calibrate corruptions data evaluate graphs recipes roles runs numpy"
+        "likely.outliers calibrate corruptions data graphs recipes roles runs numpy torch"
     ),
     "__init__": "",
     "cli": (
-        "likely.bundle likely.errors likely.signing build data evaluate families progress recipes runs train "
-        "click rich"
+        "likely.bundle likely.errors likely.signing build data evaluate families progress "
+        "recipes runs train click rich"
     ),
 }
 BENCH = {

@@ -15,7 +15,7 @@ from likely.answers import Verdict
 from likely.bundle import Bundle
 from likely.engine import Engine
 from likely.graphs import Device
-from likely.server import shipped
+from likely.loading import shipped
 
 SIZE_LIMIT = 2_000_000
 

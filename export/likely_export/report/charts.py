@@ -239,8 +239,8 @@ def _rocs(inliers: Sets, outliers: Mapping[str, Sets], figure: Figure) -> None:
 def _uniformity(p_value: Doubles, calibration: int, y: Labels | None, figure: Figure) -> None:
     n = len(p_value)
     left, right = figure.subplots(1, 2)
-    low, high = (20 * edge for edge in rejection_band(0.05, calibration, n))
-    left.axhspan(low, high, color=FAINT, alpha=0.5, linewidth=0)
+    if (band := rejection_band(0.05, calibration, n)) is not None:
+        left.axhspan(20 * band[0], 20 * band[1], color=FAINT, alpha=0.5, linewidth=0)
     edges, weights = np.linspace(0, 1, 21).tolist(), np.full(n, 20 / n)
     left.hist(p_value, edges, weights=weights, color=MAIN, histtype="step", linewidth=1.8)
     left.axhline(1, color=INK, linewidth=1, linestyle=":")
