@@ -253,9 +253,9 @@ def _uniformity(p_value: Doubles, calibration: int, y: Labels | None, figure: Fi
     for label in np.unique(y) if y is not None else ():
         _rates(right, p_value[y == label], alphas, color=FAINT, linewidth=0.8)
     few = alphas[::3]
-    band = np.array([rejection_band(float(alpha), calibration, n) for alpha in few])
-    lowest = np.maximum(band[:, 0], 1e-9)
-    right.fill_between(few, lowest, band[:, 1], color=FAINT, alpha=0.5, linewidth=0)
+    bands = [rejection_band(float(alpha), calibration, n) or (0.0, 0.0) for alpha in few]
+    lowest, highest = np.maximum(np.array(bands).T, 1e-9)
+    right.fill_between(few, lowest, highest, color=FAINT, alpha=0.5, linewidth=0)
     _rates(right, p_value, alphas, color=MAIN)
     right.plot(alphas, alphas, color=INK, linewidth=1, linestyle=":")
     right.set_xscale("log")
