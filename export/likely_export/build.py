@@ -29,6 +29,7 @@ BATCH = 16
 COMPARED = 10_000
 CALIBRATION = "calibration.npz"
 GOLDEN = "golden.npz"
+WEIGHTS = "weights.bin"
 
 Report = Callable[[str], None]
 
@@ -49,6 +50,7 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
     data = opened.recipe.data.load()
     with _replacing(out) as folder:
         exported = dict(_export(opened, data, folder, report))
+        graphs.share([folder / each.graph.file for each in exported.values()], folder / WEIGHTS)
         report("calibrate")
         arrays, weights, temperature = _calibrate(opened.recipe, exported, data, folder)
         np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]

@@ -36,6 +36,7 @@ _Kept = TypeVar("_Kept", Ranks, Mahalanobis, Mixture, Neighbours, Contrast)
 
 KNOTS = 257
 FOLDS = 4
+SMOOTHING = 0.02  # standard deviations
 CONFIDENCE = 0.95
 
 
@@ -211,7 +212,11 @@ def _ranks(values: npt.NDArray[np.floating]) -> Ranks:
     # Not a robust spread: where most pictures agree and few differ, those few set the scale.
     # One that hardly varies on the fit split must not explode outside it.
     spreads = np.maximum(values.std(0), 1e-3 * np.maximum(1.0, np.abs(values).max(0)))
-    return _single(Ranks(np.quantile(values, levels, axis=0), norm.ppf(levels), spreads))
+    # Where many pictures agree but for rounding, ranks must not tell them apart, or another
+    # machine would decide otherwise: ranks are those of values with a little noise.
+    noise = np.random.Generator(np.random.Philox(key=[0, 11])).standard_normal(values.shape)
+    knots = np.quantile(values + SMOOTHING * spreads * noise, levels, axis=0)
+    return _single(Ranks(knots, norm.ppf(levels), spreads))
 
 
 def _part(

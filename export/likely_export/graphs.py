@@ -29,6 +29,8 @@ BATCHES = (1, 3, 64)
 TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 TOLERANCE = 1e-3  # nats
 SMALLEST_HALVED = 256  # numbers of a weight
+SMALLEST_SHARED = 1024  # bytes of a weight
+ALIGNMENT = 64
 GOLDEN_TRIES = 200
 JITTER = 1e-4
 
@@ -128,6 +130,32 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
     onnx.checker.check_model(model, full_check=True)
     hygiene.check(model, source.inputs, source.outputs)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def share(files: Iterable[Path], weights: Path) -> None:
+    """Moves the large weights of ONNX files into one file beside them, each of them once.
+
+    Graphs of one model hold much the same weights; equal ones are found by their bytes.
+    """
+    places: dict[bytes, int] = {}
+    with weights.open("wb") as out:
+        for file in files:
+            model = onnx.load(file)
+            for tensor in model.graph.initializer:
+                content = onnx.numpy_helper.to_array(tensor).tobytes()
+                if len(content) < SMALLEST_SHARED:
+                    continue
+                if content not in places:
+                    out.write(b"\0" * (-out.tell() % ALIGNMENT))
+                    places[content] = out.tell()
+                    out.write(content)
+                for field in ("raw_data", "float_data", "int32_data", "int64_data"):
+                    tensor.ClearField(field)
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                entries = {"location": weights.name, "offset": places[content]}
+                for key, value in {**entries, "length": len(content)}.items():
+                    tensor.external_data.add(key=key, value=str(value))
+            file.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def cut(path: Path, into: Path, inputs: list[str], outputs: list[str]) -> None:

@@ -86,7 +86,7 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     assert len(manifest.calibration.weights) == 2
     assert (manifest.decisions_compared, manifest.decisions_changed) == (100, 0)
     assert manifest.calibration.finest_alpha == pytest.approx(0.01)
-    assert manifest.parity_nats <= 1e-3
+    assert manifest.parity_nats <= 1e-3 and "weights.bin" in manifest.files
     recipe = recipes.parse(RECIPE)
     data, others = recipe.data.load(), {"upside": x[:, :, ::-1].copy()}
     figures, material = evaluate.evaluate(

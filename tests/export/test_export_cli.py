@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from likely.bundle import Manifest
-from likely_export import runs
+from likely_export import recipes, runs
 from likely_export.cli import main
 from likely_export.runs import Run
 
@@ -73,20 +73,26 @@ def test_an_interruption_says_how_to_go_on(
     assert result.exit_code == 1 and "goes on from the last checkpoint" in result.stderr
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
 def test_build_reports_its_steps_and_its_bundle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from likely_export import build
+    from likely_export import build, cli
 
     fields = {"name": "tiny", "version": "3", "files": {}}
+    manifest = Manifest.model_construct(**fields)  # type: ignore[arg-type]
 
     def built(run: Path, out: Path, report: object) -> Manifest:
         report("export density")  # type: ignore[operator]
-        out.mkdir()
-        (out / "evaluation.json").write_text('{"nll_nats": {"mean": 77.5}}')
-        return Manifest.model_construct(**fields)  # type: ignore[arg-type]
+        return manifest
 
     monkeypatch.setattr(build, "build", built)
-    result = call("build", tmp_path, "--out", tmp_path / "bundle")
+    figures = {"nll_nats": {"mean": 77.5}}
+    monkeypatch.setattr(cli, "_evaluated", lambda bundle, recipe: (figures, manifest))
+    (tmp_path / "run").mkdir()
+    recipes.load(recipe).write(tmp_path / "run" / "recipe.toml")
+    more = [] if evaluated else ["--no-evaluate"]
+    result = call("build", tmp_path / "run", "--out", tmp_path / "bundle", *more)
     assert result.exit_code == 0 and "export density" in result.stderr
-    assert "tiny 3" in result.stdout and "nll_nats.mean" in result.stdout
+    assert "tiny 3" in result.stdout
+    assert ("evaluate" in result.stderr) == ("nll_nats.mean" in result.stdout) == evaluated
