@@ -80,12 +80,15 @@ class History:
 
     def codes(self) -> Counter[str]:
         """How many requests ended with each code."""
-        return Counter(o.code for r in self.requests.values() for o in r.outcomes)
+        return Counter(outcome.code for outcome in self._outcomes())
 
     def versions(self) -> Counter[str]:
         """How many answers each version gave."""
-        outcomes = [o for r in self.requests.values() for o in r.outcomes if o.code == "OK"]
-        return Counter(o.version for o in outcomes)
+        return Counter(o.version for o in self._outcomes() if o.code == "OK")
+
+    def _outcomes(self) -> list[Outcome]:
+        with self._lock:
+            return [outcome for r in self.requests.values() for outcome in r.outcomes]
 
 
 Right = Callable[[object, str, object], bool]

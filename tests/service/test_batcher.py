@@ -553,15 +553,23 @@ def test_where_one_ask_fails_the_other_is_given_up() -> None:
         graph, other = Doubler(), Doubler()
         both = {Role.DENSITY: graph, Role.CONDITIONAL: other}
         lanes = Lanes("fake", both, lanes=2, best=dict.fromkeys(both, Best(4)))
+        graph.hold()
         other.hold()
 
         def feed(start: int, stop: int) -> Mapping[str, Array]:
             return {"x": np.full(stop - start, POISON)}
 
-        with pytest.raises(RuntimeError, match="poison"):
-            await lanes.run_all(
+        asked = asyncio.create_task(
+            lanes.run_all(
                 *(Ask(role, 1, feed, ("y",)) for role in (Role.DENSITY, Role.CONDITIONAL))
             )
+        )
+        # Both run before one fails: an ask that never began would not be stopped but dropped.
+        await graph.arrived()
+        await other.arrived()
+        graph.release()
+        with pytest.raises(RuntimeError, match="poison"):
+            await asked
         while not other.stopped:
             await asyncio.sleep(0.001)
         with pytest.raises(NotAnswered):
