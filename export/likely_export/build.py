@@ -107,7 +107,8 @@ def _calibrate(
     if any(part.kind == "contrast" for part in parts):
         corrupted = _seen(density, _corrupted(recipe.calibration.contrast, data))
     columns = _columns(exported[Role.DENSITY].source.widths)
-    learnt = calibrate.combination(_seen(density, data.fit.x), parts, columns, corrupted)
+    labels = len(data.labels) if density.spec.output("label") else 1
+    learnt = calibrate.combination(_seen(density, data.fit.x), parts, columns, corrupted, labels)
     ranked = _seen(density, data.calibrate.x)
     if Role.CONDITIONAL not in exported:
         return calibrate.detector(learnt, ranked), (), 1.0

@@ -88,6 +88,7 @@ def combination(
     parts: Sequence[PartConfig],
     columns: Mapping[str, npt.NDArray[np.integer]],
     corrupted: Seen | None = None,
+    labels: int = 1,
 ) -> Combination:
     """Statistics to one score, learnt from the fit split.
 
@@ -99,15 +100,15 @@ def combination(
         parts: what looks at which statistics.
         columns: where each statistic's numbers stand.
         corrupted: fit pictures, corrupted; needed by `contrast`.
+        labels: that a picture may be taken for, whether or not one of the split is.
     """
     ranks = _ranks(fit.statistics)
     normal = ranks(fit.statistics)
-    labels = int(fit.label.max()) + 1
     wrong = np.empty((0, normal.shape[1])) if corrupted is None else ranks(corrupted.statistics)
 
     def made(rows: npt.NDArray[np.integer], odd: Doubles) -> tuple[Part, ...]:
         return tuple(
-            _part(part, _columns(part, columns), normal[rows], fit.label[rows], odd)
+            _part(part, _columns(part, columns), normal[rows], fit.label[rows], odd, labels)
             for part in parts
         )
 
@@ -225,11 +226,12 @@ def _part(
     normal: Doubles,
     label: Labels,
     odd: Doubles,
+    labels: int,
 ) -> Mahalanobis | Mixture | Neighbours | Contrast:
     chosen, v = columns.astype(np.float64), normal[:, columns]
     match config.kind:
         case "mahalanobis":
-            return _single(_mahalanobis(chosen, v, label))
+            return _single(_mahalanobis(chosen, v, label, labels))
         case "mixture":
             return _single(_mixture(config, chosen, v))
         case "neighbours":
@@ -238,10 +240,10 @@ def _part(
             return _single(_contrast(config, chosen, v, odd[:, columns]))
 
 
-def _mahalanobis(columns: Doubles, v: Doubles, label: Labels) -> Mahalanobis:
+def _mahalanobis(columns: Doubles, v: Doubles, label: Labels, labels: int) -> Mahalanobis:
     overall = v.mean(0)
     centres = np.stack(
-        [v[label == k].mean(0) if np.any(label == k) else overall for k in range(label.max() + 1)]
+        [v[label == k].mean(0) if np.any(label == k) else overall for k in range(labels)]
     )
     return Mahalanobis(columns, centres, _whitening(v - centres[label])[1])
 

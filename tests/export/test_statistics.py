@@ -92,13 +92,15 @@ def test_calibrated_p_values_are_valid_for_dependent_statistics(
     draw = [np.exp(rng.normal(size=(n, 6)) @ mixing) for n in (400, 999, 4000)]
     fit, ranked = (Seen(values, np.arange(len(values)) % 3) for values in draw[:2])
     odd = Seen(rng.normal(size=(300, 6)) @ mixing.T, np.zeros(300, np.int64))
-    learnt = calibrate.combination(fit, parts, {"all": np.arange(6)}, odd)
+    learnt = calibrate.combination(fit, parts, {"all": np.arange(6)}, odd, labels=4)
     detector = Detector(calibrate.detector(learnt, ranked))
     label = np.arange(len(draw[2])) % 3
     p = detector.p_value(detector.score(draw[2], label))
     for alpha in (0.01, 0.05, 0.1):
         spread = math.sqrt(alpha * (1 - alpha) * (1 / 999 + 1 / 4000))
         assert np.mean(p <= alpha) == pytest.approx(alpha, abs=4 * spread)
+    unseen = detector.score(draw[2][:9], np.full(9, 3))  # a label that no fit picture is taken for
+    assert np.all(np.isfinite(unseen))
     far = detector.score(draw[2][:50] * 1e6, label[:50])
     assert np.all(detector.p_value(far) == detector.finest_alpha)
     sure = detector.p_value(detector.score(draw[2], label), Guarantee.PAC)
