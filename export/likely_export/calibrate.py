@@ -23,7 +23,6 @@ from likely.answers import Doubles, Labels
 from likely.outliers import (
     Combination,
     Contrast,
-    Detector,
     Mahalanobis,
     Mixture,
     Neighbours,
@@ -77,10 +76,6 @@ class Seen:
 
     def __len__(self) -> int:
         return len(self.label)
-
-    def take(self, rows: npt.NDArray[np.integer]) -> Seen:
-        """Those rows."""
-        return Seen(self.statistics[rows], self.label[rows])
 
 
 def combination(
@@ -155,7 +150,6 @@ def detector(
             [np.sort(found[y == label]) for label in range(posterior.shape[1])]
         )
         arrays["label_counts"] = np.bincount(y, minlength=posterior.shape[1])
-    Detector(arrays)
     return arrays
 
 
