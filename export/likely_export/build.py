@@ -61,7 +61,7 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
         }
         np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
         report("compare decisions")
-        compared, changed = _decisions(opened.recipe, exported, data, folder, arrays)
+        compared, changed = _decisions(opened.recipe, exported, data, folder, arrays, weights)
         fields = {
             "name": opened.recipe.name,
             "version": opened.recipe.version,
@@ -132,6 +132,7 @@ def _decisions(
     data: Dataset,
     folder: Path,
     arrays: Mapping[str, Array],
+    weights: tuple[float, ...],
 ) -> tuple[int, int]:
     """How many test pictures torch and ONNX Runtime judged, and how many they judge otherwise."""
     detector = Detector(arrays)
@@ -161,8 +162,11 @@ def _decisions(
                 module(*(torch.from_numpy(feed[at : at + BATCH]) for feed in feeds.values()))
                 for at in range(0, len(x), BATCH)
             ]
-        first = np.concatenate([(e[0] if isinstance(e, tuple) else e).numpy() for e in each])
-        changed |= first.argmax(1) != evidence[:, 0].argmax(1)
+        # Of several experts the second output, of a single one the first or only one.
+        own = [e[1] if weights else (e[0] if isinstance(e, tuple) else e)[:, None] for e in each]
+        pool = np.array(weights or (1.0,))
+        torchs_label = bayes.pooled(torch.cat(own).numpy(), pool).argmax(1)
+        changed |= torchs_label != bayes.pooled(evidence, pool).argmax(1)
     return len(x), int(changed.sum())
 
 
