@@ -25,6 +25,7 @@ from likely.answers import Doubles, Guarantee, Labels
 from likely.errors import InvalidInput
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+BLOCK = 8
 
 
 class _Stored:
@@ -97,8 +98,8 @@ class Mahalanobis(_Stored):
     def __call__(self, normal: Doubles, label: Labels) -> Doubles:
         """The distances (n,)."""
         centres = self.centres[label] if len(self.centres) > 1 else self.centres
-        whitened = (normal[:, self.columns.astype(int)] - centres) @ self.whitening
-        distance: Doubles = np.einsum("nr,nr->n", whitened, whitened)
+        whitened = _times(normal[:, self.columns.astype(int)] - centres, self.whitening)
+        distance: Doubles = np.square(whitened).sum(1)
         return distance
 
 
@@ -124,10 +125,10 @@ class Mixture(_Stored):
 
     def __call__(self, normal: Doubles, label: Labels) -> Doubles:  # noqa: ARG002
         """Minus log-densities (n,), but for a constant."""
-        v = (normal[:, self.columns.astype(int)] - self.centre) @ self.whitening
+        v = _times(normal[:, self.columns.astype(int)] - self.centre, self.whitening)
         terms = np.empty((len(v), len(self.means)))
         for k, (mean, root) in enumerate(zip(self.means, self.roots, strict=True)):
-            terms[:, k] = self.offsets[k] - 0.5 * np.square((v - mean) @ root).sum(1)
+            terms[:, k] = self.offsets[k] - 0.5 * np.square(_times(v - mean, root)).sum(1)
         improbable: Doubles = -np.logaddexp.reduce(terms, axis=1)
         return improbable
 
@@ -152,13 +153,13 @@ class Neighbours(_Stored):
 
     def __call__(self, normal: Doubles, label: Labels) -> Doubles:  # noqa: ARG002
         """The distances (n,)."""
-        v = (normal[:, self.columns.astype(int)] - self.centre) @ self.whitening
+        v = _times(normal[:, self.columns.astype(int)] - self.centre, self.whitening)
         k = int(self.count)
         found = np.empty(len(v))
         for start in range(0, len(v), 64):  # a block of distances fits a cache
             rows = v[start : start + 64]
             squares = np.square(rows).sum(1)[:, None] + np.square(self.bank).sum(1)
-            squares = squares - 2 * rows @ self.bank.T
+            squares -= 2 * _times(rows, self.bank.T)
             nearest = np.partition(squares, k - 1, axis=1)[:, :k]
             found[start : start + 64] = np.sqrt(np.maximum(nearest, 0)).mean(1)
         return found
@@ -183,7 +184,9 @@ class Contrast(_Stored):
     def __call__(self, normal: Doubles, label: Labels) -> Doubles:  # noqa: ARG002
         """The log-odds (n,), but for a constant."""
         v = np.clip(normal[:, self.columns.astype(int)], -self.HELD, self.HELD)
-        odds: Doubles = v @ self.slopes + np.abs(v) @ self.bends
+        # numpy sums a row in another order where rows do not lie in one piece.
+        v = np.ascontiguousarray(v)
+        odds: Doubles = (v * self.slopes).sum(1) + (np.abs(v) * self.bends).sum(1)
         return odds
 
 
@@ -216,7 +219,8 @@ class Combination:
 
     def __call__(self, statistics: npt.NDArray[np.floating], label: Labels) -> Doubles:
         """Scores (n,), about standard normal in distribution, of statistics (n, s)."""
-        average = self.part_ranks(self.parts_of(self.ranks(statistics), label)) @ self.weights
+        parts = self.part_ranks(self.parts_of(self.ranks(statistics), label))
+        average = (parts * self.weights).sum(1)
         mean, deviation = self.usual[label if len(self.usual) > 1 else np.zeros_like(label)].T
         score: Doubles = (average - mean) / deviation
         return score
@@ -374,3 +378,16 @@ def benjamini_hochberg(p_values: Doubles, rate: float) -> npt.NDArray[np.bool_]:
     rejected = np.zeros(n, bool)
     rejected[order[: passing[-1] + 1 if len(passing) else 0]] = True
     return rejected
+
+
+def _times(rows: Doubles, matrix: Doubles) -> Doubles:
+    """rows @ matrix (n, r), each row with the same bits in whatever company.
+
+    BLAS chooses its kernel, and so the order of roundings, by the number of rows: here
+    it is always given `BLOCK` of them.
+    """
+    n, width = rows.shape
+    blocks = np.zeros((-(-n // BLOCK), BLOCK, width))
+    blocks.reshape(-1, width)[:n] = rows
+    products: Doubles = (blocks @ matrix).reshape(-1, matrix.shape[1])[:n]
+    return products

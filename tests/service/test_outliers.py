@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +48,22 @@ def test_a_picture_is_judged_alone(detector: Detector, toy: Toy) -> None:
     statistics = toy.statistics(toy.draw(np.random.default_rng(3), 20))
     together = detector.score(statistics)
     assert np.array_equal(together, [detector.score(row[None])[0] for row in statistics])
+
+
+@pytest.mark.parametrize("bundle", ["service/likely/bundles/digits", "bundles/fashion_mnist"])
+def test_a_score_has_the_same_bits_in_whatever_company(bundle: str) -> None:
+    opened = Bundle.open(Path(bundle))
+    detector, golden = Detector(opened.calibration()), opened.golden()
+    rng = np.random.default_rng(4)
+    usual = golden["density/statistics"]
+    statistics = usual[rng.integers(len(usual), size=67)]
+    statistics = statistics + rng.normal(size=statistics.shape).astype(np.float32)
+    label = rng.integers(len(opened.manifest.labels), size=67)
+    together = detector.score(statistics, label)
+    for size in (1, 3, 8, 66):
+        parts = np.split(np.arange(67), range(size, 67, size))
+        apart = np.concatenate([detector.score(statistics[i], label[i]) for i in parts])
+        assert np.array_equal(apart, together)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 2.0, 0.0049, float("nan"), float("inf")])
