@@ -23,12 +23,14 @@ class Caller:
         priority: what the caller asks for; None leaves it to the request's kind and size.
         deadline: when the answer is worth nothing any more, by the monotonic clock.
         admitted: whether the request was let in: what it asks for later is not refused.
+        request_id: what the caller and the log call the request.
     """
 
     client: str
     priority: Priority | None = None
     deadline: float | None = None
     admitted: bool = False
+    request_id: str = ""
 
 
 # Each RPC is a task of its own, and what it starts inherits its caller.

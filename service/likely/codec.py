@@ -32,6 +32,8 @@ Answer = (
     scoring_pb2.ScoreResponse
     | scoring_pb2.ClassifyResponse
     | scoring_pb2.EncodeResponse
+    | scoring_pb2.ScoreStreamResponse
+    | scoring_pb2.ClassifyStreamResponse
     | generation_pb2.GenerateResponse
     | generation_pb2.CompleteResponse
     | models_pb2.ListModelsResponse
@@ -310,6 +312,8 @@ def size(answer: Answer) -> int:
             return len(answer.labels)
         case generation_pb2.CompleteResponse():
             return answer.images.shape[0]
+        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
+            return sum(size(outcome.response) for outcome in answer.outcomes)
         case _:
             return 0
 
@@ -321,6 +325,17 @@ def verdicts(answer: Answer) -> list[Verdict]:
             return [Verdict(row.verdict) for row in answer.scores]
         case scoring_pb2.ClassifyResponse():
             return [Verdict(row.verdict) for row in answer.classifications]
+        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
+            return [each for outcome in answer.outcomes for each in verdicts(outcome.response)]
+        case _:
+            return []
+
+
+def codes(answer: Answer) -> list[int]:
+    """The status code of each message of a stream that an answer is about; 0 is OK."""
+    match answer:
+        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
+            return [outcome.failure.code for outcome in answer.outcomes]
         case _:
             return []
 

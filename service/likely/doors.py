@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from likely.errors import Unavailable
 
@@ -20,6 +20,7 @@ class Door:
     def __init__(self) -> None:
         self._inside: set[asyncio.Task[object]] = set()
         self._cut: set[asyncio.Task[object]] = set()
+        self._warned: set[asyncio.Task[None]] = set()
         self._closed = False
         self._shut = asyncio.Event()
         self._empty = asyncio.Event()
@@ -50,9 +51,22 @@ class Door:
             if not self._inside:
                 self._empty.set()
 
+    @contextmanager
+    def warned(self, reader: asyncio.Task[None]) -> Iterator[None]:
+        """While it is entered, that task, which reads more from inside, is cancelled on `close`."""
+        self._warned.add(reader)
+        try:
+            if self._closed:
+                reader.cancel()
+            yield
+        finally:
+            self._warned.discard(reader)
+
     def close(self) -> None:
-        """Lets nobody in any more; newcomers wait."""
+        """Lets nobody in any more, newcomers wait; those inside are to bring nothing new."""
         self._closed = True
+        for reader in self._warned:
+            reader.cancel()
 
     def shut(self) -> None:
         """Refuses those that wait, and all that come."""

@@ -37,6 +37,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Read: TypeAlias = Callable[[bytes], Any] | None
 
 
 @dataclass(slots=True)
@@ -127,14 +128,12 @@ class Guard(grpc.aio.ServerInterceptor):
             for streams in (handler.request_streaming, handler.response_streaming)
         )
         inner: Any = getattr(handler, name)
-        decode = _decode_all if handler.request_streaming else _decode
+        receive = self._each if handler.request_streaming else self._received
         read = handler.request_deserializer
 
         async def unary(data: Any, context: Context) -> Any:
             async def work(call: Call) -> Any:
-                request = decode(data, read)
-                self._asked(call, request)
-                answer = await inner(request, context)
+                answer = await inner(receive(call, data, read), context)
                 self._answered(call, answer)
                 return answer
 
@@ -142,9 +141,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
         async def stream(data: Any, context: Context) -> None:
             async def work(call: Call) -> None:
-                request = decode(data, read)
-                self._asked(call, request)
-                async with aclosing(inner(request, context)) as answers:
+                async with aclosing(inner(receive(call, data, read), context)) as answers:
                     async for answer in answers:
                         self._answered(call, answer)
                         await self._write(answer, context)
@@ -179,7 +176,7 @@ class Guard(grpc.aio.ServerInterceptor):
         try:
             holder = self._gate.admit(service, context.invocation_metadata() or ())
             call.holder = holder.name if holder else ""
-            callers.announce(_caller(call.holder, context))
+            callers.announce(_caller(call, context))
             if not call.is_ours:
                 return await self._endable(call, work)
             call.accepted = False
@@ -192,21 +189,23 @@ class Guard(grpc.aio.ServerInterceptor):
         except asyncio.CancelledError:
             call.code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
             raise
-        except DeviceLost as error:
-            self._lost(error)
-            gone = Unavailable("the device that served is gone; the server ends, to be restarted")
-            refusal = statuses.status(gone, call.request_id)
-            call.code = refusal[0].name
         except Exception as error:
-            refusal = statuses.status(error, call.request_id)
+            refusal = statuses.status(self.told(error, method, call.request_id), call.request_id)
             call.code = refusal[0].name
-            if not statuses.is_told(error):
-                self._log.exception("fault", method=method, request_id=call.request_id)
         finally:
             self._ended(call)
         # Ended before it is told: a caller that does not read lets this wait.
         code, message, details = refusal
         return await context.abort(code, message, (*trailer, *details))
+
+    def told(self, error: Exception, method: str, request_id: str) -> Exception:
+        """What callers are told in place of an error, which the log keeps if it is a fault."""
+        if isinstance(error, DeviceLost):
+            self._lost(error)
+            return Unavailable("the device that served is gone; the server ends, to be restarted")
+        if not statuses.is_told(error):
+            self._log.error("fault", method=method, request_id=request_id, exc_info=error)
+        return error
 
     async def _write(self, answer: Any, context: Context) -> None:
         # Returns once the caller's window has room: what it does not read is not drawn.
@@ -248,16 +247,25 @@ class Guard(grpc.aio.ServerInterceptor):
         if call.is_ours:
             self._metrics.ended(call.method, call.model, call.code, seconds)
 
-    def _asked(self, call: Call, request: Any) -> None:
-        name = getattr(request, "model_name", "")
+    def _received(self, call: Call, data: bytes, read: Read) -> Any:
+        request = _decode(data, read)
+        name = getattr(getattr(request, "request", request), "model_name", "")
         # One value for all unknown names: callers must not grow logs and metrics.
         call.model = name if not name or self._registry.known(name) else "unknown"
+        return request
+
+    async def _each(self, call: Call, stream: AsyncIterator[bytes], read: Read) -> Any:
+        async for data in stream:
+            # All of a stream ask one model: the first message's.
+            yield _decode(data, read) if call.model else self._received(call, data, read)
 
     def _answered(self, call: Call, answer: Any) -> None:
         if call.is_ours:
             images = codec.size(answer)
             call.images += images
             self._metrics.answered(call.method, call.model, images, codec.verdicts(answer))
+            for number in codec.codes(answer):
+                self._metrics.streamed(call.method, call.model, statuses.code_of(number).name)
 
 
 async def _no_method(_: Any, __: Context) -> AsyncIterator[Any]:
@@ -268,21 +276,14 @@ async def _no_method(_: Any, __: Context) -> AsyncIterator[Any]:
 _NO_METHOD: Handler = grpc.stream_stream_rpc_method_handler(_no_method)
 
 
-def _decode(data: bytes, read: Callable[[bytes], Any] | None) -> Any:
+def _decode(data: bytes, read: Read) -> Any:
     try:
         return read(data) if read else data
     except Exception as error:
         raise InvalidInput("", "the request's bytes are no message of the RPC's type") from error
 
 
-async def _decode_all(
-    stream: AsyncIterator[bytes], read: Callable[[bytes], Any] | None
-) -> AsyncIterator[Any]:
-    async for data in stream:
-        yield _decode(data, read)
-
-
-def _caller(holder: str, context: Context) -> Caller:
+def _caller(call: Call, context: Context) -> Caller:
     """Who asks: the token's holder, or the address where there is none.
 
     Raises:
@@ -295,9 +296,10 @@ def _caller(holder: str, context: Context) -> Caller:
         key == PRIORITY and value == "bulk" for key, value in context.invocation_metadata() or ()
     )
     return Caller(
-        holder or context.peer().rpartition(":")[0],  # ports change with each connection
+        call.holder or context.peer().rpartition(":")[0],  # ports change with each connection
         Priority.BULK if bulk else None,
         None if seconds is None else time.monotonic() + seconds,
+        request_id=call.request_id,
     )
 
 

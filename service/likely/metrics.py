@@ -63,6 +63,12 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=self.registry,
         )
+        self._messages = Counter(
+            "likely_stream_messages",
+            "Messages of streams answered.",
+            ("method", "model", "code"),
+            registry=self.registry,
+        )
         self._images = Counter(
             "likely_images",
             "Pictures scored, classified, encoded or drawn.",
@@ -109,6 +115,10 @@ class Metrics:
         self._of(self._running, method).dec()
         self._of(self._requests, method, model, code).inc()
         self._of(self._seconds, method).observe(seconds)
+
+    def streamed(self, method: str, model: str, code: str) -> None:
+        """One message of a stream has been answered."""
+        self._of(self._messages, method, model, code).inc()
 
     def answered(self, method: str, model: str, images: int, verdicts: Iterable[Verdict]) -> None:
         """Pictures have been answered for."""

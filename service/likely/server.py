@@ -203,7 +203,7 @@ class Server:
     def _add_services(self) -> None:
         limits, alpha = self._settings.limits, self._settings.default_alpha
         quota = Quota(limits.client_images_per_second, limits.client_images_at_once)
-        scoring = Scoring(self.registry, limits, alpha, quota)
+        scoring = Scoring(self.registry, limits, alpha, quota, guard=self._guard)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, self._grpc)
         generation = Generation(self.registry, limits, alpha, quota)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._grpc)

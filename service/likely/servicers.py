@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc.aio
 
-from likely import callers, checks, codec
+from likely import callers, checks, codec, statuses
 from likely.admission import Quota
 from likely.answers import Limits, ModelInfo
 from likely.engine import Engine
+from likely.feeds import Feed
+from likely.interceptors import Guard
 from likely.registry import Registry, describe
 from likely.v1 import (
     generation_pb2,
@@ -26,15 +29,22 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
-    """How plausible, which label, which features."""
+    """How plausible, which label, which features; of single requests and of feeds."""
 
     def __init__(
-        self, registry: Registry, limits: Limits, default_alpha: float, quota: Quota | None = None
+        self,
+        registry: Registry,
+        limits: Limits,
+        default_alpha: float,
+        quota: Quota | None = None,
+        *,
+        guard: Guard,
     ) -> None:
         self._registry = registry
         self._limits = limits
         self._default_alpha = default_alpha
         self._quota = quota or Quota()
+        self._guard = guard
 
     async def Score(
         self, request: scoring_pb2.ScoreRequest, context: Context
@@ -77,6 +87,46 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
             labels = checks.labels(request, engine.manifest, len(x))
             self._quota.take(callers.current().client, len(x))
             return codec.encode_response(await engine.encode(x, labels))
+
+    async def ScoreStream(
+        self, request_iterator: AsyncIterator[scoring_pb2.ScoreStreamRequest], context: Context
+    ) -> AsyncIterator[scoring_pb2.ScoreStreamResponse]:
+        """What `Score` answers to each message of a feed."""
+        feed = Feed(partial(self.Score, context=context), self._guard.door, self._limits)
+        async with aclosing(feed.outcomes(request_iterator)) as found:
+            async for outcomes in found:
+                yield scoring_pb2.ScoreStreamResponse(
+                    outcomes=[
+                        scoring_pb2.ScoreOutcome(
+                            sequence_id=n, **self._told(outcome, "ScoreStream")
+                        )
+                        for n, outcome in outcomes
+                    ]
+                )
+
+    async def ClassifyStream(
+        self, request_iterator: AsyncIterator[scoring_pb2.ClassifyStreamRequest], context: Context
+    ) -> AsyncIterator[scoring_pb2.ClassifyStreamResponse]:
+        """What `Classify` answers to each message of a feed."""
+        feed = Feed(partial(self.Classify, context=context), self._guard.door, self._limits)
+        async with aclosing(feed.outcomes(request_iterator)) as found:
+            async for outcomes in found:
+                yield scoring_pb2.ClassifyStreamResponse(
+                    outcomes=[
+                        scoring_pb2.ClassifyOutcome(
+                            sequence_id=n, **self._told(outcome, "ClassifyStream")
+                        )
+                        for n, outcome in outcomes
+                    ]
+                )
+
+    def _told(self, outcome: object, method: str) -> dict[str, Any]:
+        """An outcome as the field that says it."""
+        if not isinstance(outcome, Exception):
+            return {"response": outcome}
+        request_id = callers.current().request_id
+        told = self._guard.told(outcome, method, request_id)
+        return {"failure": statuses.failure(told, request_id)}
 
 
 class Generation(generation_pb2_grpc.GenerationServiceServicer):

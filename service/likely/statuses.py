@@ -32,6 +32,7 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
 
 from likely import errors
+from likely.v1 import failures_pb2
 
 DOMAIN = "likely"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -60,6 +61,7 @@ _PLAIN: dict[grpc.StatusCode, type[errors.LikelyError]] = {
     grpc.StatusCode.UNIMPLEMENTED: errors.MethodUnknown,
 }
 _INTERNAL = (grpc.StatusCode.INTERNAL, "INTERNAL")
+_NUMBERS = {code.value[0]: code for code in grpc.StatusCode}
 
 REASONS: dict[str, grpc.StatusCode] = {
     **{reason: code for code, reason in (*_CODES.values(), _INTERNAL)},
@@ -92,6 +94,35 @@ def is_told(error: Exception) -> bool:
 
 def status(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str, Metadata]:
     """Code, message and trailing metadata that tell the caller of an error."""
+    rich = _status(error, request_id)
+    metadata: Metadata = ((DETAILS_KEY, rich.SerializeToString()),)
+    if (delay := _delay(error)) is not None:
+        metadata += ((PUSHBACK_KEY, str(round(delay * 1000))),)
+    return _CODES.get(type(error), _INTERNAL)[0], rich.message, metadata
+
+
+def failure(error: Exception, request_id: str) -> failures_pb2.Failure:
+    """What tells the caller of an error with one message of a stream."""
+    return failures_pb2.Failure.FromString(_status(error, request_id).SerializeToString())
+
+
+def error(failure: Failure) -> errors.LikelyError:
+    """The error that a failed call tells of."""
+    return _error(failure.code(), failure.details() or "", _rich(failure))
+
+
+def error_of(failure: failures_pb2.Failure) -> errors.LikelyError:
+    """The error that the failure of one message of a stream tells of."""
+    rich = status_pb2.Status.FromString(failure.SerializeToString())
+    return _error(code_of(failure.code), rich.message, rich)
+
+
+def code_of(number: int) -> grpc.StatusCode:
+    """The status code of that number; UNKNOWN for one that there is not."""
+    return _NUMBERS.get(number, grpc.StatusCode.UNKNOWN)
+
+
+def _status(error: Exception, request_id: str) -> status_pb2.Status:
     code, reason = _CODES.get(type(error), _INTERNAL)
     if isinstance(error, errors.Unauthenticated):
         reason = error.reason
@@ -104,16 +135,12 @@ def status(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str, Met
     ]
     for detail in told:
         rich.details.add().Pack(detail)
-    metadata: Metadata = ((DETAILS_KEY, rich.SerializeToString()),)
-    if (delay := _delay(error)) is not None:
-        metadata += ((PUSHBACK_KEY, str(round(delay * 1000))),)
-    return code, message, metadata
+    return rich
 
 
-def error(failure: Failure) -> errors.LikelyError:
-    """The error that a failed call tells of."""
-    code, message = failure.code(), failure.details() or ""
-    rich = _rich(failure)
+def _error(
+    code: grpc.StatusCode, message: str, rich: status_pb2.Status | None
+) -> errors.LikelyError:
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         bad = _detail(rich, details_pb2.BadRequest)
         first = next(iter(bad.field_violations), None) if bad else None

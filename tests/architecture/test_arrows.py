@@ -20,7 +20,7 @@ SERVICE = {
     "outliers": "answers errors numpy",
     "noise": "answers numpy",
     "codec": "answers errors v1 numpy",
-    "statuses": "errors grpc google",
+    "statuses": "errors v1 grpc google",
     "plans": "answers codec errors v1 numpy",
     "channels": "addresses errors grpc",
     "client": "answers channels codec plans statuses v1 numpy grpc",
@@ -53,8 +53,12 @@ SERVICE = {
     "checks": "answers bayes bundle codec errors noise outliers v1 numpy",
     "metrics": "answers engine errors machine traffic prometheus_client",
     "doors": "errors",
+    "merging": "v1",
+    "feeds": "answers callers doors errors merging",
     "interceptors": "access callers codec doors errors metrics registry statuses grpc structlog",
-    "servicers": "admission answers callers checks codec engine registry v1 grpc",
+    "servicers": (
+        "admission answers callers checks codec engine feeds interceptors registry statuses v1 grpc"
+    ),
     "loading": "admission bundle engine errors graphs machine settings traffic",
     "lifecycle": "bundle engine errors loading metrics registry structlog",
     "watch": "bundle errors lifecycle structlog",

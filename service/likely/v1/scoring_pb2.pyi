@@ -11,6 +11,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import likely.v1.failures_pb2
 import likely.v1.images_pb2
 import sys
 import typing
@@ -405,3 +406,165 @@ class EncodeResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["labels", b"labels", "latent_dimensions", b"latent_dimensions", "log_variance", b"log_variance", "mean", b"mean", "model_version", b"model_version"]) -> None: ...
 
 Global___EncodeResponse: typing_extensions.TypeAlias = EncodeResponse
+
+@typing.final
+class ScoreStreamRequest(google.protobuf.message.Message):
+    """One question of a feed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    sequence_id: builtins.int
+    """Comes back with the answer. Any number; the caller sees to it that those
+    of unanswered messages differ.
+    """
+    @property
+    def request(self) -> Global___ScoreRequest:
+        """What is asked, with its own settings. All messages of a stream name the
+        same model; versions may differ.
+        """
+
+    def __init__(
+        self,
+        *,
+        sequence_id: builtins.int = ...,
+        request: Global___ScoreRequest | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["request", b"request", "sequence_id", b"sequence_id"]) -> None: ...
+
+Global___ScoreStreamRequest: typing_extensions.TypeAlias = ScoreStreamRequest
+
+@typing.final
+class ScoreStreamResponse(google.protobuf.message.Message):
+    """What came of some questions of a feed: those that were ready together."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: builtins.int
+    @property
+    def outcomes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ScoreOutcome]:
+        """One outcome for each of them; one message at least."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: collections.abc.Iterable[Global___ScoreOutcome] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["outcomes", b"outcomes"]) -> None: ...
+
+Global___ScoreStreamResponse: typing_extensions.TypeAlias = ScoreStreamResponse
+
+@typing.final
+class ScoreOutcome(google.protobuf.message.Message):
+    """What came of one question of a feed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: builtins.int
+    RESPONSE_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    sequence_id: builtins.int
+    """The question's."""
+    @property
+    def response(self) -> Global___ScoreResponse:
+        """What a call of Score would have answered."""
+
+    @property
+    def failure(self) -> likely.v1.failures_pb2.Failure:
+        """What it would have been refused with."""
+
+    def __init__(
+        self,
+        *,
+        sequence_id: builtins.int = ...,
+        response: Global___ScoreResponse | None = ...,
+        failure: likely.v1.failures_pb2.Failure | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "outcome", b"outcome", "response", b"response"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "outcome", b"outcome", "response", b"response", "sequence_id", b"sequence_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["response", "failure"] | None: ...
+
+Global___ScoreOutcome: typing_extensions.TypeAlias = ScoreOutcome
+
+@typing.final
+class ClassifyStreamRequest(google.protobuf.message.Message):
+    """One question of a feed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    sequence_id: builtins.int
+    """Comes back with the answer. Any number; the caller sees to it that those
+    of unanswered messages differ.
+    """
+    @property
+    def request(self) -> Global___ClassifyRequest:
+        """What is asked, with its own settings. All messages of a stream name the
+        same model; versions may differ.
+        """
+
+    def __init__(
+        self,
+        *,
+        sequence_id: builtins.int = ...,
+        request: Global___ClassifyRequest | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["request", b"request", "sequence_id", b"sequence_id"]) -> None: ...
+
+Global___ClassifyStreamRequest: typing_extensions.TypeAlias = ClassifyStreamRequest
+
+@typing.final
+class ClassifyStreamResponse(google.protobuf.message.Message):
+    """What came of some questions of a feed: those that were ready together."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: builtins.int
+    @property
+    def outcomes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ClassifyOutcome]:
+        """One outcome for each of them; one message at least."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: collections.abc.Iterable[Global___ClassifyOutcome] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["outcomes", b"outcomes"]) -> None: ...
+
+Global___ClassifyStreamResponse: typing_extensions.TypeAlias = ClassifyStreamResponse
+
+@typing.final
+class ClassifyOutcome(google.protobuf.message.Message):
+    """What came of one question of a feed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: builtins.int
+    RESPONSE_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    sequence_id: builtins.int
+    """The question's."""
+    @property
+    def response(self) -> Global___ClassifyResponse:
+        """What a call of Classify would have answered."""
+
+    @property
+    def failure(self) -> likely.v1.failures_pb2.Failure:
+        """What it would have been refused with."""
+
+    def __init__(
+        self,
+        *,
+        sequence_id: builtins.int = ...,
+        response: Global___ClassifyResponse | None = ...,
+        failure: likely.v1.failures_pb2.Failure | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "outcome", b"outcome", "response", b"response"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "outcome", b"outcome", "response", b"response", "sequence_id", b"sequence_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["response", "failure"] | None: ...
+
+Global___ClassifyOutcome: typing_extensions.TypeAlias = ClassifyOutcome

@@ -52,6 +52,16 @@ class ScoringServiceStub(object):
                 request_serializer=likely_dot_v1_dot_scoring__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=likely_dot_v1_dot_scoring__pb2.EncodeResponse.FromString,
                 _registered_method=True)
+        self.ScoreStream = channel.stream_stream(
+                '/likely.v1.ScoringService/ScoreStream',
+                request_serializer=likely_dot_v1_dot_scoring__pb2.ScoreStreamRequest.SerializeToString,
+                response_deserializer=likely_dot_v1_dot_scoring__pb2.ScoreStreamResponse.FromString,
+                _registered_method=True)
+        self.ClassifyStream = channel.stream_stream(
+                '/likely.v1.ScoringService/ClassifyStream',
+                request_serializer=likely_dot_v1_dot_scoring__pb2.ClassifyStreamRequest.SerializeToString,
+                response_deserializer=likely_dot_v1_dot_scoring__pb2.ClassifyStreamResponse.FromString,
+                _registered_method=True)
 
 
 class ScoringServiceServicer(object):
@@ -82,6 +92,25 @@ class ScoringServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScoreStream(self, request_iterator, context):
+        """Scores a sustained feed. Every message is answered, or refused, by itself:
+        a bad one does not end the stream. Answers come as they are ready, which
+        need not be the order of the questions; sequence ids tell whose they are.
+        What is not answered yet is bounded: beyond, the server does not read on.
+        A server that ends answers what it has read, then UNAVAILABLE: what has no
+        answer then can be sent again, on a new stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClassifyStream(self, request_iterator, context):
+        """Classifies a sustained feed, in the way of ScoreStream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ScoringServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -99,6 +128,16 @@ def add_ScoringServiceServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=likely_dot_v1_dot_scoring__pb2.EncodeRequest.FromString,
                     response_serializer=likely_dot_v1_dot_scoring__pb2.EncodeResponse.SerializeToString,
+            ),
+            'ScoreStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ScoreStream,
+                    request_deserializer=likely_dot_v1_dot_scoring__pb2.ScoreStreamRequest.FromString,
+                    response_serializer=likely_dot_v1_dot_scoring__pb2.ScoreStreamResponse.SerializeToString,
+            ),
+            'ClassifyStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ClassifyStream,
+                    request_deserializer=likely_dot_v1_dot_scoring__pb2.ClassifyStreamRequest.FromString,
+                    response_serializer=likely_dot_v1_dot_scoring__pb2.ClassifyStreamResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -185,6 +224,60 @@ class ScoringService(object):
             '/likely.v1.ScoringService/Encode',
             likely_dot_v1_dot_scoring__pb2.EncodeRequest.SerializeToString,
             likely_dot_v1_dot_scoring__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/likely.v1.ScoringService/ScoreStream',
+            likely_dot_v1_dot_scoring__pb2.ScoreStreamRequest.SerializeToString,
+            likely_dot_v1_dot_scoring__pb2.ScoreStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/likely.v1.ScoringService/ClassifyStream',
+            likely_dot_v1_dot_scoring__pb2.ClassifyStreamRequest.SerializeToString,
+            likely_dot_v1_dot_scoring__pb2.ClassifyStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

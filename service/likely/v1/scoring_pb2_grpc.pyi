@@ -75,7 +75,39 @@ _ScoringServiceEncodeType = typing_extensions.TypeVar(
     ],
 )
 
-class ScoringServiceStub(typing.Generic[_ScoringServiceScoreType, _ScoringServiceClassifyType, _ScoringServiceEncodeType]):
+_ScoringServiceScoreStreamType = typing_extensions.TypeVar(
+    '_ScoringServiceScoreStreamType',
+    grpc.StreamStreamMultiCallable[
+        likely.v1.scoring_pb2.ScoreStreamRequest,
+        likely.v1.scoring_pb2.ScoreStreamResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        likely.v1.scoring_pb2.ScoreStreamRequest,
+        likely.v1.scoring_pb2.ScoreStreamResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        likely.v1.scoring_pb2.ScoreStreamRequest,
+        likely.v1.scoring_pb2.ScoreStreamResponse,
+    ],
+)
+
+_ScoringServiceClassifyStreamType = typing_extensions.TypeVar(
+    '_ScoringServiceClassifyStreamType',
+    grpc.StreamStreamMultiCallable[
+        likely.v1.scoring_pb2.ClassifyStreamRequest,
+        likely.v1.scoring_pb2.ClassifyStreamResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        likely.v1.scoring_pb2.ClassifyStreamRequest,
+        likely.v1.scoring_pb2.ClassifyStreamResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        likely.v1.scoring_pb2.ClassifyStreamRequest,
+        likely.v1.scoring_pb2.ClassifyStreamResponse,
+    ],
+)
+
+class ScoringServiceStub(typing.Generic[_ScoringServiceScoreType, _ScoringServiceClassifyType, _ScoringServiceEncodeType, _ScoringServiceScoreStreamType, _ScoringServiceClassifyStreamType]):
     """Answers questions about given pictures. Every answer is a function of the
     picture, the model version and the request's settings alone: batch-mates,
     order and chunking change nothing.
@@ -95,6 +127,14 @@ class ScoringServiceStub(typing.Generic[_ScoringServiceScoreType, _ScoringServic
             likely.v1.scoring_pb2.EncodeRequest,
             likely.v1.scoring_pb2.EncodeResponse,
         ],
+        grpc.StreamStreamMultiCallable[
+            likely.v1.scoring_pb2.ScoreStreamRequest,
+            likely.v1.scoring_pb2.ScoreStreamResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
+            likely.v1.scoring_pb2.ClassifyStreamRequest,
+            likely.v1.scoring_pb2.ClassifyStreamResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -111,6 +151,14 @@ class ScoringServiceStub(typing.Generic[_ScoringServiceScoreType, _ScoringServic
             likely.v1.scoring_pb2.EncodeRequest,
             likely.v1.scoring_pb2.EncodeResponse,
         ],
+        grpc.aio.StreamStreamMultiCallable[
+            likely.v1.scoring_pb2.ScoreStreamRequest,
+            likely.v1.scoring_pb2.ScoreStreamResponse,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
+            likely.v1.scoring_pb2.ClassifyStreamRequest,
+            likely.v1.scoring_pb2.ClassifyStreamResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Score: _ScoringServiceScoreType
@@ -124,6 +172,18 @@ class ScoringServiceStub(typing.Generic[_ScoringServiceScoreType, _ScoringServic
     Encode: _ScoringServiceEncodeType
     """Gives the mean and log-variance of the latent features of every picture."""
 
+    ScoreStream: _ScoringServiceScoreStreamType
+    """Scores a sustained feed. Every message is answered, or refused, by itself:
+    a bad one does not end the stream. Answers come as they are ready, which
+    need not be the order of the questions; sequence ids tell whose they are.
+    What is not answered yet is bounded: beyond, the server does not read on.
+    A server that ends answers what it has read, then UNAVAILABLE: what has no
+    answer then can be sent again, on a new stream.
+    """
+
+    ClassifyStream: _ScoringServiceClassifyStreamType
+    """Classifies a sustained feed, in the way of ScoreStream."""
+
 ScoringServiceAsyncStub: typing_extensions.TypeAlias = ScoringServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         likely.v1.scoring_pb2.ScoreRequest,
@@ -136,6 +196,14 @@ ScoringServiceAsyncStub: typing_extensions.TypeAlias = ScoringServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         likely.v1.scoring_pb2.EncodeRequest,
         likely.v1.scoring_pb2.EncodeResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        likely.v1.scoring_pb2.ScoreStreamRequest,
+        likely.v1.scoring_pb2.ScoreStreamResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        likely.v1.scoring_pb2.ClassifyStreamRequest,
+        likely.v1.scoring_pb2.ClassifyStreamResponse,
     ],
 ]
 
@@ -170,5 +238,27 @@ class ScoringServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[likely.v1.scoring_pb2.EncodeResponse, collections.abc.Awaitable[likely.v1.scoring_pb2.EncodeResponse]]:
         """Gives the mean and log-variance of the latent features of every picture."""
+
+    @abc.abstractmethod
+    def ScoreStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[likely.v1.scoring_pb2.ScoreStreamRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[likely.v1.scoring_pb2.ScoreStreamResponse], collections.abc.AsyncIterator[likely.v1.scoring_pb2.ScoreStreamResponse]]:
+        """Scores a sustained feed. Every message is answered, or refused, by itself:
+        a bad one does not end the stream. Answers come as they are ready, which
+        need not be the order of the questions; sequence ids tell whose they are.
+        What is not answered yet is bounded: beyond, the server does not read on.
+        A server that ends answers what it has read, then UNAVAILABLE: what has no
+        answer then can be sent again, on a new stream.
+        """
+
+    @abc.abstractmethod
+    def ClassifyStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[likely.v1.scoring_pb2.ClassifyStreamRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[likely.v1.scoring_pb2.ClassifyStreamResponse], collections.abc.AsyncIterator[likely.v1.scoring_pb2.ClassifyStreamResponse]]:
+        """Classifies a sustained feed, in the way of ScoreStream."""
 
 def add_ScoringServiceServicer_to_server(servicer: ScoringServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
