@@ -67,6 +67,13 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         version = await self._lifecycle.rollback(request.model_name)
         return admin_pb2.RollbackResponse(version=message(version))
 
+    async def ResetDrift(
+        self, request: admin_pb2.ResetDriftRequest, context: Context
+    ) -> admin_pb2.ResetDriftResponse:
+        """Begins the test for drift anew."""
+        version = await self._lifecycle.reset_drift(request.model_name, request.model_version)
+        return admin_pb2.ResetDriftResponse(model_version=version)
+
 
 def message(version: Version) -> admin_pb2.ModelVersion:
     """What became of a version, as a message."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -49,6 +50,13 @@ _METHODS: dict[str, tuple[Role, ...]] = {
 }
 
 
+Seen: TypeAlias = "Callable[[Engine, str, Scores], None]"
+
+
+def _unseen(_: Engine, __: str, ___: Scores) -> None:
+    """Nobody watches."""
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """How an engine holds requests.
@@ -58,11 +66,13 @@ class Terms:
         bounds: how much may wait for each graph.
         patience: answers withheld in a row, as not finite, until the version counts as
             unhealthy; 0 for any number.
+        seen: is told by which method of which engine pictures were scored.
     """
 
     lanes: int = 0
     bounds: Bounds = field(default_factory=Bounds)
     patience: int = 0
+    seen: Seen = _unseen
 
 
 class Engine:
@@ -99,6 +109,7 @@ class Engine:
         self.manifest = bundle.manifest
         self.digest = bundle.digest
         self.detector = _detector(bundle)
+        self._seen = terms.seen
         self._trust = Trust(self.manifest.name, terms.patience, traffic)
         golden = bundle.golden()
         runners: dict[Role, Runner] = {**sessions}
@@ -172,6 +183,7 @@ class Engine:
         *,
         surprise: bool = False,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        seen: bool = True,
     ) -> Scores:
         """How plausible pictures are.
 
@@ -180,11 +192,15 @@ class Engine:
             alpha: accepted rate of false rejections, promisable by the calibration.
             surprise: whether to give the per-pixel map.
             guarantee: what alpha is to hold for.
+            seen: whether monitors are told.
         """
         self._trust.require()
         outputs = _SURPRISE if surprise else _SCORE
         arrays = (await self._lanes.run_all(_ask(Role.DENSITY, {"x": x}, outputs)))[0]
-        return self._scores(arrays, alpha, guarantee)
+        scores = self._scores(arrays, alpha, guarantee)
+        if seen:
+            self._seen(self, "Score", scores)
+        return scores
 
     async def classify(
         self,
@@ -194,6 +210,7 @@ class Engine:
         priors: Doubles | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        seen: bool = True,
     ) -> Classifications:
         """Which label Bayes' rule assigns, if any.
 
@@ -203,6 +220,7 @@ class Engine:
             priors: p(y) (labels,); None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
             guarantee: what alpha is to hold for.
+            seen: whether monitors are told.
         """
         self._trust.require()
         density, conditional = await self._lanes.run_all(
@@ -217,6 +235,8 @@ class Engine:
         unsure = posterior.max(1, initial=0.0) < min_posterior
         verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
         verdict = np.where(scores.verdict == Verdict.OUTLIER, Verdict.OUTLIER, verdict)
+        if seen:
+            self._seen(self, "Classify", scores)
         return Classifications(
             log_pxy=conditional["log_pxy"].astype(np.float64),
             posterior=posterior,
@@ -327,14 +347,16 @@ class Engine:
     def close(self) -> None:
         """Lets running graphs end and frees the lanes."""
         self._lanes.close()
+        self._trust.end()
 
     async def _passes(self, x: Pixels, labels: Labels, alpha: float) -> Accepted:
         """Whether draws would be accepted, and assigned the labels they were drawn with."""
         if Role.CONDITIONAL in self._lanes and np.all(labels >= 0):
-            answer = await self.classify(x, alpha)
+            answer = await self.classify(x, alpha, seen=False)
             assigned: Accepted = (answer.verdict == Verdict.ACCEPTED) & (answer.label == labels)
             return assigned
-        plausible: Accepted = (await self.score(x, alpha)).verdict == Verdict.ACCEPTED
+        scores = await self.score(x, alpha, seen=False)
+        plausible: Accepted = scores.verdict == Verdict.ACCEPTED
         return plausible
 
     async def _surprise(self, x: Pixels) -> Floats:

@@ -78,6 +78,13 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
         answer: admin_pb2.RollbackResponse = await self._change("Rollback", request, context)
         return answer
 
+    async def ResetDrift(
+        self, request: admin_pb2.ResetDriftRequest, context: Context
+    ) -> admin_pb2.ResetDriftResponse:
+        """Begins the test for drift anew."""
+        answer: admin_pb2.ResetDriftResponse = await self._change("ResetDrift", request, context)
+        return answer
+
     def _ready(self) -> Sequence[tuple[int, Path]]:
         if ready := self._sockets():
             return ready

@@ -181,6 +181,18 @@ class Lifecycle:
         """
         return await self._in_turn(self._rollback(name))
 
+    async def reset_drift(self, name: str, version: str = "") -> str:
+        """The version, of that number or label, whose test for drift has begun anew.
+
+        Raises:
+            InvalidInput: the name or the version is none that a bundle can have.
+            ModelNotFound: no such version is served.
+        """
+        engine = self._registry.find(name, version)
+        self._metrics.monitor.reset(engine)
+        self._log.info("drift reset", name=name, version=engine.manifest.version)
+        return engine.manifest.version
+
     def versions(self) -> list[Version]:
         """Those that are served, then those on their way in or out, then those refused."""
         served = [self._described(engine) for engine in self._registry.engines()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from likely import graphs, machine
 from likely.admission import Bounds
 from likely.bundle import MANIFEST, Bundle
-from likely.engine import Engine, Terms
+from likely.engine import Engine, Seen, Terms
 from likely.errors import BundleError, SettingsError
 from likely.settings import Settings
 from likely.traffic import Traffic
@@ -18,13 +18,14 @@ from likely.traffic import Traffic
 class Loader:
     """Opens bundles as the settings want it; may be used from any thread."""
 
-    def __init__(self, settings: Settings, traffic: Traffic) -> None:
+    def __init__(self, settings: Settings, traffic: Traffic, seen: Seen) -> None:
         self._settings = settings
         self._traffic = traffic
         self._terms = Terms(
             settings.lanes,
             Bounds(settings.queued_images, settings.queued_bytes),
             settings.withheld_answers,
+            seen,
         )
         self._device = graphs.Device.parse(settings.device, memory=settings.gpu_memory << 20)
         cores = machine.cores()

@@ -19,6 +19,7 @@ from prometheus_client import (
 from likely import machine
 from likely.answers import Verdict
 from likely.errors import SettingsError
+from likely.monitor import Monitor
 from likely.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -36,12 +37,20 @@ class Metrics:
     Attributes:
         registry: all of them.
         traffic: those of queues and batches.
+        monitor: those of what was scored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drift_level: float = 0.0, workers: int = 1) -> None:
+        """Metrics that begin with 0.
+
+        Args:
+            drift_level: accepted probability of a false alarm of drift; 0 for no test.
+            workers: processes that serve side by side.
+        """
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.traffic = Traffic(self.registry)
+        self.monitor = Monitor(self.registry, drift_level, workers)
         self._children: dict[tuple[object, tuple[str, ...]], object] = {}
         self._requests = Counter(
             "likely_requests",
@@ -90,6 +99,15 @@ class Metrics:
             registry=self.registry,
         )
         self._served: set[tuple[str, ...]] = set()
+        self._ready = Gauge(
+            "likely_ready",
+            "1 while requests are taken, as health says; of several workers the largest.",
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self._loads = Counter(
+            "likely_loads", "Versions that began to be served.", ("model",), registry=self.registry
+        )
         self._refused = Counter(
             "likely_load_failures",
             "Bundles refused while serving; what was served before was served on.",
@@ -136,12 +154,20 @@ class Metrics:
 
     def serving(self, engines: Iterable[Engine]) -> None:
         """These models are served from now on."""
+        engines = list(engines)
+        self.monitor.serving(engines)
         served = {_labels_of(engine) for engine in engines}
         for gone in self._served - served:
             self._models.labels(*gone).set(0)
         for labels in served:
             self._models.labels(*labels).set(1)
+        for name, *_ in served - self._served:
+            self._loads.labels(name).inc()
         self._served = served
+
+    def ready(self, ready: bool) -> None:
+        """Requests are taken from now on, or not any more."""
+        self._ready.set(ready)
 
     def load_failed(self, reason: str) -> None:
         """A bundle has been refused while serving."""

@@ -85,10 +85,10 @@ class Server:
         self.registry = Registry(settings.default_version)
         self._settings = settings
         self._log = log
-        self._metrics = Metrics()
+        self._metrics = Metrics(settings.drift_level, settings.workers or 1)
         self._exporter: Exporter | None = None
         self.lost: asyncio.Future[DeviceLost] = asyncio.get_running_loop().create_future()
-        loader = Loader(settings, self._metrics.traffic)
+        loader = Loader(settings, self._metrics.traffic, self._metrics.monitor.saw)
         self.lifecycle = Lifecycle(self.registry, loader, self._metrics, log, self._tell)
         self._watcher: Watcher | None = None
         if settings.watch:
@@ -96,6 +96,7 @@ class Server:
         self._watching: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
         self._loaded = False
+        self._quiet = False
         self._admin_socket = admin_socket
         self._health = health_aio.HealthServicer()
         self._guard = Guard(
@@ -166,11 +167,13 @@ class Server:
             delay: seconds in which whoever looks at health finds other servers.
         """
         grace = self._settings.drain_seconds if drain_seconds is None else drain_seconds
+        self._go_quiet()
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(delay)
         if self._watching:
             self._watching.cancel()
         await self._drain(grace)
+        self._metrics.monitor.tell()
         if self._exporter:
             await asyncio.to_thread(self._exporter.close)
         await self.lifecycle.close()
@@ -220,6 +223,7 @@ class Server:
         if not self.lost.done():
             self._log.error("device lost", message=str(error))
             self.lost.set_result(error)
+            self._go_quiet()
             self._telling = asyncio.create_task(self._health.enter_graceful_shutdown())
 
     async def _tell(self) -> None:
@@ -228,6 +232,11 @@ class Server:
             serves = bool(self.registry.engines())
             await self._tell_health(_STATUS.SERVING if serves else _STATUS.NOT_SERVING)
 
+    def _go_quiet(self) -> None:
+        self._quiet = True  # as health does, which says NOT_SERVING from now on, whatever comes
+        self._metrics.ready(False)
+
     async def _tell_health(self, status: int) -> None:
+        self._metrics.ready(status == _STATUS.SERVING and not self._quiet)
         for service in ("", *SERVICES):
             await self._health.set(service, status)

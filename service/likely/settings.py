@@ -134,6 +134,8 @@ class Settings(BaseSettings):
     """Bytes of the pictures, or maps, in one answer."""
     default_alpha: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
     """Rate of false rejections where a request names none."""
+    drift_level: float = Field(1e-3, ge=0, lt=1, allow_inf_nan=False)
+    """Accepted probability that a version ever raises a false alarm of drift; 0 is no test."""
     drain_delay: float = Field(1.0, ge=0, le=600, allow_inf_nan=False)
     """Seconds after SIGTERM in which requests are still taken, while health says NOT_SERVING."""
     drain_seconds: float = Field(30.0, ge=0, le=3600, allow_inf_nan=False)

@@ -23,6 +23,7 @@ class Traffic:
         failures: runs that failed, by model and reason.
         restarts: times that a queue broke and was begun anew, by model.
         withheld: answers that were not finite and stayed here, by model.
+        unhealthy: versions that answer no more because too many were withheld, by model.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -60,6 +61,12 @@ class Traffic:
         )
         self.withheld = Counter(
             "likely_withheld", "Answers withheld as not finite.", ("model",), registry=into
+        )
+        self.unhealthy = _gauge(
+            "likely_unhealthy_versions",
+            "Versions that answer no more, too many of their answers being withheld; by worker.",
+            ("model",),
+            into,
         )
 
 

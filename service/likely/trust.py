@@ -28,6 +28,7 @@ class Trust:
         self._name = name
         self._patience = patience
         self._withheld = traffic.withheld.labels(name)
+        self._unhealthy = traffic.unhealthy.labels(name)
         self._in_a_row = 0
 
     def require(self) -> None:
@@ -56,6 +57,12 @@ class Trust:
             return
         self._withheld.inc()
         self._in_a_row += 1
-        if self._patience and self._in_a_row >= self._patience:
+        if self.healthy and self._patience and self._in_a_row >= self._patience:
             self.healthy = False
+            self._unhealthy.inc()
         raise ServerFault("the model gave a value that is not finite")
+
+    def end(self) -> None:
+        """Is not counted any more, where it was unhealthy."""
+        if not self.healthy:
+            self._unhealthy.dec()

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15likely/v1/admin.proto\x12\tlikely.v1\"\x15\n\x13ListVersionsRequest\"A\n\x14ListVersionsResponse\x12)\n\x08versions\x18\x01 \x03(\x0b\x32\x17.likely.v1.ModelVersion\"\"\n\x10LoadModelRequest\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"=\n\x11LoadModelResponse\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.likely.v1.ModelVersion\"?\n\x12UnloadModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"\x15\n\x13UnloadModelResponse\"K\n\x0fSetLabelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\"\x12\n\x10SetLabelResponse\"%\n\x0fRollbackRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\"<\n\x10RollbackResponse\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.likely.v1.ModelVersion\"\xc6\x01\n\x0cModelVersion\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.likely.v1.VersionState\x12\x0e\n\x06\x66older\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x0e\n\x06labels\x18\x06 \x03(\t\x12\x12\n\nis_default\x18\x07 \x01(\x08\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07message\x18\t \x01(\t*\x99\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15VERSION_STATE_LOADING\x10\x01\x12\x19\n\x15VERSION_STATE_SERVING\x10\x02\x12\x1a\n\x16VERSION_STATE_DRAINING\x10\x03\x12\x18\n\x14VERSION_STATE_FAILED\x10\x04\x32\xff\x02\n\x0c\x41\x64minService\x12O\n\x0cListVersions\x12\x1e.likely.v1.ListVersionsRequest\x1a\x1f.likely.v1.ListVersionsResponse\x12\x46\n\tLoadModel\x12\x1b.likely.v1.LoadModelRequest\x1a\x1c.likely.v1.LoadModelResponse\x12L\n\x0bUnloadModel\x12\x1d.likely.v1.UnloadModelRequest\x1a\x1e.likely.v1.UnloadModelResponse\x12\x43\n\x08SetLabel\x12\x1a.likely.v1.SetLabelRequest\x1a\x1b.likely.v1.SetLabelResponse\x12\x43\n\x08Rollback\x12\x1a.likely.v1.RollbackRequest\x1a\x1b.likely.v1.RollbackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15likely/v1/admin.proto\x12\tlikely.v1\"\x15\n\x13ListVersionsRequest\"A\n\x14ListVersionsResponse\x12)\n\x08versions\x18\x01 \x03(\x0b\x32\x17.likely.v1.ModelVersion\"\"\n\x10LoadModelRequest\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"=\n\x11LoadModelResponse\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.likely.v1.ModelVersion\"?\n\x12UnloadModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"\x15\n\x13UnloadModelResponse\"K\n\x0fSetLabelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\"\x12\n\x10SetLabelResponse\"%\n\x0fRollbackRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\"<\n\x10RollbackResponse\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.likely.v1.ModelVersion\">\n\x11ResetDriftRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"+\n\x12ResetDriftResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\"\xc6\x01\n\x0cModelVersion\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.likely.v1.VersionState\x12\x0e\n\x06\x66older\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x0e\n\x06labels\x18\x06 \x03(\t\x12\x12\n\nis_default\x18\x07 \x01(\x08\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07message\x18\t \x01(\t*\x99\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15VERSION_STATE_LOADING\x10\x01\x12\x19\n\x15VERSION_STATE_SERVING\x10\x02\x12\x1a\n\x16VERSION_STATE_DRAINING\x10\x03\x12\x18\n\x14VERSION_STATE_FAILED\x10\x04\x32\xca\x03\n\x0c\x41\x64minService\x12O\n\x0cListVersions\x12\x1e.likely.v1.ListVersionsRequest\x1a\x1f.likely.v1.ListVersionsResponse\x12\x46\n\tLoadModel\x12\x1b.likely.v1.LoadModelRequest\x1a\x1c.likely.v1.LoadModelResponse\x12L\n\x0bUnloadModel\x12\x1d.likely.v1.UnloadModelRequest\x1a\x1e.likely.v1.UnloadModelResponse\x12\x43\n\x08SetLabel\x12\x1a.likely.v1.SetLabelRequest\x1a\x1b.likely.v1.SetLabelResponse\x12\x43\n\x08Rollback\x12\x1a.likely.v1.RollbackRequest\x1a\x1b.likely.v1.RollbackResponse\x12I\n\nResetDrift\x12\x1c.likely.v1.ResetDriftRequest\x1a\x1d.likely.v1.ResetDriftResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'likely.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERSIONSTATE']._serialized_start=713
-  _globals['_VERSIONSTATE']._serialized_end=866
+  _globals['_VERSIONSTATE']._serialized_start=822
+  _globals['_VERSIONSTATE']._serialized_end=975
   _globals['_LISTVERSIONSREQUEST']._serialized_start=36
   _globals['_LISTVERSIONSREQUEST']._serialized_end=57
   _globals['_LISTVERSIONSRESPONSE']._serialized_start=59
@@ -53,8 +53,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROLLBACKREQUEST']._serialized_end=447
   _globals['_ROLLBACKRESPONSE']._serialized_start=449
   _globals['_ROLLBACKRESPONSE']._serialized_end=509
-  _globals['_MODELVERSION']._serialized_start=512
-  _globals['_MODELVERSION']._serialized_end=710
-  _globals['_ADMINSERVICE']._serialized_start=869
-  _globals['_ADMINSERVICE']._serialized_end=1252
+  _globals['_RESETDRIFTREQUEST']._serialized_start=511
+  _globals['_RESETDRIFTREQUEST']._serialized_end=573
+  _globals['_RESETDRIFTRESPONSE']._serialized_start=575
+  _globals['_RESETDRIFTRESPONSE']._serialized_end=618
+  _globals['_MODELVERSION']._serialized_start=621
+  _globals['_MODELVERSION']._serialized_end=819
+  _globals['_ADMINSERVICE']._serialized_start=978
+  _globals['_ADMINSERVICE']._serialized_end=1436
 # @@protoc_insertion_point(module_scope)

@@ -236,6 +236,46 @@ class RollbackResponse(google.protobuf.message.Message):
 Global___RollbackResponse: typing_extensions.TypeAlias = RollbackResponse
 
 @typing.final
+class ResetDriftRequest(google.protobuf.message.Message):
+    """Asks for the test for drift to begin anew."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_NAME_FIELD_NUMBER: builtins.int
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
+    model_name: builtins.str
+    """The model's name. Required."""
+    model_version: builtins.str
+    """Its version, or a label; empty means the one that answers by default."""
+    def __init__(
+        self,
+        *,
+        model_name: builtins.str = ...,
+        model_version: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_name", b"model_name", "model_version", b"model_version"]) -> None: ...
+
+Global___ResetDriftRequest: typing_extensions.TypeAlias = ResetDriftRequest
+
+@typing.final
+class ResetDriftResponse(google.protobuf.message.Message):
+    """The test has begun anew."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
+    model_version: builtins.str
+    """The version whose test it is."""
+    def __init__(
+        self,
+        *,
+        model_version: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_version", b"model_version"]) -> None: ...
+
+Global___ResetDriftResponse: typing_extensions.TypeAlias = ResetDriftResponse
+
+@typing.final
 class ModelVersion(google.protobuf.message.Message):
     """One version of a model, or a bundle that was to become one."""
 

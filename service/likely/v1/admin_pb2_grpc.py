@@ -61,6 +61,11 @@ class AdminServiceStub(object):
                 request_serializer=likely_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=likely_dot_v1_dot_admin__pb2.RollbackResponse.FromString,
                 _registered_method=True)
+        self.ResetDrift = channel.unary_unary(
+                '/likely.v1.AdminService/ResetDrift',
+                request_serializer=likely_dot_v1_dot_admin__pb2.ResetDriftRequest.SerializeToString,
+                response_deserializer=likely_dot_v1_dot_admin__pb2.ResetDriftResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -111,6 +116,14 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetDrift(self, request, context):
+        """Begins the test for drift of a version anew, its alarms ended, in every
+        worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -138,6 +151,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=likely_dot_v1_dot_admin__pb2.RollbackRequest.FromString,
                     response_serializer=likely_dot_v1_dot_admin__pb2.RollbackResponse.SerializeToString,
+            ),
+            'ResetDrift': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetDrift,
+                    request_deserializer=likely_dot_v1_dot_admin__pb2.ResetDriftRequest.FromString,
+                    response_serializer=likely_dot_v1_dot_admin__pb2.ResetDriftResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -277,6 +295,33 @@ class AdminService(object):
             '/likely.v1.AdminService/Rollback',
             likely_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
             likely_dot_v1_dot_admin__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetDrift(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/likely.v1.AdminService/ResetDrift',
+            likely_dot_v1_dot_admin__pb2.ResetDriftRequest.SerializeToString,
+            likely_dot_v1_dot_admin__pb2.ResetDriftResponse.FromString,
             options,
             channel_credentials,
             insecure,

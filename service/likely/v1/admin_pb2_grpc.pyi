@@ -105,7 +105,23 @@ _AdminServiceRollbackType = typing_extensions.TypeVar(
     ],
 )
 
-class AdminServiceStub(typing.Generic[_AdminServiceListVersionsType, _AdminServiceLoadModelType, _AdminServiceUnloadModelType, _AdminServiceSetLabelType, _AdminServiceRollbackType]):
+_AdminServiceResetDriftType = typing_extensions.TypeVar(
+    '_AdminServiceResetDriftType',
+    grpc.UnaryUnaryMultiCallable[
+        likely.v1.admin_pb2.ResetDriftRequest,
+        likely.v1.admin_pb2.ResetDriftResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        likely.v1.admin_pb2.ResetDriftRequest,
+        likely.v1.admin_pb2.ResetDriftResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        likely.v1.admin_pb2.ResetDriftRequest,
+        likely.v1.admin_pb2.ResetDriftResponse,
+    ],
+)
+
+class AdminServiceStub(typing.Generic[_AdminServiceListVersionsType, _AdminServiceLoadModelType, _AdminServiceUnloadModelType, _AdminServiceSetLabelType, _AdminServiceRollbackType, _AdminServiceResetDriftType]):
     """Loads, unloads and labels model versions; on a port of its own, which is off
     by default.
     """
@@ -132,6 +148,10 @@ class AdminServiceStub(typing.Generic[_AdminServiceListVersionsType, _AdminServi
             likely.v1.admin_pb2.RollbackRequest,
             likely.v1.admin_pb2.RollbackResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            likely.v1.admin_pb2.ResetDriftRequest,
+            likely.v1.admin_pb2.ResetDriftResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -155,6 +175,10 @@ class AdminServiceStub(typing.Generic[_AdminServiceListVersionsType, _AdminServi
         grpc.aio.UnaryUnaryMultiCallable[
             likely.v1.admin_pb2.RollbackRequest,
             likely.v1.admin_pb2.RollbackResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            likely.v1.admin_pb2.ResetDriftRequest,
+            likely.v1.admin_pb2.ResetDriftResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -185,6 +209,11 @@ class AdminServiceStub(typing.Generic[_AdminServiceListVersionsType, _AdminServi
     there was none, or if its folder does not hold it any more.
     """
 
+    ResetDrift: _AdminServiceResetDriftType
+    """Begins the test for drift of a version anew, its alarms ended, in every
+    worker.
+    """
+
 AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         likely.v1.admin_pb2.ListVersionsRequest,
@@ -205,6 +234,10 @@ AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         likely.v1.admin_pb2.RollbackRequest,
         likely.v1.admin_pb2.RollbackResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        likely.v1.admin_pb2.ResetDriftRequest,
+        likely.v1.admin_pb2.ResetDriftResponse,
     ],
 ]
 
@@ -263,6 +296,16 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         """Makes the version that answered by default before the last change the
         stable one, loading it again if need be. Fails with FAILED_PRECONDITION if
         there was none, or if its folder does not hold it any more.
+        """
+
+    @abc.abstractmethod
+    def ResetDrift(
+        self,
+        request: likely.v1.admin_pb2.ResetDriftRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[likely.v1.admin_pb2.ResetDriftResponse, collections.abc.Awaitable[likely.v1.admin_pb2.ResetDriftResponse]]:
+        """Begins the test for drift of a version anew, its alarms ended, in every
+        worker.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
