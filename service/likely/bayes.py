@@ -64,3 +64,47 @@ def check_priors(priors: Sequence[float], labels: int) -> Doubles:
     if abs(values.sum() - 1) > 1e-6:
         raise InvalidInput("priors", f"they sum to {values.sum():.9g}; 1 within 1e-6 is asked")
     return values
+
+
+def reweighted(posterior: Doubles, priors: Doubles, others: Doubles) -> Doubles:
+    """p(y|x) (n, labels) under other priors: what was p(y|x) times other p(y) / p(y), normalised.
+
+    Args:
+        posterior: (n, labels), under `priors`.
+        priors: (labels,).
+        others: (labels,); a label that `priors` rule out stays ruled out.
+
+    Returns:
+        Rows that sum to 1; a row for which the others rule out every label is left as it was.
+    """
+    ratio = np.divide(others, priors, out=np.zeros_like(others), where=priors > 0)
+    weights = posterior * ratio
+    total = weights.sum(1, keepdims=True)
+    normalised: Doubles = np.divide(weights, total, out=posterior.copy(), where=total > 0)
+    return normalised
+
+
+def estimated_priors(
+    posterior: Doubles, priors: Doubles, *, tolerance: float = 1e-9, most: int = 10_000
+) -> Doubles:
+    """p(y) (labels,) of the pictures that have these posteriors, by maximum likelihood.
+
+    Expectation-maximisation (Saerens, Latinne and Decaestecker, 2002,
+    https://doi.org/10.1162/089976602753284446): no picture's label is asked for; that the
+    pictures of a label look as they did, p(x|y), is taken for granted. The likelihood is
+    concave in p(y), so that the start does not matter.
+
+    Args:
+        posterior: (n, labels), under `priors`; for n = 0 the answer is `priors`.
+        priors: (labels,).
+        tolerance: ends where no prior moves by more.
+        most: steps after which it ends all the same.
+    """
+    found = priors
+    for _ in range(most if len(posterior) else 0):
+        moved = reweighted(posterior, priors, found).mean(0)
+        close = np.abs(moved - found).max() <= tolerance
+        found = moved
+        if close:
+            break
+    return found

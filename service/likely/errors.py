@@ -10,6 +10,7 @@
     ├── AccessDenied          a valid token that does not allow this
     │   └── Unauthenticated   no token, or none that is valid; carries the reason
     ├── MethodUnknown         the server has no such method: older than its client, or another
+    ├── Forked                a client whose channel another process opened
     ├── ServerFault           the server failed; carries its request id
     ├── BundleError           a bundle is incomplete, altered or foreign
     ├── Refused               a change of what is served that may not be made now
@@ -18,6 +19,7 @@
     ├── OutOfMemory           the runtime found no memory for a batch
     ├── RunStopped            a run was ended because nobody waits for it
     ├── RuntimeMissing        no ONNX Runtime is installed
+    ├── JobError              a batch job that cannot be done, or resumed, as it was asked for
     └── SettingsError         settings that cannot be used
 
 The engine raises the first three; the client raises all up to ServerFault, as
@@ -108,6 +110,10 @@ class MethodUnknown(LikelyError):
     """The server has no such service or method."""
 
 
+class Forked(LikelyError, RuntimeError):
+    """A client is used in another process than the one that opened its channel."""
+
+
 class ServerFault(LikelyError):
     """The server failed; its log tells why under the request id in the message."""
 
@@ -150,6 +156,10 @@ class RunStopped(LikelyError):
 
 class RuntimeMissing(LikelyError, ImportError):
     """No ONNX Runtime is installed."""
+
+
+class JobError(LikelyError):
+    """A batch job that cannot be done, or resumed, as it was asked for."""
 
 
 class SettingsError(LikelyError):

@@ -20,11 +20,12 @@ SERVICE = {
     "bayes": "answers errors numpy",
     "outliers": "answers errors numpy",
     "noise": "answers numpy",
+    "levels": "answers errors numpy PIL",
     "codec": "answers errors v1 numpy",
     "statuses": "errors v1 grpc google",
     "plans": "answers codec errors v1 numpy",
     "channels": "addresses errors grpc",
-    "client": "answers channels codec plans statuses v1 numpy grpc",
+    "client": "answers channels codec errors plans statuses v1 numpy grpc",
     "__init__": "answers client errors outliers",
     "settings": "answers errors pydantic pydantic_settings tomli_w",
     "access": "addresses errors fresh settings jwt pydantic structlog",
@@ -72,6 +73,10 @@ SERVICE = {
         "servicers settings v1 watch grpc grpc_health grpc_reflection structlog"
     ),
     "process": "graphs logs server settings structlog",
+    "jobs": (
+        "admission answers bayes bundle channels client engine errors graphs levels loading "
+        "machine noise outliers plans registry numpy pyarrow ray PIL"
+    ),
     "together": "prometheus_client",
     "worker": "errors logs process server settings together",
     "fanout": "errors v1 grpc",
@@ -80,8 +85,8 @@ SERVICE = {
         "settings together v1 worker grpc structlog"
     ),
     "cli": (
-        "answers channels client errors machine plans settings supervisor loading bundle engine "
-        "graphs click grpc numpy onnxruntime PIL rich"
+        "answers channels client errors jobs levels machine plans settings supervisor loading "
+        "bundle engine graphs click grpc numpy onnxruntime PIL rich"
     ),
     "__main__": "cli",
 }

@@ -1,4 +1,4 @@
-"""The command line: `likely serve|score|classify|generate|models|health|doctor|verify`.
+"""The command line: `likely serve|score|classify|generate|batch|models|health|doctor|verify`.
 
 Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from likely.cli.ask import classify, generate, models, score
+from likely.cli.batch import batch
 from likely.cli.doctor import doctor
 from likely.cli.health import health
 from likely.cli.serve import serve
@@ -34,5 +35,5 @@ def main() -> None:
     """Explicit-density models: draw pictures, judge how plausible they are, label them."""
 
 
-for command in (serve, score, classify, generate, models, health, doctor, verify):
+for command in (serve, score, classify, generate, batch, models, health, doctor, verify):
     main.add_command(command)

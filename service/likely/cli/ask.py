@@ -105,7 +105,7 @@ def classify(
     as_json: bool,
 ) -> None:
     """Which label does Bayes' rule assign, if any?"""
-    given = _numbers(priors)
+    given = numbers(priors)
     with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read(files, info)
@@ -237,7 +237,12 @@ def _about(name: str, answer: Scores | Classifications) -> dict[str, Any]:
     return {"model": name, "version": answer.model_version, "alpha": answer.alpha}
 
 
-def _numbers(text: str | None) -> list[float] | None:
+def numbers(text: str | None) -> list[float] | None:
+    """The numbers of a text such as `0.2,0.8`.
+
+    Raises:
+        InvalidInput: it is no such text.
+    """
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:

@@ -47,26 +47,32 @@ class Connection:
         )
 
 
-def connected(timeout: float = TIMEOUT) -> Callable[[F], F]:
-    """Adds the options, and gives the command its `server: Connection`."""
+def connected(timeout: float = TIMEOUT, *, optional: bool = False) -> Callable[[F], F]:
+    """Adds the options, and gives the command its `server: Connection`.
+
+    Args:
+        timeout: seconds of a request, where none are named.
+        optional: whether the command can do without a server: then `server` is None unless
+            the command line itself names an address.
+    """
 
     def decorate(command: F) -> F:
         @functools.wraps(command)
         def run(**given: Any) -> None:
             names = Connection.__dataclass_fields__
             connection = Connection(**{name: given.pop(name) for name in names})
-            command(server=connection, **given)
+            command(server=connection if connection.address else None, **given)
 
         # click fills the options in by name, so that the two need not have one signature.
         decorated = cast("F", run)
-        for option in _options(timeout):
+        for option in _options(timeout, optional):
             decorated = option(decorated)
         return decorated
 
     return decorate
 
 
-def _options(timeout: float) -> tuple[Callable[[F], F], ...]:
+def _options(timeout: float, optional: bool) -> tuple[Callable[[F], F], ...]:
     file = click.Path(dir_okay=False, path_type=Path)
     return (
         click.option("--key", type=file, envvar="LIKELY_KEY", help="PEM file, its key."),
@@ -86,7 +92,9 @@ def _options(timeout: float) -> tuple[Callable[[F], F], ...]:
         click.option(
             "--timeout", type=float, default=timeout, show_default=True, help="Seconds a request."
         ),
-        click.option(
+        click.option("--address", help="A server to ask, in place of a bundle.")
+        if optional
+        else click.option(
             "--address", envvar="LIKELY_ADDRESS", default=ADDRESS, show_default=True,
             show_envvar=True, help="The server.",
         ),

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from likely import levels
 from likely.answers import Draws, Floats, ModelInfo, Pixels
-from likely.errors import InvalidInput
+from likely.levels import brightness
 from likely.plans import pixels
 
 ARRAYS = (".npy", ".npz")
-KEYS = ("x", "images")
-_EIGHT_BIT = {"1", "L", "LA", "P", "RGB", "RGBA"}
 _GAP = 1
 
 
@@ -39,12 +34,12 @@ def read(paths: Sequence[Path], info: ModelInfo) -> tuple[Pixels, list[str]]:
     parts, names = [], []
     for path in paths:
         if path.suffix.lower() in ARRAYS:
-            x = pixels(_array(path))
+            x = pixels(levels.of_array(path))
             names += [f"{path}[{i}]" for i in range(len(x))]
         else:
-            x = _image(path, info)
+            x = levels.of_image(path, str(path), info.shape[0], info.levels)[None]
             names.append(str(path))
-        _check_fit(path, x, info)
+        levels.check_fit(str(path), x.shape[1:], info.shape)
         parts.append(x)
     return np.concatenate(parts), names
 
@@ -87,12 +82,6 @@ def write_surprise(out: Path, x: Pixels, surprise: Floats, info: ModelInfo) -> N
         Image.fromarray(grid(shown.reshape(-1, *x.shape[1:]), even=True)).save(part)
 
 
-def brightness(x: Pixels, levels: int) -> Pixels:
-    """Levels in [0, levels) as brightness from 0 to 255."""
-    bright: Pixels = np.rint(x * (255 / (levels - 1))).astype(np.uint8)
-    return bright
-
-
 def grid(x: Pixels, *, even: bool = False) -> Pixels:
     """Pictures (n, c, h, w) side by side in a square: (rows, columns) grey or (…, 3) colour."""
     n, c, h, w = x.shape
@@ -123,38 +112,3 @@ def _whole(out: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink()
-
-
-def _array(path: Path) -> npt.NDArray[Any]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            key = next((key for key in KEYS if key in loaded), None) or loaded.files[0]
-            array: npt.NDArray[Any] = loaded[key]
-            return array
-    except (ValueError, EOFError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-        raise InvalidInput(str(path), f"no array can be read from it: {error}") from error
-
-
-def _image(path: Path, info: ModelInfo) -> Pixels:
-    try:
-        with Image.open(path) as image:
-            if image.mode not in _EIGHT_BIT:
-                raise InvalidInput(str(path), f"mode {image.mode}; 8 bits a channel are asked")
-            turned = image.convert("L" if info.shape[0] == 1 else "RGB")
-    except UnidentifiedImageError as error:
-        raise InvalidInput(str(path), "neither an image nor .npy nor .npz") from error
-    bright = np.atleast_3d(np.asarray(turned)).transpose(2, 0, 1)
-    return np.rint(bright * ((info.levels - 1) / 255)).astype(np.uint8)[None]
-
-
-def _check_fit(path: Path, x: Pixels, info: ModelInfo) -> None:
-    if x.shape[1:] != info.shape:
-        given = " x ".join(str(size) for size in x.shape[1:])
-        asked = " x ".join(str(size) for size in info.shape)
-        raise InvalidInput(
-            str(path),
-            f"{given} (channels x rows x columns); the model {info.name} takes {asked}",
-        )

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +27,7 @@ FILES_HELP = (
     "with the key x, images, or else its first one; (n, c, h, w), or (n, h, w) for one "
     "channel. Nothing is resized, cropped or inverted."
 )
+TOLD_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 _COLOURS = {"accepted": "green", "outlier": "red", "ambiguous": "yellow"}
 
 
@@ -52,6 +62,50 @@ def bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
     ) as shown:
         task = shown.add_task(what, total=total)
         yield lambda n: shown.advance(task, n)
+
+
+class Rate(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate of the last while; blank before there is one."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed else "")
+
+
+@contextmanager
+def long_bar(total: int, done: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Progress of what takes long, on standard error: a bar, or a line now and then in a log.
+
+    Args:
+        total: how many there are.
+        done: how many were done before.
+        what: is done with them.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(),
+    )  # fmt: skip
+    began = told = time.monotonic()
+    shown = Progress(*columns, console=console, disable=not console.is_terminal)
+    task = shown.add_task(what, total=total, completed=done)
+
+    def advance(n: int) -> None:
+        nonlocal told
+        shown.advance(task, n)
+        now = time.monotonic()
+        if not console.is_terminal and now - told >= TOLD_EVERY:
+            told = now
+            at = int(shown.tasks[0].completed)
+            rate = (at - done) / (now - began)
+            click.echo(
+                f"{what}: {at:,} of {total:,} pictures, {rate:,.0f} a second, "
+                f"{(total - at) / rate:,.0f} s left",
+                err=True,
+            )
+
+    with shown:
+        yield advance
 
 
 def progress(parts: Iterable[slice], total: int, what: str) -> Iterator[slice]:

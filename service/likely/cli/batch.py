@@ -1,0 +1,158 @@
+"""`likely batch generate|score|classify`: jobs over many pictures, resumed where they ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+from likely.answers import Guarantee, ModelInfo
+from likely.cli.ask import numbers
+from likely.cli.job import Job, job
+
+if TYPE_CHECKING:
+    from likely.jobs.requests import Task
+    from likely.jobs.sources import Pictures
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INPUT_HELP = (
+    "INPUTS are Parquet files, arrays (.npy, .npz), WebDataset shards (.tar), image files, and "
+    "folders of these. The job's folder holds shards and a manifest; the same command resumes "
+    "a job that was ended, and a folder of another job is refused."
+)
+
+
+@click.group()
+def batch() -> None:
+    """Draw, score or classify many pictures, in shards that a restart resumes."""
+
+
+@batch.command()
+@click.option("--labels", help="Counts by label, such as 3=100,5=200 (names or indices).")
+@click.option("--each", type=click.IntRange(1), help="So many pictures of every label.")
+@click.option("--count", type=click.IntRange(1), help="So many, each label drawn by the priors.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="The same seed gives the same pictures."
+)
+@click.option(
+    "--temperature", type=float, default=1.0, show_default=True,
+    help="Multiplies the noise, from 0 to 2.",
+)  # fmt: skip
+@click.option(
+    "--self-check", is_flag=True, help="Redraw what would be rejected or get another label."
+)
+@click.option("--alpha", type=float, help="Of --self-check. [0.05]")
+@click.option(
+    "--max-draws", type=int, default=16, show_default=True, help="Of one picture, likewise."
+)
+@job
+def generate(
+    job: Job,
+    labels: str | None,
+    each: int | None,
+    count: int | None,
+    seed: int,
+    temperature: float,
+    self_check: bool,
+    alpha: float | None,
+    max_draws: int,
+) -> None:
+    """Draw pictures by the thousand: the same ones, however often the job was ended."""
+    if sum(wish is not None for wish in (labels, each, count)) != 1:
+        raise click.UsageError("one of --labels, --each and --count says how many are drawn")
+    if alpha is not None and not self_check:
+        raise click.UsageError("--alpha is that of --self-check")
+
+    def ask(info: ModelInfo, _: Pictures | None) -> Task:
+        from likely.jobs.requests import Generation, runs
+
+        wanted: tuple[tuple[int | None, int], ...] = ((None, count or 0),)
+        if labels is not None:
+            wanted = runs(labels, info.labels)
+        elif each is not None:
+            wanted = tuple((label, each) for label in range(len(info.labels)))
+        if not self_check:
+            return Generation(wanted, seed, temperature)
+        asked = info.default_alpha if alpha is None else alpha
+        return Generation(wanted, seed, temperature, asked, max_draws)
+
+    job.run(ask, "drawing")
+
+
+def _judging(command: F) -> F:
+    """Adds the options of jobs that look at pictures."""
+    for option in (
+        job,
+        click.option(
+            "--fdr", type=float,
+            help="Tell also whom to reject so that at most this share of the job's rejections "
+            "is false (Benjamini-Hochberg).",
+        ),
+        click.option(
+            "--guarantee", type=click.Choice(["marginal", "pac"]), default="marginal",
+            show_default=True, help="What alpha holds for: on average, or with 95 % confidence.",
+        ),
+        click.option("--alpha", type=float, help="Accepted rate of false rejections. [0.05]"),
+        click.option(
+            "--key-column", help="Parquet's column of what to call each picture. [key, if there]"
+        ),
+        click.option("--column", help="Parquet's column of pictures. [image, images, x, …]"),
+        click.argument(
+            "inputs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@batch.command(epilog=INPUT_HELP)
+@_judging
+def score(job: Job, **given: Any) -> None:
+    """How plausible are these pictures; which are outliers?"""
+    _judge(job, "score", **given)
+
+
+@batch.command(epilog=INPUT_HELP)
+@click.option("--priors", help="p(y) in the model's order, with commas. [the model's own]")
+@click.option(
+    "--estimate-priors", is_flag=True,
+    help="Estimate p(y) from the pictures, and weigh the posteriors by it.",
+)  # fmt: skip
+@click.option(
+    "--min-posterior", type=float, default=0.0, help="Smallest posterior that assigns a label."
+)
+@_judging
+def classify(job: Job, priors: str | None, **given: Any) -> None:
+    """Which label does Bayes' rule assign, if any?"""
+    asked = numbers(priors)
+    _judge(job, "classify", priors=asked and tuple(asked), **given)
+
+
+def _judge(
+    job: Job,
+    kind: Literal["score", "classify"],
+    *,
+    inputs: tuple[Path, ...],
+    column: str | None,
+    key_column: str | None,
+    alpha: float | None,
+    guarantee: str,
+    **more: Any,
+) -> None:
+    def ask(info: ModelInfo, pictures: Pictures | None) -> Task:
+        from likely.jobs.requests import Judgement
+
+        assert pictures is not None
+        asked = info.default_alpha if alpha is None else alpha
+        held = Guarantee[guarantee.upper()]
+        return Judgement(kind, len(pictures), pictures.digest, asked, held, **more)
+
+    from likely.jobs.sources import Input
+
+    paths = tuple(path.absolute() for path in inputs)
+    job.run(
+        ask, {"score": "scoring", "classify": "classifying"}[kind], Input(paths, column, key_column)
+    )

@@ -1,0 +1,195 @@
+"""The options of every batch job, and what they set going."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from likely.answers import ModelInfo
+from likely.cli import show
+from likely.cli.connection import Connection, connected
+from likely.errors import JobError
+
+if TYPE_CHECKING:
+    from likely.jobs.backends import Opener
+    from likely.jobs.requests import Task
+    from likely.jobs.sources import Input, Pictures
+
+F = TypeVar("F", bound=Callable[..., Any])
+Ask = Callable[[ModelInfo, "Pictures | None"], "Task"]
+_NEEDS = ("pyarrow", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the options say."""
+
+    bundle: Path | None
+    device: str
+    keys: tuple[Path, ...]
+    server: Connection | None
+    model: str | None
+    version: str | None
+    patience: float
+    out: Path
+    form: str
+    shard: int
+    threads: int
+    workers: int
+    batch: int
+    engine: str
+    as_json: bool
+
+    def run(self, ask: Ask, what: str, given: Input | None = None) -> None:
+        """Does the job, or what is left of it, and tells what came of it.
+
+        Args:
+            ask: what to do, given the model and the pictures.
+            what: is shown beside the progress.
+            given: where the pictures are, if any are looked at.
+
+        Raises:
+            LikelyError: it cannot be done as it is asked for, or not now.
+            OSError: something cannot be read or written.
+        """
+        from likely.jobs.columns import Geometry
+        from likely.jobs.making import Maker, Plan
+        from likely.jobs.ray_workers import ray_workers
+        from likely.jobs.requests import Format, Request
+        from likely.jobs.running import WORKERS, run, threads
+        from likely.jobs.sources import Pictures
+
+        opener = self._opener()
+        backend = opener.open()
+        try:
+            info = backend.info
+            pictures = Pictures(given, Geometry(info.shape, info.levels)) if given else None
+            request = Request.of(ask(info, pictures), info, Format(self.form), self.shard)
+            backend.require(request.task)
+            plan = Plan(request, self.out.absolute(), opener, given, self.batch)
+            maker = Maker(plan, backend, pictures)
+            if self.engine == "ray":
+                cards = 1 if self.device.startswith("cuda") else 0
+                workers = ray_workers(plan, self.workers, max(1, self.threads), cards)
+            else:
+                workers = threads(maker, self.workers or WORKERS)
+            found = run(plan, maker, workers, functools.partial(show.long_bar, what=what))
+        finally:
+            backend.close()
+        row = {"out": str(self.out), **_flat(found)}
+        lines = [row] if self.as_json else [{"of": k, "found": row[k]} for k in row]
+        show.rows(lines, self.as_json, {"model": info.name, "version": info.version})
+
+    def _opener(self) -> Opener:
+        from likely.jobs.backends import Bundled, Served
+
+        server = self.server
+        if server is None:
+            if self.model or self.version:
+                raise click.UsageError("--model and --model-version are those of --address")
+            bundle = self.bundle and self.bundle.absolute()
+            # Ray begins many engines: each has the cores that it counts for.
+            cores = max(1, self.threads) if self.engine == "ray" else self.threads
+            keys = tuple(key.absolute() for key in self.keys)
+            return Bundled(bundle, self.device, cores, keys)
+        if self.bundle:
+            raise click.UsageError("either --bundle or --address")
+        return Served(
+            server.address,
+            self.model,
+            self.version,
+            server.timeout,
+            self.patience,
+            server.token,
+            server.tls,
+            server.ca,
+            server.certificate,
+            server.key,
+        )
+
+
+def job(command: F) -> F:
+    """Adds the options, and gives the command its `job: Job`."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        chosen = Job(**{name: given.pop(name) for name in Job.__dataclass_fields__})
+        try:
+            command(job=chosen, **given)
+        except ModuleNotFoundError as error:
+            name = (error.name or "").partition(".")[0]
+            extra = "cpu" if name not in _NEEDS else "ray" if name == "ray" else "jobs"
+            raise JobError(f"{name} is missing; pip install 'likely[{extra}]'") from error
+
+    decorated = cast("F", run)
+    for option in _options():
+        decorated = option(decorated)
+    return decorated
+
+
+def _options() -> tuple[Callable[[F], F], ...]:
+    file = click.Path(dir_okay=False, path_type=Path)
+    return (
+        click.option("--json", "as_json", is_flag=True, help="Tell the end as a JSON object."),
+        click.option(
+            "--engine", type=click.Choice(["threads", "ray"]), default="threads",
+            show_default=True, help="Who makes the shards: this process, or actors of Ray.",
+        ),
+        click.option(
+            "--batch", type=click.IntRange(1), default=512, show_default=True,
+            help="Pictures asked about at once.",
+        ),
+        click.option(
+            "--workers", type=click.IntRange(0), default=0,
+            help="Shards in hand at once. [2; with Ray, as many as it has cores for]",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(0), default=0,
+            help="Cores of each engine. [all; with Ray, 1]",
+        ),
+        click.option(
+            "--shard", type=int, default=4096, show_default=True, help="Pictures of a shard."
+        ),
+        click.option(
+            "--format", "form", type=click.Choice(["parquet", "npz", "webdataset"]),
+            default="parquet", show_default=True, help="What the shards are.",
+        ),
+        click.option(
+            "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+            help="The job's folder.",
+        ),
+        click.option(
+            "--patience", type=float, default=300.0, show_default=True,
+            help="Seconds to go on asking a server that is busy or away.",
+        ),
+        connected(optional=True),
+        click.option("--model-version", "version", help="Of the server's. [the default one]"),
+        click.option("--model", help="Of the server's, by name. [its only one]"),
+        click.option(
+            "--public-key", "keys", multiple=True, type=file,
+            help="PEM file of a key, one of which must have signed the bundle.",
+        ),
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        ),
+        click.option(
+            "--bundle", type=click.Path(path_type=Path),
+            help="The bundle to run in this process. [the shipped one]",
+        ),
+    )  # fmt: skip
+
+
+def _flat(found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, without levels: `fdr.rate` and not `fdr` with a `rate`."""
+    flat: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": each for key, each in value.items()}
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,296 @@
+"""What answers a job: an engine in this process, or a server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from likely import plans
+from likely.answers import Classifications, Draws, Limits, ModelInfo, Pixels, Scores, SelfCheck
+from likely.channels import File
+from likely.client import TIMEOUT, Client
+from likely.errors import BundleError, DeadlineExceeded, JobError, Overloaded, Unavailable
+from likely.jobs.requests import Generation, Judgement, Task
+
+if TYPE_CHECKING:
+    from likely.engine import Engine
+
+ALPHA = 0.05  # where none is named
+CHUNK = 256  # pictures that are drawn at once
+UNLIMITED = Limits(1 << 40, 1 << 40, CHUNK, 1 << 60)  # a job is its engine's only caller
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+T = TypeVar("T")
+
+
+class Backend(Protocol):
+    """What answers, from several threads at once.
+
+    Attributes:
+        info: what its model takes, gives and promises.
+    """
+
+    info: ModelInfo
+
+    def require(self, task: Task) -> None:
+        """Returns if the model answers such a task, and can promise its alpha."""
+
+    def score(self, x: Pixels, task: Judgement) -> Scores:
+        """The scores of pictures (n, c, h, w)."""
+
+    def classify(self, x: Pixels, task: Judgement) -> Classifications:
+        """The classifications of pictures (n, c, h, w)."""
+
+    def generate(self, label: int | None, first: int, count: int, task: Generation) -> Draws:
+        """Pictures first to first + count - 1."""
+
+    def close(self) -> None:
+        """Frees it."""
+
+
+class Opener(Protocol):
+    """How to come by a backend, in this process or in another."""
+
+    def open(self) -> Backend:
+        """The backend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundled:
+    """An engine of this process's own.
+
+    Attributes:
+        bundle: its folder; None for the only one that the package ships.
+        device: where it runs.
+        threads: cores that it uses; 0 for all.
+        keys: PEM files of public keys, one of which must have signed it, if there are any.
+        max_batch: pictures of one run; 0 to find what is best.
+    """
+
+    bundle: Path | None = None
+    device: str = "auto"
+    threads: int = 0
+    keys: tuple[Path, ...] = ()
+    max_batch: int = 0
+
+    def open(self) -> Local:
+        """The engine, verified and warm.
+
+        Raises:
+            BundleError: the bundle is refused.
+            JobError: none is named, and the package ships several.
+            DeviceError: the device is not really there.
+        """
+        from likely import machine
+        from likely.admission import Bounds
+        from likely.bundle import Bundle
+        from likely.engine import Engine, Terms
+        from likely.graphs import Device
+        from likely.loading import shipped
+
+        folders = [self.bundle] if self.bundle else list(shipped())
+        if len(folders) != 1:
+            raise JobError(f"name one of {', '.join(map(str, folders))} by --bundle")
+        bundle = Bundle.open(folders[0], self.keys)
+        engine = Engine.load(
+            bundle,
+            device=Device.parse(self.device),
+            threads=self.threads or machine.cores(),
+            max_batch=self.max_batch,
+            terms=Terms(bounds=Bounds(1 << 40, 1 << 60)),  # all that waits is this job's
+        )
+        if Bundle.open(bundle.path).digest != bundle.digest:
+            engine.close()
+            raise BundleError(f"{bundle.path} changed while it was opened", "changed")
+        return Local(engine)
+
+
+class Local:
+    """An engine on an event loop of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        from likely.registry import describe
+
+        self.info = describe(engine, UNLIMITED, ALPHA)
+        self._engine = engine
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def require(self, task: Task) -> None:
+        """As `Backend.require`."""
+        method = task.kind.capitalize()
+        if not self._engine.answers(method):
+            raise JobError(f"model {self.info.name} does not answer {method}")
+        if isinstance(task, Judgement):
+            self._engine.detector.check_alpha(task.alpha, task.guarantee)
+
+    def score(self, x: Pixels, task: Judgement) -> Scores:
+        """As `Backend.score`."""
+        return self._run(self._engine.score(x, task.alpha, guarantee=task.guarantee))
+
+    def classify(self, x: Pixels, task: Judgement) -> Classifications:
+        """As `Backend.classify`."""
+        return self._run(
+            self._engine.classify(
+                x,
+                task.alpha,
+                priors=None if task.priors is None else np.array(task.priors),
+                min_posterior=task.min_posterior,
+                guarantee=task.guarantee,
+            )
+        )
+
+    def generate(self, label: int | None, first: int, count: int, task: Generation) -> Draws:
+        """As `Backend.generate`."""
+        check = None if task.alpha is None else SelfCheck(task.alpha, task.max_draws)
+        stream = self._engine.generate(
+            label,
+            count,
+            task.seed,
+            first_index=first,
+            temperature=task.temperature,
+            chunk=CHUNK,
+            check=check,
+        )
+        return plans.joined(self._run(_all(stream)))
+
+    def close(self) -> None:
+        """As `Backend.close`."""
+        self._engine.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server.
+
+    Attributes:
+        address: host:port, or any name that gRPC resolves.
+        model: its name; None for the server's only one.
+        version: its version; None for the default one.
+        timeout: seconds that one request may take.
+        patience: seconds to go on asking a server that refuses or does not answer.
+        token, tls, ca, certificate, key: as `Client` takes them.
+    """
+
+    address: str
+    model: str | None = None
+    version: str | None = None
+    timeout: float = TIMEOUT
+    patience: float = 300.0
+    token: str | None = None
+    tls: bool = False
+    ca: File | None = None
+    certificate: File | None = None
+    key: File | None = None
+
+    def open(self) -> Remote:
+        """A client of it.
+
+        Raises:
+            LikelyError: the server does not answer, or has no such model.
+        """
+        client = Client(
+            self.address,
+            timeout=self.timeout,
+            token=self.token,
+            tls=self.tls,
+            ca=self.ca,
+            certificate=self.certificate,
+            key=self.key,
+        )
+        return Remote(client, self)
+
+
+class Remote:
+    """A server's model, of the one version that it had at the beginning."""
+
+    def __init__(self, client: Client, served: Served) -> None:
+        self._client = client
+        self._patience = served.patience
+        self.info = self._patient(lambda: client.model(served.model, served.version))
+
+    def require(self, task: Task) -> None:
+        """As `Backend.require`."""
+        method = task.kind.capitalize()
+        if not any(name.endswith(f"/{method}") for name in self.info.methods):
+            raise JobError(f"model {self.info.name} does not answer {method}")
+        if isinstance(task, Judgement):  # the server says what it can promise
+            self.score(np.empty((0, *self.info.shape), np.uint8), task)
+
+    def score(self, x: Pixels, task: Judgement) -> Scores:
+        """As `Backend.score`."""
+        return self._patient(
+            lambda: self._client.score(
+                x,
+                alpha=task.alpha,
+                guarantee=task.guarantee,
+                model=self.info.name,
+                version=self.info.version,
+            )
+        )
+
+    def classify(self, x: Pixels, task: Judgement) -> Classifications:
+        """As `Backend.classify`."""
+        return self._patient(
+            lambda: self._client.classify(
+                x,
+                alpha=task.alpha,
+                priors=task.priors,
+                min_posterior=task.min_posterior,
+                guarantee=task.guarantee,
+                model=self.info.name,
+                version=self.info.version,
+            )
+        )
+
+    def generate(self, label: int | None, first: int, count: int, task: Generation) -> Draws:
+        """As `Backend.generate`."""
+        return self._patient(
+            lambda: self._client.generate(
+                count,
+                label=label,
+                seed=task.seed,
+                first_index=first,
+                temperature=task.temperature,
+                self_check=task.alpha is not None,
+                alpha=task.alpha,
+                max_draws=None if task.alpha is None else task.max_draws,
+                model=self.info.name,
+                version=self.info.version,
+            )
+        )
+
+    def close(self) -> None:
+        """As `Backend.close`."""
+        self._client.close()
+
+    def _patient(self, ask: Callable[[], T]) -> T:
+        """What asking gives, however often a server that is busy or restarts has to be asked."""
+        end, pause = time.monotonic() + self._patience, FIRST_PAUSE
+        while True:
+            try:
+                return ask()
+            except (Overloaded, Unavailable, DeadlineExceeded) as error:
+                wished = error.retry_after if isinstance(error, Overloaded) else None
+                pause = max(pause, wished or 0.0)
+                if time.monotonic() + pause > end:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+async def _all(stream: AsyncIterator[Draws]) -> list[Draws]:
+    return [chunk async for chunk in stream]

@@ -1,0 +1,81 @@
+"""What only the whole job can tell: which pictures to reject together, which priors they have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from likely import bayes
+from likely.answers import Accepted, Doubles, ModelInfo, Verdict
+from likely.jobs import tables
+from likely.jobs.ledger import Ledger
+from likely.jobs.making import write
+from likely.jobs.requests import Judgement
+from likely.outliers import benjamini_hochberg
+
+
+def finish(ledger: Ledger, info: ModelInfo) -> dict[str, Any]:
+    """Makes the shards that are missing from what was measured; gives what was found.
+
+    Benjamini and Hochberg's procedure is over the p-values of all pictures. The priors are
+    estimated from the pictures that are not rejected at alpha: an outlier has no label.
+    Held in memory are 8 bytes a picture for the one, and 8 a picture and label for the other.
+
+    Args:
+        ledger: all whose measured shards are there.
+        info: of the job's model.
+
+    Raises:
+        OSError: a shard cannot be read or written.
+    """
+    task = ledger.request.task
+    assert isinstance(task, Judgement)
+    found: dict[str, Any] = {}
+    rejected, priors = None, None
+    if task.fdr is not None:
+        p_values = np.concatenate([each["p_value"] for each in _columns(ledger, "p_value")])
+        rejected = benjamini_hochberg(p_values, task.fdr)
+        largest = p_values[rejected].max(initial=0.0)
+        found["fdr"] = {"rate": task.fdr, "largest_p_value": float(largest)}
+    if task.estimate_priors:
+        priors = bayes.estimated_priors(_of_accepted(ledger), np.array(info.priors))
+        found["priors"] = dict(zip(info.labels, priors.tolist(), strict=True))
+    form = tables.schema(ledger.request, info)
+    for shard in ledger.missing():
+        measured = pq.read_table(ledger.path(shard, measured=True), partitioning=None)
+        start, stop = ledger.request.span(shard)
+        table = tables.finished(
+            measured,
+            form,
+            rejected=None if rejected is None else rejected[start:stop],
+            posterior=None if priors is None else _posterior(measured, info, priors),
+            min_posterior=task.min_posterior,
+        )
+        ledger.add(shard, write(ledger.path(shard), table, ledger.request.format, info.levels))
+    return found
+
+
+def _of_accepted(ledger: Ledger) -> Doubles:
+    """The posteriors (n, labels) of the pictures that are no outliers."""
+    parts = []
+    for each in _columns(ledger, "posterior", "verdict"):
+        kept: Accepted = each["verdict"] != tables.VERDICTS[Verdict.OUTLIER]
+        parts.append(each["posterior"][kept])
+    return np.concatenate(parts)
+
+
+def _posterior(measured: pa.Table, info: ModelInfo, priors: Doubles) -> Doubles:
+    return bayes.reweighted(tables.matrix(measured["posterior"]), np.array(info.priors), priors)
+
+
+def _columns(ledger: Ledger, *names: str) -> list[dict[str, Any]]:
+    """These columns of every measured shard, in order."""
+    found = []
+    for shard in range(ledger.request.shards):
+        path = ledger.path(shard, measured=True)
+        table = pq.read_table(path, columns=list(names), partitioning=None)
+        found.append({name: tables.matrix(table[name]) for name in names})
+    return found

@@ -1,0 +1,189 @@
+"""A job's folder: which request it is for, and which of its shards are done."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from likely.errors import JobError
+from likely.jobs import files
+from likely.jobs.requests import Format, Request
+
+MANIFEST = "manifest.json"
+STAGE = ".measured"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A shard that is done.
+
+    Attributes:
+        file: its name.
+        rows: pictures in it.
+        bytes: its size.
+        sha256: its digest.
+        counts: of what was decided, by name.
+    """
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Ledger:
+    """The manifest of a job's folder, held for one process; a context manager.
+
+    A shard counts once the manifest names it with its digest. A job that is finished later
+    has two rounds of shards: what was measured, and what comes of it.
+    """
+
+    def __init__(self, folder: Path, request: Request) -> None:
+        """The folder, made or resumed; shards that are not as they were recorded are forgotten.
+
+        Args:
+            folder: to hold the shards; empty, absent, or begun for the same request.
+            request: the job's.
+
+        Raises:
+            JobError: it holds something else, or another process works on it.
+            OSError: it cannot be written.
+        """
+        self.folder = folder
+        self.request = request
+        self._lock = _locked(folder)
+        try:
+            told = _read(folder)
+            if told is not None:
+                request.require(told["request"])
+            files.clear(folder)
+            files.clear(folder / STAGE)
+            self.summary: dict[str, Any] | None = (told or {}).get("summary")
+            self._measured = self._whole(told, "measured", True)
+            self._done = self._whole(told, "shards", False)
+            if len(self._done) < request.shards:
+                self.summary = None
+            elif self.summary is not None:
+                self._forget()
+            self._write()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._lock)
+
+    def path(self, shard: int, measured: bool = False) -> Path:
+        """Where a shard lies."""
+        return place(self.folder, self.request, shard, measured)
+
+    def missing(self, measured: bool = False) -> list[int]:
+        """The shards that are not done, in order."""
+        done = self._measured if measured else self._done
+        return [shard for shard in range(self.request.shards) if shard not in done]
+
+    def add(self, shard: int, record: Record, measured: bool = False) -> None:
+        """Counts a shard as done."""
+        (self._measured if measured else self._done)[shard] = record
+        self._write()
+
+    def end(self, **found: Any) -> dict[str, Any]:
+        """What came of the job, all its shards being done; the manifest tells it from now on.
+
+        Args:
+            found: what the shards' own counts do not tell.
+        """
+        counts: Counter[str] = Counter()
+        for record in self._done.values():
+            counts.update(record.counts)
+        told = {name: counts[name] for name in sorted(counts)}
+        self.summary = {"pictures": self.request.task.total, **told, **found}
+        self._measured = {}
+        self._write()
+        self._forget()
+        return self.summary
+
+    def _forget(self) -> None:
+        """Frees the room of what was measured, once nothing is to come of it."""
+        shutil.rmtree(self.folder / STAGE, ignore_errors=True)
+
+    def _write(self) -> None:
+        told: dict[str, Any] = {"format": FORMAT, "request": self.request.told()}
+        if self._measured:
+            told["measured"] = _records(self._measured)
+        told["shards"] = _records(self._done)
+        if self.summary is not None:
+            told["summary"] = self.summary
+        files.write(self.folder / MANIFEST, json.dumps(told, indent=1).encode() + b"\n")
+
+    def _whole(self, told: dict[str, Any] | None, key: str, measured: bool) -> dict[int, Record]:
+        """The recorded shards that lie there, byte for byte."""
+        named = {Record(**entry).file: Record(**entry) for entry in (told or {}).get(key, [])}
+        found = {}
+        for shard in range(self.request.shards if named else 0):
+            path = self.path(shard, measured)
+            record = named.get(path.name)
+            if record and path.is_file() and files.digest(path) == record.sha256:
+                found[shard] = record
+        return found
+
+
+def place(folder: Path, request: Request, shard: int, measured: bool) -> Path:
+    """Where a shard of a job lies; what was measured lies apart until the job is finished."""
+    form = Format.PARQUET if measured else request.format
+    return (folder / STAGE if measured else folder) / f"part-{shard:05d}{form.suffix}"
+
+
+def _records(done: Mapping[int, Record]) -> list[dict[str, Any]]:
+    return [asdict(done[shard]) for shard in sorted(done)]
+
+
+def _locked(folder: Path) -> int:
+    """A lock on the folder, which ends with this process; made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise JobError(f"another process works on {folder}") from error
+    except OSError:
+        pass  # a file system without locks: only the schedule keeps jobs apart there
+    return handle
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What the folder's manifest tells; None where it is empty."""
+    path = folder / MANIFEST
+    try:
+        told = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        strange = sorted(p.name for p in folder.iterdir() if not p.name.endswith(files.PART))
+        if strange:
+            raise JobError(
+                f"{folder} holds {strange[0]} and no {MANIFEST}: name an empty folder"
+            ) from None
+        return None
+    except ValueError as error:
+        raise JobError(f"{path} is no manifest of a job: {error}") from error
+    if not isinstance(told, dict) or told.get("format") != FORMAT or "request" not in told:
+        raise JobError(f"{path} is no manifest of a job in format {FORMAT}")
+    return told

@@ -1,0 +1,98 @@
+"""Workers on Ray: the engine in a pool of actors, one shard a task."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from likely.errors import JobError
+from likely.jobs.ledger import Record
+from likely.jobs.making import Advance, Maker, Plan
+from likely.jobs.running import Made, Workers
+
+
+class Actor:
+    """A maker in a process of Ray's, which may lie on another machine."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._maker = Maker.opened(plan)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The records of the shards whose numbers come."""
+        records = [self._maker.make(int(shard), lambda _: None) for shard in batch["shard"]]
+        return {
+            "shard": batch["shard"],
+            "record": np.array([json.dumps(asdict(record)) for record in records]),
+        }
+
+
+def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers:
+    """Workers that are actors of Ray: of the cluster that RAY_ADDRESS names, or of this machine.
+
+    Every one of them must see the job's folder, its pictures and its bundle under the same
+    paths. An actor that dies is begun anew, and its shard made again.
+
+    Args:
+        plan: of the job.
+        count: how many actors; 0 for as many as there are cores for.
+        threads: cores of each.
+        cards: GPUs of each.
+
+    Raises:
+        JobError: Ray is not installed.
+    """
+    # A job tells nobody of itself, and fails where a machine that it was given is gone.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise JobError("Ray is not installed; pip install 'likely[ray]'") from error
+
+    def made(missing: list[int], advance: Advance) -> Iterator[Made]:
+        if not missing:
+            return
+        own = not ray.is_initialized()
+        if own:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        try:
+            yield from _made(missing, advance)
+        except ray.exceptions.RayError as error:
+            raise JobError(_sentence(error)) from error
+        finally:
+            if own:
+                ray.shutdown()
+
+    def _made(missing: list[int], advance: Advance) -> Iterator[Made]:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        actors = count or max(1, int(ray.cluster_resources().get("CPU", 1) // threads))
+        rows = ray.data.from_items(
+            [{"shard": shard} for shard in missing], override_num_blocks=len(missing)
+        )
+        records = rows.map_batches(
+            Actor,
+            fn_constructor_args=(plan,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(missing))),
+            num_cpus=threads,
+            num_gpus=cards,
+        )
+        for row in records.iter_rows():
+            record = Record(**json.loads(row["record"]))
+            advance(record.rows)
+            yield int(row["shard"]), record
+
+    return made
+
+
+def _sentence(error: Exception) -> str:
+    """The last line of what a worker raised: the rest is its traceback."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

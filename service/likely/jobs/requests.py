@@ -1,0 +1,250 @@
+"""What a job is asked for: all that its output depends on, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+from likely import bayes
+from likely.answers import Guarantee, ModelInfo
+from likely.errors import InvalidInput, JobError
+from likely.noise import SEED_LIMIT
+
+SHARD = 4096
+MOST_SHARDS = 100_000
+HOTTEST = 2.0
+MOST_DRAWS = 100
+
+
+class Format(StrEnum):
+    """What shards are written as."""
+
+    PARQUET = "parquet"
+    NPZ = "npz"
+    WEBDATASET = "webdataset"
+
+    @property
+    def suffix(self) -> str:
+        """How a shard's name ends."""
+        return ".tar" if self is Format.WEBDATASET else f".{self}"
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Pictures to draw.
+
+    Attributes:
+        runs: label and count of consecutive pictures; a label of None is drawn by the priors.
+        seed: where the random numbers come from.
+        temperature: multiplies the noise that levels are drawn with.
+        alpha: of the self-check; None for no self-check.
+        max_draws: of one picture, the first included.
+    """
+
+    runs: tuple[tuple[int | None, int], ...]
+    seed: int = 0
+    temperature: float = 1.0
+    alpha: float | None = None
+    max_draws: int = 16
+    kind: Literal["generate"] = "generate"
+
+    @property
+    def total(self) -> int:
+        """How many pictures."""
+        return sum(count for _, count in self.runs)
+
+    def between(self, start: int, stop: int) -> list[tuple[int | None, int, int]]:
+        """Label, first index and count of the runs that pictures start to stop - 1 fall into."""
+        found, at = [], 0
+        for label, count in self.runs:
+            first, last = max(start, at), min(stop, at + count)
+            if first < last:
+                found.append((label, first, last - first))
+            at += count
+        return found
+
+    def check(self, info: ModelInfo) -> None:
+        """Returns if a model can be asked for this.
+
+        Raises:
+            InvalidInput: it cannot; names what is asked and what is allowed.
+        """
+        for label, count in self.runs:
+            if label is not None and not 0 <= label < len(info.labels):
+                raise InvalidInput("labels", f"{label} is not in 0 to {len(info.labels) - 1}")
+            if count < 1:
+                raise InvalidInput("labels", f"{count} pictures of label {label}; 1 at least")
+        if not self.total:
+            raise InvalidInput("labels", "no pictures are asked for")
+        if not -SEED_LIMIT <= self.seed < SEED_LIMIT:
+            raise InvalidInput("seed", f"{self.seed} is not in [-2**63, 2**63)")
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= HOTTEST):
+            raise InvalidInput("temperature", f"{self.temperature:g} is not in [0, {HOTTEST:g}]")
+        if not 1 <= self.max_draws <= MOST_DRAWS:
+            raise InvalidInput("max_draws", f"{self.max_draws} is not in 1 to {MOST_DRAWS}")
+        if self.alpha is not None:
+            _check_alpha(self.alpha, info)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Pictures to score or classify.
+
+    Attributes:
+        kind: which of the two.
+        total: how many pictures.
+        pictures: SHA-256 of the files that they come from, of their names and order.
+        alpha: accepted rate of false rejections.
+        guarantee: what alpha is to hold for.
+        fdr: accepted share of false rejections among the rejected of the whole job; None
+            for no such test.
+        priors: p(y); None for the model's own.
+        min_posterior: the smallest posterior at which a label is assigned.
+        estimate_priors: whether the priors are estimated from the pictures themselves.
+    """
+
+    kind: Literal["score", "classify"]
+    total: int
+    pictures: str
+    alpha: float
+    guarantee: Guarantee = Guarantee.MARGINAL
+    fdr: float | None = None
+    priors: tuple[float, ...] | None = None
+    min_posterior: float = 0.0
+    estimate_priors: bool = False
+
+    @property
+    def finished_later(self) -> bool:
+        """Whether no shard is final before all pictures have been looked at."""
+        return self.fdr is not None or self.estimate_priors
+
+    def check(self, info: ModelInfo) -> None:
+        """Returns if a model can be asked for this.
+
+        Raises:
+            InvalidInput: it cannot; names what is asked and what is allowed.
+        """
+        _check_alpha(self.alpha, info)
+        if self.fdr is not None and not 0 < self.fdr < 1:
+            raise InvalidInput("fdr", f"{self.fdr:g} is not in (0, 1)")
+        if self.fdr is not None and self.guarantee is not Guarantee.MARGINAL:
+            raise InvalidInput("fdr", "needs p-values with the marginal guarantee")
+        if not 0 <= self.min_posterior < 1:
+            raise InvalidInput("min_posterior", f"{self.min_posterior:g} is not in [0, 1)")
+        if self.priors is not None:
+            bayes.check_priors(self.priors, len(info.labels))
+        if self.priors is not None and self.estimate_priors:
+            raise InvalidInput("priors", "are either given or estimated")
+
+
+Task = Generation | Judgement
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A job: what to do, by which model, into shards of which form.
+
+    Attributes:
+        task: what to do.
+        model: the model's name.
+        version: its version.
+        digest: SHA-256 of its bundle's manifest.
+        format: of the shards.
+        rows: pictures of a shard; the last one may have fewer.
+    """
+
+    task: Task
+    model: str
+    version: str
+    digest: str
+    format: Format = Format.PARQUET
+    rows: int = SHARD
+
+    @classmethod
+    def of(cls, task: Task, info: ModelInfo, form: Format, rows: int) -> Request:
+        """The request to that model.
+
+        Raises:
+            InvalidInput: the model cannot be asked for it, or the shards are too small.
+        """
+        task.check(info)
+        if rows < 1 or -(-task.total // rows) > MOST_SHARDS:
+            least = max(1, -(-task.total // MOST_SHARDS))
+            raise InvalidInput("shard", f"{rows} pictures; at least {least} are asked here")
+        return cls(task, info.name, info.version, info.digest, form, rows)
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return -(-self.task.total // self.rows)
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """The first picture of a shard and the one past its last."""
+        return shard * self.rows, min((shard + 1) * self.rows, self.task.total)
+
+    def told(self) -> dict[str, Any]:
+        """The request as JSON holds it."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def metadata(self) -> dict[str, str]:
+        """What a shard says of how it came to be."""
+        about = {"model": self.model, "version": self.version, "digest": self.digest}
+        task = {name: self.told()["task"].get(name) for name in ("kind", "alpha", "seed")}
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (about | task).items()}
+        texts["request"] = json.dumps(self.told(), sort_keys=True)
+        return {f"likely.{k}": text for k, text in texts.items() if text != "null"}
+
+    def require(self, other: dict[str, Any]) -> None:
+        """Returns if this is the request that a folder's manifest tells.
+
+        Raises:
+            JobError: it is another one; names the first difference.
+        """
+        here, there = _flat(self.told()), _flat(other)
+        for key in sorted(here.keys() | there.keys()):
+            if here.get(key) != there.get(key):
+                raise JobError(
+                    f"the folder holds another job: its {key} is {json.dumps(there.get(key))}, "
+                    f"and {json.dumps(here.get(key))} is asked; name another folder, or empty it"
+                )
+
+
+def _flat(told: dict[str, Any]) -> dict[str, Any]:
+    return {**told, **told["task"], "task": None}
+
+
+def _check_alpha(alpha: float, info: ModelInfo) -> None:
+    if not info.finest_alpha <= alpha < 1:
+        raise InvalidInput(
+            "alpha",
+            f"{alpha:g} is not in [{info.finest_alpha:.6g}, 1): "
+            f"{info.calibration_size} calibration pictures cannot promise finer",
+        )
+
+
+def runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Label and count of each part of a text such as `3=100,boot=200`.
+
+    Args:
+        labels: names or indices of labels, and counts.
+        names: of the labels, in the model's order.
+
+    Raises:
+        InvalidInput: a part is none, or its label is not the model's.
+    """
+    found = []
+    for part in labels.split(","):
+        label, given, count = part.strip().rpartition("=")
+        index = names.index(label) if label in names else int(label) if label.isdecimal() else -1
+        if not given or not count.isdecimal() or not 0 <= index < len(names):
+            raise InvalidInput(
+                "labels",
+                f"{part.strip()!r} is no LABEL=COUNT; labels are {', '.join(names) or 'none'}",
+            )
+        found.append((index, int(count)))
+    return tuple(found)

@@ -1,0 +1,325 @@
+"""Where a job's pictures come from: files in the order of their names, read by parts."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import tarfile
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from likely import levels
+from likely.answers import Pixels
+from likely.errors import InvalidInput, JobError
+from likely.jobs import files
+from likely.jobs.columns import Geometry, check_levels, chosen, pictures
+from likely.plans import pixels
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ARRAYS = (".npy", ".npz")
+PARQUET = (".parquet", ".pq")
+TAR = (".tar",)
+KEY = "key"
+_GROUPS = 2  # row groups of a Parquet file that are held: workers are at neighbouring shards
+
+Part = tuple[Pixels, list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file.
+
+    Attributes:
+        path: where it is.
+        name: what to call it: its path from the folder that was named.
+    """
+
+    path: Path
+    name: str
+
+
+class Source(Protocol):
+    """One file's pictures, or a folder's images."""
+
+    @property
+    def rows(self) -> int:
+        """How many pictures."""
+
+    def read(self, start: int, stop: int) -> Part:
+        """Pictures start to stop - 1, uint8 (n, c, h, w), and what to call each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What a job is to look at, as it was named.
+
+    Attributes:
+        paths: files, and folders of files.
+        column: of Parquet files, that holds the pictures; None for one of the usual names.
+        key: of Parquet files, that tells what to call a picture; None for `key`, if there.
+    """
+
+    paths: tuple[Path, ...]
+    column: str | None = None
+    key: str | None = None
+
+
+class Pictures:
+    """All pictures of a job, by their index; may be read from several threads.
+
+    Attributes:
+        digest: SHA-256 of all files: of their names, their order and what is in them.
+    """
+
+    def __init__(self, given: Input, geometry: Geometry) -> None:
+        """The pictures of these files.
+
+        Raises:
+            JobError: there are none, or a file is of no known kind.
+            InvalidInput: a file is not what its name says.
+        """
+        self._given = given
+        self._geometry = geometry
+        found = list(_found(given.paths))
+        if not found:
+            raise JobError(f"no pictures in {', '.join(map(str, given.paths))}")
+        self._found = found
+        self._sources = list(_sources(found, given, geometry))
+        self._ends = list(accumulate(source.rows for source in self._sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over the columns, and the names, the order and the contents of all files."""
+        total = hashlib.sha256(f"{self._given.column}\0{self._given.key}\n".encode())
+        for file in self._found:
+            total.update(f"{file.name}\0{files.digest(file.path)}\n".encode())
+        return total.hexdigest()
+
+    def read(self, start: int, stop: int) -> Part:
+        """Pictures start to stop - 1, uint8 (n, c, h, w) of levels, and what to call each.
+
+        Raises:
+            InvalidInput: one does not fit the model.
+        """
+        parts: list[Pixels] = [np.empty((0, *self._geometry.shape), np.uint8)]
+        keys: list[str] = []
+        at = start
+        while at < stop:
+            which = bisect_right(self._ends, at)
+            end = self._ends[which]
+            offset = end - self._sources[which].rows
+            x, named = self._sources[which].read(at - offset, min(stop, end) - offset)
+            levels.check_fit(named[0], x.shape[1:], self._geometry.shape)
+            check_levels(x, named, self._geometry)
+            parts.append(x)
+            keys += named
+            at += len(named)
+        return np.concatenate(parts), keys
+
+
+@dataclass(slots=True)
+class _Array:
+    file: Found
+    _held: Pixels | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self._x())
+
+    def read(self, start: int, stop: int) -> Part:
+        return self._x()[start:stop], [f"{self.file.name}[{i}]" for i in range(start, stop)]
+
+    def _x(self) -> Pixels:
+        if self._held is None:
+            self._held = pixels(levels.of_array(self.file.path, mapped="r"))
+        return self._held
+
+
+@dataclass(slots=True)
+class _Images:
+    files: list[Found]
+    geometry: Geometry
+
+    @property
+    def rows(self) -> int:
+        return len(self.files)
+
+    def read(self, start: int, stop: int) -> Part:
+        chosen = self.files[start:stop]
+        parts = [_image(file.path, file.name, self.geometry) for file in chosen]
+        return np.stack(parts), [file.name for file in chosen]
+
+
+@dataclass(slots=True)
+class _Tar:
+    """A WebDataset shard: consecutive members of one name up to its first dot are a sample."""
+
+    file: Found
+    geometry: Geometry
+    members: list[tuple[str, str, int, int]]  # key, name, offset, size
+
+    @classmethod
+    def opened(cls, file: Found, geometry: Geometry) -> _Tar:
+        members = []
+        try:
+            with tarfile.open(file.path, "r:") as archive:
+                for member in archive:
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, ending = base.partition(".")
+                    if member.isfile() and f".{ending.lower()}" in (*IMAGES, ".npy"):
+                        key = f"{folder}/{stem}" if folder else stem
+                        members.append((key, member.name, member.offset_data, member.size))
+        except tarfile.TarError as error:
+            raise InvalidInput(file.name, f"no tar archive: {error}") from error
+        keys = [key for key, *_ in members]
+        if twice := next((a for a, b in pairwise(keys) if a == b), None):
+            raise InvalidInput(file.name, f"sample {twice} has several pictures; one is asked")
+        return cls(file, geometry, members)
+
+    @property
+    def rows(self) -> int:
+        return len(self.members)
+
+    def read(self, start: int, stop: int) -> Part:
+        parts, keys = [], []
+        with self.file.path.open("rb") as archive:
+            for key, name, offset, size in self.members[start:stop]:
+                archive.seek(offset)
+                told, data = f"{self.file.name}:{name}", BytesIO(archive.read(size))
+                parts.append(
+                    _npy(data, told, self.geometry)
+                    if name.endswith(".npy")
+                    else _image(data, told, self.geometry)
+                )
+                keys.append(key)
+        return np.stack(parts), keys
+
+
+@dataclass(slots=True)
+class _Parquet:
+    file: Found
+    geometry: Geometry
+    column: str
+    key: str | None
+    ends: list[int]  # of its row groups
+    _held: dict[int, Part] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def opened(cls, file: Found, given: Input, geometry: Geometry) -> _Parquet:
+        try:
+            with pq.ParquetFile(file.path) as opened:
+                form, told = opened.schema_arrow, opened.metadata
+                ends = [told.row_group(i).num_rows for i in range(told.num_row_groups)]
+        except pa.ArrowInvalid as error:
+            raise InvalidInput(file.name, f"no Parquet file: {error}") from error
+        key = given.key or (KEY if KEY in form.names else None)
+        if key is not None and key not in form.names:
+            raise InvalidInput(file.name, f"no column {key}; there are {', '.join(form.names)}")
+        column = chosen(form, given.column, file.name)
+        return cls(file, geometry, column, key, list(accumulate(ends)))
+
+    @property
+    def rows(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def read(self, start: int, stop: int) -> Part:
+        parts: list[Pixels] = []
+        keys: list[str] = []
+        at = start
+        while at < stop:
+            group = bisect_right(self.ends, at)
+            x, named = self._group(group)
+            offset = self.ends[group] - len(x)
+            here = slice(at - offset, min(stop, self.ends[group]) - offset)
+            parts.append(x[here])
+            keys += named[here]
+            at = min(stop, self.ends[group])
+        return np.concatenate(parts), keys
+
+    def _group(self, group: int) -> Part:
+        """A row group's pictures, kept until later ones are asked for."""
+        with self._lock:
+            if group not in self._held:
+                while len(self._held) >= _GROUPS:
+                    del self._held[min(self._held)]
+                self._held[group] = self._decoded(group)
+            return self._held[group]
+
+    def _decoded(self, group: int) -> Part:
+        wanted = [self.column, *([self.key] if self.key else [])]
+        try:
+            with pq.ParquetFile(self.file.path) as opened:
+                table = opened.read_row_group(group, wanted)
+        except (pa.ArrowException, OSError) as error:
+            raise InvalidInput(self.file.name, f"cannot be read: {error}") from error
+        x = pictures(table[self.column], self.file.name, self.geometry)
+        if self.key:
+            return x, [str(key) for key in table[self.key].to_pylist()]
+        first = self.ends[group] - len(x)
+        return x, [f"{self.file.name}[{first + i}]" for i in range(len(x))]
+
+
+def _found(paths: Sequence[Path]) -> Iterator[Found]:
+    """The files that are named, and those of known kinds in named folders, by their names."""
+    known = (*IMAGES, *ARRAYS, *PARQUET, *TAR)
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.rglob("*"), key=lambda each: each.relative_to(path).parts)
+            for each in inside:
+                parts = each.relative_to(path).parts
+                hidden = any(part.startswith(".") for part in parts)
+                if not hidden and each.suffix.lower() in known and each.is_file():
+                    yield Found(each, "/".join(parts))
+        elif path.suffix.lower() in known:
+            yield Found(path, path.name)
+        else:
+            raise JobError(f"{path} is none of {', '.join(known)}")
+
+
+def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterator[Source]:
+    images: list[Found] = []
+    for file in found:
+        suffix = file.path.suffix.lower()
+        if suffix in IMAGES:
+            images.append(file)
+            continue
+        if images:
+            yield _Images(images, geometry)
+            images = []
+        if suffix in ARRAYS:
+            yield _Array(file)
+        elif suffix in TAR:
+            yield _Tar.opened(file, geometry)
+        else:
+            yield _Parquet.opened(file, given, geometry)
+    if images:
+        yield _Images(images, geometry)
+
+
+def _image(file: Path | BytesIO, name: str, geometry: Geometry) -> Pixels:
+    x = levels.of_image(file, name, geometry.shape[0], geometry.levels)
+    levels.check_fit(name, x.shape, geometry.shape)
+    return x
+
+
+def _npy(data: BytesIO, name: str, geometry: Geometry) -> Pixels:
+    try:
+        x = pixels(np.load(data, allow_pickle=False)[None])
+    except (ValueError, EOFError) as error:
+        raise InvalidInput(name, f"no array can be read from it: {error}") from error
+    levels.check_fit(name, x.shape[1:], geometry.shape)
+    return x

@@ -1,0 +1,90 @@
+"""Files of pictures, and the levels that they hold: arrays as they are, images by brightness."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from likely.answers import Pixels
+from likely.errors import InvalidInput
+
+KEYS = ("x", "images", "image")
+_EIGHT_BIT = {"1", "L", "LA", "P", "RGB", "RGBA"}
+
+
+def brightness(x: Pixels, levels: int) -> Pixels:
+    """Levels in [0, levels) as brightness from 0 to 255."""
+    bright: Pixels = np.rint(x * (255 / (levels - 1))).astype(np.uint8)
+    return bright
+
+
+def of_image(file: Path | IO[bytes], name: str, channels: int, levels: int) -> Pixels:
+    """The levels (c, h, w) of an image file: brightness b is level round(b * (levels - 1) / 255).
+
+    It becomes grey for one channel, and red, green, blue for three; nothing is resized,
+    cropped or inverted.
+
+    Args:
+        file: an image in any of Pillow's formats.
+        name: what to call it.
+        channels: 1 or 3.
+        levels: of the model.
+
+    Raises:
+        InvalidInput: it is no image, a broken one, or has not 8 bits a channel.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode not in _EIGHT_BIT:
+                raise InvalidInput(name, f"mode {image.mode}; 8 bits a channel are asked")
+            turned = image.convert("L" if channels == 1 else "RGB")
+    except UnidentifiedImageError as error:
+        raise InvalidInput(name, "neither an image nor .npy nor .npz") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, InvalidInput) or getattr(error, "errno", None) is not None:
+            raise
+        raise InvalidInput(name, f"a broken image: {error}") from error
+    bright = np.atleast_3d(np.asarray(turned)).transpose(2, 0, 1)
+    return np.rint(bright * ((levels - 1) / 255)).astype(np.uint8)
+
+
+def of_array(path: Path, mapped: Literal["r"] | None = None) -> npt.NDArray[Any]:
+    """The array of an `.npy`; of an `.npz` the one called by one of `KEYS`, else the first.
+
+    Args:
+        path: of the file; pickles are refused.
+        mapped: "r" to leave what an `.npy` holds in the file until it is looked at.
+
+    Raises:
+        InvalidInput: no array can be read from it.
+    """
+    try:
+        loaded = np.load(path, mapped, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            key = next((key for key in KEYS if key in loaded), None) or loaded.files[0]
+            array: npt.NDArray[Any] = loaded[key]
+            return array
+    except (ValueError, EOFError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+        raise InvalidInput(str(path), f"no array can be read from it: {error}") from error
+
+
+def check_fit(name: str, given: Sequence[int], asked: Sequence[int]) -> None:
+    """Returns if a picture's shape (c, h, w) is the model's.
+
+    Raises:
+        InvalidInput: it is not; named by what it was read from.
+    """
+    if tuple(given) != tuple(asked):
+        sizes = (" x ".join(str(size) for size in shape) for shape in (given, asked))
+        raise InvalidInput(
+            name, "{} (channels x rows x columns); the model takes {}".format(*sizes)
+        )
