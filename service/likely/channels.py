@@ -1,8 +1,21 @@
-"""How a client reaches a server: plainly or encrypted, with a token or without."""
+"""How a client reaches a server or several: plainly or encrypted, with a token or without.
+
+| address                             | who answers                                              |
+| ----------------------------------- | -------------------------------------------------------- |
+| `host:port`, `unix:path`            | that server                                              |
+| `["10.0.0.1:50051", "10.0.0.2:..."]` | these replicas, each request the next one that is healthy |
+| `dns:///name:port`                  | the same for all addresses that the name stands for       |
+
+Health is what `grpc.health.v1` says of each replica, watched on every connection: one that
+drains, still loads or is gone gets no requests. What a server refuses for now (UNAVAILABLE,
+RESOURCE_EXHAUSTED), gRPC asks again, after the delay that the server names, where it names one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ipaddress
+import json
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,18 +28,32 @@ from likely.errors import SettingsError
 
 Token: TypeAlias = str | Callable[[], str]
 File: TypeAlias = str | PathLike[str]
-Options: TypeAlias = tuple[tuple[str, Any], ...]
+Address: TypeAlias = str | Sequence[str]
+
+_RETRY = {
+    "maxAttempts": 5,
+    "initialBackoff": "0.2s",
+    "maxBackoff": "5s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+}
+_SERVICE: dict[str, Any] = {"methodConfig": [{"name": [{}], "retryPolicy": _RETRY}]}
+_FLEET = {
+    **_SERVICE,
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": ""},
+}
 
 
 class Route:
-    """The way to one server, and what is shown on it.
+    """The way to one server or its replicas, and what is shown on it.
 
     A token goes over an encrypted connection, or to an address of this machine; nowhere else.
     """
 
     def __init__(
         self,
-        address: str,
+        address: Address,
         *,
         token: Token | None = None,
         tls: bool = False,
@@ -37,7 +64,8 @@ class Route:
         """A route.
 
         Args:
-            address: host:port, or any name that gRPC resolves.
+            address: host:port, or any name that gRPC resolves; or the IP addresses of
+                several replicas.
             token: a bearer token, or what gives one for each request.
             tls: whether to encrypt; `ca` and `certificate` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
@@ -45,32 +73,45 @@ class Route:
             key: PEM file of that certificate's key.
 
         Raises:
-            SettingsError: a file cannot be read, one of certificate and key is missing, or
-                the token would go unencrypted to another machine.
+            SettingsError: a file cannot be read, one of certificate and key is missing, one
+                of several addresses is no IP address, or the token would go unencrypted to
+                another machine.
         """
+        several = [address] if isinstance(address, str) else list(address)
         if (certificate is None) != (key is None):
             raise SettingsError("certificate and key are given together, or neither")
-        self._address = address
+        self._target = address if isinstance(address, str) else _target(several)
+        fleet = not isinstance(address, str) or address.startswith("dns:")
+        self._options: tuple[tuple[str, Any], ...] = (
+            ("grpc.service_config", json.dumps(_FLEET if fleet else _SERVICE)),
+            ("grpc.max_receive_message_length", -1),  # bounded by what was asked
+            ("grpc.max_send_message_length", -1),
+        )
         self._token = token
         self._secure = tls or ca is not None or certificate is not None
-        if token is not None and not self._secure and not is_local(address):
+        if token is not None and not self._secure and not all(map(is_local, several)):
             raise SettingsError(
-                f"a token would go unencrypted to {address}; give tls=True, or ca= for the "
+                f"a token would go unencrypted to {self._target}; give tls=True, or ca= for the "
                 "authority that vouches for the server"
             )
         self._roots, self._key, self._certificate = (_pem(file) for file in (ca, key, certificate))
 
-    def channel(self, options: Options = ()) -> grpc.Channel:
-        """A channel; connects when it is first used."""
-        if not self._secure:
-            return grpc.insecure_channel(self._address, options=options)
-        return grpc.secure_channel(self._address, self._credentials(), options=options)
+    def channel(self, *, once: bool = False) -> grpc.Channel:
+        """A channel; connects when it is first used.
 
-    def aio_channel(self, options: Options = ()) -> grpc.aio.Channel:
+        Args:
+            once: whether what is refused for now is left at that.
+        """
+        options = (*self._options, ("grpc.enable_retries", int(not once)))
+        if not self._secure:
+            return grpc.insecure_channel(self._target, options=options)
+        return grpc.secure_channel(self._target, self._credentials(), options=options)
+
+    def aio_channel(self) -> grpc.aio.Channel:
         """A channel of the running event loop; connects when it is first used."""
         if not self._secure:
-            return grpc.aio.insecure_channel(self._address, options=options)
-        return grpc.aio.secure_channel(self._address, self._credentials(), options=options)
+            return grpc.aio.insecure_channel(self._target, options=self._options)
+        return grpc.aio.secure_channel(self._target, self._credentials(), options=self._options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes with the next request."""
@@ -81,6 +122,28 @@ class Route:
 
     def _credentials(self) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(self._roots, self._key, self._certificate)
+
+
+def _target(addresses: Sequence[str]) -> str:
+    """Several addresses as one name that gRPC resolves.
+
+    Raises:
+        SettingsError: there is none, one is no IP address with a port, or they are of two kinds.
+    """
+    kinds = set()
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        try:
+            kinds.add(ipaddress.ip_address(host.strip("[]")).version)
+            int(port)
+        except ValueError:
+            raise SettingsError(
+                f"{address!r} is no IP address with a port, as each of several has to be; a name "
+                "that stands for several is given alone, as dns:///name:port"
+            ) from None
+    if len(kinds) != 1:
+        raise SettingsError("several addresses are all IPv4 or all IPv6, and one at least")
+    return f"ipv{kinds.pop()}:{','.join(addresses)}"
 
 
 def _pem(file: File | None) -> bytes | None:

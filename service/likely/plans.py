@@ -7,8 +7,8 @@ what the caller asked for. The clients differ only in how they carry a request.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +78,78 @@ def _only() -> Plan[str]:
     return names[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Questions(Generic[A]):
+    """One kind of question about pictures: how it is asked, and how its answer is read.
+
+    Attributes:
+        ask: the request about pictures (n, c, h, w) to that version, empty for the default.
+        read: the answer to it, from the response and the pictures' shape.
+        version: that was asked for.
+        stream: the type of message that brings such a request in a stream; None for none.
+    """
+
+    ask: Callable[[Pixels, str], Request]
+    read: Callable[[Any, tuple[int, ...]], A]
+    version: str = ""
+    stream: Any = None
+
+
+def score_questions(
+    info: ModelInfo,
+    alpha: float | None,
+    surprise: bool,
+    guarantee: Guarantee,
+    version: str | None,
+) -> Questions[Scores]:
+    """How plausible pictures are."""
+
+    def ask(x: Pixels, version: str) -> Request:
+        return _message(
+            scoring_pb2.ScoreRequest,
+            model_name=info.name,
+            model_version=version,
+            images=codec.images(x),
+            alpha=alpha,
+            surprise=surprise,
+            guarantee=int(guarantee),
+        )
+
+    def read(answer: scoring_pb2.ScoreResponse, shape: tuple[int, ...]) -> Scores:
+        return codec.scores(answer, shape if surprise else None)
+
+    return Questions(ask, read, version or "", scoring_pb2.ScoreStreamRequest)
+
+
+def classify_questions(
+    info: ModelInfo,
+    alpha: float | None,
+    priors: npt.ArrayLike | None,
+    min_posterior: float,
+    guarantee: Guarantee,
+    version: str | None,
+) -> Questions[Classifications]:
+    """Which labels pictures have."""
+    given = None if priors is None else _array("priors", priors, np.float64).tolist()
+
+    def ask(x: Pixels, version: str) -> Request:
+        return _message(
+            scoring_pb2.ClassifyRequest,
+            model_name=info.name,
+            model_version=version,
+            images=codec.images(x),
+            alpha=alpha,
+            priors=given,
+            min_posterior=min_posterior,
+            guarantee=int(guarantee),
+        )
+
+    def read(answer: scoring_pb2.ClassifyResponse, _: tuple[int, ...]) -> Classifications:
+        return codec.classifications(answer, len(info.labels))
+
+    return Questions(ask, read, version or "", scoring_pb2.ClassifyStreamRequest)
+
+
 def score(
     catalogue: Catalogue,
     images: npt.ArrayLike,
@@ -89,20 +161,8 @@ def score(
 ) -> Plan[Scores]:
     """The scores of all pictures."""
     info = yield from catalogue.model(model, version)
-
-    def ask(part: Pixels, pinned: str) -> Plan[Scores]:
-        answer: scoring_pb2.ScoreResponse = yield _message(
-            scoring_pb2.ScoreRequest,
-            model_name=info.name,
-            model_version=pinned,
-            images=codec.images(part),
-            alpha=alpha,
-            surprise=surprise,
-            guarantee=int(guarantee),
-        )
-        return codec.scores(answer, part.shape if surprise else None)
-
-    return (yield from _divided(pixels(images), info, version, ask))
+    questions = score_questions(info, alpha, surprise, guarantee, version)
+    return (yield from _divided(pixels(images), info, questions))
 
 
 def classify(
@@ -117,22 +177,8 @@ def classify(
 ) -> Plan[Classifications]:
     """The classifications of all pictures."""
     info = yield from catalogue.model(model, version)
-    given = None if priors is None else _array("priors", priors, np.float64).tolist()
-
-    def ask(part: Pixels, pinned: str) -> Plan[Classifications]:
-        answer: scoring_pb2.ClassifyResponse = yield _message(
-            scoring_pb2.ClassifyRequest,
-            model_name=info.name,
-            model_version=pinned,
-            images=codec.images(part),
-            alpha=alpha,
-            priors=given,
-            min_posterior=min_posterior,
-            guarantee=int(guarantee),
-        )
-        return codec.classifications(answer, len(info.labels))
-
-    return (yield from _divided(pixels(images), info, version, ask))
+    questions = classify_questions(info, alpha, priors, min_posterior, guarantee, version)
+    return (yield from _divided(pixels(images), info, questions))
 
 
 def encode(
@@ -147,17 +193,19 @@ def encode(
     x = pixels(images)
     left = _whole_numbers(labels, len(x)) if labels is not None else []
 
-    def ask(part: Pixels, pinned: str) -> Plan[Features]:
-        answer: scoring_pb2.EncodeResponse = yield _message(
+    def ask(part: Pixels, version: str) -> Request:
+        return _message(
             scoring_pb2.EncodeRequest,
             model_name=info.name,
-            model_version=pinned,
+            model_version=version,
             images=codec.images(part),
             labels=[left.pop(0) for _ in part] if left else (),
         )
+
+    def read(answer: scoring_pb2.EncodeResponse, _: tuple[int, ...]) -> Features:
         return codec.features(answer)
 
-    return (yield from _divided(x, info, version, ask))
+    return (yield from _divided(x, info, Questions(ask, read, version or "")))
 
 
 def generations(
@@ -312,20 +360,17 @@ def _one_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
     return n, 1, h, w
 
 
-def _divided(
-    x: Pixels,
-    info: ModelInfo,
-    version: str | None,
-    ask: Callable[[Pixels, str], Plan[A]],
-) -> Plan[A]:
+def _divided(x: Pixels, info: ModelInfo, questions: Questions[A]) -> Plan[A]:
     """Asks about at most as many pictures at a time as the server takes."""
     fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, x[:1].nbytes)
     step = max(1, min(info.limits.images_per_request, fitting))
     answers: list[A] = []
     for at in range(0, max(len(x), 1), step):
+        part = x[at : at + step]
         # Once one version has answered, the others must be the same one.
-        pinned = answers[0].model_version if answers else version or ""
-        answers.append((yield from ask(x[at : at + step], pinned)))
+        pinned = answers[0].model_version if answers else questions.version
+        answer = yield questions.ask(part, pinned)
+        answers.append(questions.read(answer, part.shape))
     return joined(answers)
 
 

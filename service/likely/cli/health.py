@@ -19,7 +19,7 @@ _ASK, _SERVING = b"", b"\x08\x01"
 @connected(timeout=3.0)
 def health(server: Connection) -> None:
     """End well if a server answers SERVING; asks without the token."""
-    with server.route().channel() as channel:
+    with server.route().channel(once=True) as channel:
         check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
         try:
             answer = check(_ASK, timeout=server.timeout)

@@ -1,21 +1,14 @@
-"""The clients: numpy in, typed answers out, every failure a `LikelyError`.
-
-Both divide large inputs to the server's limits and join the answers; gRPC
-itself retries what a busy or restarting server refuses.
-"""
+"""The synchronous client."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import grpc
 import numpy.typing as npt
 
-from likely import codec, plans, statuses
+from likely import codec, plans
 from likely.answers import (
     Classifications,
     Completions,
@@ -25,31 +18,13 @@ from likely.answers import (
     ModelInfo,
     Scores,
 )
-from likely.channels import File, Route, Token
-from likely.v1 import (
-    generation_pb2_grpc,
-    models_pb2,
-    models_pb2_grpc,
-    scoring_pb2,
-    scoring_pb2_grpc,
-)
+from likely.channels import Address, File, Route, Token
+from likely.client.feeds import BlockingFeed
+from likely.client.line import ADDRESS, TIMEOUT, Line, told
+from likely.errors import LikelyError
+from likely.plans import A
 
-ADDRESS = "127.0.0.1:50051"
-TIMEOUT = 60.0
 T = TypeVar("T")
-
-_RETRY = {
-    "maxAttempts": 5,
-    "initialBackoff": "0.2s",
-    "maxBackoff": "5s",
-    "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-}
-OPTIONS: tuple[tuple[str, Any], ...] = (
-    ("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": _RETRY}]})),
-    ("grpc.max_receive_message_length", -1),  # bounded by what was asked
-    ("grpc.max_send_message_length", -1),
-)
 
 
 class Client:
@@ -61,7 +36,7 @@ class Client:
 
     def __init__(
         self,
-        address: str = ADDRESS,
+        address: Address = ADDRESS,
         *,
         timeout: float = TIMEOUT,
         token: Token | None = None,
@@ -73,7 +48,9 @@ class Client:
         """A client of one server; connects at the first question.
 
         Args:
-            address: host:port, or any name that gRPC resolves.
+            address: host:port, or any name that gRPC resolves; of several replicas, all
+                their IP addresses, or `dns:///name:port` for all that the name stands for
+                (`likely.channels`).
             timeout: seconds that one request may take, retries included.
             token: a bearer token, or what gives one for each request.
             tls: whether to encrypt; `ca` and `certificate` imply it.
@@ -88,11 +65,7 @@ class Client:
         self._timeout = timeout
         self._catalogue = plans.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
-        self._channel = self._route.channel(OPTIONS)
-        generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._generate = generation.Generate
-        self._complete = generation.Complete
-        self._calls = _calls(self._channel)
+        self._line = Line(self._route.channel)
 
     def score(
         self,
@@ -150,6 +123,68 @@ class Client:
             self._catalogue, images, alpha, priors, min_posterior, guarantee, model, version
         )
         return self._follow(plan)
+
+    def score_stream(
+        self,
+        images: Iterable[npt.ArrayLike],
+        *,
+        alpha: float | None = None,
+        surprise: bool = False,
+        guarantee: Guarantee = Guarantee.MARGINAL,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Iterator[Scores | LikelyError]:
+        """What `score` says of each item of a feed, in its order, as the answers come.
+
+        One stream carries what would be many requests, for about half the work. What the
+        server refuses comes back as the error, in its item's place, and the feed goes on;
+        where the stream breaks, what has no answer is asked again on a new one.
+
+        Args:
+            images: each item as `score` takes it, at most as large as one request
+                (`ModelInfo.limits`); read in a thread, a little ahead of the answers.
+            alpha: accepted rate of false rejections; None for the server's default.
+            surprise: whether to give -log p of every pixel.
+            guarantee: what alpha is to hold for: on average, or with 95 % confidence.
+            model: its name.
+            version: its version.
+
+        Raises:
+            LikelyError: the server cannot be reached any more, or let nobody in; an item
+                had no answer within the client's timeout; or the feed itself raised.
+        """
+        info = self.model(model, version)
+        questions = plans.score_questions(info, alpha, surprise, guarantee, version)
+        return self._feed(images, questions)
+
+    def classify_stream(
+        self,
+        images: Iterable[npt.ArrayLike],
+        *,
+        alpha: float | None = None,
+        priors: npt.ArrayLike | None = None,
+        min_posterior: float = 0.0,
+        guarantee: Guarantee = Guarantee.MARGINAL,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Iterator[Classifications | LikelyError]:
+        """What `classify` says of each item of a feed, as `score_stream`.
+
+        Args:
+            images: each item as `classify` takes it, at most as large as one request.
+            alpha: accepted rate of false rejections; None for the server's default.
+            priors: p(y) in the model's order; None for the model's own.
+            min_posterior: the smallest posterior at which a label is assigned.
+            guarantee: what alpha is to hold for: on average, or with 95 % confidence.
+            model: its name.
+            version: its version.
+
+        Raises:
+            LikelyError: as `score_stream`.
+        """
+        info = self.model(model, version)
+        questions = plans.classify_questions(info, alpha, priors, min_posterior, guarantee, version)
+        return self._feed(images, questions)
 
     def encode(
         self,
@@ -239,9 +274,9 @@ class Client:
             info, version, label, count, seed, first_index, temperature, check
         ):
             plans.pin(request, last)
-            call = self._generate(request, timeout=self._timeout, metadata=self._route.metadata())
+            call = self._ask(request)
             try:
-                with _told():
+                with told():
                     for message in call:
                         last = codec.draws(message)
                         yield last
@@ -287,11 +322,8 @@ class Client:
             info, version, x, mask, label, completions, seed, first_index, temperature, proposals
         ):
             plans.pin(request, parts[-1] if parts else None)
-            with _told():
-                call = self._complete(
-                    request, timeout=self._timeout, metadata=self._route.metadata()
-                )
-                parts += [codec.completions(message) for message in call]
+            with told():
+                parts += [codec.completions(message) for message in self._ask(request)]
         return plans.completed(parts, x, completions, info)
 
     def models(self) -> list[ModelInfo]:
@@ -312,7 +344,7 @@ class Client:
 
     def close(self) -> None:
         """Ends the connection and whatever runs on it."""
-        self._channel.close()
+        self._line.close()
 
     def __enter__(self) -> Self:
         return self
@@ -333,224 +365,18 @@ class Client:
             except StopIteration as end:
                 result: T = end.value
                 return result
-            with _told():
-                answer = self._calls[type(request)](
-                    request, timeout=self._timeout, metadata=self._route.metadata()
-                )
+            with told():
+                answer = self._ask(request)
 
+    def _ask(self, request: Any) -> Any:
+        call = self._line.call(type(request))
+        return call(request, timeout=self._timeout, metadata=self._route.metadata())
 
-class AsyncClient:
-    """The client for asyncio: the methods of `Client`, awaited.
+    def _feed(
+        self, images: Iterable[npt.ArrayLike], questions: plans.Questions[A]
+    ) -> Iterator[A | LikelyError]:
+        def begin(messages: Iterator[Any]) -> Any:
+            call = self._line.call(questions.stream)
+            return call(messages, metadata=self._route.metadata())
 
-    To be made where the event loop runs; also an asynchronous context manager.
-    """
-
-    def __init__(
-        self,
-        address: str = ADDRESS,
-        *,
-        timeout: float = TIMEOUT,
-        token: Token | None = None,
-        tls: bool = False,
-        ca: File | None = None,
-        certificate: File | None = None,
-        key: File | None = None,
-    ) -> None:
-        """A client of one server, as `Client`."""
-        self._timeout = timeout
-        self._catalogue = plans.Catalogue()
-        self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
-        self._channel = self._route.aio_channel(OPTIONS)
-        generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._generate = generation.Generate
-        self._complete = generation.Complete
-        self._calls = _calls(self._channel)
-
-    async def score(
-        self,
-        images: npt.ArrayLike,
-        *,
-        alpha: float | None = None,
-        surprise: bool = False,
-        guarantee: Guarantee = Guarantee.MARGINAL,
-        model: str | None = None,
-        version: str | None = None,
-    ) -> Scores:
-        """As `Client.score`."""
-        plan = plans.score(self._catalogue, images, alpha, surprise, guarantee, model, version)
-        return await self._follow(plan)
-
-    async def classify(
-        self,
-        images: npt.ArrayLike,
-        *,
-        alpha: float | None = None,
-        priors: npt.ArrayLike | None = None,
-        min_posterior: float = 0.0,
-        guarantee: Guarantee = Guarantee.MARGINAL,
-        model: str | None = None,
-        version: str | None = None,
-    ) -> Classifications:
-        """As `Client.classify`."""
-        plan = plans.classify(
-            self._catalogue, images, alpha, priors, min_posterior, guarantee, model, version
-        )
-        return await self._follow(plan)
-
-    async def encode(
-        self,
-        images: npt.ArrayLike,
-        *,
-        labels: npt.ArrayLike | None = None,
-        model: str | None = None,
-        version: str | None = None,
-    ) -> Features:
-        """As `Client.encode`."""
-        return await self._follow(plans.encode(self._catalogue, images, labels, model, version))
-
-    async def generate(
-        self,
-        count: int,
-        *,
-        label: int | None = None,
-        seed: int | None = None,
-        first_index: int = 0,
-        temperature: float | None = None,
-        self_check: bool = False,
-        alpha: float | None = None,
-        max_draws: int | None = None,
-        model: str | None = None,
-        version: str | None = None,
-    ) -> Draws:
-        """As `Client.generate`."""
-        stream = self.generate_stream(
-            count,
-            label=label,
-            seed=seed,
-            first_index=first_index,
-            temperature=temperature,
-            self_check=self_check,
-            alpha=alpha,
-            max_draws=max_draws,
-            model=model,
-            version=version,
-        )
-        return plans.joined([chunk async for chunk in stream])
-
-    async def generate_stream(
-        self,
-        count: int,
-        *,
-        label: int | None = None,
-        seed: int | None = None,
-        first_index: int = 0,
-        temperature: float | None = None,
-        self_check: bool = False,
-        alpha: float | None = None,
-        max_draws: int | None = None,
-        model: str | None = None,
-        version: str | None = None,
-    ) -> AsyncIterator[Draws]:
-        """As `Client.generate_stream`."""
-        info = await self.model(model, version)
-        last: Draws | None = None
-        check = plans.self_check(self_check, alpha, max_draws)
-        for request in plans.generations(
-            info, version, label, count, seed, first_index, temperature, check
-        ):
-            plans.pin(request, last)
-            call = self._generate(request, timeout=self._timeout, metadata=self._route.metadata())
-            try:
-                with _told():
-                    async for message in call:
-                        last = codec.draws(message)
-                        yield last
-            finally:
-                call.cancel()
-
-    async def complete(
-        self,
-        images: npt.ArrayLike,
-        mask: npt.ArrayLike,
-        *,
-        label: int | None = None,
-        completions: int = 1,
-        seed: int | None = None,
-        first_index: int = 0,
-        temperature: float | None = None,
-        proposals: int = 1,
-        model: str | None = None,
-        version: str | None = None,
-    ) -> Completions:
-        """As `Client.complete`."""
-        info = await self.model(model, version)
-        x = plans.pixels(images)
-        parts: list[Completions] = []
-        for request in plans.completions(
-            info, version, x, mask, label, completions, seed, first_index, temperature, proposals
-        ):
-            plans.pin(request, parts[-1] if parts else None)
-            with _told():
-                call = self._complete(
-                    request, timeout=self._timeout, metadata=self._route.metadata()
-                )
-                parts += [codec.completions(message) async for message in call]
-        return plans.completed(parts, x, completions, info)
-
-    async def models(self) -> list[ModelInfo]:
-        """As `Client.models`."""
-        return await self._follow(plans.models())
-
-    async def model(self, model: str | None = None, version: str | None = None) -> ModelInfo:
-        """As `Client.model`."""
-        return await self._follow(self._catalogue.model(model, version))
-
-    async def close(self) -> None:
-        """As `Client.close`."""
-        await self._channel.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def _follow(self, plan: plans.Plan[T]) -> T:
-        answer: Any = None
-        while True:
-            try:
-                request = plan.send(answer)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-            with _told():
-                answer = await self._calls[type(request)](
-                    request, timeout=self._timeout, metadata=self._route.metadata()
-                )
-
-
-def _calls(channel: Any) -> dict[type[plans.Request], Any]:
-    """The RPC that carries each kind of request."""
-    scoring = scoring_pb2_grpc.ScoringServiceStub(channel)
-    models = models_pb2_grpc.ModelServiceStub(channel)
-    return {
-        scoring_pb2.ScoreRequest: scoring.Score,
-        scoring_pb2.ClassifyRequest: scoring.Classify,
-        scoring_pb2.EncodeRequest: scoring.Encode,
-        models_pb2.ListModelsRequest: models.ListModels,
-        models_pb2.GetModelRequest: models.GetModel,
-    }
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Raises a failed call as the error that it tells of."""
-    try:
-        yield
-    except grpc.RpcError as failure:
-        raise statuses.error(failure) from failure
+        return BlockingFeed(begin, questions, self._timeout).outcomes(images)

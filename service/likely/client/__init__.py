@@ -1,0 +1,11 @@
+"""The clients: numpy in, typed answers out, every failure a `LikelyError`.
+
+Both divide large inputs to the server's limits and join the answers; gRPC
+itself retries what a busy or restarting server refuses.
+"""
+
+from likely.client.asynchronous import AsyncClient
+from likely.client.blocking import Client
+from likely.client.line import ADDRESS, TIMEOUT
+
+__all__ = ["ADDRESS", "TIMEOUT", "AsyncClient", "Client"]

@@ -1,0 +1,265 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy.typing as npt
+
+from likely import codec, plans
+from likely.answers import (
+    Classifications,
+    Completions,
+    Draws,
+    Features,
+    Guarantee,
+    ModelInfo,
+    Scores,
+)
+from likely.channels import Address, File, Route, Token
+from likely.client.feeds import AsyncFeed
+from likely.client.line import ADDRESS, TIMEOUT, Line, told
+from likely.errors import LikelyError
+from likely.plans import A
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """The client for asyncio: the methods of `Client`, awaited.
+
+    To be made where the event loop runs; also an asynchronous context manager.
+    """
+
+    def __init__(
+        self,
+        address: Address = ADDRESS,
+        *,
+        timeout: float = TIMEOUT,
+        token: Token | None = None,
+        tls: bool = False,
+        ca: File | None = None,
+        certificate: File | None = None,
+        key: File | None = None,
+    ) -> None:
+        """A client of one server, as `Client`."""
+        self._timeout = timeout
+        self._catalogue = plans.Catalogue()
+        self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
+        self._line = Line(self._route.aio_channel)
+
+    async def score(
+        self,
+        images: npt.ArrayLike,
+        *,
+        alpha: float | None = None,
+        surprise: bool = False,
+        guarantee: Guarantee = Guarantee.MARGINAL,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Scores:
+        """As `Client.score`."""
+        plan = plans.score(self._catalogue, images, alpha, surprise, guarantee, model, version)
+        return await self._follow(plan)
+
+    async def classify(
+        self,
+        images: npt.ArrayLike,
+        *,
+        alpha: float | None = None,
+        priors: npt.ArrayLike | None = None,
+        min_posterior: float = 0.0,
+        guarantee: Guarantee = Guarantee.MARGINAL,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Classifications:
+        """As `Client.classify`."""
+        plan = plans.classify(
+            self._catalogue, images, alpha, priors, min_posterior, guarantee, model, version
+        )
+        return await self._follow(plan)
+
+    async def score_stream(
+        self,
+        images: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        *,
+        alpha: float | None = None,
+        surprise: bool = False,
+        guarantee: Guarantee = Guarantee.MARGINAL,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> AsyncIterator[Scores | LikelyError]:
+        """As `Client.score_stream`; the feed may be asynchronous too."""
+        info = await self.model(model, version)
+        questions = plans.score_questions(info, alpha, surprise, guarantee, version)
+        async with aclosing(self._feed(images, questions)) as outcomes:
+            async for outcome in outcomes:
+                yield outcome
+
+    async def classify_stream(
+        self,
+        images: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        *,
+        alpha: float | None = None,
+        priors: npt.ArrayLike | None = None,
+        min_posterior: float = 0.0,
+        guarantee: Guarantee = Guarantee.MARGINAL,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> AsyncIterator[Classifications | LikelyError]:
+        """As `Client.classify_stream`; the feed may be asynchronous too."""
+        info = await self.model(model, version)
+        questions = plans.classify_questions(info, alpha, priors, min_posterior, guarantee, version)
+        async with aclosing(self._feed(images, questions)) as outcomes:
+            async for outcome in outcomes:
+                yield outcome
+
+    async def encode(
+        self,
+        images: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Features:
+        """As `Client.encode`."""
+        return await self._follow(plans.encode(self._catalogue, images, labels, model, version))
+
+    async def generate(
+        self,
+        count: int,
+        *,
+        label: int | None = None,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        self_check: bool = False,
+        alpha: float | None = None,
+        max_draws: int | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Draws:
+        """As `Client.generate`."""
+        stream = self.generate_stream(
+            count,
+            label=label,
+            seed=seed,
+            first_index=first_index,
+            temperature=temperature,
+            self_check=self_check,
+            alpha=alpha,
+            max_draws=max_draws,
+            model=model,
+            version=version,
+        )
+        return plans.joined([chunk async for chunk in stream])
+
+    async def generate_stream(
+        self,
+        count: int,
+        *,
+        label: int | None = None,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        self_check: bool = False,
+        alpha: float | None = None,
+        max_draws: int | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> AsyncIterator[Draws]:
+        """As `Client.generate_stream`."""
+        info = await self.model(model, version)
+        last: Draws | None = None
+        check = plans.self_check(self_check, alpha, max_draws)
+        for request in plans.generations(
+            info, version, label, count, seed, first_index, temperature, check
+        ):
+            plans.pin(request, last)
+            call = self._ask(request)
+            try:
+                with told():
+                    async for message in call:
+                        last = codec.draws(message)
+                        yield last
+            finally:
+                call.cancel()
+
+    async def complete(
+        self,
+        images: npt.ArrayLike,
+        mask: npt.ArrayLike,
+        *,
+        label: int | None = None,
+        completions: int = 1,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        proposals: int = 1,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Completions:
+        """As `Client.complete`."""
+        info = await self.model(model, version)
+        x = plans.pixels(images)
+        parts: list[Completions] = []
+        for request in plans.completions(
+            info, version, x, mask, label, completions, seed, first_index, temperature, proposals
+        ):
+            plans.pin(request, parts[-1] if parts else None)
+            with told():
+                parts += [codec.completions(message) async for message in self._ask(request)]
+        return plans.completed(parts, x, completions, info)
+
+    async def models(self) -> list[ModelInfo]:
+        """As `Client.models`."""
+        return await self._follow(plans.models())
+
+    async def model(self, model: str | None = None, version: str | None = None) -> ModelInfo:
+        """As `Client.model`."""
+        return await self._follow(self._catalogue.model(model, version))
+
+    async def close(self) -> None:
+        """As `Client.close`."""
+        if closing := self._line.close():
+            await closing
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _follow(self, plan: plans.Plan[T]) -> T:
+        answer: Any = None
+        while True:
+            try:
+                request = plan.send(answer)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            with told():
+                answer = await self._ask(request)
+
+    def _ask(self, request: Any) -> Any:
+        call = self._line.call(type(request))
+        return call(request, timeout=self._timeout, metadata=self._route.metadata())
+
+    def _feed(
+        self,
+        images: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        questions: plans.Questions[A],
+    ) -> AsyncGenerator[A | LikelyError, None]:
+        def begin(messages: AsyncIterator[Any]) -> Any:
+            call = self._line.call(questions.stream)
+            return call(messages, metadata=self._route.metadata())
+
+        return AsyncFeed(begin, questions, self._timeout).outcomes(images)

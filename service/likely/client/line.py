@@ -1,0 +1,94 @@
+"""What both clients ask over: one channel, opened at the first question, in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import grpc
+
+from likely import plans, statuses
+from likely.errors import Forked
+from likely.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    scoring_pb2,
+    scoring_pb2_grpc,
+)
+
+ADDRESS = "127.0.0.1:50051"
+TIMEOUT = 60.0
+
+Kind: TypeAlias = type[
+    plans.Request
+    | generation_pb2.GenerateRequest
+    | generation_pb2.CompleteRequest
+    | scoring_pb2.ScoreStreamRequest
+    | scoring_pb2.ClassifyStreamRequest
+]
+
+
+class Line:
+    """The RPCs of one server, over a channel that is opened when the first is asked for.
+
+    gRPC's threads do not survive a fork, so that a channel is of the process that opened it.
+    """
+
+    def __init__(self, open_channel: Callable[[], Any]) -> None:
+        self._open = open_channel
+        self._channel: Any = None
+        self._calls: dict[Kind, Any] = {}
+        self._process = 0
+
+    def call(self, kind: Kind) -> Any:
+        """The RPC that carries requests of that kind.
+
+        Raises:
+            Forked: another process opened the channel.
+        """
+        if not self._calls:
+            self._channel = self._open()
+            self._process = os.getpid()
+            self._calls = _calls(self._channel)
+        elif self._process != os.getpid():
+            raise Forked(
+                f"this client was used in process {self._process}, which then forked this one; "
+                "make a client in each process, or start processes by spawn"
+            )
+        return self._calls[kind]
+
+    def close(self) -> Any:
+        """Ends the channel, if this process has one; awaitable where the channel's end is."""
+        if self._calls and self._process == os.getpid():
+            return self._channel.close()
+        return None
+
+
+def _calls(channel: Any) -> dict[Kind, Any]:
+    scoring = scoring_pb2_grpc.ScoringServiceStub(channel)
+    generation = generation_pb2_grpc.GenerationServiceStub(channel)
+    models = models_pb2_grpc.ModelServiceStub(channel)
+    return {
+        scoring_pb2.ScoreRequest: scoring.Score,
+        scoring_pb2.ClassifyRequest: scoring.Classify,
+        scoring_pb2.EncodeRequest: scoring.Encode,
+        scoring_pb2.ScoreStreamRequest: scoring.ScoreStream,
+        scoring_pb2.ClassifyStreamRequest: scoring.ClassifyStream,
+        generation_pb2.GenerateRequest: generation.Generate,
+        generation_pb2.CompleteRequest: generation.Complete,
+        models_pb2.ListModelsRequest: models.ListModels,
+        models_pb2.GetModelRequest: models.GetModel,
+    }
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Raises a failed call as the error that it tells of."""
+    try:
+        yield
+    except grpc.RpcError as failure:
+        raise statuses.error(failure) from failure

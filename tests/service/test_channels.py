@@ -1,0 +1,176 @@
+"""How clients reach one server or several, and what they do where one refuses or is gone."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+import warnings
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+
+from likely import AsyncClient, Client, SettingsError, codec
+from likely.channels import Route
+from likely.errors import Overloaded
+from likely.v1.scoring_pb2 import ScoreRequest
+from likely.v1.scoring_pb2_grpc import ScoringServiceStub
+
+if TYPE_CHECKING:
+    from tests.conftest import Live, Running, Toy
+
+
+@pytest.fixture
+def x(toy: Toy) -> Any:
+    return toy.draw(np.random.default_rng(4), 20)
+
+
+def shown(method: Any) -> list[tuple[str, Any, Any]]:
+    """A method's parameters: their names, kinds and defaults."""
+    return [(p.name, p.kind, p.default) for p in inspect.signature(method).parameters.values()]
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    methods = {name for name in vars(Client) if not name.startswith("_")}
+    assert methods == {name for name in vars(AsyncClient) if not name.startswith("_")}
+    assert {"score", "classify_stream", "complete", "close"} <= methods
+    for name in (*methods, "__init__"):
+        assert shown(getattr(Client, name)) == shown(getattr(AsyncClient, name)), name
+
+
+@pytest.mark.parametrize(
+    ("addresses", "sentence"),
+    [
+        (["localhost:50051"], "'localhost:50051' is no IP address with a port"),
+        (["10.0.0.1"], "'10.0.0.1' is no IP address with a port"),
+        (["10.0.0.1:1", "[::1]:2"], "all IPv4 or all IPv6"),
+        ([], "one at least"),
+    ],
+)
+def test_addresses_that_are_none_are_refused(addresses: list[str], sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence.replace("[", r"\[")):
+        Client(addresses)
+
+
+def test_a_token_goes_unencrypted_to_no_other_machine_of_several() -> None:
+    Route(["127.0.0.1:1", "127.0.0.2:2"], token="secret")
+    for addresses in (["127.0.0.1:1", "10.0.0.1:2"], "dns:///models.example.org:1"):
+        with pytest.raises(SettingsError, match="unencrypted"):
+            Route(addresses, token="secret")
+
+
+def counted(live: Live, monkeypatch: pytest.MonkeyPatch, tally: Counter[int], name: int) -> None:
+    engine = live.server.registry.find("toy")
+    score = engine.score
+
+    async def counting(*args: Any, **more: Any) -> Any:
+        tally[name] += 1
+        return await score(*args, **more)
+
+    monkeypatch.setattr(engine, "score", counting)
+
+
+def test_replicas_take_turns_and_one_that_ends_is_left_out(
+    running: Running, toy: Toy, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tally: Counter[int] = Counter()
+    with running() as stays:
+        with running() as goes:
+            counted(stays, monkeypatch, tally, 0)
+            counted(goes, monkeypatch, tally, 1)
+            client = Client([stays.address, goes.address], timeout=30)
+            client.model()
+            while min(tally[0], tally[1]) < 10:  # both are connected, and found healthy
+                client.score(x[:1])
+        before = tally.copy()
+        for each in x:
+            np.testing.assert_allclose(
+                client.score(each[None]).log_px, toy.log_px(each[None]), atol=1e-4
+            )
+        assert tally[1] == before[1]
+        assert tally[0] == before[0] + len(x)
+        client.close()
+
+
+def test_a_replica_that_is_not_ready_gets_nothing(
+    running: Running, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running() as ready, running(load=False) as loading:
+        asked: list[str] = []
+        find = loading.server.registry.lease
+
+        def noted(name: str, version: str = "") -> Any:
+            asked.append(name)
+            return find(name, version)
+
+        monkeypatch.setattr(loading.server.registry, "lease", noted)
+        with Client([loading.address, ready.address], timeout=30) as client:
+            for _ in range(30):
+                client.score(x[:1])
+    assert not asked
+
+
+def test_a_refused_request_comes_again_when_the_server_said(
+    running: Running, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running() as live, Client(live.address, timeout=30) as client:
+        client.model()
+        engine, came = live.server.registry.find("toy"), list[float]()
+        score = engine.score
+
+        async def busy(*args: Any, **more: Any) -> Any:
+            came.append(time.monotonic())
+            if len(came) < 3:
+                raise Overloaded("busy", retry_after=0.6)  # gRPC's own delay would be 0.2
+            return await score(*args, **more)
+
+        monkeypatch.setattr(engine, "score", busy)
+        assert len(client.score(x[:1]).log_px) == 1
+    assert len(came) == 3
+    assert min(np.diff(came)) >= 0.59
+
+
+def test_a_client_after_a_fork_says_so(live: Live, x: Any) -> None:
+    with Client(live.address, timeout=30) as client:
+        client.score(x[:1])
+        reading, writing = os.pipe()
+        with warnings.catch_warnings():  # of the very thing that this is about
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:  # nothing of pytest's may run here
+            try:
+                client.score(x[:1])
+                told = "answered"
+            except BaseException as error:
+                told = f"{type(error).__name__}: {error}"
+            os.write(writing, told.encode())
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            told = pipe.read()
+        os.waitpid(child, 0)
+        assert told.startswith(f"Forked: this client was used in process {os.getpid()}")
+        assert len(client.score(x[:1]).log_px) == 1
+
+
+def test_what_asks_once_does_not_ask_again(
+    live: Live, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    async def busy(*_: Any, **__: Any) -> None:
+        asked.append("score")
+        raise Overloaded("busy", retry_after=0.01)
+
+    monkeypatch.setattr(live.server.registry.find("toy"), "score", busy)
+    request = ScoreRequest(model_name="toy", images=codec.images(x))
+    with (
+        Route(live.address).channel(once=True) as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        ScoringServiceStub(channel).Score(request, timeout=30)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert asked == ["score"]

@@ -1,0 +1,240 @@
+"""Feeds of both clients: in order, message by message, whatever happens to the stream."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from likely import AsyncClient, Client, LikelyError, Scores
+from likely.answers import Classifications
+from likely.client.ledger import WINDOW
+from likely.errors import DeadlineExceeded, InvalidInput, NotAnswered, Overloaded, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.conftest import Live, Running, Toy
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[Client]:
+    with Client(live.address, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def x(toy: Toy) -> Any:
+    return toy.draw(np.random.default_rng(4), 400)
+
+
+def both(live: Live, client: Client, method: str, items: list[Any], **more: Any) -> list[list[Any]]:
+    """What each client says of the items."""
+
+    async def ask() -> list[Any]:
+        async with AsyncClient(live.address, timeout=30) as other:
+            return [outcome async for outcome in getattr(other, method)(items, **more)]
+
+    return [list(getattr(client, method)(items, **more)), live.run(ask())]
+
+
+def test_outcomes_are_those_of_single_requests_in_order(
+    live: Live, client: Client, toy: Toy, x: Any
+) -> None:
+    items = [x[n : n + 1 + n % 3] for n in range(300)]
+    for outcomes in both(live, client, "score_stream", items, alpha=0.2, surprise=True):
+        assert len(outcomes) == len(items)
+        for item, scores in zip(items, outcomes, strict=True):
+            assert isinstance(scores, Scores)
+            assert scores.alpha == 0.2
+            assert scores.surprise is not None
+            assert scores.surprise.shape == item.shape
+            np.testing.assert_allclose(scores.log_px, toy.log_px(item), atol=1e-4)
+    priors = [0.1, 0.1, 0.8]
+    alone = client.classify(x[:50], priors=priors)
+    for outcomes in both(live, client, "classify_stream", [*x[:50, None]], priors=priors):
+        labels = [outcome.label[0] for outcome in outcomes]
+        assert all(isinstance(outcome, Classifications) for outcome in outcomes)
+        assert labels == alone.label.tolist()
+
+
+def test_an_error_has_its_items_place(live: Live, client: Client, x: Any) -> None:
+    good = x[:1]
+    items = [good, x[0, 0], good, good + 4, np.zeros((1, 1, 4, 3), np.uint8), good, x[:101]]
+    for outcomes in both(live, client, "score_stream", items):
+        failed = [
+            outcome.field if isinstance(outcome, InvalidInput) else None for outcome in outcomes
+        ]
+        named = [None, "images", None, "images.data", "images.shape[2]", None, "images.shape[0]"]
+        assert failed == named
+
+
+def test_a_feed_of_nothing_ends(live: Live, client: Client) -> None:
+    assert both(live, client, "score_stream", []) == [[], []]
+
+
+def test_answers_do_not_wait_for_the_next_item(live: Live, client: Client, x: Any) -> None:
+    answered = threading.Semaphore(1)
+
+    def feed() -> Iterator[Any]:
+        for n in range(5):
+            assert answered.acquire(timeout=20)
+            yield x[n : n + 1]
+
+    for _ in client.score_stream(feed()):
+        answered.release()
+
+    async def ask() -> int:
+        answers: asyncio.Queue[None] = asyncio.Queue()
+        answers.put_nowait(None)
+
+        async def source() -> AsyncIterator[Any]:
+            for n in range(5):
+                await asyncio.wait_for(answers.get(), 20)
+                yield x[n : n + 1]
+
+        async with AsyncClient(live.address, timeout=30) as other:
+            count = 0
+            async for _ in other.score_stream(source()):
+                count += 1
+                answers.put_nowait(None)
+            return count
+
+    assert live.run(ask()) == 5
+
+
+def test_what_a_feed_raises_comes_after_the_answers(live: Live, client: Client, x: Any) -> None:
+    class BrokenError(Exception):
+        pass
+
+    def feed() -> Iterator[Any]:
+        yield from x[:10, None]
+        raise BrokenError
+
+    found = []
+    with pytest.raises(BrokenError):
+        for outcome in client.score_stream(feed()):
+            found.append(outcome)  # noqa: PERF402
+    assert len(found) == 10
+
+    async def ask() -> int:
+        count = 0
+        async with AsyncClient(live.address, timeout=30) as other:
+            with pytest.raises(BrokenError):
+                async for _ in other.score_stream(feed()):
+                    count += 1
+        return count
+
+    assert live.run(ask()) == 10
+
+
+def test_a_feed_is_read_only_a_little_ahead(client: Client, x: Any) -> None:
+    read = 0
+
+    def feed() -> Iterator[Any]:
+        nonlocal read
+        for n in range(5000):
+            read += 1
+            yield x[n % 400][None]
+
+    outcomes = client.score_stream(feed())
+    for taken in range(1, 20):
+        next(outcomes)
+        assert read <= taken + 2 * WINDOW + 1
+    outcomes.close()  # type: ignore[attr-defined]
+    assert client.score(x[:1]).log_px.shape == (1,)
+
+
+def test_a_quota_slows_a_feed_and_loses_nothing(running: Running, x: Any) -> None:
+    with (
+        running(client_images_per_second=200, client_images_at_once=20) as live,
+        Client(live.address, timeout=30) as client,
+    ):
+        outcomes = both(live, client, "score_stream", [*x[:60, None]])
+    assert all(isinstance(outcome, Scores) for found in outcomes for outcome in found)
+
+
+def test_what_stays_refused_is_told_in_the_end(running: Running, x: Any) -> None:
+    limits = {"client_images_per_second": 0.01, "client_images_at_once": 2}
+    with running(**limits) as live, Client(live.address, timeout=0.5) as client:
+        found = list(client.score_stream([*x[:3, None]]))
+    assert [isinstance(outcome, Scores) for outcome in found] == [True, True, False]
+    assert isinstance(found[2], Overloaded)
+
+
+def test_a_broken_stream_is_begun_anew_and_nothing_is_lost(
+    running: Running, toy: Toy, x: Any
+) -> None:
+    asked = threading.Event()
+    resumed = threading.Event()
+    found: list[Scores | LikelyError] = []
+
+    def feed() -> Iterator[Any]:
+        for n, each in enumerate(x):
+            if n == 200:
+                asked.set()
+                assert resumed.wait(60)
+            yield each[None]
+
+    with running() as first:
+        port, address = first.server.port, first.address
+        client = Client(address, timeout=60)
+
+        def ask() -> None:
+            found.extend(client.score_stream(feed()))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert asked.wait(60)
+    with running(port=port):
+        resumed.set()
+        thread.join(60)
+    client.close()
+    assert all(isinstance(outcome, Scores) for outcome in found)
+    log_px = [outcome.log_px[0] for outcome in found if isinstance(outcome, Scores)]
+    np.testing.assert_allclose(log_px, toy.log_px(x), atol=1e-4)
+
+
+def test_a_server_that_is_gone_ends_a_feed(
+    running: Running, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("likely.client.feeds.delay", lambda _: 0.01)
+    with running() as live:
+        client = Client(live.address, timeout=30)
+        client.model()
+    with client, pytest.raises(Unavailable):
+        list(client.score_stream([x[:1]]))
+
+
+def test_no_answer_in_time_ends_a_feed(
+    live: Live, client: Client, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stuck(*_: Any, **__: Any) -> None:
+        await asyncio.sleep(30)
+
+    async def ask() -> None:
+        async with AsyncClient(live.address, timeout=30) as other:
+            await other.model()
+            monkeypatch.setattr(other, "_timeout", 0.2)
+            with pytest.raises(DeadlineExceeded):
+                [outcome async for outcome in other.score_stream([x[:1]])]
+
+    client.model()
+    monkeypatch.setattr(live.server.registry.find("toy"), "score", stuck)
+    live.run(ask())
+    monkeypatch.setattr(client, "_timeout", 0.2)
+    with pytest.raises(DeadlineExceeded):
+        list(client.score_stream([x[:1]]))
+
+
+def test_a_question_that_the_model_cannot_answer(
+    running: Running, make_toy: Callable[..., Toy], x: Any
+) -> None:
+    bare = make_toy("bare", roles=("density",))
+    with running(bundles=(bare.path,)) as live, Client(live.address) as client:
+        (outcome,) = client.classify_stream([x[:1]])
+    assert isinstance(outcome, NotAnswered)
