@@ -41,6 +41,9 @@ def main() -> None:
 @main.command()
 @click.option("--recipe", default="digits", show_default=True, help="Name or .toml file.")
 @click.option("--data", help="Where the pictures lie, if not where the recipe says.")
+@click.option("--size", default="", help="Another size that the recipe names, such as paper.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of every model  [default: the recipe's]")
+@click.option("--without", multiple=True, help="Hold this label out; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder  [default: runs/RECIPE]")
 @click.option("--model", "models", multiple=True, help="Train only this model; repeatable.")
 @click.option(
@@ -68,6 +71,9 @@ def main() -> None:
 def train(
     recipe: str,
     data: str | None,
+    size: str,
+    seed: int | None,
+    without: tuple[str, ...],
     out: Path | None,
     models: tuple[str, ...],
     device: Any,
@@ -81,7 +87,9 @@ def train(
     from likely_export.progress import Display
     from likely_export.train import Hardware
 
-    chosen = recipes.load(recipe, data)
+    chosen = recipes.load(recipe, data, size).without(without)
+    if seed is not None:
+        chosen = chosen.reseeded(seed)
     folder = out or Path("runs") / chosen.name
     # With several devices Fabric runs this command once for each; only the first speaks.
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"

@@ -19,6 +19,7 @@ for every label costs one trunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,17 @@ from torch.nn import functional
 
 from likely.errors import InvalidInput
 from likely_export import logistic
+from likely_export.moves import NONE, Moves
 
+SIZES = (
+    "labels",
+    "latent",
+    "width",
+    "depth",
+    "importance_samples",
+    "training_samples",
+    "convolution_depth",
+)
 NARROWEST, WIDEST = -10.0, 4.0  # bounds of log_variance
 
 
@@ -48,11 +59,14 @@ class CVAEConfig:
         importance_samples: K of the bound that is validated and served.
         training_samples: K of the bound that training raises; 1 is the ELBO.
         dropout: share of hidden features dropped in training.
-        convolutions: channels of the trunk's first layers, each of 3 x 3 pixels at a
-            stride of 2; none for a trunk of linear layers only.
+        convolutions: channels of the trunk's first stages, each of which halves the
+            picture; none for a trunk of linear layers only.
+        convolution_depth: layers of a stage, of 3 x 3 pixels; the last has a stride of 2.
         contrast: nats of a picture that training pays for a nat of its label,
             -log p(y|x) by Bayes' rule over the bounds of all labels; 0 for
             likelihood alone.
+        moves: what is done to the pictures that the contrast learns from; the
+            likelihood learns from pictures as they are.
     """
 
     shape: tuple[int, int, int]
@@ -66,11 +80,14 @@ class CVAEConfig:
     training_samples: int = 1
     dropout: float = 0.0
     convolutions: tuple[int, ...] = ()
+    convolution_depth: int = 1
     contrast: float = 0.0
+    moves: Moves = NONE
 
     def __post_init__(self) -> None:
-        sizes = ("labels", "latent", "width", "depth", "importance_samples", "training_samples")
-        for name in sizes:
+        if isinstance(self.moves, Mapping):  # as a file of weights holds it
+            object.__setattr__(self, "moves", Moves(**self.moves))
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise InvalidInput(name, f"{getattr(self, name)}; a CVAE needs at least 1")
 
@@ -156,11 +173,17 @@ class CVAE(nn.Module):
         eps = torch.randn(shape, device=x.device)
         if not self.config.contrast:
             return -self.iwae(x, y, eps)
+        moved = self.config.moves.of(x) if self.config.moves else x
+        bounds = self._bounds(moved, eps)
+        label_nll = functional.cross_entropy(bounds * self.sureness, y, reduction="none")
+        own = self.iwae(x, y, eps) if self.config.moves else bounds.gather(1, y[:, None])[:, 0]
+        return self.config.contrast * label_nll - own
+
+    def _bounds(self, x: Tensor, eps: Tensor) -> Tensor:
+        """The IWAE-K bounds in nats for all labels, (n, labels), of noise (n, k, z)."""
         labels = torch.arange(self.config.labels, device=x.device)
         features, levels = self.features(x)[:, None], x.flatten(1)[:, None, None]
-        bounds = _mean_exp(self.weights(features, levels, labels, eps[:, None]))
-        label_nll = functional.cross_entropy(bounds * self.sureness, y, reduction="none")
-        return self.config.contrast * label_nll - bounds.gather(1, y[:, None])[:, 0]
+        return _mean_exp(self.weights(features, levels, labels, eps[:, None]))
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The negated IWAE-K bound, nats (n,), with the same noise at every call."""
@@ -319,8 +342,11 @@ def _trunk(config: CVAEConfig) -> nn.Sequential:
     layers: list[nn.Module] = []
     channels, height, width = config.shape
     for wider in config.convolutions:
-        layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.ReLU()]
-        channels, height, width = wider, (height + 1) // 2, (width + 1) // 2
+        for i in range(config.convolution_depth):
+            stride = 2 if i + 1 == config.convolution_depth else 1
+            layers += [nn.Conv2d(channels, wider, 3, stride, padding=1), nn.ReLU()]
+            channels = wider
+        height, width = (height + 1) // 2, (width + 1) // 2
     linear = _layers(channels * height * width, config.width, config.depth, config.dropout)
     return nn.Sequential(*layers, nn.Flatten(), *linear)
 

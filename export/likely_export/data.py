@@ -152,6 +152,7 @@ def load(
     levels: int = 0,
     binarise: bool = False,
     labels: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Dataset:
     """The data set of a source, divided by a seed.
@@ -164,15 +165,14 @@ def load(
         binarise: two levels, 1 with probability x / (levels - 1): held-out parts
             are drawn once by Philox(key=(20261122, k)), training afresh each time.
         labels: names to use in place of the source's.
+        without: labels whose pictures are left out everywhere.
         seed: of the division.
 
     Raises:
         InvalidInput: the source cannot be read or cannot be divided so; the field
             names the file.
     """
-    raw = read(source)
-    if labels:
-        raw = _named(raw, labels)
+    raw = _kept(named(read(source), labels), without)
     train, test = Split(raw.x, raw.y), None if raw.test is None else Split(*raw.test)
     if binarise:
         train = binarised(train, raw.levels, HELD_BACK)
@@ -252,10 +252,40 @@ def _digest(parts: dict[str, Split]) -> str:
     return digest.hexdigest()
 
 
-def _named(raw: Source, labels: tuple[str, ...]) -> Source:
+def named(raw: Source, labels: tuple[str, ...]) -> Source:
+    """The source with these names for its labels, or its own where there are none.
+
+    Raises:
+        InvalidInput: there are more or fewer labels than names.
+    """
+    if not labels:
+        return raw
     if len(labels) != len(raw.labels):
         raise InvalidInput("labels", f"{len(labels)} names for the {len(raw.labels)} of {raw.name}")
     return Source(raw.name, raw.x, raw.y, raw.levels, labels, raw.test)
+
+
+def held_out(raw: Source, without: tuple[str, ...]) -> Pixels:
+    """The pictures of these labels, uint8 (n, c, h, w); of the test part where there is one."""
+    x, y = (raw.x, raw.y) if raw.test is None else raw.test
+    return x[np.isin(y, [raw.labels.index(name) for name in without])]
+
+
+def _kept(raw: Source, without: tuple[str, ...]) -> Source:
+    """The source without these labels; the others move up."""
+    if not without:
+        return raw
+    if unknown := [name for name in without if name not in raw.labels]:
+        raise InvalidInput("without", f"{unknown[0]} is none of {', '.join(raw.labels)}")
+    names = tuple(name for name in raw.labels if name not in without)
+    moved = np.array([names.index(name) if name in names else -1 for name in raw.labels])
+
+    def kept(x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
+        rows = moved[y] >= 0
+        return x[rows], moved[y][rows]
+
+    test = None if raw.test is None else kept(*raw.test)
+    return Source(raw.name, *kept(raw.x, raw.y), raw.levels, names, test)
 
 
 def _digits() -> Source:

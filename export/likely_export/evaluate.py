@@ -9,23 +9,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from likely import noise
-from likely.answers import Classifications, Doubles, Labels, Pixels, Scores, Verdict
-from likely.bundle import Bundle, Graph, Kind, Manifest, Role, write_manifest
+from likely.answers import Classifications, Doubles, Pixels, Scores, Verdict
+from likely.bundle import Bundle, Kind, Manifest, Role, write_manifest
 from likely.engine import Engine
 from likely.graphs import Array, Device, Session
 from likely_export import baselines, corruptions, costs, measures, report
 from likely_export.data import Dataset, bernoulli
+from likely_export.generated import BATCH, SEED, Drawing, Sizes, batched
 from likely_export.judge import Judge, taught
 from likely_export.material import (
     INLIERS,
-    Completed,
     Explained,
     Labelled,
     Material,
@@ -33,32 +32,8 @@ from likely_export.material import (
 )
 
 EVALUATION, REPORT = "evaluation.json", "report.html"
-BATCH = 16
-SEED = 20261122
 BINARISATIONS = 3
 BOUND_SAMPLES = 64
-COMPLETED = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How many pictures each figure is taken over, at most.
-
-    Attributes:
-        test: of the test part.
-        outliers: of every set out of distribution.
-        drawn: drawn for faithfulness and for training on draws; 0 leaves these out.
-        bound: for the bound of many importance samples.
-        steps: of training each judge.
-        examples: shown of each set.
-    """
-
-    test: int = 10_000
-    outliers: int = 2000
-    drawn: int = 10_000
-    bound: int = 500
-    steps: int = 3000
-    examples: int = 12
 
 
 def evaluate(
@@ -146,7 +121,10 @@ class _Evaluation:
         labelled = None
         judge = None
         if self.manifest.labels:
-            judge = self._judge(self.data.train.x, self.data.train.y)
+            labels = len(self.manifest.labels)
+            steps = self.sizes.steps
+            train = self.data.train
+            judge = taught(train.x, train.y, self.manifest.levels, labels, steps=steps)
         if Role.CONDITIONAL in self.manifest.graphs:
             taken = await self._classify(self.test.x)
             labelled = Labelled(self.test.y, taken.posterior, taken.p_value, taken.label_p_values)
@@ -157,21 +135,16 @@ class _Evaluation:
         }
         if judge is not None and taken is not None:
             figures |= await self._mixed(judge, taken)
-        drawn, nearest = None, None
-        if Role.SAMPLE in self.manifest.graphs or Role.GENERATE in self.manifest.graphs:
-            x, y = await self._draw()
-            drawn = _by_label(x, y, self.sizes.examples)
-            figures |= self._drawn(judge, x, y)
-            figures |= await self._own_surprise(len(x))
-            nearest, figures["memorisation"] = self._memorised(x)
+        drawing = Drawing(self.bundle, self.engine, self.data, self.test, self.sizes, judge)
+        figures |= await drawing.figures(self.alphas)
         material = Material(
             levels=self.manifest.levels,
             labels=tuple(label.name for label in self.manifest.labels),
             sets=sets,
             labelled=labelled,
-            drawn=drawn,
-            nearest=nearest,
-            completed=await self._completed(),
+            drawn=drawing.examples,
+            nearest=drawing.nearest,
+            completed=await drawing.completed(),
             explained=await self._explained(taken),
             alphas=tuple(self.alphas),
         )
@@ -305,15 +278,11 @@ class _Evaluation:
         for call in range(calls):
             generator = np.random.Generator(np.random.Philox(key=[SEED, call]))
             noises = generator.standard_normal(eps.array_shape(len(part)), dtype=np.float32)
-            bounds.append(_batched(session, {"x": part.x, "eps": noises}, "log_pxy")[rows, part.y])
+            bounds.append(batched(session, {"x": part.x, "eps": noises}, "log_pxy")[rows, part.y])
         bound = np.logaddexp.reduce(np.array(bounds, np.float64), axis=0) - np.log(calls)
         bits = -bound / (self.manifest.dimensions * np.log(2))
         samples = calls * graph.importance_samples
         return {"conditional_bits_per_dim": measures.mean(bits) | {"importance_samples": samples}}
-
-    def _judge(self, x: Pixels, y: Labels) -> Judge:
-        labels = len(self.manifest.labels)
-        return taught(x, y, self.manifest.levels, labels, steps=self.sizes.steps)
 
     async def _mixed(self, judge: Judge, taken: Classifications) -> dict[str, Any]:
         """Classification with as many outliers mixed in; to accept one is an error.
@@ -351,91 +320,6 @@ class _Evaluation:
         """How far the least unusual label is from certain, (n,)."""
         return -answer.label_p_values.max(1) - 1e-3 * answer.posterior.max(1)
 
-    async def _draw(self) -> tuple[Pixels, Labels]:
-        """Pictures in turn of every label, or of none."""
-        labels = max(1, len(self.manifest.labels))
-        each = max(self.sizes.examples, self.sizes.drawn // labels)
-        pictures, named = [], []
-        for y in range(labels):
-            label = y if self.manifest.labels else None
-            async for chunk in self.engine.generate(label, each, SEED, first_index=y * each):
-                pictures.append(chunk.images)
-                named.append(np.full(len(chunk.images), y))
-        return np.concatenate(pictures), np.concatenate(named)
-
-    def _drawn(self, judge: Judge | None, x: Pixels, y: Labels) -> dict[str, Any]:
-        """Whether draws show their label, and whether they teach it."""
-        if judge is None or not self.sizes.drawn:
-            return {}
-        shown = judge.posterior(x).argmax(1) == y
-        pupil = self._judge(x, y)
-        learnt = pupil.posterior(self.test.x).argmax(1) == self.test.y
-        return {
-            "faithfulness": measures.mean(shown),
-            "faithfulness_by_label": {
-                label.name: float(shown[y == k].mean())
-                for k, label in enumerate(self.manifest.labels)
-            },
-            "train_on_draws_accuracy": measures.mean(learnt),
-        }
-
-    async def _own_surprise(self, most: int) -> dict[str, Any]:
-        """Whether draws are as surprising to their model as it expects: mean surprise = entropy.
-
-        The same p(x) must have drawn: a density that knows labels draws without one here.
-        """
-        sizes = self.manifest.calibration.statistics
-        if Role.SAMPLE not in self.manifest.graphs or not {"surprise", "entropy"} <= set(sizes):
-            return {}
-        spec = self.manifest.graphs[Role.SAMPLE]
-        session = Session(self.bundle.graph(Role.SAMPLE), spec, Device("cpu"))
-        n = min(most, 500)
-        feeds: dict[str, Array] = {
-            "gumbel": noise.gumbel(SEED, range(n), _noise_shape(spec)),
-        }
-        if spec.input("y") is not None:
-            feeds["y"] = np.full(n, len(self.manifest.labels), np.int64)
-        drawn = _batched(session, feeds, "x")
-        density = self.manifest.graphs[Role.DENSITY]
-        seen = Session(self.bundle.graph(Role.DENSITY), density, Device("cpu"))
-        statistics = _batched(seen, {"x": drawn}, "statistics").astype(np.float64)
-        ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
-        surprise = statistics[:, ends["surprise"] - 1]
-        entropy = statistics[:, ends["entropy"] - 1]
-        return {
-            "self_entropy": {
-                "own_draws_nll_nats": measures.mean(surprise),
-                "expected_nats": measures.mean(entropy),
-                "difference_nats": measures.mean(surprise - entropy),
-            }
-        }
-
-    def _memorised(self, x: Pixels) -> tuple[Pixels, dict[str, Any]]:
-        """Draws beside their nearest training pictures, and whether they lie too near."""
-        rows = np.linspace(0, len(x) - 1, min(len(x), 500)).astype(int)
-        held = self.test.x[np.linspace(0, len(self.test) - 1, len(rows)).astype(int)]
-        near, distance = _nearest(x[rows], self.data.train.x)
-        _, usual = _nearest(held, self.data.train.x)
-        shown = np.linspace(0, len(rows) - 1, self.sizes.examples).astype(int)
-        pairs = np.stack([x[rows][shown], self.data.train.x[near[shown]]], 1)
-        return pairs, {
-            "distance_of_draws": measures.mean(distance),
-            "distance_of_test": measures.mean(usual),
-            "nearer_than_1_percent_of_test": float(np.mean(distance < np.quantile(usual, 0.01))),
-        }
-
-    async def _completed(self) -> Completed | None:
-        if Role.SAMPLE not in self.manifest.graphs:
-            return None
-        x = self.test.x[:: max(1, len(self.test) // COMPLETED)][:COMPLETED]
-        known = np.zeros(x.shape, bool)
-        h = x.shape[2]
-        known[::2, :, : h // 2] = True  # the upper half is given, or the upper two thirds
-        known[1::2, :, : 2 * h // 3] = True
-        chunks = self.engine.complete(x, known, None, COMPLETED, SEED)
-        images = np.concatenate([chunk.images async for chunk in chunks])
-        return Completed(x, known, images.reshape(len(x), COMPLETED, *x.shape[1:]))
-
     async def _explained(self, taken: Classifications | None) -> Explained | None:
         rows = np.linspace(0, len(self.test) - 1, self.sizes.examples).astype(int)
         spec = self.manifest.graphs.get(Role.CONDITIONAL)
@@ -463,35 +347,3 @@ class _Evaluation:
 def _set(x: Pixels, scores: Scores, examples: int) -> Sets:
     shown = np.linspace(0, len(x) - 1, min(examples, len(x))).astype(int)
     return Sets(x[shown], -scores.log_px, scores.unusualness, scores.p_value)
-
-
-def _by_label(x: Pixels, y: Labels, examples: int) -> Pixels:
-    return np.stack([x[y == label][:examples] for label in range(int(y.max()) + 1)])
-
-
-def _batched(session: Session, feeds: Mapping[str, Array], output: str) -> Array:
-    n = len(next(iter(feeds.values())))
-    parts = [
-        {name: np.ascontiguousarray(feed[at : at + BATCH]) for name, feed in feeds.items()}
-        for at in range(0, n, BATCH)
-    ]
-    return np.concatenate([session.run(part, [output])[0] for part in parts])
-
-
-def _nearest(x: Pixels, among: Pixels) -> tuple[Labels, Doubles]:
-    """Which of some pictures is the nearest to each, and its distance in levels."""
-    flat = among.reshape(len(among), -1).astype(np.float32)
-    squares = np.square(flat).sum(1)
-    own = x.reshape(len(x), -1).astype(np.float32)
-    found = np.empty(len(x), np.int64)
-    for start in range(0, len(x), 100):
-        rows = slice(start, start + 100)
-        found[rows] = (squares - 2 * own[rows] @ flat.T).argmin(1)
-    distance: Doubles = np.linalg.norm(own.astype(np.float64) - flat[found], axis=1)
-    return found, distance
-
-
-def _noise_shape(spec: Graph) -> tuple[int, ...]:
-    gumbel = spec.input("gumbel")
-    assert gumbel is not None  # a sampler has no other way to draw
-    return gumbel.array_shape(1)[1:]

@@ -31,6 +31,7 @@ from likely.errors import InvalidInput
 from likely_export import data
 from likely_export.calibrate import PartConfig
 from likely_export.corruptions import CHOOSING
+from likely_export.data import Source
 from likely_export.families import GIVEN_BY_DATA, family
 from likely_export.optimisers import Training
 from likely_export.statistics import STATISTICS
@@ -47,6 +48,7 @@ class Data(_Table):
     levels: int = Field(0, ge=0, le=256)
     binarise: bool = False
     labels: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     seed: int = 0
     splits: data.Sizes
 
@@ -63,6 +65,7 @@ class Data(_Table):
             levels=self.levels,
             binarise=self.binarise,
             labels=self.labels,
+            without=self.without,
             seed=self.seed,
         )
 
@@ -197,24 +200,46 @@ class Recipe(_Table):
         named = self.roles[role]
         return (named,) if isinstance(named, str) else named
 
+    def reseeded(self, seed: int) -> Self:
+        """The same recipe with another seed for every model; parts and splits stay."""
+        models = {
+            name: model.model_copy(
+                update={"training": dataclasses.replace(model.training, seed=seed)}
+            )
+            for name, model in self.models.items()
+        }
+        return self.model_copy(update={"models": models})
+
+    def without(self, labels: tuple[str, ...]) -> Self:
+        """The same recipe with the pictures of these labels held out, to be told from the rest."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"without": labels})})
+
     def others(self, levels: int) -> dict[str, Pixels]:
         """The other data sets to report against that are there and fit, uint8 (n, c, h, w).
 
-        A set lies in the folder of the recipe's own source, and is read as that is.
+        A set lies in the folder of the recipe's own source, and is read as that is. Labels that
+        were held out are one more.
         """
-        folder = Path(self.data.source).parent
+        folder, without = Path(self.data.source).parent, self.data.without
         found: dict[str, Pixels] = {}
         for name, source in self.evaluation.others.items():
-            if not (folder / source).exists():
-                continue
-            raw = data.read(folder / source)
-            x = raw.x if raw.test is None else raw.test[0]
-            if self.data.binarise:
-                x = data.binarised(data.Split(x, raw.y[: len(x)]), raw.levels, 0).x
-            elif levels != raw.levels:
-                x = (x.astype(np.int64) * levels // raw.levels).astype(np.uint8)
-            found[name] = x
+            if (folder / source).exists():
+                raw = data.read(folder / source)
+                found[name] = self._taught(raw.x if raw.test is None else raw.test[0], raw, levels)
+        if without:
+            raw = data.named(data.read(self.data.source), self.data.labels)
+            name = f"held_out_{'_'.join(without)}"
+            found[name] = self._taught(data.held_out(raw, without), raw, levels)
         return found
+
+    def _taught(self, x: Pixels, raw: Source, levels: int) -> Pixels:
+        """Pictures of a source in so many levels, as the models are taught them."""
+        if self.data.binarise:
+            none = np.zeros(len(x), np.int64)
+            return data.binarised(data.Split(x, none), raw.levels, 0).x
+        if levels == raw.levels:
+            return x
+        return (x.astype(np.int64) * levels // raw.levels).astype(np.uint8)
 
     def published(self) -> dict[str, Any]:
         """The recipe as plain values, without the folders of this machine."""
@@ -241,8 +266,13 @@ def shipped() -> dict[str, str]:
     return {name: tomllib.loads(texts[name])["description"] for name in sorted(texts)}
 
 
-def load(name_or_path: str | Path, source: str | None = None) -> Recipe:
-    """The recipe of that name or in that file, with another source of pictures if given.
+def load(name_or_path: str | Path, source: str | None = None, size: str = "") -> Recipe:
+    """The recipe of that name or in that file.
+
+    Args:
+        name_or_path: of a recipe that comes with likely, or a .toml file.
+        source: of pictures, if not the recipe's own.
+        size: another of the sizes that the recipe names.
 
     Raises:
         InvalidInput: there is none, or it is not understood; names the key.
@@ -254,22 +284,29 @@ def load(name_or_path: str | Path, source: str | None = None) -> Recipe:
                 "recipe", f"{name_or_path} is neither a .toml file nor one of {list(shipped())}"
             )
         text = (resources.files("likely_export") / "recipes" / f"{path}.toml").read_text()
-        recipe = parse(text)
+        recipe = parse(text, size=size)
     elif not path.is_file():
         raise InvalidInput("recipe", f"{path} is not there")
     else:
-        recipe = parse(path.read_text(), path.parent)
+        recipe = parse(path.read_text(), path.parent, size)
     if source is None:
         return recipe
     return _relocated(recipe, source if source == "digits" else str(Path(source).resolve()))
 
 
-def parse(text: str, folder: Path | None = None) -> Recipe:
-    """The recipe in a TOML text; relative sources are relative to the folder."""
+def parse(text: str, folder: Path | None = None, size: str = "") -> Recipe:
+    """The recipe in a TOML text; relative sources are relative to the folder.
+
+    A table `sizes.NAME` holds what is otherwise in the recipe at that size.
+    """
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput("recipe", f"is not TOML: {error}") from error
+    sizes = table.pop("sizes", {})
+    if size and size not in sizes:
+        raise InvalidInput("size", f"{size} is none of {', '.join(sizes) or 'no sizes'}")
+    table = _merged(table, sizes.get(size, {}))
     recipe = from_table(table)
     if folder is None or recipe.data.source == "digits":
         return recipe
@@ -285,6 +322,15 @@ def from_table(table: Mapping[str, Any], source: str | None = None) -> Recipe:
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
         raise InvalidInput(where, _sentence(first)) from error
     return _relocated(recipe, source) if source else recipe
+
+
+def _merged(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with the other's values in place of its own, down to the leaves."""
+    both = {
+        key: _merged(table[key], value) if isinstance(value, Mapping) and key in table else value
+        for key, value in other.items()
+    }
+    return {**table, **both}
 
 
 def _relocated(recipe: Recipe, source: str) -> Recipe:

@@ -100,7 +100,8 @@ EXPORT = {
     "local": "heads torch",
     "pixelcnn": "heads torch",
     "sampler": "pixelcnn torch",
-    "cvae": "likely.errors logistic torch",
+    "moves": "likely.errors torch",
+    "cvae": "likely.errors logistic moves torch",
     "families": "likely.errors cvae local pixelcnn torch",
     "optimisers": "likely.errors torch",
     "train": "likely.errors data optimisers numpy torch lightning_fabric",
@@ -123,9 +124,13 @@ EXPORT = {
         "likely.answers likely.bundle corruptions material measures "
         "PIL jinja2 markupsafe matplotlib numpy scipy tomli_w"
     ),
+    "generated": (
+        "likely.answers likely.bundle likely.engine likely.graphs likely.noise data judge "
+        "material measures numpy"
+    ),
     "evaluate": (
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise baselines "
-        "corruptions costs data judge material measures report numpy"
+        "corruptions costs data generated judge material measures report numpy"
     ),
     "build": (
         "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "

@@ -17,7 +17,7 @@ from likely.graphs import Device
 from likely_export import evaluate, recipes, runs
 from likely_export.build import build
 from likely_export.corruptions import HARD, PANEL
-from likely_export.evaluate import Sizes
+from likely_export.generated import Sizes
 
 RECIPE = """
 name = "tiny"
@@ -39,6 +39,7 @@ training = { steps = 20, batch = 32, validations = 1 }
 family = "cvae"
 convolutions = [4]
 contrast = 10.0
+moves = { shift = 1, zoom = 0.1 }
 width = 16
 latent = 2
 importance_samples = 2

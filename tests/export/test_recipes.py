@@ -2,11 +2,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from likely.bundle import Role
 from likely.errors import InvalidInput
-from likely_export import families, recipes
+from likely_export import data, families, recipes
 from likely_export.statistics import STATISTICS
 
 TINY = """
@@ -56,6 +57,48 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     assert recipe.calibration.statistics == tuple(
         name for name, each in STATISTICS.items() if each.needs is None
     )
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "mnist_binary"])
+def test_at_paper_size_a_recipe_makes_the_same_bundle_of_larger_models(name: str) -> None:
+    small, large = recipes.load(name), recipes.load(name, size="paper")
+    assert small.models["pixelcnn"].options["layers"] < large.models["pixelcnn"].options["layers"]
+    same = {"models": small.models}
+    assert large != small and large.model_copy(update=same) == small
+    assert small.models.keys() == large.models.keys()
+    for model in large.models.values():
+        families.family(model.family).config(
+            shape=(1, 28, 28), levels=2, labels=10, **model.options
+        )
+
+
+def test_a_size_that_a_recipe_does_not_name() -> None:
+    with pytest.raises(InvalidInput, match="huge is none of paper"):
+        recipes.load("mnist", size="huge")
+    with pytest.raises(InvalidInput, match="no sizes"):
+        recipes.load("digits", size="huge")
+
+
+def test_another_seed_is_every_models_and_no_splits(tmp_path: Path) -> None:
+    recipe = recipes.load("digits").reseeded(7)
+    assert {model.training.seed for model in recipe.models.values()} == {7}
+    assert recipe.data == recipes.load("digits").data
+    assert recipe.reseeded(0) == recipes.load("digits")
+
+
+def test_a_label_held_out_is_another_set_to_report_against() -> None:
+    recipe = recipes.load("digits").without(("4", "9"))
+    found = recipe.data.load()
+    assert found.labels == tuple("01235678")
+    everything = recipes.load("digits").data.load()
+    outside = recipe.others(found.levels)["held_out_4_9"]
+    parts = [getattr(everything, part) for part in data.PARTS]
+    nines = sum(int(np.isin(part.y, [4, 9]).sum()) for part in parts)
+    assert len(outside) == nines > 300
+    seen = {picture.tobytes() for part in data.PARTS for picture in getattr(found, part).x}
+    assert not any(picture.tobytes() in seen for picture in outside)
+    with pytest.raises(InvalidInput, match="ten is none of"):
+        recipes.load("digits").without(("ten",)).data.load()
 
 
 @pytest.mark.parametrize("name", ["digits", "mine"])

@@ -1,0 +1,87 @@
+"""Pictures moved a little, as one more scan of the same thing would be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from likely.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """How far a picture may be moved; each is drawn evenly up to its bound.
+
+    Attributes:
+        turn: degrees, either way.
+        zoom: share of the size, either way, for height and width by themselves.
+        shear: share of the height by which a row may slide against another, either way.
+        shift: pixels, either way, up and down and sideways.
+        flip: left for right, half the time.
+        erase: largest share of the picture that a rectangle blanks.
+    """
+
+    turn: float = 0.0
+    zoom: float = 0.0
+    shear: float = 0.0
+    shift: float = 0.0
+    flip: bool = False
+    erase: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("turn", "shear", "shift"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"moves.{name}", f"{getattr(self, name)} is below 0")
+        for name in ("zoom", "erase"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InvalidInput(f"moves.{name}", f"{getattr(self, name)} is not in [0, 1)")
+
+    def __bool__(self) -> bool:
+        return self != NONE
+
+    def of(self, x: Tensor) -> Tensor:
+        """The pictures x, uint8 (n, c, h, w), each moved by itself; drawn by torch's generator.
+
+        Levels between pixels are interpolated and rounded; beyond its edge, a picture goes on
+        as its edge is.
+        """
+        n, _, height, width = x.shape
+
+        def drawn(bound: float) -> Tensor:
+            return (torch.rand(n, device=x.device) * 2 - 1) * bound
+
+        turn = drawn(math.radians(self.turn))
+        cos, sin = torch.cos(turn), torch.sin(turn)
+        across, down = 1 + drawn(self.zoom), 1 + drawn(self.zoom)
+        if self.flip:
+            across = across * torch.where(torch.rand(n, device=x.device) < 0.5, -1.0, 1.0)
+        shear = drawn(self.shear)
+        # Where in the old picture, in halves of its size from the middle, a pixel comes from.
+        rows = (
+            torch.stack([cos * across, shear - sin * down, drawn(2 * self.shift / width)], -1),
+            torch.stack([sin * across, cos * down, drawn(2 * self.shift / height)], -1),
+        )
+        grid = functional.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+        moved = functional.grid_sample(
+            x.float(), grid, padding_mode="border", align_corners=False
+        ).round()
+        return self._erased(moved).to(torch.uint8) if self.erase else moved.to(torch.uint8)
+
+    def _erased(self, x: Tensor) -> Tensor:
+        """The pictures with a rectangle of each at the lowest level."""
+        n, _, height, width = x.shape
+        area, ratio, top, left = torch.rand(4, n, 1, device=x.device)
+        stretch = torch.exp((ratio * 2 - 1) * math.log(3) / 2)  # height to width, 1:3 to 3:1
+        tall = (area * self.erase).sqrt() * stretch * height
+        wide = (area * self.erase).sqrt() / stretch * width
+        row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+        inside_rows = (row - top * (height - tall)).div(tall).floor() == 0
+        inside_columns = (column - left * (width - wide)).div(wide).floor() == 0
+        return x * ~(inside_rows[:, None, :, None] & inside_columns[:, None, None, :])
+
+
+NONE = Moves()

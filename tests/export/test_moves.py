@@ -1,0 +1,81 @@
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from likely.errors import InvalidInput
+from likely_export.moves import NONE, Moves
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def one_pixel(n: int = 50, size: int = 11) -> Tensor:
+    """Pictures uint8 (n, 1, size, size), dark but for the middle."""
+    x = torch.zeros(n, 1, size, size, dtype=torch.uint8)
+    x[:, :, size // 2, size // 2] = 200
+    return x
+
+
+def test_no_moves_leave_a_picture_as_it_is() -> None:
+    x = torch.randint(0, 256, (4, 3, 9, 7), dtype=torch.uint8)
+    assert not NONE
+    assert torch.equal(NONE.of(x), x)
+
+
+def test_a_shift_stays_within_its_bound_and_takes_all_ways() -> None:
+    moved = Moves(shift=2).of(one_pixel()).double()[:, 0]
+    places = torch.arange(11).double() - 5
+    total = moved.sum((1, 2))
+    down = (moved.sum(2) * places).sum(1) / total
+    across = (moved.sum(1) * places).sum(1) / total
+    for way in (down, across):
+        assert way.abs().max() <= 2.5 and way.min() < -1 and way.max() > 1
+
+
+def test_half_the_pictures_are_flipped_and_nothing_else() -> None:
+    x = torch.randint(0, 256, (64, 1, 6, 8), dtype=torch.uint8)
+    moved = Moves(flip=True).of(x)
+    flipped = (moved == x.flip(-1)).flatten(1).all(1)
+    kept = (moved == x).flatten(1).all(1)
+    assert torch.all(flipped | kept) and 16 < int(flipped.sum()) < 48
+
+
+def test_a_turn_keeps_the_middle_and_moves_the_edge() -> None:
+    x = one_pixel(20)
+    x[:, :, 5] = 200  # a bar through the middle
+    moved = Moves(turn=30).of(x)
+    assert torch.all(moved[:, 0, 5, 5] > 150)
+    assert (moved[:, 0, 5, 10] < 100).any()
+
+
+def test_what_is_erased_is_a_rectangle_of_at_most_that_share() -> None:
+    x = torch.full((200, 2, 20, 20), 9, dtype=torch.uint8)
+    moved = Moves(erase=0.25).of(x)
+    dark = (moved == 0).numpy()
+    assert np.array_equal(dark[:, 0], dark[:, 1])
+    assert dark.mean((1, 2, 3)).max() <= 0.3 and dark.mean((1, 2, 3)).mean() > 0.08
+    for each in dark[:, 0]:
+        rows, columns = each.any(1), each.any(0)
+        assert np.array_equal(each, np.outer(rows, columns))
+
+
+def test_the_generator_decides() -> None:
+    x = torch.randint(0, 256, (8, 1, 12, 12), dtype=torch.uint8)
+    moves = Moves(turn=20, zoom=0.2, shear=0.2, shift=3, flip=True, erase=0.3)
+    torch.manual_seed(1)
+    first = moves.of(x)
+    assert not torch.equal(moves.of(x), first)
+    torch.manual_seed(1)
+    assert torch.equal(moves.of(x), first)
+
+
+@pytest.mark.parametrize("name, value", [("turn", -1.0), ("zoom", 1.0), ("erase", 1.5)])
+def test_a_bound_out_of_range_is_named(name: str, value: Any) -> None:
+    with pytest.raises(InvalidInput, match=f"moves.{name}"):
+        replace(NONE, **{name: value})
