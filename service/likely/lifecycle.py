@@ -160,7 +160,7 @@ class Lifecycle:
         """
         if key := self._key_of(folder):
             await self._in_turn(self._unload(*key))
-        self._failed.pop(folder, None)
+        self._forget(folder)
 
     async def set_label(self, name: str, label: str, version: str) -> None:
         """Lets a label name a version; none if that is empty.
@@ -233,7 +233,7 @@ class Lifecycle:
             raise self._refused(folder, error) from error
         finally:
             self._loading = None
-        self._failed.pop(folder, None)
+        self._forget(folder)
         return self._described(engine)
 
     def _serves(self, bundle: Bundle) -> bool:
@@ -347,7 +347,13 @@ class Lifecycle:
         )  # the newest last
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
+        self._metrics.refused(len(self._failed))
         return error
+
+    def _forget(self, folder: Path) -> None:
+        """What was refused there is not any more."""
+        self._failed.pop(folder, None)
+        self._metrics.refused(len(self._failed))
 
     def _default(self, name: str) -> Version | None:
         version = self._registry.default(name)

@@ -20,12 +20,17 @@ from likely import machine
 from likely.answers import Verdict
 from likely.errors import SettingsError
 from likely.monitor import Monitor
-from likely.traffic import Traffic
+from likely.traffic import SHED, Traffic
 
 if TYPE_CHECKING:
     from likely.engine import Engine
 
 M = TypeVar("M", Counter, Gauge, Histogram)
+METHODS = (
+    "Score", "ScoreStream", "Classify", "ClassifyStream", "Encode", "Generate", "Complete",
+)  # fmt: skip
+JUDGING = ("Score", "Classify")
+CODES = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -108,6 +113,12 @@ class Metrics:
         self._loads = Counter(
             "likely_loads", "Versions that began to be served.", ("model",), registry=self.registry
         )
+        self._refusals = Gauge(
+            "likely_refused_bundles",
+            "Bundles that were to be served and are refused, until they are loaded or gone.",
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
         self._refused = Counter(
             "likely_load_failures",
             "Bundles refused while serving; what was served before was served on.",
@@ -163,11 +174,32 @@ class Metrics:
             self._models.labels(*labels).set(1)
         for name, *_ in served - self._served:
             self._loads.labels(name).inc()
+        for engine in engines:
+            self._expect(engine)
         self._served = served
+
+    def _expect(self, engine: Engine) -> None:
+        """Lets what alerts watch begin with 0: of a series that appears, no rate sees the first."""
+        name = engine.manifest.name
+        for reason in SHED:
+            self.traffic.shed.labels(name, reason)
+        for method in METHODS:
+            if not engine.answers(method.removesuffix("Stream")):
+                continue
+            for code in CODES:
+                self._of(self._requests, method, name, code)
+                if method.endswith("Stream"):
+                    self._of(self._messages, method, name, code)
+            for verdict in Verdict if method.startswith(JUDGING) else ():
+                self._of(self._verdicts, method, name, verdict.name.lower())
 
     def ready(self, ready: bool) -> None:
         """Requests are taken from now on, or not any more."""
         self._ready.set(ready)
+
+    def refused(self, count: int) -> None:
+        """So many bundles are refused."""
+        self._refusals.set(count)
 
     def load_failed(self, reason: str) -> None:
         """A bundle has been refused while serving."""

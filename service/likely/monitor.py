@@ -21,8 +21,8 @@ METHODS = ("Score", "Classify")  # each a stream of its own: some ask both of th
 PERIOD = 0.2  # seconds in which pictures gather
 NATS = (10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000, 5000, 7000,
         10000)  # fmt: skip
-BITS = (0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.5, 5,
-        5.5, 6, 7, 8)  # fmt: skip
+NATS_PER_DIMENSION = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.4, 1.6, 1.8, 2, 2.25, 2.5, 2.75, 3,
+                      3.5, 4, 4.5, 5, 5.5)  # fmt: skip
 P_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
             0.95, 0.98, 0.99, 0.995, 1)  # fmt: skip
 
@@ -32,7 +32,7 @@ class Families:
 
     Attributes:
         nats: -log p(x), by model and version.
-        bits: the same in bits for each dimension.
+        per_dimension: the same for each pixel and channel.
         p_values: as they were answered, by model and version.
         pictures: those bet on, by model, version and method.
         logs: log10 of the martingale, likewise.
@@ -49,11 +49,11 @@ class Families:
             buckets=NATS,
             registry=registry,
         )
-        self.bits = Tally(
-            "likely_negative_log_likelihood_bits_per_dimension",
-            "-log2 p(x) of pictures scored or classified, for each pixel and channel.",
+        self.per_dimension = Tally(
+            "likely_negative_log_likelihood_nats_per_dimension",
+            "-log p(x) of pictures scored or classified, for each pixel and channel.",
             model,
-            buckets=BITS,
+            buckets=NATS_PER_DIMENSION,
             registry=registry,
         )
         self.p_values = Tally(
@@ -158,9 +158,10 @@ class _Watched:
     def __init__(self, families: Families, engine: Engine, threshold: float) -> None:
         labels = (engine.manifest.name, engine.manifest.version)
         self.gathered: dict[str, list[Scores]] = {method: [] for method in METHODS}
+        self._dimensions = engine.manifest.dimensions
         self._threshold = threshold
         self._nats = families.nats.labels(*labels)
-        self._bits = families.bits.labels(*labels)
+        self._per_dimension = families.per_dimension.labels(*labels)
         self._p_values = families.p_values.labels(*labels)
         self._pictures = {m: families.pictures.labels(*labels, m) for m in METHODS}
         self._logs = {m: families.logs.labels(*labels, m) for m in METHODS}
@@ -185,8 +186,9 @@ class _Watched:
             if not gathered:
                 continue
             self.gathered[method] = []
-            self._nats.observe_all(-np.concatenate([scores.log_px for scores in gathered]))
-            self._bits.observe_all(np.concatenate([scores.bits_per_dim for scores in gathered]))
+            nats = -np.concatenate([scores.log_px for scores in gathered])
+            self._nats.observe_all(nats)
+            self._per_dimension.observe_all(nats / self._dimensions)
             self._p_values.observe_all(np.concatenate([scores.p_value for scores in gathered]))
             if method in self._tests:
                 self._bet(method, np.concatenate([scores.unusualness for scores in gathered]))
