@@ -46,9 +46,14 @@ SCOPES: dict[str, Scope | None] = {
     "likely.v1.ScoringService": Scope.SCORE,
     "likely.v1.GenerationService": Scope.GENERATE,
     "likely.v1.ModelService": None,
+    "inference.GRPCInferenceService": None,
+    "grpc.reflection.v1.ServerReflection": None,
     "grpc.reflection.v1alpha.ServerReflection": None,
 }
-"""The scope that each service asks for; None is any valid token, a service not listed is ADMIN."""
+"""The scope that each service asks for; None is any valid token, a service not listed is ADMIN.
+
+GRPCInferenceService itself asks for the scope of what a request wants from a model.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class Caller:
         deadline: when the answer is worth nothing any more, by the monotonic clock.
         admitted: whether the request was let in: what it asks for later is not refused.
         request_id: what the caller and the log call the request.
+        scopes: what its token allows; None where none is asked for.
     """
 
     client: str
@@ -31,6 +32,7 @@ class Caller:
     deadline: float | None = None
     admitted: bool = False
     request_id: str = ""
+    scopes: frozenset[str] | None = None
 
 
 # Each RPC is a task of its own, and what it starts inherits its caller.

@@ -21,24 +21,11 @@ from likely.answers import (
     ModelInfo,
     Pixels,
     Scores,
-    Verdict,
 )
 from likely.errors import InvalidInput
 from likely.v1 import generation_pb2, images_pb2, models_pb2, scoring_pb2
 
 _FLOAT = np.dtype("<f4")
-
-Answer = (
-    scoring_pb2.ScoreResponse
-    | scoring_pb2.ClassifyResponse
-    | scoring_pb2.EncodeResponse
-    | scoring_pb2.ScoreStreamResponse
-    | scoring_pb2.ClassifyStreamResponse
-    | generation_pb2.GenerateResponse
-    | generation_pb2.CompleteResponse
-    | models_pb2.ListModelsResponse
-    | models_pb2.GetModelResponse
-)
 
 
 def images(x: Pixels) -> images_pb2.Images:
@@ -299,45 +286,6 @@ def model_info(message: models_pb2.Model) -> ModelInfo:
         digest=message.digest,
         version_labels=tuple(message.version_labels),
     )
-
-
-def size(answer: Answer) -> int:
-    """How many pictures an answer is about."""
-    match answer:
-        case scoring_pb2.ScoreResponse():
-            return len(answer.scores)
-        case scoring_pb2.ClassifyResponse():
-            return len(answer.classifications)
-        case scoring_pb2.EncodeResponse() | generation_pb2.GenerateResponse():
-            return len(answer.labels)
-        case generation_pb2.CompleteResponse():
-            return answer.images.shape[0]
-        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
-            return sum(size(outcome.response) for outcome in answer.outcomes)
-        case _:
-            return 0
-
-
-def verdicts(answer: Answer) -> list[Verdict]:
-    """The verdicts that an answer gives."""
-    match answer:
-        case scoring_pb2.ScoreResponse():
-            return [Verdict(row.verdict) for row in answer.scores]
-        case scoring_pb2.ClassifyResponse():
-            return [Verdict(row.verdict) for row in answer.classifications]
-        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
-            return [each for outcome in answer.outcomes for each in verdicts(outcome.response)]
-        case _:
-            return []
-
-
-def codes(answer: Answer) -> list[int]:
-    """The status code of each message of a stream that an answer is about; 0 is OK."""
-    match answer:
-        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
-            return [outcome.failure.code for outcome in answer.outcomes]
-        case _:
-            return []
 
 
 def _packed(values: Floats) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from likely import callers, merging
 from likely.answers import Limits
@@ -24,12 +24,10 @@ MESSAGES = 256  # of one stream that are not answered yet: beyond, it is not rea
 AT_ONCE = 2  # groups of one stream: one is put together while another runs
 ROWS = 63  # pictures of a group: as many as a request may have that yields to nobody
 
-Q = TypeVar("Q", bound=merging.Request)
-Q_co = TypeVar("Q_co", bound=merging.Request, covariant=True)
-R = TypeVar("R", bound=merging.Response)
+R = TypeVar("R")
 
 
-class Sent(Protocol[Q_co]):
+class Sent(Protocol):
     """A message of a feed."""
 
     @property
@@ -37,7 +35,7 @@ class Sent(Protocol[Q_co]):
         """The caller's number for it."""
 
     @property
-    def request(self) -> Q_co:
+    def request(self) -> Any:
         """What it asks."""
 
     def ByteSize(self) -> int:  # noqa: N802
@@ -48,30 +46,43 @@ Outcome = tuple[int, R | Exception]
 
 
 @dataclass(slots=True)
-class _Waiting(Generic[Q]):
+class _Waiting:
     """A message that was read; `key` is equal for those that may be answered together."""
 
     sequence_id: int
-    request: Q
+    request: Any
     nbytes: int
     key: Hashable
 
 
-class Feed(Generic[Q, R]):
+class Feed(Generic[R]):
     """One stream's questions on their way to their answers."""
 
-    def __init__(self, answer: Callable[[Q], Awaitable[R]], door: Door, limits: Limits) -> None:
+    def __init__(
+        self,
+        answer: Callable[[Any], Awaitable[Any]],
+        door: Door,
+        limits: Limits,
+        *,
+        at_once: int = AT_ONCE,
+        merges: bool = True,
+    ) -> None:
         """A feed.
 
         Args:
             answer: answers one request, or raises what it is refused with.
             door: tells when the server ends.
             limits: of a request; all messages that are not answered yet share its bytes.
+            at_once: groups that are answered at once.
+            merges: whether messages go together, as those of ScoreStream and ClassifyStream
+                do, which ask one model; else each is a group.
         """
         self._answer = answer
+        self._at_once = at_once
+        self._merges = merges
         self._door = door
         self._most_bytes = limits.request_bytes
-        self._waiting: deque[_Waiting[Q]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._ready: deque[tuple[list[Outcome[R]], int]] = deque()
         self._count = self._nbytes = 0
@@ -80,7 +91,7 @@ class Feed(Generic[Q, R]):
         self._room = asyncio.Event()
 
     async def outcomes(
-        self, messages: AsyncIterator[Sent[Q]]
+        self, messages: AsyncIterator[Sent]
     ) -> AsyncGenerator[list[Outcome[R]], None]:
         """What came of the messages, a few at a time, by sequence id.
 
@@ -92,7 +103,7 @@ class Feed(Generic[Q, R]):
         try:
             with self._door.warned(reader):
                 while self._ready or self._waiting or self._running or not reader.done():
-                    while self._waiting and len(self._running) < AT_ONCE:
+                    while self._waiting and len(self._running) < self._at_once:
                         self._begin()
                     if self._ready:
                         outcomes, nbytes = self._ready.popleft()
@@ -110,13 +121,12 @@ class Feed(Generic[Q, R]):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, messages: AsyncIterator[Sent[Q]]) -> None:
+    async def _read(self, messages: AsyncIterator[Sent]) -> None:
         async for message in messages:
             request, nbytes = message.request, message.ByteSize()
+            key = merging.key(request) if self._merges else None
             self._model = self._model or request.model_name
-            self._waiting.append(
-                _Waiting(message.sequence_id, request, nbytes, merging.key(request))
-            )
+            self._waiting.append(_Waiting(message.sequence_id, request, nbytes, key))
             self._count += 1
             self._nbytes += nbytes
             self._stirred.set()
@@ -127,8 +137,8 @@ class Feed(Generic[Q, R]):
     def _begin(self) -> None:
         """Starts on the messages that wait, as far as they go together."""
         first = self._waiting.popleft()
-        group, rows = [first], merging.rows(first.request) if first.key else ROWS
-        while self._waiting and self._waiting[0].key == first.key:
+        group, rows = [first], merging.rows(first.request) if first.key else 0
+        while first.key and self._waiting and self._waiting[0].key == first.key:
             rows += merging.rows(self._waiting[0].request)
             if rows > ROWS:
                 break
@@ -138,7 +148,7 @@ class Feed(Generic[Q, R]):
         task.add_done_callback(self._stir)
         task.add_done_callback(self._running.discard)
 
-    async def _run(self, group: Sequence[_Waiting[Q]]) -> None:
+    async def _run(self, group: Sequence[_Waiting]) -> None:
         asks = callers.current()
         # Each group has to be let in anew: a stream that runs must not fill the queue for ever.
         callers.announce(replace(asks, admitted=False))
@@ -146,26 +156,28 @@ class Feed(Generic[Q, R]):
         outcomes = [(each.sequence_id, answer) for each, answer in zip(group, answers, strict=True)]
         self._ready.append((outcomes, sum(each.nbytes for each in group)))
 
-    async def _answers(self, requests: Sequence[Q]) -> Sequence[R | Exception]:
+    async def _answers(self, requests: Sequence[Any]) -> Sequence[R | Exception]:
         if len(requests) > 1:
             try:
-                return merging.parted(await self._checked(merging.merged(requests)), requests)
+                whole: Any = await self._checked(merging.merged(requests))
+                return merging.parted(whole, requests)
             except Exception:  # of one of them, perhaps: each is told of its own
                 return [await self._alone(request) for request in requests]
         return [await self._alone(requests[0])]
 
-    async def _alone(self, request: Q) -> R | Exception:
+    async def _alone(self, request: Any) -> R | Exception:
         try:
             return await self._checked(request)
         except Exception as error:
             return error
 
-    async def _checked(self, request: Q) -> R:
-        if request.model_name != self._model:
+    async def _checked(self, request: Any) -> R:
+        if self._merges and request.model_name != self._model:
             raise InvalidInput(
                 "model_name", f"{request.model_name!r}; this stream asks {self._model!r}"
             )
-        return await self._answer(request)
+        answer: R = await self._answer(request)
+        return answer
 
     def _free(self, count: int, nbytes: int) -> None:
         self._count -= count

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc
 import grpc.aio
 
-from likely import callers, codec, statuses
+from likely import callers, statuses, tallies
 from likely.access import Gate
 from likely.callers import Caller, Priority
 from likely.doors import Door
 from likely.errors import DeadlineExceeded, DeviceLost, InvalidInput, MethodUnknown, Unavailable
 from likely.metrics import Metrics
 from likely.registry import Registry
+from likely.v1.failures_pb2 import Failure
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -57,7 +58,7 @@ class Call:
     @property
     def is_ours(self) -> bool:
         """Whether it is a question to a model, not a probe of health or reflection."""
-        return self.service.startswith("likely.")
+        return self.service.startswith(("likely.", "inference."))
 
 
 def _ignored(_: DeviceLost) -> None:
@@ -176,7 +177,7 @@ class Guard(grpc.aio.ServerInterceptor):
         try:
             holder = self._gate.admit(service, context.invocation_metadata() or ())
             call.holder = holder.name if holder else ""
-            callers.announce(_caller(call, context))
+            callers.announce(_caller(call, context, holder.scopes if holder else None))
             if not call.is_ours:
                 return await self._endable(call, work)
             call.accepted = False
@@ -206,6 +207,10 @@ class Guard(grpc.aio.ServerInterceptor):
         if not statuses.is_told(error):
             self._log.error("fault", method=method, request_id=request_id, exc_info=error)
         return error
+
+    def failure(self, error: Exception, method: str, request_id: str) -> Failure:
+        """What the caller of one message of a stream is told of an error."""
+        return statuses.failure(self.told(error, method, request_id), request_id)
 
     async def _write(self, answer: Any, context: Context) -> None:
         # Returns once the caller's window has room: what it does not read is not drawn.
@@ -249,7 +254,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _received(self, call: Call, data: bytes, read: Read) -> Any:
         request = _decode(data, read)
-        name = getattr(getattr(request, "request", request), "model_name", "")
+        name = tallies.model(request)
         # One value for all unknown names: callers must not grow logs and metrics.
         call.model = name if not name or self._registry.known(name) else "unknown"
         return request
@@ -261,10 +266,10 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _answered(self, call: Call, answer: Any) -> None:
         if call.is_ours:
-            images = codec.size(answer)
+            images, model = tallies.size(answer), tallies.model(answer) or call.model
             call.images += images
-            self._metrics.answered(call.method, call.model, images, codec.verdicts(answer))
-            for number in codec.codes(answer):
+            self._metrics.answered(call.method, model, images, tallies.verdicts(answer))
+            for number in tallies.codes(answer):
                 self._metrics.streamed(call.method, call.model, statuses.code_of(number).name)
 
 
@@ -283,7 +288,7 @@ def _decode(data: bytes, read: Read) -> Any:
         raise InvalidInput("", "the request's bytes are no message of the RPC's type") from error
 
 
-def _caller(call: Call, context: Context) -> Caller:
+def _caller(call: Call, context: Context, scopes: frozenset[str] | None) -> Caller:
     """Who asks: the token's holder, or the address where there is none.
 
     Raises:
@@ -300,6 +305,7 @@ def _caller(call: Call, context: Context) -> Caller:
         Priority.BULK if bulk else None,
         None if seconds is None else time.monotonic() + seconds,
         request_id=call.request_id,
+        scopes=scopes,
     )
 
 

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from grpc_reflection.v1alpha import reflection
 
 from likely import access, ports
 from likely.admin import Admin
 from likely.admission import Quota
 from likely.errors import DeviceLost, SettingsError
+from likely.inference import inference_pb2, inference_pb2_grpc
 from likely.interceptors import Guard
 from likely.lifecycle import Lifecycle
 from likely.loading import Loader, shipped
 from likely.metrics import Exporter, Metrics
+from likely.openinference.operations import Services
+from likely.openinference.servicer import OpenInference
+from likely.reflecting import reflect
 from likely.registry import Registry
 from likely.servicers import Generation, Models, Scoring
 from likely.settings import Settings
@@ -40,6 +43,7 @@ SERVICES = (
     scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"].full_name,
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     models_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 _STATUS = health_pb2.HealthCheckResponse
 
@@ -213,11 +217,13 @@ class Server:
         models = Models(self.registry, limits, alpha)
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        services = Services(scoring, generation, limits)
+        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            OpenInference(self.registry, services, self._guard), self._grpc
+        )
         if self._settings.reflection:
             health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-            reflection.enable_server_reflection(
-                (*SERVICES, health, reflection.SERVICE_NAME), self._grpc
-            )
+            reflect((*SERVICES, health), self._grpc)
 
     def _lose(self, error: DeviceLost) -> None:
         if not self.lost.done():

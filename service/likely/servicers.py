@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 import grpc.aio
 
-from likely import callers, checks, codec, statuses
+from likely import callers, checks, codec
 from likely.admission import Quota
-from likely.answers import Limits, ModelInfo
+from likely.answers import Classifications, Draws, Features, Limits, ModelInfo, Scores
 from likely.engine import Engine
 from likely.feeds import Feed
 from likely.interceptors import Guard
@@ -50,49 +50,61 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         self, request: scoring_pb2.ScoreRequest, context: Context
     ) -> scoring_pb2.ScoreResponse:
         """log p(x), p-value and verdict of every picture."""
+        return codec.score_response(await self.scored(request))
+
+    async def scored(self, request: scoring_pb2.ScoreRequest) -> Scores:
+        """What `Score` says, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             x = checks.pixels(request, engine.manifest, self._limits)
             alpha = checks.alpha(request, engine.detector, self._default_alpha)
             surprise = checks.surprise(request, engine.manifest, self._limits)
             self._quota.take(callers.current().client, len(x))
             guarantee = checks.guarantee(request)
-            scores = await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
-            return codec.score_response(scores)
+            return await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
 
     async def Classify(
         self, request: scoring_pb2.ClassifyRequest, context: Context
     ) -> scoring_pb2.ClassifyResponse:
         """log p(x|y), posterior and label of every picture."""
+        return codec.classify_response(await self.classified(request))
+
+    async def classified(self, request: scoring_pb2.ClassifyRequest) -> Classifications:
+        """What `Classify` says, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             x = checks.pixels(request, engine.manifest, self._limits)
             alpha = checks.alpha(request, engine.detector, self._default_alpha)
             priors = checks.priors(request, engine.manifest)
             floor = checks.min_posterior(request)
             self._quota.take(callers.current().client, len(x))
-            answer = await engine.classify(
+            return await engine.classify(
                 x,
                 alpha,
                 priors=priors,
                 min_posterior=floor,
                 guarantee=checks.guarantee(request),
             )
-            return codec.classify_response(answer)
 
     async def Encode(
         self, request: scoring_pb2.EncodeRequest, context: Context
     ) -> scoring_pb2.EncodeResponse:
         """The latent features of every picture."""
+        return codec.encode_response(await self.encoded(request))
+
+    async def encoded(self, request: scoring_pb2.EncodeRequest) -> Features:
+        """What `Encode` says, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             x = checks.pixels(request, engine.manifest, self._limits)
             labels = checks.labels(request, engine.manifest, len(x))
             self._quota.take(callers.current().client, len(x))
-            return codec.encode_response(await engine.encode(x, labels))
+            return await engine.encode(x, labels)
 
     async def ScoreStream(
         self, request_iterator: AsyncIterator[scoring_pb2.ScoreStreamRequest], context: Context
     ) -> AsyncIterator[scoring_pb2.ScoreStreamResponse]:
         """What `Score` answers to each message of a feed."""
-        feed = Feed(partial(self.Score, context=context), self._guard.door, self._limits)
+        feed: Feed[scoring_pb2.ScoreResponse] = Feed(
+            partial(self.Score, context=context), self._guard.door, self._limits
+        )
         async with aclosing(feed.outcomes(request_iterator)) as found:
             async for outcomes in found:
                 yield scoring_pb2.ScoreStreamResponse(
@@ -108,7 +120,9 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         self, request_iterator: AsyncIterator[scoring_pb2.ClassifyStreamRequest], context: Context
     ) -> AsyncIterator[scoring_pb2.ClassifyStreamResponse]:
         """What `Classify` answers to each message of a feed."""
-        feed = Feed(partial(self.Classify, context=context), self._guard.door, self._limits)
+        feed: Feed[scoring_pb2.ClassifyResponse] = Feed(
+            partial(self.Classify, context=context), self._guard.door, self._limits
+        )
         async with aclosing(feed.outcomes(request_iterator)) as found:
             async for outcomes in found:
                 yield scoring_pb2.ClassifyStreamResponse(
@@ -124,9 +138,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         """An outcome as the field that says it."""
         if not isinstance(outcome, Exception):
             return {"response": outcome}
-        request_id = callers.current().request_id
-        told = self._guard.told(outcome, method, request_id)
-        return {"failure": statuses.failure(told, request_id)}
+        return {"failure": self._guard.failure(outcome, method, callers.current().request_id)}
 
 
 class Generation(generation_pb2_grpc.GenerationServiceServicer):
@@ -144,6 +156,12 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Chunks of pictures in the order of their index."""
+        async with aclosing(self.drawn(request)) as chunks:
+            async for chunk in chunks:
+                yield codec.generate_response(chunk)
+
+    async def drawn(self, request: generation_pb2.GenerateRequest) -> AsyncGenerator[Draws, None]:
+        """What `Generate` draws, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             count = checks.count(request, self._limits)
             drawn = engine.generate(
@@ -158,12 +176,20 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
             self._quota.take(callers.current().client, count)
             async with aclosing(drawn) as chunks:
                 async for chunk in chunks:
-                    yield codec.generate_response(chunk)
+                    yield chunk
 
     async def Complete(
         self, request: generation_pb2.CompleteRequest, context: Context
     ) -> AsyncIterator[generation_pb2.CompleteResponse]:
         """Chunks of completions, picture by picture."""
+        async with aclosing(self.completed(request)) as chunks:
+            async for chunk in chunks:
+                yield codec.complete_response(chunk)
+
+    async def completed(
+        self, request: generation_pb2.CompleteRequest
+    ) -> AsyncGenerator[Draws, None]:
+        """What `Complete` draws, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             checks.geometry(request, engine.manifest, self._limits)
             known = checks.mask(request)
@@ -183,7 +209,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
             self._quota.take(callers.current().client, len(x) * completions * proposals)
             async with aclosing(drawn) as chunks:
                 async for chunk in chunks:
-                    yield codec.complete_response(chunk)
+                    yield chunk
 
 
 class Models(models_pb2_grpc.ModelServiceServicer):

@@ -10,6 +10,7 @@ import pytest
 # Ground floor first. A room is a module, or a folder with all that is in it.
 SERVICE = {
     "v1": "google grpc",
+    "inference": "google grpc",
     "errors": "",
     "machine": "",
     "addresses": "",
@@ -58,19 +59,28 @@ SERVICE = {
     "metrics": "answers engine errors machine monitor traffic prometheus_client",
     "doors": "errors",
     "merging": "v1",
+    "tallies": "answers inference v1 numpy",
     "feeds": "answers callers doors errors merging",
-    "interceptors": "access callers codec doors errors metrics registry statuses grpc structlog",
-    "servicers": (
-        "admission answers callers checks codec engine feeds interceptors registry statuses v1 grpc"
+    "interceptors": (
+        "access callers doors errors metrics registry statuses tallies v1 grpc structlog"
     ),
+    "servicers": (
+        "admission answers callers checks codec engine feeds interceptors registry v1 grpc"
+    ),
+    "openinference": (
+        "access answers bundle callers engine errors feeds inference interceptors machine registry "
+        "servicers v1 numpy grpc"
+    ),
+    "reflecting": "google grpc grpc_reflection",
     "loading": "admission bundle engine errors graphs machine settings traffic",
     "lifecycle": "bundle engine errors loading metrics registry structlog",
     "watch": "bundle errors lifecycle structlog",
     "admin": "errors lifecycle registry v1 grpc",
     "ports": "errors settings tls grpc structlog",
     "server": (
-        "access admin admission errors interceptors lifecycle loading metrics ports registry "
-        "servicers settings v1 watch grpc grpc_health grpc_reflection structlog"
+        "access admin admission errors inference interceptors lifecycle loading metrics "
+        "openinference ports reflecting registry servicers settings v1 watch grpc "
+        "grpc_health structlog"
     ),
     "process": "graphs logs server settings structlog",
     "jobs": (

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 
-from likely import Client, codec
+from likely import Client, codec, tallies
 from likely.v1.generation_pb2 import CompleteRequest, SelfCheck
 from likely.v1.images_pb2 import Images
 from likely.v1.models_pb2 import GetModelRequest
@@ -132,7 +132,7 @@ def test_dimensions_are_checked_before_anything_is_allocated(
 def test_no_pictures_get_an_empty_answer(caller: Caller) -> None:
     for kind in PICTURED:
         answer = caller.ask(on_toy(kind, images=Images(shape=(0, 1, 3, 3))))
-        assert codec.size(answer) == 0
+        assert tallies.size(answer) == 0
         assert answer.model_version == "1.0"
     assert caller.ask(on_toy(CompleteRequest, images=Images(shape=(0, 1, 3, 3)))) == []
 

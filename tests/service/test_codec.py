@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from likely import codec
+from likely import codec, tallies
 from likely.answers import (
     Classifications,
     Draws,
@@ -69,8 +69,8 @@ def test_scores(n: int, surprise: bool) -> None:
     )
     message = codec.score_response(scores)
     assert same(codec.scores(message, shape if surprise else None), scores)
-    assert codec.size(message) == n
-    assert codec.verdicts(message) == [Verdict(v) for v in scores.verdict]
+    assert tallies.size(message) == n
+    assert tallies.verdicts(message) == [Verdict(v) for v in scores.verdict]
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
@@ -88,8 +88,8 @@ def test_classifications(n: int) -> None:
     )
     message = codec.classify_response(answer)
     assert same(codec.classifications(message, 4), answer)
-    assert codec.size(message) == n
-    assert codec.verdicts(message) == [Verdict(v) for v in answer.verdict]
+    assert tallies.size(message) == n
+    assert tallies.verdicts(message) == [Verdict(v) for v in answer.verdict]
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
@@ -103,8 +103,8 @@ def test_features(n: int) -> None:
     )
     message = codec.encode_response(answer)
     assert same(codec.features(message), answer)
-    assert codec.size(message) == n
-    assert codec.verdicts(message) == []
+    assert tallies.size(message) == n
+    assert tallies.verdicts(message) == []
 
 
 def test_draws() -> None:
@@ -120,7 +120,7 @@ def test_draws() -> None:
     )
     message = codec.generate_response(answer)
     assert same(codec.draws(message), answer)
-    assert codec.size(message) == 3
+    assert tallies.size(message) == 3
 
 
 @pytest.mark.parametrize("conditional", ["elbo", "iwae", None])

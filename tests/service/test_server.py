@@ -17,7 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from likely import codec, statuses
+from likely import codec, statuses, tallies
 from likely.errors import BundleError, SettingsError
 from likely.v1.generation_pb2 import GenerateRequest
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
@@ -184,7 +184,7 @@ def test_order_and_company_change_nothing(stubs: Stubs, x: Any) -> None:
 @pytest.mark.parametrize("kind", [ScoreRequest, ClassifyRequest, EncodeRequest])
 def test_no_pictures_get_no_answers(stubs: Stubs, kind: Any) -> None:
     answer = stubs.ask(kind(model_name="toy", images=Images(shape=(0, 1, 3, 3))))
-    assert codec.size(answer) == 0
+    assert tallies.size(answer) == 0
     assert answer.model_version == "1.0"
 
 

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol: another skin over the same use cases."""

@@ -1,0 +1,83 @@
+"""How many requests of the Open Inference Protocol each model had, and where their time went."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from likely.inference import inference_pb2
+
+Key = tuple[str, str]
+
+
+@dataclass(slots=True)
+class Span:
+    """A number of times, and the nanoseconds that they took in all."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int) -> None:
+        """Once more."""
+        self.count += 1
+        self.ns += ns
+
+    def message(self) -> inference_pb2.StatisticDuration:
+        """As the protocol tells it."""
+        return inference_pb2.StatisticDuration(count=self.count, ns=self.ns)
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Those of one version of a model."""
+
+    success: Span = field(default_factory=Span)
+    fail: Span = field(default_factory=Span)
+    reading: Span = field(default_factory=Span)
+    running: Span = field(default_factory=Span)
+    writing: Span = field(default_factory=Span)
+    pictures: int = 0
+    last: int = 0
+
+    def message(self, name: str, version: str) -> inference_pb2.ModelStatistics:
+        """As the protocol tells it."""
+        return inference_pb2.ModelStatistics(
+            name=name,
+            version=version,
+            last_inference=self.last,
+            inference_count=self.pictures,
+            execution_count=self.success.count,
+            inference_stats=inference_pb2.InferStatistics(
+                success=self.success.message(),
+                fail=self.fail.message(),
+                queue=Span(self.success.count).message(),
+                compute_input=self.reading.message(),
+                compute_infer=self.running.message(),
+                compute_output=self.writing.message(),
+            ),
+        )
+
+
+class Watch:
+    """Takes the time of one request, stage by stage."""
+
+    def __init__(self) -> None:
+        self._laps = [time.perf_counter_ns()]
+
+    def lap(self) -> None:
+        """A stage has ended."""
+        self._laps.append(time.perf_counter_ns())
+
+    def succeeded(self, statistics: Statistics, pictures: int) -> None:
+        """All three stages have ended."""
+        began, read, ran, wrote = self._laps
+        statistics.reading.add(read - began)
+        statistics.running.add(ran - read)
+        statistics.writing.add(wrote - ran)
+        statistics.success.add(wrote - began)
+        statistics.pictures += pictures
+        statistics.last = time.time_ns() // 1_000_000
+
+    def failed(self, statistics: Statistics) -> None:
+        """The request ended without an answer."""
+        statistics.fail.add(time.perf_counter_ns() - self._laps[0])

@@ -1,0 +1,180 @@
+"""Tensors of the Open Inference Protocol to arrays and back; nothing is cast or guessed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from likely.errors import InvalidInput
+from likely.inference import inference_pb2
+
+Array: TypeAlias = npt.NDArray[Any]
+Arrays: TypeAlias = Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class DataType:
+    """How a type of elements is called, stored, and written one by one."""
+
+    name: str
+    dtype: np.dtype[Any]
+    field: str
+    number: inference_pb2.DataType.ValueType
+
+
+_TYPES = {
+    name: DataType(name, np.dtype(dtype), f"{field}_contents", inference_pb2.DataType.Value(number))
+    for name, dtype, field, number in (
+        ("BOOL", "?", "bool", "TYPE_BOOL"),
+        ("UINT8", "u1", "uint", "TYPE_UINT8"),
+        ("INT8", "i1", "int", "TYPE_INT8"),
+        ("INT32", "<i4", "int", "TYPE_INT32"),
+        ("INT64", "<i8", "int64", "TYPE_INT64"),
+        ("FP32", "<f4", "fp32", "TYPE_FP32"),
+        ("FP64", "<f8", "fp64", "TYPE_FP64"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One input or output of a model.
+
+    Attributes:
+        name: as requests and answers call it.
+        datatype: of its elements.
+        shape: -1 where any length may be.
+        optional: whether an input may be left out.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    optional: bool = False
+
+    @property
+    def type(self) -> DataType:
+        """How its elements are stored."""
+        return _TYPES[self.datatype]
+
+
+def read(request: inference_pb2.ModelInferRequest, wanted: Sequence[Tensor]) -> dict[str, Array]:
+    """The request's inputs by name, in their claimed shapes; lengths are another room's question.
+
+    Raises:
+        InvalidInput: an input is missing, unknown, there twice, of another type, or its elements
+            do not fit its shape.
+    """
+    known = {tensor.name: tensor for tensor in wanted}
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidInput(
+            "raw_input_contents", f"{len(raw)} entries for {len(request.inputs)} inputs"
+        )
+    found: dict[str, Array] = {}
+    for at, given in enumerate(request.inputs):
+        tensor = known.get(given.name)
+        if tensor is None or given.name in found:
+            names = ", ".join(known)
+            why = "there twice" if tensor else f"no input; there are {names}"
+            raise InvalidInput(f"inputs[{at}].name", f"{given.name[:64]!r} is {why}")
+        if given.datatype != tensor.datatype:
+            raise InvalidInput(
+                f"inputs[{at}].datatype",
+                f"{given.datatype[:64]!r}; {tensor.name} takes {tensor.datatype}",
+            )
+        shape = _shape(given, tensor)
+        if raw:
+            found[tensor.name] = _of_bytes(raw[at], tensor, shape, f"raw_input_contents[{at}]")
+        else:
+            found[tensor.name] = _of_contents(given.contents, tensor, shape)
+    for tensor in wanted:
+        if not tensor.optional and tensor.name not in found:
+            raise InvalidInput("inputs", f"{tensor.name} is missing")
+    return found
+
+
+def write(
+    response: inference_pb2.ModelInferResponse, outputs: Sequence[tuple[Tensor, Array]], raw: bool
+) -> None:
+    """Adds outputs to a response, their elements as bytes or one by one."""
+    for tensor, values in outputs:
+        into = response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=values.shape)
+        stored = np.ascontiguousarray(values, tensor.type.dtype)
+        if raw:
+            response.raw_output_contents.append(stored.tobytes())
+        else:
+            getattr(into.contents, tensor.type.field).extend(stored.ravel().tolist())
+
+
+def asked(
+    request: inference_pb2.ModelInferRequest, offered: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The outputs that a request wants, in its order; all where it names none.
+
+    Raises:
+        InvalidInput: it names one that there is not, or one twice.
+    """
+    if not request.outputs:
+        return tuple(offered)
+    known = {tensor.name: tensor for tensor in offered}
+    names: list[str] = []
+    for at, wanted in enumerate(request.outputs):
+        if wanted.name not in known or wanted.name in names:
+            why = "asked twice" if wanted.name in names else f"none of {', '.join(known)}"
+            raise InvalidInput(f"outputs[{at}].name", f"{wanted.name[:64]!r} is {why}")
+        names.append(wanted.name)
+    return tuple(known[name] for name in names)
+
+
+def _shape(
+    given: inference_pb2.ModelInferRequest.InferInputTensor, tensor: Tensor
+) -> tuple[int, ...]:
+    shape = tuple(given.shape)
+    if len(shape) != len(tensor.shape):
+        raise InvalidInput(
+            f"{tensor.name}.shape", f"{len(shape)} dimensions; {len(tensor.shape)} are asked"
+        )
+    for axis, length in enumerate(shape):
+        if length < 0:
+            raise InvalidInput(f"{tensor.name}.shape[{axis}]", f"{length} is negative")
+    return shape
+
+
+def _of_bytes(data: bytes, tensor: Tensor, shape: tuple[int, ...], field: str) -> Array:
+    dtype = tensor.type.dtype
+    expected = math.prod(shape) * dtype.itemsize  # Python's integers cannot overflow
+    if len(data) != expected:
+        raise InvalidInput(
+            field, f"{len(data)} bytes; {tensor.name} of shape {shape} asks for {expected}"
+        )
+    if tensor.datatype == "BOOL" and data.strip(b"\0\1"):
+        raise InvalidInput(field, f"a byte of {tensor.name} is neither 0 nor 1")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _of_contents(
+    contents: inference_pb2.InferTensorContents, tensor: Tensor, shape: tuple[int, ...]
+) -> Array:
+    for descriptor, _ in contents.ListFields():
+        if descriptor.name != tensor.type.field:
+            raise InvalidInput(
+                f"{tensor.name}.contents", f"{descriptor.name}; {tensor.type.field} is asked"
+            )
+    values = getattr(contents, tensor.type.field)
+    if len(values) != math.prod(shape):
+        raise InvalidInput(
+            f"{tensor.name}.contents",
+            f"{len(values)} elements; the shape {shape} asks for {math.prod(shape)}",
+        )
+    dtype = tensor.type.dtype
+    if dtype.kind in "iu" and values:
+        limits = np.iinfo(dtype)
+        if min(values) < limits.min or max(values) > limits.max:
+            raise InvalidInput(f"{tensor.name}.contents", f"a value is no {tensor.datatype}")
+    return np.array(values, dtype).reshape(shape)
