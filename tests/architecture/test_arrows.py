@@ -37,11 +37,12 @@ SERVICE = {
     "signing": "errors model_signing",
     "bundle": "arrays errors scan signing numpy pydantic",
     "graphs": "bundle errors machine numpy onnxruntime",
-    "callers": "",
+    "tracing": "errors machine opentelemetry",
+    "callers": "tracing",
     "turns": "",
     "traffic": "prometheus_client",
     "admission": "errors",
-    "batches": "bundle callers errors graphs turns numpy",
+    "batches": "bundle callers errors graphs tracing turns numpy",
     "tuning": "batches graphs numpy",
     "batcher": "admission batches callers errors traffic tuning turns numpy",
     "lanes": "admission batcher batches bundle callers errors graphs traffic tuning",
@@ -62,7 +63,7 @@ SERVICE = {
     "tallies": "answers inference v1 numpy",
     "feeds": "answers callers doors errors merging",
     "interceptors": (
-        "access callers doors errors metrics registry statuses tallies v1 grpc structlog"
+        "access callers doors errors metrics registry statuses tallies tracing v1 grpc structlog"
     ),
     "servicers": (
         "admission answers callers checks codec engine feeds interceptors registry v1 grpc"
@@ -79,7 +80,7 @@ SERVICE = {
     "ports": "errors settings tls grpc structlog",
     "server": (
         "access admin admission errors inference interceptors lifecycle loading metrics "
-        "openinference ports reflecting registry servicers settings v1 watch grpc "
+        "openinference ports reflecting registry servicers settings tracing v1 watch grpc "
         "grpc_health structlog"
     ),
     "process": "graphs logs server settings structlog",
@@ -173,7 +174,28 @@ BENCH = {
         "likely.bundle likely.loading __init__ clock environment exports measures memory models"
     ),
     "tables": "rich",
+    "jobs": (
+        "likely.answers likely.bayes likely.bundle likely.engine likely.graphs likely.jobs "
+        "likely.outliers numpy pyarrow"
+    ),
     "__main__": "__init__ figures tables rich",
+}
+# The rooms within one folder, likewise: what each may import of the others.
+JOBS = {
+    "requests": "",
+    "files": "",
+    "steadiness": "",
+    "columns": "",
+    "sources": "columns files",
+    "ledger": "files requests",
+    "tables": "requests",
+    "shards": "requests tables",
+    "backends": "requests steadiness",
+    "making": "backends columns files ledger requests shards sources tables",
+    "finishing": "ledger making requests tables",
+    "running": "finishing ledger making requests",
+    "ray_workers": "ledger making running",
+    "__init__": "",
 }
 PACKAGES = {
     "likely": (Path("service/likely"), SERVICE),
@@ -245,3 +267,19 @@ def test_two_rooms_know_onnx_and_the_service_knows_nothing_of_training() -> None
     assert known == ["hygiene", "graphs"]
     for training in ("torch", "onnx", "likely_export"):
         assert not [r for r, allowed in SERVICE.items() if training in allowed.split()]
+
+
+def test_arrows_within_the_jobs_run_one_way() -> None:
+    folder = PACKAGES["likely"][0] / "jobs"
+    assert {path.stem for path in folder.glob("*.py")} == set(JOBS)
+    for at, (name, allowed) in enumerate(JOBS.items()):
+        tree = ast.parse((folder / f"{name}.py").read_text())
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        found = {
+            dotted.split(".")[2]
+            for node in froms
+            for dotted in (f"{node.module}.{alias.name}" for alias in node.names)
+            if dotted.startswith("likely.jobs.")
+        }
+        assert found <= set(allowed.split()), f"{name} imports {found}"
+        assert set(allowed.split()) <= set(list(JOBS)[:at])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -18,8 +19,10 @@ from likely.channels import File
 from likely.client import TIMEOUT, Client
 from likely.errors import BundleError, DeadlineExceeded, JobError, Overloaded, Unavailable
 from likely.jobs.requests import Generation, Judgement, Task
+from likely.jobs.steadiness import steady
 
 if TYPE_CHECKING:
+    from likely.bundle import Bundle
     from likely.engine import Engine
 
 ALPHA = 0.05  # where none is named
@@ -27,6 +30,7 @@ CHUNK = 256  # pictures that are drawn at once
 UNLIMITED = Limits(1 << 40, 1 << 40, CHUNK, 1 << 60)  # a job is its engine's only caller
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -80,35 +84,47 @@ class Bundled:
     max_batch: int = 0
 
     def open(self) -> Local:
-        """The engine, verified and warm.
+        """The engine, verified and warm; one whose answers depend on the batch runs none.
 
         Raises:
             BundleError: the bundle is refused.
             JobError: none is named, and the package ships several.
             DeviceError: the device is not really there.
         """
-        from likely import machine
-        from likely.admission import Bounds
-        from likely.bundle import Bundle
-        from likely.engine import Engine, Terms
-        from likely.graphs import Device
+        from likely.bundle import Bundle, Role
         from likely.loading import shipped
 
         folders = [self.bundle] if self.bundle else list(shipped())
         if len(folders) != 1:
             raise JobError(f"name one of {', '.join(map(str, folders))} by --bundle")
         bundle = Bundle.open(folders[0], self.keys)
-        engine = Engine.load(
-            bundle,
-            device=Device.parse(self.device),
-            threads=self.threads or machine.cores(),
-            max_batch=self.max_batch,
-            terms=Terms(bounds=Bounds(1 << 40, 1 << 60)),  # all that waits is this job's
-        )
+        engine = self._engine(bundle, self.max_batch)
+        if not steady(engine, bundle.golden()[f"{Role.DENSITY}/x"]):
+            engine.close()
+            _LOG.warning(
+                "the graphs of %s round differently in batches of different sizes: "
+                "each picture is run alone",
+                bundle.path,
+            )
+            engine = self._engine(bundle, 1)
         if Bundle.open(bundle.path).digest != bundle.digest:
             engine.close()
             raise BundleError(f"{bundle.path} changed while it was opened", "changed")
         return Local(engine)
+
+    def _engine(self, bundle: Bundle, max_batch: int) -> Engine:
+        from likely import machine
+        from likely.admission import Bounds
+        from likely.engine import Engine, Terms
+        from likely.graphs import Device
+
+        return Engine.load(
+            bundle,
+            device=Device.parse(self.device),
+            threads=self.threads or machine.cores(),
+            max_batch=max_batch,
+            terms=Terms(bounds=Bounds(1 << 40, 1 << 60)),  # all that waits is this job's
+        )
 
 
 class Local:

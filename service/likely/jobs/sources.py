@@ -91,11 +91,11 @@ class Pictures:
         self._given = given
         self._geometry = geometry
         found = list(_found(given.paths))
-        if not found:
-            raise JobError(f"no pictures in {', '.join(map(str, given.paths))}")
         self._found = found
         self._sources = list(_sources(found, given, geometry))
         self._ends = list(accumulate(source.rows for source in self._sources))
+        if not self._ends or not len(self):
+            raise JobError(f"no pictures in {', '.join(map(str, given.paths))}")
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -1,0 +1,287 @@
+"""What batch jobs promise, measured at full size: `python -m bench.jobs`.
+
+Jobs that are killed, on threads and on Ray; the throughput that is kept; the false
+discoveries and the power over a whole job; the priors that are estimated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from likely import bayes
+from likely.answers import Pixels
+from likely.bundle import Bundle
+from likely.engine import Engine
+from likely.graphs import Device
+from likely.jobs.ledger import MANIFEST
+from likely.outliers import benjamini_hochberg
+
+LIKELY = [sys.executable, "-c", "from likely.cli import main; main()", "batch"]
+DIGITS = Path("service/likely/bundles/digits")
+FASHION = Path("bundles/fashion_mnist")
+SECONDS = 600
+Doubles = npt.NDArray[np.float64]
+
+
+def done(*words: object) -> dict[str, Any]:
+    """What an undisturbed job tells at its end."""
+    command = [*LIKELY, *map(str, words), "--json"]
+    ran = subprocess.run(command, capture_output=True, check=True)  # noqa: S603
+    told: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return told
+
+
+def killed(words: Sequence[object], out: Path, times: int, rng: random.Random) -> list[int]:
+    """The shards that were done at each of so many SIGKILLs; the job is not ended by any.
+
+    Each kill comes at a random moment between two shards that random numbers choose.
+    """
+    found: list[int] = []
+    while len(found) < times:
+        job = subprocess.Popen(  # noqa: S603
+            [*LIKELY, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        aim = shards_of(out) + rng.randint(0, 3)
+        end = time.monotonic() + SECONDS
+        while shards_of(out) < aim and job.poll() is None and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+        found.append(shards_of(out))
+    return found
+
+
+def shards_of(out: Path) -> int:
+    """How many shards a job's manifest counts."""
+    try:
+        return len(json.loads((out / MANIFEST).read_bytes())["shards"])
+    except FileNotFoundError:
+        return 0
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    names = sorted(path.name for path in one.iterdir())
+    return names == sorted(path.name for path in other.iterdir()) and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in names
+    )
+
+
+def actors(driver: int) -> list[int]:
+    """The processes of Ray's actors below a driver, as the kernel tells."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (folder / "stat").read_text()
+            names[int(folder.name)] = (folder / "cmdline").read_text()
+        except OSError:
+            continue
+        parents[int(folder.name)] = int(told.rpartition(")")[2].split()[1])
+
+    def below(process: int) -> bool:
+        while process in parents and process != driver:
+            process = parents[process]
+        return process == driver
+
+    return [pid for pid, name in names.items() if name.startswith("ray::MapWorker") and below(pid)]
+
+
+def killed_worker(words: Sequence[object], out: Path) -> bool:
+    """Whether an actor was killed while its job ran; the job goes on to its end.
+
+    Raises:
+        RuntimeError: the job failed.
+    """
+    job = subprocess.Popen(  # noqa: S603
+        [*LIKELY, *map(str, words), "--engine", "ray", "--workers", "2"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    end, hit = time.monotonic() + SECONDS, False
+    while job.poll() is None and time.monotonic() < end:
+        if not hit and shards_of(out) >= 2 and (found := actors(job.pid)):
+            os.kill(found[0], signal.SIGKILL)
+            hit = True
+        time.sleep(0.02)
+    if job.wait(SECONDS):
+        raise RuntimeError(f"the job ended with {job.returncode}")
+    return hit
+
+
+def kept(bundle: Path, x: Pixels, folder: Path, rounds: int) -> dict[str, float]:
+    """The throughput of an engine alone and of a job from Parquet to Parquet, in one process."""
+    from likely.jobs.backends import Bundled
+    from likely.jobs.columns import Geometry
+    from likely.jobs.making import BATCH, Maker, Plan
+    from likely.jobs.requests import Format, Judgement, Request
+    from likely.jobs.running import run, threads, unseen
+    from likely.jobs.sources import Input, Pictures
+
+    source = folder / "pictures.parquet"
+    column = pa.FixedShapeTensorArray.from_numpy_ndarray(x)
+    pq.write_table(pa.table({"image": column}), source, row_group_size=8192)
+    opener = Bundled(bundle, "cpu")
+    backend = opener.open()
+    given = Input((source,))
+    wall: dict[str, list[float]] = {"engine": [], "job": []}
+    cpu: dict[str, list[float]] = {"engine": [], "job": []}
+    for each in range(rounds):
+
+        def job(out: Path = folder / f"scores {each}") -> None:
+            pictures = Pictures(given, Geometry(backend.info.shape, backend.info.levels))
+            task = Judgement("score", len(pictures), pictures.digest, 0.05)
+            plan = Plan(Request.of(task, backend.info, Format.PARQUET, 4096), out, opener, given)
+            maker = Maker(plan, backend, pictures)
+            run(plan, maker, threads(maker), unseen)
+
+        def engine() -> None:
+            task = Judgement("score", len(x), "", 0.05)
+            for at in range(0, len(x), BATCH):
+                backend.score(x[at : at + BATCH], task)
+
+        calls: dict[str, Callable[[], None]] = {"engine": engine, "job": job}
+        for name, call in calls.items():
+            began = time.perf_counter(), time.process_time()
+            call()
+            wall[name].append(time.perf_counter() - began[0])
+            cpu[name].append(time.process_time() - began[1])
+    backend.close()
+    return {
+        "pictures": len(x),
+        "engine, pictures a second": len(x) / min(wall["engine"]),
+        "job, pictures a second": len(x) / min(wall["job"]),
+        "kept, by the clock": min(wall["engine"]) / min(wall["job"]),
+        "kept, by processor time": min(cpu["engine"]) / min(cpu["job"]),
+    }
+
+
+def discoveries(usual: Doubles, planted: Doubles, seeds: int, size: int) -> dict[str, float]:
+    """False discovery proportion and power of jobs with 5 % planted outliers, at q = 0.05."""
+    proportions, powers = [], []
+    bad = size // 20
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        own = rng.choice(usual, size - bad, replace=False)
+        rejected = benjamini_hochberg(
+            np.concatenate([own, rng.choice(planted, bad, replace=False)]), 0.05
+        )
+        false, true = rejected[: size - bad].sum(), rejected[size - bad :].sum()
+        proportions.append(false / max(1, false + true))
+        powers.append(true / bad)
+    return {
+        "pictures of a job": size,
+        "false discoveries, mean": float(np.mean(proportions)),
+        "false discoveries, standard error": float(np.std(proportions) / np.sqrt(seeds)),
+        "false discoveries, largest": float(np.max(proportions)),
+        "power, mean": float(np.mean(powers)),
+        "power, least": float(np.min(powers)),
+    }
+
+
+def shifted(
+    posterior: Doubles, y: npt.NDArray[np.int64], priors: Doubles, seeds: int, size: int
+) -> dict[str, float]:
+    """How well priors are estimated where one label has half of the pictures, label by label."""
+    labels = len(priors)
+    errors, before, after = [], [], []
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        true = np.full(labels, 0.5 / (labels - 1))
+        true[seed % labels] = 0.5
+        counts = np.rint(true * size).astype(int)
+        drawn = [rng.choice(np.flatnonzero(y == k), n) for k, n in enumerate(counts)]
+        rows = np.concatenate(drawn)
+        found = bayes.estimated_priors(posterior[rows], priors)
+        errors.append(np.abs(found - counts / counts.sum()).max())
+        before.append((posterior[rows].argmax(1) == y[rows]).mean())
+        weighed = bayes.reweighted(posterior[rows], priors, found)
+        after.append((weighed.argmax(1) == y[rows]).mean())
+    return {
+        "pictures of a job": size,
+        "largest error of a prior, mean": float(np.mean(errors)),
+        "largest error of a prior, largest": float(np.max(errors)),
+        "accuracy before": float(np.mean(before)),
+        "accuracy after": float(np.mean(after)),
+        "jobs whose accuracy did not fall": float(np.mean(np.array(after) >= np.array(before))),
+    }
+
+
+def on_fashion(data: Path, others: Path, seeds: int) -> dict[str, Any]:
+    """False discoveries and priors, on Fashion-MNIST's test pictures and planted digits."""
+    opened = Bundle.open(FASHION)
+    engine = Engine.load(opened, device=Device("cpu"), threads=2)
+    with np.load(data) as arrays, np.load(others) as planted:
+        x, y = arrays["x_test"].reshape(-1, 1, 28, 28), arrays["y_test"].astype(np.int64)
+        foreign = planted["x_test"].reshape(-1, 1, 28, 28)[:2000]
+
+    async def judged(pictures: Pixels) -> Any:
+        return await engine.classify(pictures, 0.05)
+
+    usual = asyncio.run(judged(x))
+    p_values = asyncio.run(judged(foreign)).p_value
+    engine.close()
+    priors = np.array(opened.manifest.priors)
+    kept = usual.p_value > 0.05
+    return {
+        "discoveries": discoveries(usual.p_value, p_values, seeds, 5000),
+        "priors": shifted(usual.posterior[kept], y[kept], priors, seeds, 10_000),
+    }
+
+
+def main() -> None:
+    """The figures, in about half an hour; part by part if so asked."""
+    parser = argparse.ArgumentParser(prog="python -m bench.jobs", description=__doc__)
+    parser.add_argument("parts", nargs="*", default=["killed", "ray", "kept", "fashion"])
+    parser.add_argument("--each", type=int, default=2000, help="pictures of a label [2000]")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--pictures", type=int, default=60_000, help="to score [60000]")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--data", type=Path, help="Fashion-MNIST, .npz with x_test and y_test")
+    parser.add_argument("--others", type=Path, help="MNIST, likewise")
+    parser.add_argument("--folder", type=Path, default=Path("build/jobs"), help="a fresh one")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True)
+    words = ["generate", "--each", given.each, "--seed", 7, "--shard", 100, "--out"]
+    found: dict[str, Any] = {}
+    if {"killed", "ray"} & set(given.parts):
+        began = time.perf_counter()
+        done(*words, given.folder / "whole")
+        found["undisturbed, seconds"] = time.perf_counter() - began
+    if "killed" in given.parts:
+        out = given.folder / "killed"
+        found["kills at shards"] = killed([*words, out], out, given.kills, random.Random(1))  # noqa: S311
+        done(*words, out)
+        found["killed, and the same"] = same(given.folder / "whole", out)
+    if "ray" in given.parts:
+        out = given.folder / "ray"
+        found["Ray's worker killed"] = killed_worker([*words, out], out)
+        found["Ray's, and the same"] = same(given.folder / "whole", out)
+    if "kept" in given.parts:
+        golden = Bundle.open(DIGITS).golden()["density/x"]
+        rng = np.random.default_rng(0)
+        x = golden[rng.integers(len(golden), size=given.pictures)]
+        found["digits"] = kept(DIGITS, x, given.folder, given.rounds)
+    if "fashion" in given.parts:
+        found["Fashion-MNIST"] = on_fashion(given.data, given.others, given.seeds)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

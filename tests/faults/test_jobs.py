@@ -1,0 +1,140 @@
+"""Faults of batch jobs: killed anywhere, on a disk that is full or cannot be written."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from bench.jobs import LIKELY, done, killed, killed_worker, same, shards_of
+from likely.errors import Unavailable
+from likely.jobs.backends import Served
+from tests.faults.served import served, wait_until
+from tests.jobs.conftest import contents
+
+if TYPE_CHECKING:
+    from tests.conftest import Toy
+
+KILLS = 4
+
+
+def words(toy: Toy, *more: object) -> list[object]:
+    """A job of 60 shards."""
+    return [
+        "generate", "--bundle", toy.path, "--device", "cpu", "--threads", 1,
+        "--labels", "0=400,2=800", "--seed", 5, "--shard", 20, *more, "--out",
+    ]  # fmt: skip
+
+
+@pytest.mark.fault(37)
+def test_a_job_that_is_killed_anywhere_is_resumed_to_the_same_bytes(
+    toy: Toy, tmp_path: Path
+) -> None:
+    done(*words(toy), tmp_path / "whole")
+    job = [*words(toy), tmp_path / "killed"]
+    at = killed(job, tmp_path / "killed", KILLS, random.Random(37))
+    assert any(0 < shards < 60 for shards in at), at
+    assert at == sorted(at)
+    done(*job)
+    assert same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.fault(37)
+def test_a_killed_job_of_two_rounds_is_resumed_to_the_same_bytes(toy: Toy, tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", toy.draw(np.random.default_rng(0), 1200))
+    job: list[object] = ["score", tmp_path / "in.npy", "--bundle", toy.path, "--fdr", 0.2]
+    job += ["--threads", 1, "--shard", 20, "--batch", 20, "--out"]
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    done(*job, whole)
+    killed([*job, out], out, 2, random.Random(3))
+    done(*job, out)
+    assert same(whole, out)
+
+
+@pytest.mark.fault(37)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_on_ray_survives_its_worker(toy: Toy, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    done(*words(toy), tmp_path / "whole")
+    for _ in range(3):  # a fast machine may have done the job before the kill
+        shutil.rmtree(tmp_path / "ray", ignore_errors=True)
+        if killed_worker([*words(toy), tmp_path / "ray"], tmp_path / "ray"):
+            break
+    else:
+        pytest.fail("no worker was killed")
+    assert same(tmp_path / "whole", tmp_path / "ray")
+
+
+def failed(command: list[object], **more: Any) -> str:
+    """The sentence that a command fails with."""
+    ran = subprocess.run([*map(str, command)], capture_output=True, text=True, **more)
+    assert ran.returncode == 1, ran
+    told: str = ran.stderr
+    assert "Traceback" not in told
+    return told
+
+
+@pytest.mark.fault(40)
+def test_a_full_disk_is_told_and_the_job_resumed(toy: Toy, tmp_path: Path) -> None:
+    # No file of the process may grow beyond this: a shard fits, and the manifest soon does not.
+    size, out = 8 << 10, tmp_path / "out"
+    sentence = failed(
+        [*LIKELY, *words(toy), out],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+    assert f"{out}/manifest.json cannot be written: File too large" in sentence
+    assert 0 < shards_of(out) < 60
+    assert all(path.suffix != ".part" for path in out.iterdir())
+    done(*words(toy), out)
+    done(*words(toy), tmp_path / "whole")
+    assert same(tmp_path / "whole", out)
+
+
+@pytest.mark.fault(40)
+def test_a_folder_that_cannot_be_written_is_told(toy: Toy, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    command = [*LIKELY, *words(toy), closed]
+    if os.geteuid() == 0:  # who may write anything, unless that is taken away
+        if not shutil.which("setpriv"):
+            pytest.skip("setpriv is not installed")
+        command = ["setpriv", "--bounding-set=-dac_override", *command]
+    assert f"{closed}/manifest.json cannot be written: Permission denied" in failed(command)
+    assert contents(closed) == {}
+    command[-1] = closed / "deeper"
+    assert "Permission denied" in failed(command)
+
+
+@pytest.mark.fault(37)
+def test_a_job_outlives_its_server(tmp_path: Path) -> None:
+    asked: list[object] = ["generate", "--each", 20, "--seed", 1, "--shard", 10, "--out"]
+    done(*asked, tmp_path / "whole")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    out, flags = tmp_path / "out", ("--port", port)
+    with served(tmp_path, *flags) as first:
+        job = subprocess.Popen(
+            [*LIKELY, *map(str, asked), out, "--address", first.address(), "--patience", "60"],
+            stdout=subprocess.DEVNULL,
+        )
+        wait_until(lambda: shards_of(out) >= 2)
+    # Killed, and while the job goes on asking, begun anew.
+    with served(tmp_path, *flags) as second:
+        second.address()
+        assert job.wait(120) == 0
+    assert same(tmp_path / "whole", out)
+
+
+def test_patience_ends() -> None:
+    with pytest.raises(Unavailable):
+        Served("127.0.0.1:1", patience=0.1, timeout=5).open()

@@ -1,0 +1,189 @@
+"""Jobs that are asked for again: what is there is kept, what is not is made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from likely.errors import JobError, LikelyError
+from likely.jobs.ledger import MANIFEST, STAGE, Ledger
+from likely.jobs.making import Maker
+from likely.jobs.requests import Format, Generation, Request
+from tests.jobs.conftest import contents
+
+if TYPE_CHECKING:
+    from likely.jobs.backends import Backend
+    from tests.jobs.conftest import Job
+
+RUNS = ((0, 60), (2, 60))
+
+
+class Counted:
+    """Counts the shards that are made, and fails after so many."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 1000) -> None:
+        self.shards: list[int] = []
+        make = Maker.make
+
+        def counted(maker: Maker, shard: int, advance: Callable[[int], object]) -> Any:
+            if len(self.shards) >= most:
+                raise LikelyError("enough")
+            self.shards.append(shard)
+            return make(maker, shard, advance)
+
+        monkeypatch.setattr(Maker, "make", counted)
+
+
+@pytest.fixture
+def whole(draw: Job, tmp_path: Path) -> dict[str, bytes]:
+    """What an undisturbed job leaves: six shards and a manifest."""
+    draw(tmp_path / "whole", *RUNS, rows=20)
+    return contents(tmp_path / "whole")
+
+
+def test_a_job_that_failed_is_resumed(
+    draw: Job, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        Counted(patch, most=3)
+        with pytest.raises(LikelyError, match="enough"):
+            draw(out, *RUNS, rows=20, workers=1)
+    assert [each["file"] for each in json.loads((out / MANIFEST).read_bytes())["shards"]] == [
+        f"part-0000{i}.parquet" for i in range(3)
+    ]
+    counted = Counted(monkeypatch)
+    draw(out, *RUNS, rows=20, workers=1)
+    assert counted.shards == [3, 4, 5]
+    assert contents(out) == whole
+
+
+def test_a_job_that_is_done_makes_nothing(
+    draw: Job, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    told = draw(tmp_path / "whole", *RUNS, rows=20)
+    assert told == json.loads(whole[MANIFEST])["summary"]
+    assert counted.shards == []
+    assert contents(tmp_path / "whole") == whole
+
+
+def test_shards_that_are_not_as_recorded_are_made_again(
+    draw: Job, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "whole"
+    (out / "part-00001.parquet").unlink()
+    cut = out / "part-00003.parquet"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    flipped = out / "part-00004.parquet"
+    flipped.write_bytes(flipped.read_bytes().replace(b"toy", b"boy", 1))
+    counted = Counted(monkeypatch)
+    draw(out, *RUNS, rows=20, workers=1)
+    assert counted.shards == [1, 3, 4]
+    assert contents(out) == whole
+
+
+def test_what_killed_writers_left_is_cleared(
+    draw: Job, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    out = tmp_path / "whole"
+    manifest = json.loads((out / MANIFEST).read_bytes())
+    del manifest["summary"], manifest["shards"][2]
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    (out / ".part-00002.parquet.0123abcd.part").write_bytes(b"half")
+    (out / "part-00002.parquet").write_bytes(b"whole, but in nobody's record")
+    draw(out, *RUNS, rows=20)
+    assert contents(out) == whole
+
+
+def test_a_job_is_resumed_while_it_is_finished(
+    judge: Job, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge(tmp_path / "whole", "score", pictures, fdr=0.2, rows=15)
+    add, left = Ledger.add, []
+
+    def failing(ledger: Ledger, shard: int, record: Any, measured: bool = False) -> None:
+        add(ledger, shard, record, measured)
+        if not measured and shard == 2:
+            left.append(contents(tmp_path / "out" / STAGE))
+            raise LikelyError("enough")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "add", failing)
+        with pytest.raises(LikelyError, match="enough"):
+            judge(tmp_path / "out", "score", pictures, fdr=0.2, rows=15)
+    assert len(left[0]) == 7
+    # What was measured and is lost meanwhile is measured again.
+    (tmp_path / "out" / STAGE / "part-00001.parquet").unlink()
+    counted = Counted(monkeypatch)
+    judge(tmp_path / "out", "score", pictures, fdr=0.2, rows=15)
+    assert counted.shards == [1]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seed": 1}, "its seed is 0, and 1 is asked"),
+        ({"alpha": 0.3}, "its alpha is null, and 0.3 is asked"),
+        ({"rows": 21}, "its rows is 20, and 21 is asked"),
+        ({"form": "npz"}, 'its format is "parquet", and "npz" is asked'),
+        ({"runs": ((0, 61),)}, "its runs is"),
+    ],
+)
+def test_another_request_is_refused(
+    draw: Job, tmp_path: Path, whole: dict[str, bytes], change: dict[str, Any], sentence: str
+) -> None:
+    runs = change.pop("runs", RUNS)
+    with pytest.raises(JobError, match=sentence):
+        draw(tmp_path / "whole", *runs, **{"rows": 20, **change})
+    assert contents(tmp_path / "whole") == whole
+
+
+def test_other_pictures_are_another_request(judge: Job, pictures: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / pictures.name
+    copy.parent.mkdir()
+    shutil.copy(pictures, copy)
+    judge(tmp_path / "out", "score", pictures)
+    before = contents(tmp_path / "out")
+    judge(tmp_path / "out", "score", copy)  # where they lie does not matter
+    assert contents(tmp_path / "out") == before
+    data = bytearray(copy.read_bytes())
+    data[-1] ^= 1
+    copy.write_bytes(data)
+    with pytest.raises(JobError, match="its pictures is"):
+        judge(tmp_path / "out", "score", copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(b"{", "no manifest"), (b"[]", "no manifest"), (b'{"format": 2, "request": {}}', "format 1")],
+)
+def test_a_manifest_that_is_none_is_refused(
+    draw: Job, tmp_path: Path, content: bytes, sentence: str
+) -> None:
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(JobError, match=sentence):
+        draw(tmp_path, *RUNS)
+
+
+def test_a_folder_of_something_else_is_refused(draw: Job, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("all of it")
+    with pytest.raises(JobError, match=r"thesis.tex and no manifest.json"):
+        draw(tmp_path, *RUNS)
+    assert contents(tmp_path) == {"thesis.tex": b"all of it"}
+
+
+def test_one_process_works_on_a_folder(draw: Job, backend: Backend, tmp_path: Path) -> None:
+    request = Request.of(Generation(RUNS), backend.info, Format.PARQUET, 20)
+    with (
+        Ledger(tmp_path / "out", request),
+        pytest.raises(JobError, match="another process works on"),
+    ):
+        draw(tmp_path / "out", *RUNS, rows=20)
+    draw(tmp_path / "out", *RUNS, rows=20)
