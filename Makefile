@@ -33,7 +33,7 @@ clean:
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/$(INSTALL) --upgrade 'pip>=25.1'
-	$(@D)/$(INSTALL) -c constraints.txt -e '.[gpu,export,demo,signing,ray]' --group dev
+	$(@D)/$(INSTALL) -c constraints.txt -e '.[gpu,export,demo,signing,ray,tracing]' --group dev
 	touch $@
 
 # What a server is installed with: no torch.

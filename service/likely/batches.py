@@ -13,6 +13,7 @@ from likely.bundle import Graph
 from likely.callers import Priority
 from likely.errors import OutOfMemory, Overloaded, RunStopped
 from likely.graphs import Array, Stop
+from likely.tracing import Trace
 from likely.turns import Waiting
 
 Feed = Callable[[int, int], Mapping[str, Array]]
@@ -54,6 +55,7 @@ class Member(Waiting):
         since: when it came, by the same clock.
         guest: whether it may still be refused in favour of another client's.
         batches: those that run rows of it.
+        trace: is told of its waits and runs; None where it is not traced.
     """
 
     future: asyncio.Future[Arrays]
@@ -64,6 +66,7 @@ class Member(Waiting):
     since: float = 0.0
     guest: bool = False
     batches: set[Batch] = field(default_factory=set)
+    trace: Trace | None = None
     _parts: list[tuple[int, Arrays]] = field(default_factory=list)
     _answered: int = 0
 
@@ -71,6 +74,13 @@ class Member(Waiting):
     def dead(self) -> bool:
         """Whether nobody waits for it any more: answered, failed, or its caller gone."""
         return self.future.done()
+
+    def ran(self, graph: str, batch: Batch, seconds: float, start: int, stop: int) -> None:
+        """Tells the trace, if there is one, of those rows, which ran in a batch for so long."""
+        if self.trace:
+            if start == 0:
+                self.trace.waited(graph, self.since, batch.began, self.rows)
+            self.trace.ran(graph, batch.began, batch.began + seconds, stop - start, batch.rows)
 
     def take(self, start: int, stop: int, outcome: Outcome) -> None:
         """Keeps the outcome of those rows; answers with the last of them, fails with the first."""
@@ -99,7 +109,10 @@ class Batch:
         spans: the members, each with its first row and the one past its last.
         rows: of all members.
         priority: that of every member.
+        began: when its run began, by the monotonic clock.
     """
+
+    began = 0.0
 
     def __init__(self, runner: Runner, spans: list[Span]) -> None:
         self.spans = spans

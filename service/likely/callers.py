@@ -5,6 +5,10 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from likely.tracing import Trace
 
 
 class Priority(IntEnum):
@@ -24,6 +28,7 @@ class Caller:
         deadline: when the answer is worth nothing any more, by the monotonic clock.
         admitted: whether the request was let in: what it asks for later is not refused.
         request_id: what the caller and the log call the request.
+        trace: is told of its waits and runs; None where it is not traced.
         scopes: what its token allows; None where none is asked for.
     """
 
@@ -32,6 +37,7 @@ class Caller:
     deadline: float | None = None
     admitted: bool = False
     request_id: str = ""
+    trace: Trace | None = None
     scopes: frozenset[str] | None = None
 
 

@@ -27,6 +27,7 @@ from likely.doors import Door
 from likely.errors import DeadlineExceeded, DeviceLost, InvalidInput, MethodUnknown, Unavailable
 from likely.metrics import Metrics
 from likely.registry import Registry
+from likely.tracing import Trace, Tracing
 from likely.v1.failures_pb2 import Failure
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Call:
     images: int = 0
     holder: str = ""
     accepted: bool = True
+    trace: Trace | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -79,6 +81,7 @@ class Guard(grpc.aio.ServerInterceptor):
         log: FilteringBoundLogger,
         gate: Gate | None = None,
         *,
+        tracing: Tracing | None = None,
         slow_reader_seconds: float = 60.0,
         lost: Callable[[DeviceLost], None] = _ignored,
     ) -> None:
@@ -89,6 +92,7 @@ class Guard(grpc.aio.ServerInterceptor):
             metrics: where RPCs are counted.
             log: where they are told.
             gate: lets callers in; None lets in all.
+            tracing: makes a trace of each; None for none.
             slow_reader_seconds: how long a stream waits for a caller that does not read.
             lost: is told that the device is gone.
         """
@@ -97,6 +101,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._log = log.bind()  # once: a logger that was never bound binds itself for each event
         self._gate = gate or Gate()
+        self._tracing = tracing
         self._patience = slow_reader_seconds
         self._lost = lost
         self._probes: set[asyncio.Timeout] = set()
@@ -174,6 +179,9 @@ class Guard(grpc.aio.ServerInterceptor):
         context.set_trailing_metadata(trailer)
         if call.is_ours:
             self._metrics.began(method)
+            if self._tracing:
+                metadata = context.invocation_metadata() or ()
+                call.trace = self._tracing.begin(service, method, metadata)
         try:
             holder = self._gate.admit(service, context.invocation_metadata() or ())
             call.holder = holder.name if holder else ""
@@ -251,6 +259,16 @@ class Guard(grpc.aio.ServerInterceptor):
         )
         if call.is_ours:
             self._metrics.ended(call.method, call.model, call.code, seconds)
+        if call.trace:
+            call.trace.end(
+                call.code,
+                grpc.StatusCode[call.code].value[0],
+                {
+                    "likely.model": call.model,
+                    "likely.images": call.images,
+                    "likely.request_id": call.request_id,
+                },
+            )
 
     def _received(self, call: Call, data: bytes, read: Read) -> Any:
         request = _decode(data, read)
@@ -305,6 +323,7 @@ def _caller(call: Call, context: Context, scopes: frozenset[str] | None) -> Call
         Priority.BULK if bulk else None,
         None if seconds is None else time.monotonic() + seconds,
         request_id=call.request_id,
+        trace=call.trace,
         scopes=scopes,
     )
 

@@ -183,6 +183,7 @@ class Lanes:
             deadline=caller.deadline,
             since=time.monotonic(),
             guest=not caller.admitted,
+            trace=caller.trace,
         )
         if not ask.rows:
             found = batcher.runner.empty(ask.outputs)
@@ -299,6 +300,7 @@ class Lanes:
             if not any(isinstance(outcome, Exception) for _, outcome in outcomes):
                 self._batchers[role].ran(batch.rows, seconds)
             for (member, start, stop), outcome in outcomes:
+                member.ran(role, batch, seconds, start, stop)
                 member.batches.discard(batch)
                 member.take(start, stop, outcome)
                 if isinstance(outcome, Exception):
@@ -333,13 +335,13 @@ class Lanes:
 
 def _run(batch: Batch) -> tuple[Sequence[tuple[Span, Outcome]], float]:
     """What comes of a batch's members, whatever happens, and how long it took in seconds."""
-    began = time.perf_counter()
+    began = batch.began = time.monotonic()
     try:
         outcomes = batch.run()
     except BaseException as error:  # the lane must come back, the members hear of it
         fault = ServerFault(f"a batch failed: {error!r}")
         outcomes = [(span, fault) for span in batch.spans]
-    return outcomes, time.perf_counter() - began
+    return outcomes, time.monotonic() - began
 
 
 def _leave(member: Member) -> None:

@@ -25,6 +25,7 @@ from likely.reflecting import reflect
 from likely.registry import Registry
 from likely.servicers import Generation, Models, Scoring
 from likely.settings import Settings
+from likely.tracing import Tracing
 from likely.v1 import (
     admin_pb2_grpc,
     generation_pb2,
@@ -81,7 +82,7 @@ class Server:
             admin_socket: where the admin RPCs listen, in place of the settings' port.
 
         Raises:
-            SettingsError: settings that exclude each other.
+            SettingsError: settings that exclude each other, or need an extra that is missing.
         """
         self.port = 0
         self.admin_port: int | None = None
@@ -91,6 +92,7 @@ class Server:
         self._log = log
         self._metrics = Metrics(settings.drift_level, settings.workers or 1)
         self._exporter: Exporter | None = None
+        self._tracing = Tracing() if settings.tracing else None
         self.lost: asyncio.Future[DeviceLost] = asyncio.get_running_loop().create_future()
         loader = Loader(settings, self._metrics.traffic, self._metrics.monitor.saw)
         self.lifecycle = Lifecycle(self.registry, loader, self._metrics, log, self._tell)
@@ -109,6 +111,7 @@ class Server:
             log,
             access.gate(settings, log),
             slow_reader_seconds=settings.slow_reader_seconds,
+            tracing=self._tracing,
             lost=self._lose,
         )
         self._grpc = self._server(shared)
@@ -180,6 +183,8 @@ class Server:
         self._metrics.monitor.tell()
         if self._exporter:
             await asyncio.to_thread(self._exporter.close)
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
         await self.lifecycle.close()
 
     async def _drain(self, grace: float) -> None:

@@ -134,6 +134,8 @@ class Settings(BaseSettings):
     """Bytes of the pictures, or maps, in one answer."""
     default_alpha: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
     """Rate of false rejections where a request names none."""
+    tracing: bool = False
+    """Whether traces are sent by OTLP; OpenTelemetry's OTEL_* variables say where to."""
     drift_level: float = Field(1e-3, ge=0, lt=1, allow_inf_nan=False)
     """Accepted probability that a version ever raises a false alarm of drift; 0 is no test."""
     drain_delay: float = Field(1.0, ge=0, le=600, allow_inf_nan=False)
