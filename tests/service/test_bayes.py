@@ -67,3 +67,44 @@ def test_priors_that_are_none_are_refused(priors: list[float], field: str) -> No
     with pytest.raises(InvalidInput) as caught:
         bayes.check_priors(priors, 3)
     assert caught.value.field == field
+
+
+@given(nats, st.integers(0, 100))
+def test_reweighted_posteriors_are_those_of_the_other_priors(
+    log_pxy: np.ndarray, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    one, other = rng.dirichlet(np.ones(log_pxy.shape[1]), 2)
+    near = log_pxy / 1e4  # so that no posterior is 0, which no other prior can raise
+    weighed = bayes.reweighted(bayes.posterior(near, one), one, other)
+    assert np.allclose(weighed, bayes.posterior(near, other))
+
+
+def test_a_posterior_that_the_other_priors_rule_out_is_left() -> None:
+    priors, others = np.array([0.5, 0.5]), np.array([0.0, 1.0])
+    weighed = bayes.reweighted(np.array([[1.0, 0.0], [0.5, 0.5]]), priors, others)
+    assert weighed.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("frequent", range(5))
+def test_priors_are_estimated_from_pictures_without_labels(frequent: int) -> None:
+    """One label has half of the pictures, where the model takes all for equal."""
+    rng = np.random.default_rng(frequent)
+    priors, true = np.full(5, 0.2), np.full(5, 0.125)
+    true[frequent] = 0.5
+    y = rng.choice(5, size=20_000, p=true)
+    centres = 2 * np.eye(5)
+    x = centres[y] + rng.normal(size=(len(y), 5))
+    posterior = bayes.posterior(-np.square(x[:, None] - centres).sum(2) / 2, priors)
+    found = bayes.estimated_priors(posterior, priors)
+    assert np.abs(found - true).max() < 0.02
+    assert found.sum() == pytest.approx(1)
+    weighed = bayes.reweighted(posterior, priors, found)
+    assert (weighed.argmax(1) == y).mean() > (posterior.argmax(1) == y).mean() + 0.01
+    # No other priors make these pictures more probable: a step leaves them where they are.
+    assert np.allclose(weighed.mean(0), found, atol=1e-8)
+
+
+def test_priors_of_no_pictures_are_the_models() -> None:
+    priors = np.array([0.3, 0.7])
+    assert bayes.estimated_priors(np.empty((0, 2)), priors).tolist() == [0.3, 0.7]

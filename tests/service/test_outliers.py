@@ -10,7 +10,7 @@ import pytest
 
 from likely.bundle import Bundle
 from likely.errors import InvalidInput
-from likely.outliers import Detector
+from likely.outliers import Detector, benjamini_hochberg
 
 if TYPE_CHECKING:
     from tests.conftest import Toy
@@ -74,3 +74,30 @@ def test_an_alpha_that_cannot_be_promised_is_refused(detector: Detector, alpha: 
 
 def test_the_finest_alpha_can_be_promised(detector: Detector) -> None:
     assert detector.check_alpha(detector.finest_alpha) == pytest.approx(1 / 200)
+
+
+def test_false_discoveries_of_a_batch_are_bounded_and_outliers_found(toy: Toy) -> None:
+    """50 jobs of 1,000 pictures, of which 5 % are planted; each with a calibration of its own."""
+    arrays, rate, planted = Bundle.open(toy.path).calibration(), 0.05, 50
+    odd = toy.statistics(np.repeat(toy.log_q.argmin(-1).astype(np.uint8)[None], planted, 0))
+    proportions, powers = [], []
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        usual = toy.statistics(toy.draw(rng, 2999 + 950))
+        scores = Detector(arrays).score(usual)
+        detector = Detector({**arrays, "scores": np.sort(scores[:2999])})
+        p = detector.p_value(np.concatenate([scores[2999:], detector.score(odd)]))
+        rejected = benjamini_hochberg(p, rate)
+        proportions.append(rejected[:950].sum() / max(1, rejected.sum()))
+        powers.append(rejected[950:].mean())
+    spread = np.std(proportions) / np.sqrt(50)
+    assert np.mean(proportions) <= rate + 3 * spread
+    assert np.mean(proportions) > 0  # or it would show nothing
+    assert np.mean(powers) > 0.95
+
+
+def test_a_rate_that_is_none_is_refused() -> None:
+    for rate in (0.0, 1.0, float("nan")):
+        with pytest.raises(InvalidInput, match="rate"):
+            benjamini_hochberg(np.array([0.1]), rate)
+    assert benjamini_hochberg(np.empty(0), 0.1).shape == (0,)

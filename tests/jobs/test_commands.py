@@ -1,0 +1,110 @@
+"""`likely batch` as a program: what it says, and what it cannot be asked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from likely.cli import main, show
+from tests.jobs.conftest import contents, table
+
+if TYPE_CHECKING:
+    from tests.conftest import Toy
+
+Batch = Callable[..., Result]
+
+
+@pytest.fixture
+def batch(toy: Toy) -> Batch:
+    """Runs a job with the toy's bundle."""
+
+    def run(command: str, *words: object) -> Result:
+        given = [command, *words, "--bundle", toy.path, "--device", "cpu", "--threads", 1]
+        return CliRunner().invoke(main, ["batch", *map(str, given)])
+
+    return run
+
+
+def test_programs_and_people_are_told_the_same(batch: Batch, tmp_path: Path) -> None:
+    words = ("--each", 5, "--out", tmp_path / "out")
+    told = batch("generate", *words, "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout) == {
+        "out": str(tmp_path / "out"), "pictures": 15, "accepted": 15, "draws": 15,
+        "model": "toy", "version": "1.0",
+    }  # fmt: skip
+    shown = batch("generate", *words).stdout
+    assert "model toy, version 1.0" in shown
+    assert table(tmp_path / "out")["label"].to_pylist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_all_options_reach_the_job(batch: Batch, toy: Toy, tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", toy.draw(np.random.default_rng(0), 30))
+    told = batch(
+        "classify", tmp_path / "in.npy", "--alpha", 0.2, "--guarantee", "pac", "--priors",
+        "0.2,0.2,0.6", "--min-posterior", 0.8, "--format", "npz", "--shard", 7, "--batch", 3,
+        "--workers", 1, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    request = json.loads((tmp_path / "out" / "manifest.json").read_bytes())["request"]
+    task = request["task"]
+    assert (request["format"], request["rows"]) == ("npz", 7)
+    assert (task["alpha"], task["guarantee"], task["min_posterior"]) == (0.2, 2, 0.8)
+    assert task["priors"] == [0.2, 0.2, 0.6]
+    assert len(contents(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        ((), 2, "one of --labels, --each and --count"),
+        (("--each", 1, "--count", 1), 2, "one of --labels, --each and --count"),
+        (("--each", 0), 2, "0 is not in the range"),
+        (("--count", 1, "--alpha", 0.1), 2, "--alpha is that of --self-check"),
+        (("--count", 1, "--address", "127.0.0.1:1"), 2, "either --bundle or --address"),
+        (("--count", 1, "--model", "toy"), 2, "are those of --address"),
+        (("--labels", "9=1"), 1, "labels: '9=1' is no LABEL=COUNT; labels are label-0, label-1"),
+        (("--count", 1, "--seed", 2**63), 1, "seed: "),
+        (("--count", 1, "--temperature", "nan"), 1, "temperature: nan is not in [0, 2]"),
+        (("--count", 10**9, "--shard", 1), 1, "shard: 1 pictures; at least 10000 are asked here"),
+    ],
+)
+def test_what_cannot_be_asked_is_told(
+    batch: Batch, tmp_path: Path, words: tuple[object, ...], code: int, sentence: str
+) -> None:
+    found = batch("generate", *words, "--out", tmp_path / "out")
+    assert found.exit_code == code, found.output
+    assert sentence in " ".join(found.stderr.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["pyarrow", "ray"])
+def test_an_extra_that_is_missing_is_named(toy: Toy, tmp_path: Path, missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom likely.cli import main; main()"
+    words = ["batch", "generate", "--count", "1", "--engine", "ray", "--bundle", str(toy.path)]
+    command = [sys.executable, "-c", code, *words, "--out", str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 1
+    extra = {"pyarrow": "jobs", "ray": "ray"}[missing]
+    assert f"pip install 'likely[{extra}]'" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_logs_have_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(show, "TOLD_EVERY", 0.0)
+    with show.long_bar(1000, 400, "scoring") as advance:
+        advance(150)
+        advance(150)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("scoring: 550 of 1,000 pictures, ")
+    assert "scoring: 700 of 1,000 pictures, " in second and second.endswith(" s left")
