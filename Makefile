@@ -8,7 +8,7 @@ INSTALL = bin/python -m pip install --quiet --no-compile --disable-pip-version-c
 demo: .venv-demo/ready  ## train nothing, see everything: the shipped bundle answers
 	.venv-demo/bin/python -m demo
 
-test: check  ## what CI runs
+test: check .venv-interop/ready  ## what CI runs
 	scripts/test
 
 check: .venv/ready .venv-proto/ready  ## style, types, stubs, protos, Dockerfiles
@@ -27,7 +27,7 @@ wheel: .venv/ready  ## dist/likely-*.whl
 	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv .venv-demo .venv-proto build dist
+	rm -rf .venv .venv-demo .venv-interop .venv-proto build dist
 
 # Development: torch, and the runtime that production uses (it also runs on the CPU).
 .venv/ready: pyproject.toml constraints.txt
@@ -47,4 +47,12 @@ clean:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/$(INSTALL) --upgrade 'pip>=25.1'
 	$(@D)/$(INSTALL) --group proto
+	touch $@
+
+# Clients that others wrote; perf_analyzer comes in a folder of its own, without what it asks for.
+.venv-interop/ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/$(INSTALL) --upgrade 'pip>=25.1'
+	$(@D)/$(INSTALL) --group interop
+	$(@D)/$(INSTALL) --no-deps --target $(@D)/perf-analyzer --upgrade --group perf-analyzer
 	touch $@
