@@ -213,7 +213,7 @@ def test_cores_heed_the_quota(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_a_flag() -> None:
-    assert {*FLAGS, "bundles", "reflection"} == set(Settings.model_fields)
+    assert {*FLAGS, "bundles", "reflection", "tracing"} == set(Settings.model_fields)
 
 
 def test_print_config_shows_what_wins(

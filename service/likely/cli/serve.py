@@ -55,6 +55,7 @@ FLAGS = {
     "request_bytes": "Bytes of the largest request. [16 MiB]",
     "response_bytes": "Bytes of the pictures in an answer. [64 MiB]",
     "default_alpha": "Rate of false rejections where a request names none. [0.05]",
+    "drift_level": "Probability that a version ever alarms falsely of drift; 0 is off. [0.001]",
     "drain_delay": "Seconds after SIGTERM in which requests are still taken. [1]",
     "drain_seconds": "How long those taken may then take to end. [30]",
     "slow_reader_seconds": "How long a stream waits for a caller that does not read. [60]",
@@ -79,6 +80,7 @@ def flags(command: F) -> F:
     help="Folder of a bundle; may be repeated. [those shipped in the package]",
 )
 @flags
+@click.option("--tracing/--no-tracing", default=None, help="Traces by OTLP. [off]")
 @click.option("--reflection/--no-reflection", default=None, help="gRPC reflection. [on]")
 @click.option("--print-config", is_flag=True, help="Print the settings in force, and exit.")
 def serve(print_config: bool, **given: Any) -> None:
