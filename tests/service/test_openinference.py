@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -351,3 +352,30 @@ def test_reflection_answers_in_both_versions(live: Live, version: str) -> None:
     assert names == sorted(set(names))
     assert f"grpc.reflection.{version}.ServerReflection" in names
     assert all(each.file_descriptor_response.file_descriptor_proto for each in files)
+
+
+def test_a_token_needs_the_scope_of_what_is_asked(running: Running, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(
+        "".join(
+            f'[[token]]\nname = "{scope}"\nscopes = ["{scope}"]\nsecret = "{scope:x<20}"\n'
+            for scope in ("score", "generate")
+        )
+    )
+    scoring, drawing = pictures("toy", GOOD), question("toy/generate", {"count": ("INT64", [1])})
+    with running(tokens=tokens) as live, grpc.insecure_channel(live.address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+
+        def ask(scope: str, request: pb.ModelInferRequest) -> Any:
+            metadata = (("authorization", f"Bearer {scope:x<20}"),)
+            return stub.ModelInfer(request, metadata=metadata, timeout=30)
+
+        assert ask("score", scoring).outputs
+        assert ask("generate", drawing).outputs
+        for scope, request in (("score", drawing), ("generate", scoring)):
+            with pytest.raises(grpc.RpcError) as caught:
+                ask(scope, request)
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.RepositoryIndex(pb.RepositoryIndexRequest())
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
