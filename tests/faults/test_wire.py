@@ -319,7 +319,7 @@ def test_an_answer_above_four_mebibytes_comes_to_our_client(running: Running) ->
     n = 100_000
     with running(images_per_request=n) as live:
         x = np.zeros((n, 3, 3), np.uint8)
-        with Client(live.address) as client:
+        with Client(live.address, timeout=280) as client:
             answer = client.score(x, surprise=True)
         assert answer.surprise is not None
         assert answer.surprise.nbytes + 30 * n > 4 << 20
