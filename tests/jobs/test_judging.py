@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from bench.jobs import kept
 from likely import bayes
 from likely.answers import Guarantee, Pixels
 from likely.bundle import Bundle
@@ -124,6 +125,12 @@ def test_shipped_bundles_give_the_same_bits_in_whatever_batch(bundle: Path) -> N
     engine.close()
 
 
+def test_a_job_from_parquet_to_parquet_keeps_the_engines_throughput(tmp_path: Path) -> None:
+    golden = Bundle.open(DIGITS).golden()["density/x"]
+    x = np.resize(golden, (4000, *golden.shape[1:]))
+    assert kept(DIGITS, x, tmp_path, 1)["kept, by threads in one run"] >= 0.9
+
+
 def test_graphs_that_round_by_the_batch_are_run_one_by_one(
     toy: Toy, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,15 +232,15 @@ def test_estimated_priors_weigh_the_posteriors(judge: Job, toy: Toy, tmp_path: P
     judge(tmp_path / "plain", "classify", source, **more)
     summary = judge(tmp_path / "out", "classify", source, estimate_priors=True, fdr=0.2, **more)
     plain, found = table(tmp_path / "plain"), table(tmp_path / "out")
-    kept = np.array(plain["verdict"].to_pylist()) != "outlier"
+    good = np.array(plain["verdict"].to_pylist()) != "outlier"
     posterior, model = matrix(plain["posterior"]), np.array(PRIORS)
-    priors = bayes.estimated_priors(posterior[kept], model)
+    priors = bayes.estimated_priors(posterior[good], model)
     assert list(summary["priors"].values()) == priors.tolist()
     weighed = bayes.reweighted(posterior, model, priors)
     assert np.array_equal(matrix(found["posterior"]), weighed)
     assert found["label"].to_pylist() == weighed.argmax(1).tolist()
     unsure = np.where(weighed.max(1) < 0.9, "ambiguous", "accepted")
-    assert found["verdict"].to_pylist() == np.where(kept, unsure, "outlier").tolist()
+    assert found["verdict"].to_pylist() == np.where(good, unsure, "outlier").tolist()
     assert (weighed.argmax(1) == y).mean() > (posterior.argmax(1) == y).mean()
 
 
