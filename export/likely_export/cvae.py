@@ -1,19 +1,20 @@
 """Conditional variational autoencoder: bounds on log p(x|y), pictures and features.
 
-    z ~ N(0, I)
+    z ~ N(centre(y), I)
     p(x|z, y) = prod_i p(x_i|z, y), over pixels and channels i
     q(z|x, y) = N(mean, exp(log_variance)), diagonal
 
 Kingma and Welling, 2014 (https://arxiv.org/abs/1312.6114), conditioned on labels
-as in Sohn et al., 2015. The log-weights
+as in Sohn et al., 2015, where every centre is 0; or by the prior alone, and then
+neither p(x|z) nor q(z|x) knows y. The log-weights
 
-    w_k = log p(x|z_k, y) + log p(z_k) - log q(z_k|x, y),  z_k ~ q(z|x, y)
+    w_k = log p(x|z_k, y) + log p(z_k|y) - log q(z_k|x, y),  z_k ~ q(z|x, y)
 
 give two lower bounds on log p(x|y): E[w_1], the ELBO, and the tighter IWAE-K,
 E[logsumexp_k w_k - log K] (Burda et al., 2016, https://arxiv.org/abs/1509.00519).
 
 The encoder's trunk sees x alone and the label joins after it, so that a bound
-for every label costs one trunk.
+for every label costs one trunk; with labels in the prior, one decoder too.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ class CVAEConfig:
         contrast: nats of a picture that training pays for a nat of its label,
             -log p(y|x) by Bayes' rule over the bounds of all labels; 0 for
             likelihood alone.
-        moves: what is done to the pictures that the contrast learns from; the
-            likelihood learns from pictures as they are.
+        moves: what is done to pictures before training sees them.
+        label_prior: whether labels differ by their prior alone, as the components of a
+            mixture; otherwise encoder and decoder see them.
     """
 
     shape: tuple[int, int, int]
@@ -83,6 +85,7 @@ class CVAEConfig:
     convolution_depth: int = 1
     contrast: float = 0.0
     moves: Moves = NONE
+    label_prior: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.moves, Mapping):  # as a file of weights holds it
@@ -101,10 +104,14 @@ class CVAE(nn.Module):
         self.dimensions = math.prod(config.shape)
         width, terms = config.width, config.logistics
         self.trunk = _trunk(config)
-        self.encoder_label = nn.Embedding(config.labels, width)
+        if config.label_prior:
+            self.centre = nn.Embedding(config.labels, config.latent)
+        else:
+            self.encoder_label = nn.Embedding(config.labels, width)
         self.encoder_join = nn.Linear(width, width)
         self.posterior_out = nn.Linear(width, 2 * config.latent)
-        self.decoder_label = nn.Embedding(config.labels, width)
+        if not config.label_prior:
+            self.decoder_label = nn.Embedding(config.labels, width)
         self.decoder_in = nn.Linear(config.latent, width)
         self.decoder = _layers(width, width, config.depth - 1, config.dropout)
         self.decoder_out = nn.Linear(width, self.dimensions * (3 * terms or config.levels))
@@ -118,8 +125,9 @@ class CVAE(nn.Module):
     def _start(self) -> None:
         """Starts near a posterior that is the prior and a mixture that spans the levels."""
         self.posterior_out.weight.mul_(0.1)
-        self.encoder_label.weight.mul_(0.1)
-        self.decoder_label.weight.mul_(0.3)
+        if not self.config.label_prior:
+            self.encoder_label.weight.mul_(0.1)
+            self.decoder_label.weight.mul_(0.3)
         if terms := self.config.logistics:
             bias = self.decoder_out.bias.view(3, terms, self.dimensions)
             bias[1] = torch.linspace(-1, 1, terms + 2)[1:-1, None]
@@ -169,21 +177,17 @@ class CVAE(nn.Module):
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """The negated bound that training raises, nats (n,)."""
+        if self.config.moves:
+            x = self.config.moves.of(x)
         shape = (len(x), self.config.training_samples, self.config.latent)
         eps = torch.randn(shape, device=x.device)
         if not self.config.contrast:
             return -self.iwae(x, y, eps)
-        moved = self.config.moves.of(x) if self.config.moves else x
-        bounds = self._bounds(moved, eps)
-        label_nll = functional.cross_entropy(bounds * self.sureness, y, reduction="none")
-        own = self.iwae(x, y, eps) if self.config.moves else bounds.gather(1, y[:, None])[:, 0]
-        return self.config.contrast * label_nll - own
-
-    def _bounds(self, x: Tensor, eps: Tensor) -> Tensor:
-        """The IWAE-K bounds in nats for all labels, (n, labels), of noise (n, k, z)."""
         labels = torch.arange(self.config.labels, device=x.device)
         features, levels = self.features(x)[:, None], x.flatten(1)[:, None, None]
-        return _mean_exp(self.weights(features, levels, labels, eps[:, None]))
+        bounds = _mean_exp(self.weights(features, levels, labels, eps[:, None]))
+        label_nll = functional.cross_entropy(bounds * self.sureness, y, reduction="none")
+        return self.config.contrast * label_nll - bounds.gather(1, y[:, None])[:, 0]
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The negated IWAE-K bound, nats (n,), with the same noise at every call."""
@@ -197,9 +201,22 @@ class CVAE(nn.Module):
         features: Tensor = self.trunk(scaled)
         return features
 
+    def from_centre(self, z: Tensor, y: Tensor) -> Tensor:
+        """z (..., z) as its distance from the mean of p(z|y), y broadcast against (...)."""
+        return z - self.centre(y) if self.config.label_prior else z
+
+    def drawn(self, eps: Tensor, y: Tensor) -> Tensor:
+        """z ~ p(z|y) of standard normal noise (n, z) and labels (n,)."""
+        return eps + self.centre(y) if self.config.label_prior else eps
+
     def posterior(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (..., z) of features (..., width), y broadcast against (...)."""
-        joined = torch.relu(self.encoder_join(features + self.encoder_label(y)))
+        """Mean and log-variance (..., z) of features (..., width), y broadcast against (...).
+
+        With labels in the prior alone they know no y, and are (..., z) of the features.
+        """
+        if not self.config.label_prior:
+            features = features + self.encoder_label(y)
+        joined = torch.relu(self.encoder_join(features))
         mean, log_variance = self.posterior_out(self.dropout(joined)).chunk(2, -1)
         return mean, log_variance.clamp(NARROWEST, WIDEST)
 
@@ -228,14 +245,17 @@ class CVAE(nn.Module):
     ) -> Tensor:
         """The same, of the posterior's mean and log-variance (..., z)."""
         z = mean[..., None, :] + torch.exp(log_variance / 2)[..., None, :] * eps
-        # log p(z) - log q(z|x, y); the constants of both densities cancel.
-        prior_to_posterior = 0.5 * (eps.square() - z.square() + log_variance[..., None, :]).sum(-1)
+        away = self.from_centre(z, y[..., None]).square()
+        # log p(z|y) - log q(z|x, y); the constants of both densities cancel.
+        prior_to_posterior = 0.5 * (eps.square() - away + log_variance[..., None, :]).sum(-1)
         return self._log_likelihood(self._hidden(z, y), x) + prior_to_posterior
 
     def _hidden(self, z: Tensor, y: Tensor) -> Tensor:
         """The decoder's last features (..., k, width)."""
-        hidden = torch.relu(self.decoder_in(z) + self.decoder_label(y)[..., None, :])
-        features: Tensor = self.decoder(self.dropout(hidden))
+        hidden = self.decoder_in(z)
+        if not self.config.label_prior:
+            hidden = hidden + self.decoder_label(y)[..., None, :]
+        features: Tensor = self.decoder(self.dropout(torch.relu(hidden)))
         return features
 
     def _decoded(self, hidden: Tensor) -> Tensor:
@@ -321,12 +341,12 @@ class Generate(nn.Module):
             eps: standard normal noise (n, z).
             gumbel: standard Gumbel noise (n, h, w, c, levels).
         """
-        log_probs = self.model.log_probs(eps, y).permute(0, 2, 3, 1, 4)
+        log_probs = self.model.log_probs(self.model.drawn(eps, y), y).permute(0, 2, 3, 1, 4)
         return (log_probs + gumbel).argmax(-1).permute(0, 3, 1, 2).to(torch.uint8)
 
 
 class Encode(nn.Module):
-    """The latent features of a picture under a label, as one graph."""
+    """The latent features of a picture under a label, as one graph; their prior is N(0, I)."""
 
     def __init__(self, model: CVAE) -> None:
         super().__init__()
@@ -334,7 +354,8 @@ class Encode(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance float32 (n, z) of uint8 x (n, c, h, w) and int64 y (n,)."""
-        return self.model.encode(x, y)
+        mean, log_variance = self.model.encode(x, y)
+        return self.model.from_centre(mean, y), log_variance
 
 
 def _trunk(config: CVAEConfig) -> nn.Sequential:

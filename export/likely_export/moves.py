@@ -20,7 +20,7 @@ class Moves:
         turn: degrees, either way.
         zoom: share of the size, either way, for height and width by themselves.
         shear: share of the height by which a row may slide against another, either way.
-        shift: pixels, either way, up and down and sideways.
+        shift: whole pixels, either way, up and down and sideways.
         flip: left for right, half the time.
         erase: largest share of the picture that a rectangle blanks.
     """
@@ -28,7 +28,7 @@ class Moves:
     turn: float = 0.0
     zoom: float = 0.0
     shear: float = 0.0
-    shift: float = 0.0
+    shift: int = 0
     flip: bool = False
     erase: float = 0.0
 
@@ -54,6 +54,9 @@ class Moves:
         def drawn(bound: float) -> Tensor:
             return (torch.rand(n, device=x.device) * 2 - 1) * bound
 
+        def shift() -> Tensor:
+            return torch.randint(-self.shift, self.shift + 1, (n,), device=x.device)
+
         turn = drawn(math.radians(self.turn))
         cos, sin = torch.cos(turn), torch.sin(turn)
         across, down = 1 + drawn(self.zoom), 1 + drawn(self.zoom)
@@ -62,8 +65,8 @@ class Moves:
         shear = drawn(self.shear)
         # Where in the old picture, in halves of its size from the middle, a pixel comes from.
         rows = (
-            torch.stack([cos * across, shear - sin * down, drawn(2 * self.shift / width)], -1),
-            torch.stack([sin * across, cos * down, drawn(2 * self.shift / height)], -1),
+            torch.stack([cos * across, shear - sin * down, shift() * 2 / width], -1),
+            torch.stack([sin * across, cos * down, shift() * 2 / height], -1),
         )
         grid = functional.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
         moved = functional.grid_sample(

@@ -94,11 +94,14 @@ def _reconstruction(cvae: CVAE, x: Tensor) -> Reconstruction:
     levels = x.flatten(1)[:, None, None]
     bounds = cvae.weights_of(mean, log_variance, levels, labels, middle)[..., 0]
     likeliest = bounds.argmax(1)
+    each = (len(x), cvae.config.labels, cvae.config.latent)
     chosen = likeliest[:, None, None].expand(-1, 1, cvae.config.latent)
-    mean, log_variance = (part.gather(1, chosen)[:, 0] for part in (mean, log_variance))
+    mean, log_variance = (
+        part.expand(each).gather(1, chosen)[:, 0] for part in (mean, log_variance)
+    )
     return Reconstruction(
         bounds=bounds,
-        mean=mean,
+        mean=cvae.from_centre(mean, likeliest),
         log_variance=log_variance,
         expected=cvae.expected(mean, likeliest),
         picture=x.float() / (cvae.config.levels - 1),

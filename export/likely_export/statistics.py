@@ -26,7 +26,7 @@ class Reconstruction:
 
     Attributes:
         bounds: (n, labels), the ELBO at that mean for every label, nats.
-        mean: (n, z), of the latent features.
+        mean: (n, z), of the latent features, from the mean of their prior.
         log_variance: (n, z).
         expected: (n, c, h, w), the expected picture, levels scaled to [0, 1].
         picture: (n, c, h, w), the picture itself, scaled likewise.

@@ -15,9 +15,10 @@ from likely_export.cvae import CVAE, Conditional, CVAEConfig, Encode, Generate
 
 SOFTMAX = CVAEConfig((1, 3, 2), 5, 3, latent=4, width=16, importance_samples=7)
 LOGISTIC = replace(SOFTMAX, shape=(3, 4, 4), levels=64, logistics=2, depth=2)
+PRIOR = replace(LOGISTIC, shape=(1, 4, 4), label_prior=True, convolutions=(4,), convolution_depth=2)
 BINARY = CVAEConfig((1, 2, 2), 2, 2, latent=1, width=8)
 
-every_head = pytest.mark.parametrize("config", [SOFTMAX, LOGISTIC, BINARY])
+every_head = pytest.mark.parametrize("config", [SOFTMAX, LOGISTIC, BINARY, PRIOR])
 
 
 def cvae(config: CVAEConfig, seed: int = 0, spread: float = 1.0) -> CVAE:
@@ -52,7 +53,9 @@ def test_log_weights_are_what_their_definition_says(config: CVAEConfig) -> None:
     mean, log_variance = model.encode(x, y)
     posterior = torch.distributions.Normal(mean[:, None], (log_variance / 2).exp()[:, None])
     z = posterior.loc + posterior.scale * eps
-    prior = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+    centre = model.drawn(torch.zeros(6, config.latent), y)
+    assert config.label_prior == bool(centre.any())
+    prior = torch.distributions.Normal(centre, torch.ones(()))
     for k in range(3):
         table = model.log_probs(z[:, k], y)
         log_pxz = table.gather(-1, x.long()[..., None]).flatten(1).sum(1)
@@ -136,6 +139,9 @@ def test_drawn_levels_are_as_frequent_as_they_are_probable() -> None:
         (SOFTMAX, Role.GENERATE),
         (LOGISTIC, Role.GENERATE),
         (LOGISTIC, Role.ENCODE),
+        (PRIOR, Role.CONDITIONAL),
+        (PRIOR, Role.GENERATE),
+        (PRIOR, Role.ENCODE),
     ],
 )
 def test_graphs_pass_the_parity_gate(config: CVAEConfig, role: Role, opened: Any) -> None:
@@ -149,6 +155,18 @@ def test_graphs_pass_the_parity_gate(config: CVAEConfig, role: Role, opened: Any
         found = session.run(feeds, [spec.name for spec in source.outputs])
         for value, got in zip(expected if role == Role.ENCODE else (expected,), found, strict=True):
             assert np.abs(value.detach().numpy().astype(float) - got).max() <= 1e-3
+
+
+def test_with_labels_in_the_prior_only_the_prior_tells_them_apart() -> None:
+    model, (x, _), eps = cvae(PRIOR), pictures(PRIOR, 4), noise(PRIOR, 4, 5)
+    labels = torch.arange(PRIOR.labels)
+    weights = model.weights(
+        model.features(x)[:, None], x.flatten(1)[:, None, None], labels, eps[:, None]
+    )
+    mean, log_variance = model.encode(x, labels[:1])
+    z = mean[:, None] + (log_variance / 2).exp()[:, None] * eps
+    away = (z[:, None] - model.centre.weight[:, None]).square().sum(-1) / 2
+    assert torch.allclose(weights[:, :1] - weights, away - away[:, :1], atol=1e-3)
 
 
 @pytest.mark.parametrize("field", ["labels", "latent", "importance_samples", "depth"])

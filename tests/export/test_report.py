@@ -137,6 +137,10 @@ def figures(shown: Material) -> dict[str, Any]:
         },
         "faithfulness": 0.9834,
         "faithfulness_by_label": {"0": 0.9712},
+        "self_checked": {
+            "faithfulness": {"mean": 0.9934, "standard_error": 0.0004},
+            "draws_a_picture": {"mean": 1.25, "standard_error": 0.01},
+        },
         "self_entropy": {"draws": {"mean": 79.5, "standard_error": 0.5}},
         "memorisation": {"nearest": 5.125},
         "baselines": {"png": {"bits_per_dim": 2.4375}},

@@ -32,6 +32,8 @@ def draws(subject: Subject) -> View:
         "named": named,
         "rated": any(row["rate"] for row in rows),
         "faithfulness": _share(subject.figure("faithfulness")),
+        "checked": _share(subject.figure("self_checked.faithfulness")),
+        "draws_a_picture": _plain(subject.figure("self_checked.draws_a_picture")),
         "on_draws": _share(subject.figure("train_on_draws_accuracy")),
         "self_entropy": told(subject.table("self_entropy")),
     }
@@ -80,3 +82,7 @@ def copies(subject: Subject) -> View:
 
 def _share(found: object) -> str:
     return "" if found is None else value(found, "share")
+
+
+def _plain(found: object) -> str:
+    return "" if found is None else value(found, "plain")

@@ -62,6 +62,12 @@ HEADLINES = (
         tile=True,
     ),
     Headline(
+        "self_checked.faithfulness",
+        "the same of draws that check themselves",
+        "by an independent classifier",
+        "share",
+    ),
+    Headline(
         "train_on_draws_accuracy",
         "accuracy of a classifier trained on draws",
         "on the test part",
