@@ -12,6 +12,7 @@ from likely.admission import Bounds, patience
 from likely.batches import Batch, Member, Runner
 from likely.callers import Priority
 from likely.errors import DeadlineExceeded, Overloaded
+from likely.gathering import Gathering
 from likely.traffic import Traffic
 from likely.tuning import Best
 from likely.turns import Turns
@@ -52,10 +53,12 @@ class Batcher:
         )
         self._most = max(1, min(best.rows, BATCH_BYTES // self.row_bytes))
         self.grain = best.grain
+        self._gathering = Gathering(best.grain, best.fixed)
         self._bounds = bounds
         self._turns: dict[Priority, Turns[Member]] = {p: Turns() for p in Priority}
         self._name = name
         self._traffic = traffic
+        self._running = traffic.running.labels(name, graph)
         self._waiting = traffic.waiting.labels(name, graph)
         self._batches = traffic.batches.labels(name, graph)
         self._waits = traffic.waits.labels(name, graph)
@@ -111,6 +114,20 @@ class Batcher:
     def add(self, member: Member) -> None:
         """Lets a member wait."""
         self._turns[member.priority].add(member)
+        self._gathering.came()
+
+    def wait(self, priority: Priority) -> float:
+        """Seconds that those of that priority shall wait for others; one must be there."""
+        turns = self._turns[priority]
+        return self._gathering.wait(turns.rows, turns.first().since)
+
+    def began(self) -> None:
+        """One of its batches runs from now on."""
+        self._running.inc()
+
+    def ended(self) -> None:
+        """One of its batches runs no more."""
+        self._running.dec()
 
     def remove(self, member: Member) -> None:
         """Frees the place of a member."""

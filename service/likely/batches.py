@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +12,7 @@ import numpy as np
 
 from likely.bundle import Graph
 from likely.callers import Priority
-from likely.errors import OutOfMemory, Overloaded, RunStopped
+from likely.errors import OutOfMemory, Overloaded, RunStopped, ServerFault
 from likely.graphs import Array, Stop
 from likely.tracing import Trace
 from likely.turns import Waiting
@@ -82,6 +83,12 @@ class Member(Waiting):
                 self.trace.waited(graph, self.since, batch.began, self.rows)
             self.trace.ran(graph, batch.began, batch.began + seconds, stop - start, batch.rows)
 
+    def leave(self) -> None:
+        """Lets batches that run for nobody else end."""
+        for batch in self.batches:
+            batch.leave()
+        self.batches.clear()
+
     def take(self, start: int, stop: int, outcome: Outcome) -> None:
         """Keeps the outcome of those rows; answers with the last of them, fails with the first."""
         if self.dead:
@@ -129,6 +136,17 @@ class Batch:
         self._living -= 1
         if self._living == 0:
             self._stop.now()
+
+    def timed(self) -> tuple[Sequence[tuple[Span, Outcome]], float]:
+        """What comes of every span, whatever happens, and how long it took in seconds."""
+        began = self.began = time.monotonic()
+        outcomes: Sequence[tuple[Span, Outcome]]
+        try:
+            outcomes = self.run()
+        except BaseException as error:  # the lane must come back, the members hear of it
+            fault = ServerFault(f"a batch failed: {error!r}")
+            outcomes = [(span, fault) for span in self.spans]
+        return outcomes, time.monotonic() - began
 
     def run(self) -> list[tuple[Span, Outcome]]:
         """What comes of every span; called in a lane.

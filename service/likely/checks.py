@@ -28,6 +28,7 @@ USUAL_DRAWS, MOST_DRAWS = 16, 100
 MOST_PROPOSALS = 256
 T = TypeVar("T")
 Drawing = generation_pb2.GenerateRequest | generation_pb2.CompleteRequest
+_GUARANTEES: dict[int, Guarantee] = {0: Guarantee.MARGINAL, **{int(g): g for g in Guarantee}}
 _AXES = ("pictures", "channels", "rows", "columns")
 
 
@@ -107,9 +108,10 @@ def alpha(
 
 def guarantee(request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest) -> Guarantee:
     """What the request's alpha is to hold for."""
-    if request.guarantee not in scoring_pb2.Guarantee.values():
+    found = _GUARANTEES.get(request.guarantee)
+    if found is None:
         raise InvalidInput("guarantee", f"{request.guarantee} is no number of a guarantee")
-    return Guarantee(request.guarantee or Guarantee.MARGINAL)
+    return found
 
 
 def priors(request: scoring_pb2.ClassifyRequest, manifest: Manifest) -> Doubles | None:

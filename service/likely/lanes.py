@@ -21,7 +21,7 @@ from likely.batcher import Batcher
 from likely.batches import Batch, Feed, Member, Outcome, Runner, Span, rows_of
 from likely.bundle import Graph, Role
 from likely.callers import Caller, Priority
-from likely.errors import LikelyError, NotAnswered, ServerFault, Unavailable
+from likely.errors import LikelyError, NotAnswered, Unavailable
 from likely.graphs import Array
 from likely.traffic import Traffic
 from likely.tuning import Best
@@ -92,6 +92,7 @@ class Lanes:
         self._running: dict[Batch, Role] = {}
         self._passed = 0  # interactive batches that went before waiting bulk
         self._woken = False
+        self._alarm: asyncio.TimerHandle | None = None  # when those wake that wait for others
         self._closed = False
 
     def __contains__(self, role: Role) -> bool:
@@ -199,9 +200,9 @@ class Lanes:
                 batcher.clear()
                 batcher.tell()
             for role in self._running.values():
-                self._traffic.running.labels(self._name, role).dec()
+                self._batchers[role].ended()
             self._running.clear()
-            self._woken = False
+            self._woken, self._alarm = False, None
         return loop
 
     def _wait(self, priority: Priority) -> float:
@@ -220,7 +221,7 @@ class Lanes:
         if member.future.cancelled():
             stage = "run" if member.batches else "queue"
             self._traffic.dropped.labels(self._name, stage).inc()
-        _leave(member)
+        member.leave()
 
     def _wake(self) -> None:
         """Gives free lanes what waits for them."""
@@ -229,9 +230,9 @@ class Lanes:
             while started := self._next():
                 role, batch = started
                 self._running[batch] = role
-                self._traffic.running.labels(self._name, role).inc()
+                self._batchers[role].began()
                 if self._is_short(role, batch):
-                    self._ended(batch, *_run(batch))
+                    self._ended(batch, *batch.timed())
                 else:
                     self._threads.submit(self._work, batch, asyncio.get_running_loop())
             for batcher in self._batchers.values():
@@ -247,7 +248,7 @@ class Lanes:
             if free <= 0 and not (priority is Priority.INTERACTIVE and self._express_is_free()):
                 continue
             for role in [r for r, b in self._batchers.items() if b.waiting(priority)]:
-                if not self._is_worth_a_lane(role, priority):
+                if not self._is_worth_a_lane(role, priority) or self._gathers(role, priority):
                     continue
                 batch = self._batchers[role].batch(priority, free)
                 if batch:
@@ -265,6 +266,19 @@ class Lanes:
             of is role and batch.rows * batcher.pace <= SOON for batch, of in self._running.items()
         )
 
+    def _gathers(self, role: Role, priority: Priority) -> bool:
+        """Whether what waits shall wait for others; if so, the lanes are woken in time."""
+        seconds = self._batchers[role].wait(priority)
+        if not seconds:
+            return False
+        if self._alarm is None:
+            self._alarm = asyncio.get_running_loop().call_later(seconds, self._ring)
+        return True
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._wake()
+
     def _express_is_free(self) -> bool:
         return len(self._running) == self._count and all(
             batch.priority is Priority.BULK for batch in self._running
@@ -277,7 +291,7 @@ class Lanes:
 
     def _work(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> None:
         """Runs a batch; in a lane."""
-        outcomes, seconds = _run(batch)
+        outcomes, seconds = batch.timed()
         try:
             loop.call_soon_threadsafe(self._ran, batch, outcomes, seconds)
         except RuntimeError:
@@ -295,7 +309,7 @@ class Lanes:
         role = self._running.pop(batch, None)
         if role is None:
             return  # of an earlier loop
-        self._traffic.running.labels(self._name, role).dec()
+        self._batchers[role].ended()
         try:
             if not any(isinstance(outcome, Exception) for _, outcome in outcomes):
                 self._batchers[role].ran(batch.rows, seconds)
@@ -313,7 +327,7 @@ class Lanes:
         reason = type(error).__name__ if isinstance(error, LikelyError) else "raised"
         self._traffic.failures.labels(self._name, reason).inc()
         self._batchers[role].remove(member)
-        _leave(member)
+        member.leave()
 
     def _restart(self, error: Exception, batch: Batch | None = None) -> None:
         """Begins the queues anew after a fault of their own: what waits fails at once."""
@@ -331,21 +345,3 @@ class Lanes:
                 if not member.dead:
                     member.future.set_exception(Unavailable(why))
             batcher.tell()
-
-
-def _run(batch: Batch) -> tuple[Sequence[tuple[Span, Outcome]], float]:
-    """What comes of a batch's members, whatever happens, and how long it took in seconds."""
-    began = batch.began = time.monotonic()
-    try:
-        outcomes = batch.run()
-    except BaseException as error:  # the lane must come back, the members hear of it
-        fault = ServerFault(f"a batch failed: {error!r}")
-        outcomes = [(span, fault) for span in batch.spans]
-    return outcomes, time.monotonic() - began
-
-
-def _leave(member: Member) -> None:
-    """Lets batches that run for nobody else end."""
-    for batch in member.batches:
-        batch.leave()
-    member.batches.clear()

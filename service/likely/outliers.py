@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -26,6 +27,7 @@ from likely.errors import InvalidInput
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 BLOCK = 8
+FEW = 4  # rows
 
 
 class _Stored:
@@ -62,13 +64,37 @@ class Ranks(_Stored):
 
     def __call__(self, values: npt.NDArray[np.floating]) -> Doubles:
         """Normal scores (n, s) of values (n, s)."""
-        values = values.astype(np.float64)
-        ranked = np.empty_like(values)
-        for column in range(values.shape[1]):
-            ranked[:, column] = np.interp(values[:, column], self.knots[:, column], self.normals)
-        excess = values - np.clip(values, self.knots[0], self.knots[-1])
-        normal: Doubles = ranked + excess / self.spreads
-        return normal
+        x: Doubles = values.astype(np.float64)
+        knot, normal, slope = self._lines[:, self._line(x), np.arange(x.shape[1])]
+        scores: Doubles = slope * (x - knot) + normal
+        return scores
+
+    def _line(self, values: Doubles) -> npt.NDArray[np.intp]:
+        """The number of the line that each value lies on: how many knots are not above it."""
+        if len(values) <= FEW:  # a search for each column costs more than to compare with all knots
+            return np.asarray(np.count_nonzero(self.knots <= values[:, None], axis=1))
+        searched = zip(self._columns, values.T, strict=True)
+        return np.stack([own.searchsorted(v, "right") for own, v in searched], 1)
+
+    @cached_property
+    def _columns(self) -> tuple[Doubles, ...]:
+        return tuple(np.ascontiguousarray(column) for column in self.knots.T)
+
+    @cached_property
+    def _lines(self) -> Doubles:
+        """A knot, its normal score and the slope, (3, k + 1, s), of the lines between knots."""
+        k, s = self.knots.shape
+        with np.errstate(divide="ignore", invalid="ignore"):  # no value lies between equal knots
+            slopes = np.diff(self.normals)[:, None] / np.diff(self.knots, axis=0)
+        normals = np.append(self.normals[0], self.normals)[:, None]
+        beyond = 1 / self.spreads[None]
+        return np.stack(
+            (
+                np.concatenate((self.knots[:1], self.knots)),
+                np.broadcast_to(normals, (k + 1, s)),
+                np.concatenate((beyond, slopes, beyond)),
+            )
+        )
 
 
 class Part(Protocol):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from likely.batches import Runner
-from likely.graphs import Array
+from likely.graphs import CPU, Array
 
 HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
-AT_ONCE = 5e-4  # seconds that a run may hold the event loop up
+AT_ONCE = 1e-3  # seconds that a run may hold the event loop up
 NEAR = 1.1  # a small batch this near to the fastest one is better: it holds up less
+SPARE = 0.25  # of what its rows cost, a run may cost whatever its rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +25,18 @@ class Best:
 
     Attributes:
         rows: of a batch, at most.
-        grain: the fewest rows that are worth a lane of their own.
+        grain: the fewest rows that are worth a run of their own while others come or run.
         pace: seconds a row, in a full batch.
         at_once: the most rows that are run where they came, on the event loop: the way to a
             lane and back would take longer.
+        fixed: seconds that a run costs whatever its rows.
     """
 
     rows: int
     grain: int = 1
     pace: float = 0.0
     at_once: int = 0
+    fixed: float = 0.0
 
 
 def batch(
@@ -55,23 +58,28 @@ def batch(
         step: each size is so many times the one before.
         seconds: to spend; the run in hand is finished, and a size too slow ends the search.
     """
-    end = time.perf_counter() + seconds
+    # A run on the processor is its thread's own: what others take of the core is not counted.
+    clock = time.thread_time if runner.providers[0] == CPU else time.perf_counter
+    end = clock() + seconds
     took: dict[int, float] = {}
     size = 1
     while size <= most:
-        took[size] = _timed(runner, sample, outputs, size)
-        if time.perf_counter() + step * took[size] > end:
+        took[size] = _timed(runner, sample, outputs, size, clock)
+        if clock() + step * took[size] > end:
             break
         size *= step
     # The first run of a size also grows the runtime's memory: what counts is the fastest.
-    while again := [s for s in took if time.perf_counter() + took[s] < end]:
+    while again := [s for s in took if clock() + took[s] < end]:
         for size in again:
-            took[size] = min(took[size], _timed(runner, sample, outputs, size))
+            took[size] = min(took[size], _timed(runner, sample, outputs, size, clock))
     costs = {size: (spent + HOP) / size for size, spent in took.items()}
     rows = min(size for size, cost in costs.items() if cost <= NEAR * min(costs.values()))
     pace = took[rows] / rows
+    each = max((took[rows] - took[1]) / (rows - 1), 1e-7) if rows > 1 else pace
+    fixed = max(0.0, took[1] - each) + HOP
+    grain = min(rows, math.ceil(fixed / each / SPARE))
     at_once = max((size for size, spent in took.items() if spent <= AT_ONCE), default=0)
-    return Best(rows, min(rows, max(1, math.ceil(HOP / pace))), pace, min(rows, at_once))
+    return Best(rows, grain, pace, min(rows, at_once), fixed)
 
 
 def lanes(
@@ -115,11 +123,17 @@ def lanes(
     return max(n for n in candidates if NEAR * rates[n] >= max(rates.values()))
 
 
-def _timed(runner: Runner, sample: Mapping[str, Array], outputs: Sequence[str], size: int) -> float:
+def _timed(
+    runner: Runner,
+    sample: Mapping[str, Array],
+    outputs: Sequence[str],
+    size: int,
+    clock: Callable[[], float],
+) -> float:
     feeds = _repeated(sample, size)
-    began = time.perf_counter()
+    began = clock()
     runner.run(feeds, outputs)
-    return max(time.perf_counter() - began, 1e-7)
+    return max(clock() - began, 1e-7)
 
 
 def _repeated(sample: Mapping[str, Array], size: int) -> dict[str, Array]:

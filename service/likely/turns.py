@@ -94,6 +94,10 @@ class Turns(Generic[W]):
         """The client with most rows waiting; there must be one."""
         return max(self._held, key=self._held.__getitem__)
 
+    def first(self) -> W:
+        """The member whose turn is next; there must be one."""
+        return next(iter(self._lines.values()))[0]
+
     def latest(self, client: str) -> W:
         """The member of that client that came last; there must be one."""
         return self._lines[client][-1]

@@ -42,9 +42,10 @@ SERVICE = {
     "turns": "",
     "traffic": "prometheus_client",
     "admission": "errors",
+    "gathering": "",
     "batches": "bundle callers errors graphs tracing turns numpy",
     "tuning": "batches graphs numpy",
-    "batcher": "admission batches callers errors traffic tuning turns numpy",
+    "batcher": "admission batches callers errors gathering traffic tuning turns numpy",
     "lanes": "admission batcher batches bundle callers errors graphs traffic tuning",
     "ranking": "bundle graphs outliers numpy",
     "trust": "errors graphs traffic numpy",
@@ -177,6 +178,12 @@ BENCH = {
     "jobs": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.graphs likely.jobs "
         "likely.outliers numpy pyarrow"
+    ),
+    "serving": (
+        "likely.answers likely.bundle likely.codec likely.graphs likely.machine likely.v1 "
+        "likely.wire likely_export.calibrate likely_export.graphs likely_export.heads "
+        "likely_export.pixelcnn likely_export.roles likely_export.statistics "
+        "environment grpc numpy onnx rich torch"
     ),
     "__main__": "__init__ figures tables rich",
 }

@@ -728,9 +728,9 @@ class Timed(Doubler):
     ("once", "each", "rows", "grain"),
     [
         (0.0, 5e-3, 1, 1),  # heavy: nothing is gained by merging
-        (0.0, 6e-5, 16, 2),  # light: the way to a lane and back counts
-        (1e-3, 1e-4, 64, 1),
-        (0.0, 7e-6, 64, 15),
+        (0.0, 6e-5, 16, 7),  # light: the way to a lane and back counts
+        (1e-3, 1e-4, 64, 44),  # a run that costs as much as ten rows, whatever it has
+        (0.0, 7e-6, 64, 58),
     ],
 )
 def test_the_best_batch_is_found(

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+
+from likely.gathering import LONGEST, Gathering
+
+FIXED = 3e-4
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def after(gap: float, times: int, grain: int = 16) -> tuple[Gathering, Clock]:
+    """What so many arrivals at these distances have taught."""
+    clock = Clock()
+    gathering = Gathering(grain, FIXED, clock)
+    for _ in range(times):
+        clock.now += gap
+        gathering.came()
+    return gathering, clock
+
+
+def test_a_lone_caller_never_waits() -> None:
+    for times in range(1, 100):
+        gathering, clock = after(5 * FIXED, times)
+        assert gathering.wait(1, clock.now) == 0
+
+
+def test_rows_wait_where_others_follow_closely_and_until_they_do_not() -> None:
+    gathering, clock = after(FIXED, 100)
+    since = clock.now
+
+    assert gathering.wait(1, since) == pytest.approx(4 * FIXED)
+    clock.now += FIXED
+    assert gathering.wait(1, since) == pytest.approx(3 * FIXED)
+    gathering.came()
+    assert gathering.wait(2, since) == pytest.approx(4 * FIXED)
+    clock.now += 4 * FIXED
+    assert gathering.wait(2, since) == 0
+
+
+def test_nobody_waits_any_more_once_rows_come_seldom() -> None:
+    gathering, clock = after(FIXED, 100)
+    waited = 0
+    for _ in range(20):
+        clock.now += LONGEST
+        gathering.came()
+        waited += gathering.wait(1, clock.now) > 0
+    assert waited < 5
+
+
+def test_enough_rows_wait_for_nobody() -> None:
+    gathering, clock = after(FIXED, 100, grain=4)
+
+    assert gathering.wait(3, clock.now) > 0
+    assert gathering.wait(4, clock.now) == 0
+
+
+def test_a_request_waits_no_longer_than_the_longest() -> None:
+    gathering, clock = after(FIXED, 100)
+    since = clock.now
+    while clock.now < since + LONGEST - FIXED / 2:
+        assert gathering.wait(2, since) > 0
+        clock.now += FIXED
+        gathering.came()
+    assert gathering.wait(2, since) <= FIXED / 2
+
+
+def test_who_makes_heavy_runs_waits_for_nobody() -> None:
+    clock = Clock()
+    gathering = Gathering(1, FIXED, clock)
+    for _ in range(100):
+        gathering.came()
+        assert gathering.wait(1, clock.now) == 0
