@@ -14,7 +14,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import jwt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from likely.addresses import is_local
@@ -23,6 +22,7 @@ from likely.fresh import INTERVAL, Fresh
 from likely.settings import Settings
 
 if TYPE_CHECKING:
+    import jwt
     from structlog.typing import FilteringBoundLogger
 
 AUTHORIZATION = "authorization"
@@ -169,6 +169,8 @@ class Issuer:
         return holder
 
     def _check(self, token: str, keys: dict[str | None, jwt.PyJWK]) -> tuple[Holder, float]:
+        import jwt
+
         try:
             kid = jwt.get_unverified_header(token).get("kid")
             key = keys.get(kid if kid is not None or len(keys) > 1 else next(iter(keys)))
@@ -327,6 +329,8 @@ def _secrets(path: Path) -> list[tuple[bytes, Holder]]:
 
 
 def _keys(path: Path, algorithms: Sequence[str]) -> dict[str | None, jwt.PyJWK]:
+    import jwt  # where tokens are signed: it takes as long to import as a small bundle to open
+
     try:
         found = jwt.PyJWKSet.from_dict(json.loads(_read(path))).keys
     except (ValueError, AttributeError, RecursionError, jwt.PyJWTError) as error:

@@ -172,6 +172,10 @@ class Engine:
         """Whether the model's answers have been finite, but for a few."""
         return self._trust.healthy
 
+    def when_unhealthy(self, told: Callable[[], None]) -> None:
+        """Lets that be called, on the event loop, when the version becomes unhealthy."""
+        self._trust.lost = told
+
     def answers(self, method: str) -> bool:
         """Whether the bundle has a graph for that RPC, such as `Score`."""
         return any(role in self._lanes for role in _METHODS[method])

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -380,6 +381,7 @@ class Lifecycle:
 
     def _told(self, event: str, engine: Engine) -> None:
         name, version = _key(engine)
+        engine.when_unhealthy(partial(self._sickened, engine))
         self._log.info(
             event,
             name=name,
@@ -387,6 +389,11 @@ class Lifecycle:
             digest=engine.digest,
             providers=list(engine.providers),
         )
+
+    def _sickened(self, engine: Engine) -> None:
+        name, version = _key(engine)
+        self._log.error("unhealthy", name=name, version=version)
+        self._task(self._tell())
 
     async def _tell(self) -> None:
         self._metrics.serving(self._registry.engines())

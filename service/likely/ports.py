@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import grpc.aio
 
-from likely import tls
 from likely.errors import SettingsError
 from likely.settings import Settings
 
@@ -27,6 +26,8 @@ def listen(
     try:
         if settings.tls_certificate is None or settings.tls_key is None:
             return server.add_insecure_port(address)
+        from likely import tls  # most servers stand behind a proxy that has it
+
         credentials = tls.server_credentials(
             settings.tls_certificate, settings.tls_key, settings.tls_client_ca, log
         )

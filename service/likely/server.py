@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
@@ -50,7 +52,25 @@ _STATUS = health_pb2.HealthCheckResponse
 
 
 HOLD = 0.05  # seconds in which requests that race with a drain gather
+MODEL = "model/"  # what health calls a model, with its name behind
 CUT_OFF = 2.0  # seconds in which requests that are cut off may say so
+
+
+class _ByName:
+    """A server to which methods are added that it finds by their names alone.
+
+    For each method that is registered by itself, grpc.aio keeps a task, and it begins to wait for
+    all of these anew at each request: the more methods, the dearer every request.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        pass
 
 
 class Server:
@@ -102,6 +122,7 @@ class Server:
         self._watching: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
         self._loaded = False
+        self._models: set[str] = set()  # that health has been told of
         self._quiet = False
         self._admin_socket = admin_socket
         self._health = health_aio.HealthServicer()
@@ -214,17 +235,18 @@ class Server:
 
     def _add_services(self) -> None:
         limits, alpha = self._settings.limits, self._settings.default_alpha
+        served: Any = _ByName(self._grpc)  # which is all that generated code asks of a server
         quota = Quota(limits.client_images_per_second, limits.client_images_at_once)
         scoring = Scoring(self.registry, limits, alpha, quota, guard=self._guard)
-        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, self._grpc)
+        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, served)
         generation = Generation(self.registry, limits, alpha, quota)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._grpc)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, served)
         models = Models(self.registry, limits, alpha)
-        models_pb2_grpc.add_ModelServiceServicer_to_server(models, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        models_pb2_grpc.add_ModelServiceServicer_to_server(models, served)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, served)
         services = Services(scoring, generation, limits)
         inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OpenInference(self.registry, services, self._guard), self._grpc
+            OpenInference(self.registry, services, self._guard), served
         )
         if self._settings.reflection:
             health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -238,10 +260,15 @@ class Server:
             self._telling = asyncio.create_task(self._health.enter_graceful_shutdown())
 
     async def _tell(self) -> None:
-        """Tells health whether there is a model to ask."""
-        if self._loaded:
-            serves = bool(self.registry.engines())
-            await self._tell_health(_STATUS.SERVING if serves else _STATUS.NOT_SERVING)
+        """Tells health whether there is a model to ask, and which."""
+        if not self._loaded:
+            return
+        serving = {e.manifest.name for e in self.registry.engines() if e.healthy}
+        await self._tell_health(_STATUS.SERVING if serving else _STATUS.NOT_SERVING)
+        self._models |= {engine.manifest.name for engine in self.registry.engines()}
+        for name in self._models:
+            status = _STATUS.SERVING if name in serving else _STATUS.NOT_SERVING
+            await self._health.set(f"{MODEL}{name}", status)
 
     def _go_quiet(self) -> None:
         self._quiet = True  # as health does, which says NOT_SERVING from now on, whatever comes

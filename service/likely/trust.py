@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from likely.errors import ServerFault, Unavailable
@@ -9,11 +11,16 @@ from likely.graphs import Array
 from likely.traffic import Traffic
 
 
+def _nobody() -> None:
+    """Nobody has to be told."""
+
+
 class Trust:
     """How far one model version can be believed.
 
     Attributes:
         healthy: false once so many answers in a row had to be withheld.
+        lost: called when that happens.
     """
 
     def __init__(self, name: str, patience: int, traffic: Traffic) -> None:
@@ -25,6 +32,7 @@ class Trust:
             traffic: is told of them.
         """
         self.healthy = True
+        self.lost: Callable[[], None] = _nobody
         self._name = name
         self._patience = patience
         self._withheld = traffic.withheld.labels(name)
@@ -60,6 +68,7 @@ class Trust:
         if self.healthy and self._patience and self._in_a_row >= self._patience:
             self.healthy = False
             self._unhealthy.inc()
+            self.lost()
         raise ServerFault("the model gave a value that is not finite")
 
     def end(self) -> None:
