@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Python compiles what is really imported, at its first import: half the time of the set-up.
 INSTALL = bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 
-.PHONY: demo test check bench serve proto wheel clean
+.PHONY: demo test check bench bench-serving soak serve proto wheel clean
 
 demo: .venv-demo/ready  ## train nothing, see everything: the shipped bundle answers
 	.venv-demo/bin/python -m demo
@@ -16,6 +16,12 @@ check: .venv/ready .venv-proto/ready  ## style, types, stubs, protos, Dockerfile
 
 bench: .venv/ready  ## how near sampling and scoring are to the hardware's limit
 	.venv/bin/python -m bench
+
+bench-serving: .venv/ready  ## how near the server is to raw runs and a bare echo
+	.venv/bin/python -m bench.serving
+
+soak: .venv/ready  ## ten minutes of load with callers that leave: does memory grow?
+	.venv/bin/python -m bench.serving --soak 600
 
 serve: .venv-demo/ready  ## the shipped bundle on the default ports
 	.venv-demo/bin/likely serve

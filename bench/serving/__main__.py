@@ -1,0 +1,46 @@
+"""Measures, prints, and writes the figures: `python -m bench.serving`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from bench.serving import bundles, figures, soak, tables
+from bench.serving.measures import Pace
+
+WHOLE = Pace(rounds=7, seconds=2.0, batches=(1, 4, 8, 16, 32, 64))
+QUICK = Pace(rounds=1, seconds=0.25, batches=(1, 8))
+
+
+def main() -> None:
+    """The whole bench, in about six minutes, or a soak."""
+    parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one round of quarters of a second")
+    parser.add_argument("--rounds", type=int, help=f"of every measurement [{WHOLE.rounds}]")
+    parser.add_argument("--soak", type=float, metavar="SECONDS", help="only load, that long")
+    parser.add_argument("--out", type=Path, help="[build/bench-serving.json, build/soak.json]")
+    parser.add_argument("--cache", type=Path, default=Path("build/bench-serving"))
+    given = parser.parse_args()
+    pace = QUICK if given.quick else WHOLE
+    if given.rounds:
+        pace = Pace(given.rounds, pace.seconds, pace.batches)
+    console = Console()
+    with console.status("") as status:
+        made = {name: bundles.bundle(name, given.cache, status.update) for name in bundles.SCORERS}
+        if given.soak:
+            found = soak.soak(made["light"], given.soak, status.update)
+        else:
+            found = figures.collect(made, pace, status.update)
+    out = given.out or Path("build", "soak.json" if given.soak else "bench-serving.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    for table in [tables.soaked] if given.soak else [tables.promised, tables.others]:
+        console.print(table(found))
+    console.print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The two scorers that servers are measured with: bundles of untrained PixelCNNs.
+
+What a model has learnt changes no time, so none is trained; the detector is calibrated on random
+pictures, so that the server does all that it does for a real one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from bench.serving.pictures import drawn
+from likely.answers import Pixels
+from likely.bundle import MANIFEST, Role, write_manifest
+from likely.graphs import Device, Session
+from likely_export import calibrate, graphs, heads, pixelcnn, roles, statistics
+from likely_export.calibrate import PartConfig, Seen
+from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+
+# About 5 ms and 0.1 ms a picture on one thread of a server's core.
+SCORERS = {
+    "heavy": PixelCNNConfig((1, 28, 28), 256, channels=64, layers=3, head=32),
+    "light": PixelCNNConfig((1, 8, 8), 17, channels=20, layers=2, head=16),
+}
+STATISTICS = ("surprise", "entropy", "excess", "surprise_shares")
+CALIBRATED = 300
+SEED = 0
+_SOURCES = (calibrate, graphs, heads, pixelcnn, roles, statistics)
+
+
+def bundle(name: str, cache: Path, report: Callable[[str], None]) -> Path:
+    """The folder of that scorer's bundle, exported where today's sources have not made it yet."""
+    folder = cache / f"{name}-{_digest(SCORERS[name])}"
+    if not (folder / MANIFEST).exists():
+        report(f"exporting the {name} scorer")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _write(name, SCORERS[name], folder)
+    return folder
+
+
+def _write(name: str, config: PixelCNNConfig, folder: Path) -> None:
+    torch.manual_seed(SEED)
+    model = PixelCNN(config)
+    nn.init.normal_(model.head.weight, std=0.3)  # zero before training
+    source = roles.density(model.eval(), STATISTICS)
+    exported = graphs.export(source, folder / "density.onnx", config.levels, 0)
+    session = Session(folder / "density.onnx", exported.graph, Device("cpu"))
+    fit, held = (_seen(session, part) for part in np.split(_calibration(config), 2))
+    widths = np.cumsum(list(source.widths.values()))
+    columns = {
+        each: np.arange(end - width, end)
+        for (each, width), end in zip(source.widths.items(), widths, strict=True)
+    }
+    learnt = calibrate.combination(fit, [PartConfig()], columns)
+    np.savez(folder / "calibration.npz", **calibrate.detector(learnt, held))  # type: ignore[arg-type]
+    np.savez(
+        folder / "golden.npz",
+        **{f"density/{each}": array for each, array in exported.golden.items()},  # type: ignore[arg-type]
+    )
+    write_manifest(
+        folder,
+        {
+            "name": name,
+            "version": "1",
+            "description": "Untrained, to measure servers with.",
+            "shape": config.shape,
+            "levels": config.levels,
+            "graphs": {Role.DENSITY: exported.graph.model_dump()},
+            "calibration": {
+                "file": "calibration.npz",
+                "size": len(held),
+                "statistics": dict(source.widths),
+            },
+            "golden": "golden.npz",
+            "parity_nats": exported.parity,
+            "data_digest": "0" * 64,
+        },
+    )
+
+
+def _calibration(config: PixelCNNConfig) -> Pixels:
+    return drawn((2 * CALIBRATED, *config.shape), config.levels)
+
+
+def _seen(session: Session, x: Pixels) -> Seen:
+    parts = [session.run({"x": part}, ["statistics"])[0] for part in np.array_split(x, 20)]
+    return Seen(np.concatenate(parts), np.zeros(len(x), np.int64))
+
+
+def _digest(config: PixelCNNConfig) -> str:
+    digest = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {config}".encode())
+    for module in (*_SOURCES, roles):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()[:16]

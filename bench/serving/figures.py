@@ -1,0 +1,200 @@
+"""From measurements to the figures that are promised: `build/bench-serving.json`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.environment import environment
+from bench.serving import measures, processes
+from bench.serving.clocks import resident_mib
+from bench.serving.measures import Arrangement, Bench, Pace, Result, cpu_per_request
+from bench.serving.processes import Running
+from likely import machine
+
+Figures = dict[str, Any]
+Report = Callable[[str], None]
+Samples = defaultdict[str, list[float]]
+CALLERS, FEW, LARGE = 32, 4, 64
+TIMES = 10  # so much more is offered than is answered at the peak
+CROWD = 8  # pictures of a request under overload: the generator shares these cores
+WINDOW = 8  # messages under way on each stream
+
+
+def collect(bundles: Mapping[str, Path], pace: Pace, report: Report) -> Figures:
+    """All figures, by name.
+
+    Args:
+        bundles: of the two scorers, `heavy` and `light`.
+        pace: how long things are measured.
+        report: told what is being done.
+    """
+    cores = machine.cores()
+    figures: Figures = {
+        "environment": {**environment(), "threads": cores},
+        "rounds": pace.rounds,
+        "seconds": pace.seconds,
+    }
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        bench = stack.enter_context(measures.prepared(bundles, work, pace))
+        report("start")
+        figures |= _start(pace)
+        echo = stack.enter_context(processes.echoing())
+        servers = {
+            name: stack.enter_context(processes.serving(path)) for name, path in bundles.items()
+        }
+        idle = {name: resident_mib(server.pid) for name, server in servers.items()}
+        for name, server in servers.items():
+            report(f"{name}: raw runs")
+            how, rates = bench.best(name, cores)
+            figures[f"raw.{name}"] = {"best": how.told(), "images_per_second": rates}
+            figures |= _against(bench, name, server, echo, how, pace, report)
+        report("overload")
+        figures |= _overload(bench, servers["heavy"])
+        figures["memory"] = {
+            "idle_mib": idle,
+            "after_mib": {name: resident_mib(server.pid) for name, server in servers.items()},
+        }
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        measures.prepared(bundles, Path(folder), pace) as bench,
+    ):
+        for name, path in bundles.items():
+            report(f"{name}: workers")
+            figures |= _workers(bench, name, path, pace)
+    return figures
+
+
+def _start(pace: Pace) -> Figures:
+    """Until the bundle that comes along is served, from the start of the process."""
+    starts = []
+    for _ in range(min(3, pace.rounds)):
+        with processes.serving(None) as server:
+            starts.append((server.ready_seconds, server.ready_cpu, resident_mib(server.pid)))
+    seconds, cpu, memory = (min(each) for each in zip(*starts, strict=True))
+    return {"ready.seconds": seconds, "ready.cpu_seconds": cpu, "ready.idle_mib": memory}
+
+
+def _against(
+    bench: Bench,
+    name: str,
+    server: Running,
+    echo: Running,
+    how: Arrangement,
+    pace: Pace,
+    report: Report,
+) -> Figures:
+    """A scorer's server beside raw runs and the echo, in turns."""
+    seen: Samples = defaultdict(list)
+    for round_ in range(pace.rounds):
+        report(f"{name}: round {round_ + 1} of {pace.rounds}")
+        raw = bench.raw(name, how)
+        seen["raw.rate"].append(raw["rate"])
+        seen["raw.cpu"].append(raw["cpu"])
+        seen["raw.lone"].append(bench.raw(name, Arrangement(1, 1, 1))["run"])
+        _load(seen, "echo", bench.echo(echo, name, CALLERS), 1)
+        _load(seen, "32x1", bench.ask(server, name, CALLERS, 1), 1)
+        _load(seen, "4x64", bench.ask(server, name, FEW, LARGE), LARGE)
+        seen["echo.lone"].append(_median_latency(bench.echo(echo, name, 1)))
+        seen["lone"].append(_median_latency(bench.ask(server, name, 1, 1)))
+        _load(seen, "stream", bench.stream(server, name, FEW, WINDOW), 1)
+    return {
+        f"throughput.{name}.32x1.of_raw": _best(seen, "32x1.rate", "raw.rate"),
+        f"throughput.{name}.4x64.of_raw": _best(seen, "4x64.rate", "raw.rate"),
+        f"throughput.{name}.32x1.requests_per_second": _told(seen["32x1.rate"], most=True),
+        f"throughput.{name}.32x1.of_echo": _best(seen, "32x1.rate", "echo.rate"),
+        f"cpu.{name}.32x1.of_echo": _least(seen, "32x1.cpu", "echo.cpu"),
+        f"cpu.{name}.32x1.of_raw": _least(seen, "32x1.cpu", "raw.cpu"),
+        f"cpu.{name}.32x1.around_the_model.of_echo": _around(seen),
+        f"cpu.{name}.4x64.of_raw": _least(seen, "4x64.cpu", "raw.cpu"),
+        f"cpu.{name}.stream.of_unary": _least(seen, "stream.cpu", "32x1.cpu"),
+        f"latency.{name}.lone.over_raw.of_echo": _over(seen),
+        f"latency.{name}.32x1.p99_seconds": _told(seen["32x1.p99"]),
+        f"{name}.microseconds": {
+            key: _told([1e6 * value for value in seen[key]])
+            for key in ("raw.cpu", "raw.lone", "echo.cpu", "echo.lone", "32x1.cpu", "lone",
+                        "stream.cpu")
+        },
+    }  # fmt: skip
+
+
+def _load(seen: Samples, key: str, result: Result, images: int) -> None:
+    seen[f"{key}.rate"].append(result["rate"] * images)
+    seen[f"{key}.cpu"].append(cpu_per_request(result) / images)
+    seen[f"{key}.p99"].append(result["latency"]["OK"]["p99"])
+
+
+def _median_latency(result: Result) -> float:
+    return float(result["latency"]["OK"]["p50"])
+
+
+def _overload(bench: Bench, server: Running) -> Figures:
+    """Many times more than can be answered: what is answered, how soon, and how soon the rest."""
+    peak = bench.ask(server, "heavy", CALLERS // 2, CROWD)["rate"]
+    found = bench.overload(server, "heavy", CROWD, TIMES * peak)
+    shed = found["latency"].get("RESOURCE_EXHAUSTED", {})
+    asked = sum(found["codes"].values()) / found["seconds"]
+    return {
+        "overload.offered_of_peak": asked / peak,
+        "overload.goodput_of_peak": found["rate"] / peak,
+        "overload.p99_of_deadline": found["latency"]["OK"]["p99"] / measures.DEADLINE,
+        "overload.shed_seconds": {share: shed.get(share) for share in ("p50", "p90", "p99")},
+        "overload.codes": found["codes"],
+    }
+
+
+def _workers(bench: Bench, name: str, bundle: Path, pace: Pace) -> Figures:
+    """Two workers of one thread beside one of them."""
+    seen: Samples = defaultdict(list)
+    with ExitStack() as stack:
+        servers = {
+            n: stack.enter_context(processes.serving(bundle, "--workers", n, "--threads", "1"))
+            for n in ("1", "2")
+        }
+        for _ in range(pace.rounds):
+            for n, server in servers.items():
+                found = bench.ask(server, name, CALLERS, 1, connections=8)
+                seen[n].append(found["rate"])
+    return {f"workers.{name}.two_over_one": _best(seen, "2", "1")}
+
+
+def _best(seen: Samples, key: str, other: str) -> dict[str, float]:
+    """Most over most, and median over median, over the rounds."""
+    return {
+        "best": max(seen[key]) / max(seen[other]),
+        "median": median(seen[key]) / median(seen[other]),
+    }
+
+
+def _least(seen: Samples, key: str, other: str) -> dict[str, float]:
+    """Least over least, and median over median, over the rounds."""
+    return {
+        "best": min(seen[key]) / min(seen[other]),
+        "median": median(seen[key]) / median(seen[other]),
+    }
+
+
+def _around(seen: Samples) -> dict[str, float]:
+    """What the server takes beside the model's own runs, by what the echo takes."""
+    return {
+        kind: (of(seen["32x1.cpu"]) - of(seen["raw.cpu"])) / of(seen["echo.cpu"])
+        for kind, of in (("best", min), ("median", median))
+    }
+
+
+def _over(seen: Samples) -> dict[str, float]:
+    """What a lone request takes beside a raw run, by what it takes at the echo."""
+    return {
+        kind: (of(seen["lone"]) - of(seen["raw.lone"])) / of(seen["echo.lone"])
+        for kind, of in (("best", min), ("median", median))
+    }
+
+
+def _told(values: list[float], *, most: bool = False) -> dict[str, float]:
+    return {"best": max(values) if most else min(values), "median": median(values)}

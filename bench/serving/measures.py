@@ -1,0 +1,159 @@
+"""The measurements: each round asks raw runs, echo and servers in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.serving import echo, processes
+from bench.serving.load import Plan
+from bench.serving.pictures import request
+from bench.serving.processes import Running, Talk
+
+SCORE = "/likely.v1.ScoringService/Score"
+STREAM = "/likely.v1.ScoringService/ScoreStream"
+DEADLINE = 1.0  # seconds, under overload
+LEAVING = 0.3  # share of callers that leave, in the soak
+Report = Callable[[str], None]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long things are measured.
+
+    Attributes:
+        rounds: of every measurement.
+        seconds: of each.
+        batches: sizes that raw runs are tried with.
+    """
+
+    rounds: int
+    seconds: float
+    batches: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How raw runs share two cores.
+
+    Attributes:
+        batch: pictures of a run.
+        threads: of each run.
+        sessions: runs at once.
+    """
+
+    batch: int
+    threads: int
+    sessions: int
+
+    def told(self) -> str:
+        """The arrangement in words."""
+        return f"{self.sessions} x {self.threads} threads, batches of {self.batch}"
+
+
+class Bench:
+    """Everything that is measured against each other, under way at once."""
+
+    def __init__(
+        self,
+        load: Callable[[Plan], Result],
+        raw: Talk,
+        bundles: Mapping[str, Path],
+        work: Path,
+        pace: Pace,
+    ) -> None:
+        """A bench.
+
+        Args:
+            load: the load generator.
+            raw: the process of raw runs.
+            bundles: by scorer.
+            work: a folder for requests.
+            pace: how long.
+        """
+        self._load = load
+        self._raw = raw
+        self._bundles = bundles
+        self._work = work
+        self._pace = pace
+
+    def raw(self, scorer: str, how: Arrangement, seconds: float = 0.0) -> Result:
+        """What raw runs take: images a second, processor time of each, median time of a run."""
+        return self._raw.ask(
+            {
+                "bundle": str(self._bundles[scorer]),
+                "batch": how.batch,
+                "threads": how.threads,
+                "sessions": how.sessions,
+                "seconds": seconds or self._pace.seconds,
+            }
+        )
+
+    def best(self, scorer: str, cores: int) -> tuple[Arrangement, dict[str, float]]:
+        """The arrangement of most images a second, and what each of them gave."""
+        tried = {
+            how.told(): how
+            for batch in self._pace.batches
+            for how in (Arrangement(batch, cores, 1), Arrangement(batch, 1, cores))
+        }
+        rates = dict.fromkeys(tried, 0.0)
+        for _ in range(2):
+            for name, how in tried.items():
+                share = self._pace.seconds / 3
+                rates[name] = max(rates[name], self.raw(scorer, how, share)["rate"])
+        return tried[max(rates, key=rates.__getitem__)], rates
+
+    def ask(self, server: Running, scorer: str, callers: int, images: int, **more: Any) -> Result:
+        """What comes of callers that score so many pictures a request."""
+        path = request(self._bundles[scorer], images, self._work)
+        return self._run(
+            server, Plan(server.address, SCORE, path, callers=callers, answers=2 * callers, **more)
+        )
+
+    def echo(self, server: Running, scorer: str, callers: int) -> Result:
+        """The same bytes to the bare echo."""
+        path = request(self._bundles[scorer], 1, self._work)
+        return self._run(server, Plan(server.address, echo.UNARY, path, callers=callers))
+
+    def stream(self, server: Running, scorer: str, callers: int, window: int) -> Result:
+        """What comes of messages of one picture, through one stream a caller."""
+        path = request(self._bundles[scorer], 1, self._work, stream=True)
+        plan = Plan(server.address, STREAM, path, callers=callers, streams=True)
+        return self._run(server, replace(plan, window=window, outcomes=1))
+
+    def overload(self, server: Running, scorer: str, images: int, rate: float) -> Result:
+        """What comes of so many requests a second, each with the deadline `DEADLINE`."""
+        path = request(self._bundles[scorer], images, self._work)
+        seconds = max(self._pace.seconds, 2 * DEADLINE)
+        plan = Plan(server.address, SCORE, path, rate=rate, seconds=seconds, deadline=DEADLINE)
+        return self._load(replace(plan, watched={"server": server.pid}))
+
+    def cancelling(self, server: Running, scorer: str, callers: int, seconds: float) -> Result:
+        """What comes of callers of whom `LEAVING` leave before they are answered."""
+        path = request(self._bundles[scorer], 1, self._work)
+        plan = Plan(server.address, SCORE, path, callers=callers, seconds=seconds)
+        return self._load(replace(plan, cancelled=LEAVING, watched={"server": server.pid}))
+
+    def _run(self, server: Running, plan: Plan) -> Result:
+        connections = min(plan.connections, plan.callers)
+        plan = replace(plan, connections=connections, seconds=self._pace.seconds)
+        return self._load(replace(plan, watched={"server": server.pid}))
+
+
+def cpu_per_request(result: Result) -> float:
+    """Seconds of the server's processor time for each answer."""
+    seconds: float = result["cpu"]["server"]
+    return seconds / max(1, int(result["codes"].get("OK", 0)))
+
+
+@contextmanager
+def prepared(bundles: Mapping[str, Path], work: Path, pace: Pace) -> Iterator[Bench]:
+    """A bench with its load generator and its raw runs."""
+    with ExitStack() as stack:
+        load = stack.enter_context(processes.loading())
+        raw = stack.enter_context(processes.talking("bench.serving.raw"))
+        yield Bench(load, raw, bundles, work, pace)

@@ -1,0 +1,35 @@
+"""Random pictures: what they show changes no time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from likely import codec
+from likely.answers import Pixels
+from likely.bundle import Bundle
+from likely.v1.scoring_pb2 import ScoreRequest, ScoreStreamRequest
+
+SEED = 0
+
+
+def drawn(shape: tuple[int, ...], levels: int) -> Pixels:
+    """Pictures of that shape (n, c, h, w), levels evenly distributed."""
+    return np.random.default_rng(SEED).integers(0, levels, shape, np.uint8)
+
+
+def pictures(bundle: Path, n: int) -> Pixels:
+    """As many pictures for the bundle in that folder, uint8 (n, c, h, w)."""
+    manifest = Bundle.open(bundle).manifest
+    return drawn((n, *manifest.shape), manifest.levels)
+
+
+def request(bundle: Path, n: int, into: Path, *, stream: bool = False) -> Path:
+    """A file with the bytes of a request to Score so many pictures, or of a stream's message."""
+    name = Bundle.open(bundle).manifest.name
+    asked = ScoreRequest(model_name=name, images=codec.images(pictures(bundle, n)))
+    message = ScoreStreamRequest(sequence_id=1, request=asked) if stream else asked
+    path = into / f"{name}-{n}{'-stream' if stream else ''}.bin"
+    path.write_bytes(message.SerializeToString())
+    return path
