@@ -33,7 +33,7 @@ from likely.jobs.ledger import MANIFEST
 from likely.outliers import benjamini_hochberg
 
 LIKELY = [sys.executable, "-c", "from likely.cli import main; main()", "batch"]
-DIGITS = Path("service/likely/bundles/digits")
+DIGITS = Path("bundles/digits")
 FASHION = Path("bundles/fashion_mnist")
 SECONDS = 600
 Doubles = npt.NDArray[np.float64]

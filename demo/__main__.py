@@ -1,4 +1,4 @@
-"""Serves a bundle of digits, asks the three questions over gRPC, and draws what comes back."""
+"""Serves three bundles, asks the three questions over gRPC, and draws what comes back."""
 
 from __future__ import annotations
 
@@ -21,31 +21,72 @@ from likely.loading import shipped
 ALPHAS = (0.01, 0.05, 0.1)
 ALPHA = 0.05
 SEED = 2026
+MODEL = "digits"
+BUNDLES = Path(__file__).parents[1] / "bundles"
+FIGURES = ("mnist.png", "fashion_mnist.png", "surprise.png", "likelihoods.png", "server.log")
 DIGITS = "held-out digits"
 
 
 def main() -> None:
     """The whole tour."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--bundle", type=Path, default=None, help="of digits [the shipped one]")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="[build/demo]")
-    given = parser.parse_args()
-    bundle = given.bundle or next(path for path in shipped() if path.name == "digits")
-    given.out.mkdir(parents=True, exist_ok=True)
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    with served(given.out / "server.log", bundle) as server, Client(server.address) as client:
-        console.print(_greeting(client.model(), server.address), highlight=False)
-        tour(client, bundle, given.out, console)
+    bundles = (BUNDLES / "digits", *shipped(), BUNDLES / "fashion_mnist")
+    with served(out / "server.log", *bundles) as server, Client(server.address) as client:
+        for info in sorted(client.models(), key=lambda info: info.shape):
+            console.print(_greeting(info, server.address), highlight=False)
+        draw(client, [bundle.name for bundle in bundles[1:]], out, console)
+        tour(client, bundles[0], out, console)
     console.print("The server has ended well. To look at:")
-    for name in ("generated.png", "surprise.png", "likelihoods.png", "server.log"):
-        console.print(f"  {given.out / name}", highlight=False)
+    for name in FIGURES:
+        console.print(f"  {out / name}", highlight=False)
+
+
+def draw(client: Client, names: Sequence[str], out: Path, console: Console) -> None:
+    """Pictures of every label from each model, and what the models say of each other's.
+
+    Args:
+        client: of a server with models of one shape.
+        names: of these models.
+        out: folder for the figures.
+        console: where the table goes.
+    """
+    drawn: dict[str, Pixels] = {}
+    for name in names:
+        labels = client.model(name).labels
+        began = time.perf_counter()
+        rows = [
+            client.generate(10, label=label, seed=SEED, self_check=True, model=name).images
+            for label in range(len(labels))
+        ]
+        seconds = time.perf_counter() - began
+        figures.generated(out / f"{name}.png", rows, labels)
+        drawn[name] = np.concatenate(rows)
+        again = client.generate(
+            3, label=7, seed=SEED, first_index=4, self_check=True, model=name
+        ).images
+        same = "the same" if np.array_equal(again, rows[7][4:7]) else "OTHER"
+        console.print(
+            f"[bold]Draw me one.[/bold] {len(drawn[name])} pictures by label from {name} in "
+            f"{seconds:.1f} s; 4 to 6 of label {labels[7]}, drawn again alone: {same}.",
+            highlight=False,
+        )
+    found = {
+        name: {model: client.score(x, alpha=ALPHA, model=model) for model in names}
+        for name, x in drawn.items()
+    }
+    console.print()
+    console.print(tables.strangers(found))
 
 
 def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:
     """The three questions.
 
     Args:
-        client: of a server with the bundle.
+        client: of a server with the bundle of digits.
         bundle: its folder, for the division of its data.
         out: folder for the figures.
         console: where the tables go.
@@ -54,7 +95,10 @@ def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:
     rng = np.random.default_rng(SEED)
     sets = {DIGITS: digits} | {name: make(digits, rng) for name, make in pictures.NO_DIGITS.items()}
     answers = {
-        name: {alpha: client.score(x, alpha=alpha, surprise=alpha == ALPHA) for alpha in ALPHAS}
+        name: {
+            alpha: client.score(x, alpha=alpha, surprise=alpha == ALPHA, model=MODEL)
+            for alpha in ALPHAS
+        }
         for name, x in sets.items()
     }
     console.print(tables.rejection(answers, DIGITS))
@@ -62,8 +106,8 @@ def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:
     others = {name: one for name, one in scores.items() if name != DIGITS}
     figures.likelihoods(out / "likelihoods.png", scores[DIGITS], others)
 
-    answer = client.classify(digits, alpha=ALPHA)
-    strict = client.classify(digits, alpha=ALPHA, min_posterior=0.9)
+    answer = client.classify(digits, alpha=ALPHA, model=MODEL)
+    strict = client.classify(digits, alpha=ALPHA, min_posterior=0.9, model=MODEL)
     console.print(tables.labels(answer, strict, y))
 
     inside = _digits(digits, y.tolist(), scores[DIGITS])
@@ -71,13 +115,12 @@ def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:
     figures.surprise(out / "surprise.png", [*inside, *outside], ALPHA)
     shown = [*inside[:2], outside[-3], outside[-1]]
     console.print(tables.examples(shown, _assigned(client, shown)))
-    console.print(_draw(client, client.model().labels, out), highlight=False)
 
 
 def _assigned(client: Client, shown: Sequence[Example]) -> list[str]:
     """What label each picture gets, if any, and how sure Bayes' rule is."""
-    answer = client.classify(np.stack([example.x for example in shown]), alpha=ALPHA)
-    names = client.model().labels
+    answer = client.classify(np.stack([example.x for example in shown]), alpha=ALPHA, model=MODEL)
+    names = client.model(MODEL).labels
     return [
         f"label {names[label]}, {row.max():.0%}" if verdict == Verdict.ACCEPTED else "no label"
         for label, row, verdict in zip(answer.label, answer.posterior, answer.verdict, strict=True)
@@ -88,8 +131,8 @@ def _greeting(info: ModelInfo, address: str) -> str:
     _, h, w = info.shape
     return (
         f"[bold]{info.name}@{info.version}[/bold] at {address} on {info.execution_providers[0]}: "
-        f"{info.description}\n{h}x{w} pixels of {info.levels} levels; verdicts are ranked "
-        f"against {info.calibration_size} digits, so alpha may be {info.finest_alpha:.2g} or more."
+        f"{info.description}\n{h}x{w} pixels of {info.levels} levels; verdicts are ranked against "
+        f"{info.calibration_size} pictures, so alpha may be {info.finest_alpha:.2g} or more."
     )
 
 
@@ -112,24 +155,6 @@ def _example(name: str, x: Pixels, scores: Scores, row: int) -> Example:
 def _hardest(scores: Scores) -> int:
     """The row that looks most like a digit: by p-value, then by log p(x)."""
     return int(np.lexsort((scores.log_px, scores.p_value))[-1])
-
-
-def _draw(client: Client, names: Sequence[str], out: Path) -> str:
-    """Ten pictures of every label, judged by the model that drew them."""
-    began = time.perf_counter()
-    rows = [client.generate(10, label=label, seed=SEED).images for label in range(len(names))]
-    seconds = time.perf_counter() - began
-    figures.generated(out / "generated.png", rows, names)
-    again = client.generate(3, label=7, seed=SEED, first_index=4).images
-    same = "the same" if np.array_equal(again, rows[7][4:7]) else "OTHER"
-    judged = client.classify(np.concatenate(rows), alpha=ALPHA)
-    asked = np.repeat(np.arange(len(names)), 10)
-    return (
-        f"[bold]Draw me one.[/bold] {len(asked)} digits by label in {seconds:.1f} s; Bayes' rule "
-        f"gives {np.mean(judged.label == asked):.0%} of them the label that was asked for, and "
-        f"{np.mean(judged.verdict == Verdict.OUTLIER):.0%} are rejected at alpha {ALPHA:g}. "
-        f"Pictures 4 to 6 of the sevens, drawn again alone: {same}.\n"
-    )
 
 
 if __name__ == "__main__":

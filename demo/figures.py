@@ -56,20 +56,23 @@ class Example:
 
 def generated(path: Path, rows: Sequence[Pixels], labels: Sequence[str]) -> None:
     """A grid: one row a label, each uint8 (n, 1, h, w)."""
+    levels = 1 + int(max(pictures.max() for pictures in rows))
+    longest = max(map(len, labels))
+    size, left = (15, 0.09) if longest < 3 else (9, 0.16)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 7.0))
         grid = figure.subplots(
             len(rows), len(rows[0]),
             gridspec_kw={
-                "wspace": 0.08, "hspace": 0.08, "left": 0.09, "right": 0.98, "top": 0.9,
+                "wspace": 0.08, "hspace": 0.08, "left": left, "right": 0.98, "top": 0.9,
                 "bottom": 0.02,
             },
         )  # fmt: skip
         figure.suptitle("Drawn from p(x|y): each row was asked for by its label", y=0.95)
         for label, axes, pictures in zip(labels, grid, rows, strict=True):
             for ax, x in zip(axes, pictures[:, 0], strict=True):
-                _picture(ax, x)
-            axes[0].set_ylabel(label, rotation=0, labelpad=16, fontsize=15, va="center")
+                _picture(ax, x, levels=levels)
+            axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=size)
         figure.savefig(path)
 
 
@@ -152,8 +155,8 @@ def _rejections(ax: Axes, digits: Scores, others: Mapping[str, Scores]) -> None:
     ax.set_title("What calibrated p-values reject", loc="left")
 
 
-def _picture(ax: Axes, x: Pixels, edge: str = "#c9ced6") -> None:
-    ax.imshow(x, cmap="gray_r", vmin=0, vmax=16)
+def _picture(ax: Axes, x: Pixels, edge: str = "#c9ced6", levels: int = 17) -> None:
+    ax.imshow(x, cmap="gray_r", vmin=0, vmax=levels - 1)
     _bare(ax, edge)
 
 

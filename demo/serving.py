@@ -37,14 +37,12 @@ class Served:
 
 
 @contextmanager
-def served(
-    log: Path, bundle: Path | None = None, command: Sequence[str] = COMMAND
-) -> Iterator[Served]:
+def served(log: Path, *bundles: Path, command: Sequence[str] = COMMAND) -> Iterator[Served]:
     """Serves on free ports until the block ends, then asks the server to end and sees that it does.
 
     Args:
         log: file that the server's log goes to.
-        bundle: the folder to serve; None for what the package ships.
+        bundles: the folders to serve; none for what the package ships.
         command: what starts a server.
 
     Raises:
@@ -52,7 +50,8 @@ def served(
             end well on SIGTERM.
     """
     options = ["--port", "0", "--metrics-port", "0", "--log-format", "json"]
-    options += [] if bundle is None else ["--bundle", str(bundle)]
+    for bundle in bundles:
+        options += ["--bundle", str(bundle)]
     with log.open("wb") as sink, subprocess.Popen([*command, *options], stderr=sink) as process:
         try:
             yield _ready(process, log)

@@ -51,6 +51,28 @@ def rejection(answers: Mapping[str, Mapping[float, Scores]], reference: str) -> 
     return table
 
 
+def strangers(found: Mapping[str, Mapping[str, Scores]]) -> Table:
+    """What each model says of what each has drawn: one row a set, two columns a model.
+
+    Args:
+        found: the scores of each set by each model.
+    """
+    table = _table("The known failure of likelihood, and what a calibrated p-value makes of it")
+    table.add_column("drawn by", no_wrap=True)
+    for model in found:
+        table.add_column(f"bits/dim of {model}", justify="right")
+        table.add_column("rejected", justify="right")
+    for name, by_model in found.items():
+        cells: list[str] = []
+        for one in by_model.values():
+            cells += [
+                f"{one.bits_per_dim.mean():.2f}",
+                _percent(float(np.mean(one.verdict == Verdict.OUTLIER))),
+            ]
+        table.add_row(name, *cells)
+    return table
+
+
 def labels(answer: Classifications, strict: Classifications, y: Labels) -> Table:
     """How often Bayes' rule is right, and about how many it keeps silent."""
     table = _table("Which label does Bayes' rule assign, if any?")

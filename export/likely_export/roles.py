@@ -94,10 +94,9 @@ def _reconstruction(cvae: CVAE, x: Tensor) -> Reconstruction:
     levels = x.flatten(1)[:, None, None]
     bounds = cvae.weights_of(mean, log_variance, levels, labels, middle)[..., 0]
     likeliest = bounds.argmax(1)
-    each = (len(x), cvae.config.labels, cvae.config.latent)
     chosen = likeliest[:, None, None].expand(-1, 1, cvae.config.latent)
     mean, log_variance = (
-        part.expand(each).gather(1, chosen)[:, 0] for part in (mean, log_variance)
+        part.expand(-1, len(labels), -1).gather(1, chosen)[:, 0] for part in (mean, log_variance)
     )
     return Reconstruction(
         bounds=bounds,

@@ -40,6 +40,7 @@ family = "cvae"
 convolutions = [4]
 contrast = 10.0
 moves = { shift = 1, zoom = 0.1 }
+label_prior = true
 width = 16
 latent = 2
 importance_samples = 2
@@ -101,6 +102,7 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     assert told["statistics_cost"] > 0.5 and told["classification_cost"] > 1
     wanted = {"accuracy", "ece", "aurc", "false_rejection", "faithfulness", "self_entropy"}
     assert {*wanted, "train_on_draws_accuracy", "label_set", "memorisation"} <= set(told)
+    assert told["self_checked"]["draws_a_picture"]["mean"] >= 1
     assert (tmp_path / "bundle" / "report.html").stat().st_size > 10_000
     assert material.explained is not None
     log_odds = material.explained.evidence.sum((1, 2, 3))

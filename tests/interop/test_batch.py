@@ -37,13 +37,13 @@ COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, server: Served) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, stocked: Served) -> Path:
     """Where the page's commands were run, one after the other, but for those that need Ray."""
     where = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(where)
         for line in COMMANDS:
-            program, *words = shlex.split(line.replace("127.0.0.1:50051", server.address))
+            program, *words = shlex.split(line.replace("127.0.0.1:50051", stocked.address))
             assert program == "likely"
             if "ray" in words:
                 continue
@@ -69,7 +69,7 @@ def test_the_pages_python_runs(folder: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
     )
-    assert ran.stdout == "b'7'\n(300, 1, 8, 8)\n"
+    assert ran.stdout == "b'7'\n(300, 1, 28, 28)\n"
 
 
 def test_the_commands_that_need_ray_are_right() -> None:

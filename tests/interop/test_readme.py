@@ -21,15 +21,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
-def test_the_python_session_runs(server: Served) -> None:
+def test_the_python_session_runs(stocked: Served) -> None:
     (session,) = blocks("python")
-    code = session.replace("127.0.0.1:50051", server.address)
-    assert server.address in code
+    code = session.replace("127.0.0.1:50051", stocked.address)
+    assert stocked.address in code
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    *_, drawn, halves = ran.stdout.splitlines()
-    assert drawn.startswith("(10, 1, 8, 8) ")
-    assert halves == "(5, 6, 1, 8, 8)"
+    drawn, *_, halves = ran.stdout.splitlines()
+    assert drawn.startswith("(10, 1, 28, 28) ")
+    assert halves == "(5, 6, 1, 28, 28)"
 
 
 COMMANDS = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]

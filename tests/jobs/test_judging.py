@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tests.jobs.conftest import Job
 
 KINDS = ("score", "classify")
-DIGITS = Path("service/likely/bundles/digits")
+DIGITS = Path("bundles/digits")
 
 
 def png(picture: Pixels) -> bytes:

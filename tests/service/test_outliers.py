@@ -50,7 +50,7 @@ def test_a_picture_is_judged_alone(detector: Detector, toy: Toy) -> None:
     assert np.array_equal(together, [detector.score(row[None])[0] for row in statistics])
 
 
-@pytest.mark.parametrize("bundle", ["service/likely/bundles/digits", "bundles/fashion_mnist"])
+@pytest.mark.parametrize("bundle", ["bundles/digits", "bundles/fashion_mnist"])
 def test_a_score_has_the_same_bits_in_whatever_company(bundle: str) -> None:
     opened = Bundle.open(Path(bundle))
     detector, golden = Detector(opened.calibration()), opened.golden()
