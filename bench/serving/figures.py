@@ -140,10 +140,12 @@ def _overload(bench: Bench, server: Running) -> Figures:
     found = bench.overload(server, "heavy", CROWD, TIMES * peak)
     shed = found["latency"].get("RESOURCE_EXHAUSTED", {})
     asked = sum(found["codes"].values()) / found["seconds"]
+    late = found["codes"].get("DEADLINE_EXCEEDED", 0)  # let in, and not answered in time
     return {
         "overload.offered_of_peak": asked / peak,
         "overload.goodput_of_peak": found["rate"] / peak,
         "overload.p99_of_deadline": found["latency"]["OK"]["p99"] / measures.DEADLINE,
+        "overload.late_of_accepted": late / max(1, late + found["codes"].get("OK", 0)),
         "overload.shed_seconds": {share: shed.get(share) for share in ("p50", "p90", "p99")},
         "overload.codes": found["codes"],
     }

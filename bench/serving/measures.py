@@ -128,7 +128,7 @@ class Bench:
     def overload(self, server: Running, scorer: str, images: int, rate: float) -> Result:
         """What comes of so many requests a second, each with the deadline `DEADLINE`."""
         path = request(self._bundles[scorer], images, self._work)
-        seconds = max(self._pace.seconds, 2 * DEADLINE)
+        seconds = max(5 * self._pace.seconds, 2 * DEADLINE)
         plan = Plan(server.address, SCORE, path, rate=rate, seconds=seconds, deadline=DEADLINE)
         return self._load(replace(plan, watched={"server": server.pid}))
 

@@ -20,6 +20,7 @@ GOALS: Mapping[str, tuple[str, str, float]] = {
     "latency.heavy.lone.over_raw.of_echo": ("heavy, lone request: (time - raw) / echo", "≤", 1.2),
     "overload.goodput_of_peak": ("overload: answered, of the peak", "≥", 0.9),
     "overload.p99_of_deadline": ("overload: p99 of what is answered, of the deadline", "≤", 1.0),
+    "overload.late_of_accepted": ("overload: let in and late, of what is let in", "≤", 0.01),
     "workers.heavy.two_over_one": ("heavy, two workers / one", "≥", 1.7),
     "workers.light.two_over_one": ("light, two workers / one", "≥", 1.7),
     "ready.seconds": ("ready, s", "≤", 3.0),
