@@ -20,7 +20,7 @@ from likely_export.statistics import STATISTICS
 NAMES = tuple(name for name, each in STATISTICS.items() if each.needs is None)
 BOUND = CVAEConfig((1, 3, 2), 5, 3, latent=4, width=16, importance_samples=7)
 BOUNDS = {"cvae": BOUND, "cvae_logistic": replace(BOUND, shape=(3, 4, 4), levels=64, logistics=2)}
-BUNDLES = sorted(Path("service/likely/bundles").iterdir())
+BUNDLES = [*Path("service/likely/bundles").iterdir(), *sorted(Path("bundles").iterdir())]
 SHIPPED = [(folder, role) for folder in BUNDLES for role in Bundle.open(folder).manifest.graphs]
 
 Plant = Callable[[onnx.ModelProto], None]
