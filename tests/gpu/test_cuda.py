@@ -16,7 +16,7 @@ from likely.graphs import CUDA, Device, Session
 pytestmark = pytest.mark.gpu
 Array = npt.NDArray[Any]
 
-BUNDLES = sorted(Path("service/likely/bundles").iterdir())
+BUNDLES = [*Path("service/likely/bundles").iterdir(), *sorted(Path("bundles").iterdir())]
 GRAPHS = [(folder, role) for folder in BUNDLES for role in Bundle.open(folder).manifest.graphs]
 EVERY = pytest.mark.parametrize(("folder", "role"), GRAPHS)
 DRAWN = (Role.GENERATE, Role.SAMPLE)
