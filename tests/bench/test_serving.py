@@ -42,6 +42,7 @@ def question(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.timeout(900)  # ten servers begin, on whatever is left of the machine
 def test_every_figure_is_there_and_told(toys: dict[str, Path]) -> None:
     found = json.loads(json.dumps(figures.collect(toys, SHORT, lambda _: None)))
 
