@@ -49,7 +49,7 @@ def test_the_whole_tour(tmp_path: Path) -> None:
     assert "How plausible is it?" in ran.stdout
     told = " ".join(ran.stdout.split())
     for label in ("7", "sneaker"):
-        assert f"4 to 6 of label {label}, drawn again alone: the same." in told
+        assert f"3 to 5 of label {label}, drawn again alone: the same." in told
     assert "The server has ended well." in ran.stdout
     for name in ("mnist.png", "fashion_mnist.png", "surprise.png", "likelihoods.png"):
         with Image.open(tmp_path / name) as figure:
