@@ -221,9 +221,7 @@ class Fed:
     def __init__(self, count: int, answer: Callable[[Any], Any], door: Door | None = None) -> None:
         self.read = 0
         self._count = count
-        self.feed: feeds.Feed[ScoreRequest, ScoreResponse] = feeds.Feed(
-            answer, door or Door(), LIMITS
-        )
+        self.feed: feeds.Feed[Any] = feeds.Feed(answer, door or Door(), LIMITS)
 
     async def messages(self) -> AsyncIterator[ScoreStreamRequest]:
         request = score(np.zeros((1, 1, 3, 3), np.uint8))
