@@ -107,11 +107,12 @@ class Route:
             return grpc.insecure_channel(self._target, options=options)
         return grpc.secure_channel(self._target, self._credentials(), options=options)
 
-    def aio_channel(self) -> grpc.aio.Channel:
-        """A channel of the running event loop; connects when it is first used."""
+    def aio_channel(self, *, once: bool = False) -> grpc.aio.Channel:
+        """A channel of the running event loop, as `channel`."""
+        options = (*self._options, ("grpc.enable_retries", int(not once)))
         if not self._secure:
-            return grpc.aio.insecure_channel(self._target, options=self._options)
-        return grpc.aio.secure_channel(self._target, self._credentials(), options=self._options)
+            return grpc.aio.insecure_channel(self._target, options=options)
+        return grpc.aio.secure_channel(self._target, self._credentials(), options=options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes with the next request."""

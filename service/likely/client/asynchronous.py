@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -39,6 +40,7 @@ class AsyncClient:
         address: Address = ADDRESS,
         *,
         timeout: float = TIMEOUT,
+        retries: bool = True,
         token: Token | None = None,
         tls: bool = False,
         ca: File | None = None,
@@ -49,7 +51,7 @@ class AsyncClient:
         self._timeout = timeout
         self._catalogue = plans.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
-        self._line = Line(self._route.aio_channel)
+        self._line = Line(partial(self._route.aio_channel, once=not retries))
 
     async def score(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -39,6 +40,7 @@ class Client:
         address: Address = ADDRESS,
         *,
         timeout: float = TIMEOUT,
+        retries: bool = True,
         token: Token | None = None,
         tls: bool = False,
         ca: File | None = None,
@@ -52,6 +54,7 @@ class Client:
                 their IP addresses, or `dns:///name:port` for all that the name stands for
                 (`likely.channels`).
             timeout: seconds that one request may take, retries included.
+            retries: whether what is refused for now is asked again before it is an error.
             token: a bearer token, or what gives one for each request.
             tls: whether to encrypt; `ca` and `certificate` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
@@ -65,7 +68,7 @@ class Client:
         self._timeout = timeout
         self._catalogue = plans.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
-        self._line = Line(self._route.channel)
+        self._line = Line(partial(self._route.channel, once=not retries))
 
     def score(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, TypeAlias
 
 import grpc
@@ -43,6 +44,7 @@ class Line:
         self._channel: Any = None
         self._calls: dict[Kind, Any] = {}
         self._process = 0
+        self._opening = Lock()
 
     def call(self, kind: Kind) -> Any:
         """The RPC that carries requests of that kind.
@@ -51,10 +53,12 @@ class Line:
             Forked: another process opened the channel.
         """
         if not self._calls:
-            self._channel = self._open()
-            self._process = os.getpid()
-            self._calls = _calls(self._channel)
-        elif self._process != os.getpid():
+            with self._opening:  # or a second thread would open a second channel
+                if not self._calls:
+                    self._channel = self._open()
+                    self._process = os.getpid()
+                    self._calls = _calls(self._channel)
+        if self._process != os.getpid():
             raise Forked(
                 f"this client was used in process {self._process}, which then forked this one; "
                 "make a client in each process, or start processes by spawn"

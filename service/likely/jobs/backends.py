@@ -221,6 +221,7 @@ class Served:
         client = Client(
             self.address,
             timeout=self.timeout,
+            retries=False,  # a job has more patience than gRPC, and asks again itself
             token=self.token,
             tls=self.tls,
             ca=self.ca,
