@@ -161,7 +161,7 @@ def test_a_lost_worker(
         told = server.wait_for("serving", workers=2)
         with watch.of(told["metrics"]):
             # Once scraped: of what has happened before, nobody sees an increase.
-            threading.Event().wait(1)
+            threading.Event().wait(3)
             children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
             os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
             alert("LikelyWorkerLost").fires()
