@@ -87,7 +87,9 @@ def train(
     from likely_export.progress import Display
     from likely_export.train import Hardware
 
-    chosen = recipes.load(recipe, data, size).without(without)
+    chosen = recipes.load(recipe, data, size)
+    if without:
+        chosen = chosen.without(without)
     if seed is not None:
         chosen = chosen.reseeded(seed)
     folder = out or Path("runs") / chosen.name

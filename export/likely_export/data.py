@@ -216,10 +216,15 @@ def binarised(split: Split, levels: int, draw: int) -> Split:
     return Split(bernoulli(split.x, levels - 1, generator), split.y, split.x, levels - 1)
 
 
+def quantised(x: Pixels, levels: int, fewer: int) -> Pixels:
+    """Pictures of so many levels in fewer, evenly wide ones."""
+    return (x.astype(np.int64) * fewer // levels).astype(np.uint8)
+
+
 def _quantised(split: Split, raw: Source, levels: int) -> Split:
     if not 2 <= levels <= raw.levels:
         raise InvalidInput("levels", f"{levels} is not in [2, {raw.levels}], those of {raw.name}")
-    return Split((split.x.astype(np.int64) * levels // raw.levels).astype(np.uint8), split.y)
+    return Split(quantised(split.x, raw.levels, levels), split.y)
 
 
 def _divide(

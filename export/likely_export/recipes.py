@@ -237,9 +237,7 @@ class Recipe(_Table):
         if self.data.binarise:
             none = np.zeros(len(x), np.int64)
             return data.binarised(data.Split(x, none), raw.levels, 0).x
-        if levels == raw.levels:
-            return x
-        return (x.astype(np.int64) * levels // raw.levels).astype(np.uint8)
+        return data.quantised(x, raw.levels, levels)
 
     def published(self) -> dict[str, Any]:
         """The recipe as plain values, without the folders of this machine."""
