@@ -23,7 +23,7 @@ from likely.outliers import Combination, Mahalanobis, Ranks, label_score
 
 if TYPE_CHECKING:
     from likely.bundle import Manifest
-    from likely.server import Server
+    from likely.serving.server import Server
     from likely.settings import Settings
 
 # Shared cores make single examples slow now and then; the tests have a timeout anyway.
@@ -386,7 +386,7 @@ def _settings_of(toy: Toy) -> Callable[..., Settings]:
 def running(toy: Toy) -> Running:
     """Runs a real server on free ports: `with running(**settings) as live`."""
     from likely import logs
-    from likely.server import Server
+    from likely.serving.server import Server
 
     @contextmanager
     def run(*, load: bool = True, **more: Any) -> Iterator[Live]:

@@ -259,8 +259,7 @@ def sign(
     chain: tuple[Path, ...],
 ) -> None:
     """Sign a BUNDLE by OpenSSF model signing; the signature is its file model.sig."""
-    from likely import signing
-    from likely.bundle import Bundle
+    from likely.bundle import Bundle, signing
 
     Bundle.open(bundle)  # what is signed is whole
     path = signing.sign(

@@ -9,8 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from likely import bayes, noise, tuning
-from likely.admission import Bounds
+from likely import bayes, noise
 from likely.answers import (
     Accepted,
     Classifications,
@@ -25,17 +24,19 @@ from likely.answers import (
     SelfCheck,
     Verdict,
 )
-from likely.batches import Runner, rows_of
+from likely.batching import tuning
+from likely.batching.admission import Bounds
+from likely.batching.batches import Runner, rows_of
+from likely.batching.lanes import Ask, Lanes
+from likely.batching.traffic import Traffic
+from likely.batching.tuning import Best
 from likely.bundle import Bundle, Role
 from likely.errors import BundleError
 from likely.generation import Generator
 from likely.graphs import Array, Device, Session, agrees
-from likely.lanes import Ask, Lanes
 from likely.outliers import Detector
 from likely.ranking import UNUSUALNESS, Ranked
-from likely.traffic import Traffic
 from likely.trust import Trust
-from likely.tuning import Best
 
 LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
 TUNING = 0.06  # seconds for each graph

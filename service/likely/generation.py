@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from likely import noise
 from likely.answers import Draws, Floats, Labels, Pixels, SelfCheck
+from likely.batching.lanes import Ask, Lanes
 from likely.bundle import Manifest, Role, TensorSpec
 from likely.errors import NotAnswered
-from likely.lanes import Ask, Lanes
 
 Mask = npt.NDArray[np.bool_]
 TOWER = np.float32(1e6)  # noise that no log-probability outweighs

@@ -15,11 +15,11 @@ import torch
 from scipy.stats import chisquare
 
 from likely.answers import Floats, Labels, Pixels
+from likely.batching.lanes import Lanes
+from likely.batching.tuning import Best
 from likely.bundle import Role
 from likely.generation import Generator
 from likely.graphs import Device, Session
-from likely.lanes import Lanes
-from likely.tuning import Best
 from likely_export import graphs, roles
 from likely_export.pixelcnn import PixelCNNConfig
 from likely_export.statistics import STATISTICS

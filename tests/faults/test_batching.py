@@ -24,18 +24,18 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from likely import codec, statuses
+from likely.batching.turns import Turns
 from likely.bundle import Role
 from likely.errors import OutOfMemory, RunStopped
 from likely.graphs import Array, Stop
 from likely.ranking import UNUSUALNESS
-from likely.turns import Turns
 from likely.v1.generation_pb2 import GenerateRequest
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
 from likely.v1.scoring_pb2 import ClassifyRequest, ScoreRequest, ScoreResponse, Verdict
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
 
 if TYPE_CHECKING:
-    from likely.batches import Runner
+    from likely.batching.batches import Runner
     from tests.conftest import Live, Running, Toy
 
 SECONDS = 30  # a bound for what hangs, not a measure of what is fast

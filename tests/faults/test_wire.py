@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 
-from likely import Client, codec, tallies
+from likely import Client, codec
+from likely.serving import tallies
 from likely.v1.generation_pb2 import CompleteRequest, SelfCheck
 from likely.v1.images_pb2 import Images
 from likely.v1.models_pb2 import GetModelRequest

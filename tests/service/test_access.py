@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from likely import logs
-from likely.access import Gate, Holder, Issuer, Scope, Secrets, gate
 from likely.errors import AccessDenied, SettingsError, Unauthenticated
+from likely.serving.access import Gate, Holder, Issuer, Scope, Secrets, gate
 from likely.settings import load
 
 LOG = logs.logger("debug", "json", io.StringIO())

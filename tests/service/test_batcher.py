@@ -15,10 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from likely import callers, tuning
-from likely.admission import Bounds, Quota
+from likely.batching import callers, tuning
+from likely.batching.admission import Bounds, Quota
+from likely.batching.callers import Caller, Priority
+from likely.batching.lanes import Ask, Lanes
+from likely.batching.traffic import Traffic
+from likely.batching.tuning import Best
+from likely.batching.turns import Turns, Waiting
 from likely.bundle import Graph, Role, TensorSpec
-from likely.callers import Caller, Priority
 from likely.errors import (
     DeadlineExceeded,
     NotAnswered,
@@ -28,10 +32,6 @@ from likely.errors import (
     Unavailable,
 )
 from likely.graphs import Array, Stop
-from likely.lanes import Ask, Lanes
-from likely.traffic import Traffic
-from likely.tuning import Best
-from likely.turns import Turns, Waiting
 
 POISON, HUGE = -1, 10**6
 SECONDS = 30  # a bound for what hangs, not a measure of what is fast

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from likely import checks
 from likely.answers import Limits
 from likely.bundle import Bundle, Manifest
 from likely.errors import InvalidInput
 from likely.outliers import Detector
+from likely.serving import checks
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest, SelfCheck
 from likely.v1.images_pb2 import Images
 from likely.v1.scoring_pb2 import ClassifyRequest, EncodeRequest, ScoreRequest

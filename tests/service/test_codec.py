@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from likely import codec, tallies
+from likely import codec
 from likely.answers import (
     Classifications,
     Draws,
@@ -22,6 +22,7 @@ from likely.answers import (
     Verdict,
 )
 from likely.errors import InvalidInput
+from likely.serving import tallies
 from likely.v1.images_pb2 import Images
 
 pictures = hnp.arrays(

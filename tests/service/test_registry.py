@@ -13,8 +13,8 @@ from likely.bundle import Bundle, Manifest
 from likely.engine import Engine
 from likely.errors import BundleError, InvalidInput, ModelNotFound, Unavailable
 from likely.graphs import Device
-from likely.registry import Registry, age, describe
 from likely.settings import Settings
+from likely.versions.registry import Registry, age, describe
 
 if TYPE_CHECKING:
     from tests.conftest import Toy

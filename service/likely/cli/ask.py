@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
-from likely import plans
 from likely.answers import Classifications, Draws, Scores, Verdict
 from likely.cli import pictures, show
 from likely.cli.connection import Connection, connected
+from likely.client import plans
 from likely.errors import InvalidInput
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -12,8 +12,8 @@ from PIL import Image
 
 from likely import levels
 from likely.answers import Draws, Floats, ModelInfo, Pixels
+from likely.client.plans import pixels
 from likely.levels import brightness
-from likely.plans import pixels
 
 ARRAYS = (".npy", ".npz")
 _GAP = 1

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 import numpy.typing as npt
 
-from likely import codec, plans
+from likely import codec
 from likely.answers import (
     Classifications,
     Completions,
@@ -20,11 +20,12 @@ from likely.answers import (
     ModelInfo,
     Scores,
 )
-from likely.channels import Address, File, Route, Token
+from likely.client import plans
+from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import AsyncFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, told
+from likely.client.plans import A
 from likely.errors import LikelyError
-from likely.plans import A
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 
 import numpy.typing as npt
 
-from likely import codec, plans
+from likely import codec
 from likely.answers import (
     Classifications,
     Completions,
@@ -19,11 +19,12 @@ from likely.answers import (
     ModelInfo,
     Scores,
 )
-from likely.channels import Address, File, Route, Token
+from likely.client import plans
+from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import BlockingFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, told
+from likely.client.plans import A
 from likely.errors import LikelyError
-from likely.plans import A
 
 T = TypeVar("T")
 
@@ -52,7 +53,7 @@ class Client:
         Args:
             address: host:port, or any name that gRPC resolves; of several replicas, all
                 their IP addresses, or `dns:///name:port` for all that the name stands for
-                (`likely.channels`).
+                (`likely.client.channels`).
             timeout: seconds that one request may take, retries included.
             retries: whether what is refused for now is asked again before it is an error.
             token: a bearer token, or what gives one for each request.

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from likely import plans, statuses
+from likely import statuses
+from likely.client import plans
 from likely.errors import Forked
 from likely.v1 import (
     generation_pb2,

@@ -10,12 +10,12 @@ from typing import Protocol
 
 import numpy as np
 
+from likely.batching.callers import Priority
+from likely.batching.turns import Waiting
 from likely.bundle import Graph
-from likely.callers import Priority
 from likely.errors import OutOfMemory, Overloaded, RunStopped, ServerFault
 from likely.graphs import Array, Stop
 from likely.tracing import Trace
-from likely.turns import Waiting
 
 Feed = Callable[[int, int], Mapping[str, Array]]
 Arrays = dict[str, Array]

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from likely.admission import Bounds, patience
-from likely.batches import Batch, Member, Runner
-from likely.callers import Priority
+from likely.batching.admission import Bounds, patience
+from likely.batching.batches import Batch, Member, Runner
+from likely.batching.callers import Priority
+from likely.batching.gathering import Gathering
+from likely.batching.traffic import Traffic
+from likely.batching.tuning import Best
+from likely.batching.turns import Turns
 from likely.errors import DeadlineExceeded, Overloaded
-from likely.gathering import Gathering
-from likely.traffic import Traffic
-from likely.tuning import Best
-from likely.turns import Turns
 
 BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs
 _SMOOTHING = 0.1

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from likely import graphs, logs
-from likely.server import Server
+from likely.serving.server import Server
 from likely.settings import Settings
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from likely.errors import (
     Refused,
     SettingsError,
 )
-from likely.loading import Loader
-from likely.metrics import Metrics
-from likely.registry import Held, Registry, check_name
+from likely.telemetry.metrics import Metrics
+from likely.versions.loading import Loader
+from likely.versions.registry import Held, Registry, check_name
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger

@@ -7,12 +7,12 @@ from importlib import resources
 from pathlib import Path
 
 from likely import graphs, machine
-from likely.admission import Bounds
+from likely.batching.admission import Bounds
+from likely.batching.traffic import Traffic
 from likely.bundle import MANIFEST, Bundle
 from likely.engine import Engine, Seen, Terms
 from likely.errors import BundleError, SettingsError
 from likely.settings import Settings
-from likely.traffic import Traffic
 
 
 class Loader:

@@ -18,9 +18,9 @@ from prometheus_client import (
 
 from likely import machine
 from likely.answers import Verdict
+from likely.batching.traffic import SHED, Traffic
 from likely.errors import SettingsError
-from likely.monitor import Monitor
-from likely.traffic import SHED, Traffic
+from likely.telemetry.monitor import Monitor
 
 if TYPE_CHECKING:
     from likely.engine import Engine

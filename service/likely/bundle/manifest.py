@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from likely import arrays, scan, signing
+from likely.bundle import arrays, scan, signing
 from likely.errors import BundleError
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 20
 LARGEST_BUNDLE = 8 << 30
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _LINKS = (errno.ELOOP, errno.ENXIO)  # a link; a socket, or a pipe that nobody writes to
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]

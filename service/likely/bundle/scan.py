@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
+from likely.bundle.wire import Field, Kind, Reader, Schema, Value, Values, WireError, varint
 from likely.errors import BundleError
-from likely.wire import Field, Kind, Reader, Schema, Value, Values, WireError, varint
 
 OPSET = 20
 _OPERATORS = """

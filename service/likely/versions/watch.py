@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from likely.bundle import MANIFEST
 from likely.errors import BundleError, LikelyError
-from likely.lifecycle import Lifecycle
+from likely.versions.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger

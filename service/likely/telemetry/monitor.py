@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from likely.answers import Doubles, Scores
 from likely.drift import Martingale, Reference
-from likely.histograms import Tally
+from likely.telemetry.histograms import Tally
 
 if TYPE_CHECKING:
     from likely.engine import Engine

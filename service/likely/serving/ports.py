@@ -26,7 +26,7 @@ def listen(
     try:
         if settings.tls_certificate is None or settings.tls_key is None:
             return server.add_insecure_port(address)
-        from likely import tls  # most servers stand behind a proxy that has it
+        from likely.serving import tls  # most servers stand behind a proxy that has it
 
         credentials = tls.server_credentials(
             settings.tls_certificate, settings.tls_key, settings.tls_client_ca, log

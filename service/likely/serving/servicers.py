@@ -9,13 +9,14 @@ from typing import Any
 
 import grpc.aio
 
-from likely import callers, checks, codec
-from likely.admission import Quota
+from likely import codec
 from likely.answers import Classifications, Draws, Features, Limits, ModelInfo, Scores
+from likely.batching import callers
+from likely.batching.admission import Quota
 from likely.engine import Engine
-from likely.feeds import Feed
-from likely.interceptors import Guard
-from likely.registry import Registry, describe
+from likely.serving import checks
+from likely.serving.feeds import Feed
+from likely.serving.interceptors import Guard
 from likely.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -24,6 +25,7 @@ from likely.v1 import (
     scoring_pb2,
     scoring_pb2_grpc,
 )
+from likely.versions.registry import Registry, describe
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -11,7 +11,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from likely.errors import SettingsError
-from likely.fresh import INTERVAL, Fresh
+from likely.serving.fresh import INTERVAL, Fresh
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from likely.addresses import is_local
 from likely.errors import AccessDenied, SettingsError, Unauthenticated
-from likely.fresh import INTERVAL, Fresh
+from likely.serving.fresh import INTERVAL, Fresh
 from likely.settings import Settings
 
 if TYPE_CHECKING:

@@ -10,18 +10,19 @@ from typing import Any
 
 import grpc.aio
 
-from likely import callers, machine
-from likely.access import Scope
+from likely import machine
+from likely.batching import callers
 from likely.engine import Engine
 from likely.errors import AccessDenied, ModelNotFound, Unavailable
-from likely.feeds import Feed
 from likely.inference import inference_pb2, inference_pb2_grpc
-from likely.interceptors import Guard
-from likely.openinference import operations, parameters, tensors
-from likely.openinference.operations import Operation, Question, Services
-from likely.openinference.statistics import Key, Statistics, Watch
-from likely.openinference.tensors import Tensor
-from likely.registry import Registry
+from likely.serving.access import Scope
+from likely.serving.feeds import Feed
+from likely.serving.interceptors import Guard
+from likely.serving.openinference import operations, parameters, tensors
+from likely.serving.openinference.operations import Operation, Question, Services
+from likely.serving.openinference.statistics import Key, Statistics, Watch
+from likely.serving.openinference.tensors import Tensor
+from likely.versions.registry import Registry
 
 Context = grpc.aio.ServicerContext[Any, Any]
 EXTENSIONS = ("model_configuration", "statistics", "model_repository", "parameters")

@@ -15,10 +15,11 @@ from collections.abc import (
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from likely import callers, merging
 from likely.answers import Limits
-from likely.doors import Door
+from likely.batching import callers
 from likely.errors import InvalidInput, Unavailable
+from likely.serving import merging
+from likely.serving.doors import Door
 
 MESSAGES = 256  # of one stream that are not answered yet: beyond, it is not read
 AT_ONCE = 2  # groups of one stream: one is put together while another runs

@@ -15,16 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from likely import callers
-from likely.admission import Bounds
-from likely.batcher import Batcher
-from likely.batches import Batch, Feed, Member, Outcome, Runner, Span, rows_of
+from likely.batching import callers
+from likely.batching.admission import Bounds
+from likely.batching.batcher import Batcher
+from likely.batching.batches import Batch, Feed, Member, Outcome, Runner, Span, rows_of
+from likely.batching.callers import Caller, Priority
+from likely.batching.traffic import Traffic
+from likely.batching.tuning import Best
 from likely.bundle import Graph, Role
-from likely.callers import Caller, Priority
 from likely.errors import LikelyError, NotAnswered, Unavailable
 from likely.graphs import Array
-from likely.traffic import Traffic
-from likely.tuning import Best
 
 BULK_ROWS = 64  # a request of so many rows yields to smaller ones
 SOON = 1e-3  # seconds of a run that a few rows rather wait for than wake another lane

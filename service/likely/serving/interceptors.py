@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc
 import grpc.aio
 
-from likely import callers, statuses, tallies
-from likely.access import Gate
-from likely.callers import Caller, Priority
-from likely.doors import Door
+from likely import statuses
+from likely.batching import callers
+from likely.batching.callers import Caller, Priority
 from likely.errors import DeadlineExceeded, DeviceLost, InvalidInput, MethodUnknown, Unavailable
-from likely.metrics import Metrics
-from likely.registry import Registry
+from likely.serving import tallies
+from likely.serving.access import Gate
+from likely.serving.doors import Door
+from likely.telemetry.metrics import Metrics
 from likely.tracing import Trace, Tracing
 from likely.v1.failures_pb2 import Failure
+from likely.versions.registry import Registry
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger

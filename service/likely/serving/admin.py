@@ -8,9 +8,9 @@ from typing import Any
 import grpc.aio
 
 from likely.errors import InvalidInput
-from likely.lifecycle import Lifecycle, State, Version
-from likely.registry import check_name
 from likely.v1 import admin_pb2, admin_pb2_grpc
+from likely.versions.lifecycle import Lifecycle, State, Version
+from likely.versions.registry import check_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

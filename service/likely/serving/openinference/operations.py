@@ -26,8 +26,8 @@ import numpy as np
 from likely.answers import Draws, Limits, Verdict
 from likely.bundle import Role
 from likely.errors import InvalidInput
-from likely.openinference.tensors import Array, Arrays, Tensor
-from likely.servicers import Generation, Scoring
+from likely.serving.openinference.tensors import Array, Arrays, Tensor
+from likely.serving.servicers import Generation, Scoring
 from likely.v1 import generation_pb2, images_pb2, scoring_pb2
 
 if TYPE_CHECKING:

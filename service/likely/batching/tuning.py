@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from likely.batches import Runner
+from likely.batching.batches import Runner
 from likely.graphs import CPU, Array
 
 HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together

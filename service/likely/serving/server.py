@@ -12,21 +12,18 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from likely import access, ports
-from likely.admin import Admin
-from likely.admission import Quota
+from likely.batching.admission import Quota
 from likely.errors import DeviceLost, SettingsError
 from likely.inference import inference_pb2, inference_pb2_grpc
-from likely.interceptors import Guard
-from likely.lifecycle import Lifecycle
-from likely.loading import Loader, shipped
-from likely.metrics import Exporter, Metrics
-from likely.openinference.operations import Services
-from likely.openinference.servicer import OpenInference
-from likely.reflecting import reflect
-from likely.registry import Registry
-from likely.servicers import Generation, Models, Scoring
+from likely.serving import access, ports
+from likely.serving.admin import Admin
+from likely.serving.interceptors import Guard
+from likely.serving.openinference.operations import Services
+from likely.serving.openinference.servicer import OpenInference
+from likely.serving.reflecting import reflect
+from likely.serving.servicers import Generation, Models, Scoring
 from likely.settings import Settings
+from likely.telemetry.metrics import Exporter, Metrics
 from likely.tracing import Tracing
 from likely.v1 import (
     admin_pb2_grpc,
@@ -37,7 +34,10 @@ from likely.v1 import (
     scoring_pb2,
     scoring_pb2_grpc,
 )
-from likely.watch import Watcher
+from likely.versions.lifecycle import Lifecycle
+from likely.versions.loading import Loader, shipped
+from likely.versions.registry import Registry
+from likely.versions.watch import Watcher
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger

@@ -1,7 +1,7 @@
 """One of several processes that serve on one port; begun and ended by the supervisor.
 
-`python -m likely.worker` reads one line of JSON, what it is and what it serves with, from its
-standard input, and says `ready` on its standard output once it takes requests. When the
+`python -m likely.processes.worker` reads one line of JSON, what it is and what it serves with,
+from its standard input, and says `ready` on its standard output once it takes requests. When the
 input ends, the supervisor is gone, and so it ends too.
 """
 
@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from likely import logs, together
+from likely import logs
 from likely.errors import DeviceLost, LikelyError
-from likely.process import run, signalled
-from likely.server import Server
+from likely.processes import together
+from likely.processes.process import run, signalled
+from likely.serving.server import Server
 from likely.settings import Settings
 
 READY = b"ready\n"

@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING
 
 import grpc.aio
 
-from likely import access, graphs, logs, machine, ports, process
+from likely import graphs, logs, machine
 from likely.errors import DeviceLost, LikelyError, SettingsError
-from likely.fanout import Fanout
-from likely.interceptors import Guard
-from likely.metrics import Exporter, Metrics
-from likely.registry import Registry
+from likely.processes import process
+from likely.processes.fanout import Fanout
+from likely.processes.together import Together
+from likely.processes.worker import LOST, READY, Order
+from likely.serving import access, ports
+from likely.serving.interceptors import Guard
 from likely.settings import PREFIX, Settings
-from likely.together import Together
+from likely.telemetry.metrics import Exporter, Metrics
 from likely.v1 import admin_pb2, admin_pb2_grpc
-from likely.worker import LOST, READY, Order
+from likely.versions.registry import Registry
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -176,7 +178,7 @@ class Supervisor:
     async def _begin(self, index: int) -> Process:
         surroundings = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
         worker = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "likely.worker"),
+            *(sys.executable, "-m", "likely.processes.worker"),
             stdin=PIPE,
             stdout=PIPE,
             env={**surroundings, **self._together.environment},

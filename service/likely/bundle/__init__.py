@@ -1,0 +1,25 @@
+"""Bundles: their manifest, what their files may be, their signatures; refused before opened."""
+
+from likely.bundle.manifest import (
+    MANIFEST,
+    Bundle,
+    Graph,
+    Kind,
+    Manifest,
+    Name,
+    Role,
+    TensorSpec,
+    write_manifest,
+)
+
+__all__ = [
+    "MANIFEST",
+    "Bundle",
+    "Graph",
+    "Kind",
+    "Manifest",
+    "Name",
+    "Role",
+    "TensorSpec",
+    "write_manifest",
+]
