@@ -30,8 +30,9 @@ Answer = (
 
 def model(message: Any) -> str:
     """The name of the model that a request asks or an answer names; empty where there is none."""
+    kind: Any = type(message)
     # Models of the Open Inference Protocol are called `name/operation`.
-    return _named(type(message))(message).partition("/")[0]
+    return _named(kind)(message).partition("/")[0]
 
 
 @cache  # a message that is asked for a field that it has not takes microseconds to say so
