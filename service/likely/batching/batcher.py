@@ -18,6 +18,7 @@ from likely.batching.turns import Turns
 from likely.errors import DeadlineExceeded, Overloaded
 
 BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs
+HEADROOM = 1.25  # times what work should take: an answer that comes too late is work for nothing
 _SMOOTHING = 0.1
 
 
@@ -86,13 +87,14 @@ class Batcher:
             wait: seconds until a newcomer's turn, as far as can be told.
 
         Raises:
-            Overloaded: there is none, or its deadline comes before its turn.
+            Overloaded: there is none, or its deadline comes before it would be answered.
         """
         if not self.rows:
             return
         if member.deadline is not None:
             seconds = wait(member.priority)
-            if member.since + seconds > member.deadline:
+            answered = HEADROOM * (seconds + member.rows * self.pace)
+            if member.since + answered > member.deadline:
                 self._shed("deadline")
                 raise Overloaded(
                     f"about {seconds:.3g} s of work wait, longer than the deadline allows",

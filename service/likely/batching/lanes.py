@@ -212,6 +212,8 @@ class Lanes:
         seconds = 0.0
         for batcher in self._batchers.values():
             seconds += batcher.pace * batcher.ahead(priority)
+        for batch, role in self._running.items():
+            seconds += self._batchers[role].pace * batch.rows / 2  # about half of it is left
         return seconds / self._count
 
     def _abandon(self, member: Member, role: Role) -> None:
