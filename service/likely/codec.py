@@ -40,15 +40,15 @@ def shape(message: images_pb2.Images) -> tuple[int, int, int, int]:
         InvalidInput: it has not four dimensions, or one is negative.
     """
     claimed = tuple(message.shape)
+    if len(claimed) == 4 and min(claimed) >= 0:
+        return claimed
     if len(claimed) != 4:
         raise InvalidInput(
             "images.shape",
             f"{len(claimed)} dimensions; 4 are asked: pictures, channels, rows, columns",
         )
-    for axis, length in enumerate(claimed):
-        if length < 0:
-            raise InvalidInput(f"images.shape[{axis}]", f"{length} is negative")
-    return claimed
+    axis = next(axis for axis, length in enumerate(claimed) if length < 0)
+    raise InvalidInput(f"images.shape[{axis}]", f"{claimed[axis]} is negative")
 
 
 def pixels(message: images_pb2.Images) -> Pixels:

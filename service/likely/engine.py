@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -35,13 +34,13 @@ from likely.errors import BundleError
 from likely.generation import Generator
 from likely.graphs import Array, Device, Session, agrees
 from likely.outliers import Detector
-from likely.ranking import UNUSUALNESS, Ranked
+from likely.ranking import RANKED, Ranked
 from likely.trust import Trust
 
 LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
 TUNING = 0.06  # seconds for each graph
-_SCORE, _SURPRISE = ("log_px", UNUSUALNESS), ("log_px", UNUSUALNESS, "surprise")
-_OUTLIER, _ACCEPTED = np.int8(Verdict.OUTLIER), np.int8(Verdict.ACCEPTED)
+_SCORE, _SURPRISE = (RANKED,), (RANKED, "surprise")
+_ACCEPTED = np.int8(Verdict.ACCEPTED)  # the next is OUTLIER
 _METHODS: dict[str, tuple[Role, ...]] = {
     "Score": (Role.DENSITY,),
     "Classify": (Role.CONDITIONAL,),
@@ -114,7 +113,9 @@ class Engine:
         self._trust = Trust(self.manifest.name, terms.patience, traffic)
         golden = bundle.golden()
         runners: dict[Role, Runner] = {**sessions}
-        runners[Role.DENSITY] = Ranked(sessions[Role.DENSITY], self.detector)
+        runners[Role.DENSITY] = Ranked(
+            sessions[Role.DENSITY], self.detector, self.manifest.dimensions
+        )
         self._replay(runners, golden)
         lanes, best = terms.lanes or cores, dict.fromkeys(runners, Best(max_batch))
         if not max_batch:
@@ -373,14 +374,15 @@ class Engine:
 
     def _scores(self, arrays: Mapping[str, Array], alpha: float, guarantee: Guarantee) -> Scores:
         self._trust.check(*arrays.values())
-        log_px = arrays["log_px"].astype(np.float64)
-        p_value = self.detector.p_value(arrays[UNUSUALNESS], guarantee)
+        log_px, bits_per_dim, unusualness, p_value = arrays[RANKED].T
+        if guarantee is not Guarantee.MARGINAL:
+            p_value = self.detector.p_value(unusualness, guarantee)
         return Scores(
             log_px=log_px,
-            bits_per_dim=log_px / (-math.log(2) * self.manifest.dimensions),
-            unusualness=arrays[UNUSUALNESS],
+            bits_per_dim=bits_per_dim,
+            unusualness=unusualness,
             p_value=p_value,
-            verdict=np.where(p_value <= alpha, _OUTLIER, _ACCEPTED),
+            verdict=_ACCEPTED + (p_value <= alpha),
             alpha=alpha,
             surprise=arrays.get("surprise"),
             model_version=self.manifest.version,

@@ -30,7 +30,7 @@ SERVICE = {
     "graphs": "bundle errors machine numpy onnxruntime",
     "tracing": "errors machine opentelemetry",
     "batching": "bundle errors graphs tracing numpy prometheus_client",
-    "ranking": "bundle graphs outliers numpy",
+    "ranking": "answers bundle graphs outliers numpy",
     "trust": "batching errors graphs numpy",
     "generation": "answers batching bundle errors noise numpy",
     "engine": (

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from likely.outliers import Detector
 
 HOTTEST = 2.0
+_HIGHEST = np.iinfo(np.uint8).max
 USUAL_DRAWS, MOST_DRAWS = 16, 100
 MOST_PROPOSALS = 256
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def pixels(
     x = codec.pixels(request.images)
     if known is not None:
         x = x * known
-    if x.size and x.max() >= manifest.levels:
+    if manifest.levels <= _HIGHEST and np.maximum.reduce(x, None, initial=0) >= manifest.levels:
         i, c, h, w = np.unravel_index(int(np.argmax(x >= manifest.levels)), x.shape)
         raise InvalidInput(
             "images.data",
@@ -64,11 +65,15 @@ def pixels(
 def geometry(request: Pictured, manifest: Manifest, limits: Limits) -> None:
     """Returns if the claimed shape is the model's and the pictures are not too many."""
     n, *claimed = codec.shape(request.images)
-    for axis, (given, asked) in enumerate(zip(claimed, manifest.shape, strict=True), start=1):
-        if given != asked:
-            raise InvalidInput(
-                f"images.shape[{axis}]", f"{given} {_AXES[axis]}; the model takes {asked}"
-            )
+    if tuple(claimed) != manifest.shape:
+        axis, given, asked = next(
+            (axis, given, asked)
+            for axis, given, asked in zip((1, 2, 3), claimed, manifest.shape, strict=True)
+            if given != asked
+        )
+        raise InvalidInput(
+            f"images.shape[{axis}]", f"{given} {_AXES[axis]}; the model takes {asked}"
+        )
     if n > limits.images_per_request:
         raise InvalidInput(
             "images.shape[0]",
