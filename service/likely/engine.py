@@ -242,23 +242,26 @@ class Engine:
         """
         self._trust.require()
         asks = [_ask(Role.DENSITY, {"x": x}, _SCORE)]
-        if generative := both or rule == LabelRule.GENERATIVE:
+        if both or rule == LabelRule.GENERATIVE:
             asks.append(self._conditional(x))
-        if discriminative := both or rule == LabelRule.DISCRIMINATIVE:
+        if both or rule == LabelRule.DISCRIMINATIVE:
             asks.append(_ask(Role.DISCRIMINATE, {"x": x}, ("log_pyx",)))
-        density, *models = await self._lanes.run_all(*asks)
-        scores = self._scores(density, alpha, guarantee)
+        arrays = await self._lanes.run_all(*asks)
+        found = {ask.role: given for ask, given in zip(asks, arrays, strict=True)}
+        scores = self._scores(found[Role.DENSITY], alpha, guarantee)
         log_pxy = composed = label_p_values = np.empty((len(x), 0))
-        if generative:
-            log_pxy = models[0]["log_pxy"].astype(np.float64)
-            evidence = self._evidence(models[0])
+        if (conditional := found.get(Role.CONDITIONAL)) is not None:
+            log_pxy = conditional["log_pxy"].astype(np.float64)
+            evidence = self._evidence(conditional)
             # What a label's pictures look like does not depend on how many of them are expected.
             own = self._posterior(evidence)
             posterior = own if priors is None else self._posterior(evidence, priors)
             label_p_values = self.detector.label_p_values(scores.unusualness, own)
-        if discriminative:
-            self._trust.check(*models[-1].values())
-            composed = bayes.composed(models[-1]["log_pyx"], scores.log_px, self.manifest.priors)
+        if (discriminative := found.get(Role.DISCRIMINATE)) is not None:
+            self._trust.check(*discriminative.values())
+            composed = bayes.composed(
+                discriminative["log_pyx"], scores.log_px, self.manifest.priors
+            )
         if rule == LabelRule.DISCRIMINATIVE:
             expected = self.manifest.priors if priors is None else priors
             posterior = bayes.posterior(composed, expected)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from autoregressive import Opener
 
+from demo.serving import served
 from likely.answers import LabelRule
 from likely.bundle import Bundle, Role
 from likely.engine import Engine
@@ -25,6 +29,7 @@ from likely_export.judge import taught
 from likely_export.moves import Moves
 from likely_export.recipes import Recipe
 
+PAGE = (Path(__file__).parents[2] / "docs" / "labels.md").read_text()
 SHIPPED = Path(__file__).parents[2] / "bundles" / "digits"
 
 
@@ -160,3 +165,27 @@ def test_accepted_draws_show_their_label(engine: Engine) -> None:
     assert figures["kept"] == 60
     assert figures["faithfulness"]["mean"] > 0.6
     assert 5 < figures["draws_a_picture"]["mean"] < 20
+
+
+def test_the_page_on_labels_does_what_it_shows(bundle: Path, tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    (printed,) = re.findall(r"^```text\n(.*?)^```$", PAGE, re.M | re.S)
+    (ask, draw), _ = (
+        block.splitlines() for block in re.findall(r"^```console\n(.*?)^```$", PAGE, re.M | re.S)
+    )
+    x = np.zeros((2, 8, 8), np.uint8)
+    np.savez(tmp_path / "digits.npz", x=x)
+    with served(tmp_path / "server.log", bundle) as server:
+        words = [sys.executable, "-c", code.replace("127.0.0.1:50051", server.address)]
+        assert told(words, tmp_path) == printed
+        for line in (ask, draw):
+            _, *rest = line.split()
+            told([sys.executable, "-m", "likely", *rest, "--address", server.address], tmp_path)
+    assert (tmp_path / "threes.png").is_file()
+
+
+def told(words: list[str], folder: Path) -> str:
+    """What a program prints; it has to end well."""
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=folder)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout
