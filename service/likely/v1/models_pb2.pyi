@@ -204,7 +204,8 @@ class Model(google.protobuf.message.Message):
     """
     discriminative: builtins.bool
     """Whether the model has p(y|x) itself: Classify then takes the
-    discriminative rule, and Generate draws by acceptance.
+    discriminative rule, even where `methods`, which is about the generative
+    one, does not list it, and Generate draws by acceptance.
     """
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Label]:
