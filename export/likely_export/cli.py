@@ -148,6 +148,22 @@ def build(run: Path, out: Path, evaluated: bool) -> None:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--run", type=click.Path(path_type=Path), required=True, help="Where the model was trained."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The new bundle.")
+def extend(bundle: Path, run: Path, out: Path) -> None:
+    """Add a run's discriminative model to a BUNDLE of the same data; all else stays."""
+    from likely_export.build import extend as extend_bundle
+
+    with _steps() as report:
+        manifest = extend_bundle(bundle, run, out, report)
+    size = sum(record.size for record in manifest.files.values())
+    click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
 @click.option("--write", is_flag=True, help="Put figures and report into the bundle.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")

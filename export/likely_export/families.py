@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from likely.errors import InvalidInput
+from likely_export.classifier import Classifier, ClassifierConfig
 from likely_export.cvae import CVAE, CVAEConfig
 from likely_export.local import LocalConfig, LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
@@ -37,6 +38,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "pixelcnn": Family(PixelCNNConfig, PixelCNN),
         "cvae": Family(CVAEConfig, CVAE),
         "local": Family(LocalConfig, LocalPixelCNN),
+        "classifier": Family(ClassifierConfig, Classifier),
     }
 )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from likely.bundle import Kind, Role, TensorSpec
 from likely.errors import InvalidInput
+from likely_export.classifier import Classifier
 from likely_export.cvae import CVAE, Conditional, Encode, Generate
 from likely_export.local import LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN
@@ -245,6 +246,13 @@ def encode(model: CVAE) -> GraphSource:
     return GraphSource(Encode(model).eval(), (_pictures(model.config.shape), _labels()), outputs)
 
 
+def discriminate(model: Classifier) -> GraphSource:
+    """The graph of log p(y|x) for all labels, temperature and softmax inside."""
+    config = model.config
+    outputs = (_floats("log_pyx", config.labels),)
+    return GraphSource(model.eval(), (_pictures(config.shape),), outputs)
+
+
 def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> GraphSource:
     """The graph of that role.
 
@@ -267,6 +275,8 @@ def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> G
             return generate(model)
         case Role.ENCODE, [CVAE() as model]:
             return encode(model)
+        case Role.DISCRIMINATE, [Classifier() as model]:
+            return discriminate(model)
     kinds = " beside a ".join(type(model).__name__ for model in models)
     raise InvalidInput(f"roles.{role}", f"a {kinds} has no such graph")
 

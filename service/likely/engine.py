@@ -10,6 +10,7 @@ import numpy as np
 
 from likely import bayes, noise
 from likely.answers import (
+    Acceptance,
     Accepted,
     Classifications,
     Doubles,
@@ -17,6 +18,7 @@ from likely.answers import (
     Features,
     Floats,
     Guarantee,
+    LabelRule,
     Labels,
     Pixels,
     Scores,
@@ -131,7 +133,14 @@ class Engine:
             traffic=traffic,
         )
         self.providers = self._lanes.providers
-        self._generator = Generator(self.manifest, self._lanes, self._passes, self._surprise)
+        self._generator = Generator(
+            self.manifest,
+            self._lanes,
+            self._passes,
+            self._surprise,
+            self._p_label,
+            rows=best[Role.SAMPLE].rows if Role.SAMPLE in best else 1,
+        )
 
     @classmethod
     def load(
@@ -216,9 +225,11 @@ class Engine:
         priors: Doubles | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         seen: bool = True,
     ) -> Classifications:
-        """Which label Bayes' rule assigns, if any.
+        """Which label is assigned, if any.
 
         Args:
             x: uint8 (n, c, h, w), levels below the model's.
@@ -226,17 +237,35 @@ class Engine:
             priors: p(y) (labels,); None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
             guarantee: what alpha is to hold for.
+            rule: what assigns the label.
+            both: whether to give log p(x|y) by the other rule too.
             seen: whether monitors are told.
         """
         self._trust.require()
-        density, conditional = await self._lanes.run_all(
-            _ask(Role.DENSITY, {"x": x}, _SCORE), self._conditional(x)
-        )
-        scores = self._scores(density, alpha, guarantee)
-        evidence = self._evidence(conditional)
-        posterior = self._posterior(evidence, priors)
-        # What a label's pictures look like does not depend on how many of them are expected.
-        own = posterior if priors is None else self._posterior(evidence)
+        asks = [_ask(Role.DENSITY, {"x": x}, _SCORE)]
+        if both or rule == LabelRule.GENERATIVE:
+            asks.append(self._conditional(x))
+        if both or rule == LabelRule.DISCRIMINATIVE:
+            asks.append(_ask(Role.DISCRIMINATE, {"x": x}, ("log_pyx",)))
+        arrays = await self._lanes.run_all(*asks)
+        found = {ask.role: given for ask, given in zip(asks, arrays, strict=True)}
+        scores = self._scores(found[Role.DENSITY], alpha, guarantee)
+        log_pxy = composed = label_p_values = np.empty((len(x), 0))
+        if (conditional := found.get(Role.CONDITIONAL)) is not None:
+            log_pxy = conditional["log_pxy"].astype(np.float64)
+            evidence = self._evidence(conditional)
+            # What a label's pictures look like does not depend on how many of them are expected.
+            own = self._posterior(evidence)
+            posterior = own if priors is None else self._posterior(evidence, priors)
+            label_p_values = self.detector.label_p_values(scores.unusualness, own)
+        if (discriminative := found.get(Role.DISCRIMINATE)) is not None:
+            self._trust.check(*discriminative.values())
+            composed = bayes.composed(
+                discriminative["log_pyx"], scores.log_px, self.manifest.priors
+            )
+        if rule == LabelRule.DISCRIMINATIVE:
+            expected = self.manifest.priors if priors is None else priors
+            posterior = bayes.posterior(composed, expected)
         label = posterior.argmax(1).astype(np.int64)
         unsure = posterior.max(1, initial=0.0) < min_posterior
         verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
@@ -244,14 +273,16 @@ class Engine:
         if seen:
             self._seen(self, "Classify", scores)
         return Classifications(
-            log_pxy=conditional["log_pxy"].astype(np.float64),
+            log_pxy=log_pxy,
             posterior=posterior,
             label=label,
             p_value=scores.p_value,
-            label_p_values=self.detector.label_p_values(scores.unusualness, own),
+            label_p_values=label_p_values,
             verdict=verdict.astype(np.int8),
             alpha=alpha,
             model_version=self.manifest.version,
+            composed=composed,
+            rule=rule,
         )
 
     async def encode(self, x: Pixels, label: Labels | None = None) -> Features:
@@ -285,6 +316,7 @@ class Engine:
         temperature: float = 1.0,
         chunk: int = 64,
         check: SelfCheck | None = None,
+        acceptance: Acceptance | None = None,
     ) -> AsyncGenerator[Draws, None]:
         """Pictures drawn from the model, in chunks.
 
@@ -296,8 +328,19 @@ class Engine:
             temperature: multiplies the noise that levels are drawn with.
             chunk: pictures of one chunk.
             check: redraw what does not pass.
+            acceptance: draw from p(x), and redraw what p(y|x) does not keep; without a check.
         """
         self._trust.require()
+        if acceptance:
+            return self._generator.accept(
+                label,
+                count,
+                seed,
+                first_index=first_index,
+                temperature=temperature,
+                chunk=chunk,
+                acceptance=acceptance,
+            )
         return self._generator.generate(
             label,
             count,
@@ -364,6 +407,13 @@ class Engine:
         scores = await self.score(x, alpha, seen=False)
         plausible: Accepted = scores.verdict == Verdict.ACCEPTED
         return plausible
+
+    async def _p_label(self, x: Pixels, labels: Labels) -> Doubles:
+        """p(y|x) of a label for each picture, as the discriminative model says, float64 (n,)."""
+        found = await self._lanes.run(Role.DISCRIMINATE, {"x": x}, ["log_pyx"])
+        self._trust.check(*found.values())
+        p: Doubles = np.exp(found["log_pyx"][np.arange(len(x)), labels].astype(np.float64))
+        return p
 
     async def _surprise(self, x: Pixels) -> Floats:
         return (await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"]))["surprise"]

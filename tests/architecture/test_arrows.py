@@ -71,18 +71,21 @@ EXPORT = {
     "sampler": "pixelcnn torch",
     "moves": "likely.errors torch",
     "cvae": "likely.errors logistic moves torch",
-    "families": "likely.errors cvae local pixelcnn torch",
+    "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
+    "classifier": "likely.errors calibrate data moves numpy torch",
+    "families": "likely.errors classifier cvae local pixelcnn torch",
     "optimisers": "likely.errors torch",
     "train": "likely.errors data optimisers numpy torch lightning_fabric",
     "statistics": "torch",
-    "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
     "recipes": (
         "likely.answers likely.bundle likely.errors calibrate corruptions data families "
         "statistics optimisers numpy pydantic tomli_w"
     ),
     "runs": "likely.errors families recipes train torch",
     "progress": "train rich",
-    "roles": "likely.bundle likely.errors cvae local pixelcnn sampler statistics numpy torch",
+    "roles": (
+        "likely.bundle likely.errors classifier cvae local pixelcnn sampler statistics numpy torch"
+    ),
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
     "graphs": "likely.bundle likely.errors likely.graphs hygiene roles numpy onnx torch",
@@ -97,13 +100,15 @@ EXPORT = {
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise data judge "
         "material measures numpy"
     ),
+    "composition": "likely.answers likely.engine data judge measures numpy scipy",
     "evaluate": (
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise baselines "
         "corruptions costs data generated judge material measures report numpy"
     ),
     "build": (
         "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "
-        "likely.outliers calibrate corruptions data graphs recipes roles runs numpy torch"
+        "likely.outliers calibrate classifier corruptions data graphs recipes roles runs "
+        "numpy torch"
     ),
     "__init__": "",
     "cli": (

@@ -46,6 +46,7 @@ class Role(StrEnum):
     GENERATE = "generate"  # y, noise -> x in one pass (latent-variable models)
     SAMPLE = "sample"  # [y,] noise -> x pixel by pixel (autoregressive models)
     ENCODE = "encode"  # x, y -> mean and log-variance of the latent features
+    DISCRIMINATE = "discriminate"  # x -> log p(y|x) for all labels, under the manifest's priors
 
 
 class Kind(StrEnum):

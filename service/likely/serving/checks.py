@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from likely import bayes, codec
-from likely.answers import Accepted, Doubles, Guarantee, Labels, Limits, Pixels, SelfCheck
+from likely.answers import (
+    Acceptance,
+    Accepted,
+    Doubles,
+    Guarantee,
+    LabelRule,
+    Labels,
+    Limits,
+    Pixels,
+    SelfCheck,
+)
 from likely.errors import InvalidInput
 from likely.noise import SEED_LIMIT
 from likely.v1 import generation_pb2, images_pb2, scoring_pb2
@@ -26,10 +36,12 @@ if TYPE_CHECKING:
 HOTTEST = 2.0
 _HIGHEST = np.iinfo(np.uint8).max
 USUAL_DRAWS, MOST_DRAWS = 16, 100
+USUAL_ATTEMPTS, MOST_ATTEMPTS = 100, 1000  # draws until one is kept by p(y|x)
 MOST_PROPOSALS = 256
 T = TypeVar("T")
 Drawing = generation_pb2.GenerateRequest | generation_pb2.CompleteRequest
 _GUARANTEES: dict[int, Guarantee] = {0: Guarantee.MARGINAL, **{int(g): g for g in Guarantee}}
+_RULES: dict[int, LabelRule] = {0: LabelRule.GENERATIVE, **{int(r): r for r in LabelRule}}
 _AXES = ("pictures", "channels", "rows", "columns")
 
 
@@ -119,6 +131,14 @@ def guarantee(request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest) -
     return found
 
 
+def rule(request: scoring_pb2.ClassifyRequest) -> LabelRule:
+    """What assigns the request's labels."""
+    found = _RULES.get(request.rule)
+    if found is None:
+        raise InvalidInput("rule", f"{request.rule} is no number of a rule")
+    return found
+
+
 def priors(request: scoring_pb2.ClassifyRequest, manifest: Manifest) -> Doubles | None:
     """The request's priors, float64 (labels,); None where it leaves them to the model."""
     return bayes.check_priors(request.priors, len(manifest.labels)) if request.priors else None
@@ -192,6 +212,17 @@ def self_check(
         _in_field("self_check", alpha, asked, detector, default_alpha),
         _within("self_check.max_draws", draws, MOST_DRAWS),
     )
+
+
+def acceptance(request: generation_pb2.GenerateRequest) -> Acceptance | None:
+    """How draws of p(x) are kept for a label; None where the model shall draw with it."""
+    if not request.HasField("acceptance"):
+        return None
+    if request.HasField("self_check"):
+        raise InvalidInput("acceptance", "a self-check is asked for too; one of them is allowed")
+    asked = request.acceptance
+    draws = asked.max_draws if asked.HasField("max_draws") else USUAL_ATTEMPTS
+    return Acceptance(_within("acceptance.max_draws", draws, MOST_ATTEMPTS))
 
 
 def mask(request: generation_pb2.CompleteRequest) -> Accepted:

@@ -261,4 +261,5 @@ def describe(
         limits=limits,
         digest=engine.digest,
         version_labels=tuple(version_labels),
+        discriminative=Role.DISCRIMINATE in manifest.graphs,
     )
