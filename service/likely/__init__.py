@@ -15,7 +15,9 @@ from likely.answers import (
     Guarantee,
     Limits,
     ModelInfo,
+    Redrawings,
     Scores,
+    Traversal,
     Verdict,
 )
 from likely.client import AsyncClient, Client
@@ -56,10 +58,12 @@ __all__ = [
     "ModelNotFound",
     "NotAnswered",
     "Overloaded",
+    "Redrawings",
     "RuntimeMissing",
     "Scores",
     "ServerFault",
     "SettingsError",
+    "Traversal",
     "Unavailable",
     "Verdict",
     "benjamini_hochberg",
