@@ -33,16 +33,18 @@ SERVICE = {
     "ranking": "answers bundle graphs outliers numpy",
     "trust": "batching errors graphs numpy",
     "generation": "answers batching bundle errors noise numpy",
+    "latent": "answers batching bundle errors noise numpy",
     "engine": (
-        "answers batching bayes bundle errors generation graphs noise outliers ranking trust numpy"
+        "answers batching bayes bundle errors generation graphs latent noise outliers ranking "
+        "trust numpy"
     ),
     "telemetry": "answers batching drift engine errors machine numpy prometheus_client",
     "versions": (
         "answers batching bundle engine errors graphs machine settings telemetry structlog"
     ),
     "serving": (
-        "addresses answers batching bayes bundle codec engine errors inference machine noise "
-        "outliers settings statuses telemetry tracing v1 versions "
+        "addresses answers batching bayes bundle codec engine errors inference latent machine "
+        "noise outliers settings statuses telemetry tracing v1 versions "
         "cryptography google grpc grpc_health grpc_reflection jwt numpy pydantic structlog"
     ),
     "processes": (
@@ -70,21 +72,27 @@ EXPORT = {
     "pixelcnn": "heads torch",
     "sampler": "pixelcnn torch",
     "moves": "likely.errors torch",
-    "cvae": "likely.errors logistic moves torch",
+    "trunks": "torch",
+    "cvae": "likely.errors logistic moves trunks torch",
+    "vae": "cvae logistic torch",
+    "autoencoder": "likely.errors moves trunks torch",
     "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
     "classifier": "likely.errors calibrate data moves numpy torch",
-    "families": "likely.errors classifier cvae local pixelcnn torch",
+    "families": "likely.errors autoencoder classifier cvae local pixelcnn vae torch",
     "optimisers": "likely.errors torch",
     "train": "likely.errors data optimisers numpy torch lightning_fabric",
     "statistics": "torch",
+    "attributes": "likely.answers numpy",
+    "directions": "likely.answers numpy",
     "recipes": (
-        "likely.answers likely.bundle likely.errors calibrate corruptions data families "
+        "likely.answers likely.bundle likely.errors attributes calibrate corruptions data families "
         "statistics optimisers numpy pydantic tomli_w"
     ),
     "runs": "likely.errors families recipes train torch",
     "progress": "train rich",
     "roles": (
-        "likely.bundle likely.errors classifier cvae local pixelcnn sampler statistics numpy torch"
+        "likely.bundle likely.errors autoencoder classifier cvae local pixelcnn sampler "
+        "statistics vae numpy torch"
     ),
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
@@ -105,14 +113,18 @@ EXPORT = {
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise baselines "
         "corruptions costs data generated judge material measures report numpy"
     ),
+    "features": (
+        "likely.answers likely.bundle likely.engine likely.graphs likely.latent attributes data "
+        "judge measures numpy scipy sklearn"
+    ),
     "build": (
         "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "
-        "likely.outliers calibrate classifier corruptions data graphs recipes roles runs "
-        "numpy torch"
+        "likely.outliers attributes calibrate classifier corruptions data directions graphs "
+        "recipes roles runs numpy torch"
     ),
     "__init__": "",
     "cli": (
-        "likely.bundle likely.errors build data evaluate families progress "
+        "likely.bundle likely.errors build data evaluate families features progress "
         "recipes runs train click rich"
     ),
 }

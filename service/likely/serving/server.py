@@ -20,7 +20,7 @@ from likely.serving.interceptors import Guard, Guarded
 from likely.serving.openinference.operations import Services
 from likely.serving.openinference.servicer import OpenInference
 from likely.serving.reflecting import reflect
-from likely.serving.servicers import Generation, Models, Scoring
+from likely.serving.servicers import Generation, Latent, Models, Scoring
 from likely.settings import Settings
 from likely.telemetry.metrics import Exporter, Metrics
 from likely.tracing import Tracing
@@ -28,6 +28,8 @@ from likely.v1 import (
     admin_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    latent_pb2,
+    latent_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
     scoring_pb2,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 SERVICES = (
     scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"].full_name,
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    latent_pb2.DESCRIPTOR.services_by_name["LatentService"].full_name,
     models_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
@@ -222,6 +225,8 @@ class Server:
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, served)
         generation = Generation(self.registry, limits, alpha, quota)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, served)
+        latent = Latent(self.registry, limits, quota)
+        latent_pb2_grpc.add_LatentServiceServicer_to_server(latent, served)
         models = Models(self.registry, limits, alpha)
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, served)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, served)

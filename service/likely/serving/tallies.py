@@ -11,7 +11,7 @@ import numpy as np
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from likely.inference import inference_pb2
-from likely.v1 import generation_pb2, models_pb2, scoring_pb2
+from likely.v1 import generation_pb2, latent_pb2, models_pb2, scoring_pb2
 
 Answer = (
     scoring_pb2.ScoreResponse
@@ -21,6 +21,9 @@ Answer = (
     | scoring_pb2.ClassifyStreamResponse
     | generation_pb2.GenerateResponse
     | generation_pb2.CompleteResponse
+    | latent_pb2.DecodeResponse
+    | latent_pb2.TraverseResponse
+    | latent_pb2.InterpolateResponse
     | models_pb2.ListModelsResponse
     | models_pb2.GetModelResponse
     | inference_pb2.ModelInferResponse
@@ -62,6 +65,12 @@ def size(answer: Answer) -> int:
             return len(answer.labels)
         case generation_pb2.CompleteResponse():
             return answer.images.shape[0]
+        case (
+            latent_pb2.DecodeResponse()
+            | latent_pb2.TraverseResponse()
+            | latent_pb2.InterpolateResponse()
+        ):
+            return max(answer.redrawings.shape[0], answer.redrawings.drawn.shape[0])
         case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
             return sum(size(outcome.response) for outcome in answer.outcomes)
         case inference_pb2.ModelStreamInferResponse():
