@@ -17,6 +17,7 @@ from likely_export.classifier import Classifier, ClassifierConfig
 from likely_export.cvae import CVAE, CVAEConfig
 from likely_export.local import LocalConfig, LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+from likely_export.pixelrnn import PixelRNN, PixelRNNConfig
 from likely_export.vae import VAE
 
 GIVEN_BY_DATA = ("shape", "levels", "labels")
@@ -40,6 +41,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "pixelcnn": Family(PixelCNNConfig, PixelCNN),
+        "pixelrnn": Family(PixelRNNConfig, PixelRNN),
         "cvae": Family(CVAEConfig, CVAE),
         "local": Family(LocalConfig, LocalPixelCNN),
         "classifier": Family(ClassifierConfig, Classifier),

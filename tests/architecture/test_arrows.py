@@ -69,8 +69,12 @@ EXPORT = {
     "measures": "likely.answers numpy scipy sklearn",
     "logistic": "torch",
     "local": "heads torch",
-    "pixelcnn": "heads torch",
-    "sampler": "pixelcnn torch",
+    "autoregressive": "heads torch",
+    "pixelcnn": "autoregressive torch",
+    "pixelrnn": "autoregressive torch",
+    "raster": "autoregressive torch",
+    "sampler": "pixelcnn raster torch",
+    "rnn_sampler": "pixelrnn raster torch",
     "moves": "likely.errors torch",
     "trunks": "torch",
     "cvae": "likely.errors logistic moves trunks torch",
@@ -78,7 +82,7 @@ EXPORT = {
     "autoencoder": "likely.errors moves trunks torch",
     "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
     "classifier": "likely.errors calibrate data moves numpy torch",
-    "families": "likely.errors autoencoder classifier cvae local pixelcnn vae torch",
+    "families": "likely.errors autoencoder classifier cvae local pixelcnn pixelrnn vae torch",
     "optimisers": "likely.errors torch",
     "train": "likely.errors data optimisers numpy torch lightning_fabric",
     "statistics": "torch",
@@ -91,8 +95,8 @@ EXPORT = {
     "runs": "likely.errors families recipes train torch",
     "progress": "train rich",
     "roles": (
-        "likely.bundle likely.errors autoencoder classifier cvae local pixelcnn sampler "
-        "statistics vae numpy torch"
+        "likely.bundle likely.errors autoencoder autoregressive classifier cvae local pixelcnn "
+        "pixelrnn raster rnn_sampler sampler statistics vae numpy torch"
     ),
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
@@ -134,12 +138,14 @@ BENCH = {
     "environment": "likely.machine",
     "memory": "likely.bundle likely.graphs likely.noise",
     "models": (
-        "likely.bundle likely_export.cvae likely_export.pixelcnn likely_export.roles onnx torch"
+        "likely.bundle likely_export.autoregressive likely_export.cvae likely_export.pixelcnn "
+        "likely_export.roles onnx torch"
     ),
     "exports": (
-        "likely.bundle likely.graphs likely_export.cvae likely_export.graphs likely_export.heads "
-        "likely_export.hygiene likely_export.logistic likely_export.pixelcnn likely_export.roles "
-        "likely_export.sampler __init__ models onnx torch"
+        "likely.bundle likely.graphs likely_export.autoregressive likely_export.cvae "
+        "likely_export.graphs likely_export.heads likely_export.hygiene likely_export.logistic "
+        "likely_export.pixelcnn likely_export.raster likely_export.roles likely_export.sampler "
+        "__init__ models onnx torch"
     ),
     "measures": (
         "likely.bundle likely.graphs likely.noise likely_export.graphs "
@@ -149,6 +155,12 @@ BENCH = {
         "likely.bundle likely.versions __init__ clock environment exports measures memory models"
     ),
     "tables": "rich",
+    "pixelrnn": (
+        "likely.bundle likely.graphs likely_export.autoregressive likely_export.data "
+        "likely_export.graphs likely_export.optimisers likely_export.pixelcnn "
+        "likely_export.pixelrnn likely_export.recipes likely_export.roles likely_export.train "
+        "clock models numpy torch"
+    ),
     "jobs": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.graphs likely.jobs "
         "likely.outliers numpy pyarrow"
