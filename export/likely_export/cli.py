@@ -210,6 +210,33 @@ def features(bundle: Path, source: str | None, as_json: bool) -> None:
     _show(figures)
 
 
+@main.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("compare.html"),
+    show_default=True,
+    help="The report; the figures lie beside it as .json.",
+)
+def compare(bundles: tuple[Path, ...], source: str | None, out: Path) -> None:
+    """Set BUNDLES of the same data side by side: who answers what, how well, at what cost."""
+    from likely.bundle import Bundle
+    from likely_export import compare, recipes
+    from likely_export.report import family
+
+    recipe = recipes.from_table(dict(Bundle.open(bundles[0]).manifest.recipe), source)
+    with _steps() as report:
+        report("compare")
+        data = recipe.data.load()
+        found = compare.compare(bundles, data, recipe.others(data.levels))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(found.figures, indent=1) + "\n")
+    family.write(out, found.figures, found.drawn, found.outside, found.levels)
+    click.echo(f"{out} and {out.with_suffix('.json')}")
+
+
 def _evaluated(
     bundle: Path, recipe: Recipe, *, write: bool = True
 ) -> tuple[dict[str, Any], Manifest]:
