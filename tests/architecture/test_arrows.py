@@ -121,15 +121,19 @@ EXPORT = {
         "likely.answers likely.bundle likely.engine likely.graphs likely.latent attributes data "
         "judge measures numpy scipy sklearn"
     ),
+    "compare": (
+        "likely.answers likely.bayes likely.bundle likely.engine likely.errors likely.graphs data "
+        "evaluate families features generated graphs judge measures train numpy sklearn torch"
+    ),
     "build": (
         "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "
-        "likely.outliers attributes calibrate classifier corruptions data directions graphs "
-        "recipes roles runs numpy torch"
+        "likely.outliers attributes calibrate classifier corruptions data directions evaluate "
+        "graphs measures recipes roles runs vae numpy torch"
     ),
     "__init__": "",
     "cli": (
-        "likely.bundle likely.errors build data evaluate families features progress "
-        "recipes runs train click rich"
+        "likely.bundle likely.errors build compare data evaluate families features progress "
+        "recipes report runs train click rich"
     ),
 }
 BENCH = {
