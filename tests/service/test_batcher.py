@@ -442,7 +442,7 @@ def test_a_deadline_before_its_turn_is_refused_at_once() -> None:
     run(work())
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int) -> None:
     async def work() -> None:
         graph, pace = Doubler(), 10.0
