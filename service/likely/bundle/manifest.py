@@ -159,6 +159,10 @@ class Manifest(_Entry):
         experts = evidence.shape[1] if evidence else 0
         if len(self.calibration.weights) != experts:
             raise ValueError(f"{len(self.calibration.weights)} weights for {experts} experts")
+        discriminate = self.graphs.get(Role.DISCRIMINATE)
+        p_label = discriminate.output("log_pyx") if discriminate else None
+        if discriminate and (p_label is None or p_label.shape != ("batch", len(self.labels))):
+            raise ValueError("the discriminate graph must give log_pyx, a number for every label")
         named = {graph.file for graph in self.graphs.values()}
         named |= {self.calibration.file, self.golden}
         if missing := named - set(self.files):
