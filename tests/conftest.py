@@ -41,12 +41,14 @@ CALIBRATION = 199
 class Toy:
     """Independent categorical pixels, so that every answer has a closed form.
 
-    p(x) = prod_d q[d, x_d] and p(x|y) = prod_d theta[y, d, x_d].
+    p(x) = prod_d q[d, x_d] and p(x|y) = prod_d theta[y, d, x_d]. The discriminative p(y|x) is
+    of the first pixel alone, t[x_0, y], and consistent: sum_x p(y|x) p(x) is the prior of y.
     """
 
     path: Path
     log_q: Doubles  # (c, h, w, levels)
     log_theta: Doubles  # (labels, c, h, w, levels)
+    log_t: Doubles  # (levels, labels)
 
     def log_px(self, x: Pixels) -> Doubles:
         total: Doubles = -self.surprise(x).sum((1, 2, 3))
@@ -59,6 +61,10 @@ class Toy:
     def log_pxy(self, x: Pixels) -> Doubles:
         log_pxy: Doubles = np.einsum("nchwl,ychwl->ny", self.hot(x), self.log_theta)
         return log_pxy
+
+    def log_pyx(self, x: Pixels) -> Doubles:
+        log_pyx: Doubles = self.log_t[x[:, 0, 0, 0]]
+        return log_pyx
 
     @property
     def log_tables(self) -> Doubles:
@@ -99,6 +105,8 @@ class Toy:
             }
         if role == "conditional":
             return {"log_pxy": self.log_pxy(feeds["x"]).astype(np.float32)}
+        if role == "discriminate":
+            return {"log_pyx": self.log_pyx(feeds["x"]).astype(np.float32)}
         if role == "encode" and "y" not in feeds:
             total = feeds["x"].sum((1, 2, 3), dtype=np.float32)
             return {"mean": np.stack((total, total), 1)}
@@ -146,6 +154,7 @@ ROLES: dict[str, tuple[Inputs, Inputs]] = {
         {**X, **Y},
         {"mean": ("float32", ("batch", LATENT)), "log_variance": ("float32", ("batch", LATENT))},
     ),
+    "discriminate": (X, {"log_pyx": ("float32", ("batch", LABELS))}),
     "decode": (
         {"z": ("float32", ("batch", LATENT)), "gumbel": ("float32", NOISE), **Y},
         {
@@ -180,11 +189,9 @@ def build_toy(
     from likely.bundle import write_manifest
 
     rng = np.random.default_rng(seed)
-    toy = Toy(
-        folder,
-        _log_softmax(rng.normal(size=(*SHAPE, LEVELS))),
-        _log_softmax(2 * rng.normal(size=(LABELS, *SHAPE, LEVELS))),
-    )
+    log_q = _log_softmax(rng.normal(size=(*SHAPE, LEVELS)))
+    log_theta = _log_softmax(2 * rng.normal(size=(LABELS, *SHAPE, LEVELS)))
+    toy = Toy(folder, log_q, log_theta, _consistent(np.exp(log_q[0, 0, 0]), seed))
     folder.mkdir(parents=True)
     known = PLAIN if plain else ROLES
     for role in roles:
@@ -199,6 +206,19 @@ def build_toy(
 def _log_softmax(logits: Doubles) -> Doubles:
     log_p: Doubles = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return log_p
+
+
+def _consistent(q: Doubles, seed: int) -> Doubles:
+    """log p(y|level) (levels, labels), at random but for q and `PRIORS`, the margins of the two.
+
+    The joint is fitted to them in turn (Deming and Stephan, 1940).
+    """
+    joint = np.exp(3 * np.random.default_rng([seed, 1]).normal(size=(LEVELS, LABELS)))
+    for _ in range(2000):
+        joint *= np.array(PRIORS) / joint.sum(0)
+        joint *= (q / joint.sum(1))[:, None]
+    log_t: Doubles = np.log(joint / q[:, None])
+    return log_t
 
 
 def _graph(role: str, toy: Toy, inputs: Inputs, outputs: Inputs) -> bytes:
@@ -246,6 +266,12 @@ def _graph(role: str, toy: Toy, inputs: Inputs, outputs: Inputs) -> bytes:
         theta = table("log_theta", toy.log_theta.astype(np.float32))
         each = node("Mul", node("Unsqueeze", one_hot(), axes(1), out="wide"), theta, out="each")
         total(each, 2, 3, 4, 5, out="log_pxy")
+    elif role == "discriminate":
+        spread = np.zeros((LABELS, *SHAPE, LEVELS))
+        spread[:, 0, 0, 0] = toy.log_t.T
+        weights = table("log_t", spread.astype(np.float32))
+        each = node("Mul", node("Unsqueeze", one_hot(), axes(1), out="wide"), weights, out="each")
+        total(each, 2, 3, 4, 5, out="log_pyx")
     elif role == "encode" and "y" not in inputs:
         level = node("Unsqueeze", total(as_float("x"), 1, 2, 3, out="level"), axes(1), out="one")
         node("Concat", level, level, out="mean", axis=1)

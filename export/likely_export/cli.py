@@ -152,6 +152,22 @@ def build(run: Path, out: Path, evaluated: bool) -> None:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--run", type=click.Path(path_type=Path), required=True, help="Where the model was trained."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The new bundle.")
+def extend(bundle: Path, run: Path, out: Path) -> None:
+    """Add a run's discriminative model to a BUNDLE of the same data; all else stays."""
+    from likely_export.build import extend as extend_bundle
+
+    with _steps() as report:
+        manifest = extend_bundle(bundle, run, out, report)
+    size = sum(record.size for record in manifest.files.values())
+    click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
 @click.option("--write", is_flag=True, help="Put figures and report into the bundle.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -192,6 +208,33 @@ def features(bundle: Path, source: str | None, as_json: bool) -> None:
         click.echo(json.dumps(figures))
         return
     _show(figures)
+
+
+@main.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("compare.html"),
+    show_default=True,
+    help="The report; the figures lie beside it as .json.",
+)
+def compare(bundles: tuple[Path, ...], source: str | None, out: Path) -> None:
+    """Set BUNDLES of the same data side by side: who answers what, how well, at what cost."""
+    from likely.bundle import Bundle
+    from likely_export import compare, recipes
+    from likely_export.report import family
+
+    recipe = recipes.from_table(dict(Bundle.open(bundles[0]).manifest.recipe), source)
+    with _steps() as report:
+        report("compare")
+        data = recipe.data.load()
+        found = compare.compare(bundles, data, recipe.others(data.levels))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(found.figures, indent=1) + "\n")
+    family.write(out, found.figures, found.drawn, found.outside, found.levels)
+    click.echo(f"{out} and {out.with_suffix('.json')}")
 
 
 def _evaluated(

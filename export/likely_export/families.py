@@ -13,9 +13,11 @@ from torch import nn
 
 from likely.errors import InvalidInput
 from likely_export.autoencoder import Autoencoder, AutoencoderConfig
+from likely_export.classifier import Classifier, ClassifierConfig
 from likely_export.cvae import CVAE, CVAEConfig
 from likely_export.local import LocalConfig, LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+from likely_export.pixelrnn import PixelRNN, PixelRNNConfig
 from likely_export.vae import VAE
 
 GIVEN_BY_DATA = ("shape", "levels", "labels")
@@ -39,8 +41,10 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "pixelcnn": Family(PixelCNNConfig, PixelCNN),
+        "pixelrnn": Family(PixelRNNConfig, PixelRNN),
         "cvae": Family(CVAEConfig, CVAE),
         "local": Family(LocalConfig, LocalPixelCNN),
+        "classifier": Family(ClassifierConfig, Classifier),
         "vae": Family(CVAEConfig, VAE, labelled=False),
         "autoencoder": Family(AutoencoderConfig, Autoencoder, labelled=False),
     }

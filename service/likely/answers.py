@@ -31,6 +31,13 @@ class Guarantee(IntEnum):
     PAC = 2
 
 
+class LabelRule(IntEnum):
+    """What a label is assigned by; the numbers are those of the wire contract."""
+
+    GENERATIVE = 1
+    DISCRIMINATIVE = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """How plausible pictures are.
@@ -59,19 +66,23 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Classifications:
-    """Which label Bayes' rule assigns, if any.
+    """Which label is assigned, if any.
 
     Attributes:
-        log_pxy: float64 (n, labels), log p(x|y) in nats, or a bound on it.
+        log_pxy: float64 (n, labels), the conditional model's log p(x|y) in nats, or a bound
+            on it; empty (n, 0) where it was not asked.
         posterior: float64 (n, labels), rows sum to 1.
         label: int64 (n,), the most probable label, whatever the verdict.
         p_value: float64 (n,), of the picture under p(x), in (0, 1].
         label_p_values: float64 (n, labels), of the picture under each label: those above
             alpha make a set that holds the true label with probability 1 - alpha, for every
-            label; empty (n, 0) where the bundle has none.
+            label; empty (n, 0) where `log_pxy` is.
         verdict: int8 (n,) of `Verdict`.
         alpha: the rate of false rejections that the verdicts were given at.
         model_version: the version that gave the answer.
+        composed: float64 (n, labels), log p(y|x) + log p(x) - log p(y) in nats, of the
+            discriminative model; empty (n, 0) where it was not asked.
+        rule: what the posterior and the label are by.
     """
 
     log_pxy: Doubles
@@ -82,6 +93,8 @@ class Classifications:
     verdict: Verdicts
     alpha: float
     model_version: str
+    composed: Doubles
+    rule: LabelRule
 
     @property
     def label_sets(self) -> Accepted:
@@ -167,7 +180,8 @@ class Draws:
         first_index: index of the first picture.
         seed: what they were drawn with.
         draws: int64 (n,), how often each picture was drawn until it passed.
-        accepted: bool (n,), whether its last draw passed; true without a self-check.
+        accepted: bool (n,), whether its last draw passed the self-check, or was kept by
+            acceptance; true without either.
         model_version: the version that drew them.
     """
 
@@ -232,6 +246,7 @@ class ModelInfo:
         limits: what requests are held to.
         digest: SHA-256 of the bundle's manifest, hexadecimal.
         version_labels: those of `stable` and `canary` that name this version.
+        discriminative: whether it has p(y|x) itself.
         directions: that Traverse takes.
         deterministic: whether features are points without a variance, which stand for
             pictures without a distribution: nothing can be drawn.
@@ -257,6 +272,7 @@ class ModelInfo:
     limits: Limits
     digest: str
     version_labels: tuple[str, ...] = ()
+    discriminative: bool = False
     directions: tuple[Direction, ...] = ()
     deterministic: bool = False
 
@@ -286,4 +302,15 @@ class SelfCheck:
     """
 
     alpha: float
+    max_draws: int
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Drawing from p(x) and keeping what p(y|x) makes of the label.
+
+    Attributes:
+        max_draws: draws of one picture, the first included.
+    """
+
     max_draws: int

@@ -19,6 +19,7 @@ from likely.answers import (
     Draws,
     Features,
     Floats,
+    LabelRule,
     Limits,
     ModelInfo,
     Pixels,
@@ -30,6 +31,7 @@ from likely.errors import InvalidInput
 from likely.v1 import generation_pb2, images_pb2, latent_pb2, models_pb2, scoring_pb2
 
 _FLOAT = np.dtype("<f4")
+_RULES = {rule: scoring_pb2.LabelRule.ValueType(rule) for rule in LabelRule}
 
 
 def images(x: Pixels) -> images_pb2.Images:
@@ -44,15 +46,15 @@ def shape(message: images_pb2.Images) -> tuple[int, int, int, int]:
         InvalidInput: it has not four dimensions, or one is negative.
     """
     claimed = tuple(message.shape)
+    if len(claimed) == 4 and min(claimed) >= 0:
+        return claimed
     if len(claimed) != 4:
         raise InvalidInput(
             "images.shape",
             f"{len(claimed)} dimensions; 4 are asked: pictures, channels, rows, columns",
         )
-    for axis, length in enumerate(claimed):
-        if length < 0:
-            raise InvalidInput(f"images.shape[{axis}]", f"{length} is negative")
-    return claimed
+    axis = next(axis for axis, length in enumerate(claimed) if length < 0)
+    raise InvalidInput(f"images.shape[{axis}]", f"{claimed[axis]} is negative")
 
 
 def pixels(message: images_pb2.Images) -> Pixels:
@@ -108,12 +110,13 @@ def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
     """Classifications as a message."""
     columns = (
         answer.log_pxy, answer.posterior, answer.label, answer.p_value, answer.verdict,
-        answer.label_p_values,
+        answer.label_p_values, answer.composed,
     )  # fmt: skip
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return scoring_pb2.ClassifyResponse(
         model_version=answer.model_version,
         alpha=answer.alpha,
+        rule=_RULES[answer.rule],
         classifications=[
             scoring_pb2.Classification(
                 log_likelihoods=log_pxy,
@@ -122,8 +125,9 @@ def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
                 p_value=p,
                 verdict=verdict,
                 label_p_values=each,
+                composed_log_likelihoods=composed,
             )
-            for log_pxy, posterior, y, p, verdict, each in rows
+            for log_pxy, posterior, y, p, verdict, each, composed in rows
         ],
     )
 
@@ -131,21 +135,24 @@ def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
 def classifications(message: scoring_pb2.ClassifyResponse, labels: int) -> Classifications:
     """The classifications of a message, for a model of so many labels."""
     rows = message.classifications
-    shape = (len(rows), labels)
     return Classifications(
-        log_pxy=_matrix([row.log_likelihoods for row in rows], shape),
-        posterior=_matrix([row.posterior for row in rows], shape),
+        log_pxy=_matrix([row.log_likelihoods for row in rows], labels),
+        posterior=_matrix([row.posterior for row in rows], labels),
         label=np.array([row.label for row in rows], dtype=np.int64),
         p_value=np.array([row.p_value for row in rows], dtype=np.float64),
-        label_p_values=_matrix([row.label_p_values for row in rows], shape),
+        label_p_values=_matrix([row.label_p_values for row in rows], labels),
         verdict=np.array([row.verdict for row in rows], dtype=np.int8),
         alpha=message.alpha,
         model_version=message.model_version,
+        composed=_matrix([row.composed_log_likelihoods for row in rows], labels),
+        rule=LabelRule(message.rule or LabelRule.GENERATIVE),  # of a server that knows no other
     )
 
 
-def _matrix(rows: Sequence[Sequence[float]], shape: tuple[int, int]) -> Doubles:
-    return np.array(rows, dtype=np.float64).reshape(shape)
+def _matrix(rows: Sequence[Sequence[float]], labels: int) -> Doubles:
+    """The rows, (n, labels), or (n, 0) where the answer leaves them out."""
+    width = len(rows[0]) if rows else labels
+    return np.array(rows, dtype=np.float64).reshape(len(rows), width)
 
 
 def encode_response(answer: Features) -> scoring_pb2.EncodeResponse:
@@ -319,6 +326,7 @@ def model(info: ModelInfo) -> models_pb2.Model:
         ),
         digest=info.digest,
         version_labels=info.version_labels,
+        discriminative=info.discriminative,
         directions=[
             models_pb2.Direction(name=each.name, kind=_direction_kind(each.kind))
             for each in info.directions
@@ -360,6 +368,7 @@ def model_info(message: models_pb2.Model) -> ModelInfo:
         ),
         digest=message.digest,
         version_labels=tuple(message.version_labels),
+        discriminative=message.discriminative,
         directions=tuple(
             Direction(each.name, models_pb2.DirectionKind.Name(each.kind).split("_")[-1].lower())
             for each in message.directions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -11,6 +10,7 @@ import numpy as np
 
 from likely import bayes, noise
 from likely.answers import (
+    Acceptance,
     Accepted,
     Classifications,
     Doubles,
@@ -18,6 +18,7 @@ from likely.answers import (
     Features,
     Floats,
     Guarantee,
+    LabelRule,
     Labels,
     Pixels,
     Redrawings,
@@ -38,13 +39,13 @@ from likely.generation import Generator
 from likely.graphs import Array, Device, Session, agrees
 from likely.latent import Drawing, Redrawer, directions
 from likely.outliers import Detector
-from likely.ranking import UNUSUALNESS, Ranked
+from likely.ranking import RANKED, Ranked
 from likely.trust import Trust
 
 LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
 TUNING = 0.06  # seconds for each graph
-_SCORE, _SURPRISE = ("log_px", UNUSUALNESS), ("log_px", UNUSUALNESS, "surprise")
-_OUTLIER, _ACCEPTED = np.int8(Verdict.OUTLIER), np.int8(Verdict.ACCEPTED)
+_SCORE, _SURPRISE = (RANKED,), (RANKED, "surprise")
+_ACCEPTED = np.int8(Verdict.ACCEPTED)  # the next is OUTLIER
 _METHODS: dict[str, tuple[Role, ...]] = {
     "Score": (Role.DENSITY,),
     "Classify": (Role.CONDITIONAL,),
@@ -127,7 +128,9 @@ class Engine:
         golden = bundle.golden()
         runners: dict[Role, Runner] = {**sessions}
         if self._detector is not None:
-            runners[Role.DENSITY] = Ranked(sessions[Role.DENSITY], self._detector)
+            runners[Role.DENSITY] = Ranked(
+                sessions[Role.DENSITY], self._detector, self.manifest.dimensions
+            )
         self._replay(runners, golden)
         lanes, best = terms.lanes or cores, dict.fromkeys(runners, Best(max_batch))
         if not max_batch:
@@ -145,7 +148,14 @@ class Engine:
             traffic=traffic,
         )
         self.providers = self._lanes.providers
-        self._generator = Generator(self.manifest, self._lanes, self._passes, self._surprise)
+        self._generator = Generator(
+            self.manifest,
+            self._lanes,
+            self._passes,
+            self._surprise,
+            self._p_label,
+            rows=best[Role.SAMPLE].rows if Role.SAMPLE in best else 1,
+        )
         self._redrawer = Redrawer(self.manifest, self._lanes)
 
     @classmethod
@@ -260,9 +270,11 @@ class Engine:
         priors: Doubles | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         seen: bool = True,
     ) -> Classifications:
-        """Which label Bayes' rule assigns, if any.
+        """Which label is assigned, if any.
 
         Args:
             x: uint8 (n, c, h, w), levels below the model's.
@@ -270,17 +282,35 @@ class Engine:
             priors: p(y) (labels,); None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
             guarantee: what alpha is to hold for.
+            rule: what assigns the label.
+            both: whether to give log p(x|y) by the other rule too.
             seen: whether monitors are told.
         """
         self._trust.require()
-        density, conditional = await self._lanes.run_all(
-            _ask(Role.DENSITY, {"x": x}, _SCORE), self._conditional(x)
-        )
-        scores = self._scores(density, alpha, guarantee)
-        evidence = self._evidence(conditional)
-        posterior = self._posterior(evidence, priors)
-        # What a label's pictures look like does not depend on how many of them are expected.
-        own = posterior if priors is None else self._posterior(evidence)
+        asks = [_ask(Role.DENSITY, {"x": x}, _SCORE)]
+        if both or rule == LabelRule.GENERATIVE:
+            asks.append(self._conditional(x))
+        if both or rule == LabelRule.DISCRIMINATIVE:
+            asks.append(_ask(Role.DISCRIMINATE, {"x": x}, ("log_pyx",)))
+        arrays = await self._lanes.run_all(*asks)
+        found = {ask.role: given for ask, given in zip(asks, arrays, strict=True)}
+        scores = self._scores(found[Role.DENSITY], alpha, guarantee)
+        log_pxy = composed = label_p_values = np.empty((len(x), 0))
+        if (conditional := found.get(Role.CONDITIONAL)) is not None:
+            log_pxy = conditional["log_pxy"].astype(np.float64)
+            evidence = self._evidence(conditional)
+            # What a label's pictures look like does not depend on how many of them are expected.
+            own = self._posterior(evidence)
+            posterior = own if priors is None else self._posterior(evidence, priors)
+            label_p_values = self.detector.label_p_values(scores.unusualness, own)
+        if (discriminative := found.get(Role.DISCRIMINATE)) is not None:
+            self._trust.check(*discriminative.values())
+            composed = bayes.composed(
+                discriminative["log_pyx"], scores.log_px, self.manifest.priors
+            )
+        if rule == LabelRule.DISCRIMINATIVE:
+            expected = self.manifest.priors if priors is None else priors
+            posterior = bayes.posterior(composed, expected)
         label = posterior.argmax(1).astype(np.int64)
         unsure = posterior.max(1, initial=0.0) < min_posterior
         verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
@@ -288,14 +318,16 @@ class Engine:
         if seen:
             self._seen(self, "Classify", scores)
         return Classifications(
-            log_pxy=conditional["log_pxy"].astype(np.float64),
+            log_pxy=log_pxy,
             posterior=posterior,
             label=label,
             p_value=scores.p_value,
-            label_p_values=self.detector.label_p_values(scores.unusualness, own),
+            label_p_values=label_p_values,
             verdict=verdict.astype(np.int8),
             alpha=alpha,
             model_version=self.manifest.version,
+            composed=composed,
+            rule=rule,
         )
 
     async def encode(self, x: Pixels, label: Labels | None = None) -> Features:
@@ -420,6 +452,7 @@ class Engine:
         temperature: float = 1.0,
         chunk: int = 64,
         check: SelfCheck | None = None,
+        acceptance: Acceptance | None = None,
     ) -> AsyncGenerator[Draws, None]:
         """Pictures drawn from the model, in chunks.
 
@@ -431,8 +464,19 @@ class Engine:
             temperature: multiplies the noise that levels are drawn with.
             chunk: pictures of one chunk.
             check: redraw what does not pass.
+            acceptance: draw from p(x), and redraw what p(y|x) does not keep; without a check.
         """
         self._trust.require()
+        if acceptance:
+            return self._generator.accept(
+                label,
+                count,
+                seed,
+                first_index=first_index,
+                temperature=temperature,
+                chunk=chunk,
+                acceptance=acceptance,
+            )
         return self._generator.generate(
             label,
             count,
@@ -500,6 +544,13 @@ class Engine:
         plausible: Accepted = scores.verdict == Verdict.ACCEPTED
         return plausible
 
+    async def _p_label(self, x: Pixels, labels: Labels) -> Doubles:
+        """p(y|x) of a label for each picture, as the discriminative model says, float64 (n,)."""
+        found = await self._lanes.run(Role.DISCRIMINATE, {"x": x}, ["log_pyx"])
+        self._trust.check(*found.values())
+        p: Doubles = np.exp(found["log_pyx"][np.arange(len(x)), labels].astype(np.float64))
+        return p
+
     def _decoded_under(self, label: Labels) -> Labels | None:
         """The labels, where the model decodes under any."""
         return None if self._lanes.graph(Role.DECODE).input("y") is None else label
@@ -517,14 +568,15 @@ class Engine:
 
     def _scores(self, arrays: Mapping[str, Array], alpha: float, guarantee: Guarantee) -> Scores:
         self._trust.check(*arrays.values())
-        log_px = arrays["log_px"].astype(np.float64)
-        p_value = self.detector.p_value(arrays[UNUSUALNESS], guarantee)
+        log_px, bits_per_dim, unusualness, p_value = arrays[RANKED].T
+        if guarantee is not Guarantee.MARGINAL:
+            p_value = self.detector.p_value(unusualness, guarantee)
         return Scores(
             log_px=log_px,
-            bits_per_dim=log_px / (-math.log(2) * self.manifest.dimensions),
-            unusualness=arrays[UNUSUALNESS],
+            bits_per_dim=bits_per_dim,
+            unusualness=unusualness,
             p_value=p_value,
-            verdict=np.where(p_value <= alpha, _OUTLIER, _ACCEPTED),
+            verdict=_ACCEPTED + (p_value <= alpha),
             alpha=alpha,
             surprise=arrays.get("surprise"),
             model_version=self.manifest.version,

@@ -30,7 +30,7 @@ SERVICE = {
     "graphs": "bundle errors machine numpy onnxruntime",
     "tracing": "errors machine opentelemetry",
     "batching": "bundle errors graphs tracing numpy prometheus_client",
-    "ranking": "bundle graphs outliers numpy",
+    "ranking": "answers bundle graphs outliers numpy",
     "trust": "batching errors graphs numpy",
     "generation": "answers batching bundle errors noise numpy",
     "latent": "answers batching bundle errors noise numpy",
@@ -69,18 +69,23 @@ EXPORT = {
     "measures": "likely.answers numpy scipy sklearn",
     "logistic": "torch",
     "local": "heads torch",
-    "pixelcnn": "heads torch",
-    "sampler": "pixelcnn torch",
+    "autoregressive": "heads torch",
+    "pixelcnn": "autoregressive torch",
+    "pixelrnn": "autoregressive torch",
+    "raster": "autoregressive torch",
+    "sampler": "pixelcnn raster torch",
+    "rnn_sampler": "pixelrnn raster torch",
     "moves": "likely.errors torch",
     "trunks": "torch",
     "cvae": "likely.errors logistic moves trunks torch",
     "vae": "cvae logistic torch",
     "autoencoder": "likely.errors moves trunks torch",
-    "families": "likely.errors autoencoder cvae local pixelcnn vae torch",
+    "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
+    "classifier": "likely.errors calibrate data moves numpy torch",
+    "families": "likely.errors autoencoder classifier cvae local pixelcnn pixelrnn vae torch",
     "optimisers": "likely.errors torch",
     "train": "likely.errors data optimisers numpy torch lightning_fabric",
     "statistics": "torch",
-    "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
     "attributes": "likely.answers numpy",
     "directions": "likely.answers numpy",
     "recipes": (
@@ -90,8 +95,8 @@ EXPORT = {
     "runs": "likely.errors families recipes train torch",
     "progress": "train rich",
     "roles": (
-        "likely.bundle likely.errors autoencoder cvae local pixelcnn sampler statistics vae "
-        "numpy torch"
+        "likely.bundle likely.errors autoencoder autoregressive classifier cvae local pixelcnn "
+        "pixelrnn raster rnn_sampler sampler statistics vae numpy torch"
     ),
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
@@ -107,6 +112,7 @@ EXPORT = {
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise data judge "
         "material measures numpy"
     ),
+    "composition": "likely.answers likely.engine data judge measures numpy scipy",
     "evaluate": (
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise baselines "
         "corruptions costs data generated judge material measures report numpy"
@@ -117,8 +123,8 @@ EXPORT = {
     ),
     "build": (
         "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "
-        "likely.outliers attributes calibrate corruptions data directions graphs recipes roles "
-        "runs numpy torch"
+        "likely.outliers attributes calibrate classifier corruptions data directions graphs "
+        "recipes roles runs numpy torch"
     ),
     "__init__": "",
     "cli": (
@@ -132,12 +138,14 @@ BENCH = {
     "environment": "likely.machine",
     "memory": "likely.bundle likely.graphs likely.noise",
     "models": (
-        "likely.bundle likely_export.cvae likely_export.pixelcnn likely_export.roles onnx torch"
+        "likely.bundle likely_export.autoregressive likely_export.cvae likely_export.pixelcnn "
+        "likely_export.roles onnx torch"
     ),
     "exports": (
-        "likely.bundle likely.graphs likely_export.cvae likely_export.graphs likely_export.heads "
-        "likely_export.hygiene likely_export.logistic likely_export.pixelcnn likely_export.roles "
-        "likely_export.sampler __init__ models onnx torch"
+        "likely.bundle likely.graphs likely_export.autoregressive likely_export.cvae "
+        "likely_export.graphs likely_export.heads likely_export.hygiene likely_export.logistic "
+        "likely_export.pixelcnn likely_export.raster likely_export.roles likely_export.sampler "
+        "__init__ models onnx torch"
     ),
     "measures": (
         "likely.bundle likely.graphs likely.noise likely_export.graphs "
@@ -147,6 +155,12 @@ BENCH = {
         "likely.bundle likely.versions __init__ clock environment exports measures memory models"
     ),
     "tables": "rich",
+    "pixelrnn": (
+        "likely.bundle likely.graphs likely_export.autoregressive likely_export.data "
+        "likely_export.graphs likely_export.optimisers likely_export.pixelcnn "
+        "likely_export.pixelrnn likely_export.recipes likely_export.roles likely_export.train "
+        "clock models numpy torch"
+    ),
     "jobs": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.graphs likely.jobs "
         "likely.outliers numpy pyarrow"

@@ -48,8 +48,11 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     async def passes(x: Pixels, labels: Labels, alpha: float) -> Any:
         raise AssertionError("completion checks nothing")
 
+    async def p_label(x: Pixels, labels: Labels) -> Any:
+        raise AssertionError("completion keeps everything")
+
     manifest = cast(Any, SimpleNamespace(name="small", version="1", labels=(), priors=()))
-    return Generator(manifest, lanes, passes, surprise)
+    return Generator(manifest, lanes, passes, surprise, p_label, rows=1)
 
 
 def opened(source: roles.GraphSource, path: Path) -> Session:

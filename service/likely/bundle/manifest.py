@@ -45,6 +45,7 @@ class Role(StrEnum):
     CONDITIONAL = "conditional"  # x[, noise] -> log p(x|y) for all labels
     GENERATE = "generate"  # y, noise -> x in one pass (latent-variable models)
     SAMPLE = "sample"  # [y,] noise -> x pixel by pixel (autoregressive models)
+    DISCRIMINATE = "discriminate"  # x -> log p(y|x) for all labels, under the manifest's priors
     ENCODE = "encode"  # x[, y] -> mean[ and log-variance] of the latent features
     DECODE = "decode"  # z[, noise][, y] -> mean[, deviation and a draw] of every pixel
 

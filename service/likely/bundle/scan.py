@@ -20,7 +20,7 @@ _OPERATORS = """
     Abs Add And ArgMax ArgMin Cast Ceil Clip Concat Conv ConvTranspose Cos CumSum DepthToSpace
     Div Einsum Elu Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm
     Greater GreaterOrEqual Identity IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual
-    Log LogSoftmax MatMul Max Min Mod Mul Neg Not OneHot Or Pow Range Reciprocal
+    Log LogSoftmax MatMul Max MaxPool Min Mod Mul Neg Not OneHot Or Pow Range Reciprocal
     ReduceLogSumExp ReduceMean ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Round
     Scan ScatterElements ScatterND Shape Sigmoid Sign Sin Slice Softmax Softplus Softsign
     Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor

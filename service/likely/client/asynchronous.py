@@ -17,6 +17,7 @@ from likely.answers import (
     Draws,
     Features,
     Guarantee,
+    LabelRule,
     ModelInfo,
     Redrawings,
     Scores,
@@ -78,12 +79,23 @@ class AsyncClient:
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         model: str | None = None,
         version: str | None = None,
     ) -> Classifications:
         """As `Client.classify`."""
         plan = plans.classify(
-            self._catalogue, images, alpha, priors, min_posterior, guarantee, model, version
+            self._catalogue,
+            images,
+            alpha,
+            priors,
+            min_posterior,
+            guarantee,
+            rule,
+            both,
+            model,
+            version,
         )
         return await self._follow(plan)
 
@@ -112,12 +124,16 @@ class AsyncClient:
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         model: str | None = None,
         version: str | None = None,
     ) -> AsyncIterator[Classifications | LikelyError]:
         """As `Client.classify_stream`; the feed may be asynchronous too."""
         info = await self.model(model, version)
-        questions = plans.classify_questions(info, alpha, priors, min_posterior, guarantee, version)
+        questions = plans.classify_questions(
+            info, alpha, priors, min_posterior, guarantee, rule, both, version
+        )
         async with aclosing(self._feed(images, questions)) as outcomes:
             async for outcome in outcomes:
                 yield outcome
@@ -201,6 +217,7 @@ class AsyncClient:
         first_index: int = 0,
         temperature: float | None = None,
         self_check: bool = False,
+        acceptance: bool = False,
         alpha: float | None = None,
         max_draws: int | None = None,
         model: str | None = None,
@@ -214,6 +231,7 @@ class AsyncClient:
             first_index=first_index,
             temperature=temperature,
             self_check=self_check,
+            acceptance=acceptance,
             alpha=alpha,
             max_draws=max_draws,
             model=model,
@@ -230,6 +248,7 @@ class AsyncClient:
         first_index: int = 0,
         temperature: float | None = None,
         self_check: bool = False,
+        acceptance: bool = False,
         alpha: float | None = None,
         max_draws: int | None = None,
         model: str | None = None,
@@ -239,8 +258,9 @@ class AsyncClient:
         info = await self.model(model, version)
         last: Draws | None = None
         check = plans.self_check(self_check, alpha, max_draws)
+        kept = plans.acceptance(acceptance, max_draws)
         for request in plans.generations(
-            info, version, label, count, seed, first_index, temperature, check
+            info, version, label, count, seed, first_index, temperature, check, kept
         ):
             plans.pin(request, last)
             call = self._ask(request)

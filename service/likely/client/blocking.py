@@ -16,6 +16,7 @@ from likely.answers import (
     Draws,
     Features,
     Guarantee,
+    LabelRule,
     ModelInfo,
     Redrawings,
     Scores,
@@ -108,6 +109,8 @@ class Client:
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         model: str | None = None,
         version: str | None = None,
     ) -> Classifications:
@@ -119,6 +122,8 @@ class Client:
             priors: p(y) in the model's order; None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
             guarantee: what alpha is to hold for: on average, or with 95 % confidence.
+            rule: what assigns the label: Bayes' rule over p(x|y), or p(y|x) itself.
+            both: whether to give log p(x|y) by the other rule too.
             model: its name.
             version: its version.
 
@@ -126,7 +131,16 @@ class Client:
             LikelyError: as `score`.
         """
         plan = plans.classify(
-            self._catalogue, images, alpha, priors, min_posterior, guarantee, model, version
+            self._catalogue,
+            images,
+            alpha,
+            priors,
+            min_posterior,
+            guarantee,
+            rule,
+            both,
+            model,
+            version,
         )
         return self._follow(plan)
 
@@ -171,6 +185,8 @@ class Client:
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         model: str | None = None,
         version: str | None = None,
     ) -> Iterator[Classifications | LikelyError]:
@@ -182,6 +198,8 @@ class Client:
             priors: p(y) in the model's order; None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
             guarantee: what alpha is to hold for: on average, or with 95 % confidence.
+            rule: what assigns the label: Bayes' rule over p(x|y), or p(y|x) itself.
+            both: whether to give log p(x|y) by the other rule too.
             model: its name.
             version: its version.
 
@@ -189,7 +207,9 @@ class Client:
             LikelyError: as `score_stream`.
         """
         info = self.model(model, version)
-        questions = plans.classify_questions(info, alpha, priors, min_posterior, guarantee, version)
+        questions = plans.classify_questions(
+            info, alpha, priors, min_posterior, guarantee, rule, both, version
+        )
         return self._feed(images, questions)
 
     def encode(
@@ -328,6 +348,7 @@ class Client:
         first_index: int = 0,
         temperature: float | None = None,
         self_check: bool = False,
+        acceptance: bool = False,
         alpha: float | None = None,
         max_draws: int | None = None,
         model: str | None = None,
@@ -342,6 +363,8 @@ class Client:
             first_index: of the first picture.
             temperature: multiplies the noise, in [0, 2]; None is 1.
             self_check: redraw what the server would reject, or assign another label.
+            acceptance: draw from p(x), and keep with probability p(y|x); in place of a
+                conditional model, and without a self-check.
             alpha: of the self-check; None for the server's default.
             max_draws: of one picture; None for the server's default.
             model: its name.
@@ -357,6 +380,7 @@ class Client:
             first_index=first_index,
             temperature=temperature,
             self_check=self_check,
+            acceptance=acceptance,
             alpha=alpha,
             max_draws=max_draws,
             model=model,
@@ -373,6 +397,7 @@ class Client:
         first_index: int = 0,
         temperature: float | None = None,
         self_check: bool = False,
+        acceptance: bool = False,
         alpha: float | None = None,
         max_draws: int | None = None,
         model: str | None = None,
@@ -382,8 +407,9 @@ class Client:
         info = self.model(model, version)
         last: Draws | None = None
         check = plans.self_check(self_check, alpha, max_draws)
+        kept = plans.acceptance(acceptance, max_draws)
         for request in plans.generations(
-            info, version, label, count, seed, first_index, temperature, check
+            info, version, label, count, seed, first_index, temperature, check, kept
         ):
             plans.pin(request, last)
             call = self._ask(request)

@@ -21,6 +21,7 @@ from likely.answers import (
     Draws,
     Features,
     Guarantee,
+    LabelRule,
     ModelInfo,
     Pixels,
     Redrawings,
@@ -133,6 +134,8 @@ def classify_questions(
     priors: npt.ArrayLike | None,
     min_posterior: float,
     guarantee: Guarantee,
+    rule: LabelRule,
+    both: bool,
     version: str | None,
 ) -> Questions[Classifications]:
     """Which labels pictures have."""
@@ -148,6 +151,8 @@ def classify_questions(
             priors=given,
             min_posterior=min_posterior,
             guarantee=int(guarantee),
+            rule=int(rule),
+            both=both,
         )
 
     def read(answer: scoring_pb2.ClassifyResponse, _: tuple[int, ...]) -> Classifications:
@@ -178,12 +183,16 @@ def classify(
     priors: npt.ArrayLike | None,
     min_posterior: float,
     guarantee: Guarantee,
+    rule: LabelRule,
+    both: bool,
     model: str | None,
     version: str | None,
 ) -> Plan[Classifications]:
     """The classifications of all pictures."""
     info = yield from catalogue.model(model, version)
-    questions = classify_questions(info, alpha, priors, min_posterior, guarantee, version)
+    questions = classify_questions(
+        info, alpha, priors, min_posterior, guarantee, rule, both, version
+    )
     return (yield from _divided(pixels(images), info, questions))
 
 
@@ -363,6 +372,7 @@ def generations(
     first_index: int,
     temperature: float | None,
     self_check: generation_pb2.SelfCheck | None,
+    acceptance: generation_pb2.Acceptance | None,
 ) -> Iterator[generation_pb2.GenerateRequest]:
     """The requests that draw `count` pictures, none of them above the server's limit.
 
@@ -380,6 +390,7 @@ def generations(
             first_index=first_index + start,
             temperature=temperature,
             self_check=self_check,
+            acceptance=acceptance,
         )
 
 
@@ -390,6 +401,11 @@ def self_check(
     if not wanted:
         return None
     return _message(generation_pb2.SelfCheck, alpha=alpha, max_draws=max_draws)
+
+
+def acceptance(wanted: bool, max_draws: int | None) -> generation_pb2.Acceptance | None:
+    """The drawing by acceptance that a request asks for, if any."""
+    return _message(generation_pb2.Acceptance, max_draws=max_draws) if wanted else None
 
 
 def completions(

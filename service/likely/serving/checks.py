@@ -16,10 +16,12 @@ import numpy as np
 
 from likely import bayes, codec
 from likely.answers import (
+    Acceptance,
     Accepted,
     Doubles,
     Floats,
     Guarantee,
+    LabelRule,
     Labels,
     Limits,
     Pixels,
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from likely.outliers import Detector
 
 HOTTEST = 2.0
+_HIGHEST = np.iinfo(np.uint8).max
 USUAL_DRAWS, MOST_DRAWS = 16, 100
+USUAL_ATTEMPTS, MOST_ATTEMPTS = 100, 1000  # draws until one is kept by p(y|x)
 MOST_PROPOSALS = 256
 LARGEST_FEATURE = 1e4  # beyond, a decoder's sums could leave the numbers that there are
 FARTHEST = 100.0  # units of a direction
@@ -45,6 +49,7 @@ Moving = latent_pb2.TraverseRequest | latent_pb2.InterpolateRequest
 Redrawing = latent_pb2.DecodeRequest | Moving
 Drawn = Generating | Redrawing
 _GUARANTEES: dict[int, Guarantee] = {0: Guarantee.MARGINAL, **{int(g): g for g in Guarantee}}
+_RULES: dict[int, LabelRule] = {0: LabelRule.GENERATIVE, **{int(r): r for r in LabelRule}}
 _AXES = ("pictures", "channels", "rows", "columns")
 
 
@@ -75,7 +80,7 @@ def pixels(
     x = codec.pixels(request.images)
     if known is not None:
         x = x * known
-    if x.size and x.max() >= manifest.levels:
+    if manifest.levels <= _HIGHEST and np.maximum.reduce(x, None, initial=0) >= manifest.levels:
         i, c, h, w = np.unravel_index(int(np.argmax(x >= manifest.levels)), x.shape)
         raise InvalidInput(
             "images.data",
@@ -88,11 +93,15 @@ def pixels(
 def geometry(request: Pictured, manifest: Manifest, limits: Limits) -> None:
     """Returns if the claimed shape is the model's and the pictures are not too many."""
     n, *claimed = codec.shape(request.images)
-    for axis, (given, asked) in enumerate(zip(claimed, manifest.shape, strict=True), start=1):
-        if given != asked:
-            raise InvalidInput(
-                f"images.shape[{axis}]", f"{given} {_AXES[axis]}; the model takes {asked}"
-            )
+    if tuple(claimed) != manifest.shape:
+        axis, given, asked = next(
+            (axis, given, asked)
+            for axis, given, asked in zip((1, 2, 3), claimed, manifest.shape, strict=True)
+            if given != asked
+        )
+        raise InvalidInput(
+            f"images.shape[{axis}]", f"{given} {_AXES[axis]}; the model takes {asked}"
+        )
     if n > limits.images_per_request:
         raise InvalidInput(
             "images.shape[0]",
@@ -135,6 +144,14 @@ def guarantee(request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest) -
     found = _GUARANTEES.get(request.guarantee)
     if found is None:
         raise InvalidInput("guarantee", f"{request.guarantee} is no number of a guarantee")
+    return found
+
+
+def rule(request: scoring_pb2.ClassifyRequest) -> LabelRule:
+    """What assigns the request's labels."""
+    found = _RULES.get(request.rule)
+    if found is None:
+        raise InvalidInput("rule", f"{request.rule} is no number of a rule")
     return found
 
 
@@ -216,6 +233,17 @@ def self_check(
         _in_field("self_check", alpha, asked, engine.detector, default_alpha),
         _within("self_check.max_draws", draws, MOST_DRAWS),
     )
+
+
+def acceptance(request: generation_pb2.GenerateRequest) -> Acceptance | None:
+    """How draws of p(x) are kept for a label; None where the model shall draw with it."""
+    if not request.HasField("acceptance"):
+        return None
+    if request.HasField("self_check"):
+        raise InvalidInput("acceptance", "a self-check is asked for too; one of them is allowed")
+    asked = request.acceptance
+    draws = asked.max_draws if asked.HasField("max_draws") else USUAL_ATTEMPTS
+    return Acceptance(_within("acceptance.max_draws", draws, MOST_ATTEMPTS))
 
 
 def mask(request: generation_pb2.CompleteRequest) -> Accepted:

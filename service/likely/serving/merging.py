@@ -33,7 +33,7 @@ def key(request: Request) -> Hashable:
     )
     if isinstance(request, scoring_pb2.ScoreRequest):
         return *common, request.surprise
-    return *common, tuple(request.priors), request.min_posterior
+    return *common, tuple(request.priors), request.min_posterior, request.rule, request.both
 
 
 def rows(request: Request) -> int:
@@ -76,4 +76,5 @@ def _classifications(
         model_version=response.model_version,
         classifications=response.classifications[start:stop],
         alpha=response.alpha,
+        rule=response.rule,
     )

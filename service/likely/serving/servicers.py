@@ -87,6 +87,8 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
                 priors=priors,
                 min_posterior=floor,
                 guarantee=checks.guarantee(request),
+                rule=checks.rule(request),
+                both=request.both,
             )
 
     async def Encode(
@@ -177,6 +179,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
                 temperature=checks.temperature(request),
                 chunk=checks.chunk(engine.manifest, self._limits),
                 check=checks.self_check(request, engine, self._default_alpha),
+                acceptance=checks.acceptance(request),
             )
             self._quota.take(callers.current().client, count)
             async with aclosing(drawn) as chunks:

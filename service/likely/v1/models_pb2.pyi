@@ -187,6 +187,7 @@ class Model(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
     VERSION_LABELS_FIELD_NUMBER: builtins.int
+    DISCRIMINATIVE_FIELD_NUMBER: builtins.int
     DIRECTIONS_FIELD_NUMBER: builtins.int
     DETERMINISTIC_FIELD_NUMBER: builtins.int
     name: builtins.str
@@ -226,6 +227,11 @@ class Model(google.protobuf.message.Message):
     digest: builtins.str
     """SHA-256 of the bundle's manifest, hexadecimal: two servers that give the
     same digest give the same model.
+    """
+    discriminative: builtins.bool
+    """Whether the model has p(y|x) itself: Classify then takes the
+    discriminative rule, even where `methods`, which is about the generative
+    one, does not list it, and Generate draws by acceptance.
     """
     deterministic: builtins.bool
     """Whether features are points without a variance and stand for pictures
@@ -284,11 +290,12 @@ class Model(google.protobuf.message.Message):
         limits: Global___Limits | None = ...,
         digest: builtins.str = ...,
         version_labels: collections.abc.Iterable[builtins.str] | None = ...,
+        discriminative: builtins.bool = ...,
         directions: collections.abc.Iterable[Global___Direction] | None = ...,
         deterministic: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["calibration_size", b"calibration_size", "channels", b"channels", "conditional_kind", b"conditional_kind", "default_alpha", b"default_alpha", "density_kind", b"density_kind", "description", b"description", "deterministic", b"deterministic", "digest", b"digest", "directions", b"directions", "execution_providers", b"execution_providers", "finest_alpha", b"finest_alpha", "height", b"height", "importance_samples", b"importance_samples", "labels", b"labels", "latent_dimensions", b"latent_dimensions", "levels", b"levels", "limits", b"limits", "methods", b"methods", "name", b"name", "posterior_temperature", b"posterior_temperature", "version", b"version", "version_labels", b"version_labels", "width", b"width"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["calibration_size", b"calibration_size", "channels", b"channels", "conditional_kind", b"conditional_kind", "default_alpha", b"default_alpha", "density_kind", b"density_kind", "description", b"description", "deterministic", b"deterministic", "digest", b"digest", "directions", b"directions", "discriminative", b"discriminative", "execution_providers", b"execution_providers", "finest_alpha", b"finest_alpha", "height", b"height", "importance_samples", b"importance_samples", "labels", b"labels", "latent_dimensions", b"latent_dimensions", "levels", b"levels", "limits", b"limits", "methods", b"methods", "name", b"name", "posterior_temperature", b"posterior_temperature", "version", b"version", "version_labels", b"version_labels", "width", b"width"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
 

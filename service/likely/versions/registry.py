@@ -141,11 +141,14 @@ class Registry:
         Raises:
             InvalidInput, ModelNotFound, Unavailable: as `find`.
         """
+        named = self._labels.get(name, {}).get(version, version) or self.default(name) or ""
+        held = (self._shelves or {}).get(name, {}).get(named)
+        if held is not None:
+            return held
         check_name("model_name", name)
         if version:
             check_name("model_version", version)
-        named = self._labels.get(name, {}).get(version, version)
-        return self._held(name, named or self.default(name) or "")
+        return self._held(name, named)
 
     def default(self, name: str) -> str | None:
         """The version that answers a request that names none: the stable one, or by policy."""
@@ -260,6 +263,7 @@ def describe(
         limits=limits,
         digest=engine.digest,
         version_labels=tuple(version_labels),
+        discriminative=Role.DISCRIMINATE in manifest.graphs,
         directions=tuple(
             Direction(each.name, each.kind)
             for each in (manifest.latent.directions if manifest.latent else ())
