@@ -15,6 +15,7 @@ from likely.errors import InvalidInput
 from likely_export.cvae import CVAE, CVAEConfig
 from likely_export.local import LocalConfig, LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+from likely_export.pixelrnn import PixelRNN, PixelRNNConfig
 
 GIVEN_BY_DATA = ("shape", "levels", "labels")
 
@@ -35,6 +36,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "pixelcnn": Family(PixelCNNConfig, PixelCNN),
+        "pixelrnn": Family(PixelRNNConfig, PixelRNN),
         "cvae": Family(CVAEConfig, CVAE),
         "local": Family(LocalConfig, LocalPixelCNN),
     }

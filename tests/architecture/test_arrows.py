@@ -110,11 +110,15 @@ EXPORT = {
     "measures": "likely.answers numpy scipy sklearn",
     "logistic": "torch",
     "local": "heads torch",
-    "pixelcnn": "heads torch",
-    "sampler": "pixelcnn torch",
+    "autoregressive": "heads torch",
+    "pixelcnn": "autoregressive torch",
+    "pixelrnn": "autoregressive torch",
+    "raster": "autoregressive torch",
+    "sampler": "pixelcnn raster torch",
+    "rnn_sampler": "pixelrnn raster torch",
     "moves": "likely.errors torch",
     "cvae": "likely.errors logistic moves torch",
-    "families": "likely.errors cvae local pixelcnn torch",
+    "families": "likely.errors cvae local pixelcnn pixelrnn torch",
     "optimisers": "likely.errors torch",
     "train": "likely.errors data optimisers numpy torch lightning_fabric",
     "statistics": "torch",
@@ -125,7 +129,10 @@ EXPORT = {
     ),
     "runs": "likely.errors families recipes train torch",
     "progress": "train rich",
-    "roles": "likely.bundle likely.errors cvae local pixelcnn sampler statistics numpy torch",
+    "roles": (
+        "likely.bundle likely.errors autoregressive cvae local pixelcnn pixelrnn raster "
+        "rnn_sampler sampler statistics numpy torch"
+    ),
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
     "graphs": "likely.bundle likely.errors likely.graphs hygiene roles numpy onnx torch",
@@ -160,12 +167,14 @@ BENCH = {
     "environment": "likely.machine",
     "memory": "likely.bundle likely.graphs likely.noise",
     "models": (
-        "likely.bundle likely_export.cvae likely_export.pixelcnn likely_export.roles onnx torch"
+        "likely.bundle likely_export.autoregressive likely_export.cvae likely_export.pixelcnn "
+        "likely_export.roles onnx torch"
     ),
     "exports": (
-        "likely.bundle likely.graphs likely_export.cvae likely_export.graphs likely_export.heads "
-        "likely_export.hygiene likely_export.logistic likely_export.pixelcnn likely_export.roles "
-        "likely_export.sampler __init__ models onnx torch"
+        "likely.bundle likely.graphs likely_export.autoregressive likely_export.cvae "
+        "likely_export.graphs likely_export.heads likely_export.hygiene likely_export.logistic "
+        "likely_export.pixelcnn likely_export.raster likely_export.roles likely_export.sampler "
+        "__init__ models onnx torch"
     ),
     "measures": (
         "likely.bundle likely.graphs likely.noise likely_export.graphs "
@@ -175,6 +184,12 @@ BENCH = {
         "likely.bundle likely.loading __init__ clock environment exports measures memory models"
     ),
     "tables": "rich",
+    "pixelrnn": (
+        "likely.bundle likely.graphs likely_export.autoregressive likely_export.data "
+        "likely_export.graphs likely_export.optimisers likely_export.pixelcnn "
+        "likely_export.pixelrnn likely_export.recipes likely_export.roles likely_export.train "
+        "clock models numpy torch"
+    ),
     "jobs": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.graphs likely.jobs "
         "likely.outliers numpy pyarrow"
