@@ -16,9 +16,23 @@ import torch
 from bench import models
 from likely.bundle import Graph
 from likely.graphs import Device, Session
-from likely_export import cvae, graphs, heads, hygiene, logistic, pixelcnn, roles, sampler
+from likely_export import (
+    autoregressive,
+    cvae,
+    graphs,
+    heads,
+    hygiene,
+    logistic,
+    pixelcnn,
+    raster,
+    roles,
+    sampler,
+)
 
-MODULES = (cvae, graphs, heads, hygiene, logistic, models, pixelcnn, roles, sampler)
+MODULES = (
+    *(autoregressive, cvae, graphs, heads, hygiene, logistic),
+    *(models, pixelcnn, raster, roles, sampler),
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from likely.bundle import Graph, TensorSpec
 from likely_export import roles
+from likely_export.autoregressive import Autoregressive
 from likely_export.cvae import CVAE, CVAEConfig
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
 from likely_export.roles import GraphSource
@@ -54,7 +55,7 @@ def pass_flops(config: PixelCNNConfig) -> int:
 class Pass(nn.Module):
     """x -> log p(x): the pass that sampling is compared with."""
 
-    def __init__(self, model: PixelCNN) -> None:
+    def __init__(self, model: Autoregressive) -> None:
         super().__init__()
         self.model = model
 

@@ -19,7 +19,7 @@ from likely.bundle import MANIFEST, Bundle, Manifest, Role, write_manifest
 from likely.errors import BundleError, InvalidInput
 from likely.graphs import Array, Device, Session
 from likely.outliers import Detector
-from likely_export import calibrate, corruptions, graphs, roles
+from likely_export import attributes, calibrate, corruptions, directions, graphs, roles
 from likely_export.calibrate import Seen
 from likely_export.classifier import Classifier, fit_temperature
 from likely_export.data import Dataset, Split
@@ -30,6 +30,7 @@ from likely_export.runs import Run
 BATCH = 16
 COMPARED = 10_000
 CALIBRATION = "calibration.npz"
+LATENT = "latent.npz"
 GOLDEN = "golden.npz"
 WEIGHTS = "weights.bin"
 
@@ -53,36 +54,29 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
     with _replacing(out) as folder:
         exported = dict(_export(opened, data, folder, report))
         graphs.share([folder / each.graph.file for each in exported.values()], folder / WEIGHTS)
-        report("calibrate")
-        arrays, weights, temperature = _calibrate(opened.recipe, exported, data, folder)
-        np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
+        made: dict[str, object] = {}
+        if Role.DENSITY in exported:
+            made |= _judged(opened.recipe, exported, data, folder, report)
+        if {Role.ENCODE, Role.DECODE} <= set(exported):
+            report("find directions")
+            made["latent"] = _directions(opened.recipe, exported, data, folder)
         golden = {
             f"{role}/{name}": array
             for role, each in exported.items()
             for name, array in each.golden.items()
         }
         np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-        report("compare decisions")
-        compared, changed = _decisions(opened.recipe, exported, data, folder, arrays, weights)
         fields = {
             "name": opened.recipe.name,
             "version": opened.recipe.version,
             "description": opened.recipe.description,
             "shape": data.shape,
             "levels": data.levels,
-            "labels": _labels(data),
+            "labels": _labels(data) if _knows_labels(exported) else [],
             "graphs": {role: each.graph.model_dump() for role, each in exported.items()},
-            "calibration": {
-                "file": CALIBRATION,
-                "size": len(data.calibrate),
-                "temperature": temperature,
-                "weights": weights,
-                "statistics": exported[Role.DENSITY].source.widths,
-            },
+            **made,
             "golden": GOLDEN,
             "parity_nats": max(each.parity for each in exported.values()),
-            "decisions_compared": compared,
-            "decisions_changed": changed,
             "recipe": opened.recipe.published(),
             "data_digest": data.digest,
         }
@@ -136,6 +130,57 @@ def _extended(manifest: Manifest, recipe: Recipe, exported: Exported) -> dict[st
         "roles": {**own.get("roles", {}), **named},
     }
     return fields
+
+
+def _judged(
+    recipe: Recipe,
+    exported: Mapping[Role, Exported],
+    data: Dataset,
+    folder: Path,
+    report: Report,
+) -> dict[str, object]:
+    """What the manifest says of the calibration and of the decisions made by it."""
+    report("calibrate")
+    arrays, weights, temperature = _calibrate(recipe, exported, data, folder)
+    np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
+    report("compare decisions")
+    compared, changed = _decisions(recipe, exported, data, folder, arrays, weights)
+    return {
+        "calibration": {
+            "file": CALIBRATION,
+            "size": len(data.calibrate),
+            "temperature": temperature,
+            "weights": weights,
+            "statistics": exported[Role.DENSITY].source.widths,
+        },
+        "decisions_compared": compared,
+        "decisions_changed": changed,
+    }
+
+
+def _directions(
+    recipe: Recipe, exported: Mapping[Role, Exported], data: Dataset, folder: Path
+) -> dict[str, object]:
+    """What the manifest says of the directions, found on the fit split."""
+    session = _session(folder, exported[Role.ENCODE])
+    feeds: dict[str, Array] = {"x": data.fit.x}
+    if session.spec.input("y") is not None:
+        feeds["y"] = data.fit.y
+    (features,) = _rows(session, feeds, ["mean"])
+    measured = {
+        name: attributes.measured(name, data.fit.x, data.levels)
+        for name in recipe.latent.attributes
+    }
+    entries, arrays = directions.found(features, data.fit.y, data.labels, measured)
+    np.savez_compressed(folder / LATENT, **arrays)  # type: ignore[arg-type]
+    return {"file": LATENT, "directions": entries}
+
+
+def _knows_labels(exported: Mapping[Role, Exported]) -> bool:
+    """Whether a graph takes a label, or stands where labels may be judged."""
+    return Role.DENSITY in exported or any(
+        each.graph.input("y") is not None for each in exported.values()
+    )
 
 
 def _export(

@@ -24,48 +24,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from likely_export.heads import PixelHead
+from likely_export.autoregressive import Autoregressive, AutoregressiveConfig
 
 
 @dataclass(frozen=True)
-class PixelCNNConfig:
-    """Everything that shapes a PixelCNN.
+class PixelCNNConfig(AutoregressiveConfig):
+    """Everything that shapes a PixelCNN: `layers` blocks, both stacks `channels` wide.
 
     Attributes:
-        shape: channels, rows, columns of a picture.
-        levels: levels of a pixel.
-        labels: labels to condition on; 0 models p(x) alone.
-        channels: width of both stacks.
-        layers: number of blocks.
         gated: tanh(a) * sigmoid(b) units of the paper; else relu.
-        stem: rows above and columns to either side that the first vertical
-            kernel sees, pixels to the left that the first horizontal one sees.
-        head: features before the last softmax.
-        digits: digits a level is written with (2 for 256 levels: two nibbles).
         positions: learned biases for every position in both stacks.
         row_layers: blocks of the row transformer; 0 for none.
         row_width: width of its tokens.
         row_heads: its attention heads.
-        label_dropout: share of training pictures whose label is withheld, so
-            that the same weights give p(x) and p(x|y).
-        dropout: share of stack features dropped in training.
     """
 
-    shape: tuple[int, int, int]
-    levels: int
-    labels: int = 0
-    channels: int = 64
-    layers: int = 8
     gated: bool = True
-    stem: tuple[int, int, int] = (2, 2, 2)
-    head: int = 64
-    digits: int = 1
     positions: bool = False
     row_layers: int = 0
     row_width: int = 128
     row_heads: int = 4
-    label_dropout: float = 0.1
-    dropout: float = 0.0
 
 
 class Block(nn.Module):
@@ -198,54 +176,29 @@ class RowBlock(nn.Module):
         return tokens + self.narrow(hidden)
 
 
-class PixelCNN(nn.Module):
-    """An autoregressive density over discrete pictures."""
+class PixelCNN(Autoregressive):
+    """An autoregressive density of two stacks of convolutions."""
 
+    config: PixelCNNConfig
     rows: RowTransformer
-    label: nn.Embedding
 
     def __init__(self, config: PixelCNNConfig) -> None:
-        super().__init__()
-        self.config = config
-        c, h, w = config.shape
-        rows, side, left = config.stem
+        super().__init__(config, config.channels)
+        _, h, w = config.shape
         width = config.channels
-        self.stem_vertical = nn.Conv2d(c, width, (rows, 2 * side + 1))
-        self.stem_horizontal = nn.Conv2d(c, width, (1, left))
         if config.positions:
             self.position_vertical = nn.Parameter(torch.zeros(width, h, w))
             self.position_horizontal = nn.Parameter(torch.zeros(width, h, w))
         if config.row_layers:
             self.rows = RowTransformer(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.mix = nn.Conv2d(width, config.head, 1)
-        if config.labels:
-            self.label = nn.Embedding(config.labels + 1, config.head)
-            nn.init.zeros_(self.label.weight)
-        self.head = PixelHead(config.head, c, config.levels, config.digits)
-
-    @property
-    def null_label(self) -> int:
-        """The label that stands for none: p(x|null) is p(x)."""
-        return self.config.labels
-
-    def scale(self, x: Tensor) -> Tensor:
-        """Levels as float32 in [-1, 1]."""
-        return x.float() * (2 / (self.config.levels - 1)) - 1
+        self._end(width)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the head sees of the pixels before each one, (n, head, h, w).
-
-        Args:
-            x: uint8 (n, c, h, w) of levels.
-            y: int64 (n,) of labels, `null_label` where there is none; None for all null.
-        """
+        """What the head sees of the pixels before each one, (n, head, h, w)."""
         z = self.scale(x)
         y = self.labels(y)
-        rows, side, left = self.config.stem
-        # Cropping the last row (column) shifts the kernel strictly above (to the left).
-        v = self.stem_vertical(functional.pad(z[:, :, :-1], (side, side, rows, 0)))
-        h = self.stem_horizontal(functional.pad(z[..., :-1], (left, 0, 0, 0)))
+        v, h = self.stem(z)
         if self.config.positions:
             v = v + self.position_vertical.to(v.dtype)
             h = h + self.position_horizontal.to(h.dtype)
@@ -256,43 +209,7 @@ class PixelCNN(nn.Module):
             h = h.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             v, h = block(v, h, y)
-        features: Tensor = self.mix(torch.relu(h))
-        return (
-            features if y is None else features + self.label(y)[:, :, None, None].to(features.dtype)
-        )
-
-    def log_probs(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Log-probabilities of every digit (n, h, w, c * digits, base), nats."""
-        return self.head.log_probs(self.features(x, y), x)
-
-    def surprise(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """-log p(pixel | pixels before it[, y]) in nats, (n, c, h, w)."""
-        return self.head.surprise(self.log_probs(x, y), x)
-
-    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """log p(x), or log p(x|y), in nats, (n,)."""
-        return -self.surprise(x, y).flatten(1).sum(1)
-
-    def objective(self, x: Tensor, y: Tensor) -> Tensor:
-        """Nats a picture to minimise in training, (n,); labels are withheld at random."""
-        if self.config.labels:
-            withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout
-            y = torch.where(withheld, self.null_label, y)
-        features = self.features(x, y)
-        # Under mixed precision the stacks may round, the softmaxes may not.
-        with torch.autocast(x.device.type, enabled=False):
-            log_probs = self.head.log_probs(features.float(), x)
-        return self.head.surprise(log_probs, x).flatten(1).sum(1)
-
-    def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
-        """The expected objective in nats, (n,): of -log p(x|y) and -log p(x), as often as seen."""
-        withheld = self.config.label_dropout if self.config.labels else 1.0
-        nats = torch.zeros(len(x), device=x.device)
-        if withheld:
-            nats = nats - withheld * self.log_prob(x)
-        if withheld < 1:
-            nats = nats - (1 - withheld) * self.log_prob(x, y)
-        return nats
+        return self.mixed(h, y)
 
     def matrices(self) -> list[Tensor]:
         """The weights that are matrices between hidden layers, which Muon may train."""
@@ -302,13 +219,4 @@ class PixelCNN(nn.Module):
         if self.config.row_layers:
             inner += [p for p in self.rows.blocks.parameters() if p.ndim == 2]
             inner += [self.rows.embed.weight, self.rows.out.weight]
-        inner.append(self.mix.weight)
-        return inner
-
-    def labels(self, y: Tensor | None) -> Tensor | None:
-        """The labels to condition on, null ones (1,) for None; None if the model takes none."""
-        if not self.config.labels:
-            return None
-        if y is not None:
-            return y
-        return torch.tensor([self.null_label], device=self.mix.weight.device)
+        return inner + super().matrices()

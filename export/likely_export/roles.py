@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 from likely.bundle import Kind, Role, TensorSpec
 from likely.errors import InvalidInput
+from likely_export import autoencoder, vae
+from likely_export.autoencoder import Autoencoder
+from likely_export.autoregressive import Autoregressive
 from likely_export.classifier import Classifier
 from likely_export.cvae import CVAE, Conditional, Encode, Generate
 from likely_export.local import LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN
+from likely_export.pixelrnn import PixelRNN
+from likely_export.raster import RasterSampler
+from likely_export.rnn_sampler import DiagonalSampler, RowSampler
 from likely_export.sampler import Sampler
 from likely_export.statistics import Reconstruction, Tables, statistics, tables
+from likely_export.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Density(nn.Module):
 
     def __init__(
         self,
-        model: PixelCNN,
+        model: Autoregressive,
         names: tuple[str, ...],
         local: LocalPixelCNN | None = None,
         cvae: CVAE | None = None,
@@ -111,7 +118,7 @@ def _reconstruction(cvae: CVAE, x: Tensor) -> Reconstruction:
 class EveryLabel(nn.Module):
     """x -> log p(x|y) for all labels, exactly, in one call."""
 
-    def __init__(self, model: PixelCNN) -> None:
+    def __init__(self, model: Autoregressive) -> None:
         super().__init__()
         self.model = model
 
@@ -141,8 +148,9 @@ class Experts(nn.Module):
         each, surprise = [], None
         for expert in self.experts:
             if isinstance(expert, EveryLabel):
-                log_pxy, surprise = expert(x)
+                log_pxy, own = expert(x)
                 each.append(log_pxy)
+                surprise = own if surprise is None else surprise
             else:
                 each.append(expert(x, eps))
         assert surprise is not None
@@ -150,7 +158,7 @@ class Experts(nn.Module):
 
 
 def density(
-    model: PixelCNN, names: tuple[str, ...], companions: Sequence[nn.Module] = ()
+    model: Autoregressive, names: tuple[str, ...], companions: Sequence[nn.Module] = ()
 ) -> GraphSource:
     """The graph of log p(x) and its statistics.
 
@@ -164,7 +172,7 @@ def density(
         match companion:
             case LocalPixelCNN():
                 local = companion
-            case CVAE():
+            case CVAE() if companion.config.labels:
                 cvae = companion
             case _:
                 kind = type(companion).__name__
@@ -181,7 +189,7 @@ def density(
     return GraphSource(module, (_pictures(shape),), tuple(outputs), Kind.EXACT, widths=widths)
 
 
-def conditional(*models: PixelCNN | CVAE) -> GraphSource:
+def conditional(*models: Autoregressive | CVAE) -> GraphSource:
     """The graph of log p(x|y) for all labels: of the first model, and of each beside it.
 
     Raises:
@@ -194,7 +202,7 @@ def conditional(*models: PixelCNN | CVAE) -> GraphSource:
     outputs = [_floats("log_pxy", config.labels)]
     modules: list[nn.Module] = []
     for model in models:
-        if isinstance(model, PixelCNN):
+        if isinstance(model, Autoregressive):
             modules.append(EveryLabel(model))
         else:
             inputs.append(_floats("eps", model.config.importance_samples, model.config.latent))
@@ -203,21 +211,21 @@ def conditional(*models: PixelCNN | CVAE) -> GraphSource:
     if len(models) > 1:
         module = Experts(modules)
         outputs.append(_floats("evidence", len(models), config.labels))
-    if any(isinstance(model, PixelCNN) for model in models):
+    if any(isinstance(model, Autoregressive) for model in models):
         outputs.append(_floats("surprise", config.labels, *config.shape))
     kind, k = _kind(models[0])
     return GraphSource(module.eval(), tuple(inputs), tuple(outputs), kind, k)
 
 
-def _kind(model: PixelCNN | CVAE) -> tuple[Kind, int]:
+def _kind(model: Autoregressive | CVAE) -> tuple[Kind, int]:
     """What the model's log p(x|y) is, and how many importance samples are behind it."""
-    if isinstance(model, PixelCNN):
+    if isinstance(model, Autoregressive):
         return Kind.EXACT, 0
     k = model.config.importance_samples
     return (Kind.IWAE if k > 1 else Kind.ELBO), k
 
 
-def sample(model: PixelCNN) -> GraphSource:
+def sample(model: Autoregressive) -> GraphSource:
     """The graph that draws pixel by pixel, exactly."""
     c, h, w = model.config.shape
     inputs: tuple[TensorSpec, ...] = (
@@ -225,7 +233,23 @@ def sample(model: PixelCNN) -> GraphSource:
     )
     if model.config.labels:
         inputs += (_labels(),)
-    return GraphSource(Sampler(model).eval(), inputs, (_pictures(model.config.shape),))
+    return GraphSource(sampler(model).eval(), inputs, (_pictures(model.config.shape),))
+
+
+def sampler(model: Autoregressive) -> RasterSampler:
+    """What draws a picture of that model for its noise.
+
+    Raises:
+        InvalidInput: models of its family are not drawn from.
+    """
+    match model:
+        case PixelCNN():
+            return Sampler(model)
+        case PixelRNN() if model.config.kind == "row":
+            return RowSampler(model)
+        case PixelRNN():
+            return DiagonalSampler(model)
+    raise InvalidInput("roles.sample", f"a {type(model).__name__} has no such graph")
 
 
 def generate(model: CVAE) -> GraphSource:
@@ -253,6 +277,34 @@ def discriminate(model: Classifier) -> GraphSource:
     return GraphSource(model.eval(), (_pictures(config.shape),), outputs)
 
 
+def features(model: VAE | Autoencoder) -> GraphSource:
+    """The graph of features without a label; an autoencoder's have no variance."""
+    pictures, latent = (_pictures(model.config.shape),), model.config.latent
+    mean = _floats("mean", latent)
+    if isinstance(model, Autoencoder):
+        return GraphSource(autoencoder.Encode(model).eval(), pictures, (mean,))
+    outputs = (mean, _floats("log_variance", latent))
+    return GraphSource(vae.Encode(model).eval(), pictures, outputs)
+
+
+def prior(model: VAE) -> GraphSource:
+    """The graph that draws a picture without a label in one pass."""
+    inputs = (_floats("eps", model.config.latent), _floats("gumbel", *vae.noise_axes(model)))
+    return GraphSource(vae.Draw(model).eval(), inputs, (_pictures(model.config.shape),))
+
+
+def decode(model: CVAE | Autoencoder) -> GraphSource:
+    """The graph of what stands behind features; an autoencoder's is a picture alone."""
+    shape = model.config.shape
+    z, mean = _floats("z", model.config.latent), _floats("mean", *shape)
+    if isinstance(model, Autoencoder):
+        return GraphSource(autoencoder.Decode(model).eval(), (z,), (mean,))
+    labels = (_labels(),) if model.config.labels else ()
+    inputs = (z, _floats("gumbel", *vae.noise_axes(model)), *labels)
+    outputs = (mean, _floats("deviation", *shape), _pictures(shape))
+    return GraphSource(vae.Decode(model).eval(), inputs, outputs)
+
+
 def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> GraphSource:
     """The graph of that role.
 
@@ -265,12 +317,18 @@ def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> G
         InvalidInput: these families cannot answer it.
     """
     match role, models:
-        case Role.DENSITY, [PixelCNN() as model, *companions]:
+        case Role.DENSITY, [Autoregressive() as model, *companions]:
             return density(model, names, companions)
         case Role.CONDITIONAL, _ if all(map(_is_conditional, models)):
-            return conditional(*cast("Sequence[PixelCNN | CVAE]", models))
-        case Role.SAMPLE, [PixelCNN() as model]:
+            return conditional(*cast("Sequence[Autoregressive | CVAE]", models))
+        case Role.SAMPLE, [Autoregressive() as model]:
             return sample(model)
+        case Role.GENERATE, [VAE() as model]:
+            return prior(model)
+        case Role.ENCODE, [VAE() | Autoencoder() as model]:
+            return features(model)
+        case Role.DECODE, [CVAE() | Autoencoder() as model]:
+            return decode(model)
         case Role.GENERATE, [CVAE() as model]:
             return generate(model)
         case Role.ENCODE, [CVAE() as model]:
@@ -282,7 +340,7 @@ def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> G
 
 
 def _is_conditional(model: nn.Module) -> bool:
-    return isinstance(model, PixelCNN | CVAE) and model.config.labels > 0
+    return isinstance(model, Autoregressive | CVAE) and model.config.labels > 0
 
 
 def _pictures(shape: tuple[int, int, int]) -> TensorSpec:

@@ -6,15 +6,10 @@ the pixel to the left. Rows and columns are nested `scan`s, which export to
 nested ONNX Scans: one call draws a batch of pictures, and the state carried
 is one row and one pixel a layer, never a picture.
 
-Randomness comes in as Gumbel noise g: argmax(logits + g) draws from
-softmax(logits). So t * g in its place draws at temperature t, and noise that
-towers at one level fixes a pixel to it: completion needs no other graph.
-
-Written for ONNX Runtime, which moves memory slowly and multiplies fast: columns
-before pictures, (w * n, channels), so that a row's windows are one Gather, which
-serves two rows: what a row gives to the next is kept as the sums that those
-start from. Every term is a GEMM whose bias is the sum so far; the halves of a
-gated unit are apart, so that each fuses with its activation.
+Written for ONNX Runtime, which moves memory slowly and multiplies fast: a row's
+windows serve two rows, for what a row gives to the next is kept as the sums that
+those start from. Every term is a GEMM whose bias is the sum so far; the halves of
+a gated unit are apart, so that each fuses with its activation.
 """
 
 from __future__ import annotations
@@ -27,57 +22,30 @@ from torch._higher_order_ops.scan import scan  # private path: torch is pinned
 from torch.nn import functional
 
 from likely_export.pixelcnn import Block, PixelCNN, RowBlock, RowTransformer
+from likely_export.raster import RasterSampler, bias_of, copied, pushed, windows
 
 
-class Sampler(nn.Module):
-    """Draws x from p(x), or p(x|y), of a trained PixelCNN.
+class Sampler(RasterSampler):
+    """Draws x from p(x), or p(x|y), of a trained PixelCNN."""
 
-    The weights are copied, as matrices that a row or a pixel is multiplied with.
-    """
-
-    stem_vertical: Tensor
-    stem_horizontal: Tensor
+    model: PixelCNN
     position_vertical: Tensor
     position_horizontal: Tensor
-    mix: Tensor
-    mix_bias: Tensor
-    logits: Tensor
-    embedding: Tensor
 
     def __init__(self, model: PixelCNN) -> None:
-        super().__init__()
+        super().__init__(model)
         config = model.config
-        self.model = model
-        self.channels, self.height, self.width = config.shape
         self.layers = [_Layer(cast(Block, block)) for block in model.blocks]
         self.steps = nn.ModuleList(self.layers)
-        # Levels stay raw; scaling to [-1, 1] is folded into the stems. `blank` is the
-        # level that scales to 0, which is what lies outside the picture.
-        self.blank = (config.levels - 1) / 2
-        vertical, horizontal = model.stem_vertical, model.stem_horizontal
-        taps_vertical = vertical.weight.permute(3, 2, 1, 0).flatten(0, 2)
-        taps_horizontal = horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
-        position_vertical = _bias(vertical) - taps_vertical.sum(0)
-        position_horizontal = _bias(horizontal) - taps_horizontal.sum(0)
+        position_vertical, position_horizontal = self.stem_biases()
         if config.positions:
             position_vertical = position_vertical + model.position_vertical.permute(1, 2, 0)
             position_horizontal = position_horizontal + model.position_horizontal.permute(1, 2, 0)
         grid = (self.height, self.width, config.channels)
-        scale = 2 / (config.levels - 1)
-        # One more feature, always 1, carries the biases of the head's softmaxes.
-        head = model.head
-        matrices = {
-            "stem_vertical": taps_vertical * scale,
-            "stem_horizontal": taps_horizontal * scale,
-            "position_vertical": position_vertical.expand(grid),
-            "position_horizontal": position_horizontal.expand(grid),
-            "mix": functional.pad(model.mix.weight[:, :, 0, 0].T, (0, 1)),
-            "mix_bias": functional.pad(_bias(model.mix), (0, 1), value=1.0),
-            "logits": torch.cat([head.weight, head.bias[:, None]], 1),
-            "embedding": functional.pad(head.embedding, (0, 1)),
-        }
-        for name, matrix in matrices.items():
-            self.register_buffer(name, matrix.detach().clone(memory_format=torch.contiguous_format))
+        self.keep(
+            position_vertical=position_vertical.expand(grid),
+            position_horizontal=position_horizontal.expand(grid),
+        )
 
     def forward(self, gumbel: Tensor, y: Tensor | None = None) -> Tensor:
         """Pictures.
@@ -92,11 +60,7 @@ class Sampler(nn.Module):
         n, config = gumbel.shape[0], self.model.config
         y = self.model.labels(y)
         biases = [layer.biases(y, self.width, n) for layer in self.layers]
-        mix_bias = self.mix_bias
-        if y is not None:
-            label = self.model.label(y)
-            mix_bias = mix_bias + torch.cat([label, torch.zeros_like(label[:, :1])], -1)
-            mix_bias = mix_bias + gumbel.new_full((n, 1), 0.0)
+        mix_bias = self.mix_biases(y, n)
         depth = sum(layer.halves for layer in self.layers)
         rows_above, side, to_the_left = config.stem
         size = self.width * n
@@ -105,7 +69,7 @@ class Sampler(nn.Module):
         seen_by_stem = here + torch.arange(2 * side + 1) * n
         seen_by_layer = here + torch.arange(3) * n
         noises = gumbel.flatten(3).flatten(0, 2)
-        places = torch.arange(self.width)[:, None] + torch.arange(n) * (self.height * self.width)
+        places = self.places(n)
         # Zeros are filled in: new_zeros exports to an operator without a CUDA kernel.
         blank = gumbel.new_full((side * n, rows_above * self.channels), self.blank)
         edge = gumbel.new_full((n, config.channels), 0.0)
@@ -123,16 +87,16 @@ class Sampler(nn.Module):
             for k, layer in enumerate(self.layers):
                 kept.append(h.clone())
                 h = layer.pixel(h_left[k], h, across[layer.halves * k : layer.halves * (k + 1)])
-            levels = self._draw(torch.addmm(mix_bias, torch.relu(h), self.mix), noise)
+            levels = self.draw(torch.addmm(mix_bias, torch.relu(h), self.mix), noise)
             latest = levels.to(torch.float32)
-            return [_pushed(left, latest), *kept], levels.clone()
+            return [pushed(left, latest), *kept], levels.clone()
 
         def row(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
             """One row: the rows above and what they give to each layer -> the row here."""
             above, given, caches = state[0], state[1 : depth + 1], state[depth + 1 :]
             position, position_left, index = inputs
             noise = functional.embedding(places + index * self.width, noises)
-            window = _windows(above.flatten(0, 1), blank, seen_by_stem)
+            window = windows(above.flatten(0, 1), blank, seen_by_stem)
             v = (window @ self.stem_vertical).view(self.width, -1, config.channels)
             v = v + position[:, None]
             if config.row_layers:
@@ -141,14 +105,14 @@ class Sampler(nn.Module):
             v = v.flatten(0, 1)
             kept, across = [], []
             for k, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
-                window = _windows(v, edge, seen_by_layer)
+                window = windows(v, edge, seen_by_layer)
                 sums = given[layer.halves * k : layer.halves * (k + 1)]
                 kept += layer.below(window, bias.vertical)
                 v = layer.row(window, v, sums)
                 across += layer.across(v, bias.horizontal, self.width)
             _, levels = scan(pixel, start_pixel, [position_left, noise, *across])
             latest = levels.to(torch.float32)
-            return [_pushed(above, latest), *kept, *caches], levels.clone()
+            return [pushed(above, latest), *kept, *caches], levels.clone()
 
         start_row = [
             gumbel.new_full((self.width, n, rows_above * self.channels), self.blank),
@@ -192,24 +156,6 @@ class Sampler(nn.Module):
         fed = rows.out(rows.norm(token[:, 0]))
         return fed.unflatten(-1, (self.width, -1)).transpose(0, 1), kept
 
-    def _draw(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Levels (n, c) of one pixel, int64, digit by digit."""
-        head = self.model.head
-        noises = noise.chunk(head.factors, -1) if head.factors > 1 else [noise]
-        digits: list[Tensor] = []
-        for k, part in enumerate(noises):
-            if k:
-                features = features + self.embedding[k - 1].index_select(0, digits[-1][:, 0])
-            logits = torch.addmm(part, torch.relu(features), self.logits[k])
-            digits.append(logits.argmax(-1, keepdim=True))
-        levels = []
-        for first in range(0, head.factors, head.digits):
-            level = digits[first]
-            for digit in digits[first + 1 : first + head.digits]:
-                level = level * head.base + digit
-            levels.append(level)
-        return torch.cat(levels, -1) if len(levels) > 1 else levels[0]
-
 
 class _Biases(NamedTuple):
     """The biases of a layer's two stacks, one for each half of a unit."""
@@ -235,7 +181,7 @@ class _Layer(nn.Module):
 
     def biases(self, y: Tensor | None, width: int, n: int) -> _Biases:
         """Both stacks' biases, the label's included, each (channels,) or (w * n, channels)."""
-        own = _bias(self.block.vertical), _bias(self.block.horizontal)
+        own = bias_of(self.block.vertical), bias_of(self.block.horizontal)
         labels = self.block.biases(y)
         return _Biases(*(self._bias(*pair, width, n) for pair in zip(own, labels, strict=True)))
 
@@ -275,24 +221,4 @@ class _Layer(nn.Module):
 
     def _matrices(self, matrix: Tensor) -> nn.ParameterList:
         parts = matrix.detach().split(self.width, -1)
-        return nn.ParameterList(
-            nn.Parameter(part.clone(memory_format=torch.contiguous_format), False) for part in parts
-        )
-
-
-def _bias(conv: nn.Conv2d) -> Tensor:
-    assert conv.bias is not None
-    return conv.bias
-
-
-def _windows(row: Tensor, edge: Tensor, taps: Tensor) -> Tensor:
-    """Each column's neighbours in a row (w * n, k), itself among them: (w * n, taps * k)."""
-    return functional.embedding(taps, torch.cat([edge, row, edge])).flatten(1)
-
-
-def _pushed(window: Tensor, latest: Tensor) -> Tensor:
-    """The window (..., k * c) with its oldest pixel gone and the latest (..., c) at the end."""
-    channels = latest.shape[-1]
-    if window.shape[-1] == channels:
-        return latest.clone()
-    return torch.cat([window[..., channels:], latest], -1)
+        return nn.ParameterList(nn.Parameter(copied(part), False) for part in parts)

@@ -16,7 +16,9 @@ from likely.answers import (
     LabelRule,
     Limits,
     ModelInfo,
+    Redrawings,
     Scores,
+    Traversal,
     Verdict,
 )
 from likely.client import AsyncClient, Client
@@ -58,10 +60,12 @@ __all__ = [
     "ModelNotFound",
     "NotAnswered",
     "Overloaded",
+    "Redrawings",
     "RuntimeMissing",
     "Scores",
     "ServerFault",
     "SettingsError",
+    "Traversal",
     "Unavailable",
     "Verdict",
     "benjamini_hochberg",

@@ -108,15 +108,66 @@ class Features:
 
     Attributes:
         mean: float32 (n, z), of q(z|x, y).
-        log_variance: float32 (n, z), natural logarithm.
-        label: int64 (n,), the labels that the features were computed under.
+        log_variance: float32 (n, z), natural logarithm; None of a deterministic model.
+        label: int64 (n,), the labels that the features were computed under; -1 where they
+            depend on none.
         model_version: the version that gave the answer.
     """
 
     mean: Floats
-    log_variance: Floats
+    log_variance: Floats | None
     label: Labels
     model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Redrawings:
+    """What features stand for; leading axes are (n,) of Decode, else (n, points).
+
+    Attributes:
+        mean: float32 (..., c, h, w), of every pixel, levels scaled to [0, 1]; for two levels
+            the probability of level 1.
+        deviation: float32 (..., c, h, w), likewise; None of a deterministic model.
+        drawn: uint8 (..., draws, c, h, w) of levels.
+        seed: what they were drawn with.
+        model_version: the version that gave the answer.
+    """
+
+    mean: Floats
+    deviation: Floats | None
+    drawn: Pixels
+    seed: int
+    model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Traversal(Redrawings):
+    """Pictures redrawn along a direction.
+
+    Attributes:
+        position: float64 (n,), where the pictures' own features lie along it, in the unit of
+            its points: the mean over q(z|x).
+        spread: float64 (n,), the standard deviation of that; None of a deterministic model.
+        label: int64 (n,), the labels that the features were computed under; -1 for none.
+    """
+
+    position: Doubles
+    spread: Doubles | None
+    label: Labels
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """A way through the latent features, along which one thing changes.
+
+    Attributes:
+        name: of an attribute, or `label ` and a label's name.
+        kind: of an attribute a point of 1 is one standard deviation within a label; of a
+            label it is the way from the mean of all others to its own.
+    """
+
+    name: str
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +247,9 @@ class ModelInfo:
         digest: SHA-256 of the bundle's manifest, hexadecimal.
         version_labels: those of `stable` and `canary` that name this version.
         discriminative: whether it has p(y|x) itself.
+        directions: that Traverse takes.
+        deterministic: whether features are points without a variance, which stand for
+            pictures without a distribution: nothing can be drawn.
     """
 
     name: str
@@ -219,6 +273,8 @@ class ModelInfo:
     digest: str
     version_labels: tuple[str, ...] = ()
     discriminative: bool = False
+    directions: tuple[Direction, ...] = ()
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,19 +30,21 @@ SERVICE = {
     "graphs": "bundle errors machine numpy onnxruntime",
     "tracing": "errors machine opentelemetry",
     "batching": "bundle errors graphs tracing numpy prometheus_client",
-    "ranking": "bundle graphs outliers numpy",
+    "ranking": "answers bundle graphs outliers numpy",
     "trust": "batching errors graphs numpy",
     "generation": "answers batching bundle errors noise numpy",
+    "latent": "answers batching bundle errors noise numpy",
     "engine": (
-        "answers batching bayes bundle errors generation graphs noise outliers ranking trust numpy"
+        "answers batching bayes bundle errors generation graphs latent noise outliers ranking "
+        "trust numpy"
     ),
     "telemetry": "answers batching drift engine errors machine numpy prometheus_client",
     "versions": (
         "answers batching bundle engine errors graphs machine settings telemetry structlog"
     ),
     "serving": (
-        "addresses answers batching bayes bundle codec engine errors inference machine noise "
-        "outliers settings statuses telemetry tracing v1 versions "
+        "addresses answers batching bayes bundle codec engine errors inference latent machine "
+        "noise outliers settings statuses telemetry tracing v1 versions "
         "cryptography google grpc grpc_health grpc_reflection jwt numpy pydantic structlog"
     ),
     "processes": (
@@ -67,24 +69,34 @@ EXPORT = {
     "measures": "likely.answers numpy scipy sklearn",
     "logistic": "torch",
     "local": "heads torch",
-    "pixelcnn": "heads torch",
-    "sampler": "pixelcnn torch",
+    "autoregressive": "heads torch",
+    "pixelcnn": "autoregressive torch",
+    "pixelrnn": "autoregressive torch",
+    "raster": "autoregressive torch",
+    "sampler": "pixelcnn raster torch",
+    "rnn_sampler": "pixelrnn raster torch",
     "moves": "likely.errors torch",
-    "cvae": "likely.errors logistic moves torch",
+    "trunks": "torch",
+    "cvae": "likely.errors logistic moves trunks torch",
+    "vae": "cvae logistic torch",
+    "autoencoder": "likely.errors moves trunks torch",
     "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
     "classifier": "likely.errors calibrate data moves numpy torch",
-    "families": "likely.errors classifier cvae local pixelcnn torch",
+    "families": "likely.errors autoencoder classifier cvae local pixelcnn pixelrnn vae torch",
     "optimisers": "likely.errors torch",
     "train": "likely.errors data optimisers numpy torch lightning_fabric",
     "statistics": "torch",
+    "attributes": "likely.answers numpy",
+    "directions": "likely.answers numpy",
     "recipes": (
-        "likely.answers likely.bundle likely.errors calibrate corruptions data families "
+        "likely.answers likely.bundle likely.errors attributes calibrate corruptions data families "
         "statistics optimisers numpy pydantic tomli_w"
     ),
     "runs": "likely.errors families recipes train torch",
     "progress": "train rich",
     "roles": (
-        "likely.bundle likely.errors classifier cvae local pixelcnn sampler statistics numpy torch"
+        "likely.bundle likely.errors autoencoder autoregressive classifier cvae local pixelcnn "
+        "pixelrnn raster rnn_sampler sampler statistics vae numpy torch"
     ),
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
@@ -105,14 +117,18 @@ EXPORT = {
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise baselines "
         "corruptions costs data generated judge material measures report numpy"
     ),
+    "features": (
+        "likely.answers likely.bundle likely.engine likely.graphs likely.latent attributes data "
+        "judge measures numpy scipy sklearn"
+    ),
     "build": (
         "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "
-        "likely.outliers calibrate classifier corruptions data graphs recipes roles runs "
-        "numpy torch"
+        "likely.outliers attributes calibrate classifier corruptions data directions graphs "
+        "recipes roles runs numpy torch"
     ),
     "__init__": "",
     "cli": (
-        "likely.bundle likely.errors build data evaluate families progress "
+        "likely.bundle likely.errors build data evaluate families features progress "
         "recipes runs train click rich"
     ),
 }
@@ -122,12 +138,14 @@ BENCH = {
     "environment": "likely.machine",
     "memory": "likely.bundle likely.graphs likely.noise",
     "models": (
-        "likely.bundle likely_export.cvae likely_export.pixelcnn likely_export.roles onnx torch"
+        "likely.bundle likely_export.autoregressive likely_export.cvae likely_export.pixelcnn "
+        "likely_export.roles onnx torch"
     ),
     "exports": (
-        "likely.bundle likely.graphs likely_export.cvae likely_export.graphs likely_export.heads "
-        "likely_export.hygiene likely_export.logistic likely_export.pixelcnn likely_export.roles "
-        "likely_export.sampler __init__ models onnx torch"
+        "likely.bundle likely.graphs likely_export.autoregressive likely_export.cvae "
+        "likely_export.graphs likely_export.heads likely_export.hygiene likely_export.logistic "
+        "likely_export.pixelcnn likely_export.raster likely_export.roles likely_export.sampler "
+        "__init__ models onnx torch"
     ),
     "measures": (
         "likely.bundle likely.graphs likely.noise likely_export.graphs "
@@ -137,6 +155,12 @@ BENCH = {
         "likely.bundle likely.versions __init__ clock environment exports measures memory models"
     ),
     "tables": "rich",
+    "pixelrnn": (
+        "likely.bundle likely.graphs likely_export.autoregressive likely_export.data "
+        "likely_export.graphs likely_export.optimisers likely_export.pixelcnn "
+        "likely_export.pixelrnn likely_export.recipes likely_export.roles likely_export.train "
+        "clock models numpy torch"
+    ),
     "jobs": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.graphs likely.jobs "
         "likely.outliers numpy pyarrow"

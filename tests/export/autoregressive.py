@@ -6,12 +6,14 @@ from collections.abc import Callable
 import torch
 
 from likely.graphs import Session
+from likely_export.autoregressive import Autoregressive, AutoregressiveConfig
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+from likely_export.pixelrnn import PixelRNN, PixelRNNConfig
 from likely_export.roles import GraphSource
 
 Opener = Callable[[GraphSource, int, int], Session]
 
-CONFIGS = {
+CONFIGS: dict[str, AutoregressiveConfig] = {
     "grey": PixelCNNConfig((1, 5, 4), 3, channels=6, layers=2, head=8),
     "colour": PixelCNNConfig((3, 4, 3), 4, channels=6, layers=2, head=8, stem=(1, 1, 1)),
     "relu_labels": PixelCNNConfig(
@@ -25,19 +27,34 @@ CONFIGS = {
         (3, 4, 4), 9, labels=2, channels=6, layers=1, head=8, digits=2, positions=True,
         row_layers=1, row_width=8, row_heads=2,
     ),
+    "row_lstm": PixelRNNConfig(
+        (1, 4, 5), 5, labels=3, channels=6, layers=2, head=10, stem=(1, 1, 1), kind="row"
+    ),
+    "diagonal_lstm": PixelRNNConfig(
+        (3, 4, 3), 9, labels=2, channels=6, layers=2, head=8, digits=2, stem=(2, 1, 2),
+        kind="diagonal",
+    ),
 }  # fmt: skip
 
 
 @functools.cache
-def model(name: str) -> PixelCNN:
+def model(name: str) -> Autoregressive:
     """A model of that kind in evaluation mode, its weights random but fixed."""
     return randomised(CONFIGS[name])
 
 
-def randomised(config: PixelCNNConfig, scale: float = 0.3) -> PixelCNN:
+def untrained(config: AutoregressiveConfig) -> Autoregressive:
+    """A model of that shape as training finds it."""
+    if isinstance(config, PixelRNNConfig):
+        return PixelRNN(config)
+    assert isinstance(config, PixelCNNConfig)
+    return PixelCNN(config)
+
+
+def randomised(config: AutoregressiveConfig, scale: float = 0.3) -> Autoregressive:
     """A model whose every weight is drawn anew, so that nothing starts at zero."""
     torch.manual_seed(7)
-    net = PixelCNN(config)
+    net = untrained(config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for weight in net.parameters():
@@ -45,18 +62,18 @@ def randomised(config: PixelCNNConfig, scale: float = 0.3) -> PixelCNN:
     return net.eval()
 
 
-def pictures(config: PixelCNNConfig, n: int, seed: int = 0) -> torch.Tensor:
+def pictures(config: AutoregressiveConfig, n: int, seed: int = 0) -> torch.Tensor:
     """Pictures of levels at random, uint8 (n, c, h, w)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, config.levels, (n, *config.shape), generator=generator).byte()
 
 
-def labels(config: PixelCNNConfig, n: int) -> torch.Tensor | None:
+def labels(config: AutoregressiveConfig, n: int) -> torch.Tensor | None:
     """Labels in turn, int64 (n,); None where the model takes none."""
     return torch.arange(n) % config.labels if config.labels else None
 
 
-def gumbel(config: PixelCNNConfig, n: int, seed: int = 1) -> torch.Tensor:
+def gumbel(config: AutoregressiveConfig, n: int, seed: int = 1) -> torch.Tensor:
     """Gumbel noise for the sampler, float32 (n, h, w, c, digits, base)."""
     c, h, w = config.shape
     base = round(config.levels ** (1 / config.digits))

@@ -8,8 +8,10 @@ import torch
 from autoregressive import CONFIGS, Opener
 
 from likely_export import roles
+from likely_export.autoregressive import AutoregressiveConfig
 from likely_export.heads import PixelHead
-from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+from likely_export.pixelcnn import PixelCNNConfig
+from likely_export.pixelrnn import PixelRNNConfig
 from likely_export.statistics import STATISTICS
 
 EVERY = pytest.mark.parametrize("name", CONFIGS)
@@ -74,11 +76,13 @@ def binary(shape: tuple[int, int, int]) -> np.ndarray:
             (1, 3, 3), 2, labels=2, channels=4, layers=2, head=4, gated=False,
             row_layers=1, row_width=8, row_heads=2,
         ),
+        PixelRNNConfig((1, 3, 3), 2, channels=4, layers=2, head=4, kind="row"),
+        PixelRNNConfig((3, 2, 2), 2, channels=4, layers=2, head=4, kind="diagonal"),
     ],
-    ids=["grey", "colour", "rows"],
+    ids=["grey", "colour", "rows", "row_lstm", "diagonal_lstm"],
 )  # fmt: skip
 def test_probabilities_of_all_pictures_sum_to_one_in_onnx(
-    config: PixelCNNConfig, opened: Opener
+    config: AutoregressiveConfig, opened: Opener
 ) -> None:
     model = autoregressive.randomised(config, 1.0)
     everything = binary(config.shape)
@@ -104,7 +108,7 @@ def test_surprise_sums_to_the_log_likelihood(name: str) -> None:
 @EVERY
 def test_gradient_reaches_every_parameter(name: str) -> None:
     config = CONFIGS[name]
-    model = PixelCNN(config)
+    model = autoregressive.untrained(config)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.1)
@@ -116,6 +120,14 @@ def test_gradient_reaches_every_parameter(name: str) -> None:
 
 
 @EVERY
+def test_a_batch_is_its_pictures_one_by_one(name: str) -> None:
+    model, config = autoregressive.model(name), CONFIGS[name]
+    x, y = autoregressive.pictures(config, 5), autoregressive.labels(config, 5)
+    alone = [model.log_prob(x[k : k + 1], None if y is None else y[k : k + 1]) for k in range(5)]
+    assert torch.allclose(model.log_prob(x, y), torch.cat(alone), atol=1e-4)
+
+
+@EVERY
 def test_matrices_are_weights_of_the_model_named_once(name: str) -> None:
     model = autoregressive.model(name)
     own = {id(weight) for weight in model.parameters()}
@@ -123,8 +135,9 @@ def test_matrices_are_weights_of_the_model_named_once(name: str) -> None:
     assert set(found) <= own and len(found) == len(set(found))
 
 
-def test_withheld_labels_give_the_marginal_model() -> None:
-    model, config = autoregressive.model("relu_labels"), CONFIGS["relu_labels"]
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.labels])
+def test_withheld_labels_give_the_marginal_model(name: str) -> None:
+    model, config = autoregressive.model(name), CONFIGS[name]
     x = autoregressive.pictures(config, 5)
     null = torch.full((5,), model.null_label)
     assert torch.equal(model.log_prob(x), model.log_prob(x, null))

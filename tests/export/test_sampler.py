@@ -10,14 +10,14 @@ from scipy.stats import chisquare
 
 from likely.graphs import Device, Session
 from likely_export import roles
-from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
-from likely_export.sampler import Sampler
+from likely_export.autoregressive import Autoregressive
+from likely_export.pixelcnn import PixelCNNConfig
 
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 
 
 def choices(
-    model: PixelCNN, x: torch.Tensor, noise: torch.Tensor, y: torch.Tensor | None
+    model: Autoregressive, x: torch.Tensor, noise: torch.Tensor, y: torch.Tensor | None
 ) -> torch.Tensor:
     """The digits that full passes over x choose with that noise, one pass for all pixels."""
     return (model.log_probs(x, y) + noise.flatten(3, 4)).argmax(-1)
@@ -28,7 +28,7 @@ def test_one_pass_reproduces_every_choice(name: str) -> None:
     model, config = autoregressive.model(name), CONFIGS[name]
     noise, y = autoregressive.gumbel(config, 64), autoregressive.labels(config, 64)
     with torch.no_grad():
-        x = Sampler(model)(noise, y)
+        x = roles.sampler(model)(noise, y)
         assert x.dtype == torch.uint8 and x.shape == (64, *config.shape)
         assert len(torch.unique(x)) > 1
         assert torch.equal(choices(model, x, noise, y), model.head.split(x))
@@ -46,7 +46,7 @@ def test_drawing_equals_the_naive_way(name: str) -> None:
             for _ in range(config.digits):  # a digit needs those before it
                 chosen = choices(model, naive, noise, y)[:, i, j].unflatten(-1, (c, -1))[:, k]
                 naive[:, k, i, j] = (chosen * powers).sum(-1).byte()
-        assert torch.equal(Sampler(model)(noise, y), naive)
+        assert torch.equal(roles.sampler(model)(noise, y), naive)
 
 
 @EVERY

@@ -91,7 +91,12 @@ def test_scopes_are_those_of_the_service(tokens: Path) -> None:
     known, mine = Gate(Secrets(tokens, LOG)), bearer("correct-horse-battery")
     for service in (SCORING, "likely.v1.ModelService"):
         assert known.admit(service, mine)
-    for service in ("likely.v1.GenerationService", ADMIN, "some.other.Service"):
+    for service in (
+        "likely.v1.GenerationService",
+        "likely.v1.LatentService",
+        ADMIN,
+        "some.other.Service",
+    ):
         assert refused(known, mine, service) == "SCOPE_MISSING"
         assert known.admit(service, bearer("staple-of-the-house"))
     assert known.admit("grpc.health.v1.Health", []) is None

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from likely.batching import callers, tuning
 from likely.batching.admission import Bounds, Quota
+from likely.batching.batcher import HEADROOM
 from likely.batching.callers import Caller, Priority
 from likely.batching.lanes import Ask, Lanes
 from likely.batching.traffic import Traffic
@@ -434,9 +435,32 @@ def test_a_deadline_before_its_turn_is_refused_at_once() -> None:
             await settled()
             with pytest.raises(Overloaded, match="longer than the deadline allows") as caught:
                 await asyncio.create_task(ask(lanes, 2, client="a", deadline=time.monotonic() + 5))
-            assert caught.value.retry_after == pytest.approx(10)
+            assert caught.value.retry_after == pytest.approx(15)  # and half of what runs
             graph.release()
             assert (await first, await waiting) == ([0], [2])
+
+    run(work())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int) -> None:
+    async def work() -> None:
+        graph, pace = Doubler(), 10.0
+        async with opened(graph, best={Role.DENSITY: Best(4, pace=pace)}) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            waiting = going(ask(lanes, 1))
+            await settled()
+            answered = HEADROOM * pace * (0.5 + 1 + rows)  # what runs, what waits, and its own
+            own, now = range(rows), time.monotonic()
+            with pytest.raises(Overloaded, match="longer than the deadline allows"):
+                await going(ask(lanes, *own, client="a", deadline=now + answered - 1))
+            fine = going(ask(lanes, *own, client="a", deadline=now + answered + 1))
+            await settled()
+            graph.release()
+            assert (await first, await waiting) == ([0], [2])
+            assert await fine == [2 * row for row in own]
 
     run(work())
 

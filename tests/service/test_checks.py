@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def check(request: Any, manifest: Manifest, detector: Detector) -> dict[str, Any
             "seed": checks.seed(request),
             "first_index": checks.first_index(request, request.count),
             "temperature": checks.temperature(request),
-            "self_check": checks.self_check(request, detector, 0.05),
+            "self_check": checks.self_check(request, SimpleNamespace(detector=detector), 0.05),
         }
     if isinstance(request, CompleteRequest):
         checks.geometry(request, manifest, LIMITS)

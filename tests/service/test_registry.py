@@ -96,7 +96,7 @@ def test_a_model_is_described(
     opened.close()
     assert info.shape == manifest.shape
     assert info.methods == tuple(sorted(info.methods))
-    assert len(info.methods) == 5
+    assert len(info.methods) == 8
     assert info.density_kind == info.conditional_kind == "exact"
     assert info.latent_dimensions == 2
     assert info.finest_alpha == pytest.approx(1 / 200)

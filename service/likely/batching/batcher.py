@@ -18,6 +18,7 @@ from likely.batching.turns import Turns
 from likely.errors import DeadlineExceeded, Overloaded
 
 BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs
+HEADROOM = 1.25  # times what work should take: an answer that comes too late is work for nothing
 _SMOOTHING = 0.1
 
 
@@ -55,7 +56,7 @@ class Batcher:
         self.grain = best.grain
         self._gathering = Gathering(best.grain, best.fixed)
         self._bounds = bounds
-        self._turns: dict[Priority, Turns[Member]] = {p: Turns() for p in Priority}
+        self._turns: tuple[Turns[Member], ...] = tuple(Turns() for _ in Priority)
         self._name = name
         self._traffic = traffic
         self._running = traffic.running.labels(name, graph)
@@ -67,11 +68,16 @@ class Batcher:
     @property
     def rows(self) -> int:
         """How many rows wait."""
-        return self._turns[Priority.INTERACTIVE].rows + self._turns[Priority.BULK].rows
+        interactive, bulk = self._turns
+        return interactive.rows + bulk.rows
 
     def waiting(self, priority: Priority) -> int:
         """How many rows of that priority wait."""
         return self._turns[priority].rows
+
+    def ahead(self, priority: Priority) -> int:
+        """How many rows wait that go before a newcomer of that priority."""
+        return self.rows if priority is Priority.BULK else self._turns[priority].rows
 
     def check(self, member: Member, wait: Callable[[Priority], float]) -> None:
         """Returns if there is room for a member, where need be for one of a greedier client's.
@@ -81,13 +87,14 @@ class Batcher:
             wait: seconds until a newcomer's turn, as far as can be told.
 
         Raises:
-            Overloaded: there is none, or its deadline comes before its turn.
+            Overloaded: there is none, or its deadline comes before it would be answered.
         """
         if not self.rows:
             return
         if member.deadline is not None:
             seconds = wait(member.priority)
-            if member.since + seconds > member.deadline:
+            answered = HEADROOM * (seconds + member.rows * self.pace)
+            if member.since + answered > member.deadline:
                 self._shed("deadline")
                 raise Overloaded(
                     f"about {seconds:.3g} s of work wait, longer than the deadline allows",
@@ -174,7 +181,7 @@ class Batcher:
 
     def clear(self) -> Sequence[Member]:
         """All members that waited; none waits any more."""
-        return [member for turns in self._turns.values() for member in turns.clear()]
+        return [member for turns in self._turns for member in turns.clear()]
 
     def _full(self, member: Member) -> bool:
         rows = self.rows
@@ -182,7 +189,8 @@ class Batcher:
             return False
         if rows + member.rows > self._bounds.rows:
             return True
-        nbytes = sum(turns.nbytes for turns in self._turns.values())
+        interactive, bulk = self._turns
+        nbytes = interactive.nbytes + bulk.nbytes
         return nbytes + member.rows * member.row_bytes > self._bounds.nbytes
 
     def _greedier(self, member: Member) -> Member | None:
@@ -192,7 +200,7 @@ class Batcher:
                 continue
             client = turns.heaviest()
             latest = turns.latest(client)
-            held = sum(t.held(member.client) for t in self._turns.values())
+            held = sum(t.held(member.client) for t in self._turns)
             may_go = client != member.client and latest.guest and not latest.taken
             if may_go and turns.held(client) > held + member.rows:
                 return latest

@@ -125,9 +125,11 @@ class Lanes:
         Raises:
             As `run`.
         """
-        members = self._admitted(asks)
+        members, found = self._admitted(asks), []
         try:
-            return [await member.future for member in members]
+            for member in members:
+                found.append(await member.future)  # noqa: PERF401  that would be a coroutine more
+            return found
         except BaseException:
             for member, ask in zip(members, asks, strict=True):
                 self._abandon(member, ask.role)
@@ -207,9 +209,12 @@ class Lanes:
 
     def _wait(self, priority: Priority) -> float:
         """Seconds until the lanes have done what goes before a newcomer."""
-        ahead = [p for p in Priority if p <= priority]
-        rows = ((b.pace, b.waiting(p)) for b in self._batchers.values() for p in ahead)
-        return sum(pace * waiting for pace, waiting in rows) / self._count
+        seconds = 0.0
+        for batcher in self._batchers.values():
+            seconds += batcher.pace * batcher.ahead(priority)
+        for batch, role in self._running.items():
+            seconds += self._batchers[role].pace * batch.rows / 2  # about half of it is left
+        return seconds / self._count
 
     def _abandon(self, member: Member, role: Role) -> None:
         """Frees the place of a member that nobody waits for, and ends a run that is its alone."""

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from likely.bundle import arrays, scan, signing
-from likely.errors import BundleError
+from likely.errors import BundleError, NotAnswered
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 20
@@ -45,8 +45,9 @@ class Role(StrEnum):
     CONDITIONAL = "conditional"  # x[, noise] -> log p(x|y) for all labels
     GENERATE = "generate"  # y, noise -> x in one pass (latent-variable models)
     SAMPLE = "sample"  # [y,] noise -> x pixel by pixel (autoregressive models)
-    ENCODE = "encode"  # x, y -> mean and log-variance of the latent features
     DISCRIMINATE = "discriminate"  # x -> log p(y|x) for all labels, under the manifest's priors
+    ENCODE = "encode"  # x[, y] -> mean[ and log-variance] of the latent features
+    DECODE = "decode"  # z[, noise][, y] -> mean[, deviation and a draw] of every pixel
 
 
 class Kind(StrEnum):
@@ -117,6 +118,24 @@ class Calibration(_Entry):
         return 1 / (self.size + 1)
 
 
+class Direction(_Entry):
+    """A way through the latent features, along which one thing changes.
+
+    A point of 1 is one standard deviation of an attribute within a label, or the way from the
+    mean of all other labels to the label's own.
+    """
+
+    name: str = Field(min_length=1, max_length=80)
+    kind: Literal["attribute", "label"]
+
+
+class Latent(_Entry):
+    """Where the directions' arrays are, and which there are, in the arrays' order."""
+
+    file: FileName
+    directions: tuple[Direction, ...]
+
+
 class FileRecord(_Entry):
     """How a file of the bundle must look."""
 
@@ -139,7 +158,8 @@ class Manifest(_Entry):
     levels: int = Field(ge=2, le=256)
     labels: tuple[Label, ...] = ()
     graphs: dict[Role, Graph]
-    calibration: Calibration
+    calibration: Calibration | None = None
+    latent: Latent | None = None
     golden: FileName
     parity_nats: float = Field(ge=0, allow_inf_nan=False)
     decisions_compared: int = Field(0, ge=0)
@@ -150,24 +170,61 @@ class Manifest(_Entry):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:
-        if Role.DENSITY not in self.graphs:
-            raise ValueError("a bundle needs a density graph")
+        if (Role.DENSITY in self.graphs) != (self.calibration is not None):
+            raise ValueError("a density graph and a calibration are there together, or neither")
+        if Role.CONDITIONAL in self.graphs and Role.DENSITY not in self.graphs:
+            raise ValueError("a conditional graph needs a density graph beside it")
+        if not self.graphs:
+            raise ValueError("a bundle needs a graph")
+        if self.latent and not {Role.ENCODE, Role.DECODE} <= set(self.graphs):
+            raise ValueError("directions need a graph that encodes and one that decodes")
         if self.labels and abs(sum(label.prior for label in self.labels) - 1) > 1e-6:
             raise ValueError("the priors of the labels must sum to 1")
         conditional = self.graphs.get(Role.CONDITIONAL)
         evidence = conditional.output("evidence") if conditional else None
         experts = evidence.shape[1] if evidence else 0
-        if len(self.calibration.weights) != experts:
-            raise ValueError(f"{len(self.calibration.weights)} weights for {experts} experts")
+        weights = self.calibration.weights if self.calibration else ()
+        if len(weights) != experts:
+            raise ValueError(f"{len(weights)} weights for {experts} experts")
         discriminate = self.graphs.get(Role.DISCRIMINATE)
         p_label = discriminate.output("log_pyx") if discriminate else None
         if discriminate and (p_label is None or p_label.shape != ("batch", len(self.labels))):
             raise ValueError("the discriminate graph must give log_pyx, a number for every label")
         named = {graph.file for graph in self.graphs.values()}
-        named |= {self.calibration.file, self.golden}
+        named |= {part.file for part in (self.calibration, self.latent) if part}
+        named.add(self.golden)
         if missing := named - set(self.files):
             raise ValueError(f"files without a record: {', '.join(sorted(missing))}")
         return self
+
+    @property
+    def calibrated(self) -> Calibration:
+        """The calibration.
+
+        Raises:
+            NotAnswered: the bundle has no density, so that there is none.
+        """
+        if self.calibration is None:
+            raise NotAnswered(
+                f"model {self.name} has no {Role.DENSITY} graph, so it does not answer this"
+            )
+        return self.calibration
+
+    def latent_dimensions(self, role: Role = Role.ENCODE) -> int:
+        """The size of the features that the graph of that role gives or takes; 0 without one."""
+        graph = self.graphs.get(role)
+        if graph is None:
+            return 0
+        spec = graph.output("mean") if role is Role.ENCODE else graph.input("z")
+        return int(spec.shape[-1]) if spec else 0
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether features have no variance and stand for pictures without a distribution."""
+        encode, decode = self.graphs.get(Role.ENCODE), self.graphs.get(Role.DECODE)
+        return bool(
+            (encode and not encode.output("log_variance")) or (decode and not decode.output("x"))
+        )
 
     @property
     def dimensions(self) -> int:
@@ -232,7 +289,11 @@ class Bundle:
 
     def calibration(self) -> dict[str, npt.NDArray[Any]]:
         """The calibration arrays by name."""
-        return self._arrays(self.manifest.calibration.file)
+        return self._arrays(self.manifest.calibrated.file)
+
+    def latent(self) -> dict[str, npt.NDArray[Any]]:
+        """The directions' arrays by name; none where there are no directions."""
+        return self._arrays(self.manifest.latent.file) if self.manifest.latent else {}
 
     def golden(self) -> dict[str, npt.NDArray[Any]]:
         """Inputs and outputs to replay, named `role/input` and `role/output`."""

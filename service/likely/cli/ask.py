@@ -24,7 +24,7 @@ _ALPHA = click.option("--alpha", type=float, help="Accepted rate of false reject
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 
 
-def _model(command: F) -> F:
+def asks(command: F) -> F:
     """Adds the options that name a server and a model."""
     for option in (
         click.option("--model-version", "version", help="The model's version. [the default one]"),
@@ -37,7 +37,7 @@ def _model(command: F) -> F:
 
 @click.command(epilog=show.FILES_HELP)
 @_FILES
-@_model
+@asks
 @_ALPHA
 @click.option(
     "--surprise",
@@ -87,7 +87,7 @@ def score(
 
 @click.command(epilog=show.FILES_HELP)
 @_FILES
-@_model
+@asks
 @_ALPHA
 @click.option("--priors", help="p(y) in the model's order, with commas. [the model's own]")
 @click.option(
@@ -158,7 +158,7 @@ def classify(
 
 
 @click.command()
-@_model
+@asks
 @click.option("--label", help="The label's name or index. [each drawn from the priors]")
 @click.option("--count", type=int, default=64, show_default=True, help="How many pictures.")
 @click.option("--seed", type=int, help="The same seed gives the same pictures. [a fresh one]")
@@ -260,7 +260,7 @@ def _about(name: str, answer: Scores | Classifications) -> dict[str, Any]:
     return {"model": name, "version": answer.model_version, "alpha": answer.alpha}
 
 
-def numbers(text: str | None) -> list[float] | None:
+def numbers(text: str | None, field: str = "priors") -> list[float] | None:
     """The numbers of a text such as `0.2,0.8`.
 
     Raises:
@@ -269,7 +269,7 @@ def numbers(text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise InvalidInput("priors", f"{text!r} are no numbers with commas between") from error
+        raise InvalidInput(field, f"{text!r} are no numbers with commas between") from error
 
 
 def _label(text: str | None, labels: tuple[str, ...]) -> int | None:

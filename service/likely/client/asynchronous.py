@@ -19,7 +19,9 @@ from likely.answers import (
     Guarantee,
     LabelRule,
     ModelInfo,
+    Redrawings,
     Scores,
+    Traversal,
 )
 from likely.client import plans
 from likely.client.channels import Address, File, Route, Token
@@ -146,6 +148,65 @@ class AsyncClient:
     ) -> Features:
         """As `Client.encode`."""
         return await self._follow(plans.encode(self._catalogue, images, labels, model, version))
+
+    async def decode(
+        self,
+        features: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Redrawings:
+        """As `Client.decode`."""
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return await self._follow(plans.decode(self._catalogue, features, labels, how, model))
+
+    async def traverse(
+        self,
+        images: npt.ArrayLike,
+        direction: str,
+        points: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Traversal:
+        """As `Client.traverse`."""
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return await self._follow(
+            plans.traverse(self._catalogue, images, direction, points, labels, how, model)
+        )
+
+    async def interpolate(
+        self,
+        images: npt.ArrayLike,
+        others: npt.ArrayLike,
+        points: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        other_labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Redrawings:
+        """As `Client.interpolate`."""
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return await self._follow(
+            plans.interpolate(
+                self._catalogue, images, others, points, labels, other_labels, how, model
+            )
+        )
 
     async def generate(
         self,

@@ -18,7 +18,9 @@ from likely.answers import (
     Guarantee,
     LabelRule,
     ModelInfo,
+    Redrawings,
     Scores,
+    Traversal,
 )
 from likely.client import plans
 from likely.client.channels import Address, File, Route, Token
@@ -230,6 +232,112 @@ class Client:
             LikelyError: as `score`.
         """
         return self._follow(plans.encode(self._catalogue, images, labels, model, version))
+
+    def decode(
+        self,
+        features: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Redrawings:
+        """What features stand for: the distribution of every pixel, and draws.
+
+        Args:
+            features: float (n, z).
+            labels: of every row, for a model that decodes under one.
+            draws: of each row; their mean and deviation come anyway.
+            seed: one seed gives the same draws; None lets the server pick one.
+            first_index: of the first row.
+            temperature: multiplies the noise, in [0, 2]; None is 1.
+            model: its name.
+            version: its version.
+
+        Raises:
+            LikelyError: as `score`.
+        """
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return self._follow(plans.decode(self._catalogue, features, labels, how, model))
+
+    def traverse(
+        self,
+        images: npt.ArrayLike,
+        direction: str,
+        points: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Traversal:
+        """Pictures redrawn at points along a direction, and where they themselves lie.
+
+        Args:
+            images: uint8 (n, c, h, w), or (n, h, w) for one channel.
+            direction: the name of one of the model's (`ModelInfo.directions`).
+            points: how far to go, (points,); 0 is the picture's own place.
+            labels: of every picture; None for the most probable ones.
+            draws: at each point; their mean and deviation come anyway.
+            seed: one seed gives the same draws; None lets the server pick one.
+            first_index: of the first picture.
+            temperature: multiplies the noise, in [0, 2]; None is 1.
+            model: its name.
+            version: its version.
+
+        Raises:
+            LikelyError: as `score`.
+        """
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return self._follow(
+            plans.traverse(self._catalogue, images, direction, points, labels, how, model)
+        )
+
+    def interpolate(
+        self,
+        images: npt.ArrayLike,
+        others: npt.ArrayLike,
+        points: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        other_labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Redrawings:
+        """Pictures redrawn on the straight line between the features of two.
+
+        Args:
+            images: uint8 (n, c, h, w), or (n, h, w) for one channel; at point 0.
+            others: as many; at point 1.
+            points: (points,), in [0, 1].
+            labels: of `images`; None for the most probable ones.
+            other_labels: of `others`, likewise.
+            draws: at each point; their mean and deviation come anyway.
+            seed: one seed gives the same draws; None lets the server pick one.
+            first_index: of the first pair.
+            temperature: multiplies the noise, in [0, 2]; None is 1.
+            model: its name.
+            version: its version.
+
+        Raises:
+            LikelyError: as `score`.
+        """
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return self._follow(
+            plans.interpolate(
+                self._catalogue, images, others, points, labels, other_labels, how, model
+            )
+        )
 
     def generate(
         self,

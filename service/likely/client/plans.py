@@ -6,8 +6,9 @@ what the caller asked for. The clients differ only in how they carry a request.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -23,21 +24,26 @@ from likely.answers import (
     LabelRule,
     ModelInfo,
     Pixels,
+    Redrawings,
     Scores,
+    Traversal,
 )
 from likely.errors import InvalidInput
-from likely.v1 import generation_pb2, models_pb2, scoring_pb2
+from likely.v1 import generation_pb2, latent_pb2, models_pb2, scoring_pb2
 
 Request = (
     scoring_pb2.ScoreRequest
     | scoring_pb2.ClassifyRequest
     | scoring_pb2.EncodeRequest
+    | latent_pb2.DecodeRequest
+    | latent_pb2.TraverseRequest
+    | latent_pb2.InterpolateRequest
     | models_pb2.ListModelsRequest
     | models_pb2.GetModelRequest
 )
 T = TypeVar("T")
 M = TypeVar("M")
-A = TypeVar("A", Scores, Classifications, Features, Draws)
+A = TypeVar("A", Scores, Classifications, Features, Draws, Redrawings, Traversal)
 # A request goes out and its own answer comes in: a pairing that Generator cannot type.
 Plan = Generator[Request, Any, T]
 
@@ -215,6 +221,146 @@ def encode(
         return codec.features(answer)
 
     return (yield from _divided(x, info, Questions(ask, read, version or "")))
+
+
+@dataclass(frozen=True, slots=True)
+class Redrawing:
+    """How pictures are redrawn: of which version, and what is drawn with which noise.
+
+    Attributes:
+        draws: at each point, or of each row of features.
+        seed: None lets the server pick one.
+        first_index: of the first picture.
+        temperature: multiplies the noise; None is 1.
+        version: of the model; None for the default.
+    """
+
+    draws: int = 0
+    seed: int | None = None
+    first_index: int = 0
+    temperature: float | None = None
+    version: str | None = None
+
+    def fields(self, info: ModelInfo, at: int, last: Redrawings | None) -> dict[str, Any]:
+        """What a request says of it, for pictures from `at` on, after that answer."""
+        return {
+            "model_name": info.name,
+            "model_version": last.model_version if last else self.version or "",
+            "draws": self.draws,
+            "seed": last.seed if last else self.seed,
+            "first_index": self.first_index + at,
+            "temperature": self.temperature,
+        }
+
+    def step(self, info: ModelInfo, points: int, nbytes: int) -> int:
+        """How many pictures of so many bytes one request and its answer have room for."""
+        rows = max(1, points * max(1, self.draws))
+        answer = max(1, points) * math.prod(info.shape) * (8 + max(0, self.draws))
+        return max(
+            1,
+            min(
+                info.limits.images_per_request,
+                (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, nbytes),
+                info.limits.images_per_generation // rows,
+                info.limits.response_bytes // answer,
+            ),
+        )
+
+
+def decode(
+    catalogue: Catalogue,
+    features: npt.ArrayLike,
+    labels: npt.ArrayLike | None,
+    how: Redrawing,
+    model: str | None,
+) -> Plan[Redrawings]:
+    """What all features stand for."""
+    info = yield from catalogue.model(model, how.version)
+    z: npt.NDArray[Any] = _array("features", features, np.float32)
+    if z.ndim != 2:
+        raise InvalidInput("features", f"shape {z.shape}; (n, z) is asked")
+    given = None if labels is None else _whole_numbers(labels, len(z))
+    step, parts = how.step(info, 1, z[:1].nbytes), list[Redrawings]()
+    for at in range(0, max(len(z), 1), step):
+        message = _message(
+            latent_pb2.DecodeRequest,
+            features=np.ascontiguousarray(z[at : at + step], "<f4").tobytes(),
+            labels=given and given[at : at + step],
+            **how.fields(info, at, parts[-1] if parts else None),
+        )
+        answer: latent_pb2.DecodeResponse = yield message
+        parts.append(codec.redrawn(answer, how.draws))
+    return joined(parts)
+
+
+def traverse(
+    catalogue: Catalogue,
+    images: npt.ArrayLike,
+    direction: str,
+    points: npt.ArrayLike,
+    labels: npt.ArrayLike | None,
+    how: Redrawing,
+    model: str | None,
+) -> Plan[Traversal]:
+    """All pictures along a direction."""
+    info = yield from catalogue.model(model, how.version)
+    x, places = pixels(images), _places(points)
+    given = None if labels is None else _whole_numbers(labels, len(x))
+    step, parts = how.step(info, len(places), x[:1].nbytes), list[Traversal]()
+    for at in range(0, max(len(x), 1), step):
+        message = _message(
+            latent_pb2.TraverseRequest,
+            images=codec.images(x[at : at + step]),
+            direction=direction,
+            points=places,
+            labels=given and given[at : at + step],
+            **how.fields(info, at, parts[-1] if parts else None),
+        )
+        answer: latent_pb2.TraverseResponse = yield message
+        parts.append(codec.traversal(answer, how.draws, (len(places),)))
+    return joined(parts)
+
+
+def interpolate(
+    catalogue: Catalogue,
+    images: npt.ArrayLike,
+    others: npt.ArrayLike,
+    points: npt.ArrayLike,
+    labels: npt.ArrayLike | None,
+    other_labels: npt.ArrayLike | None,
+    how: Redrawing,
+    model: str | None,
+) -> Plan[Redrawings]:
+    """All pictures on the way to as many others."""
+    info = yield from catalogue.model(model, how.version)
+    x, far, places = pixels(images), pixels(others), _places(points)
+    if len(x) != len(far):
+        raise InvalidInput("others", f"{len(far)} pictures for {len(x)} images; as many are asked")
+    given = None if labels is None else _whole_numbers(labels, len(x))
+    others_given = None if other_labels is None else _whole_numbers(other_labels, len(x))
+    step = how.step(info, len(places), x[:1].nbytes + far[:1].nbytes)
+    parts: list[Redrawings] = []
+    for at in range(0, max(len(x), 1), step):
+        message = _message(
+            latent_pb2.InterpolateRequest,
+            images=codec.images(x[at : at + step]),
+            others=codec.images(far[at : at + step]),
+            points=places,
+            labels=given and given[at : at + step],
+            other_labels=others_given and others_given[at : at + step],
+            **how.fields(info, at, parts[-1] if parts else None),
+        )
+        answer: latent_pb2.InterpolateResponse = yield message
+        parts.append(codec.redrawn(answer, how.draws, (len(places),)))
+    return joined(parts)
+
+
+def _places(points: npt.ArrayLike) -> list[float]:
+    places = _array("points", points, np.float64)
+    if places.ndim != 1:
+        raise InvalidInput("points", f"shape {places.shape}; (points,) is asked")
+    found: list[float] = places.tolist()
+    return found
 
 
 def generations(
@@ -397,7 +543,7 @@ def joined(parts: Sequence[A]) -> A:
         return first
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts])
-        for name in type(first).__slots__
+        for name in (field.name for field in fields(first))
         if isinstance(getattr(first, name), np.ndarray)
     }
     return replace(first, **columns)

@@ -98,7 +98,8 @@ class Bundled:
             raise JobError(f"name one of {', '.join(map(str, folders))} by --bundle")
         bundle = Bundle.open(folders[0], self.keys)
         engine = self._engine(bundle, self.max_batch)
-        if not steady(engine, bundle.golden()[f"{Role.DENSITY}/x"]):
+        golden = bundle.golden().get(f"{Role.DENSITY}/x")
+        if golden is not None and not steady(engine, golden):
             engine.close()
             _LOG.warning(
                 "the graphs of %s round differently in batches of different sizes: "

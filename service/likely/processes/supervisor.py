@@ -12,7 +12,7 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
@@ -23,7 +23,7 @@ from likely.processes.fanout import Fanout
 from likely.processes.together import Together
 from likely.processes.worker import LOST, READY, Order
 from likely.serving import access, ports
-from likely.serving.interceptors import Guard
+from likely.serving.interceptors import Guard, Guarded
 from likely.settings import PREFIX, Settings
 from likely.telemetry.metrics import Exporter, Metrics
 from likely.v1 import admin_pb2, admin_pb2_grpc
@@ -235,9 +235,10 @@ class Supervisor:
             return None
         # The workers count and limit what they are handed on; here callers are let in.
         guard = Guard(Registry(), Metrics(), self._log, access.gate(settings, self._log))
-        server = grpc.aio.server(interceptors=[guard], options=[("grpc.so_reuseport", 0)])
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        served: Any = Guarded(guard, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            Fanout(self._sockets, self._settled, self._strayed), server
+            Fanout(self._sockets, self._settled, self._strayed), served
         )
         port = ports.listen(server, settings, settings.admin_host, settings.admin_port, self._log)
         self._log.info("admin", host=settings.admin_host, port=port)

@@ -45,6 +45,7 @@ OPEN = frozenset({"grpc.health.v1.Health"})
 SCOPES: dict[str, Scope | None] = {
     "likely.v1.ScoringService": Scope.SCORE,
     "likely.v1.GenerationService": Scope.GENERATE,
+    "likely.v1.LatentService": Scope.GENERATE,
     "likely.v1.ModelService": None,
     "inference.GRPCInferenceService": None,
     "grpc.reflection.v1.ServerReflection": None,

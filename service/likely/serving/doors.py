@@ -3,10 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import NoReturn, TypeAlias
 
 from likely.errors import Unavailable
+
+Tasks: TypeAlias = "set[asyncio.Task[object]]"
+
+
+class Inside:
+    """One request inside; of a class, as a generator would cost more than the rest of the door."""
+
+    __slots__ = ("_cut", "_empty", "_inside", "_task")
+
+    def __init__(self, inside: Tasks, cut: Tasks, empty: asyncio.Event) -> None:
+        self._inside = inside
+        self._cut = cut
+        self._empty = empty
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._inside.add(task)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._inside.discard(self._task)
+        if not self._inside:
+            self._empty.set()
+        if self._task in self._cut:
+            self._cut.discard(self._task)
+            if isinstance(error, asyncio.CancelledError):
+                self._task.uncancel()
+                raise Unavailable("the server ended before this was answered") from None
 
 
 class Door:
@@ -18,38 +54,30 @@ class Door:
     """
 
     def __init__(self) -> None:
-        self._inside: set[asyncio.Task[object]] = set()
-        self._cut: set[asyncio.Task[object]] = set()
+        self._inside: Tasks = set()
+        self._cut: Tasks = set()
         self._warned: set[asyncio.Task[None]] = set()
         self._closed = False
         self._shut = asyncio.Event()
         self._empty = asyncio.Event()
 
-    @asynccontextmanager
-    async def inside(self) -> AsyncIterator[None]:
-        """While it is entered, a request is inside.
+    @property
+    def closed(self) -> bool:
+        """Whether nobody is let in any more."""
+        return self._closed
+
+    async def refused(self) -> NoReturn:
+        """What comes of a newcomer to a closed door.
 
         Raises:
-            Unavailable: the door is shut, or the request was cut off.
+            Unavailable: once it is shut.
         """
-        if self._closed:
-            await self._shut.wait()
-            raise Unavailable("the server is ending")
-        task = asyncio.current_task()
-        assert task is not None
-        self._inside.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if task not in self._cut:
-                raise
-            task.uncancel()
-            raise Unavailable("the server ended before this was answered") from None
-        finally:
-            self._inside.discard(task)
-            self._cut.discard(task)
-            if not self._inside:
-                self._empty.set()
+        await self._shut.wait()
+        raise Unavailable("the server is ending")
+
+    def inside(self) -> Inside:
+        """While it is entered, a request is inside, and cut off with Unavailable if need be."""
+        return Inside(self._inside, self._cut, self._empty)
 
     @contextmanager
     def warned(self, reader: asyncio.Task[None]) -> Iterator[None]:

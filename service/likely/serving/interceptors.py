@@ -3,18 +3,23 @@
 Stock grpc.aio answers bytes that are no message, and handlers that raise, with
 UNKNOWN and the exception's text. Here the request arrives as bytes and is
 decoded inside the guard, so that both get a proper status.
+
+All of it is done for every request, which with a small model costs more than the model: what
+does not depend on the request is found once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
+import random
 import re
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
@@ -37,19 +42,25 @@ if TYPE_CHECKING:
 
 REQUEST_ID = "x-request-id"
 PRIORITY = "likely-priority"
+_OURS = ("likely.", "inference.")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Read: TypeAlias = Callable[[bytes], Any] | None
+Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 
 @dataclass(slots=True)
 class Call:
-    """What is known of an RPC while it runs; the access log's line in the end."""
+    """What is known of an RPC while it runs; the access log's line in the end.
+
+    `is_ours` tells a question to a model from a probe of health or reflection.
+    """
 
     service: str
     method: str
+    is_ours: bool
     request_id: str
     began: float
     model: str = ""
@@ -59,17 +70,50 @@ class Call:
     accepted: bool = True
     trace: Trace | None = None
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is a question to a model, not a probe of health or reflection."""
-        return self.service.startswith(("likely.", "inference."))
-
 
 def _ignored(_: DeviceLost) -> None:
     """Nobody has to be told."""
 
 
-class Guard(grpc.aio.ServerInterceptor):
+class Guarded(grpc.GenericRpcHandler):
+    """The services of one server, behind a guard; generated code adds them as to the server itself.
+
+    They are found by their names alone. For each method that is registered by itself, grpc.aio
+    keeps a task, and it begins to wait for all of these anew at each request; an interceptor
+    would cost two coroutines for each.
+    """
+
+    def __init__(self, guard: Guard, server: grpc.aio.Server) -> None:
+        self._guard = guard
+        self._services: list[grpc.GenericRpcHandler] = []
+        self._handlers: dict[str, Handler] = {}  # of the methods that there are
+        # Named by nobody's wish: callers must not grow logs and metrics.
+        self._unknown = guard.guarded(_NO_METHOD, "unknown", "unknown")
+        server.add_generic_rpc_handlers((self,))
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Adds services."""
+        self._services += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """Adds nothing: the same methods come as generic handlers."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler:
+        """The RPC's handler, guarded; where there is no such RPC, one that says so."""
+        path = handler_call_details.method
+        return self._handlers.get(path) or self._found(path, handler_call_details)
+
+    def _found(self, path: str, details: grpc.HandlerCallDetails) -> Handler:
+        found = (service.service(details) for service in self._services)
+        handler = next((handler for handler in found if handler), None)
+        if handler is None:
+            return self._unknown
+        service, _, method = path.removeprefix("/").rpartition("/")
+        self._handlers[path] = self._guard.guarded(handler, service, method)
+        return self._handlers[path]
+
+
+class Guard:
     """Stands before every RPC.
 
     Attributes:
@@ -102,40 +146,26 @@ class Guard(grpc.aio.ServerInterceptor):
         self._registry = registry
         self._metrics = metrics
         self._log = log.bind()  # once: a logger that was never bound binds itself for each event
+        self._tells_all = log.is_enabled_for(logging.DEBUG)
         self._gate = gate or Gate()
         self._tracing = tracing
         self._patience = slow_reader_seconds
         self._lost = lost
         self._probes: set[asyncio.Timeout] = set()
-        self._handlers: dict[str, Handler] = {}  # of the methods that there are
 
     def end_probes(self) -> None:
         """Ends health watches and reflection streams: by themselves they last until drained."""
         for probe in self._probes:
             probe.reschedule(0)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """The RPC's handler, guarded; where there is no such RPC, one that says so."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            # Named by nobody's wish: callers must not grow logs and metrics.
-            return self._guarded(_NO_METHOD, "unknown", "unknown")
-        path = handler_call_details.method
-        if path not in self._handlers:
-            service, _, method = path.removeprefix("/").rpartition("/")
-            self._handlers[path] = self._guarded(handler, service, method)
-        return self._handlers[path]
-
-    def _guarded(self, handler: Handler, service: str, method: str) -> Handler:
+    def guarded(self, handler: Handler, service: str, method: str) -> Handler:
+        """A handler that the guard stands before."""
         name = "_".join(
             "stream" if streams else "unary"
             for streams in (handler.request_streaming, handler.response_streaming)
         )
         inner: Any = getattr(handler, name)
+        watched = partial(self._watched, service, method, service.startswith(_OURS))
         receive = self._each if handler.request_streaming else self._received
         read = handler.request_deserializer
 
@@ -145,7 +175,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 self._answered(call, answer)
                 return answer
 
-            return await self._watched(service, method, context, work)
+            return await watched(context, work)
 
         async def stream(data: Any, context: Context) -> None:
             async def work(call: Call) -> None:
@@ -154,7 +184,7 @@ class Guard(grpc.aio.ServerInterceptor):
                         self._answered(call, answer)
                         await self._write(answer, context)
 
-            await self._watched(service, method, context, work)
+            await watched(context, work)
 
         # grpc.aio also takes a coroutine that writes its stream by context.write,
         # as the health service's Watch does.
@@ -169,12 +199,14 @@ class Guard(grpc.aio.ServerInterceptor):
         self,
         service: str,
         method: str,
+        is_ours: bool,
         context: Context,
         work: Callable[[Call], Awaitable[Any]],
     ) -> Any:
         # A function that is handed the work: generators as contexts, one in another, cost a
         # request more than the rest of its guard.
-        call = Call(service, method, _request_id(context), time.monotonic())
+        metadata: Metadata = context.invocation_metadata() or ()
+        call = Call(service, method, is_ours, _request_id(metadata), time.monotonic())
         # Trailing, not initial: initial metadata would commit the call, and no
         # client would retry it.
         trailer = ((REQUEST_ID, call.request_id),)
@@ -182,17 +214,17 @@ class Guard(grpc.aio.ServerInterceptor):
         if call.is_ours:
             self._metrics.began(method)
             if self._tracing:
-                metadata = context.invocation_metadata() or ()
                 call.trace = self._tracing.begin(service, method, metadata)
         try:
-            holder = self._gate.admit(service, context.invocation_metadata() or ())
+            holder = self._gate.admit(service, metadata)
             call.holder = holder.name if holder else ""
-            callers.announce(_caller(call, context, holder.scopes if holder else None))
+            callers.announce(_caller(call, context, metadata, holder.scopes if holder else None))
             if not call.is_ours:
                 return await self._endable(call, work)
-            call.accepted = False
-            async with self.door.inside():
-                call.accepted = True
+            if self.door.closed:
+                call.accepted = False
+                await self.door.refused()
+            with self.door.inside():
                 return await work(call)
         except grpc.aio.AbortError:
             call.code = _code_name(context.code())
@@ -247,18 +279,8 @@ class Guard(grpc.aio.ServerInterceptor):
         seconds = time.monotonic() - call.began
         # What goes well is counted; a line for each would cost as much as a small model's run.
         told = call.is_ours and call.code not in ("OK", "RESOURCE_EXHAUSTED")
-        tell = self._log.info if told else self._log.debug
-        tell(
-            "rpc",
-            method=call.method,
-            model=call.model,
-            code=call.code,
-            images=call.images,
-            **({"holder": call.holder} if call.holder else {}),
-            **({} if call.accepted else {"accepted": False}),
-            seconds=round(seconds, 6),
-            request_id=call.request_id,
-        )
+        if told or self._tells_all:
+            self._tell(call, seconds, self._log.info if told else self._log.debug)
         if call.is_ours:
             self._metrics.ended(call.method, call.model, call.code, seconds)
         if call.trace:
@@ -271,6 +293,19 @@ class Guard(grpc.aio.ServerInterceptor):
                     "likely.request_id": call.request_id,
                 },
             )
+
+    def _tell(self, call: Call, seconds: float, tell: Callable[..., object]) -> None:
+        tell(
+            "rpc",
+            method=call.method,
+            model=call.model,
+            code=call.code,
+            images=call.images,
+            **({"holder": call.holder} if call.holder else {}),
+            **({} if call.accepted else {"accepted": False}),
+            seconds=round(seconds, 6),
+            request_id=call.request_id,
+        )
 
     def _received(self, call: Call, data: bytes, read: Read) -> Any:
         request = _decode(data, read)
@@ -286,8 +321,9 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _answered(self, call: Call, answer: Any) -> None:
         if call.is_ours:
-            images, model = tallies.size(answer), tallies.model(answer) or call.model
+            images = tallies.size(answer)
             call.images += images
+            model = tallies.model(answer) or call.model
             self._metrics.answered(call.method, model, images, tallies.verdicts(answer))
             for number in tallies.codes(answer):
                 self._metrics.streamed(call.method, call.model, statuses.code_of(number).name)
@@ -308,7 +344,9 @@ def _decode(data: bytes, read: Read) -> Any:
         raise InvalidInput("", "the request's bytes are no message of the RPC's type") from error
 
 
-def _caller(call: Call, context: Context, scopes: frozenset[str] | None) -> Caller:
+def _caller(
+    call: Call, context: Context, metadata: Metadata, scopes: frozenset[str] | None
+) -> Caller:
     """Who asks: the token's holder, or the address where there is none.
 
     Raises:
@@ -317,12 +355,9 @@ def _caller(call: Call, context: Context, scopes: frozenset[str] | None) -> Call
     seconds = context.time_remaining()
     if seconds is not None and seconds <= 0:
         raise DeadlineExceeded("the deadline had passed when the request came")
-    bulk = any(
-        key == PRIORITY and value == "bulk" for key, value in context.invocation_metadata() or ()
-    )
     return Caller(
         call.holder or context.peer().rpartition(":")[0],  # ports change with each connection
-        Priority.BULK if bulk else None,
+        Priority.BULK if (PRIORITY, "bulk") in metadata else None,
         None if seconds is None else time.monotonic() + seconds,
         request_id=call.request_id,
         trace=call.trace,
@@ -330,11 +365,11 @@ def _caller(call: Call, context: Context, scopes: frozenset[str] | None) -> Call
     )
 
 
-def _request_id(context: Context) -> str:
-    for key, value in context.invocation_metadata() or ():
+def _request_id(metadata: Metadata) -> str:
+    for key, value in metadata:
         if key == REQUEST_ID and isinstance(value, str) and _SANE_ID.fullmatch(value):
             return value
-    return secrets.token_hex(16)
+    return f"{random.getrandbits(128):032x}"  # unlike any other, and no secret
 
 
 def _code_name(code: grpc.StatusCode | int | None) -> str:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-import grpc.aio
+import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 V1 = "grpc.reflection.v1.ServerReflection"
 
 
-def reflect(services: Iterable[str], server: grpc.aio.Server) -> None:
-    """Lets a server tell the schema of these services.
+def reflect(services: Iterable[str], server: Any) -> None:
+    """Lets a server, or what services are added to as to one, tell the schema of these.
 
     Version v1 differs from v1alpha by its name alone, so that one servicer answers both.
     """
     names = (*services, reflection.SERVICE_NAME, V1)
     _describe()
     servicer = reflection.aio.ReflectionServicer(names)
-    reflection.enable_server_reflection(names, server)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,11 @@ from likely.errors import DeviceLost, SettingsError
 from likely.inference import inference_pb2, inference_pb2_grpc
 from likely.serving import access, ports
 from likely.serving.admin import Admin
-from likely.serving.interceptors import Guard
+from likely.serving.interceptors import Guard, Guarded
 from likely.serving.openinference.operations import Services
 from likely.serving.openinference.servicer import OpenInference
 from likely.serving.reflecting import reflect
-from likely.serving.servicers import Generation, Models, Scoring
+from likely.serving.servicers import Generation, Latent, Models, Scoring
 from likely.settings import Settings
 from likely.telemetry.metrics import Exporter, Metrics
 from likely.tracing import Tracing
@@ -29,6 +28,8 @@ from likely.v1 import (
     admin_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    latent_pb2,
+    latent_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
     scoring_pb2,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 SERVICES = (
     scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"].full_name,
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    latent_pb2.DESCRIPTOR.services_by_name["LatentService"].full_name,
     models_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
@@ -54,23 +56,6 @@ _STATUS = health_pb2.HealthCheckResponse
 HOLD = 0.05  # seconds in which requests that race with a drain gather
 MODEL = "model/"  # what health calls a model, with its name behind
 CUT_OFF = 2.0  # seconds in which requests that are cut off may say so
-
-
-class _ByName:
-    """A server to which methods are added that it finds by their names alone.
-
-    For each method that is registered by itself, grpc.aio keeps a task, and it begins to wait for
-    all of these anew at each request: the more methods, the dearer every request.
-    """
-
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
-
-    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        self._server.add_generic_rpc_handlers(handlers)
-
-    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
-        pass
 
 
 class Server:
@@ -136,11 +121,12 @@ class Server:
             lost=self._lose,
         )
         self._grpc = self._server(shared)
-        self._add_services()
+        self._add_services(Guarded(self._guard, self._grpc))
         self._admin = None
         if admin_socket or settings.admin_port != "off":
             self._admin = self._server(shared=False)
-            admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(self.lifecycle), self._admin)
+            admin: Any = Guarded(self._guard, self._admin)
+            admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(self.lifecycle), admin)
 
     async def start(self) -> None:
         """Opens the ports; until `load` has been there, health says NOT_SERVING.
@@ -224,7 +210,6 @@ class Server:
 
     def _server(self, shared: bool) -> grpc.aio.Server:
         return grpc.aio.server(
-            interceptors=[self._guard],
             options=[
                 ("grpc.max_receive_message_length", self._settings.request_bytes),
                 ("grpc.max_send_message_length", -1),  # bounded by what a request may ask
@@ -233,14 +218,15 @@ class Server:
             ],
         )
 
-    def _add_services(self) -> None:
+    def _add_services(self, served: Any) -> None:
         limits, alpha = self._settings.limits, self._settings.default_alpha
-        served: Any = _ByName(self._grpc)  # which is all that generated code asks of a server
         quota = Quota(limits.client_images_per_second, limits.client_images_at_once)
         scoring = Scoring(self.registry, limits, alpha, quota, guard=self._guard)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, served)
         generation = Generation(self.registry, limits, alpha, quota)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, served)
+        latent = Latent(self.registry, limits, quota)
+        latent_pb2_grpc.add_LatentServiceServicer_to_server(latent, served)
         models = Models(self.registry, limits, alpha)
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, served)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, served)
@@ -250,7 +236,7 @@ class Server:
         )
         if self._settings.reflection:
             health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-            reflect((*SERVICES, health), self._grpc)
+            reflect((*SERVICES, health), served)
 
     def _lose(self, error: DeviceLost) -> None:
         if not self.lost.done():

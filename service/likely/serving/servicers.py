@@ -13,6 +13,7 @@ from likely import codec
 from likely.answers import Classifications, Draws, Features, Limits, ModelInfo, Scores
 from likely.batching import callers
 from likely.batching.admission import Quota
+from likely.bundle import Role
 from likely.engine import Engine
 from likely.serving import checks
 from likely.serving.feeds import Feed
@@ -20,6 +21,8 @@ from likely.serving.interceptors import Guard
 from likely.v1 import (
     generation_pb2,
     generation_pb2_grpc,
+    latent_pb2,
+    latent_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
     scoring_pb2,
@@ -175,7 +178,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
                 first_index=checks.first_index(request, count),
                 temperature=checks.temperature(request),
                 chunk=checks.chunk(engine.manifest, self._limits),
-                check=checks.self_check(request, engine.detector, self._default_alpha),
+                check=checks.self_check(request, engine, self._default_alpha),
                 acceptance=checks.acceptance(request),
             )
             self._quota.take(callers.current().client, count)
@@ -215,6 +218,71 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
             async with aclosing(drawn) as chunks:
                 async for chunk in chunks:
                     yield chunk
+
+
+class Latent(latent_pb2_grpc.LatentServiceServicer):
+    """Redraws pictures from latent features."""
+
+    def __init__(self, registry: Registry, limits: Limits, quota: Quota | None = None) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._quota = quota or Quota()
+
+    async def Decode(
+        self, request: latent_pb2.DecodeRequest, context: Context
+    ) -> latent_pb2.DecodeResponse:
+        """What features stand for."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            engine.require("Decode")
+            z = checks.features(request, engine.manifest.latent_dimensions(Role.DECODE))
+            labels = checks.labels(request, engine.manifest, len(z))
+            drawing = checks.drawing(request, len(z), len(z), engine.manifest, self._limits)
+            self._quota.take(callers.current().client, len(z) * max(1, drawing.count))
+            found = await engine.decode(z, labels, drawing)
+        return latent_pb2.DecodeResponse(
+            model_version=found.model_version,
+            redrawings=codec.redrawings(found),
+            seed=found.seed,
+        )
+
+    async def Traverse(
+        self, request: latent_pb2.TraverseRequest, context: Context
+    ) -> latent_pb2.TraverseResponse:
+        """Pictures along a direction."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            engine.require("Traverse")
+            x = checks.pixels(request, engine.manifest, self._limits)
+            labels = checks.labels(request, engine.manifest, len(x))
+            direction = checks.direction(request, engine.manifest)
+            points = checks.points(request)
+            rows = len(x) * len(points)
+            drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
+            self._quota.take(callers.current().client, rows * max(1, drawing.count))
+            found = await engine.traverse(x, direction, points, drawing, label=labels)
+        return codec.traverse_response(found)
+
+    async def Interpolate(
+        self, request: latent_pb2.InterpolateRequest, context: Context
+    ) -> latent_pb2.InterpolateResponse:
+        """Pictures between two."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            engine.require("Interpolate")
+            x = checks.pixels(request, engine.manifest, self._limits)
+            others = checks.others(request, engine.manifest, self._limits, len(x))
+            labels = checks.labels(request, engine.manifest, len(x))
+            other_labels = checks.labels(request, engine.manifest, len(x), "other_labels")
+            points = checks.points(request)
+            rows = len(x) * len(points)
+            drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
+            self._quota.take(callers.current().client, rows * max(1, drawing.count))
+            found = await engine.interpolate(
+                x, others, points, drawing, label=labels, other_label=other_labels
+            )
+        return latent_pb2.InterpolateResponse(
+            model_version=found.model_version,
+            redrawings=codec.redrawings(found),
+            seed=found.seed,
+        )
 
 
 class Models(models_pb2_grpc.ModelServiceServicer):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Mapping
+from functools import cache
+from operator import attrgetter
+from typing import Any
 
-from likely.answers import Verdict
+import numpy as np
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
 from likely.inference import inference_pb2
-from likely.v1 import generation_pb2, models_pb2, scoring_pb2
+from likely.v1 import generation_pb2, latent_pb2, models_pb2, scoring_pb2
 
 Answer = (
     scoring_pb2.ScoreResponse
@@ -16,6 +21,9 @@ Answer = (
     | scoring_pb2.ClassifyStreamResponse
     | generation_pb2.GenerateResponse
     | generation_pb2.CompleteResponse
+    | latent_pb2.DecodeResponse
+    | latent_pb2.TraverseResponse
+    | latent_pb2.InterpolateResponse
     | models_pb2.ListModelsResponse
     | models_pb2.GetModelResponse
     | inference_pb2.ModelInferResponse
@@ -23,11 +31,27 @@ Answer = (
 )
 
 
-def model(message: object) -> str:
+def model(message: Any) -> str:
     """The name of the model that a request asks or an answer names; empty where there is none."""
-    inner = getattr(message, "request", None) or getattr(message, "infer_response", message)
+    kind: Any = type(message)
     # Models of the Open Inference Protocol are called `name/operation`.
-    return str(getattr(inner, "model_name", "")).partition("/")[0]
+    return _named(kind)(message).partition("/")[0]
+
+
+@cache  # a message that is asked for a field that it has not takes microseconds to say so
+def _named(kind: Any) -> Callable[[Any], str]:
+    """What finds that name in messages of that type."""
+    own = _fields(getattr(kind, "DESCRIPTOR", None))
+    if "model_name" in own:
+        return attrgetter("model_name")
+    for inner in ("request", "infer_response"):
+        if inner in own and "model_name" in _fields(own[inner].message_type):
+            return attrgetter(f"{inner}.model_name")
+    return lambda _: ""
+
+
+def _fields(message: Descriptor | None) -> Mapping[str, FieldDescriptor]:
+    return message.fields_by_name if message else {}
 
 
 def size(answer: Answer) -> int:
@@ -41,6 +65,12 @@ def size(answer: Answer) -> int:
             return len(answer.labels)
         case generation_pb2.CompleteResponse():
             return answer.images.shape[0]
+        case (
+            latent_pb2.DecodeResponse()
+            | latent_pb2.TraverseResponse()
+            | latent_pb2.InterpolateResponse()
+        ):
+            return max(answer.redrawings.shape[0], answer.redrawings.drawn.shape[0])
         case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
             return sum(size(outcome.response) for outcome in answer.outcomes)
         case inference_pb2.ModelStreamInferResponse():
@@ -51,13 +81,13 @@ def size(answer: Answer) -> int:
             return 0
 
 
-def verdicts(answer: Answer) -> list[Verdict]:
-    """The verdicts that an answer gives."""
+def verdicts(answer: Answer) -> list[int]:
+    """The verdicts that an answer gives, by their numbers."""
     match answer:
         case scoring_pb2.ScoreResponse():
-            return [Verdict(row.verdict) for row in answer.scores]
+            return [row.verdict for row in answer.scores]
         case scoring_pb2.ClassifyResponse():
-            return [Verdict(row.verdict) for row in answer.classifications]
+            return [row.verdict for row in answer.classifications]
         case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
             return [each for outcome in answer.outcomes for each in verdicts(outcome.response)]
         case inference_pb2.ModelStreamInferResponse():
@@ -77,12 +107,12 @@ def codes(answer: Answer) -> list[int]:
             return []
 
 
-def _inferred(answer: inference_pb2.ModelInferResponse) -> list[Verdict]:
+def _inferred(answer: inference_pb2.ModelInferResponse) -> list[int]:
     for at, output in enumerate(answer.outputs):
         if output.name in ("verdict", "outlier"):
             raw = answer.raw_output_contents
             typed = output.contents.int_contents or output.contents.bool_contents
             values = np.frombuffer(raw[at], np.int8).tolist() if raw else [int(v) for v in typed]
             first = 1 if output.name == "outlier" else 0  # false is ACCEPTED, true OUTLIER
-            return [Verdict(first + value) for value in values]
+            return [first + value for value in values]
     return []

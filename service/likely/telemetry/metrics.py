@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import platform
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar, cast
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -31,7 +30,21 @@ METHODS = (
 )  # fmt: skip
 JUDGING = ("Score", "Classify")
 CODES = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")
+_VERDICTS = {int(verdict): verdict.name.lower() for verdict in Verdict}
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Children(dict[tuple[str, ...], M]):
+    """A metric's children by their labels; `labels` itself is slow for what every request does."""
+
+    def __init__(self, metric: M) -> None:
+        super().__init__()
+        self._metric: M = metric
+
+    def __missing__(self, labels: tuple[str, ...]) -> M:
+        child: M = self._metric.labels(*labels)
+        self[labels] = child
+        return child
 
 
 class Metrics:
@@ -56,44 +69,55 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.traffic = Traffic(self.registry)
         self.monitor = Monitor(self.registry, drift_level, workers)
-        self._children: dict[tuple[object, tuple[str, ...]], object] = {}
-        self._requests = Counter(
-            "likely_requests",
-            "Requests answered.",
-            ("method", "model", "code"),
-            registry=self.registry,
+        self._requests = Children(
+            Counter(
+                "likely_requests",
+                "Requests answered.",
+                ("method", "model", "code"),
+                registry=self.registry,
+            )
         )
-        self._seconds = Histogram(
-            "likely_request_seconds",
-            "Time from a request's arrival to the end of its answer.",
-            ("method",),
-            buckets=SECONDS,
-            registry=self.registry,
+        self._seconds = Children(
+            Histogram(
+                "likely_request_seconds",
+                "Time from a request's arrival to the end of its answer.",
+                ("method",),
+                buckets=SECONDS,
+                registry=self.registry,
+            )
         )
-        self._running = Gauge(
-            "likely_requests_in_flight",
-            "Requests that are being answered.",
-            ("method",),
-            multiprocess_mode="livesum",
-            registry=self.registry,
+        self._running = Children(
+            Gauge(
+                "likely_requests_in_flight",
+                "Requests that are being answered.",
+                ("method",),
+                multiprocess_mode="livesum",
+                registry=self.registry,
+            )
         )
-        self._messages = Counter(
-            "likely_stream_messages",
-            "Messages of streams answered.",
-            ("method", "model", "code"),
-            registry=self.registry,
+        self._messages = Children(
+            Counter(
+                "likely_stream_messages",
+                "Messages of streams answered.",
+                ("method", "model", "code"),
+                registry=self.registry,
+            )
         )
-        self._images = Counter(
-            "likely_images",
-            "Pictures scored, classified, encoded or drawn.",
-            ("method", "model"),
-            registry=self.registry,
+        self._images = Children(
+            Counter(
+                "likely_images",
+                "Pictures scored, classified, encoded or drawn.",
+                ("method", "model"),
+                registry=self.registry,
+            )
         )
-        self._verdicts = Counter(
-            "likely_verdicts",
-            "Pictures by what was decided about them.",
-            ("method", "model", "verdict"),
-            registry=self.registry,
+        self._verdicts = Children(
+            Counter(
+                "likely_verdicts",
+                "Pictures by what was decided about them.",
+                ("method", "model", "verdict"),
+                registry=self.registry,
+            )
         )
         self._models = Gauge(
             "likely_model_info",
@@ -137,31 +161,24 @@ class Metrics:
 
     def began(self, method: str) -> None:
         """A request has arrived."""
-        self._of(self._running, method).inc()
+        self._running[(method,)].inc()
 
     def ended(self, method: str, model: str, code: str, seconds: float) -> None:
         """A request has been answered."""
-        self._of(self._running, method).dec()
-        self._of(self._requests, method, model, code).inc()
-        self._of(self._seconds, method).observe(seconds)
+        self._running[(method,)].dec()
+        self._requests[method, model, code].inc()
+        self._seconds[(method,)].observe(seconds)
 
     def streamed(self, method: str, model: str, code: str) -> None:
         """One message of a stream has been answered."""
-        self._of(self._messages, method, model, code).inc()
+        self._messages[method, model, code].inc()
 
-    def answered(self, method: str, model: str, images: int, verdicts: Iterable[Verdict]) -> None:
-        """Pictures have been answered for."""
+    def answered(self, method: str, model: str, images: int, verdicts: Sequence[int]) -> None:
+        """Pictures have been answered for, with verdicts of these numbers."""
         if images:
-            self._of(self._images, method, model).inc(images)
-        for verdict, n in collections.Counter(verdicts).items():
-            self._of(self._verdicts, method, model, verdict.name.lower()).inc(n)
-
-    def _of(self, metric: M, *labels: str) -> M:
-        """The metric with these labels; `labels` itself is slow for what every request does."""
-        child = self._children.get((metric, labels))
-        if child is None:
-            child = self._children[metric, labels] = metric.labels(*labels)
-        return cast("M", child)
+            self._images[method, model].inc(images)
+        for verdict in set(verdicts):
+            self._verdicts[method, model, _VERDICTS[verdict]].inc(verdicts.count(verdict))
 
     def serving(self, engines: Iterable[Engine]) -> None:
         """These models are served from now on."""
@@ -187,11 +204,11 @@ class Metrics:
             if not engine.answers(method.removesuffix("Stream")):
                 continue
             for code in CODES:
-                self._of(self._requests, method, name, code)
+                self._requests[method, name, code]
                 if method.endswith("Stream"):
-                    self._of(self._messages, method, name, code)
+                    self._messages[method, name, code]
             for verdict in Verdict if method.startswith(JUDGING) else ():
-                self._of(self._verdicts, method, name, verdict.name.lower())
+                self._verdicts[method, name, verdict.name.lower()]
 
     def ready(self, ready: bool) -> None:
         """Requests are taken from now on, or not any more."""

@@ -117,7 +117,7 @@ class Monitor:
     def serving(self, engines: Iterable[Engine]) -> None:
         """These models are watched from now on, and no others."""
         self.tell()
-        served = list(engines)
+        served = [engine for engine in engines if engine.answers("Score")]
         for engine in [engine for engine in self._watched if engine not in served]:
             self._watched.pop(engine).end()
         for engine in served:

@@ -446,10 +446,14 @@ class EncodeResponse(google.protobuf.message.Message):
     (picture, latent dimension).
     """
     log_variance: builtins.bytes
-    """The natural logarithms of the variances of q(z|x, y), packed likewise."""
+    """The natural logarithms of the variances of q(z|x, y), packed likewise.
+    Empty for a deterministic model (GetModel), whose features have none.
+    """
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The labels that the features were computed under, one for each picture."""
+        """The labels that the features were computed under, one for each picture; -1
+        where they depend on none.
+        """
 
     def __init__(
         self,

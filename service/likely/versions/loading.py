@@ -39,8 +39,8 @@ class Loader:
             SettingsError: it cannot promise the default alpha.
         """
         bundle = Bundle.open(folder, self._settings.require_signature)
-        alpha, finest = self._settings.default_alpha, bundle.manifest.calibration.finest_alpha
-        if alpha < finest:
+        alpha, calibration = self._settings.default_alpha, bundle.manifest.calibration
+        if calibration and alpha < (finest := calibration.finest_alpha):
             raise SettingsError(
                 f"default_alpha = {alpha:g} is finer than {finest:.6g}, "
                 f"the finest that {folder} can promise"

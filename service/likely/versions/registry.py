@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, get_args
 
-from likely.answers import Limits, ModelInfo
+from likely.answers import Direction, Limits, ModelInfo
 from likely.bundle import Role
 from likely.errors import BundleError, InvalidInput, ModelNotFound, Unavailable
 
@@ -19,9 +19,12 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 METHODS = {
     "Complete": "likely.v1.GenerationService/Complete",
     "Classify": "likely.v1.ScoringService/Classify",
+    "Decode": "likely.v1.LatentService/Decode",
     "Encode": "likely.v1.ScoringService/Encode",
     "Generate": "likely.v1.GenerationService/Generate",
+    "Interpolate": "likely.v1.LatentService/Interpolate",
     "Score": "likely.v1.ScoringService/Score",
+    "Traverse": "likely.v1.LatentService/Traverse",
 }
 
 Policy = Literal["newest", "oldest"]
@@ -138,11 +141,14 @@ class Registry:
         Raises:
             InvalidInput, ModelNotFound, Unavailable: as `find`.
         """
+        named = self._labels.get(name, {}).get(version, version) or self.default(name) or ""
+        held = (self._shelves or {}).get(name, {}).get(named)
+        if held is not None:
+            return held
         check_name("model_name", name)
         if version:
             check_name("model_version", version)
-        named = self._labels.get(name, {}).get(version, version)
-        return self._held(name, named or self.default(name) or "")
+        return self._held(name, named)
 
     def default(self, name: str) -> str | None:
         """The version that answers a request that names none: the stable one, or by policy."""
@@ -234,9 +240,8 @@ def describe(
 ) -> ModelInfo:
     """What the engine's model takes, gives and promises."""
     manifest = engine.manifest
-    density = manifest.graphs[Role.DENSITY]
+    density, calibration = manifest.graphs.get(Role.DENSITY), manifest.calibration
     conditional = manifest.graphs.get(Role.CONDITIONAL)
-    encode = manifest.graphs.get(Role.ENCODE)
     return ModelInfo(
         name=manifest.name,
         version=manifest.version,
@@ -246,17 +251,22 @@ def describe(
         labels=tuple(label.name for label in manifest.labels),
         priors=tuple(label.prior for label in manifest.labels),
         methods=tuple(sorted(full for method, full in METHODS.items() if engine.answers(method))),
-        density_kind=density.kind,
+        density_kind=density.kind if density else None,
         conditional_kind=conditional.kind if conditional else None,
         importance_samples=conditional.importance_samples if conditional else 0,
-        latent_dimensions=int(encode.outputs[0].shape[-1]) if encode else 0,
-        calibration_size=manifest.calibration.size,
-        finest_alpha=engine.detector.finest_alpha,
+        latent_dimensions=manifest.latent_dimensions(),
+        calibration_size=calibration.size if calibration else 0,
+        finest_alpha=engine.detector.finest_alpha if calibration else 1.0,
         default_alpha=default_alpha,
-        posterior_temperature=manifest.calibration.temperature,
+        posterior_temperature=calibration.temperature if calibration else 1.0,
         execution_providers=engine.providers,
         limits=limits,
         digest=engine.digest,
         version_labels=tuple(version_labels),
         discriminative=Role.DISCRIMINATE in manifest.graphs,
+        directions=tuple(
+            Direction(each.name, each.kind)
+            for each in (manifest.latent.directions if manifest.latent else ())
+        ),
+        deterministic=manifest.deterministic,
     )

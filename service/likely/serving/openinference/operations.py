@@ -167,9 +167,10 @@ async def _encode(services: Services, question: Question) -> Answer:
     features = await services.scoring.encoded(request)
     outputs: dict[str, Array] = {
         "mean": features.mean,
-        "log_variance": features.log_variance,
         "labels": features.label,
     }
+    if features.log_variance is not None:
+        outputs["log_variance"] = features.log_variance
     return Answer(outputs, {})
 
 
@@ -260,9 +261,9 @@ def _labelled(manifest: Manifest) -> tuple[Tensor, ...]:
 
 
 def _features(manifest: Manifest) -> tuple[Tensor, ...]:
-    z = int(manifest.graphs[Role.ENCODE].outputs[0].shape[-1])
+    outputs = manifest.graphs[Role.ENCODE].outputs
     return (
-        *(Tensor(name, "FP32", (-1, z)) for name in ("mean", "log_variance")),
+        *(Tensor(spec.name, "FP32", (-1, int(spec.shape[-1]))) for spec in outputs),
         Tensor("labels", "INT64", (-1,)),
     )
 

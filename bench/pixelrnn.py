@@ -1,0 +1,221 @@
+"""PixelCNN, Row LSTM and Diagonal BiLSTM at equal parameters and equal CPU time.
+
+`python -m bench.pixelrnn digits --seconds 60` or `... mnist --source mnist.npz --seconds 600`
+trains each with the same optimiser on one thread, and prints and writes what the test part's
+pictures cost, in nats. How many steps those seconds are is measured first, of all models in
+turn, so that a machine that slows down for a while does so for all of them; from then on a run
+is repeatable. MNIST is binarised afresh at each look in training; its test part is drawn once,
+by the seed that the recipe `mnist_binary` draws it by.
+
+`python -m bench.pixelrnn mnist --draw` measures what drawing costs instead, in passes of log p(x).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench import models
+from bench.clock import interleaved
+from likely.bundle import Graph, TensorSpec
+from likely.graphs import Device, Session
+from likely_export import graphs, recipes, roles, train
+from likely_export.autoregressive import Autoregressive, AutoregressiveConfig
+from likely_export.data import Dataset, Split
+from likely_export.optimisers import Training, optimisers
+from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
+from likely_export.pixelrnn import PixelRNN, PixelRNNConfig
+from likely_export.roles import GraphSource
+
+BATCH = 64
+DRAWN = (1, 16)
+ROUNDS = 5
+STEM = (3, 3, 3)  # the papers' first kernel, 7x7 under mask A
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models of equal size on one data set.
+
+    Attributes:
+        recipe: whose data it is.
+        training: of each model, but for its length.
+        models: by name; parameters within 5 % of one another.
+        validate: pictures that training is watched on.
+        test: pictures that are reported on.
+    """
+
+    recipe: str
+    training: dict[str, Any]
+    models: dict[str, AutoregressiveConfig]
+    validate: int
+    test: int
+
+
+DIGITS: dict[str, Any] = {"shape": (1, 8, 8), "levels": 17, "labels": 10, "head": 64, "stem": STEM}
+DIGITS |= {"dropout": 0.3, "label_dropout": 0.25}
+MNIST: dict[str, Any] = {"shape": (1, 28, 28), "levels": 2, "head": 32, "stem": STEM}
+COMPARISONS = {
+    "digits": Comparison(
+        "digits",
+        {"batch": 32, "weight_decay": 0.1, "muon_weight_decay": 0.1},
+        {
+            "pixelcnn": PixelCNNConfig(channels=28, layers=3, **DIGITS),
+            "row": PixelRNNConfig(channels=27, layers=2, kind="row", **DIGITS),
+            "diagonal": PixelRNNConfig(channels=25, layers=2, kind="diagonal", **DIGITS),
+        },
+        validate=120,
+        test=300,
+    ),
+    "mnist": Comparison(
+        "mnist_binary",
+        {"batch": 16, "validations": 2, "keep_best": False},
+        {
+            "pixelcnn": PixelCNNConfig(channels=16, layers=5, **MNIST),
+            "row": PixelRNNConfig(channels=16, layers=3, kind="row", **MNIST),
+            "diagonal": PixelRNNConfig(channels=15, layers=3, kind="diagonal", **MNIST),
+        },
+        validate=256,
+        test=2000,
+    ),
+}
+
+
+def model(config: AutoregressiveConfig, seed: int) -> Autoregressive:
+    """An untrained model of that shape; its weights are a function of the seed."""
+    torch.manual_seed(seed)
+    if isinstance(config, PixelRNNConfig):
+        return PixelRNN(config)
+    assert isinstance(config, PixelCNNConfig)
+    return PixelCNN(config)
+
+
+def trained(
+    config: AutoregressiveConfig, data: Dataset, training: Training, folder: Path
+) -> dict[str, Any]:
+    """What became of a model: its size, its steps, and the test part's nats a picture."""
+    net = model(config, training.seed)
+    run = train.fit(net, data, training, folder, resume=False)
+    train.restore_weights(net, run.weights)
+    found = {
+        "parameters": sum(weight.numel() for weight in net.parameters()),
+        "steps": run.steps,
+        "epochs": run.steps * training.batch / len(data.train),
+        "seconds": run.seconds,
+        "marginal_nll_nats": _nats(data.test, lambda x, _: net.eval().log_prob(x)),
+    }
+    if config.labels:
+        found["nll_nats"] = _nats(data.test, net.log_prob)
+    return found
+
+
+@torch.no_grad()
+def _nats(part: Split, log_prob: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+    """The mean of -log p over a part, and its standard error."""
+    x, y = torch.from_numpy(part.x), torch.from_numpy(part.y)
+    pairs = zip(x.split(BATCH), y.split(BATCH), strict=True)
+    nats = -torch.cat([log_prob(*pair) for pair in pairs]).double()
+    return {"mean": nats.mean().item(), "error": (nats.std() / len(nats) ** 0.5).item()}
+
+
+def step_seconds(chosen: Comparison, data: Dataset, training: Training) -> dict[str, float]:
+    """CPU time of one step of each model, the least of several."""
+    x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
+    x, y = x[: training.batch], y[: training.batch]
+    steps = {
+        name: partial(_step, net, optimisers(net, training), x, y)
+        for name, config in chosen.models.items()
+        for net in [model(config, training.seed)]
+    }
+    return {name: timing.minimum for name, timing in interleaved(steps, ROUNDS).items()}
+
+
+def _step(net: Autoregressive, moved_by: list[torch.optim.Optimizer], x: Tensor, y: Tensor) -> None:
+    net.zero_grad(set_to_none=True)
+    net.objective(x, y).mean().backward()
+    for optimiser in moved_by:
+        optimiser.step()
+
+
+def compared(
+    chosen: Comparison, source: str | None, seconds: float, seed: int, only: list[str], out: Path
+) -> None:
+    """Trains the models one after the other, and tells and writes what each came to."""
+    data = recipes.load(chosen.recipe, source).data.load()
+    validate, test = (np.arange(size) for size in (chosen.validate, chosen.test))
+    data = replace(data, validate=data.validate.take(validate), test=data.test.take(test))
+    training = Training(steps=1, optimiser="muon", seed=seed, **chosen.training)
+    found = json.loads(out.read_text()) if out.exists() else {}
+    found.setdefault("step_seconds", step_seconds(chosen, data, training))
+    for name in only or chosen.models:
+        timed = replace(training, steps=round(seconds / found["step_seconds"][name]))
+        found[name] = trained(chosen.models[name], data, timed, out.parent / out.stem / name)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(name, json.dumps(found[name]), flush=True)
+
+
+def drawing(chosen: Comparison, batches: Sequence[int], out: Path) -> dict[str, Any]:
+    """CPU time a picture of a pass and of drawing, milliseconds, and their ratio, by batch."""
+    found: dict[str, Any] = {}
+    for name, config in chosen.models.items():
+        config = replace(config, labels=0)
+        net = model(config, 0).eval()
+        torch.nn.init.normal_(net.head.weight, std=0.3)  # zeros would draw noise alone
+        sample = roles.sample(net)
+        log_px = TensorSpec(name="log_px", dtype="float32", shape=("batch",))
+        log_likelihood = GraphSource(models.Pass(net), sample.outputs, (log_px,))
+        for n in batches:
+            calls = {
+                role: _call(source, out / f"{name}-{role}.onnx", config.levels, n)
+                for role, source in (("pass", log_likelihood), ("sample", sample))
+            }
+            timings = interleaved(calls, ROUNDS)
+            times = {role: 1e3 * timing.minimum / n for role, timing in timings.items()}
+            found.setdefault(name, {})[n] = times | {"ratio": times["sample"] / times["pass"]}
+    return found
+
+
+def _call(source: GraphSource, path: Path, levels: int, n: int) -> Callable[[], object]:
+    """A run of that graph with a batch of n, on one thread."""
+    if not path.exists():
+        graphs.write(source, path, levels, 0)
+    spec = Graph(file=path.name, inputs=source.inputs, outputs=source.outputs, importance_samples=0)
+    feeds = graphs.example(source.inputs, n, levels, 0, seed=0)
+    names = [output.name for output in source.outputs]
+    return partial(Session(path, spec, Device("cpu")).run, feeds, names)
+
+
+def main() -> None:
+    """One comparison."""
+    parser = argparse.ArgumentParser(prog="python -m bench.pixelrnn", description=__doc__)
+    parser.add_argument("comparison", choices=COMPARISONS)
+    parser.add_argument("--source", help="of the pictures; mnist: an .npz file")
+    parser.add_argument("--seconds", type=float, default=60, help="of CPU for each model [60]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=[], help="some of the models")
+    parser.add_argument("--out", type=Path, default=Path("build/pixelrnn"), help="a folder")
+    parser.add_argument("--draw", action="store_true", help="measure drawing; train nothing")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.out.mkdir(parents=True, exist_ok=True)
+    chosen = COMPARISONS[given.comparison]
+    if given.draw:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(drawing(chosen, DRAWN, Path(folder)), indent=1))
+        return
+    out = given.out / f"{given.comparison}-{given.seconds:g}-{given.seed}.json"
+    compared(chosen, given.source, given.seconds, given.seed, given.only, out)
+
+
+if __name__ == "__main__":
+    main()

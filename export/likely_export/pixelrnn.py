@@ -1,0 +1,269 @@
+"""PixelRNN: log p(x), or log p(x|y), exactly, by recurrences over rows or over diagonals.
+
+van den Oord et al., 2016, https://arxiv.org/abs/1601.06759. A kernel under mask A
+sees pixels before each one; LSTM layers with residual connections follow, whose
+kernels are under mask B: they see the features at their own pixel as well, which
+hold nothing of it. What a layer's state at the pixel o is made of:
+
+    Row LSTM          Diagonal BiLSTM
+    . s s s .         . . s . .    s: states of this layer
+    . x o . .         . s o . .    x, o: features of the layer before
+
+The states of a Row LSTM come to the pixel from a triangle above it, those of a
+Diagonal BiLSTM from all that is above and to the left; its other direction runs
+from right to left, and is moved down by a row, so that it looks at no pixel to the
+right in the same row. So together they see every pixel before, but the last one of
+the row above, which the kernel under mask A alone can reach.
+
+Channels and digits of a pixel are chained in the head (`heads.PixelHead`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan  # private path: torch is pinned
+from torch.nn import functional
+
+from likely_export.autoregressive import Autoregressive, AutoregressiveConfig
+
+SHUT = -1e4  # before a sigmoid: 0 to the last bit
+States = list[Tensor]
+
+
+@dataclass(frozen=True)
+class PixelRNNConfig(AutoregressiveConfig):
+    """Everything that shapes a PixelRNN: `layers` LSTMs of `channels` features each.
+
+    The features between the layers are twice as many.
+
+    Attributes:
+        kind: `row` is the Row LSTM, `diagonal` the Diagonal BiLSTM.
+    """
+
+    stem: tuple[int, int, int] = (3, 3, 3)
+    kind: Literal["row", "diagonal"] = "diagonal"
+
+
+class RowLSTM(nn.Module):
+    """States of rows, each made of the row above and of the features at a pixel and left of it.
+
+    o, f, i, g = K_state * h_above + K_input * x
+    c = sigmoid(f) c_above + sigmoid(i) tanh(g)
+    h = sigmoid(o) tanh(c)
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.input = nn.Linear(2 * 2 * channels, 4 * channels)
+        self.state = nn.Linear(3 * channels, 4 * channels, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """States (h, w, n, channels).
+
+        Args:
+            x: features (h, w, n, 2 * channels).
+            bias: the label's, of the gates, (n, 4 * channels).
+        """
+        edge = x.new_full((x.shape[0], 1, *x.shape[2:]), 0.0)
+        left = torch.cat([edge, x[:, :-1]], 1)
+        inputs = _biased(self.input(torch.cat([left, x], -1)), bias)
+        none = inputs.new_full((*inputs.shape[1:3], self.channels), 0.0)
+
+        def row(state: States, given: States) -> tuple[States, Tensor]:
+            h, c = state
+            h, c = cell(given[0] + self.state(neighbours(h, h.new_full(h[:1].shape, 0.0))), c)
+            return [h, c], h.clone()
+
+        if torch.compiler.is_exporting():
+            return scan(row, [none, none.clone()], [inputs])[1]
+        state, rows = [none, none], []
+        for given in inputs.unbind():
+            state, h = row(state, [given])
+            rows.append(h)
+        return torch.stack(rows)
+
+
+class DiagonalLSTM(nn.Module):
+    """States of diagonals in one direction, each made of those beside and above a pixel.
+
+    Rows are skewed, each by a place against the row above, so that both stand in the
+    column before:
+
+        a b c          a b c . .
+        d e f    ->    . d e f .
+        g h i          . . g h i
+
+    Args:
+        shape: rows and columns of a picture.
+        channels: of a state.
+        leftward: from right to left: columns in reverse.
+    """
+
+    skewed: Tensor
+    straight: Tensor
+
+    def __init__(self, shape: tuple[int, int], channels: int, leftward: bool) -> None:
+        super().__init__()
+        self.shape, self.channels = shape, channels
+        self.input = nn.Linear(2 * channels, 4 * channels)
+        self.state = nn.Linear(2 * channels, 4 * channels, bias=False)
+        h, w = shape
+        pixels = torch.arange(h * w).view(h, w)
+        columns = torch.arange(h + w - 1)[:, None] - torch.arange(h)
+        inside = (columns >= 0) & (columns < w)
+        if leftward:
+            pixels = pixels.flip(1)
+        # (h + w - 1, h): the pixel that stands there, h * w for none.
+        skewed = torch.full(inside.shape, h * w)
+        skewed[inside] = pixels[torch.arange(h).expand_as(columns)[inside], columns[inside]]
+        self.register_buffer("skewed", skewed, persistent=False)
+        straight = skewed.flatten().argsort()[: h * w]
+        self.register_buffer("straight", straight, persistent=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """States (h, w, n, channels).
+
+        Args:
+            x: features (h, w, n, 2 * channels).
+            bias: the label's, of the gates, (n, 4 * channels).
+        """
+        inputs = _biased(self.input(x), bias).flatten(0, 1)
+        along = self._scanned if torch.compiler.is_exporting() else self._looped
+        return along(inputs).unflatten(0, self.shape)
+
+    def _scanned(self, inputs: Tensor) -> Tensor:
+        """States (h * w, n, channels) as one Scan over whole columns.
+
+        Where a column holds no pixel all gates are shut, so that the state there is 0.
+        """
+        outside = inputs.new_full(inputs[:1].shape, SHUT)
+        none = inputs.new_full((self.shape[0], inputs.shape[1], self.channels), 0.0)
+
+        def column(state: States, given: States) -> tuple[States, Tensor]:
+            h, c = state
+            above = torch.cat([h.new_full(h[:1].shape, 0.0), h[:-1]])
+            h, c = cell(given[0] + self.state(torch.cat([h, above], -1)), c)
+            return [h, c], h.clone()
+
+        padded = torch.cat([inputs, outside])
+        columns = padded.index_select(0, self.skewed.flatten()).unflatten(0, self.skewed.shape)
+        states = scan(column, [none, none.clone()], [columns])[1]
+        return states.flatten(0, 1).index_select(0, self.straight)
+
+    def _looped(self, inputs: Tensor) -> Tensor:
+        """The same, without the places where there is no pixel: half of the work."""
+        h, w = self.shape
+        order = self.skewed[self.skewed < h * w]
+        sizes = (self.skewed < h * w).sum(1).tolist()
+        edge = inputs.new_full((1, inputs.shape[1], self.channels), 0.0)
+        state = c = edge[:0]
+        states = []
+        for t, given in enumerate(inputs.index_select(0, order).split(sizes)):
+            # From column w on, the first row of the column before has no pixel in this one.
+            first, size = int(t >= w), len(given)
+            beside = torch.cat([edge, state, edge])[first : first + size + 1]
+            c = torch.cat([c, edge])[first : first + size]
+            sums = self.state(torch.cat([beside[1:], beside[:-1]], -1))
+            state, c = cell(given + sums, c)
+            states.append(state)
+        return torch.cat(states).index_select(0, order.argsort())
+
+
+class DiagonalBiLSTM(nn.Module):
+    """Both directions, the one from right to left a row further down, their sum."""
+
+    def __init__(self, shape: tuple[int, int], channels: int) -> None:
+        super().__init__()
+        self.rightward = DiagonalLSTM(shape, channels, leftward=False)
+        self.leftward = DiagonalLSTM(shape, channels, leftward=True)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """States (h, w, n, channels).
+
+        Args:
+            x: features (h, w, n, 2 * channels).
+            bias: the label's, of the gates of both, (n, 8 * channels).
+        """
+        biases = (None, None) if bias is None else bias.chunk(2, -1)
+        rightward, leftward = self.rightward(x, biases[0]), self.leftward(x, biases[1])
+        edge = leftward.new_full((1, *leftward.shape[1:]), 0.0)
+        return rightward + torch.cat([edge, leftward[:-1]])
+
+
+class Layer(nn.Module):
+    """An LSTM with its residual connection: x <- x + W h(x)."""
+
+    def __init__(self, config: PixelRNNConfig) -> None:
+        super().__init__()
+        c, row = config.channels, config.kind == "row"
+        self.lstm = RowLSTM(c) if row else DiagonalBiLSTM(config.shape[1:], c)
+        self.out = nn.Linear(c, 2 * c)
+        self.dropout = config.dropout
+        if config.labels:
+            self.label = nn.Embedding(config.labels + 1, (4 if row else 8) * c)
+            nn.init.zeros_(self.label.weight)
+
+    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """The next x, (h, w, n, 2 * channels)."""
+        h = self.lstm(x, self.bias(y))
+        if self.dropout:
+            h = functional.dropout(h, self.dropout, self.training)
+        return x + self.out(h)
+
+    def bias(self, y: Tensor | None) -> Tensor | None:
+        """The label's bias of the gates, (n, gates)."""
+        return None if y is None else self.label(y)
+
+
+class PixelRNN(Autoregressive):
+    """An autoregressive density of LSTM layers."""
+
+    config: PixelRNNConfig
+
+    def __init__(self, config: PixelRNNConfig) -> None:
+        width = 2 * config.channels
+        super().__init__(config, width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self._end(width)
+
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the head sees of the pixels before each one, (n, head, h, w)."""
+        y = self.labels(y)
+        above, beside = self.stem(self.scale(x))
+        hidden = (above + beside).permute(2, 3, 0, 1)  # rows first, to be taken one by one
+        for layer in self.layers:
+            hidden = layer(hidden, y)
+        return self.mixed(hidden.permute(2, 3, 0, 1), y)
+
+    def matrices(self) -> list[Tensor]:
+        """The weights that are matrices between hidden layers, which Muon may train."""
+        inner: list[Tensor] = []
+        for each in self.layers:
+            inner += [
+                p for name, p in each.named_parameters() if p.ndim > 1 and "label" not in name
+            ]
+        return inner + super().matrices()
+
+
+def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The next h and c, each (..., channels), of gates o, f, i, g (..., 4 * channels)."""
+    channels = c.shape[-1]
+    opened, content = gates.split([3 * channels, channels], -1)
+    o, f, i = torch.sigmoid(opened).chunk(3, -1)
+    c = f * c + i * torch.tanh(content)
+    return o * torch.tanh(c), c
+
+
+def neighbours(row: Tensor, edge: Tensor) -> Tensor:
+    """Those of each place of a row (w, n, k), itself in their middle: (w, n, 3 * k)."""
+    padded = torch.cat([edge, row, edge])
+    return torch.cat([padded[:-2], padded[1:-1], padded[2:]], -1)
+
+
+def _biased(inputs: Tensor, bias: Tensor | None) -> Tensor:
+    return inputs if bias is None else inputs + bias.to(inputs.dtype)

@@ -1,0 +1,264 @@
+"""Exact sampling of a PixelRNN's pictures in one graph, at about the cost of one forward pass.
+
+Rows and columns are nested `scan`s, as in `sampler`. All that a row's states take
+from the row above is summed once a row; what they take from the left, and what the
+layers take from one another, follows pixel by pixel. Of a Diagonal BiLSTM the
+direction from left to right goes along with the pixels. That from right to left is
+wanted a row further down: once a row is drawn it runs back over it, for all layers
+at once, since the features of all are there.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan  # private path: torch is pinned
+from torch.nn import functional
+
+from likely_export.pixelrnn import (
+    DiagonalBiLSTM,
+    Layer,
+    PixelRNN,
+    RowLSTM,
+    States,
+    cell,
+    neighbours,
+)
+from likely_export.raster import RasterSampler, copied, pushed, windows
+
+
+class _Out(nn.Module):
+    """The end of a layer: what its state adds to the features of a pixel."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.out = _matrix(layer.out.weight)
+        self.bias = nn.Parameter(copied(layer.out.bias), False)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """The next features of x (n, 2 * channels) and the state h (n, channels)."""
+        return torch.addmm(x, h, self.out) + self.bias
+
+
+class RecurrentSampler(RasterSampler):
+    """Draws x from p(x), or p(x|y), of a trained PixelRNN."""
+
+    model: PixelRNN
+    bias: Tensor
+
+    def __init__(self, model: PixelRNN) -> None:
+        super().__init__(model)
+        self.layers = [cast(Layer, layer) for layer in model.layers]
+        self.outs = nn.ModuleList(_Out(layer) for layer in self.layers)
+        self.keep(bias=sum(self.stem_biases(), torch.zeros(())))
+
+    def forward(self, gumbel: Tensor, y: Tensor | None = None) -> Tensor:
+        """Pictures.
+
+        Args:
+            gumbel: float32 (n, h, w, c, digits, base), standard Gumbel noise.
+            y: int64 (n,) of labels, null ones allowed; None for p(x).
+
+        Returns:
+            uint8 (n, c, h, w) of levels.
+        """
+        n = gumbel.shape[0]
+        y = self.model.labels(y)
+        biases = [layer.bias(y) for layer in self.layers]
+        mix_bias = self.mix_biases(y, n)
+        rows_above, side, to_the_left = self.model.config.stem
+        seen = torch.arange(self.width * n)[:, None] + torch.arange(2 * side + 1) * n
+        noises, places = gumbel.flatten(3).flatten(0, 2), self.places(n)
+        # Zeros are filled in: new_zeros exports to an operator without a CUDA kernel.
+        blank = gumbel.new_full((side * n, rows_above * self.channels), self.blank)
+        start_pixel = [
+            gumbel.new_full((n, to_the_left * self.channels), self.blank),
+            *[gumbel.new_full((n, size), 0.0) for size in self.beside],
+        ]
+
+        def pixel(state: States, inputs: States) -> tuple[States, States]:
+            """One column: pixels and features to the left -> the pixel here, and its states."""
+            left, *beside = state
+            noise, x, *given = inputs
+            x = torch.addmm(x, left, self.stem_horizontal)
+            x, beside, kept = self.pixel(x, beside, given)
+            levels = self.draw(torch.addmm(mix_bias, torch.relu(x), self.mix), noise)
+            return [pushed(left, levels.to(torch.float32)), *beside], [levels.clone(), *kept]
+
+        def row(state: States, inputs: States) -> tuple[States, Tensor]:
+            """One row: the rows above and the states of the last one -> the row here."""
+            above, *carried = state
+            noise = functional.embedding(places + inputs[0] * self.width, noises)
+            x = windows(above.flatten(0, 1), blank, seen) @ self.stem_vertical + self.bias
+            given = self.given(carried, biases)
+            inputs = [noise, x.unflatten(0, (self.width, -1)), *given]
+            _, (levels, *kept) = scan(pixel, start_pixel, inputs)
+            carried = self.carried(kept, carried, biases)
+            return [pushed(above, levels.to(torch.float32)), *carried], levels.clone()
+
+        start_row = [
+            gumbel.new_full((self.width, n, rows_above * self.channels), self.blank),
+            *[
+                gumbel.new_full((self.width, n, self.model.config.channels), 0.0)
+                for _ in range(2 * len(self.layers))
+            ],
+        ]
+        _, levels = scan(row, start_row, [torch.arange(self.height)])
+        pictures: Tensor = levels.permute(2, 3, 0, 1).to(torch.uint8)
+        return pictures
+
+    @property
+    def beside(self) -> list[int]:
+        """Sizes of what a pixel takes from the one to the left, of all layers."""
+        raise NotImplementedError
+
+    def given(self, carried: States, biases: list[Tensor | None]) -> States:
+        """What a row's pixels take from the row above, two tensors a layer, (w, n, size).
+
+        Args:
+            carried: what the row above left, two states a layer, (w, n, channels).
+            biases: the label's, a layer.
+        """
+        raise NotImplementedError
+
+    def pixel(self, x: Tensor, left: States, given: States) -> tuple[Tensor, States, States]:
+        """The last features of a pixel, what the next one takes, and what its row keeps.
+
+        Args:
+            x: the first features, (n, 2 * channels).
+            left: what the pixel to the left leaves, of all layers.
+            given: the pixel's own of what the row above gave.
+        """
+        raise NotImplementedError
+
+    def carried(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:
+        """What a row leaves to the next, of what its pixels kept and what it was left."""
+        raise NotImplementedError
+
+
+class RowSampler(RecurrentSampler):
+    """Of a Row LSTM: what goes from row to row is h and c, from pixel to pixel the features."""
+
+    def __init__(self, model: PixelRNN) -> None:
+        super().__init__(model)
+        lstms = [cast(RowLSTM, layer.lstm) for layer in self.layers]
+        self.states = nn.ParameterList(_matrix(lstm.state.weight) for lstm in lstms)
+        self.inputs = nn.ParameterList(_matrix(lstm.input.weight) for lstm in lstms)
+        self.biases = nn.ParameterList(_row(lstm.input.bias) for lstm in lstms)
+
+    @property
+    def beside(self) -> list[int]:
+        """Sizes of what a pixel takes from the one to the left, of all layers."""
+        return [2 * self.model.config.channels] * len(self.layers)
+
+    def given(self, carried: States, biases: list[Tensor | None]) -> States:
+        """What a row's pixels take from the row above: the gates so far, and c."""
+        edge = carried[0].new_full(carried[0][:1].shape, 0.0)
+        given = []
+        for k, bias in enumerate(biases):
+            h, c = carried[2 * k : 2 * k + 2]
+            sums = neighbours(h, edge) @ self.states[k]
+            given += [sums + _plus(self.biases[k], bias), c]
+        return given
+
+    def pixel(self, x: Tensor, left: States, given: States) -> tuple[Tensor, States, States]:
+        """The last features of a pixel, each layer's to hand on, and its h and c."""
+        beside, kept = [], []
+        for k, out in enumerate(self.outs):
+            sums, c = given[2 * k : 2 * k + 2]
+            beside.append(x.clone())
+            gates = torch.addmm(sums, torch.cat([left[k], x], -1), self.inputs[k])
+            h, c = cell(gates, c)
+            kept += [h, c]
+            x = out(x, h)
+        return x, beside, kept
+
+    def carried(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:  # noqa: ARG002
+        """A row's h and c."""
+        return [state.clone() for state in kept]
+
+
+class DiagonalSampler(RecurrentSampler):
+    """Of a Diagonal BiLSTM: what goes from row to row is h of both directions."""
+
+    back_inputs: Tensor
+    back_states: Tensor
+    back_above: Tensor
+    back_bias: Tensor
+
+    def __init__(self, model: PixelRNN) -> None:
+        super().__init__(model)
+        lstms = [cast(DiagonalBiLSTM, layer.lstm) for layer in self.layers]
+        there, back = [lstm.rightward for lstm in lstms], [lstm.leftward for lstm in lstms]
+        c = model.config.channels
+        self.above = nn.ParameterList(_matrix(lstm.state.weight[:, c:]) for lstm in there)
+        self.inputs = nn.ParameterList(
+            _matrix(torch.cat([lstm.input.weight, lstm.state.weight[:, :c]], 1)) for lstm in there
+        )
+        self.biases = nn.ParameterList(_row(lstm.input.bias) for lstm in there)
+        self.keep(
+            back_inputs=torch.stack([lstm.input.weight.T for lstm in back])[:, None],
+            back_above=torch.stack([lstm.state.weight[:, c:].T for lstm in back])[:, None],
+            back_states=torch.stack([lstm.state.weight[:, :c].T for lstm in back]),
+            back_bias=torch.stack([lstm.input.bias for lstm in back])[:, None, None],
+        )
+
+    @property
+    def beside(self) -> list[int]:
+        """Sizes of what a pixel takes from the one to the left, of all layers."""
+        return [self.model.config.channels] * (2 * len(self.layers))
+
+    def given(self, carried: States, biases: list[Tensor | None]) -> States:
+        """What a row's pixels take from the row above: the gates so far, and the way back's h."""
+        given = []
+        for k, bias in enumerate(biases):
+            h, back = carried[2 * k : 2 * k + 2]
+            own = None if bias is None else bias.chunk(2, -1)[0]
+            given += [h @ self.above[k] + _plus(self.biases[k], own), back]
+        return given
+
+    def pixel(self, x: Tensor, left: States, given: States) -> tuple[Tensor, States, States]:
+        """The last features of a pixel, each layer's h and c, and its features and h."""
+        beside, kept = [], []
+        for k, out in enumerate(self.outs):
+            (sums, back), (h, c) = given[2 * k : 2 * k + 2], left[2 * k : 2 * k + 2]
+            kept.append(x.clone())
+            h, c = cell(torch.addmm(sums, torch.cat([x, h], -1), self.inputs[k]), c)
+            kept.append(h.clone())
+            beside += [h, c]
+            x = out(x, h + back)
+        return x, beside, kept
+
+    def carried(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:
+        """A row's h of both directions, that of the way back found here, from its right end."""
+        x, above = torch.stack(kept[::2]), torch.stack(carried[1::2])  # (layers, w, n, size)
+        sums = x @ self.back_inputs + above @ self.back_above + self.back_bias
+        if biases[0] is not None:
+            labels = torch.stack([cast(Tensor, bias).chunk(2, -1)[1] for bias in biases])
+            sums = sums + labels[:, None]
+        backwards = torch.arange(self.width - 1, -1, -1)
+        none = above.new_full(above[:, 0].shape, 0.0)
+
+        def column(state: States, inputs: States) -> tuple[States, Tensor]:
+            h, c = cell(inputs[0] + state[0] @ self.back_states, state[1])
+            return [h, c], h.clone()
+
+        columns = sums.transpose(0, 1).index_select(0, backwards)
+        back = scan(column, [none, none.clone()], [columns])[1].index_select(0, backwards)
+        pairs = zip(kept[1::2], back.unbind(1), strict=True)
+        return [state.clone() for pair in pairs for state in pair]
+
+
+def _matrix(weight: Tensor) -> nn.Parameter:
+    """A linear layer's weight as what a row is multiplied with."""
+    return nn.Parameter(copied(weight.T), False)
+
+
+def _row(bias: Tensor) -> nn.Parameter:
+    return nn.Parameter(copied(bias), False)
+
+
+def _plus(own: Tensor, label: Tensor | None) -> Tensor:
+    return own if label is None else own + label
