@@ -79,6 +79,7 @@ def _regression(covariance: Doubles, with_attribute: Doubles, apart: Doubles) ->
     """
     free = np.linalg.solve(covariance, with_attribute)
     towards = np.linalg.solve(covariance, apart.T)
-    slope: Doubles = free - towards @ np.linalg.pinv(apart @ towards) @ (apart @ free)
+    slope = free - towards @ np.linalg.pinv(apart @ towards) @ (apart @ free)
     kept = slope @ covariance @ slope / max(float(free @ covariance @ free), 1e-12)
-    return slope if kept >= KEPT else free
+    found: Doubles = slope if kept >= KEPT else free.astype(np.float64)
+    return found

@@ -16,7 +16,8 @@ def bar(*, lean: float = 0.0, width: float = 3.0, tall: float = 8.0) -> Pixels:
     rows, columns = np.mgrid[:28, :28] - 13.5
     along, off = np.abs(rows), np.abs(columns + lean * rows)
     ink = np.clip(width / 2 - off + 0.5, 0, 1) * np.clip(tall - along + 0.5, 0, 1)
-    return (255 * ink).astype(np.uint8)[None]
+    x: Pixels = (255 * ink).astype(np.uint8)[None]
+    return x
 
 
 def of_bars(name: str, **each: list[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
