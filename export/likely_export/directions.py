@@ -81,5 +81,5 @@ def _regression(covariance: Doubles, with_attribute: Doubles, apart: Doubles) ->
     towards = np.linalg.solve(covariance, apart.T)
     slope = free - towards @ np.linalg.pinv(apart @ towards) @ (apart @ free)
     kept = slope @ covariance @ slope / max(float(free @ covariance @ free), 1e-12)
-    found: Doubles = slope if kept >= KEPT else free.astype(np.float64)
-    return found
+    chosen: Doubles = slope if kept >= KEPT else free.astype(np.float64)
+    return chosen
