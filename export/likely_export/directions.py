@@ -6,8 +6,9 @@ it changes, S w for a probe along w, and the probe tells where features lie.
 
 Of an attribute a, w is the linear regression of a on z within labels, constrained to
 w . (m_y - m_y') = 0: so places along it are alike for all labels and, of features that are
-Gaussian within labels, a step changes no label's odds. It moves the estimate of a by one
-standard deviation of a within labels. Of a label, the step leads from the mean of the others
+Gaussian within labels, a step changes no label's odds. Where that leaves less than half of
+what the regression explains, as in few dimensions, w is free. It moves the estimate of a by
+one standard deviation of a within labels. Of a label, the step leads from the mean of the others
 to its own, and w is that of Fisher's linear discriminant (1936).
 """
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from likely.answers import Doubles, Floats, Labels
 
+KEPT = 0.5  # of the explained variance, for which the constraint is worth its price
 RIDGE = 1e-3  # of the mean variance, so that features that stand still divide nothing
 
 
@@ -68,7 +70,7 @@ def found(
 
 
 def _regression(covariance: Doubles, with_attribute: Doubles, apart: Doubles) -> Doubles:
-    """w that minimises E(a - w . z)^2 under `apart` w = 0, (z,).
+    """w that minimises E(a - w . z)^2, under `apart` w = 0 unless that costs too much, (z,).
 
     Args:
         covariance: of z, (z, z).
@@ -77,5 +79,7 @@ def _regression(covariance: Doubles, with_attribute: Doubles, apart: Doubles) ->
     """
     free = np.linalg.solve(covariance, with_attribute)
     towards = np.linalg.solve(covariance, apart.T)
-    slope: Doubles = free - towards @ np.linalg.pinv(apart @ towards) @ (apart @ free)
-    return slope
+    slope = free - towards @ np.linalg.pinv(apart @ towards) @ (apart @ free)
+    kept = slope @ covariance @ slope / max(float(free @ covariance @ free), 1e-12)
+    chosen: Doubles = slope if kept >= KEPT else free.astype(np.float64)
+    return chosen

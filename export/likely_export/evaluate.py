@@ -192,7 +192,7 @@ class _Evaluation:
         }
 
     def _false_rejection(self, p_value: Doubles, alpha: float) -> dict[str, Any]:
-        size, n = self.manifest.calibration.size, len(p_value)
+        size, n = self.manifest.calibrated.size, len(p_value)
         names = [label.name for label in self.manifest.labels]
         found: dict[str, Any] = {
             "overall": float(np.mean(p_value <= alpha)),

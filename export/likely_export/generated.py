@@ -151,7 +151,7 @@ class Drawing:
 
         The same p(x) must have drawn: a density that knows labels draws without one here.
         """
-        sizes = self.manifest.calibration.statistics
+        sizes = self.manifest.calibrated.statistics
         if Role.SAMPLE not in self.manifest.graphs or not {"surprise", "entropy"} <= set(sizes):
             return {}
         spec = self.manifest.graphs[Role.SAMPLE]

@@ -16,7 +16,8 @@ def bar(*, lean: float = 0.0, width: float = 3.0, tall: float = 8.0) -> Pixels:
     rows, columns = np.mgrid[:28, :28] - 13.5
     along, off = np.abs(rows), np.abs(columns + lean * rows)
     ink = np.clip(width / 2 - off + 0.5, 0, 1) * np.clip(tall - along + 0.5, 0, 1)
-    return (255 * ink).astype(np.uint8)[None]
+    x: Pixels = (255 * ink).astype(np.uint8)[None]
+    return x
 
 
 def of_bars(name: str, **each: list[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -74,3 +75,13 @@ def test_a_probe_learns_what_is_linear_and_nothing_else() -> None:
     assert probe(z, y, far, held, (100, 500))[500] > 0.95
     noise = rng.normal(size=(500, 5))
     assert probe(noise, y, rng.normal(size=(300, 5)), held, (500,))[500] < 0.5
+
+
+def test_a_direction_that_labels_leave_no_room_for_is_not_kept_apart() -> None:
+    rng = np.random.default_rng(2)
+    y = rng.integers(0, 3, 3000)
+    a = rng.normal(size=3000)
+    # Labels differ along the very way that the attribute moves features.
+    z = np.stack([4.0 * y + a, rng.normal(size=3000)], 1) + 0.1 * rng.normal(size=(3000, 2))
+    _, arrays = directions.found(z.astype(np.float32), y, ("p", "q", "r"), {"a": a})
+    assert arrays["steps"][0, 0] == pytest.approx(1, abs=0.1)

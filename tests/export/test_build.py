@@ -90,10 +90,10 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     roles = ("density", "conditional", "sample", "encode", "discriminate")
     assert steps == [*(f"export {role}" for role in roles), "calibrate", "compare decisions"]
     assert set(manifest.graphs) == {Role(role) for role in roles}
-    assert manifest.calibration.statistics["latent"] == 2
-    assert len(manifest.calibration.weights) == 2
+    assert manifest.calibrated.statistics["latent"] == 2
+    assert len(manifest.calibrated.weights) == 2
     assert (manifest.decisions_compared, manifest.decisions_changed) == (100, 0)
-    assert manifest.calibration.finest_alpha == pytest.approx(0.01)
+    assert manifest.calibrated.finest_alpha == pytest.approx(0.01)
     assert manifest.parity_nats <= 1e-3 and "weights.bin" in manifest.files
     recipe = recipes.parse(RECIPE)
     data, others = recipe.data.load(), {"upside": x[:, :, ::-1].copy()}

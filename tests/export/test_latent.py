@@ -70,7 +70,7 @@ def test_no_label_is_looked_at() -> None:
     assert not [name for name, _ in model.named_parameters() if "label" in name]
     for option in ({"contrast": 1.0}, {"label_prior": True}):
         with pytest.raises(InvalidInput, match="there are none"):
-            CVAEConfig((1, 2, 2), 2, 0, **option)  # type: ignore[arg-type]
+            CVAEConfig((1, 2, 2), 2, 0, **option)
 
 
 @pytest.mark.parametrize(("levels", "logistics"), [(2, 0), (5, 0), (17, 2), (256, 1)])

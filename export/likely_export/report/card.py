@@ -32,7 +32,7 @@ def card(subject: Subject) -> View:
     data = recipe.get("data", {})
     splits: dict[str, Any] = data.get("splits", {})
     size = sum(record.size for name, record in manifest.files.items() if not name.endswith(ABOUT))
-    calibration = manifest.calibration
+    calibration = manifest.calibrated
     return {
         "manifest": manifest,
         "shape": f"{h} × {w} pixels" + (f", {c} channels" if c > 1 else ""),

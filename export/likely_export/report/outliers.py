@@ -46,9 +46,7 @@ def promises(subject: Subject) -> View:
     if inliers is not None and len(inliers.p_value) > 1:
         same = labelled is not None and len(labelled.y) == len(inliers.p_value)
         y = labelled.y if same and labelled is not None else None
-        view["uniformity"] = charts.uniformity(
-            inliers.p_value, subject.manifest.calibration.size, y
-        )
+        view["uniformity"] = charts.uniformity(inliers.p_value, subject.manifest.calibrated.size, y)
         view["by_label"] = y is not None
     rates = subject.table("false_rejection")
     if rates:
