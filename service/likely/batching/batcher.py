@@ -154,12 +154,18 @@ class Batcher:
         while turns.rows:
             even = -(-turns.rows // max(1, free))
             spans = turns.take(min(self._most, max(self.grain, even)))
+            # Where others wait, whoever would be answered too late makes room for them.
+            takes = self.pace * sum(stop - start for _, start, stop in spans) if turns.rows else 0.0
             for member, start, _ in spans:
-                if not member.dead and member.deadline is not None and member.deadline <= now:
+                if (
+                    not member.dead
+                    and member.deadline is not None
+                    and member.deadline <= now + takes
+                ):
                     turns.remove(member)
                     self._traffic.dropped.labels(self._name, "queue").inc()
                     member.future.set_exception(
-                        DeadlineExceeded("the deadline passed in the queue")
+                        DeadlineExceeded("the deadline comes before the answer could")
                     )
                 elif start == 0:
                     self._waits.observe(now - member.since)
