@@ -16,9 +16,9 @@ import torch
 from bench import models
 from likely.bundle import Graph
 from likely.graphs import Device, Session
-from likely_export import cvae, graphs, heads, hygiene, logistic, pixelcnn, roles, sampler
+from likely_export import cvae, graphs, heads, hygiene, logistic, mixture, pixelcnn, roles, sampler
 
-MODULES = (cvae, graphs, heads, hygiene, logistic, models, pixelcnn, roles, sampler)
+MODULES = (cvae, graphs, heads, hygiene, logistic, mixture, models, pixelcnn, roles, sampler)
 
 
 @dataclass(frozen=True)

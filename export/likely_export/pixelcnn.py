@@ -13,7 +13,7 @@ Kernels are cropped to the part that a mask would leave: no multiplication by
 zero. A transformer whose tokens are the picture's rows can feed the vertical
 stack: token i sees rows before i, whole.
 
-Channels and digits of a pixel are chained in the head (`heads.PixelHead`).
+Channels and digits of a pixel are chained in the head (`heads.Head`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from likely_export.heads import PixelHead
+from likely_export import mixture
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class PixelCNNConfig:
             kernel sees, pixels to the left that the first horizontal one sees.
         head: features before the last softmax.
         digits: digits a level is written with (2 for 256 levels: two nibbles).
+        logistics: terms of a discretised logistic mixture over the pixel, which takes
+            the place of the softmax; 0 for none.
         positions: learned biases for every position in both stacks.
         row_layers: blocks of the row transformer; 0 for none.
         row_width: width of its tokens.
@@ -60,6 +62,7 @@ class PixelCNNConfig:
     stem: tuple[int, int, int] = (2, 2, 2)
     head: int = 64
     digits: int = 1
+    logistics: int = 0
     positions: bool = False
     row_layers: int = 0
     row_width: int = 128
@@ -222,7 +225,7 @@ class PixelCNN(nn.Module):
         if config.labels:
             self.label = nn.Embedding(config.labels + 1, config.head)
             nn.init.zeros_(self.label.weight)
-        self.head = PixelHead(config.head, c, config.levels, config.digits)
+        self.head = mixture.head(config.head, c, config.levels, config.digits, config.logistics)
 
     @property
     def null_label(self) -> int:
@@ -267,7 +270,7 @@ class PixelCNN(nn.Module):
 
     def surprise(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """-log p(pixel | pixels before it[, y]) in nats, (n, c, h, w)."""
-        return self.head.surprise(self.log_probs(x, y), x)
+        return self.head.nats(self.features(x, y), x)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """log p(x), or log p(x|y), in nats, (n,)."""
@@ -279,10 +282,10 @@ class PixelCNN(nn.Module):
             withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout
             y = torch.where(withheld, self.null_label, y)
         features = self.features(x, y)
-        # Under mixed precision the stacks may round, the softmaxes may not.
+        # Under mixed precision the stacks may round, the head may not.
         with torch.autocast(x.device.type, enabled=False):
-            log_probs = self.head.log_probs(features.float(), x)
-        return self.head.surprise(log_probs, x).flatten(1).sum(1)
+            nats = self.head.nats(features.float(), x)
+        return nats.flatten(1).sum(1)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The expected objective in nats, (n,): of -log p(x|y) and -log p(x), as often as seen."""

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan  # private path: torch is pinned
 from torch.nn import functional
 
+from likely_export.heads import Head, PixelHead
+from likely_export.mixture import MixtureHead
 from likely_export.pixelcnn import Block, PixelCNN, RowBlock, RowTransformer
 
 
@@ -41,8 +43,6 @@ class Sampler(nn.Module):
     position_horizontal: Tensor
     mix: Tensor
     mix_bias: Tensor
-    logits: Tensor
-    embedding: Tensor
 
     def __init__(self, model: PixelCNN) -> None:
         super().__init__()
@@ -64,8 +64,7 @@ class Sampler(nn.Module):
             position_horizontal = position_horizontal + model.position_horizontal.permute(1, 2, 0)
         grid = (self.height, self.width, config.channels)
         scale = 2 / (config.levels - 1)
-        # One more feature, always 1, carries the biases of the head's softmaxes.
-        head = model.head
+        # One more feature, always 1, carries the biases of the head.
         matrices = {
             "stem_vertical": taps_vertical * scale,
             "stem_horizontal": taps_horizontal * scale,
@@ -73,11 +72,10 @@ class Sampler(nn.Module):
             "position_horizontal": position_horizontal.expand(grid),
             "mix": functional.pad(model.mix.weight[:, :, 0, 0].T, (0, 1)),
             "mix_bias": functional.pad(_bias(model.mix), (0, 1), value=1.0),
-            "logits": torch.cat([head.weight, head.bias[:, None]], 1),
-            "embedding": functional.pad(head.embedding, (0, 1)),
         }
         for name, matrix in matrices.items():
-            self.register_buffer(name, matrix.detach().clone(memory_format=torch.contiguous_format))
+            self.register_buffer(name, _copied(matrix))
+        self.draw = _draw(model.head)
 
     def forward(self, gumbel: Tensor, y: Tensor | None = None) -> Tensor:
         """Pictures.
@@ -123,7 +121,7 @@ class Sampler(nn.Module):
             for k, layer in enumerate(self.layers):
                 kept.append(h.clone())
                 h = layer.pixel(h_left[k], h, across[layer.halves * k : layer.halves * (k + 1)])
-            levels = self._draw(torch.addmm(mix_bias, torch.relu(h), self.mix), noise)
+            levels = self.draw(torch.addmm(mix_bias, torch.relu(h), self.mix), noise)
             latest = levels.to(torch.float32)
             return [_pushed(left, latest), *kept], levels.clone()
 
@@ -192,9 +190,28 @@ class Sampler(nn.Module):
         fed = rows.out(rows.norm(token[:, 0]))
         return fed.unflatten(-1, (self.width, -1)).transpose(0, 1), kept
 
-    def _draw(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Levels (n, c) of one pixel, int64, digit by digit."""
-        head = self.model.head
+
+class _Softmaxes(nn.Module):
+    """Draws a pixel from a chain of softmaxes."""
+
+    logits: Tensor
+    embedding: Tensor
+
+    def __init__(self, head: PixelHead) -> None:
+        super().__init__()
+        self.head = head
+        logits = torch.cat([head.weight, head.bias[:, None]], 1)
+        self.register_buffer("logits", _copied(logits))
+        self.register_buffer("embedding", _copied(functional.pad(head.embedding, (0, 1))))
+
+    def forward(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Levels (n, c) of one pixel, int64, digit by digit.
+
+        Args:
+            features: (n, head + 1), the last of them 1.
+            noise: (n, c * digits * base), standard Gumbel noise.
+        """
+        head = self.head
         noises = noise.chunk(head.factors, -1) if head.factors > 1 else [noise]
         digits: list[Tensor] = []
         for k, part in enumerate(noises):
@@ -209,6 +226,41 @@ class Sampler(nn.Module):
                 level = level * head.base + digit
             levels.append(level)
         return torch.cat(levels, -1) if len(levels) > 1 else levels[0]
+
+
+class _Mixture(nn.Module):
+    """Draws a pixel from a mixture of logistics, by the masses of its digits.
+
+    Not term and level by two noises, which costs less: noise would fix no level,
+    and a temperature would be another one than the softmaxes'.
+    """
+
+    weight: Tensor
+
+    def __init__(self, head: MixtureHead) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("weight", _copied(torch.cat([head.weight, head.bias[None]])))
+
+    def forward(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Levels (n, c) of one pixel, int64; arguments as those of `_Softmaxes`."""
+        noises = noise.chunk(self.head.factors, -1) if self.head.factors > 1 else [noise]
+
+        def loudest(k: int, table: Tensor) -> Tensor:
+            return (table + noises[k]).argmax(-1)
+
+        levels = self.head.chain(torch.relu(features) @ self.weight, loudest)
+        return torch.stack(levels, -1)
+
+
+def _draw(head: Head) -> nn.Module:
+    if isinstance(head, MixtureHead):
+        return _Mixture(head)
+    return _Softmaxes(cast(PixelHead, head))
+
+
+def _copied(matrix: Tensor) -> Tensor:
+    return matrix.detach().clone(memory_format=torch.contiguous_format)
 
 
 class _Biases(NamedTuple):

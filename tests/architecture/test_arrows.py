@@ -109,9 +109,10 @@ EXPORT = {
     "material": "likely.answers",
     "measures": "likely.answers numpy scipy sklearn",
     "logistic": "torch",
-    "local": "heads torch",
-    "pixelcnn": "heads torch",
-    "sampler": "pixelcnn torch",
+    "mixture": "heads logistic torch",
+    "local": "mixture torch",
+    "pixelcnn": "mixture torch",
+    "sampler": "heads mixture pixelcnn torch",
     "moves": "likely.errors torch",
     "cvae": "likely.errors logistic moves torch",
     "families": "likely.errors cvae local pixelcnn torch",
@@ -164,8 +165,8 @@ BENCH = {
     ),
     "exports": (
         "likely.bundle likely.graphs likely_export.cvae likely_export.graphs likely_export.heads "
-        "likely_export.hygiene likely_export.logistic likely_export.pixelcnn likely_export.roles "
-        "likely_export.sampler __init__ models onnx torch"
+        "likely_export.hygiene likely_export.logistic likely_export.mixture likely_export.pixelcnn "
+        "likely_export.roles likely_export.sampler __init__ models onnx torch"
     ),
     "measures": (
         "likely.bundle likely.graphs likely.noise likely_export.graphs "

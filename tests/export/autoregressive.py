@@ -25,6 +25,10 @@ CONFIGS = {
         (3, 4, 4), 9, labels=2, channels=6, layers=1, head=8, digits=2, positions=True,
         row_layers=1, row_width=8, row_heads=2,
     ),
+    "mixture": PixelCNNConfig(
+        (3, 4, 3), 16, labels=2, channels=6, layers=2, head=8, digits=2, logistics=3,
+        gated=False,
+    ),
 }  # fmt: skip
 
 
