@@ -68,13 +68,15 @@ EXPORT = {
     "material": "likely.answers",
     "measures": "likely.answers numpy scipy sklearn",
     "logistic": "torch",
-    "local": "heads torch",
-    "autoregressive": "heads torch",
+    "mixture": "heads logistic torch",
+    "local": "mixture torch",
+    "autoregressive": "mixture torch",
+    "drawing": "heads mixture torch",
     "pixelcnn": "autoregressive torch",
     "pixelrnn": "autoregressive torch",
-    "raster": "autoregressive torch",
-    "sampler": "pixelcnn raster torch",
-    "rnn_sampler": "pixelrnn raster torch",
+    "raster": "autoregressive drawing torch",
+    "sampler": "drawing pixelcnn raster torch",
+    "rnn_sampler": "drawing pixelrnn raster torch",
     "moves": "likely.errors torch",
     "trunks": "torch",
     "cvae": "likely.errors logistic moves trunks torch",
@@ -147,9 +149,9 @@ BENCH = {
     ),
     "exports": (
         "likely.bundle likely.graphs likely_export.autoregressive likely_export.cvae "
-        "likely_export.graphs likely_export.heads likely_export.hygiene likely_export.logistic "
-        "likely_export.pixelcnn likely_export.raster likely_export.roles likely_export.sampler "
-        "__init__ models onnx torch"
+        "likely_export.drawing likely_export.graphs likely_export.heads likely_export.hygiene "
+        "likely_export.logistic likely_export.mixture likely_export.pixelcnn likely_export.raster "
+        "likely_export.roles likely_export.sampler __init__ models onnx torch"
     ),
     "measures": (
         "likely.bundle likely.graphs likely.noise likely_export.graphs "
