@@ -36,9 +36,9 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "pixelcnn": Family(PixelCNNConfig, PixelCNN),
-        "pixelrnn": Family(PixelRNNConfig, PixelRNN),
         "cvae": Family(CVAEConfig, CVAE),
         "local": Family(LocalConfig, LocalPixelCNN),
+        "pixelrnn": Family(PixelRNNConfig, PixelRNN),
     }
 )
 
