@@ -11,7 +11,7 @@ from bench.clock import Timing
 from bench.environment import environment
 from bench.exports import Exports
 from likely.bundle import Role
-from likely.loading import shipped
+from likely.versions.loading import shipped
 
 Figures = dict[str, object]
 Report = Callable[[str], None]

@@ -16,7 +16,7 @@ from demo.serving import served
 from likely import Client, ModelInfo, Scores, Verdict
 from likely.answers import Pixels
 from likely.bundle import Bundle
-from likely.loading import shipped
+from likely.versions.loading import shipped
 
 ALPHAS = (0.01, 0.05, 0.1)
 ALPHA = 0.05

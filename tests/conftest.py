@@ -23,7 +23,7 @@ from likely.outliers import Combination, Mahalanobis, Ranks, label_score
 
 if TYPE_CHECKING:
     from likely.bundle import Manifest
-    from likely.server import Server
+    from likely.serving.server import Server
     from likely.settings import Settings
 
 # Shared cores make single examples slow now and then; the tests have a timeout anyway.
@@ -41,12 +41,14 @@ CALIBRATION = 199
 class Toy:
     """Independent categorical pixels, so that every answer has a closed form.
 
-    p(x) = prod_d q[d, x_d] and p(x|y) = prod_d theta[y, d, x_d].
+    p(x) = prod_d q[d, x_d] and p(x|y) = prod_d theta[y, d, x_d]. The discriminative p(y|x) is
+    of the first pixel alone, t[x_0, y], and consistent: sum_x p(y|x) p(x) is the prior of y.
     """
 
     path: Path
     log_q: Doubles  # (c, h, w, levels)
     log_theta: Doubles  # (labels, c, h, w, levels)
+    log_t: Doubles  # (levels, labels)
 
     def log_px(self, x: Pixels) -> Doubles:
         total: Doubles = -self.surprise(x).sum((1, 2, 3))
@@ -59,6 +61,10 @@ class Toy:
     def log_pxy(self, x: Pixels) -> Doubles:
         log_pxy: Doubles = np.einsum("nchwl,ychwl->ny", self.hot(x), self.log_theta)
         return log_pxy
+
+    def log_pyx(self, x: Pixels) -> Doubles:
+        log_pyx: Doubles = self.log_t[x[:, 0, 0, 0]]
+        return log_pyx
 
     @property
     def log_tables(self) -> Doubles:
@@ -78,6 +84,16 @@ class Toy:
         columns = (-self.log_px(x), x.mean((1, 2, 3), dtype=np.float64))
         return np.stack(columns, 1).astype(np.float32)
 
+    def moments(self, p: Doubles) -> dict[str, Array]:
+        """Mean and deviation in units of the range (n, c, h, w) of p (n, h, w, c, levels)."""
+        levels = np.linspace(0, 1, LEVELS)
+        mean = p @ levels
+        deviation = np.sqrt((p * np.square(levels - mean[..., None])).sum(-1))
+        return {
+            "mean": mean.transpose(0, 3, 1, 2).astype(np.float32),
+            "deviation": deviation.transpose(0, 3, 1, 2).astype(np.float32),
+        }
+
     def answer(self, role: str, feeds: dict[str, Array]) -> dict[str, Array]:
         """What the graph of that role gives."""
         if role == "density":
@@ -89,14 +105,29 @@ class Toy:
             }
         if role == "conditional":
             return {"log_pxy": self.log_pxy(feeds["x"]).astype(np.float32)}
+        if role == "discriminate":
+            return {"log_pyx": self.log_pyx(feeds["x"]).astype(np.float32)}
+        if role == "encode" and "y" not in feeds:
+            total = feeds["x"].sum((1, 2, 3), dtype=np.float32)
+            return {"mean": np.stack((total, total), 1)}
+        if role == "decode" and "y" not in feeds:
+            odds = np.exp(feeds["z"].sum(1))
+            share = (odds / (1 + odds)).astype(np.float32)
+            return {"mean": np.broadcast_to(share[:, None, None, None], (len(share), *SHAPE))}
         if role == "encode":
             total = feeds["x"].sum((1, 2, 3), dtype=np.float32)
             mean = np.stack((total, feeds["y"].astype(np.float32)), 1)
             return {"mean": mean, "log_variance": mean * np.float32(-0.1)}
-        logits = self.log_tables[feeds["y"]].transpose(0, 2, 3, 1, 4) + feeds["gumbel"]
-        if role == "generate":
-            tilt = feeds["eps"].sum(1)[:, None, None, None, None]
+        logits = self.log_tables[feeds["y"]].transpose(0, 2, 3, 1, 4)
+        if role in TILTED:
+            tilt = feeds[TILTED[role]].sum(1)[:, None, None, None, None]
             logits = logits + tilt * np.arange(LEVELS)
+        if role == "decode":
+            return {
+                **self.moments(np.exp(_log_softmax(logits))),
+                **self.answer("sample", {**feeds, "logits": logits}),
+            }
+        logits = feeds.get("logits", logits) + feeds["gumbel"]
         return {"x": logits.argmax(-1).transpose(0, 3, 1, 2).astype(np.uint8)}
 
 
@@ -123,7 +154,27 @@ ROLES: dict[str, tuple[Inputs, Inputs]] = {
         {**X, **Y},
         {"mean": ("float32", ("batch", LATENT)), "log_variance": ("float32", ("batch", LATENT))},
     ),
+    "discriminate": (X, {"log_pyx": ("float32", ("batch", LABELS))}),
+    "decode": (
+        {"z": ("float32", ("batch", LATENT)), "gumbel": ("float32", NOISE), **Y},
+        {
+            "mean": ("float32", ("batch", *SHAPE)),
+            "deviation": ("float32", ("batch", *SHAPE)),
+            **X,
+        },
+    ),
 }
+# Of a model without labels, and without a distribution, as an autoencoder is.
+PLAIN: dict[str, tuple[Inputs, Inputs]] = {
+    "encode": (X, {"mean": ("float32", ("batch", LATENT))}),
+    "decode": (
+        {"z": ("float32", ("batch", LATENT))},
+        {"mean": ("float32", ("batch", *SHAPE))},
+    ),
+}
+TILTED = {"generate": "eps", "decode": "z"}
+DIRECTIONS = ("brightness", "label label-1")
+STEPS, PROBES, OFFSETS = np.array([[0.5, 0], [0, 1]]), np.array([[2, 1], [0, 1.0]]), [-1.0, 0.0]
 
 
 def build_toy(
@@ -132,22 +183,23 @@ def build_toy(
     version: str = "1.0",
     roles: tuple[str, ...] = tuple(ROLES),
     seed: int = 0,
+    plain: bool = False,
 ) -> Toy:
     """Writes the toy bundle and gives its closed form, which another seed makes another."""
     from likely.bundle import write_manifest
 
     rng = np.random.default_rng(seed)
-    toy = Toy(
-        folder,
-        _log_softmax(rng.normal(size=(*SHAPE, LEVELS))),
-        _log_softmax(2 * rng.normal(size=(LABELS, *SHAPE, LEVELS))),
-    )
+    log_q = _log_softmax(rng.normal(size=(*SHAPE, LEVELS)))
+    log_theta = _log_softmax(2 * rng.normal(size=(LABELS, *SHAPE, LEVELS)))
+    toy = Toy(folder, log_q, log_theta, _consistent(np.exp(log_q[0, 0, 0]), seed))
     folder.mkdir(parents=True)
+    known = PLAIN if plain else ROLES
     for role in roles:
-        (folder / f"{role}.onnx").write_bytes(_graph(role, toy))
+        (folder / f"{role}.onnx").write_bytes(_graph(role, toy, *known[role]))
     np.savez(folder / "calibration.npz", **_calibration(toy, rng))
-    np.savez(folder / "golden.npz", **_golden(toy, rng, roles))
-    write_manifest(folder, _manifest(name, version, roles))
+    np.savez(folder / "latent.npz", steps=STEPS, probes=PROBES, offsets=OFFSETS)
+    np.savez(folder / "golden.npz", **_golden(toy, rng, roles, known))
+    write_manifest(folder, _manifest(name, version, roles, known))
     return toy
 
 
@@ -156,7 +208,20 @@ def _log_softmax(logits: Doubles) -> Doubles:
     return log_p
 
 
-def _graph(role: str, toy: Toy) -> bytes:
+def _consistent(q: Doubles, seed: int) -> Doubles:
+    """log p(y|level) (levels, labels), at random but for q and `PRIORS`, the margins of the two.
+
+    The joint is fitted to them in turn (Deming and Stephan, 1940).
+    """
+    joint = np.exp(3 * np.random.default_rng([seed, 1]).normal(size=(LEVELS, LABELS)))
+    for _ in range(2000):
+        joint *= np.array(PRIORS) / joint.sum(0)
+        joint *= (q / joint.sum(1))[:, None]
+    log_t: Doubles = np.log(joint / q[:, None])
+    return log_t
+
+
+def _graph(role: str, toy: Toy, inputs: Inputs, outputs: Inputs) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     types = {
@@ -201,6 +266,19 @@ def _graph(role: str, toy: Toy) -> bytes:
         theta = table("log_theta", toy.log_theta.astype(np.float32))
         each = node("Mul", node("Unsqueeze", one_hot(), axes(1), out="wide"), theta, out="each")
         total(each, 2, 3, 4, 5, out="log_pxy")
+    elif role == "discriminate":
+        spread = np.zeros((LABELS, *SHAPE, LEVELS))
+        spread[:, 0, 0, 0] = toy.log_t.T
+        weights = table("log_t", spread.astype(np.float32))
+        each = node("Mul", node("Unsqueeze", one_hot(), axes(1), out="wide"), weights, out="each")
+        total(each, 2, 3, 4, 5, out="log_pyx")
+    elif role == "encode" and "y" not in inputs:
+        level = node("Unsqueeze", total(as_float("x"), 1, 2, 3, out="level"), axes(1), out="one")
+        node("Concat", level, level, out="mean", axis=1)
+    elif role == "decode" and "y" not in inputs:
+        whole = node("Sigmoid", total("z", 1, out="whole"), out="share")
+        wide = node("Unsqueeze", whole, axes(1, 2, 3), out="wide")
+        node("Mul", wide, table("ones", np.ones(SHAPE, np.float32)), out="mean")
     elif role == "encode":
         level = total(as_float("x"), 1, 2, 3, out="level")
         columns = [
@@ -211,11 +289,23 @@ def _graph(role: str, toy: Toy) -> bytes:
         node("Mul", "mean", table("slope", np.array([-0.1], dtype=np.float32)), out="log_variance")
     else:
         theta = table("log_theta", toy.log_tables.transpose(0, 2, 3, 1, 4).astype(np.float32))
-        logits = node("Add", node("Gather", theta, "y", out="logits"), "gumbel", out="noisy")
-        if role == "generate":
-            tilt = node("Unsqueeze", total("eps", 1, out="tilt"), axes(1, 2, 3, 4), out="tilt_wide")
+        logits = node("Gather", theta, "y", out="logits")
+        if role in TILTED:
+            whole = total(TILTED[role], 1, out="tilt")
+            tilt = node("Unsqueeze", whole, axes(1, 2, 3, 4), out="tilt_wide")
             slope = table("slope", np.arange(LEVELS, dtype=np.float32))
             logits = node("Add", logits, node("Mul", tilt, slope, out="tilted"), out="sum")
+        if role == "decode":
+            p = node("Softmax", logits, out="p", axis=-1)
+            levels = table("levels", np.linspace(0, 1, LEVELS, dtype=np.float32))
+            flat = total(node("Mul", p, levels, out="weighed"), -1, out="flat")
+            node("Transpose", flat, out="mean", perm=[0, 3, 1, 2])
+            middle = node("Unsqueeze", flat, axes(-1), out="middle")
+            away = node("Sub", levels, middle, out="away")
+            square = node("Mul", p, node("Mul", away, away, out="squared"), out="spread")
+            root = node("Sqrt", total(square, -1, out="variance"), out="root")
+            node("Transpose", root, out="deviation", perm=[0, 3, 1, 2])
+        logits = node("Add", logits, "gumbel", out="noisy")
         level = node("ArgMax", logits, out="level", axis=-1, keepdims=0)
         node("Cast", node("Transpose", level, out="turned", perm=[0, 3, 1, 2]), out="x", to=2)
 
@@ -225,7 +315,6 @@ def _graph(role: str, toy: Toy) -> bytes:
             for name, (dtype, shape) in specs.items()
         ]
 
-    inputs, outputs = ROLES[role]
     constants = [numpy_helper.from_array(values, key) for key, values in tables.items()]
     graph = helper.make_graph(nodes, role, infos(inputs), infos(outputs), constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -263,27 +352,38 @@ def _ranks(values: Doubles) -> Ranks:
     return Ranks(np.quantile(values, levels, axis=0), normals, values.std(0))
 
 
-def _golden(toy: Toy, rng: np.random.Generator, roles: tuple[str, ...]) -> dict[str, Any]:
+def _golden(
+    toy: Toy,
+    rng: np.random.Generator,
+    roles: tuple[str, ...],
+    known: dict[str, tuple[Inputs, Inputs]],
+) -> dict[str, Any]:
     n = 5
     feeds: dict[str, Array] = {
         "x": toy.draw(rng, n),
         "y": np.arange(n, dtype=np.int64) % LABELS,
         "eps": rng.normal(size=(n, LATENT)).astype(np.float32),
         "gumbel": rng.gumbel(size=(n, *NOISE[1:])).astype(np.float32),
+        "z": np.linspace(-1, 1, n * LATENT, dtype=np.float32).reshape(n, LATENT),
     }
     golden: dict[str, Array] = {}
     for role in roles:
-        mine = {name: feeds[name] for name in ROLES[role][0]}
+        mine = {name: feeds[name] for name in known[role][0]}
         for name, values in {**mine, **toy.answer(role, mine)}.items():
             golden[f"{role}/{name}"] = values
     return golden
 
 
-def _manifest(name: str, version: str, roles: tuple[str, ...]) -> dict[str, Any]:
+def _manifest(
+    name: str,
+    version: str,
+    roles: tuple[str, ...],
+    known: dict[str, tuple[Inputs, Inputs]],
+) -> dict[str, Any]:
     def specs(entries: Inputs) -> list[dict[str, Any]]:
         return [{"name": n, "dtype": dtype, "shape": s} for n, (dtype, s) in entries.items()]
 
-    labelled = len(roles) > 1
+    labelled = len(roles) > 1 and known is ROLES
     return {
         "name": name,
         "version": version,
@@ -296,13 +396,24 @@ def _manifest(name: str, version: str, roles: tuple[str, ...]) -> dict[str, Any]
         "graphs": {
             role: {
                 "file": f"{role}.onnx",
-                "inputs": specs(ROLES[role][0]),
-                "outputs": specs(ROLES[role][1]),
+                "inputs": specs(known[role][0]),
+                "outputs": specs(known[role][1]),
                 "kind": "exact" if role in {"density", "conditional"} else None,
             }
             for role in roles
         },
-        "calibration": {"file": "calibration.npz", "size": CALIBRATION},
+        "calibration": {"file": "calibration.npz", "size": CALIBRATION}
+        if "density" in roles
+        else None,
+        "latent": {
+            "file": "latent.npz",
+            "directions": [
+                {"name": DIRECTIONS[0], "kind": "attribute"},
+                {"name": DIRECTIONS[1], "kind": "label"},
+            ],
+        }
+        if {"encode", "decode"} <= set(roles)
+        else None,
         "golden": "golden.npz",
         "parity_nats": 0.0,
         "data_digest": "0" * 64,
@@ -386,7 +497,7 @@ def _settings_of(toy: Toy) -> Callable[..., Settings]:
 def running(toy: Toy) -> Running:
     """Runs a real server on free ports: `with running(**settings) as live`."""
     from likely import logs
-    from likely.server import Server
+    from likely.serving.server import Server
 
     @contextmanager
     def run(*, load: bool = True, **more: Any) -> Iterator[Live]:

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -23,6 +24,18 @@ def cpu_seconds(pid: int) -> float:
     if libc.clock_getcpuclockid(pid, ctypes.byref(clock)):
         raise ProcessLookupError(f"no process {pid}")
     return time.clock_gettime(clock.value)
+
+
+def family(pid: int) -> list[int]:
+    """A process, its children, theirs, and so on."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found
 
 
 def resident_mib(pid: int) -> float:

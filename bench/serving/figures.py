@@ -136,7 +136,8 @@ def _median_latency(result: Result) -> float:
 
 def _overload(bench: Bench, server: Running) -> Figures:
     """Many times more than can be answered: what is answered, how soon, and how soon the rest."""
-    peak = bench.ask(server, "heavy", CALLERS // 2, CROWD)["rate"]
+    peaked = bench.ask(server, "heavy", CALLERS // 2, CROWD)
+    peak = peaked["rate"]
     found = bench.overload(server, "heavy", CROWD, TIMES * peak)
     shed = found["latency"].get("RESOURCE_EXHAUSTED", {})
     asked = sum(found["codes"].values()) / found["seconds"]
@@ -144,6 +145,8 @@ def _overload(bench: Bench, server: Running) -> Figures:
     return {
         "overload.offered_of_peak": asked / peak,
         "overload.goodput_of_peak": found["rate"] / peak,
+        # The load shares the cores: what the server takes for an answer, refusals included.
+        "overload.goodput_of_peak.by_cpu": cpu_per_request(peaked) / cpu_per_request(found),
         "overload.p99_of_deadline": found["latency"]["OK"]["p99"] / measures.DEADLINE,
         "overload.late_of_accepted": late / max(1, late + found["codes"].get("OK", 0)),
         "overload.shed_seconds": {share: shed.get(share) for share in ("p50", "p90", "p99")},
@@ -152,7 +155,11 @@ def _overload(bench: Bench, server: Running) -> Figures:
 
 
 def _workers(bench: Bench, name: str, bundle: Path, pace: Pace) -> Figures:
-    """Two workers of one thread beside one of them."""
+    """Two workers of one thread beside one of them.
+
+    Where the load comes from the same cores, one worker and the load may fill them, and two get
+    no further. What a request takes of the processor says what two would do on cores of their own.
+    """
     seen: Samples = defaultdict(list)
     with ExitStack() as stack:
         servers = {
@@ -163,7 +170,11 @@ def _workers(bench: Bench, name: str, bundle: Path, pace: Pace) -> Figures:
             for n, server in servers.items():
                 found = bench.ask(server, name, CALLERS, 1, connections=8)
                 seen[n].append(found["rate"])
-    return {f"workers.{name}.two_over_one": _best(seen, "2", "1")}
+                seen[f"{n}.per_second"].append(int(n) / cpu_per_request(found))
+    return {
+        f"workers.{name}.two_over_one": _best(seen, "2", "1"),
+        f"workers.{name}.two_over_one.by_cpu": _best(seen, "2.per_second", "1.per_second"),
+    }
 
 
 def _best(seen: Samples, key: str, other: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ import grpc
 import grpc.aio
 
 from bench.serving.clocks import cpu_seconds, percentiles
-from likely.wire import Field, Kind, Reader, Schema
+from likely.bundle.wire import Field, Kind, Reader, Schema
 
 Ask: TypeAlias = Callable[[float], Awaitable[None]]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.serving import echo, processes
+from bench.serving.clocks import family
 from bench.serving.load import Plan
 from bench.serving.pictures import request
 from bench.serving.processes import Running, Talk
@@ -130,23 +131,29 @@ class Bench:
         path = request(self._bundles[scorer], images, self._work)
         seconds = max(5 * self._pace.seconds, 2 * DEADLINE)
         plan = Plan(server.address, SCORE, path, rate=rate, seconds=seconds, deadline=DEADLINE)
-        return self._load(replace(plan, watched={"server": server.pid}))
+        return self._load(replace(plan, watched=_watched(server)))
 
     def cancelling(self, server: Running, scorer: str, callers: int, seconds: float) -> Result:
         """What comes of callers of whom `LEAVING` leave before they are answered."""
         path = request(self._bundles[scorer], 1, self._work)
         plan = Plan(server.address, SCORE, path, callers=callers, seconds=seconds)
-        return self._load(replace(plan, cancelled=LEAVING, watched={"server": server.pid}))
+        return self._load(replace(plan, cancelled=LEAVING, watched=_watched(server)))
 
     def _run(self, server: Running, plan: Plan) -> Result:
         connections = min(plan.connections, plan.callers)
         plan = replace(plan, connections=connections, seconds=self._pace.seconds)
-        return self._load(replace(plan, watched={"server": server.pid}))
+        return self._load(replace(plan, watched=_watched(server)))
+
+
+def _watched(server: Running) -> dict[str, int]:
+    """A server's processes by name: itself and its workers."""
+    first, *workers = family(server.pid)
+    return {"server": first} | {f"server.{i}": pid for i, pid in enumerate(workers)}
 
 
 def cpu_per_request(result: Result) -> float:
     """Seconds of the server's processor time for each answer."""
-    seconds: float = result["cpu"]["server"]
+    seconds: float = sum(result["cpu"][name] for name in result["cpu"] if name != "client")
     return seconds / max(1, int(result["codes"].get("OK", 0)))
 
 

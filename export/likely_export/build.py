@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,20 +16,32 @@ import torch
 
 from likely import bayes, noise
 from likely.answers import Doubles, Pixels
-from likely.bundle import MANIFEST, Manifest, Role, write_manifest
-from likely.errors import BundleError
+from likely.bundle import MANIFEST, Bundle, Manifest, Role, write_manifest
+from likely.errors import BundleError, InvalidInput
 from likely.graphs import Array, Device, Session
 from likely.outliers import Detector
-from likely_export import calibrate, corruptions, graphs, roles
+from likely_export import (
+    attributes,
+    calibrate,
+    corruptions,
+    directions,
+    graphs,
+    measures,
+    roles,
+)
 from likely_export.calibrate import Seen
+from likely_export.classifier import Classifier, fit_temperature
 from likely_export.data import Dataset, Split
+from likely_export.evaluate import BOUND, EVALUATION
 from likely_export.graphs import Exported
 from likely_export.recipes import Recipe
 from likely_export.runs import Run
+from likely_export.vae import VAE
 
 BATCH = 16
 COMPARED = 10_000
 CALIBRATION = "calibration.npz"
+LATENT = "latent.npz"
 GOLDEN = "golden.npz"
 WEIGHTS = "weights.bin"
 
@@ -51,40 +65,150 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
     with _replacing(out) as folder:
         exported = dict(_export(opened, data, folder, report))
         graphs.share([folder / each.graph.file for each in exported.values()], folder / WEIGHTS)
-        report("calibrate")
-        arrays, weights, temperature = _calibrate(opened.recipe, exported, data, folder)
-        np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
+        made: dict[str, object] = {}
+        if Role.DENSITY in exported:
+            made |= _judged(opened.recipe, exported, data, folder, report)
+        if {Role.ENCODE, Role.DECODE} <= set(exported):
+            report("find directions")
+            made["latent"] = _directions(opened.recipe, exported, data, folder)
         golden = {
             f"{role}/{name}": array
             for role, each in exported.items()
             for name, array in each.golden.items()
         }
         np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-        report("compare decisions")
-        compared, changed = _decisions(opened.recipe, exported, data, folder, arrays, weights)
+        if (bound := _bound(opened, data)) is not None:
+            (folder / EVALUATION).write_text(json.dumps({BOUND: bound}, indent=1) + "\n")
         fields = {
             "name": opened.recipe.name,
             "version": opened.recipe.version,
             "description": opened.recipe.description,
             "shape": data.shape,
             "levels": data.levels,
-            "labels": _labels(data),
+            "labels": _labels(data) if _knows_labels(exported) else [],
             "graphs": {role: each.graph.model_dump() for role, each in exported.items()},
-            "calibration": {
-                "file": CALIBRATION,
-                "size": len(data.calibrate),
-                "temperature": temperature,
-                "weights": weights,
-                "statistics": exported[Role.DENSITY].source.widths,
-            },
+            **made,
             "golden": GOLDEN,
             "parity_nats": max(each.parity for each in exported.values()),
-            "decisions_compared": compared,
-            "decisions_changed": changed,
             "recipe": opened.recipe.published(),
             "data_digest": data.digest,
         }
         return write_manifest(folder, fields)
+
+
+def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
+    """-log p(x) of the test part at most, of a VAE alone: no graph of its bundle gives it."""
+    if Role.DENSITY in run.recipe.roles or Role.GENERATE not in run.recipe.roles:
+        return None
+    (name,) = run.recipe.models_of(Role.GENERATE)
+    model = run.model(name)
+    if not isinstance(model, VAE):
+        return None
+    part = data.test.x[:COMPARED], data.test.y[:COMPARED]
+    with torch.no_grad():
+        pairs = zip(*(torch.from_numpy(each).split(BATCH) for each in part), strict=True)
+        nats = torch.cat([model.evaluate(x, y) for x, y in pairs])
+    return measures.mean(nats.double().numpy())
+
+
+def extend(bundle: Path, run: Path, out: Path, report: Report = print) -> Manifest:
+    """The manifest of a bundle that also has the discriminative model of a run.
+
+    All else stays to the byte: what the bundle answered, it answers as before.
+
+    Args:
+        bundle: of the same data, divided likewise.
+        run: a folder in which at least that model of the recipe was trained.
+        out: where the new bundle shall lie; an older bundle there is replaced.
+        report: told what is being done.
+
+    Raises:
+        InvalidInput: the run is of other data, or has no such model.
+        BundleError: the graph differs from its model, or `out` holds something else.
+    """
+    opened, given = Run.open(run), Bundle.open(bundle)
+    if Role.DISCRIMINATE not in opened.recipe.roles:
+        raise InvalidInput(str(run), "its recipe has no model of the role discriminate")
+    data = opened.recipe.data.load()
+    if data.digest != given.manifest.data_digest:
+        raise InvalidInput(opened.recipe.data.source, "is not what the bundle was made with")
+    with _replacing(out) as folder:
+        for name in given.manifest.files:
+            shutil.copyfile(bundle / name, folder / name)
+        report(f"export {Role.DISCRIMINATE}")
+        exported = _exported(opened, Role.DISCRIMINATE, data, folder)
+        golden = given.golden()
+        golden |= {f"{Role.DISCRIMINATE}/{name}": a for name, a in exported.golden.items()}
+        np.savez_compressed(folder / given.manifest.golden, **golden)  # type: ignore[arg-type]
+        return write_manifest(folder, _extended(given.manifest, opened.recipe, exported))
+
+
+def _extended(manifest: Manifest, recipe: Recipe, exported: Exported) -> dict[str, Any]:
+    """The manifest's fields with the discriminative graph, and what it was trained by."""
+    fields = manifest.model_dump(exclude={"files"})
+    fields["graphs"][Role.DISCRIMINATE] = exported.graph.model_dump()
+    fields["parity_nats"] = max(manifest.parity_nats, exported.parity)
+    table = recipe.published()
+    models = {name: table["models"][name] for name in recipe.models_of(Role.DISCRIMINATE)}
+    named = {Role.DISCRIMINATE.value: table["roles"][Role.DISCRIMINATE]}
+    own = fields["recipe"]
+    fields["recipe"] = {
+        **own,
+        "models": {**own.get("models", {}), **models},
+        "roles": {**own.get("roles", {}), **named},
+    }
+    return fields
+
+
+def _judged(
+    recipe: Recipe,
+    exported: Mapping[Role, Exported],
+    data: Dataset,
+    folder: Path,
+    report: Report,
+) -> dict[str, object]:
+    """What the manifest says of the calibration and of the decisions made by it."""
+    report("calibrate")
+    arrays, weights, temperature = _calibrate(recipe, exported, data, folder)
+    np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
+    report("compare decisions")
+    compared, changed = _decisions(recipe, exported, data, folder, arrays, weights)
+    return {
+        "calibration": {
+            "file": CALIBRATION,
+            "size": len(data.calibrate),
+            "temperature": temperature,
+            "weights": weights,
+            "statistics": exported[Role.DENSITY].source.widths,
+        },
+        "decisions_compared": compared,
+        "decisions_changed": changed,
+    }
+
+
+def _directions(
+    recipe: Recipe, exported: Mapping[Role, Exported], data: Dataset, folder: Path
+) -> dict[str, object]:
+    """What the manifest says of the directions, found on the fit split."""
+    session = _session(folder, exported[Role.ENCODE])
+    feeds: dict[str, Array] = {"x": data.fit.x}
+    if session.spec.input("y") is not None:
+        feeds["y"] = data.fit.y
+    (features,) = _rows(session, feeds, ["mean"])
+    measured = {
+        name: attributes.measured(name, data.fit.x, data.levels)
+        for name in recipe.latent.attributes
+    }
+    entries, arrays = directions.found(features, data.fit.y, data.labels, measured)
+    np.savez_compressed(folder / LATENT, **arrays)  # type: ignore[arg-type]
+    return {"file": LATENT, "directions": entries}
+
+
+def _knows_labels(exported: Mapping[Role, Exported]) -> bool:
+    """Whether a graph takes a label, or stands where labels may be judged."""
+    return Role.DENSITY in exported or any(
+        each.graph.input("y") is not None for each in exported.values()
+    )
 
 
 def _export(
@@ -92,9 +216,16 @@ def _export(
 ) -> Iterator[tuple[Role, Exported]]:
     for role in run.recipe.roles:
         report(f"export {role}")
-        models = [graphs.halved(run.model(name)) for name in run.recipe.models_of(role)]
-        source = roles.source(role, models, run.recipe.calibration.statistics)
-        yield role, graphs.export(source, folder / f"{role}.onnx", data.levels, len(data.labels))
+        yield role, _exported(run, role, data, folder)
+
+
+def _exported(run: Run, role: Role, data: Dataset, folder: Path) -> Exported:
+    models = [graphs.halved(run.model(name)) for name in run.recipe.models_of(role)]
+    for model in models:
+        if isinstance(model, Classifier):
+            fit_temperature(model, data.fit)
+    source = roles.source(role, models, run.recipe.calibration.statistics)
+    return graphs.export(source, folder / f"{role}.onnx", data.levels, len(data.labels))
 
 
 def _calibrate(
@@ -167,7 +298,18 @@ def _decisions(
         pool = np.array(weights or (1.0,))
         torchs_label = bayes.pooled(torch.cat(own).numpy(), pool).argmax(1)
         changed |= torchs_label != bayes.pooled(evidence, pool).argmax(1)
+    if Role.DISCRIMINATE in exported:
+        changed |= _relabelled(exported[Role.DISCRIMINATE], folder, x)
     return len(x), int(changed.sum())
+
+
+def _relabelled(exported: Exported, folder: Path, x: Pixels) -> npt.NDArray[np.bool_]:
+    """Whether torch and ONNX Runtime take a picture for different labels, (n,)."""
+    (found,) = _rows(_session(folder, exported), {"x": x}, ["log_pyx"])
+    with torch.no_grad():
+        parts = [exported.source.module(part) for part in torch.from_numpy(x).split(BATCH)]
+    changed: npt.NDArray[np.bool_] = torch.cat(parts).numpy().argmax(1) != found.argmax(1)
+    return changed
 
 
 def _session(folder: Path, exported: Exported) -> Session:

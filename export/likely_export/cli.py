@@ -132,16 +132,36 @@ def train(
 )
 def build(run: Path, out: Path, evaluated: bool) -> None:
     """Export a trained RUN, calibrate it, write the bundle and tell its figures."""
+    from likely.bundle import Role
     from likely_export.build import build as build_bundle
     from likely_export.runs import Run
 
     with _steps() as report:
         manifest = build_bundle(run, out, report)
+        evaluated = evaluated and Role.DENSITY in manifest.graphs
         if evaluated:
             report("evaluate")
             figures, manifest = _evaluated(out, Run.open(run).recipe)
     if evaluated:
         _show(figures)
+    size = sum(record.size for record in manifest.files.values())
+    click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
+    if Role.DENSITY not in manifest.graphs:
+        click.echo(f"It has no density. Now: likely-export features {out}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--run", type=click.Path(path_type=Path), required=True, help="Where the model was trained."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The new bundle.")
+def extend(bundle: Path, run: Path, out: Path) -> None:
+    """Add a run's discriminative model to a BUNDLE of the same data; all else stays."""
+    from likely_export.build import extend as extend_bundle
+
+    with _steps() as report:
+        manifest = extend_bundle(bundle, run, out, report)
     size = sum(record.size for record in manifest.files.values())
     click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
 
@@ -164,6 +184,57 @@ def evaluate(bundle: Path, source: str | None, write: bool, as_json: bool) -> No
         click.echo(json.dumps(figures))
         return
     _show(figures)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def features(bundle: Path, source: str | None, as_json: bool) -> None:
+    """Tell what a BUNDLE's features are worth: linear probes, and traversals of attributes."""
+    from likely.bundle import Bundle
+    from likely_export import features as worth
+    from likely_export import recipes
+
+    manifest = Bundle.open(bundle).manifest
+    recipe = recipes.from_table(dict(manifest.recipe), source)
+    data = recipe.data.load()
+    if data.digest != manifest.data_digest:
+        raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
+    with _steps() as report:
+        report("evaluate")
+        figures = worth.evaluate(bundle, data)
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    _show(figures)
+
+
+@main.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("compare.html"),
+    show_default=True,
+    help="The report; the figures lie beside it as .json.",
+)
+def compare(bundles: tuple[Path, ...], source: str | None, out: Path) -> None:
+    """Set BUNDLES of the same data side by side: who answers what, how well, at what cost."""
+    from likely.bundle import Bundle
+    from likely_export import compare, recipes
+    from likely_export.report import family
+
+    recipe = recipes.from_table(dict(Bundle.open(bundles[0]).manifest.recipe), source)
+    with _steps() as report:
+        report("compare")
+        data = recipe.data.load()
+        found = compare.compare(bundles, data, recipe.others(data.levels))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(found.figures, indent=1) + "\n")
+    family.write(out, found.figures, found.drawn, found.outside, found.levels)
+    click.echo(f"{out} and {out.with_suffix('.json')}")
 
 
 def _evaluated(
@@ -259,8 +330,7 @@ def sign(
     chain: tuple[Path, ...],
 ) -> None:
     """Sign a BUNDLE by OpenSSF model signing; the signature is its file model.sig."""
-    from likely import signing
-    from likely.bundle import Bundle
+    from likely.bundle import Bundle, signing
 
     Bundle.open(bundle)  # what is signed is whole
     path = signing.sign(

@@ -85,6 +85,7 @@ KERNELS = {
     "LogSoftmax": _exactly(13, FLOATS),
     "MatMul": _exactly(13, FLOATS),
     "Max": _exactly(13, WIDE),
+    "MaxPool": _exactly(12, FLOATS | {"int8", "uint8"}),
     "Min": _exactly(13, WIDE),
     "Mod": _exactly(13, WIDE),
     "Mul": _exactly(14, NUMBERS),

@@ -31,9 +31,9 @@ from torch.nn import functional
 from likely.errors import InvalidInput
 from likely_export import logistic
 from likely_export.moves import NONE, Moves
+from likely_export.trunks import layers, trunk
 
 SIZES = (
-    "labels",
     "latent",
     "width",
     "depth",
@@ -51,7 +51,7 @@ class CVAEConfig:
     Attributes:
         shape: channels, rows, columns of a picture.
         levels: levels of a pixel.
-        labels: labels to condition on, at least 1.
+        labels: labels to condition on; none for the VAE of p(x), which looks at no y.
         latent: size of z.
         width: features of every hidden layer.
         depth: hidden layers of the encoder's trunk, and of the decoder.
@@ -68,7 +68,7 @@ class CVAEConfig:
             likelihood alone.
         moves: what is done to pictures before training sees them.
         label_prior: whether labels differ by their prior alone, as the components of a
-            mixture; otherwise encoder and decoder see them.
+            mixture; otherwise encoder and decoder see them, where there are any.
     """
 
     shape: tuple[int, int, int]
@@ -93,6 +93,16 @@ class CVAEConfig:
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise InvalidInput(name, f"{getattr(self, name)}; a CVAE needs at least 1")
+        if self.labels < 0:
+            raise InvalidInput("labels", f"{self.labels} is below 0")
+        for name in ("label_prior", "contrast"):
+            if not self.labels and getattr(self, name):
+                raise InvalidInput(name, "is of labels, and there are none")
+
+    @property
+    def joins(self) -> bool:
+        """Whether encoder and decoder see the label."""
+        return self.labels > 0 and not self.label_prior
 
 
 class CVAE(nn.Module):
@@ -103,17 +113,24 @@ class CVAE(nn.Module):
         self.config = config
         self.dimensions = math.prod(config.shape)
         width, terms = config.width, config.logistics
-        self.trunk = _trunk(config)
+        self.trunk = trunk(
+            config.shape,
+            convolutions=config.convolutions,
+            convolution_depth=config.convolution_depth,
+            width=width,
+            depth=config.depth,
+            dropout=config.dropout,
+        )
         if config.label_prior:
             self.centre = nn.Embedding(config.labels, config.latent)
-        else:
+        if config.joins:
             self.encoder_label = nn.Embedding(config.labels, width)
         self.encoder_join = nn.Linear(width, width)
         self.posterior_out = nn.Linear(width, 2 * config.latent)
-        if not config.label_prior:
+        if config.joins:
             self.decoder_label = nn.Embedding(config.labels, width)
         self.decoder_in = nn.Linear(config.latent, width)
-        self.decoder = _layers(width, width, config.depth - 1, config.dropout)
+        self.decoder = layers(width, width, config.depth - 1, config.dropout)
         self.decoder_out = nn.Linear(width, self.dimensions * (3 * terms or config.levels))
         self.dropout = nn.Dropout(config.dropout)
         if config.contrast:
@@ -125,7 +142,7 @@ class CVAE(nn.Module):
     def _start(self) -> None:
         """Starts near a posterior that is the prior and a mixture that spans the levels."""
         self.posterior_out.weight.mul_(0.1)
-        if not self.config.label_prior:
+        if self.config.joins:
             self.encoder_label.weight.mul_(0.1)
             self.decoder_label.weight.mul_(0.3)
         if terms := self.config.logistics:
@@ -214,7 +231,7 @@ class CVAE(nn.Module):
 
         With labels in the prior alone they know no y, and are (..., z) of the features.
         """
-        if not self.config.label_prior:
+        if self.config.joins:
             features = features + self.encoder_label(y)
         joined = torch.relu(self.encoder_join(features))
         mean, log_variance = self.posterior_out(self.dropout(joined)).chunk(2, -1)
@@ -253,7 +270,7 @@ class CVAE(nn.Module):
     def _hidden(self, z: Tensor, y: Tensor) -> Tensor:
         """The decoder's last features (..., k, width)."""
         hidden = self.decoder_in(z)
-        if not self.config.label_prior:
+        if self.config.joins:
             hidden = hidden + self.decoder_label(y)[..., None, :]
         features: Tensor = self.decoder(self.dropout(torch.relu(hidden)))
         return features
@@ -356,28 +373,6 @@ class Encode(nn.Module):
         """Mean and log-variance float32 (n, z) of uint8 x (n, c, h, w) and int64 y (n,)."""
         mean, log_variance = self.model.encode(x, y)
         return self.model.from_centre(mean, y), log_variance
-
-
-def _trunk(config: CVAEConfig) -> nn.Sequential:
-    """Scaled pixels (n, c, h, w) to features (n, width)."""
-    layers: list[nn.Module] = []
-    channels, height, width = config.shape
-    for wider in config.convolutions:
-        for i in range(config.convolution_depth):
-            stride = 2 if i + 1 == config.convolution_depth else 1
-            layers += [nn.Conv2d(channels, wider, 3, stride, padding=1), nn.ReLU()]
-            channels = wider
-        height, width = (height + 1) // 2, (width + 1) // 2
-    linear = _layers(channels * height * width, config.width, config.depth, config.dropout)
-    return nn.Sequential(*layers, nn.Flatten(), *linear)
-
-
-def _layers(inputs: int, width: int, depth: int, dropout: float) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for _ in range(depth):
-        layers += [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)]
-        inputs = width
-    return nn.Sequential(*layers)
 
 
 def _mean_exp(log_weights: Tensor) -> Tensor:

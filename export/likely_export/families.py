@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from likely.errors import InvalidInput
+from likely_export.autoencoder import Autoencoder, AutoencoderConfig
+from likely_export.classifier import Classifier, ClassifierConfig
 from likely_export.cvae import CVAE, CVAEConfig
 from likely_export.local import LocalConfig, LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
 from likely_export.pixelrnn import PixelRNN, PixelRNNConfig
+from likely_export.vae import VAE
 
 GIVEN_BY_DATA = ("shape", "levels", "labels")
 
@@ -27,10 +30,12 @@ class Family:
     Attributes:
         config: the frozen dataclass that shapes a model.
         model: what `model(config)` builds, an `nn.Module` that `train.fit` can train.
+        labelled: whether it is told the data's labels.
     """
 
     config: type[Any]
     model: type[Any]
+    labelled: bool = True
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -39,6 +44,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "cvae": Family(CVAEConfig, CVAE),
         "local": Family(LocalConfig, LocalPixelCNN),
         "pixelrnn": Family(PixelRNNConfig, PixelRNN),
+        "classifier": Family(ClassifierConfig, Classifier),
+        "vae": Family(CVAEConfig, VAE, labelled=False),
+        "autoencoder": Family(AutoencoderConfig, Autoencoder, labelled=False),
     }
 )
 
@@ -67,7 +75,8 @@ def create(
     chosen = family(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = chosen.config(shape=shape, levels=levels, labels=labels, **options)
+        told = labels if chosen.labelled else 0
+        config = chosen.config(shape=shape, levels=levels, labels=told, **options)
         model: nn.Module = chosen.model(config)
     return model
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 SHARPEST, FLATTEST = -7.0, 2.0  # bounds of log s, in units of half the range
 TAIL = 100.0  # stands for infinity: sigma and tanh are 1 there
+AT_ONCE = 17  # levels: what they need of a batch together fits a cache
 
 
 def log_prob(parameters: Tensor, x: Tensor, levels: int) -> Tensor:
@@ -59,3 +60,43 @@ def expected(parameters: Tensor) -> Tensor:
     logits, mean, _ = parameters.unbind(-3)
     means = (torch.softmax(logits, -2) * mean.clamp(-1, 1)).sum(-2)
     return (means + 1) / 2
+
+
+def moments(parameters: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the discretised mixture, levels scaled to [0, 1], (..., d).
+
+    With c any whole level, and sums of positive terms only, so that nothing cancels,
+
+        E[x - c]     = sum_{l > c} p(x >= l) - sum_{l <= c} p(x < l)
+        E[(x - c)^2] = sum_{l > c} p(x >= l) (2 (l - c) - 1) + sum_{l <= c} p(x < l) (2 (c - l) + 1)
+
+    over the levels l from 1 to L - 1.
+    """
+    logits, mean, log_scale = parameters.unbind(-3)
+    weight = torch.softmax(logits, -2)
+    sharpness = torch.exp(-log_scale.clamp(SHARPEST, FLATTEST))
+    pivot = torch.round(expected(parameters) * (levels - 1))
+    first, second = torch.zeros_like(pivot), torch.zeros_like(pivot)
+    thresholds = torch.arange(1, levels, dtype=parameters.dtype, device=parameters.device)
+    for part in thresholds.split(AT_ONCE):
+        side = torch.where(part > pivot[..., None], 1.0, -1.0)
+        edge = (2 * part - 1) / (levels - 1) - 1
+        beyond = (edge - mean[..., None]) * sharpness[..., None]
+        share = (weight[..., None] * torch.sigmoid(-side[..., None, :, :] * beyond)).sum(-3)
+        first = first + (share * side).sum(-1)
+        second = second + (share * (2 * (part - pivot[..., None]) - 1).abs()).sum(-1)
+    variance = torch.relu(second - first.square())
+    return (pivot + first) / (levels - 1), torch.sqrt(variance) / (levels - 1)
+
+
+def drawn(parameters: Tensor, gumbel: Tensor, levels: int) -> Tensor:
+    """Levels (..., d) as floats, drawn exactly with standard Gumbel noise (..., d, k + 2).
+
+    The first k numbers choose the term; the difference of the last two is standard logistic,
+    and the level is that of the interval in which the term's logistic falls.
+    """
+    logits, mean, log_scale = parameters.transpose(-1, -2).unbind(-3)
+    chosen = (torch.log_softmax(logits, -1) + gumbel[..., :-2]).argmax(-1, keepdim=True)
+    scale = torch.exp(log_scale.gather(-1, chosen).clamp(SHARPEST, FLATTEST))[..., 0]
+    u = mean.gather(-1, chosen)[..., 0] + scale * (gumbel[..., -2] - gumbel[..., -1])
+    return torch.round((u + 1) * ((levels - 1) / 2)).clamp(0, levels - 1)

@@ -29,6 +29,7 @@ from likely.answers import Pixels
 from likely.bundle import Name, Role
 from likely.errors import InvalidInput
 from likely_export import data
+from likely_export.attributes import ATTRIBUTES
 from likely_export.calibrate import PartConfig
 from likely_export.corruptions import CHOOSING
 from likely_export.data import Source
@@ -142,6 +143,23 @@ class Calibration(_Table):
         return self
 
 
+class Latent(_Table):
+    """Which directions are found through the features, beside those of the labels.
+
+    Attributes:
+        attributes: names of `likely_export.attributes.ATTRIBUTES`.
+    """
+
+    attributes: tuple[str, ...] = ()
+
+    @field_validator("attributes")
+    @classmethod
+    def _known_attributes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in ATTRIBUTES]:
+            raise ValueError(f"{unknown[0]} is none of {', '.join(ATTRIBUTES)}")
+        return names
+
+
 class Anchor(_Table):
     """A published figure.
 
@@ -179,21 +197,28 @@ class Recipe(_Table):
     models: dict[Name, Model] = Field(min_length=1)
     roles: dict[Role, Name | tuple[Name, ...]]
     calibration: Calibration = Calibration()
+    latent: Latent = Latent()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        if Role.DENSITY not in self.roles:
-            raise ValueError("roles: a bundle needs a density model")
+        if not {Role.DENSITY, Role.ENCODE} & set(self.roles):
+            raise ValueError("roles: a bundle needs a density model, or one that encodes")
+        if Role.CONDITIONAL in self.roles and Role.DENSITY not in self.roles:
+            raise ValueError("roles: a conditional model needs a density model beside it")
         for role in self.roles:
             for model in self.models_of(role):
                 if model not in self.models:
                     raise ValueError(f"roles.{role}: {model} is none of {', '.join(self.models)}")
+        if Role.DENSITY in self.roles:
+            self._check_statistics()
+        return self
+
+    def _check_statistics(self) -> None:
         families = {self.models[name].family for name in self.models_of(Role.DENSITY)[1:]}
         for name in self.calibration.statistics:
             if (needed := STATISTICS[name].needs) and needed not in families:
                 raise ValueError(f"calibration: {name} needs a {needed} beside the density")
-        return self
 
     def models_of(self, role: Role) -> tuple[Name, ...]:
         """The names of the models behind a role, the one that leads first."""

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from likely.bundle import Kind, Role, TensorSpec
 from likely.errors import InvalidInput
+from likely_export import autoencoder, vae
+from likely_export.autoencoder import Autoencoder
 from likely_export.autoregressive import Autoregressive
+from likely_export.classifier import Classifier
 from likely_export.cvae import CVAE, Conditional, Encode, Generate
 from likely_export.local import LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN
@@ -20,6 +23,7 @@ from likely_export.raster import RasterSampler
 from likely_export.rnn_sampler import DiagonalSampler, RowSampler
 from likely_export.sampler import Sampler
 from likely_export.statistics import Reconstruction, Tables, statistics, tables
+from likely_export.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def density(
         match companion:
             case LocalPixelCNN():
                 local = companion
-            case CVAE():
+            case CVAE() if companion.config.labels:
                 cvae = companion
             case _:
                 kind = type(companion).__name__
@@ -266,6 +270,41 @@ def encode(model: CVAE) -> GraphSource:
     return GraphSource(Encode(model).eval(), (_pictures(model.config.shape), _labels()), outputs)
 
 
+def discriminate(model: Classifier) -> GraphSource:
+    """The graph of log p(y|x) for all labels, temperature and softmax inside."""
+    config = model.config
+    outputs = (_floats("log_pyx", config.labels),)
+    return GraphSource(model.eval(), (_pictures(config.shape),), outputs)
+
+
+def features(model: VAE | Autoencoder) -> GraphSource:
+    """The graph of features without a label; an autoencoder's have no variance."""
+    pictures, latent = (_pictures(model.config.shape),), model.config.latent
+    mean = _floats("mean", latent)
+    if isinstance(model, Autoencoder):
+        return GraphSource(autoencoder.Encode(model).eval(), pictures, (mean,))
+    outputs = (mean, _floats("log_variance", latent))
+    return GraphSource(vae.Encode(model).eval(), pictures, outputs)
+
+
+def prior(model: VAE) -> GraphSource:
+    """The graph that draws a picture without a label in one pass."""
+    inputs = (_floats("eps", model.config.latent), _floats("gumbel", *vae.noise_axes(model)))
+    return GraphSource(vae.Draw(model).eval(), inputs, (_pictures(model.config.shape),))
+
+
+def decode(model: CVAE | Autoencoder) -> GraphSource:
+    """The graph of what stands behind features; an autoencoder's is a picture alone."""
+    shape = model.config.shape
+    z, mean = _floats("z", model.config.latent), _floats("mean", *shape)
+    if isinstance(model, Autoencoder):
+        return GraphSource(autoencoder.Decode(model).eval(), (z,), (mean,))
+    labels = (_labels(),) if model.config.labels else ()
+    inputs = (z, _floats("gumbel", *vae.noise_axes(model)), *labels)
+    outputs = (mean, _floats("deviation", *shape), _pictures(shape))
+    return GraphSource(vae.Decode(model).eval(), inputs, outputs)
+
+
 def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> GraphSource:
     """The graph of that role.
 
@@ -284,10 +323,18 @@ def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> G
             return conditional(*cast("Sequence[Autoregressive | CVAE]", models))
         case Role.SAMPLE, [Autoregressive() as model]:
             return sample(model)
+        case Role.GENERATE, [VAE() as model]:
+            return prior(model)
+        case Role.ENCODE, [VAE() | Autoencoder() as model]:
+            return features(model)
+        case Role.DECODE, [CVAE() | Autoencoder() as model]:
+            return decode(model)
         case Role.GENERATE, [CVAE() as model]:
             return generate(model)
         case Role.ENCODE, [CVAE() as model]:
             return encode(model)
+        case Role.DISCRIMINATE, [Classifier() as model]:
+            return discriminate(model)
     kinds = " beside a ".join(type(model).__name__ for model in models)
     raise InvalidInput(f"roles.{role}", f"a {kinds} has no such graph")
 

@@ -31,6 +31,13 @@ class Guarantee(IntEnum):
     PAC = 2
 
 
+class LabelRule(IntEnum):
+    """What a label is assigned by; the numbers are those of the wire contract."""
+
+    GENERATIVE = 1
+    DISCRIMINATIVE = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """How plausible pictures are.
@@ -59,19 +66,23 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Classifications:
-    """Which label Bayes' rule assigns, if any.
+    """Which label is assigned, if any.
 
     Attributes:
-        log_pxy: float64 (n, labels), log p(x|y) in nats, or a bound on it.
+        log_pxy: float64 (n, labels), the conditional model's log p(x|y) in nats, or a bound
+            on it; empty (n, 0) where it was not asked.
         posterior: float64 (n, labels), rows sum to 1.
         label: int64 (n,), the most probable label, whatever the verdict.
         p_value: float64 (n,), of the picture under p(x), in (0, 1].
         label_p_values: float64 (n, labels), of the picture under each label: those above
             alpha make a set that holds the true label with probability 1 - alpha, for every
-            label; empty (n, 0) where the bundle has none.
+            label; empty (n, 0) where `log_pxy` is.
         verdict: int8 (n,) of `Verdict`.
         alpha: the rate of false rejections that the verdicts were given at.
         model_version: the version that gave the answer.
+        composed: float64 (n, labels), log p(y|x) + log p(x) - log p(y) in nats, of the
+            discriminative model; empty (n, 0) where it was not asked.
+        rule: what the posterior and the label are by.
     """
 
     log_pxy: Doubles
@@ -82,6 +93,8 @@ class Classifications:
     verdict: Verdicts
     alpha: float
     model_version: str
+    composed: Doubles
+    rule: LabelRule
 
     @property
     def label_sets(self) -> Accepted:
@@ -95,15 +108,66 @@ class Features:
 
     Attributes:
         mean: float32 (n, z), of q(z|x, y).
-        log_variance: float32 (n, z), natural logarithm.
-        label: int64 (n,), the labels that the features were computed under.
+        log_variance: float32 (n, z), natural logarithm; None of a deterministic model.
+        label: int64 (n,), the labels that the features were computed under; -1 where they
+            depend on none.
         model_version: the version that gave the answer.
     """
 
     mean: Floats
-    log_variance: Floats
+    log_variance: Floats | None
     label: Labels
     model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Redrawings:
+    """What features stand for; leading axes are (n,) of Decode, else (n, points).
+
+    Attributes:
+        mean: float32 (..., c, h, w), of every pixel, levels scaled to [0, 1]; for two levels
+            the probability of level 1.
+        deviation: float32 (..., c, h, w), likewise; None of a deterministic model.
+        drawn: uint8 (..., draws, c, h, w) of levels.
+        seed: what they were drawn with.
+        model_version: the version that gave the answer.
+    """
+
+    mean: Floats
+    deviation: Floats | None
+    drawn: Pixels
+    seed: int
+    model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Traversal(Redrawings):
+    """Pictures redrawn along a direction.
+
+    Attributes:
+        position: float64 (n,), where the pictures' own features lie along it, in the unit of
+            its points: the mean over q(z|x).
+        spread: float64 (n,), the standard deviation of that; None of a deterministic model.
+        label: int64 (n,), the labels that the features were computed under; -1 for none.
+    """
+
+    position: Doubles
+    spread: Doubles | None
+    label: Labels
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """A way through the latent features, along which one thing changes.
+
+    Attributes:
+        name: of an attribute, or `label ` and a label's name.
+        kind: of an attribute a point of 1 is one standard deviation within a label; of a
+            label it is the way from the mean of all others to its own.
+    """
+
+    name: str
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +180,8 @@ class Draws:
         first_index: index of the first picture.
         seed: what they were drawn with.
         draws: int64 (n,), how often each picture was drawn until it passed.
-        accepted: bool (n,), whether its last draw passed; true without a self-check.
+        accepted: bool (n,), whether its last draw passed the self-check, or was kept by
+            acceptance; true without either.
         model_version: the version that drew them.
     """
 
@@ -181,6 +246,10 @@ class ModelInfo:
         limits: what requests are held to.
         digest: SHA-256 of the bundle's manifest, hexadecimal.
         version_labels: those of `stable` and `canary` that name this version.
+        discriminative: whether it has p(y|x) itself.
+        directions: that Traverse takes.
+        deterministic: whether features are points without a variance, which stand for
+            pictures without a distribution: nothing can be drawn.
     """
 
     name: str
@@ -203,6 +272,9 @@ class ModelInfo:
     limits: Limits
     digest: str
     version_labels: tuple[str, ...] = ()
+    discriminative: bool = False
+    directions: tuple[Direction, ...] = ()
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,4 +302,15 @@ class SelfCheck:
     """
 
     alpha: float
+    max_draws: int
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Drawing from p(x) and keeping what p(y|x) makes of the label.
+
+    Attributes:
+        max_draws: draws of one picture, the first included.
+    """
+
     max_draws: int

@@ -37,6 +37,27 @@ def posterior(
     return normalised
 
 
+def composed(
+    log_pyx: npt.NDArray[np.floating], log_px: npt.NDArray[np.floating], priors: Doubles
+) -> Doubles:
+    """log p(x|y) = log p(y|x) + log p(x) - log p(y), in nats (n, labels): Bayes' rule turned round.
+
+    Args:
+        log_pyx: log p(y|x) of a discriminative model (n, labels).
+        log_px: log p(x) (n,).
+        priors: p(y) that the discriminative model learnt with (labels,).
+
+    Returns:
+        Minus infinity for a label of prior 0. Of any x, softmax_y(log p(x|y) + log p(y)) is
+        the discriminative p(y|x), under those priors or others.
+    """
+    seen = priors > 0
+    log_py = np.log(priors, out=np.zeros_like(priors), where=seen)
+    joint = log_pyx.astype(np.float64) + log_px.astype(np.float64)[:, None]
+    found: Doubles = np.where(seen, joint - log_py, -np.inf)
+    return found
+
+
 def pooled(evidence: npt.NDArray[np.floating], weights: Doubles) -> Doubles:
     """sum_e weights_e log p_e(x|y), (n, labels): a product of experts (Hinton, 2002).
 

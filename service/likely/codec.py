@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from likely.answers import (
     Classifications,
     Completions,
+    Direction,
     Doubles,
     Draws,
     Features,
     Floats,
+    LabelRule,
     Limits,
     ModelInfo,
     Pixels,
+    Redrawings,
     Scores,
+    Traversal,
 )
 from likely.errors import InvalidInput
-from likely.v1 import generation_pb2, images_pb2, models_pb2, scoring_pb2
+from likely.v1 import generation_pb2, images_pb2, latent_pb2, models_pb2, scoring_pb2
 
 _FLOAT = np.dtype("<f4")
+_RULES = {rule: scoring_pb2.LabelRule.ValueType(rule) for rule in LabelRule}
 
 
 def images(x: Pixels) -> images_pb2.Images:
@@ -40,15 +46,15 @@ def shape(message: images_pb2.Images) -> tuple[int, int, int, int]:
         InvalidInput: it has not four dimensions, or one is negative.
     """
     claimed = tuple(message.shape)
+    if len(claimed) == 4 and min(claimed) >= 0:
+        return claimed
     if len(claimed) != 4:
         raise InvalidInput(
             "images.shape",
             f"{len(claimed)} dimensions; 4 are asked: pictures, channels, rows, columns",
         )
-    for axis, length in enumerate(claimed):
-        if length < 0:
-            raise InvalidInput(f"images.shape[{axis}]", f"{length} is negative")
-    return claimed
+    axis = next(axis for axis, length in enumerate(claimed) if length < 0)
+    raise InvalidInput(f"images.shape[{axis}]", f"{claimed[axis]} is negative")
 
 
 def pixels(message: images_pb2.Images) -> Pixels:
@@ -104,12 +110,13 @@ def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
     """Classifications as a message."""
     columns = (
         answer.log_pxy, answer.posterior, answer.label, answer.p_value, answer.verdict,
-        answer.label_p_values,
+        answer.label_p_values, answer.composed,
     )  # fmt: skip
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return scoring_pb2.ClassifyResponse(
         model_version=answer.model_version,
         alpha=answer.alpha,
+        rule=_RULES[answer.rule],
         classifications=[
             scoring_pb2.Classification(
                 log_likelihoods=log_pxy,
@@ -118,8 +125,9 @@ def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
                 p_value=p,
                 verdict=verdict,
                 label_p_values=each,
+                composed_log_likelihoods=composed,
             )
-            for log_pxy, posterior, y, p, verdict, each in rows
+            for log_pxy, posterior, y, p, verdict, each, composed in rows
         ],
     )
 
@@ -127,21 +135,24 @@ def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
 def classifications(message: scoring_pb2.ClassifyResponse, labels: int) -> Classifications:
     """The classifications of a message, for a model of so many labels."""
     rows = message.classifications
-    shape = (len(rows), labels)
     return Classifications(
-        log_pxy=_matrix([row.log_likelihoods for row in rows], shape),
-        posterior=_matrix([row.posterior for row in rows], shape),
+        log_pxy=_matrix([row.log_likelihoods for row in rows], labels),
+        posterior=_matrix([row.posterior for row in rows], labels),
         label=np.array([row.label for row in rows], dtype=np.int64),
         p_value=np.array([row.p_value for row in rows], dtype=np.float64),
-        label_p_values=_matrix([row.label_p_values for row in rows], shape),
+        label_p_values=_matrix([row.label_p_values for row in rows], labels),
         verdict=np.array([row.verdict for row in rows], dtype=np.int8),
         alpha=message.alpha,
         model_version=message.model_version,
+        composed=_matrix([row.composed_log_likelihoods for row in rows], labels),
+        rule=LabelRule(message.rule or LabelRule.GENERATIVE),  # of a server that knows no other
     )
 
 
-def _matrix(rows: Sequence[Sequence[float]], shape: tuple[int, int]) -> Doubles:
-    return np.array(rows, dtype=np.float64).reshape(shape)
+def _matrix(rows: Sequence[Sequence[float]], labels: int) -> Doubles:
+    """The rows, (n, labels), or (n, 0) where the answer leaves them out."""
+    width = len(rows[0]) if rows else labels
+    return np.array(rows, dtype=np.float64).reshape(len(rows), width)
 
 
 def encode_response(answer: Features) -> scoring_pb2.EncodeResponse:
@@ -150,7 +161,7 @@ def encode_response(answer: Features) -> scoring_pb2.EncodeResponse:
         model_version=answer.model_version,
         latent_dimensions=answer.mean.shape[1],
         mean=_packed(answer.mean),
-        log_variance=_packed(answer.log_variance),
+        log_variance=b"" if answer.log_variance is None else _packed(answer.log_variance),
         labels=answer.label,
     )
 
@@ -158,12 +169,78 @@ def encode_response(answer: Features) -> scoring_pb2.EncodeResponse:
 def features(message: scoring_pb2.EncodeResponse) -> Features:
     """The features of a message."""
     shape = (len(message.labels), message.latent_dimensions)
+    has_variance = bool(message.log_variance) or not message.mean
     return Features(
         mean=_floats(message.mean, shape),
-        log_variance=_floats(message.log_variance, shape),
+        log_variance=_floats(message.log_variance, shape) if has_variance else None,
         label=np.array(message.labels, dtype=np.int64),
         model_version=message.model_version,
     )
+
+
+def redrawings(answer: Redrawings) -> latent_pb2.Redrawings:
+    """What features stand for as a message, the leading axes as one."""
+    picture = answer.mean.shape[-3:]
+    return latent_pb2.Redrawings(
+        shape=(math.prod(answer.mean.shape[:-3]), *picture),
+        mean=_packed(answer.mean),
+        deviation=b"" if answer.deviation is None else _packed(answer.deviation),
+        drawn=images(answer.drawn.reshape(-1, *picture)),
+    )
+
+
+def traverse_response(answer: Traversal) -> latent_pb2.TraverseResponse:
+    """Pictures along a direction as a message."""
+    return latent_pb2.TraverseResponse(
+        model_version=answer.model_version,
+        redrawings=redrawings(answer),
+        positions=answer.position,
+        deviations=() if answer.spread is None else answer.spread,
+        seed=answer.seed,
+        labels=answer.label,
+    )
+
+
+def redrawn(
+    message: latent_pb2.DecodeResponse | latent_pb2.InterpolateResponse,
+    draws: int,
+    axes: tuple[int, ...] = (),
+) -> Redrawings:
+    """What features stand for, of a message, (n, *axes, c, h, w), and so many draws of each."""
+    return Redrawings(
+        **_redrawn(message.redrawings, draws, axes),
+        seed=message.seed,
+        model_version=message.model_version,
+    )
+
+
+def traversal(message: latent_pb2.TraverseResponse, draws: int, axes: tuple[int, ...]) -> Traversal:
+    """Pictures along a direction, of a message, (n, *axes, c, h, w), and so many draws of each."""
+    has_spread = bool(message.deviations) or not message.positions
+    return Traversal(
+        **_redrawn(message.redrawings, draws, axes),
+        seed=message.seed,
+        model_version=message.model_version,
+        position=np.array(message.positions, dtype=np.float64),
+        spread=np.array(message.deviations, dtype=np.float64) if has_spread else None,
+        label=np.array(message.labels, dtype=np.int64),
+    )
+
+
+def _redrawn(message: latent_pb2.Redrawings, draws: int, axes: tuple[int, ...]) -> dict[str, Any]:
+    rows, *picture = message.shape
+    shape = (rows // max(1, math.prod(axes)), *axes)
+    deviation = message.deviation or not message.mean
+    return {
+        "mean": _floats(message.mean, (*shape, *picture)),
+        "deviation": _floats(message.deviation, (*shape, *picture)) if deviation else None,
+        "drawn": pixels(message.drawn).reshape(*shape, draws, *picture),
+    }
+
+
+def latents(data: bytes, z: int) -> Floats:
+    """Packed features, float32 (n, z)."""
+    return _floats(data, (len(data) // (4 * z), z))
 
 
 def generate_response(answer: Draws) -> generation_pb2.GenerateResponse:
@@ -249,6 +326,12 @@ def model(info: ModelInfo) -> models_pb2.Model:
         ),
         digest=info.digest,
         version_labels=info.version_labels,
+        discriminative=info.discriminative,
+        directions=[
+            models_pb2.Direction(name=each.name, kind=_direction_kind(each.kind))
+            for each in info.directions
+        ],
+        deterministic=info.deterministic,
     )
 
 
@@ -285,6 +368,12 @@ def model_info(message: models_pb2.Model) -> ModelInfo:
         ),
         digest=message.digest,
         version_labels=tuple(message.version_labels),
+        discriminative=message.discriminative,
+        directions=tuple(
+            Direction(each.name, models_pb2.DirectionKind.Name(each.kind).split("_")[-1].lower())
+            for each in message.directions
+        ),
+        deterministic=message.deterministic,
     )
 
 
@@ -294,6 +383,10 @@ def _packed(values: Floats) -> bytes:
 
 def _floats(data: bytes, shape: Sequence[int]) -> Floats:
     return np.frombuffer(data, dtype=_FLOAT).reshape(shape).astype(np.float32)
+
+
+def _direction_kind(name: str) -> models_pb2.DirectionKind.ValueType:
+    return models_pb2.DirectionKind.Value(f"DIRECTION_KIND_{name.upper()}")
 
 
 def _kind_number(name: str | None) -> models_pb2.LikelihoodKind.ValueType:

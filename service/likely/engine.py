@@ -1,17 +1,16 @@
-"""The use cases: score, classify, encode, generate and complete, on one model version."""
+"""The use cases on one model version: score, classify, encode, redraw, generate, complete."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
 
-from likely import bayes, noise, tuning
-from likely.admission import Bounds
+from likely import bayes, noise
 from likely.answers import (
+    Acceptance,
     Accepted,
     Classifications,
     Doubles,
@@ -19,35 +18,45 @@ from likely.answers import (
     Features,
     Floats,
     Guarantee,
+    LabelRule,
     Labels,
     Pixels,
+    Redrawings,
     Scores,
     SelfCheck,
+    Traversal,
     Verdict,
 )
-from likely.batches import Runner, rows_of
+from likely.batching import tuning
+from likely.batching.admission import Bounds
+from likely.batching.batches import Runner, rows_of
+from likely.batching.lanes import Ask, Lanes
+from likely.batching.traffic import Traffic
+from likely.batching.tuning import Best
 from likely.bundle import Bundle, Role
-from likely.errors import BundleError
+from likely.errors import BundleError, InvalidInput, NotAnswered
 from likely.generation import Generator
 from likely.graphs import Array, Device, Session, agrees
-from likely.lanes import Ask, Lanes
+from likely.latent import Drawing, Redrawer, directions
 from likely.outliers import Detector
-from likely.ranking import UNUSUALNESS, Ranked
-from likely.traffic import Traffic
+from likely.ranking import RANKED, Ranked
 from likely.trust import Trust
-from likely.tuning import Best
 
 LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
 TUNING = 0.06  # seconds for each graph
-_SCORE, _SURPRISE = ("log_px", UNUSUALNESS), ("log_px", UNUSUALNESS, "surprise")
-_OUTLIER, _ACCEPTED = np.int8(Verdict.OUTLIER), np.int8(Verdict.ACCEPTED)
+_SCORE, _SURPRISE = (RANKED,), (RANKED, "surprise")
+_ACCEPTED = np.int8(Verdict.ACCEPTED)  # the next is OUTLIER
 _METHODS: dict[str, tuple[Role, ...]] = {
     "Score": (Role.DENSITY,),
     "Classify": (Role.CONDITIONAL,),
     "Encode": (Role.ENCODE,),
     "Generate": (Role.SAMPLE, Role.GENERATE),
     "Complete": (Role.SAMPLE,),
+    "Decode": (Role.DECODE,),
+    "Traverse": (Role.DECODE,),
+    "Interpolate": (Role.DECODE,),
 }
+_BESIDE: dict[str, Role] = {"Traverse": Role.ENCODE, "Interpolate": Role.ENCODE}
 
 
 Seen: TypeAlias = "Callable[[Engine, str, Scores], None]"
@@ -81,7 +90,7 @@ class Engine:
     Attributes:
         manifest: what the bundle says of itself.
         digest: SHA-256 of that manifest.
-        detector: turns outlier statistics into p-values.
+        directions: through the latent features, by name.
         providers: what really runs the graphs, as their sessions report.
     """
 
@@ -108,18 +117,28 @@ class Engine:
         terms, traffic = terms or Terms(), traffic or Traffic()
         self.manifest = bundle.manifest
         self.digest = bundle.digest
-        self.detector = _detector(bundle)
+        self._detector = _detector(bundle)
+        self.directions = directions(
+            bundle.manifest.latent,
+            bundle.latent(),
+            bundle.manifest.latent_dimensions(Role.DECODE),
+        )
         self._seen = terms.seen
         self._trust = Trust(self.manifest.name, terms.patience, traffic)
         golden = bundle.golden()
         runners: dict[Role, Runner] = {**sessions}
-        runners[Role.DENSITY] = Ranked(sessions[Role.DENSITY], self.detector)
+        if self._detector is not None:
+            runners[Role.DENSITY] = Ranked(
+                sessions[Role.DENSITY], self._detector, self.manifest.dimensions
+            )
         self._replay(runners, golden)
         lanes, best = terms.lanes or cores, dict.fromkeys(runners, Best(max_batch))
         if not max_batch:
             best = {role: _best(role, runner, golden) for role, runner in runners.items()}
         if not terms.lanes and cores > 1:
-            lanes = _lanes(runners[Role.DENSITY], golden, best[Role.DENSITY].rows, cores)
+            # Any graph tells how many runs at once this machine takes; most ask the density.
+            role = Role.DENSITY if Role.DENSITY in runners else next(iter(runners))
+            lanes = _lanes(role, runners[role], golden, best[role].rows, cores)
         self._lanes = Lanes(
             self.manifest.name,
             runners,
@@ -129,7 +148,15 @@ class Engine:
             traffic=traffic,
         )
         self.providers = self._lanes.providers
-        self._generator = Generator(self.manifest, self._lanes, self._passes, self._surprise)
+        self._generator = Generator(
+            self.manifest,
+            self._lanes,
+            self._passes,
+            self._surprise,
+            self._p_label,
+            rows=best[Role.SAMPLE].rows if Role.SAMPLE in best else 1,
+        )
+        self._redrawer = Redrawer(self.manifest, self._lanes)
 
     @classmethod
     def load(
@@ -168,6 +195,20 @@ class Engine:
         return cls(bundle, sessions, cores=cores, max_batch=max_batch, terms=terms, traffic=traffic)
 
     @property
+    def detector(self) -> Detector:
+        """Turns outlier statistics into p-values.
+
+        Raises:
+            NotAnswered: the bundle has no density.
+        """
+        if self._detector is None:
+            raise NotAnswered(
+                f"model {self.manifest.name} has no {Role.DENSITY} graph, "
+                "so it does not answer this"
+            )
+        return self._detector
+
+    @property
     def healthy(self) -> bool:
         """Whether the model's answers have been finite, but for a few."""
         return self._trust.healthy
@@ -178,7 +219,22 @@ class Engine:
 
     def answers(self, method: str) -> bool:
         """Whether the bundle has a graph for that RPC, such as `Score`."""
+        if method in _BESIDE and _BESIDE[method] not in self._lanes:
+            return False
+        if method == "Traverse" and not self.directions:
+            return False
         return any(role in self._lanes for role in _METHODS[method])
+
+    def require(self, method: str) -> None:
+        """Returns if the bundle answers that RPC.
+
+        Raises:
+            NotAnswered: it does not.
+        """
+        if not self.answers(method):
+            role = _METHODS[method][0]
+            lacks = "no directions" if role in self._lanes else f"no {role} graph"
+            raise NotAnswered(f"model {self.manifest.name} has {lacks}, so it does not answer this")
 
     async def score(
         self,
@@ -214,9 +270,11 @@ class Engine:
         priors: Doubles | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         seen: bool = True,
     ) -> Classifications:
-        """Which label Bayes' rule assigns, if any.
+        """Which label is assigned, if any.
 
         Args:
             x: uint8 (n, c, h, w), levels below the model's.
@@ -224,17 +282,34 @@ class Engine:
             priors: p(y) (labels,); None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
             guarantee: what alpha is to hold for.
+            rule: what assigns the label.
+            both: whether to give log p(x|y) by the other rule too.
             seen: whether monitors are told.
         """
         self._trust.require()
-        density, conditional = await self._lanes.run_all(
-            _ask(Role.DENSITY, {"x": x}, _SCORE), self._conditional(x)
-        )
-        scores = self._scores(density, alpha, guarantee)
-        evidence = self._evidence(conditional)
-        posterior = self._posterior(evidence, priors)
-        # What a label's pictures look like does not depend on how many of them are expected.
-        own = posterior if priors is None else self._posterior(evidence)
+        asks = [_ask(Role.DENSITY, {"x": x}, _SCORE)]
+        if both or rule == LabelRule.GENERATIVE:
+            asks.append(self._conditional(x))
+        if both or rule == LabelRule.DISCRIMINATIVE:
+            asks.append(_ask(Role.DISCRIMINATE, {"x": x}, ("log_pyx",)))
+        arrays = await self._lanes.run_all(*asks)
+        found = {ask.role: given for ask, given in zip(asks, arrays, strict=True)}
+        scores = self._scores(found[Role.DENSITY], alpha, guarantee)
+        log_pxy = composed = label_p_values = np.empty((len(x), 0))
+        if (conditional := found.get(Role.CONDITIONAL)) is not None:
+            log_pxy = conditional["log_pxy"].astype(np.float64)
+            evidence = self._evidence(conditional)
+            # What a label's pictures look like does not depend on how many of them are expected.
+            own = self._posterior(evidence)
+            posterior = own if priors is None else self._posterior(evidence, priors)
+            label_p_values = self.detector.label_p_values(scores.unusualness, own)
+        if (discriminative := found.get(Role.DISCRIMINATE)) is not None:
+            self._trust.check(*discriminative.values())
+            log_pyx, learnt = discriminative["log_pyx"].astype(np.float64), self.manifest.priors
+            composed = bayes.composed(log_pyx, scores.log_px, learnt)
+            if rule == LabelRule.DISCRIMINATIVE:
+                expected = learnt if priors is None else priors
+                posterior = bayes.reweighted(np.exp(log_pyx), learnt, expected)
         label = posterior.argmax(1).astype(np.int64)
         unsure = posterior.max(1, initial=0.0) < min_posterior
         verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
@@ -242,14 +317,16 @@ class Engine:
         if seen:
             self._seen(self, "Classify", scores)
         return Classifications(
-            log_pxy=conditional["log_pxy"].astype(np.float64),
+            log_pxy=log_pxy,
             posterior=posterior,
             label=label,
             p_value=scores.p_value,
-            label_p_values=self.detector.label_p_values(scores.unusualness, own),
+            label_p_values=label_p_values,
             verdict=verdict.astype(np.int8),
             alpha=alpha,
             model_version=self.manifest.version,
+            composed=composed,
+            rule=rule,
         )
 
     async def encode(self, x: Pixels, label: Labels | None = None) -> Features:
@@ -257,21 +334,112 @@ class Engine:
 
         Args:
             x: uint8 (n, c, h, w), levels below the model's.
-            label: int64 (n,); None for each picture's most probable one.
+            label: int64 (n,); None for each picture's most probable one, where features
+                depend on it.
         """
         self._trust.require()
-        self._lanes.graph(Role.ENCODE)
-        if label is None:
-            (conditional,) = await self._lanes.run_all(self._conditional(x))
-            label = self._posterior(self._evidence(conditional)).argmax(1).astype(np.int64)
-        arrays = await self._lanes.run(Role.ENCODE, {"x": x, "y": label}, ["mean", "log_variance"])
+        graph = self._lanes.graph(Role.ENCODE)
+        feeds: dict[str, Array] = {"x": x}
+        if graph.input("y") is None:
+            if label is not None:
+                raise InvalidInput("labels", "the model's features depend on no label")
+            label = np.full(len(x), -1)
+        else:
+            if label is None:
+                (conditional,) = await self._lanes.run_all(self._conditional(x))
+                label = self._posterior(self._evidence(conditional)).argmax(1).astype(np.int64)
+            feeds["y"] = label
+        outputs = [spec.name for spec in graph.outputs]
+        arrays = await self._lanes.run(Role.ENCODE, feeds, outputs)
         self._trust.check(*arrays.values())
         return Features(
             mean=arrays["mean"],
-            log_variance=arrays["log_variance"],
+            log_variance=arrays.get("log_variance"),
             label=label,
             model_version=self.manifest.version,
         )
+
+    async def decode(self, z: Floats, label: Labels | None, drawing: Drawing) -> Redrawings:
+        """What features stand for, each row by itself.
+
+        Args:
+            z: float32 (n, z).
+            label: int64 (n,); None where the model decodes under none.
+            drawing: how many are drawn of each row, and how.
+        """
+        self._trust.require()
+        labels = None if label is None else label[:, None]
+        found = await self._redrawer.redraw(z[:, None], labels, drawing)
+        self._check_redrawn(found)
+        deviation = None if found.deviation is None else found.deviation[:, 0]
+        return replace(found, mean=found.mean[:, 0], deviation=deviation, drawn=found.drawn[:, 0])
+
+    async def traverse(
+        self,
+        x: Pixels,
+        direction: str,
+        points: Doubles,
+        drawing: Drawing,
+        *,
+        label: Labels | None = None,
+    ) -> Traversal:
+        """Pictures redrawn at points along a direction, and where they themselves lie.
+
+        Args:
+            x: uint8 (n, c, h, w), levels below the model's.
+            direction: one of `directions`.
+            points: (points,), from the picture's own place.
+            drawing: how many are drawn at each point, and how.
+            label: int64 (n,); None for each picture's most probable one, where there is any.
+        """
+        self.require("Traverse")
+        features = await self.encode(x, label)
+        way = self.directions[direction]
+        z = features.mean[:, None] + points[:, None] * way.step
+        labels = self._decoded_under(features.label[:, None].repeat(len(points), 1))
+        found = await self._redrawer.redraw(z.astype(np.float32), labels, drawing)
+        self._check_redrawn(found)
+        position, spread = way.place(features)
+        return Traversal(
+            mean=found.mean,
+            deviation=found.deviation,
+            drawn=found.drawn,
+            seed=found.seed,
+            model_version=found.model_version,
+            position=position,
+            spread=spread,
+            label=features.label,
+        )
+
+    async def interpolate(
+        self,
+        x: Pixels,
+        other: Pixels,
+        points: Doubles,
+        drawing: Drawing,
+        *,
+        label: Labels | None = None,
+        other_label: Labels | None = None,
+    ) -> Redrawings:
+        """Pictures redrawn on the line between the features of two.
+
+        Args:
+            x: uint8 (n, c, h, w), at point 0.
+            other: likewise, at point 1.
+            points: (points,), in [0, 1].
+            drawing: how many are drawn at each point, and how.
+            label: int64 (n,), of x; None for the most probable ones, where there are any.
+            other_label: of `other`, likewise.
+        """
+        self.require("Interpolate")
+        first, last = await self.encode(x, label), await self.encode(other, other_label)
+        t = points[:, None]
+        z = (1 - t) * first.mean[:, None] + t * last.mean[:, None]
+        near = np.where(points < 0.5, first.label[:, None], last.label[:, None])
+        labels = self._decoded_under(near)
+        found = await self._redrawer.redraw(z.astype(np.float32), labels, drawing)
+        self._check_redrawn(found)
+        return found
 
     def generate(
         self,
@@ -283,6 +451,7 @@ class Engine:
         temperature: float = 1.0,
         chunk: int = 64,
         check: SelfCheck | None = None,
+        acceptance: Acceptance | None = None,
     ) -> AsyncGenerator[Draws, None]:
         """Pictures drawn from the model, in chunks.
 
@@ -294,8 +463,19 @@ class Engine:
             temperature: multiplies the noise that levels are drawn with.
             chunk: pictures of one chunk.
             check: redraw what does not pass.
+            acceptance: draw from p(x), and redraw what p(y|x) does not keep; without a check.
         """
         self._trust.require()
+        if acceptance:
+            return self._generator.accept(
+                label,
+                count,
+                seed,
+                first_index=first_index,
+                temperature=temperature,
+                chunk=chunk,
+                acceptance=acceptance,
+            )
         return self._generator.generate(
             label,
             count,
@@ -363,23 +543,39 @@ class Engine:
         plausible: Accepted = scores.verdict == Verdict.ACCEPTED
         return plausible
 
+    async def _p_label(self, x: Pixels, labels: Labels) -> Doubles:
+        """p(y|x) of a label for each picture, as the discriminative model says, float64 (n,)."""
+        found = await self._lanes.run(Role.DISCRIMINATE, {"x": x}, ["log_pyx"])
+        self._trust.check(*found.values())
+        p: Doubles = np.exp(found["log_pyx"][np.arange(len(x)), labels].astype(np.float64))
+        return p
+
+    def _decoded_under(self, label: Labels) -> Labels | None:
+        """The labels, where the model decodes under any."""
+        return None if self._lanes.graph(Role.DECODE).input("y") is None else label
+
+    def _check_redrawn(self, found: Redrawings) -> None:
+        deviation = () if found.deviation is None else (found.deviation,)
+        self._trust.check(found.mean, *deviation)
+
     async def _surprise(self, x: Pixels) -> Floats:
         return (await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"]))["surprise"]
 
     def _posterior(self, evidence: Doubles, priors: Doubles | None = None) -> Doubles:
         prior = self.manifest.priors if priors is None else priors
-        return bayes.posterior(evidence, prior, self.manifest.calibration.temperature)
+        return bayes.posterior(evidence, prior, self.manifest.calibrated.temperature)
 
     def _scores(self, arrays: Mapping[str, Array], alpha: float, guarantee: Guarantee) -> Scores:
         self._trust.check(*arrays.values())
-        log_px = arrays["log_px"].astype(np.float64)
-        p_value = self.detector.p_value(arrays[UNUSUALNESS], guarantee)
+        log_px, bits_per_dim, unusualness, p_value = arrays[RANKED].T
+        if guarantee is not Guarantee.MARGINAL:
+            p_value = self.detector.p_value(unusualness, guarantee)
         return Scores(
             log_px=log_px,
-            bits_per_dim=log_px / (-math.log(2) * self.manifest.dimensions),
-            unusualness=arrays[UNUSUALNESS],
+            bits_per_dim=bits_per_dim,
+            unusualness=unusualness,
             p_value=p_value,
-            verdict=np.where(p_value <= alpha, _OUTLIER, _ACCEPTED),
+            verdict=_ACCEPTED + (p_value <= alpha),
             alpha=alpha,
             surprise=arrays.get("surprise"),
             model_version=self.manifest.version,
@@ -390,7 +586,7 @@ class Engine:
         self._trust.check(*conditional.values())
         if "evidence" not in conditional:
             return conditional["log_pxy"].astype(np.float64)
-        weights = np.array(self.manifest.calibration.weights)
+        weights = np.array(self.manifest.calibrated.weights)
         return bayes.pooled(conditional["evidence"], weights)
 
     def _conditional(self, x: Pixels) -> Ask:
@@ -422,9 +618,11 @@ class Engine:
                     )
 
 
-def _detector(bundle: Bundle) -> Detector:
-    """The bundle's detector, held to what the manifest says of it."""
-    calibration, graph = bundle.manifest.calibration, bundle.manifest.graphs[Role.DENSITY]
+def _detector(bundle: Bundle) -> Detector | None:
+    """The bundle's detector, held to what the manifest says of it; None without a density."""
+    calibration, graph = bundle.manifest.calibration, bundle.manifest.graphs.get(Role.DENSITY)
+    if calibration is None or graph is None:
+        return None
     try:
         detector = Detector(bundle.calibration())
     except KeyError as error:
@@ -451,9 +649,9 @@ def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
     return tuning.batch(runner, sample, outputs, most=LARGEST, step=step, seconds=TUNING)
 
 
-def _lanes(runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:
+def _lanes(role: Role, runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:
     """How many runs at once are best on this machine."""
-    sample, outputs = _sample(Role.DENSITY, runner, golden)
+    sample, outputs = _sample(role, runner, golden)
     return tuning.lanes(runner, sample, outputs, rows=rows, most=cores, seconds=2 * TUNING)
 
 

@@ -1,8 +1,9 @@
-"""Drawing pictures: which noise, which label, which pixels are given, and the self-check."""
+"""Drawing pictures: which noise, which label, which pixels are given, and what is kept."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from likely import noise
-from likely.answers import Draws, Floats, Labels, Pixels, SelfCheck
+from likely.answers import Acceptance, Doubles, Draws, Floats, Labels, Pixels, SelfCheck
+from likely.batching.lanes import Ask, Lanes
 from likely.bundle import Manifest, Role, TensorSpec
 from likely.errors import NotAnswered
-from likely.lanes import Ask, Lanes
 
 Mask = npt.NDArray[np.bool_]
 TOWER = np.float32(1e6)  # noise that no log-probability outweighs
@@ -46,6 +47,9 @@ class Generator:
         lanes: Lanes,
         passes: Callable[[Pixels, Labels, float], Awaitable[Mask]],
         surprise: Callable[[Pixels], Awaitable[Floats]],
+        p_label: Callable[[Pixels, Labels], Awaitable[Doubles]],
+        *,
+        rows: int,
     ) -> None:
         """A generator over opened graphs.
 
@@ -54,11 +58,15 @@ class Generator:
             lanes: run its graphs.
             passes: whether draws with these labels stand the self-check at an alpha.
             surprise: -log p of every pixel, float32 (n, c, h, w).
+            p_label: the discriminative p(y|x) of pictures and a label each, float64 (n,).
+            rows: that are best drawn at once.
         """
         self._manifest = manifest
         self._lanes = lanes
         self._passes = passes
         self._surprise = surprise
+        self._p_label = p_label
+        self._rows = rows
 
     async def generate(
         self,
@@ -85,6 +93,37 @@ class Generator:
             if check:
                 attempts, accepted = await self._checked(role, plan, images, check)
             return self._answer(images, labels, indices[0], seed, attempts, accepted)
+
+        async with aclosing(_ahead(draw, count, chunk)) as chunks:
+            async for answer in chunks:
+                yield answer
+
+    async def accept(
+        self,
+        label: int | None,
+        count: int,
+        seed: int,
+        *,
+        first_index: int,
+        temperature: float,
+        chunk: int,
+        acceptance: Acceptance,
+    ) -> AsyncGenerator[Draws, None]:
+        """Chunks of pictures of p(x) that p(y|x) kept; the next is drawn while one is consumed.
+
+        A draw is kept if the uniform number of its picture and attempt is below p(y|x), so
+        that those kept follow p(y|x) p(x) / p(y) (von Neumann, 1951).
+        """
+        for role in (Role.SAMPLE, Role.DISCRIMINATE):
+            self._lanes.graph(role)
+
+        async def draw(start: int, stop: int) -> Draws:
+            indices = range(first_index + start, first_index + stop)
+            labels = self._chosen(label, seed, indices)
+            images, draws, accepted = await self._kept(
+                labels, seed, temperature, indices, acceptance.max_draws
+            )
+            return self._answer(images, labels, indices[0], seed, draws, accepted)
 
         async with aclosing(_ahead(draw, count, chunk)) as chunks:
             async for answer in chunks:
@@ -163,6 +202,10 @@ class Generator:
         """The label of each picture: the one asked for, or drawn; -1 where there are none."""
         if not self._takes_label(role):
             return np.full(len(indices), -1)
+        return self._chosen(label, seed, indices)
+
+    def _chosen(self, label: int | None, seed: int, indices: Sequence[int]) -> Labels:
+        """The label asked for, or one of the priors for each picture."""
         if label is not None:
             return np.full(len(indices), label)
         bounds = np.cumsum(self._manifest.priors)[:-1]
@@ -200,6 +243,43 @@ class Generator:
         accepted = np.ones(len(images), dtype=np.bool_)
         accepted[failing] = False
         return attempts, accepted
+
+    async def _kept(
+        self, labels: Labels, seed: int, temperature: float, indices: Sequence[int], most: int
+    ) -> tuple[Pixels, Labels, Mask]:
+        """Draws of p(x), each the first that its label's p(y|x) keeps, else the last one.
+
+        Returns:
+            The pictures, how many draws each took, and whether it was kept.
+        """
+        n = len(labels)
+        images = np.empty((n, *self._manifest.shape), dtype=np.uint8)
+        draws, accepted = np.full(n, most), np.zeros(n, dtype=np.bool_)
+        drawn, left = 0, np.arange(n)
+        while left.size and drawn < most:
+            ahead = min(self._ahead_of(labels[left]), most - drawn)
+            attempts = list(range(drawn, drawn + ahead)) * left.size
+            rows = left.repeat(ahead)
+            where = [indices[row] for row in rows.tolist()]
+            nobody = np.full(rows.size, self._null)
+            x = await self._draw(Role.SAMPLE, _Plan(seed, temperature, where, attempts, nobody))
+            chance = noise.uniform(seed, where, noise.Use.ACCEPTANCE, attempts)
+            kept = (chance < await self._p_label(x, labels[rows])).reshape(left.size, ahead)
+            any_kept = kept.any(1)
+            first = np.where(any_kept, kept.argmax(1), ahead - 1)
+            images[left] = x[np.arange(left.size) * ahead + first]
+            draws[left], accepted[left] = drawn + first + 1, any_kept
+            drawn, left = drawn + ahead, left[~any_kept]
+        return images, draws, accepted
+
+    def _ahead_of(self, labels: Labels) -> int:
+        """How many draws of each picture are made at once, where few pictures are left.
+
+        Enough to fill a batch, but no more than the rarest label takes on average. What is
+        drawn beyond the first that is kept is thrown away, so that the number changes no answer.
+        """
+        rarest = max(float(self._manifest.priors[labels].min()), 1e-3)
+        return max(1, min(self._rows // len(labels), math.ceil(1 / rarest)))
 
     async def _resampled(self, plan: _Plan, images: Pixels, known: Mask, proposals: int) -> Pixels:
         """One of each picture's proposals, drawn by how probable it makes the fixed pixels."""

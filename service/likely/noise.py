@@ -27,6 +27,7 @@ class Use(IntEnum):
     LATENT = 1
     PIXELS = 2
     CHOICE = 3
+    ACCEPTANCE = 4
 
 
 def stream(seed: int, index: int, use: Use, attempt: int = 0) -> np.random.Generator:
@@ -75,9 +76,14 @@ def common(shape: tuple[int, ...]) -> Floats:
     return np.broadcast_to(normal(0, [0], shape[1:]), shape)
 
 
-def uniform(seed: int, indices: Sequence[int]) -> Doubles:
-    """One uniform number in [0, 1) a picture, float64 (n,), to draw its label with."""
-    return np.array([each.random() for each in _streams(seed, indices, Use.LABEL, None)])
+def uniform(
+    seed: int,
+    indices: Sequence[int],
+    use: Use = Use.LABEL,
+    attempts: Sequence[int] | None = None,
+) -> Doubles:
+    """One uniform number in [0, 1) a picture, float64 (n,), to draw its label, or keep it."""
+    return np.array([each.random() for each in _streams(seed, indices, use, attempts)])
 
 
 def _streams(

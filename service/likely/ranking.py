@@ -1,51 +1,74 @@
-"""The density graph with its scores: combined for a whole batch at a time, in a lane."""
+"""The density graph with what Score tells of a picture: for a whole batch at a time, in a lane."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from likely.answers import Doubles
 from likely.bundle import Graph
 from likely.graphs import Array, Session, Stop
 from likely.outliers import Detector
 
-UNUSUALNESS, STATISTICS, LABEL = "unusualness", "statistics", "label"
+RANKED = "ranked"
+_LOG_PX, _STATISTICS, _LABEL = "log_px", "statistics", "label"
+_COLUMNS = 4
 
 
 class Ranked:
-    """Runs the density graph; has `unusualness` beside the graph's own outputs.
+    """Runs the density graph; has `ranked` beside the graph's own outputs.
+
+    That is float64 (n, 4): log p(x) in nats, bits a dimension, how unusual the picture is, and
+    its p-value with the marginal guarantee. The last two say nothing where the third is NaN.
 
     Attributes:
         spec: what the manifest says of the graph.
         providers: what really runs it.
     """
 
-    def __init__(self, session: Session, detector: Detector) -> None:
+    def __init__(self, session: Session, detector: Detector, dimensions: int) -> None:
+        """A ranked density graph.
+
+        Args:
+            session: runs the graph.
+            detector: turns its statistics into scores and p-values.
+            dimensions: of a picture: pixels times channels.
+        """
         self.spec: Graph = session.spec
         self.providers = session.providers
         self._session = session
         self._detector = detector
+        self._bit = -math.log(2) * dimensions  # what a bit a dimension is in log p(x)
 
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
     ) -> list[Array]:
-        """The outputs of that name; unusualness is float64 (n,), NaN where a statistic is."""
-        if UNUSUALNESS not in outputs:
+        """The outputs of that name."""
+        if RANKED not in outputs:
             return self._session.run(feeds, outputs, stop)
         own = self._own(outputs)
         found = dict(zip(own, self._session.run(feeds, own, stop), strict=True))
-        found[UNUSUALNESS] = self._score(found[STATISTICS], found.get(LABEL))
+        found[RANKED] = self._ranked(found[_LOG_PX], found[_STATISTICS], found.get(_LABEL))
         return [found[name] for name in outputs]
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
         """The outputs of no rows."""
         own = self._own(outputs)
         found = dict(zip(own, self._session.empty(own), strict=True))
-        found[UNUSUALNESS] = np.empty(0)
+        found[RANKED] = np.empty((0, _COLUMNS))
         return [found[name] for name in outputs]
 
-    def _score(self, statistics: Array, label: Array | None) -> Array:
+    def _ranked(self, log_px: Array, statistics: Array, label: Array | None) -> Doubles:
+        table = np.empty((len(log_px), _COLUMNS))
+        table[:, 0] = log_px
+        table[:, 1] = table[:, 0] / self._bit
+        table[:, 2] = self._score(statistics, label)
+        table[:, 3] = self._detector.p_value(table[:, 2])
+        return table
+
+    def _score(self, statistics: Array, label: Array | None) -> Doubles:
         finite = np.isfinite(statistics).all(1)
         if finite.all():
             return self._detector.score(statistics, label)
@@ -56,5 +79,5 @@ class Ranked:
 
     def _own(self, outputs: Sequence[str]) -> tuple[str, ...]:
         """What the graph itself must give for these outputs."""
-        needed = [STATISTICS, *(spec.name for spec in self.spec.outputs if spec.name == LABEL)]
-        return tuple(dict.fromkeys([*(o for o in outputs if o != UNUSUALNESS), *needed]))
+        needed = [_LOG_PX, _STATISTICS, *(o.name for o in self.spec.outputs if o.name == _LABEL)]
+        return tuple(dict.fromkeys([*(o for o in outputs if o != RANKED), *needed]))

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from likely.batching.traffic import Traffic
 from likely.errors import ServerFault, Unavailable
 from likely.graphs import Array
-from likely.traffic import Traffic
 
 
 def _nobody() -> None:

@@ -35,8 +35,8 @@ def test_nothing_of_the_service_loads_what_only_training_needs() -> None:
 
 
 def test_who_asks_for_no_tokens_and_no_encryption_loads_neither() -> None:
-    assert loaded("import likely.supervisor") & {"jwt", "cryptography"} == set()
+    assert loaded("import likely.processes.supervisor") & {"jwt", "cryptography"} == set()
 
 
 def test_the_runtime_is_loaded_by_the_first_session_only() -> None:
-    assert "onnxruntime" not in loaded("import likely.server")
+    assert "onnxruntime" not in loaded("import likely.serving.server")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -129,6 +130,16 @@ def test_processor_time_is_that_of_the_process(echoing: processes.Running) -> No
         ended.wait()
     with pytest.raises(ProcessLookupError):
         clocks.cpu_seconds(ended.pid)
+
+
+def test_a_family_is_a_process_and_those_that_it_began() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        own = clocks.family(os.getpid())
+        child.communicate(b"\n")
+
+    assert own[0] == os.getpid()
+    assert child.pid in own
+    assert child.pid not in clocks.family(os.getpid())
 
 
 def test_a_request_holds_as_many_pictures_as_it_shall(

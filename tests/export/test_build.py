@@ -45,11 +45,17 @@ width = 16
 latent = 2
 importance_samples = 2
 training = { steps = 40, batch = 32, validations = 2 }
+[models.labels]
+family = "classifier"
+channels = [4]
+width = 8
+training = { steps = 40, batch = 32, validations = 2 }
 [roles]
 density = ["density", "texture", "latent"]
 conditional = ["density", "latent"]
 sample = "density"
 encode = "latent"
+discriminate = "labels"
 [calibration]
 statistics = ["surprise", "entropy", "gain_shares", "margin", "error", "latent"]
 [[calibration.parts]]
@@ -81,7 +87,7 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     x = np.random.default_rng(0).integers(0, 17, (20, 1, 8, 8)).astype(np.uint8)
     runs.train_all(recipes.parse(RECIPE), tmp_path / "run")
     manifest = build(tmp_path / "run", tmp_path / "bundle", steps.append)
-    roles = ("density", "conditional", "sample", "encode")
+    roles = ("density", "conditional", "sample", "encode", "discriminate")
     assert steps == [*(f"export {role}" for role in roles), "calibrate", "compare decisions"]
     assert set(manifest.graphs) == {Role(role) for role in roles}
     assert manifest.calibration.statistics["latent"] == 2

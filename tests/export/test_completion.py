@@ -15,11 +15,11 @@ import torch
 from scipy.stats import chisquare
 
 from likely.answers import Floats, Labels, Pixels
+from likely.batching.lanes import Lanes
+from likely.batching.tuning import Best
 from likely.bundle import Role
 from likely.generation import Generator
 from likely.graphs import Device, Session
-from likely.lanes import Lanes
-from likely.tuning import Best
 from likely_export import graphs, roles
 from likely_export.pixelcnn import PixelCNNConfig
 from likely_export.statistics import STATISTICS
@@ -48,8 +48,11 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     async def passes(x: Pixels, labels: Labels, alpha: float) -> Any:
         raise AssertionError("completion checks nothing")
 
+    async def p_label(x: Pixels, labels: Labels) -> Any:
+        raise AssertionError("completion keeps everything")
+
     manifest = cast(Any, SimpleNamespace(name="small", version="1", labels=(), priors=()))
-    return Generator(manifest, lanes, passes, surprise)
+    return Generator(manifest, lanes, passes, surprise, p_label, rows=1)
 
 
 def opened(source: roles.GraphSource, path: Path) -> Session:

@@ -169,7 +169,12 @@ def test_with_labels_in_the_prior_only_the_prior_tells_them_apart() -> None:
     assert torch.allclose(weights[:, :1] - weights, away - away[:, :1], atol=1e-3)
 
 
-@pytest.mark.parametrize("field", ["labels", "latent", "importance_samples", "depth"])
+@pytest.mark.parametrize("field", ["latent", "importance_samples", "depth"])
 def test_sizes_of_zero_are_refused(field: str) -> None:
     with pytest.raises(InvalidInput, match=field):
         replace(SOFTMAX, **{field: 0})  # type: ignore[arg-type]
+
+
+def test_fewer_labels_than_none_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="labels: -1 is below 0"):
+        replace(SOFTMAX, labels=-1)

@@ -18,6 +18,8 @@ from likely import statuses
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
 from likely.v1.images_pb2 import Images
+from likely.v1.latent_pb2 import DecodeRequest, InterpolateRequest, TraverseRequest
+from likely.v1.latent_pb2_grpc import LatentServiceStub
 from likely.v1.models_pb2 import GetModelRequest, ListModelsRequest
 from likely.v1.models_pb2_grpc import ModelServiceStub
 from likely.v1.scoring_pb2 import ScoreRequest
@@ -38,6 +40,7 @@ class Caller:
         self.channel = channel
         self.scoring = ScoringServiceStub(channel)
         self.generation = GenerationServiceStub(channel)
+        self.latent = LatentServiceStub(channel)
         self.models = ModelServiceStub(channel)
         self.health = health_pb2_grpc.HealthStub(channel)
 
@@ -46,6 +49,8 @@ class Caller:
         match request:
             case GenerateRequest() | CompleteRequest():
                 return list(getattr(self.generation, method)(request, timeout=SECONDS, **more))
+            case DecodeRequest() | TraverseRequest() | InterpolateRequest():
+                return getattr(self.latent, method)(request, timeout=SECONDS, **more)
             case GetModelRequest() | ListModelsRequest():
                 return getattr(self.models, method)(request, timeout=SECONDS, **more)
             case _:

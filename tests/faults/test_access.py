@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from likely import AsyncClient, Client
-from likely.channels import Route
+from likely.client.channels import Route
 from likely.errors import AccessDenied, SettingsError, Unauthenticated
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
 from likely.v1.scoring_pb2 import ScoreRequest

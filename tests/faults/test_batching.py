@@ -24,18 +24,18 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from likely import codec, statuses
+from likely.batching.turns import Turns
 from likely.bundle import Role
 from likely.errors import OutOfMemory, RunStopped
 from likely.graphs import Array, Stop
-from likely.ranking import UNUSUALNESS
-from likely.turns import Turns
+from likely.ranking import RANKED
 from likely.v1.generation_pb2 import GenerateRequest
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
 from likely.v1.scoring_pb2 import ClassifyRequest, ScoreRequest, ScoreResponse, Verdict
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
 
 if TYPE_CHECKING:
-    from likely.batches import Runner
+    from likely.batching.batches import Runner
     from tests.conftest import Live, Running, Toy
 
 SECONDS = 30  # a bound for what hangs, not a measure of what is fast
@@ -211,7 +211,7 @@ def test_what_is_not_a_number_is_withheld_and_ends_the_version(running: Running)
         assert health(channel) == health(channel, "model/toy") == "SERVING"
 
         def spoil(_: Any, found: dict[str, Array]) -> None:
-            found["log_px"] = found["log_px"] * np.nan
+            found[RANKED] = found[RANKED] * np.nan
 
         whole = rigged.change
         for withheld in (1, 2):
@@ -236,12 +236,13 @@ def test_what_is_not_a_number_is_withheld_and_ends_the_version(running: Running)
 
 @pytest.mark.fault(13)
 def test_where_every_class_underflows_the_posterior_sums_to_one(live: Live, stub: Any) -> None:
+    finest = live.server.registry.find("toy").detector.finest_alpha
+
     def sink(_: Any, found: dict[str, Array]) -> None:
         if "log_pxy" in found:
             found["log_pxy"] = found["log_pxy"] * 0 - 1e5 - np.arange(3, dtype=np.float32)
         else:
-            found["log_px"] = np.full_like(found["log_px"], -1e5)
-            found[UNUSUALNESS] = np.full_like(found[UNUSUALNESS], 1e5)
+            found[RANKED][:] = [-1e5, 1e5, 1e5, finest]
 
     for role in (Role.DENSITY, Role.CONDITIONAL):
         rig(live, role).change = sink

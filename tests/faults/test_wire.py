@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 
-from likely import Client, codec, tallies
+from likely import Client, codec
+from likely.serving import tallies
 from likely.v1.generation_pb2 import CompleteRequest, SelfCheck
 from likely.v1.images_pb2 import Images
 from likely.v1.models_pb2 import GetModelRequest
@@ -335,6 +336,9 @@ METHODS = (
     "/likely.v1.ScoringService/Encode",
     "/likely.v1.GenerationService/Generate",
     "/likely.v1.GenerationService/Complete",
+    "/likely.v1.LatentService/Decode",
+    "/likely.v1.LatentService/Traverse",
+    "/likely.v1.LatentService/Interpolate",
     "/likely.v1.ModelService/GetModel",
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",

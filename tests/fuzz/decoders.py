@@ -14,8 +14,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["likely", "zipfile", "numpy.lib"]):
-    from likely import arrays, codec, scan
-    from likely.bundle import MANIFEST, Bundle
+    from likely import codec
+    from likely.bundle import MANIFEST, Bundle, arrays, scan
     from likely.errors import BundleError, InvalidInput
     from likely.v1.images_pb2 import Images
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from likely import statuses
-from likely.v1 import generation_pb2, images_pb2, models_pb2, scoring_pb2
+from likely.v1 import generation_pb2, images_pb2, latent_pb2, models_pb2, scoring_pb2
 from tests.faults.alive import Caller, calling, detail, is_well
 
 if TYPE_CHECKING:
@@ -26,12 +26,15 @@ REQUESTS = [
     scoring_pb2.EncodeRequest,
     generation_pb2.GenerateRequest,
     generation_pb2.CompleteRequest,
+    latent_pb2.DecodeRequest,
+    latent_pb2.TraverseRequest,
+    latent_pb2.InterpolateRequest,
     models_pb2.ListModelsRequest,
     models_pb2.GetModelRequest,
 ]
 METHODS = [
     f"/{service.full_name}/{method.name}"
-    for file in (scoring_pb2, generation_pb2, models_pb2)
+    for file in (scoring_pb2, generation_pb2, latent_pb2, models_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 ]
@@ -41,7 +44,8 @@ FEW = settings(
 SMALL = st.integers(-2, 60)
 F = FieldDescriptor
 SCALARS: dict[int, Any] = {
-    F.TYPE_STRING: st.sampled_from(["toy", "1.0", "", "stable"]) | st.text(max_size=20),
+    F.TYPE_STRING: st.sampled_from(["toy", "1.0", "", "stable", "brightness"])
+    | st.text(max_size=20),
     F.TYPE_BYTES: st.binary(max_size=40) | st.sampled_from([bytes(9), b"\1" * 9]),
     F.TYPE_BOOL: st.booleans(),
     F.TYPE_DOUBLE: st.floats() | st.sampled_from([0.05, 0.5, 1.0]),

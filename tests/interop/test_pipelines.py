@@ -13,7 +13,7 @@ import pytest
 from demo.serving import Served
 from likely.inference import inference_pb2
 from likely.inference.inference_pb2_grpc import GRPCInferenceServiceStub
-from likely.openinference.operations import OPERATIONS, Operation, full
+from likely.serving.openinference.operations import OPERATIONS, Operation, full
 from tests.interop.others import PYTHON, installed, told
 
 PAGE = Path("docs/pipelines.md").read_text()

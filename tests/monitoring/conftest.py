@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -55,8 +56,9 @@ def promtool() -> Callable[..., str]:
 class Watch:
     """A Prometheus that scrapes what it is told to, and an Alertmanager that tells of alerts."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prometheus: int) -> None:
         self._folder = folder
+        self._api = f"http://127.0.0.1:{prometheus}/api/v1/query?"
         self._told: list[dict[str, Any]] = []
         self._news = threading.Condition()
 
@@ -77,6 +79,17 @@ class Watch:
             self._told.clear()
         yield self
         whole.write_text("[]")
+
+    def knows(self, metric: str, port: int) -> None:
+        """Returns once that metric of that port is stored: what it grows by from now on is seen."""
+        query = {"query": f'{metric}{{instance="127.0.0.1:{port}"}}'}
+        end = time.monotonic() + SECONDS
+        while True:
+            with urllib.request.urlopen(self._api + urllib.parse.urlencode(query), timeout=5) as it:
+                if json.load(it)["data"]["result"]:
+                    return
+            assert time.monotonic() < end, f"{metric} of {port} is not scraped"
+            time.sleep(0.1)
 
     def wait_for(self, name: str, status: str, during: Callable[[], object] | None = None) -> Any:
         """The first notification of that alert and status; `during` is done while waiting."""
@@ -103,10 +116,10 @@ def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
     """A running Prometheus and Alertmanager; what they tell is heard over a webhook."""
     prometheus, alertmanager = tool("prometheus"), tool("prometheus-alertmanager")
     folder = tmp_path_factory.mktemp("prometheus")
-    found = Watch(folder)
+    manager, own = _free_port(), _free_port()
+    found = Watch(folder, own)
     with ExitStack() as stack:
         hook = stack.enter_context(_webhook(found))
-        manager, own = _free_port(), _free_port()
         (folder / "alertmanager.yml").write_text(json.dumps(_routes(hook)))
         (folder / "prometheus.yml").write_text(json.dumps(_scrapes(manager)))
         (folder / "targets.json").write_text("[]")

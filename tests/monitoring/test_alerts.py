@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from likely import codec
+from likely.ranking import RANKED
 from likely.v1.admin_pb2 import LoadModelRequest, ResetDriftRequest, UnloadModelRequest
 from likely.v1.admin_pb2_grpc import AdminServiceStub
 from likely.v1.scoring_pb2 import ScoreRequest
@@ -128,7 +129,7 @@ def test_an_unhealthy_version(
     with running(admin_port=0, withheld_answers=3) as live, watch.of(live.server.metrics_port):
 
         def spoil(_: Any, found: dict[str, Any]) -> None:
-            found["log_px"] = found["log_px"] * np.nan
+            found[RANKED] = found[RANKED] * np.nan
 
         rig(live).change = spoil
         alert("LikelyVersionUnhealthy").fires(asked(live, x))
@@ -160,8 +161,8 @@ def test_a_lost_worker(
     with served(tmp_path, *flags) as server:
         told = server.wait_for("serving", workers=2)
         with watch.of(told["metrics"]):
-            # Once scraped: of what has happened before, nobody sees an increase.
-            threading.Event().wait(3)
+            # Of what happened before the first scrape, nobody sees an increase.
+            watch.knows("likely_worker_restarts_total", told["metrics"])
             children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
             os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
             alert("LikelyWorkerLost").fires()

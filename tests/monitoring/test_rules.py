@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from likely.together import Together
+from likely.processes.together import Together
 from likely.v1.scoring_pb2 import ClassifyRequest, ScoreRequest
 from tests.faults.alive import calling, drawing, on_toy
 from tests.monitoring.conftest import RULES

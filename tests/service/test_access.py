@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from likely import logs
-from likely.access import Gate, Holder, Issuer, Scope, Secrets, gate
 from likely.errors import AccessDenied, SettingsError, Unauthenticated
+from likely.serving.access import Gate, Holder, Issuer, Scope, Secrets, gate
 from likely.settings import load
 
 LOG = logs.logger("debug", "json", io.StringIO())
@@ -91,7 +91,12 @@ def test_scopes_are_those_of_the_service(tokens: Path) -> None:
     known, mine = Gate(Secrets(tokens, LOG)), bearer("correct-horse-battery")
     for service in (SCORING, "likely.v1.ModelService"):
         assert known.admit(service, mine)
-    for service in ("likely.v1.GenerationService", ADMIN, "some.other.Service"):
+    for service in (
+        "likely.v1.GenerationService",
+        "likely.v1.LatentService",
+        ADMIN,
+        "some.other.Service",
+    ):
         assert refused(known, mine, service) == "SCOPE_MISSING"
         assert known.admit(service, bearer("staple-of-the-house"))
     assert known.admit("grpc.health.v1.Health", []) is None

@@ -15,10 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from likely import callers, tuning
-from likely.admission import Bounds, Quota
+from likely.batching import callers, tuning
+from likely.batching.admission import Bounds, Quota
+from likely.batching.batcher import HEADROOM
+from likely.batching.callers import Caller, Priority
+from likely.batching.lanes import Ask, Lanes
+from likely.batching.traffic import Traffic
+from likely.batching.tuning import Best
+from likely.batching.turns import Turns, Waiting
 from likely.bundle import Graph, Role, TensorSpec
-from likely.callers import Caller, Priority
 from likely.errors import (
     DeadlineExceeded,
     NotAnswered,
@@ -28,10 +33,6 @@ from likely.errors import (
     Unavailable,
 )
 from likely.graphs import Array, Stop
-from likely.lanes import Ask, Lanes
-from likely.traffic import Traffic
-from likely.tuning import Best
-from likely.turns import Turns, Waiting
 
 POISON, HUGE = -1, 10**6
 SECONDS = 30  # a bound for what hangs, not a measure of what is fast
@@ -434,9 +435,32 @@ def test_a_deadline_before_its_turn_is_refused_at_once() -> None:
             await settled()
             with pytest.raises(Overloaded, match="longer than the deadline allows") as caught:
                 await asyncio.create_task(ask(lanes, 2, client="a", deadline=time.monotonic() + 5))
-            assert caught.value.retry_after == pytest.approx(10)
+            assert caught.value.retry_after == pytest.approx(15)  # and half of what runs
             graph.release()
             assert (await first, await waiting) == ([0], [2])
+
+    run(work())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int) -> None:
+    async def work() -> None:
+        graph, pace = Doubler(), 10.0
+        async with opened(graph, best={Role.DENSITY: Best(4, pace=pace)}) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            waiting = going(ask(lanes, 1))
+            await settled()
+            answered = HEADROOM * pace * (0.5 + 1 + rows)  # what runs, what waits, and its own
+            own, now = range(rows), time.monotonic()
+            with pytest.raises(Overloaded, match="longer than the deadline allows"):
+                await going(ask(lanes, *own, client="a", deadline=now + answered - 1))
+            fine = going(ask(lanes, *own, client="a", deadline=now + answered + 1))
+            await settled()
+            graph.release()
+            assert (await first, await waiting) == ([0], [2])
+            assert await fine == [2 * row for row in own]
 
     run(work())
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from likely import AsyncClient, Client, SettingsError, codec
-from likely.channels import Route
+from likely.client.channels import Route
 from likely.errors import Overloaded
 from likely.v1.scoring_pb2 import ScoreRequest
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub

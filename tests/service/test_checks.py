@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from likely import checks
 from likely.answers import Limits
 from likely.bundle import Bundle, Manifest
 from likely.errors import InvalidInput
 from likely.outliers import Detector
+from likely.serving import checks
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest, SelfCheck
 from likely.v1.images_pb2 import Images
 from likely.v1.scoring_pb2 import ClassifyRequest, EncodeRequest, ScoreRequest
@@ -74,7 +75,7 @@ def check(request: Any, manifest: Manifest, detector: Detector) -> dict[str, Any
             "seed": checks.seed(request),
             "first_index": checks.first_index(request, request.count),
             "temperature": checks.temperature(request),
-            "self_check": checks.self_check(request, detector, 0.05),
+            "self_check": checks.self_check(request, SimpleNamespace(detector=detector), 0.05),
         }
     if isinstance(request, CompleteRequest):
         checks.geometry(request, manifest, LIMITS)

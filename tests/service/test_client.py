@@ -18,8 +18,8 @@ from likely import (
     ModelNotFound,
     NotAnswered,
     Unavailable,
-    plans,
 )
+from likely.client import plans
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running, Toy

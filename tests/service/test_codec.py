@@ -11,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from likely import codec, tallies
+from likely import codec
 from likely.answers import (
     Classifications,
     Draws,
     Features,
+    LabelRule,
     Limits,
     ModelInfo,
     Scores,
     Verdict,
 )
 from likely.errors import InvalidInput
+from likely.serving import tallies
 from likely.v1.images_pb2 import Images
 
 pictures = hnp.arrays(
@@ -73,8 +75,9 @@ def test_scores(n: int, surprise: bool) -> None:
     assert tallies.verdicts(message) == [Verdict(v) for v in scores.verdict]
 
 
+@pytest.mark.parametrize("rule", LabelRule)
 @pytest.mark.parametrize("n", [0, 1, 3])
-def test_classifications(n: int) -> None:
+def test_classifications(n: int, rule: LabelRule) -> None:
     rng = np.random.default_rng(n)
     answer = Classifications(
         log_pxy=-rng.random((n, 4)),
@@ -85,6 +88,8 @@ def test_classifications(n: int) -> None:
         verdict=rng.integers(1, 4, n).astype(np.int8),
         alpha=0.01,
         model_version="2",
+        composed=-rng.random((n, 4 if n != 1 else 0)),
+        rule=rule,
     )
     message = codec.classify_response(answer)
     assert same(codec.classifications(message, 4), answer)
@@ -145,5 +150,6 @@ def test_model_descriptions(conditional: str | None) -> None:
         execution_providers=("CPUExecutionProvider",),
         limits=Limits(1, 2, 3, 4),
         digest="f" * 64,
+        discriminative=conditional is None,
     )
     assert codec.model_info(codec.model(info)) == info

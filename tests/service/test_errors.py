@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from likely import access, statuses
+from likely import statuses
 from likely.errors import Unauthenticated
+from likely.serving import access
 
 ROW = re.compile(r"^\| `([A-Z_]+)` \| `([A-Z_]+)` \| \S.* \|.*\|$", re.MULTILINE)
 PAGE = Path("docs/errors.md")

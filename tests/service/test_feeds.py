@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from likely import codec, errors, feeds, merging, statuses
+from likely import codec, errors, statuses
 from likely.answers import Limits
-from likely.doors import Door
+from likely.serving import feeds, merging
+from likely.serving.doors import Door
 from likely.v1 import scoring_pb2
 from likely.v1.images_pb2 import Images
 from likely.v1.scoring_pb2 import (

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from likely.gathering import LONGEST, Gathering
+from likely.batching.gathering import LONGEST, Gathering
 
 FIXED = 3e-4
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from likely import codec
-from likely.histograms import Tally
-from likely.monitor import P_VALUES
+from likely.telemetry.histograms import Tally
+from likely.telemetry.monitor import P_VALUES
 from likely.v1.admin_pb2 import ResetDriftRequest, UnloadModelRequest
 from likely.v1.admin_pb2_grpc import AdminServiceStub
 from likely.v1.generation_pb2 import GenerateRequest, SelfCheck

@@ -13,8 +13,8 @@ from likely.bundle import Bundle, Manifest
 from likely.engine import Engine
 from likely.errors import BundleError, InvalidInput, ModelNotFound, Unavailable
 from likely.graphs import Device
-from likely.registry import Registry, age, describe
 from likely.settings import Settings
+from likely.versions.registry import Registry, age, describe
 
 if TYPE_CHECKING:
     from tests.conftest import Toy
@@ -96,7 +96,7 @@ def test_a_model_is_described(
     opened.close()
     assert info.shape == manifest.shape
     assert info.methods == tuple(sorted(info.methods))
-    assert len(info.methods) == 5
+    assert len(info.methods) == 8
     assert info.density_kind == info.conditional_kind == "exact"
     assert info.latent_dimensions == 2
     assert info.finest_alpha == pytest.approx(1 / 200)

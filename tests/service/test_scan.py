@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from likely.bundle import Role
+from likely.bundle.scan import DEEPEST, OPERATORS, OPSET, check_graph
+from likely.bundle.wire import Field, Kind, Reader, WireError
 from likely.errors import BundleError
-from likely.scan import DEEPEST, OPERATORS, OPSET, check_graph
-from likely.wire import Field, Kind, Reader, WireError
 
 if TYPE_CHECKING:
     from tests.conftest import Toy

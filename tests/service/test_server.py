@@ -17,8 +17,9 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from likely import codec, statuses, tallies
+from likely import codec, statuses
 from likely.errors import BundleError, SettingsError
+from likely.serving import tallies
 from likely.v1.generation_pb2 import GenerateRequest
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
 from likely.v1.images_pb2 import Images

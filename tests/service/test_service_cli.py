@@ -103,6 +103,16 @@ def test_classify(likely: Callable[..., Result], array: Path) -> None:
     assert "posterior" in likely("classify", array).stdout
 
 
+def test_classify_by_either_rule(likely: Callable[..., Result], array: Path, toy: Toy) -> None:
+    alone = lines(likely("classify", array, "--json", "--rule", "discriminative"))
+    both = lines(likely("classify", array, "--json", "--rule", "discriminative", "--both"))
+    assert "log_likelihoods" not in alone[0] and "log_likelihoods" in both[0]
+    posterior = [list(row["posteriors"].values()) for row in alone]
+    assert np.allclose(posterior, np.exp(toy.log_pyx(np.load(array))), atol=1e-5)
+    assert all(len(row["composed_log_likelihoods"]) == 3 for row in both)
+    assert "is not one of" in failed(likely("classify", array, "--rule", "other"), 2)
+
+
 def test_images_become_levels(likely: Callable[..., Result], toy: Toy, tmp_path: Path) -> None:
     x = toy.draw(np.random.default_rng(2), 1)
     np.savez(tmp_path / "one.npz", images=x, other=np.zeros(3))
@@ -154,6 +164,17 @@ def test_generate_writes_arrays(
         drawn = client.generate(9, label=1, seed=3)
         assert np.array_equal(arrays["x"], drawn.images)
         assert set(arrays["y"]) == {1}
+
+
+def test_generate_by_acceptance_tells_its_draws(
+    likely: Callable[..., Result], live: Live, tmp_path: Path
+) -> None:
+    words = ("--label", 2, "--count", 9, "--seed", 3, "--acceptance", "--max-draws", 4)
+    (told,) = lines(likely("generate", *words, "--out", tmp_path / "kept.npz", "--json"))
+    with Client(live.address) as client:
+        kept = client.generate(9, label=2, seed=3, acceptance=True, max_draws=4)
+    assert (told["draws"], told["accepted"]) == (kept.draws.sum(), kept.accepted.sum())
+    assert told["draws"] > 9 > told["accepted"]
 
 
 def test_generate_writes_pictures(likely: Callable[..., Result], tmp_path: Path) -> None:

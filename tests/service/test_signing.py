@@ -16,8 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from likely import signing
-from likely.bundle import Bundle, write_manifest
+from likely.bundle import Bundle, signing, write_manifest
 from likely.cli import main
 from likely.errors import BundleError, SettingsError
 

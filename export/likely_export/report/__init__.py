@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from likely.bundle import Manifest
 from likely_export.material import Material
 from likely_export.report.card import card, reproduction
+from likely_export.report.frame import Heading, rendered
 from likely_export.report.generation import completions, copies, draws
 from likely_export.report.headline import every_figure, headline
 from likely_export.report.labels import classification
@@ -51,14 +50,7 @@ def write(path: Path, manifest: Manifest, figures: Mapping[str, Any], material: 
 
 def page(manifest: Manifest, figures: Mapping[str, Any], material: Material) -> str:
     """The report as HTML; the same for the same arguments."""
-    environment = Environment(
-        loader=PackageLoader("likely_export.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     subject = Subject(manifest, figures, material)
-    made = ((name, title, view(subject)) for name, title, view in SECTIONS)
-    sections = [(name, title, view) for name, title, view in made if view is not None]
-    return environment.get_template("page.html").render(manifest=manifest, sections=sections)
+    sections = ((name, title, view(subject)) for name, title, view in SECTIONS)
+    heading = Heading("Evaluation of a bundle", manifest.name, manifest.version)
+    return rendered(heading, manifest.description, sections)

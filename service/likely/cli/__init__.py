@@ -1,4 +1,4 @@
-"""The command line: `likely serve|score|classify|generate|batch|models|health|doctor|verify`.
+"""The command line: `likely` serves, asks a server, and says how it and a bundle are.
 
 Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage.
 """
@@ -13,6 +13,7 @@ from likely.cli.ask import classify, generate, models, score
 from likely.cli.batch import batch
 from likely.cli.doctor import doctor
 from likely.cli.health import health
+from likely.cli.redraw import interpolate, traverse
 from likely.cli.serve import serve
 from likely.cli.verify import verify
 from likely.errors import LikelyError
@@ -35,5 +36,8 @@ def main() -> None:
     """Explicit-density models: draw pictures, judge how plausible they are, label them."""
 
 
-for command in (serve, score, classify, generate, batch, models, health, doctor, verify):
+COMMANDS = (
+    serve, score, classify, generate, traverse, interpolate, batch, models, health, doctor, verify,
+)  # fmt: skip
+for command in COMMANDS:
     main.add_command(command)

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
-from likely import plans
-from likely.answers import Classifications, Draws, Scores, Verdict
+from likely.answers import Classifications, Draws, LabelRule, Scores, Verdict
 from likely.cli import pictures, show
 from likely.cli.connection import Connection, connected
+from likely.client import plans
 from likely.errors import InvalidInput
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,7 +24,7 @@ _ALPHA = click.option("--alpha", type=float, help="Accepted rate of false reject
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 
 
-def _model(command: F) -> F:
+def asks(command: F) -> F:
     """Adds the options that name a server and a model."""
     for option in (
         click.option("--model-version", "version", help="The model's version. [the default one]"),
@@ -37,7 +37,7 @@ def _model(command: F) -> F:
 
 @click.command(epilog=show.FILES_HELP)
 @_FILES
-@_model
+@asks
 @_ALPHA
 @click.option(
     "--surprise",
@@ -87,12 +87,20 @@ def score(
 
 @click.command(epilog=show.FILES_HELP)
 @_FILES
-@_model
+@asks
 @_ALPHA
 @click.option("--priors", help="p(y) in the model's order, with commas. [the model's own]")
 @click.option(
     "--min-posterior", type=float, default=0.0, help="Smallest posterior that assigns a label."
 )
+@click.option(
+    "--rule",
+    type=click.Choice([rule.name.lower() for rule in LabelRule]),
+    default=LabelRule.GENERATIVE.name.lower(),
+    show_default=True,
+    help="Bayes' rule over p(x|y), or the discriminative model's own p(y|x).",
+)
+@click.option("--both", is_flag=True, help="Give log p(x|y) by the other rule too, in --json.")
 @_AS_JSON
 def classify(
     files: tuple[Path, ...],
@@ -102,9 +110,11 @@ def classify(
     alpha: float | None,
     priors: str | None,
     min_posterior: float,
+    rule: str,
+    both: bool,
     as_json: bool,
 ) -> None:
-    """Which label does Bayes' rule assign, if any?"""
+    """Which label is assigned, if any?"""
     given = numbers(priors)
     with server.client() as client:
         info = client.model(model, version)
@@ -116,6 +126,8 @@ def classify(
                 alpha=alpha,
                 priors=given,
                 min_posterior=min_posterior,
+                rule=LabelRule[rule.upper()],
+                both=both,
                 model=info.name,
                 version=info.version,
             )
@@ -133,14 +145,20 @@ def classify(
         for i in range(len(x))
     ]
     if as_json:
-        for row, posterior, log_pxy in zip(rows, answer.posterior, answer.log_pxy, strict=True):
-            row["posteriors"] = dict(zip(info.labels, posterior.tolist(), strict=True))
-            row["log_likelihoods"] = dict(zip(info.labels, log_pxy.tolist(), strict=True))
+        columns = {
+            "posteriors": answer.posterior,
+            "log_likelihoods": answer.log_pxy,
+            "composed_log_likelihoods": answer.composed,
+        }
+        for name, column in columns.items():
+            if column.shape[1]:
+                for row, values in zip(rows, column.tolist(), strict=True):
+                    row[name] = dict(zip(info.labels, values, strict=True))
     show.rows(rows, as_json, _about(info.name, answer))
 
 
 @click.command()
-@_model
+@asks
 @click.option("--label", help="The label's name or index. [each drawn from the priors]")
 @click.option("--count", type=int, default=64, show_default=True, help="How many pictures.")
 @click.option("--seed", type=int, help="The same seed gives the same pictures. [a fresh one]")
@@ -149,8 +167,11 @@ def classify(
 @click.option(
     "--self-check", is_flag=True, help="Redraw what would be rejected or get another label."
 )
+@click.option("--acceptance", is_flag=True, help="Draw from p(x) and keep with probability p(y|x).")
 @_ALPHA
-@click.option("--max-draws", type=int, help="Of one picture, with --self-check. [16]")
+@click.option(
+    "--max-draws", type=int, help="Of one picture, with --self-check [16] or --acceptance [100]."
+)
 @click.option(
     "--out",
     required=True,
@@ -168,6 +189,7 @@ def generate(
     first_index: int,
     temperature: float | None,
     self_check: bool,
+    acceptance: bool,
     alpha: float | None,
     max_draws: int | None,
     out: Path,
@@ -183,6 +205,7 @@ def generate(
             first_index=first_index,
             temperature=temperature,
             self_check=self_check,
+            acceptance=acceptance,
             alpha=alpha,
             max_draws=max_draws,
             model=info.name,
@@ -237,7 +260,7 @@ def _about(name: str, answer: Scores | Classifications) -> dict[str, Any]:
     return {"model": name, "version": answer.model_version, "alpha": answer.alpha}
 
 
-def numbers(text: str | None) -> list[float] | None:
+def numbers(text: str | None, field: str = "priors") -> list[float] | None:
     """The numbers of a text such as `0.2,0.8`.
 
     Raises:
@@ -246,7 +269,7 @@ def numbers(text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise InvalidInput("priors", f"{text!r} are no numbers with commas between") from error
+        raise InvalidInput(field, f"{text!r} are no numbers with commas between") from error
 
 
 def _label(text: str | None, labels: tuple[str, ...]) -> int | None:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from likely.channels import Route
 from likely.client import ADDRESS, TIMEOUT, Client
+from likely.client.channels import Route
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -79,7 +79,7 @@ def _opened(path: Path | None, device: str) -> Finding:
     from likely.bundle import Bundle
     from likely.engine import Engine
     from likely.graphs import Device
-    from likely.loading import shipped
+    from likely.versions.loading import shipped
 
     what = f"what runs with device {device}"
     try:

@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from likely import levels
-from likely.answers import Draws, Floats, ModelInfo, Pixels
+from likely.answers import Draws, Floats, ModelInfo, Pixels, Redrawings
+from likely.client.plans import pixels
 from likely.levels import brightness
-from likely.plans import pixels
 
 ARRAYS = (".npy", ".npz")
 _GAP = 1
@@ -82,10 +83,44 @@ def write_surprise(out: Path, x: Pixels, surprise: Floats, info: ModelInfo) -> N
         Image.fromarray(grid(shown.reshape(-1, *x.shape[1:]), even=True)).save(part)
 
 
-def grid(x: Pixels, *, even: bool = False) -> Pixels:
-    """Pictures (n, c, h, w) side by side in a square: (rows, columns) grey or (…, 3) colour."""
+def write_redrawn(out: Path, given: Pixels, found: Redrawings, info: ModelInfo) -> None:
+    """Writes what features stand for: `.npz` with all arrays, or a contact sheet.
+
+    A row of the sheet is what was given of a picture, then the means at all points; below
+    them stand the draws, a row for each.
+
+    Args:
+        out: the file.
+        given: uint8 (n, k, c, h, w) of levels.
+        found: (n, points, ...).
+        info: of the model.
+    """
+    if out.suffix.lower() == ".npz":
+        arrays: dict[str, Any] = {"mean": found.mean, "drawn": found.drawn}
+        if found.deviation is not None:
+            arrays["deviation"] = found.deviation
+        with _whole(out) as part:
+            np.savez_compressed(part, x=given, seed=found.seed, **arrays)
+        return
+    means = np.rint(255 * found.mean).astype(np.uint8)[:, None]
+    draws = brightness(found.drawn.swapaxes(1, 2), info.levels)
+    rows = np.concatenate([means, draws], 1)  # (n, 1 + draws, points, c, h, w)
+    margin = np.zeros((*rows.shape[:2], given.shape[1], *rows.shape[3:]), np.uint8)
+    margin[:, 0] = brightness(given, info.levels)
+    sheet = np.concatenate([margin, rows], 2)
+    with _whole(out) as part:
+        flat = sheet.reshape(-1, *sheet.shape[3:])
+        Image.fromarray(grid(flat, across=sheet.shape[2])).save(part)
+
+
+def grid(x: Pixels, *, even: bool = False, across: int = 0) -> Pixels:
+    """Pictures (n, c, h, w) side by side, in a square unless `across` says how many.
+
+    Returns:
+        (rows, columns) grey or (rows, columns, 3) colour.
+    """
     n, c, h, w = x.shape
-    across = max(1, math.ceil(math.sqrt(n)))
+    across = across or max(1, math.ceil(math.sqrt(n)))
     across += even and across % 2
     down = max(1, math.ceil(n / across))
     sheet = np.full((down * (h + _GAP) - _GAP, across * (w + _GAP) - _GAP, c), 96, dtype=np.uint8)

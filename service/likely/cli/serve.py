@@ -99,7 +99,7 @@ def serve(print_config: bool, **given: Any) -> None:
         click.echo(chosen.toml(), nl=False)
         return
     try:
-        from likely.supervisor import serve as run
+        from likely.processes.supervisor import serve as run
     except ModuleNotFoundError as error:
         raise RuntimeMissing(_missing(error)) from error
     run(chosen)

@@ -10,21 +10,25 @@ from typing import Any, Self, TypeVar
 
 import numpy.typing as npt
 
-from likely import codec, plans
+from likely import codec
 from likely.answers import (
     Classifications,
     Completions,
     Draws,
     Features,
     Guarantee,
+    LabelRule,
     ModelInfo,
+    Redrawings,
     Scores,
+    Traversal,
 )
-from likely.channels import Address, File, Route, Token
+from likely.client import plans
+from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import AsyncFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, told
+from likely.client.plans import A
 from likely.errors import LikelyError
-from likely.plans import A
 
 T = TypeVar("T")
 
@@ -75,12 +79,23 @@ class AsyncClient:
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         model: str | None = None,
         version: str | None = None,
     ) -> Classifications:
         """As `Client.classify`."""
         plan = plans.classify(
-            self._catalogue, images, alpha, priors, min_posterior, guarantee, model, version
+            self._catalogue,
+            images,
+            alpha,
+            priors,
+            min_posterior,
+            guarantee,
+            rule,
+            both,
+            model,
+            version,
         )
         return await self._follow(plan)
 
@@ -109,12 +124,16 @@ class AsyncClient:
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         model: str | None = None,
         version: str | None = None,
     ) -> AsyncIterator[Classifications | LikelyError]:
         """As `Client.classify_stream`; the feed may be asynchronous too."""
         info = await self.model(model, version)
-        questions = plans.classify_questions(info, alpha, priors, min_posterior, guarantee, version)
+        questions = plans.classify_questions(
+            info, alpha, priors, min_posterior, guarantee, rule, both, version
+        )
         async with aclosing(self._feed(images, questions)) as outcomes:
             async for outcome in outcomes:
                 yield outcome
@@ -130,6 +149,65 @@ class AsyncClient:
         """As `Client.encode`."""
         return await self._follow(plans.encode(self._catalogue, images, labels, model, version))
 
+    async def decode(
+        self,
+        features: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Redrawings:
+        """As `Client.decode`."""
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return await self._follow(plans.decode(self._catalogue, features, labels, how, model))
+
+    async def traverse(
+        self,
+        images: npt.ArrayLike,
+        direction: str,
+        points: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Traversal:
+        """As `Client.traverse`."""
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return await self._follow(
+            plans.traverse(self._catalogue, images, direction, points, labels, how, model)
+        )
+
+    async def interpolate(
+        self,
+        images: npt.ArrayLike,
+        others: npt.ArrayLike,
+        points: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        other_labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Redrawings:
+        """As `Client.interpolate`."""
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return await self._follow(
+            plans.interpolate(
+                self._catalogue, images, others, points, labels, other_labels, how, model
+            )
+        )
+
     async def generate(
         self,
         count: int,
@@ -139,6 +217,7 @@ class AsyncClient:
         first_index: int = 0,
         temperature: float | None = None,
         self_check: bool = False,
+        acceptance: bool = False,
         alpha: float | None = None,
         max_draws: int | None = None,
         model: str | None = None,
@@ -152,6 +231,7 @@ class AsyncClient:
             first_index=first_index,
             temperature=temperature,
             self_check=self_check,
+            acceptance=acceptance,
             alpha=alpha,
             max_draws=max_draws,
             model=model,
@@ -168,6 +248,7 @@ class AsyncClient:
         first_index: int = 0,
         temperature: float | None = None,
         self_check: bool = False,
+        acceptance: bool = False,
         alpha: float | None = None,
         max_draws: int | None = None,
         model: str | None = None,
@@ -177,8 +258,9 @@ class AsyncClient:
         info = await self.model(model, version)
         last: Draws | None = None
         check = plans.self_check(self_check, alpha, max_draws)
+        kept = plans.acceptance(acceptance, max_draws)
         for request in plans.generations(
-            info, version, label, count, seed, first_index, temperature, check
+            info, version, label, count, seed, first_index, temperature, check, kept
         ):
             plans.pin(request, last)
             call = self._ask(request)

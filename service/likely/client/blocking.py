@@ -9,21 +9,25 @@ from typing import Any, Self, TypeVar
 
 import numpy.typing as npt
 
-from likely import codec, plans
+from likely import codec
 from likely.answers import (
     Classifications,
     Completions,
     Draws,
     Features,
     Guarantee,
+    LabelRule,
     ModelInfo,
+    Redrawings,
     Scores,
+    Traversal,
 )
-from likely.channels import Address, File, Route, Token
+from likely.client import plans
+from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import BlockingFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, told
+from likely.client.plans import A
 from likely.errors import LikelyError
-from likely.plans import A
 
 T = TypeVar("T")
 
@@ -52,7 +56,7 @@ class Client:
         Args:
             address: host:port, or any name that gRPC resolves; of several replicas, all
                 their IP addresses, or `dns:///name:port` for all that the name stands for
-                (`likely.channels`).
+                (`likely.client.channels`).
             timeout: seconds that one request may take, retries included.
             retries: whether what is refused for now is asked again before it is an error.
             token: a bearer token, or what gives one for each request.
@@ -105,6 +109,8 @@ class Client:
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         model: str | None = None,
         version: str | None = None,
     ) -> Classifications:
@@ -116,6 +122,8 @@ class Client:
             priors: p(y) in the model's order; None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
             guarantee: what alpha is to hold for: on average, or with 95 % confidence.
+            rule: what assigns the label: Bayes' rule over p(x|y), or p(y|x) itself.
+            both: whether to give log p(x|y) by the other rule too.
             model: its name.
             version: its version.
 
@@ -123,7 +131,16 @@ class Client:
             LikelyError: as `score`.
         """
         plan = plans.classify(
-            self._catalogue, images, alpha, priors, min_posterior, guarantee, model, version
+            self._catalogue,
+            images,
+            alpha,
+            priors,
+            min_posterior,
+            guarantee,
+            rule,
+            both,
+            model,
+            version,
         )
         return self._follow(plan)
 
@@ -168,6 +185,8 @@ class Client:
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
         guarantee: Guarantee = Guarantee.MARGINAL,
+        rule: LabelRule = LabelRule.GENERATIVE,
+        both: bool = False,
         model: str | None = None,
         version: str | None = None,
     ) -> Iterator[Classifications | LikelyError]:
@@ -179,6 +198,8 @@ class Client:
             priors: p(y) in the model's order; None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
             guarantee: what alpha is to hold for: on average, or with 95 % confidence.
+            rule: what assigns the label: Bayes' rule over p(x|y), or p(y|x) itself.
+            both: whether to give log p(x|y) by the other rule too.
             model: its name.
             version: its version.
 
@@ -186,7 +207,9 @@ class Client:
             LikelyError: as `score_stream`.
         """
         info = self.model(model, version)
-        questions = plans.classify_questions(info, alpha, priors, min_posterior, guarantee, version)
+        questions = plans.classify_questions(
+            info, alpha, priors, min_posterior, guarantee, rule, both, version
+        )
         return self._feed(images, questions)
 
     def encode(
@@ -210,6 +233,112 @@ class Client:
         """
         return self._follow(plans.encode(self._catalogue, images, labels, model, version))
 
+    def decode(
+        self,
+        features: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Redrawings:
+        """What features stand for: the distribution of every pixel, and draws.
+
+        Args:
+            features: float (n, z).
+            labels: of every row, for a model that decodes under one.
+            draws: of each row; their mean and deviation come anyway.
+            seed: one seed gives the same draws; None lets the server pick one.
+            first_index: of the first row.
+            temperature: multiplies the noise, in [0, 2]; None is 1.
+            model: its name.
+            version: its version.
+
+        Raises:
+            LikelyError: as `score`.
+        """
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return self._follow(plans.decode(self._catalogue, features, labels, how, model))
+
+    def traverse(
+        self,
+        images: npt.ArrayLike,
+        direction: str,
+        points: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Traversal:
+        """Pictures redrawn at points along a direction, and where they themselves lie.
+
+        Args:
+            images: uint8 (n, c, h, w), or (n, h, w) for one channel.
+            direction: the name of one of the model's (`ModelInfo.directions`).
+            points: how far to go, (points,); 0 is the picture's own place.
+            labels: of every picture; None for the most probable ones.
+            draws: at each point; their mean and deviation come anyway.
+            seed: one seed gives the same draws; None lets the server pick one.
+            first_index: of the first picture.
+            temperature: multiplies the noise, in [0, 2]; None is 1.
+            model: its name.
+            version: its version.
+
+        Raises:
+            LikelyError: as `score`.
+        """
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return self._follow(
+            plans.traverse(self._catalogue, images, direction, points, labels, how, model)
+        )
+
+    def interpolate(
+        self,
+        images: npt.ArrayLike,
+        others: npt.ArrayLike,
+        points: npt.ArrayLike,
+        *,
+        labels: npt.ArrayLike | None = None,
+        other_labels: npt.ArrayLike | None = None,
+        draws: int = 0,
+        seed: int | None = None,
+        first_index: int = 0,
+        temperature: float | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Redrawings:
+        """Pictures redrawn on the straight line between the features of two.
+
+        Args:
+            images: uint8 (n, c, h, w), or (n, h, w) for one channel; at point 0.
+            others: as many; at point 1.
+            points: (points,), in [0, 1].
+            labels: of `images`; None for the most probable ones.
+            other_labels: of `others`, likewise.
+            draws: at each point; their mean and deviation come anyway.
+            seed: one seed gives the same draws; None lets the server pick one.
+            first_index: of the first pair.
+            temperature: multiplies the noise, in [0, 2]; None is 1.
+            model: its name.
+            version: its version.
+
+        Raises:
+            LikelyError: as `score`.
+        """
+        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        return self._follow(
+            plans.interpolate(
+                self._catalogue, images, others, points, labels, other_labels, how, model
+            )
+        )
+
     def generate(
         self,
         count: int,
@@ -219,6 +348,7 @@ class Client:
         first_index: int = 0,
         temperature: float | None = None,
         self_check: bool = False,
+        acceptance: bool = False,
         alpha: float | None = None,
         max_draws: int | None = None,
         model: str | None = None,
@@ -233,6 +363,8 @@ class Client:
             first_index: of the first picture.
             temperature: multiplies the noise, in [0, 2]; None is 1.
             self_check: redraw what the server would reject, or assign another label.
+            acceptance: draw from p(x), and keep with probability p(y|x); in place of a
+                conditional model, and without a self-check.
             alpha: of the self-check; None for the server's default.
             max_draws: of one picture; None for the server's default.
             model: its name.
@@ -248,6 +380,7 @@ class Client:
             first_index=first_index,
             temperature=temperature,
             self_check=self_check,
+            acceptance=acceptance,
             alpha=alpha,
             max_draws=max_draws,
             model=model,
@@ -264,6 +397,7 @@ class Client:
         first_index: int = 0,
         temperature: float | None = None,
         self_check: bool = False,
+        acceptance: bool = False,
         alpha: float | None = None,
         max_draws: int | None = None,
         model: str | None = None,
@@ -273,8 +407,9 @@ class Client:
         info = self.model(model, version)
         last: Draws | None = None
         check = plans.self_check(self_check, alpha, max_draws)
+        kept = plans.acceptance(acceptance, max_draws)
         for request in plans.generations(
-            info, version, label, count, seed, first_index, temperature, check
+            info, version, label, count, seed, first_index, temperature, check, kept
         ):
             plans.pin(request, last)
             call = self._ask(request)

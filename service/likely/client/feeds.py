@@ -21,10 +21,11 @@ from typing import Any, Generic
 import grpc
 import numpy.typing as npt
 
-from likely import plans, statuses
+from likely import statuses
+from likely.client import plans
 from likely.client.ledger import Ledger, delay
+from likely.client.plans import A
 from likely.errors import DeadlineExceeded, LikelyError, Overloaded, Unavailable
-from likely.plans import A
 
 BREAKS = 5  # of a stream between two answers, until it is given up
 ENDING = 5.0  # seconds in which a stream may end by itself when all is answered

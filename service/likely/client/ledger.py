@@ -8,9 +8,10 @@ from typing import Any, Generic
 
 import numpy.typing as npt
 
-from likely import plans, statuses
+from likely import statuses
+from likely.client import plans
+from likely.client.plans import A
 from likely.errors import LikelyError, Overloaded, Unavailable
-from likely.plans import A
 
 WINDOW = 128  # messages that have no answer yet
 FIRST_DELAY, DELAY_GROWTH, LONGEST_DELAY = 0.2, 2.0, 5.0  # seconds before one more attempt

@@ -10,11 +10,14 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from likely import plans, statuses
+from likely import statuses
+from likely.client import plans
 from likely.errors import Forked
 from likely.v1 import (
     generation_pb2,
     generation_pb2_grpc,
+    latent_pb2,
+    latent_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
     scoring_pb2,
@@ -75,6 +78,7 @@ class Line:
 def _calls(channel: Any) -> dict[Kind, Any]:
     scoring = scoring_pb2_grpc.ScoringServiceStub(channel)
     generation = generation_pb2_grpc.GenerationServiceStub(channel)
+    latent = latent_pb2_grpc.LatentServiceStub(channel)
     models = models_pb2_grpc.ModelServiceStub(channel)
     return {
         scoring_pb2.ScoreRequest: scoring.Score,
@@ -84,6 +88,9 @@ def _calls(channel: Any) -> dict[Kind, Any]:
         scoring_pb2.ClassifyStreamRequest: scoring.ClassifyStream,
         generation_pb2.GenerateRequest: generation.Generate,
         generation_pb2.CompleteRequest: generation.Complete,
+        latent_pb2.DecodeRequest: latent.Decode,
+        latent_pb2.TraverseRequest: latent.Traverse,
+        latent_pb2.InterpolateRequest: latent.Interpolate,
         models_pb2.ListModelsRequest: models.ListModels,
         models_pb2.GetModelRequest: models.GetModel,
     }

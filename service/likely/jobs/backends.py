@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from likely import plans
 from likely.answers import Classifications, Draws, Limits, ModelInfo, Pixels, Scores, SelfCheck
-from likely.channels import File
-from likely.client import TIMEOUT, Client
+from likely.client import TIMEOUT, Client, plans
+from likely.client.channels import File
 from likely.errors import BundleError, DeadlineExceeded, JobError, Overloaded, Unavailable
 from likely.jobs.requests import Generation, Judgement, Task
 from likely.jobs.steadiness import steady
@@ -92,14 +91,15 @@ class Bundled:
             DeviceError: the device is not really there.
         """
         from likely.bundle import Bundle, Role
-        from likely.loading import shipped
+        from likely.versions.loading import shipped
 
         folders = [self.bundle] if self.bundle else list(shipped())
         if len(folders) != 1:
             raise JobError(f"name one of {', '.join(map(str, folders))} by --bundle")
         bundle = Bundle.open(folders[0], self.keys)
         engine = self._engine(bundle, self.max_batch)
-        if not steady(engine, bundle.golden()[f"{Role.DENSITY}/x"]):
+        golden = bundle.golden().get(f"{Role.DENSITY}/x")
+        if golden is not None and not steady(engine, golden):
             engine.close()
             _LOG.warning(
                 "the graphs of %s round differently in batches of different sizes: "
@@ -114,7 +114,7 @@ class Bundled:
 
     def _engine(self, bundle: Bundle, max_batch: int) -> Engine:
         from likely import machine
-        from likely.admission import Bounds
+        from likely.batching.admission import Bounds
         from likely.engine import Engine, Terms
         from likely.graphs import Device
 
@@ -131,7 +131,7 @@ class Local:
     """An engine on an event loop of its own."""
 
     def __init__(self, engine: Engine) -> None:
-        from likely.registry import describe
+        from likely.versions.registry import describe
 
         self.info = describe(engine, UNLIMITED, ALPHA)
         self._engine = engine

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from likely import levels
 from likely.answers import Pixels
+from likely.client.plans import pixels
 from likely.errors import InvalidInput
-from likely.plans import pixels
 
 USUAL = ("image", "images", "x", "picture", "pixels")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from likely import plans
 from likely.answers import Classifications, Scores
+from likely.client import plans
 from likely.jobs import files, shards, tables
 from likely.jobs.backends import Backend, Opener
 from likely.jobs.columns import Geometry

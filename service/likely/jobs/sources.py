@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 
 from likely import levels
 from likely.answers import Pixels
+from likely.client.plans import pixels
 from likely.errors import InvalidInput, JobError
 from likely.jobs import files
 from likely.jobs.columns import Geometry, check_levels, chosen, pictures
-from likely.plans import pixels
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARRAYS = (".npy", ".npz")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from likely.answers import Pixels
-from likely.plans import joined
+from likely.client.plans import joined
 
 if TYPE_CHECKING:
     from likely.engine import Engine

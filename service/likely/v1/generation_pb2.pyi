@@ -53,6 +53,33 @@ class SelfCheck(google.protobuf.message.Message):
 Global___SelfCheck: typing_extensions.TypeAlias = SelfCheck
 
 @typing.final
+class Acceptance(google.protobuf.message.Message):
+    """Draws labelled pictures by Bayes' rule in place of a conditional model: from
+    p(x), without a label, each kept with probability p(y|x) of the
+    discriminative model, else drawn again. What is kept follows
+    p(x|y) = p(y|x) p(x) / p(y); a label takes 1 / p(y) draws on average.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_DRAWS_FIELD_NUMBER: builtins.int
+    max_draws: builtins.int
+    """How often one picture is drawn at most, the first time included, from 1
+    to 1000. A picture none of whose draws is kept is answered by its last
+    one, and `accepted` says so. Absent: 100.
+    """
+    def __init__(
+        self,
+        *,
+        max_draws: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_draws", b"_max_draws", "max_draws", b"max_draws"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_draws", b"_max_draws", "max_draws", b"max_draws"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_draws", b"_max_draws"]) -> typing.Literal["max_draws"] | None: ...
+
+Global___Acceptance: typing_extensions.TypeAlias = Acceptance
+
+@typing.final
 class GenerateRequest(google.protobuf.message.Message):
     """Asks for pictures."""
 
@@ -66,6 +93,7 @@ class GenerateRequest(google.protobuf.message.Message):
     FIRST_INDEX_FIELD_NUMBER: builtins.int
     TEMPERATURE_FIELD_NUMBER: builtins.int
     SELF_CHECK_FIELD_NUMBER: builtins.int
+    ACCEPTANCE_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     """The model's name as ListModels gives it. Required."""
     model_version: builtins.str
@@ -78,8 +106,8 @@ class GenerateRequest(google.protobuf.message.Message):
     """How many pictures, from 1 to the server's limit (GetModel)."""
     seed: builtins.int
     """Where the random numbers come from. Picture i is a function of the model
-    version, the label, the temperature, the self-check, the seed and i alone,
-    in whatever request, chunk or batch it is drawn. Absent: the server picks.
+    version, the label, the temperature, the self-check or acceptance, the
+    seed and i alone, in whatever request, chunk or batch it is drawn. Absent: the server picks.
     """
     first_index: builtins.int
     """The index of the first picture, 0 or more, so that a large job can be
@@ -93,6 +121,12 @@ class GenerateRequest(google.protobuf.message.Message):
     def self_check(self) -> Global___SelfCheck:
         """Absent: every draw is sent as it comes, so that pictures follow the model."""
 
+    @property
+    def acceptance(self) -> Global___Acceptance:
+        """Absent: the model draws with the label itself. Needs a model that has
+        p(y|x) (GetModel) and an absent self_check.
+        """
+
     def __init__(
         self,
         *,
@@ -104,9 +138,10 @@ class GenerateRequest(google.protobuf.message.Message):
         first_index: builtins.int = ...,
         temperature: builtins.float | None = ...,
         self_check: Global___SelfCheck | None = ...,
+        acceptance: Global___Acceptance | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_label", b"_label", "_seed", b"_seed", "_temperature", b"_temperature", "label", b"label", "seed", b"seed", "self_check", b"self_check", "temperature", b"temperature"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_label", b"_label", "_seed", b"_seed", "_temperature", b"_temperature", "count", b"count", "first_index", b"first_index", "label", b"label", "model_name", b"model_name", "model_version", b"model_version", "seed", b"seed", "self_check", b"self_check", "temperature", b"temperature"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_label", b"_label", "_seed", b"_seed", "_temperature", b"_temperature", "acceptance", b"acceptance", "label", b"label", "seed", b"seed", "self_check", b"self_check", "temperature", b"temperature"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_label", b"_label", "_seed", b"_seed", "_temperature", b"_temperature", "acceptance", b"acceptance", "count", b"count", "first_index", b"first_index", "label", b"label", "model_name", b"model_name", "model_version", b"model_version", "seed", b"seed", "self_check", b"self_check", "temperature", b"temperature"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_label", b"_label"]) -> typing.Literal["label"] | None: ...
     @typing.overload
@@ -151,7 +186,9 @@ class GenerateResponse(google.protobuf.message.Message):
 
     @property
     def accepted(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
-        """Whether each picture's last draw passed the self-check; true without one."""
+        """Whether each picture's last draw passed the self-check, or was kept by
+        acceptance; true without either.
+        """
 
     def __init__(
         self,

@@ -24,15 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16likely/v1/models.proto\x12\tlikely.v1\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.likely.v1.Model\"<\n\x0fGetModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"J\n\x10GetModelResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x1f\n\x05model\x18\x02 \x01(\x0b\x32\x10.likely.v1.Model\"\x9a\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x10\n\x08\x63hannels\x18\x04 \x01(\x05\x12\x0e\n\x06height\x18\x05 \x01(\x05\x12\r\n\x05width\x18\x06 \x01(\x05\x12\x0e\n\x06levels\x18\x07 \x01(\x05\x12 \n\x06labels\x18\x08 \x03(\x0b\x32\x10.likely.v1.Label\x12\x0f\n\x07methods\x18\t \x03(\t\x12/\n\x0c\x64\x65nsity_kind\x18\n \x01(\x0e\x32\x19.likely.v1.LikelihoodKind\x12\x33\n\x10\x63onditional_kind\x18\x0b \x01(\x0e\x32\x19.likely.v1.LikelihoodKind\x12\x1a\n\x12importance_samples\x18\x0c \x01(\x05\x12\x19\n\x11latent_dimensions\x18\r \x01(\x05\x12\x18\n\x10\x63\x61libration_size\x18\x0e \x01(\x05\x12\x14\n\x0c\x66inest_alpha\x18\x0f \x01(\x01\x12\x15\n\rdefault_alpha\x18\x10 \x01(\x01\x12\x1d\n\x15posterior_temperature\x18\x11 \x01(\x01\x12\x1b\n\x13\x65xecution_providers\x18\x12 \x03(\t\x12!\n\x06limits\x18\x13 \x01(\x0b\x32\x11.likely.v1.Limits\x12\x0e\n\x06\x64igest\x18\x14 \x01(\t\x12\x16\n\x0eversion_labels\x18\x15 \x03(\t\"$\n\x05Label\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05prior\x18\x02 \x01(\x01\"\xfa\x01\n\x06Limits\x12\x1a\n\x12images_per_request\x18\x01 \x01(\x03\x12\x1d\n\x15images_per_generation\x18\x02 \x01(\x03\x12\x18\n\x10images_per_chunk\x18\x03 \x01(\x03\x12\x15\n\rrequest_bytes\x18\x04 \x01(\x03\x12\x16\n\x0eresponse_bytes\x18\x05 \x01(\x03\x12\x15\n\rqueued_images\x18\x06 \x01(\x03\x12\x14\n\x0cqueued_bytes\x18\x07 \x01(\x03\x12 \n\x18\x63lient_images_per_second\x18\x08 \x01(\x01\x12\x1d\n\x15\x63lient_images_at_once\x18\t \x01(\x03*\x80\x01\n\x0eLikelihoodKind\x12\x1f\n\x1bLIKELIHOOD_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15LIKELIHOOD_KIND_EXACT\x10\x01\x12\x18\n\x14LIKELIHOOD_KIND_ELBO\x10\x02\x12\x18\n\x14LIKELIHOOD_KIND_IWAE\x10\x03\x32\x9e\x01\n\x0cModelService\x12I\n\nListModels\x12\x1c.likely.v1.ListModelsRequest\x1a\x1d.likely.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.likely.v1.GetModelRequest\x1a\x1b.likely.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16likely/v1/models.proto\x12\tlikely.v1\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.likely.v1.Model\"<\n\x0fGetModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"J\n\x10GetModelResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x1f\n\x05model\x18\x02 \x01(\x0b\x32\x10.likely.v1.Model\"\xf3\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x10\n\x08\x63hannels\x18\x04 \x01(\x05\x12\x0e\n\x06height\x18\x05 \x01(\x05\x12\r\n\x05width\x18\x06 \x01(\x05\x12\x0e\n\x06levels\x18\x07 \x01(\x05\x12 \n\x06labels\x18\x08 \x03(\x0b\x32\x10.likely.v1.Label\x12\x0f\n\x07methods\x18\t \x03(\t\x12/\n\x0c\x64\x65nsity_kind\x18\n \x01(\x0e\x32\x19.likely.v1.LikelihoodKind\x12\x33\n\x10\x63onditional_kind\x18\x0b \x01(\x0e\x32\x19.likely.v1.LikelihoodKind\x12\x1a\n\x12importance_samples\x18\x0c \x01(\x05\x12\x19\n\x11latent_dimensions\x18\r \x01(\x05\x12\x18\n\x10\x63\x61libration_size\x18\x0e \x01(\x05\x12\x14\n\x0c\x66inest_alpha\x18\x0f \x01(\x01\x12\x15\n\rdefault_alpha\x18\x10 \x01(\x01\x12\x1d\n\x15posterior_temperature\x18\x11 \x01(\x01\x12\x1b\n\x13\x65xecution_providers\x18\x12 \x03(\t\x12!\n\x06limits\x18\x13 \x01(\x0b\x32\x11.likely.v1.Limits\x12\x0e\n\x06\x64igest\x18\x14 \x01(\t\x12\x16\n\x0eversion_labels\x18\x15 \x03(\t\x12\x16\n\x0e\x64iscriminative\x18\x16 \x01(\x08\x12(\n\ndirections\x18\x19 \x03(\x0b\x32\x14.likely.v1.Direction\x12\x15\n\rdeterministic\x18\x1a \x01(\x08\"A\n\tDirection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.likely.v1.DirectionKind\"$\n\x05Label\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05prior\x18\x02 \x01(\x01\"\xfa\x01\n\x06Limits\x12\x1a\n\x12images_per_request\x18\x01 \x01(\x03\x12\x1d\n\x15images_per_generation\x18\x02 \x01(\x03\x12\x18\n\x10images_per_chunk\x18\x03 \x01(\x03\x12\x15\n\rrequest_bytes\x18\x04 \x01(\x03\x12\x16\n\x0eresponse_bytes\x18\x05 \x01(\x03\x12\x15\n\rqueued_images\x18\x06 \x01(\x03\x12\x14\n\x0cqueued_bytes\x18\x07 \x01(\x03\x12 \n\x18\x63lient_images_per_second\x18\x08 \x01(\x01\x12\x1d\n\x15\x63lient_images_at_once\x18\t \x01(\x03*\x80\x01\n\x0eLikelihoodKind\x12\x1f\n\x1bLIKELIHOOD_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15LIKELIHOOD_KIND_EXACT\x10\x01\x12\x18\n\x14LIKELIHOOD_KIND_ELBO\x10\x02\x12\x18\n\x14LIKELIHOOD_KIND_IWAE\x10\x03*g\n\rDirectionKind\x12\x1e\n\x1a\x44IRECTION_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44IRECTION_KIND_ATTRIBUTE\x10\x01\x12\x18\n\x14\x44IRECTION_KIND_LABEL\x10\x02\x32\x9e\x01\n\x0cModelService\x12I\n\nListModels\x12\x1c.likely.v1.ListModelsRequest\x1a\x1d.likely.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.likely.v1.GetModelRequest\x1a\x1b.likely.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'likely.v1.models_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LIKELIHOODKIND']._serialized_start=1085
-  _globals['_LIKELIHOODKIND']._serialized_end=1213
+  _globals['_LIKELIHOODKIND']._serialized_start=1241
+  _globals['_LIKELIHOODKIND']._serialized_end=1369
+  _globals['_DIRECTIONKIND']._serialized_start=1371
+  _globals['_DIRECTIONKIND']._serialized_end=1474
   _globals['_LISTMODELSREQUEST']._serialized_start=37
   _globals['_LISTMODELSREQUEST']._serialized_end=56
   _globals['_LISTMODELSRESPONSE']._serialized_start=58
@@ -42,11 +44,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELRESPONSE']._serialized_start=176
   _globals['_GETMODELRESPONSE']._serialized_end=250
   _globals['_MODEL']._serialized_start=253
-  _globals['_MODEL']._serialized_end=791
-  _globals['_LABEL']._serialized_start=793
-  _globals['_LABEL']._serialized_end=829
-  _globals['_LIMITS']._serialized_start=832
-  _globals['_LIMITS']._serialized_end=1082
-  _globals['_MODELSERVICE']._serialized_start=1216
-  _globals['_MODELSERVICE']._serialized_end=1374
+  _globals['_MODEL']._serialized_end=880
+  _globals['_DIRECTION']._serialized_start=882
+  _globals['_DIRECTION']._serialized_end=947
+  _globals['_LABEL']._serialized_start=949
+  _globals['_LABEL']._serialized_end=985
+  _globals['_LIMITS']._serialized_start=988
+  _globals['_LIMITS']._serialized_end=1238
+  _globals['_MODELSERVICE']._serialized_start=1477
+  _globals['_MODELSERVICE']._serialized_end=1635
 # @@protoc_insertion_point(module_scope)

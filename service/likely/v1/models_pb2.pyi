@@ -55,6 +55,30 @@ estimated from `importance_samples` samples.
 """
 Global___LikelihoodKind: typing_extensions.TypeAlias = LikelihoodKind
 
+class _DirectionKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DirectionKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DirectionKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DIRECTION_KIND_UNSPECIFIED: _DirectionKind.ValueType  # 0
+    """Never sent."""
+    DIRECTION_KIND_ATTRIBUTE: _DirectionKind.ValueType  # 1
+    """From an attribute that was measured on pictures."""
+    DIRECTION_KIND_LABEL: _DirectionKind.ValueType  # 2
+    """From the pictures of one label and those of all others."""
+
+class DirectionKind(_DirectionKind, metaclass=_DirectionKindEnumTypeWrapper):
+    """What a direction was found from."""
+
+DIRECTION_KIND_UNSPECIFIED: DirectionKind.ValueType  # 0
+"""Never sent."""
+DIRECTION_KIND_ATTRIBUTE: DirectionKind.ValueType  # 1
+"""From an attribute that was measured on pictures."""
+DIRECTION_KIND_LABEL: DirectionKind.ValueType  # 2
+"""From the pictures of one label and those of all others."""
+Global___DirectionKind: typing_extensions.TypeAlias = DirectionKind
+
 @typing.final
 class ListModelsRequest(google.protobuf.message.Message):
     """Asks for all models."""
@@ -163,6 +187,9 @@ class Model(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
     VERSION_LABELS_FIELD_NUMBER: builtins.int
+    DISCRIMINATIVE_FIELD_NUMBER: builtins.int
+    DIRECTIONS_FIELD_NUMBER: builtins.int
+    DETERMINISTIC_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The model's name."""
     version: builtins.str
@@ -201,6 +228,15 @@ class Model(google.protobuf.message.Message):
     """SHA-256 of the bundle's manifest, hexadecimal: two servers that give the
     same digest give the same model.
     """
+    discriminative: builtins.bool
+    """Whether the model has p(y|x) itself: Classify then takes the
+    discriminative rule, even where `methods`, which is about the generative
+    one, does not list it, and Generate draws by acceptance.
+    """
+    deterministic: builtins.bool
+    """Whether features are points without a variance and stand for pictures
+    without a distribution, as an autoencoder's: nothing can be drawn.
+    """
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Label]:
         """The labels in the model's order: index i of every answer is labels[i]."""
@@ -226,6 +262,10 @@ class Model(google.protobuf.message.Message):
         an empty model_version means.
         """
 
+    @property
+    def directions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Direction]:
+        """The directions that Traverse takes."""
+
     def __init__(
         self,
         *,
@@ -250,11 +290,38 @@ class Model(google.protobuf.message.Message):
         limits: Global___Limits | None = ...,
         digest: builtins.str = ...,
         version_labels: collections.abc.Iterable[builtins.str] | None = ...,
+        discriminative: builtins.bool = ...,
+        directions: collections.abc.Iterable[Global___Direction] | None = ...,
+        deterministic: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["calibration_size", b"calibration_size", "channels", b"channels", "conditional_kind", b"conditional_kind", "default_alpha", b"default_alpha", "density_kind", b"density_kind", "description", b"description", "digest", b"digest", "execution_providers", b"execution_providers", "finest_alpha", b"finest_alpha", "height", b"height", "importance_samples", b"importance_samples", "labels", b"labels", "latent_dimensions", b"latent_dimensions", "levels", b"levels", "limits", b"limits", "methods", b"methods", "name", b"name", "posterior_temperature", b"posterior_temperature", "version", b"version", "version_labels", b"version_labels", "width", b"width"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["calibration_size", b"calibration_size", "channels", b"channels", "conditional_kind", b"conditional_kind", "default_alpha", b"default_alpha", "density_kind", b"density_kind", "description", b"description", "deterministic", b"deterministic", "digest", b"digest", "directions", b"directions", "discriminative", b"discriminative", "execution_providers", b"execution_providers", "finest_alpha", b"finest_alpha", "height", b"height", "importance_samples", b"importance_samples", "labels", b"labels", "latent_dimensions", b"latent_dimensions", "levels", b"levels", "limits", b"limits", "methods", b"methods", "name", b"name", "posterior_temperature", b"posterior_temperature", "version", b"version", "version_labels", b"version_labels", "width", b"width"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
+
+@typing.final
+class Direction(google.protobuf.message.Message):
+    """A way through the latent features, along which one thing changes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name: of an attribute such as `slant`, or `label ` and a label's name."""
+    kind: Global___DirectionKind.ValueType
+    """What a point of 1 is. Of an attribute: one standard deviation of it within
+    a label. Of a label: the way from the mean of all others to its own.
+    """
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        kind: Global___DirectionKind.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "name", b"name"]) -> None: ...
+
+Global___Direction: typing_extensions.TypeAlias = Direction
 
 @typing.final
 class Label(google.protobuf.message.Message):

@@ -26,17 +26,19 @@ from likely.v1 import failures_pb2 as likely_dot_v1_dot_failures__pb2
 from likely.v1 import images_pb2 as likely_dot_v1_dot_images__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17likely/v1/scoring.proto\x12\tlikely.v1\x1a\x18likely/v1/failures.proto\x1a\x16likely/v1/images.proto\"\xb5\x01\n\x0cScoreRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12!\n\x06images\x18\x03 \x01(\x0b\x32\x11.likely.v1.Images\x12\x12\n\x05\x61lpha\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08surprise\x18\x05 \x01(\x08\x12\'\n\tguarantee\x18\x06 \x01(\x0e\x32\x14.likely.v1.GuaranteeB\x08\n\x06_alpha\"\x80\x01\n\x05Score\x12\x16\n\x0elog_likelihood\x18\x01 \x01(\x01\x12\x14\n\x0c\x62its_per_dim\x18\x02 \x01(\x01\x12\x0f\n\x07p_value\x18\x03 \x01(\x01\x12#\n\x07verdict\x18\x04 \x01(\x0e\x32\x12.likely.v1.Verdict\x12\x13\n\x0bunusualness\x18\x05 \x01(\x01\"i\n\rScoreResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12 \n\x06scores\x18\x02 \x03(\x0b\x32\x10.likely.v1.Score\x12\r\n\x05\x61lpha\x18\x03 \x01(\x01\x12\x10\n\x08surprise\x18\x04 \x01(\x0c\"\xcd\x01\n\x0f\x43lassifyRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12!\n\x06images\x18\x03 \x01(\x0b\x32\x11.likely.v1.Images\x12\x12\n\x05\x61lpha\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06priors\x18\x05 \x03(\x01\x12\x15\n\rmin_posterior\x18\x06 \x01(\x01\x12\'\n\tguarantee\x18\x07 \x01(\x0e\x32\x14.likely.v1.GuaranteeB\x08\n\x06_alpha\"\x99\x01\n\x0e\x43lassification\x12\x17\n\x0flog_likelihoods\x18\x01 \x03(\x01\x12\x11\n\tposterior\x18\x02 \x03(\x01\x12\r\n\x05label\x18\x03 \x01(\x05\x12\x0f\n\x07p_value\x18\x04 \x01(\x01\x12#\n\x07verdict\x18\x05 \x01(\x0e\x32\x12.likely.v1.Verdict\x12\x16\n\x0elabel_p_values\x18\x06 \x03(\x01\"l\n\x10\x43lassifyResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x32\n\x0f\x63lassifications\x18\x02 \x03(\x0b\x32\x19.likely.v1.Classification\x12\r\n\x05\x61lpha\x18\x03 \x01(\x01\"m\n\rEncodeRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12!\n\x06images\x18\x03 \x01(\x0b\x32\x11.likely.v1.Images\x12\x0e\n\x06labels\x18\x04 \x03(\x05\"v\n\x0e\x45ncodeResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x19\n\x11latent_dimensions\x18\x02 \x01(\x03\x12\x0c\n\x04mean\x18\x03 \x01(\x0c\x12\x14\n\x0clog_variance\x18\x04 \x01(\x0c\x12\x0e\n\x06labels\x18\x05 \x03(\x05\"S\n\x12ScoreStreamRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12(\n\x07request\x18\x02 \x01(\x0b\x32\x17.likely.v1.ScoreRequest\"@\n\x13ScoreStreamResponse\x12)\n\x08outcomes\x18\x01 \x03(\x0b\x32\x17.likely.v1.ScoreOutcome\"\x83\x01\n\x0cScoreOutcome\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x18.likely.v1.ScoreResponseH\x00\x12%\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.likely.v1.FailureH\x00\x42\t\n\x07outcome\"Y\n\x15\x43lassifyStreamRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.likely.v1.ClassifyRequest\"F\n\x16\x43lassifyStreamResponse\x12,\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1a.likely.v1.ClassifyOutcome\"\x89\x01\n\x0f\x43lassifyOutcome\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.likely.v1.ClassifyResponseH\x00\x12%\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.likely.v1.FailureH\x00\x42\t\n\x07outcome*d\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n\x10VERDICT_ACCEPTED\x10\x01\x12\x13\n\x0fVERDICT_OUTLIER\x10\x02\x12\x15\n\x11VERDICT_AMBIGUOUS\x10\x03*Q\n\tGuarantee\x12\x19\n\x15GUARANTEE_UNSPECIFIED\x10\x00\x12\x16\n\x12GUARANTEE_MARGINAL\x10\x01\x12\x11\n\rGUARANTEE_PAC\x10\x02\x32\xfd\x02\n\x0eScoringService\x12:\n\x05Score\x12\x17.likely.v1.ScoreRequest\x1a\x18.likely.v1.ScoreResponse\x12\x43\n\x08\x43lassify\x12\x1a.likely.v1.ClassifyRequest\x1a\x1b.likely.v1.ClassifyResponse\x12=\n\x06\x45ncode\x12\x18.likely.v1.EncodeRequest\x1a\x19.likely.v1.EncodeResponse\x12P\n\x0bScoreStream\x12\x1d.likely.v1.ScoreStreamRequest\x1a\x1e.likely.v1.ScoreStreamResponse(\x01\x30\x01\x12Y\n\x0e\x43lassifyStream\x12 .likely.v1.ClassifyStreamRequest\x1a!.likely.v1.ClassifyStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17likely/v1/scoring.proto\x12\tlikely.v1\x1a\x18likely/v1/failures.proto\x1a\x16likely/v1/images.proto\"\xb5\x01\n\x0cScoreRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12!\n\x06images\x18\x03 \x01(\x0b\x32\x11.likely.v1.Images\x12\x12\n\x05\x61lpha\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08surprise\x18\x05 \x01(\x08\x12\'\n\tguarantee\x18\x06 \x01(\x0e\x32\x14.likely.v1.GuaranteeB\x08\n\x06_alpha\"\x80\x01\n\x05Score\x12\x16\n\x0elog_likelihood\x18\x01 \x01(\x01\x12\x14\n\x0c\x62its_per_dim\x18\x02 \x01(\x01\x12\x0f\n\x07p_value\x18\x03 \x01(\x01\x12#\n\x07verdict\x18\x04 \x01(\x0e\x32\x12.likely.v1.Verdict\x12\x13\n\x0bunusualness\x18\x05 \x01(\x01\"i\n\rScoreResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12 \n\x06scores\x18\x02 \x03(\x0b\x32\x10.likely.v1.Score\x12\r\n\x05\x61lpha\x18\x03 \x01(\x01\x12\x10\n\x08surprise\x18\x04 \x01(\x0c\"\xff\x01\n\x0f\x43lassifyRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12!\n\x06images\x18\x03 \x01(\x0b\x32\x11.likely.v1.Images\x12\x12\n\x05\x61lpha\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06priors\x18\x05 \x03(\x01\x12\x15\n\rmin_posterior\x18\x06 \x01(\x01\x12\'\n\tguarantee\x18\x07 \x01(\x0e\x32\x14.likely.v1.Guarantee\x12\"\n\x04rule\x18\x08 \x01(\x0e\x32\x14.likely.v1.LabelRule\x12\x0c\n\x04\x62oth\x18\t \x01(\x08\x42\x08\n\x06_alpha\"\xbb\x01\n\x0e\x43lassification\x12\x17\n\x0flog_likelihoods\x18\x01 \x03(\x01\x12\x11\n\tposterior\x18\x02 \x03(\x01\x12\r\n\x05label\x18\x03 \x01(\x05\x12\x0f\n\x07p_value\x18\x04 \x01(\x01\x12#\n\x07verdict\x18\x05 \x01(\x0e\x32\x12.likely.v1.Verdict\x12\x16\n\x0elabel_p_values\x18\x06 \x03(\x01\x12 \n\x18\x63omposed_log_likelihoods\x18\x07 \x03(\x01\"\x90\x01\n\x10\x43lassifyResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x32\n\x0f\x63lassifications\x18\x02 \x03(\x0b\x32\x19.likely.v1.Classification\x12\r\n\x05\x61lpha\x18\x03 \x01(\x01\x12\"\n\x04rule\x18\x04 \x01(\x0e\x32\x14.likely.v1.LabelRule\"m\n\rEncodeRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12!\n\x06images\x18\x03 \x01(\x0b\x32\x11.likely.v1.Images\x12\x0e\n\x06labels\x18\x04 \x03(\x05\"v\n\x0e\x45ncodeResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x19\n\x11latent_dimensions\x18\x02 \x01(\x03\x12\x0c\n\x04mean\x18\x03 \x01(\x0c\x12\x14\n\x0clog_variance\x18\x04 \x01(\x0c\x12\x0e\n\x06labels\x18\x05 \x03(\x05\"S\n\x12ScoreStreamRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12(\n\x07request\x18\x02 \x01(\x0b\x32\x17.likely.v1.ScoreRequest\"@\n\x13ScoreStreamResponse\x12)\n\x08outcomes\x18\x01 \x03(\x0b\x32\x17.likely.v1.ScoreOutcome\"\x83\x01\n\x0cScoreOutcome\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x18.likely.v1.ScoreResponseH\x00\x12%\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.likely.v1.FailureH\x00\x42\t\n\x07outcome\"Y\n\x15\x43lassifyStreamRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.likely.v1.ClassifyRequest\"F\n\x16\x43lassifyStreamResponse\x12,\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1a.likely.v1.ClassifyOutcome\"\x89\x01\n\x0f\x43lassifyOutcome\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.likely.v1.ClassifyResponseH\x00\x12%\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.likely.v1.FailureH\x00\x42\t\n\x07outcome*d\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n\x10VERDICT_ACCEPTED\x10\x01\x12\x13\n\x0fVERDICT_OUTLIER\x10\x02\x12\x15\n\x11VERDICT_AMBIGUOUS\x10\x03*Q\n\tGuarantee\x12\x19\n\x15GUARANTEE_UNSPECIFIED\x10\x00\x12\x16\n\x12GUARANTEE_MARGINAL\x10\x01\x12\x11\n\rGUARANTEE_PAC\x10\x02*a\n\tLabelRule\x12\x1a\n\x16LABEL_RULE_UNSPECIFIED\x10\x00\x12\x19\n\x15LABEL_RULE_GENERATIVE\x10\x01\x12\x1d\n\x19LABEL_RULE_DISCRIMINATIVE\x10\x02\x32\xfd\x02\n\x0eScoringService\x12:\n\x05Score\x12\x17.likely.v1.ScoreRequest\x1a\x18.likely.v1.ScoreResponse\x12\x43\n\x08\x43lassify\x12\x1a.likely.v1.ClassifyRequest\x1a\x1b.likely.v1.ClassifyResponse\x12=\n\x06\x45ncode\x12\x18.likely.v1.EncodeRequest\x1a\x19.likely.v1.EncodeResponse\x12P\n\x0bScoreStream\x12\x1d.likely.v1.ScoreStreamRequest\x1a\x1e.likely.v1.ScoreStreamResponse(\x01\x30\x01\x12Y\n\x0e\x43lassifyStream\x12 .likely.v1.ClassifyStreamRequest\x1a!.likely.v1.ClassifyStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'likely.v1.scoring_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERDICT']._serialized_start=1803
-  _globals['_VERDICT']._serialized_end=1903
-  _globals['_GUARANTEE']._serialized_start=1905
-  _globals['_GUARANTEE']._serialized_end=1986
+  _globals['_VERDICT']._serialized_start=1924
+  _globals['_VERDICT']._serialized_end=2024
+  _globals['_GUARANTEE']._serialized_start=2026
+  _globals['_GUARANTEE']._serialized_end=2107
+  _globals['_LABELRULE']._serialized_start=2109
+  _globals['_LABELRULE']._serialized_end=2206
   _globals['_SCOREREQUEST']._serialized_start=89
   _globals['_SCOREREQUEST']._serialized_end=270
   _globals['_SCORE']._serialized_start=273
@@ -44,27 +46,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCORERESPONSE']._serialized_start=403
   _globals['_SCORERESPONSE']._serialized_end=508
   _globals['_CLASSIFYREQUEST']._serialized_start=511
-  _globals['_CLASSIFYREQUEST']._serialized_end=716
-  _globals['_CLASSIFICATION']._serialized_start=719
-  _globals['_CLASSIFICATION']._serialized_end=872
-  _globals['_CLASSIFYRESPONSE']._serialized_start=874
-  _globals['_CLASSIFYRESPONSE']._serialized_end=982
-  _globals['_ENCODEREQUEST']._serialized_start=984
-  _globals['_ENCODEREQUEST']._serialized_end=1093
-  _globals['_ENCODERESPONSE']._serialized_start=1095
-  _globals['_ENCODERESPONSE']._serialized_end=1213
-  _globals['_SCORESTREAMREQUEST']._serialized_start=1215
-  _globals['_SCORESTREAMREQUEST']._serialized_end=1298
-  _globals['_SCORESTREAMRESPONSE']._serialized_start=1300
-  _globals['_SCORESTREAMRESPONSE']._serialized_end=1364
-  _globals['_SCOREOUTCOME']._serialized_start=1367
-  _globals['_SCOREOUTCOME']._serialized_end=1498
-  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=1500
-  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=1589
-  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=1591
-  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=1661
-  _globals['_CLASSIFYOUTCOME']._serialized_start=1664
-  _globals['_CLASSIFYOUTCOME']._serialized_end=1801
-  _globals['_SCORINGSERVICE']._serialized_start=1989
-  _globals['_SCORINGSERVICE']._serialized_end=2370
+  _globals['_CLASSIFYREQUEST']._serialized_end=766
+  _globals['_CLASSIFICATION']._serialized_start=769
+  _globals['_CLASSIFICATION']._serialized_end=956
+  _globals['_CLASSIFYRESPONSE']._serialized_start=959
+  _globals['_CLASSIFYRESPONSE']._serialized_end=1103
+  _globals['_ENCODEREQUEST']._serialized_start=1105
+  _globals['_ENCODEREQUEST']._serialized_end=1214
+  _globals['_ENCODERESPONSE']._serialized_start=1216
+  _globals['_ENCODERESPONSE']._serialized_end=1334
+  _globals['_SCORESTREAMREQUEST']._serialized_start=1336
+  _globals['_SCORESTREAMREQUEST']._serialized_end=1419
+  _globals['_SCORESTREAMRESPONSE']._serialized_start=1421
+  _globals['_SCORESTREAMRESPONSE']._serialized_end=1485
+  _globals['_SCOREOUTCOME']._serialized_start=1488
+  _globals['_SCOREOUTCOME']._serialized_end=1619
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=1621
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=1710
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=1712
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=1782
+  _globals['_CLASSIFYOUTCOME']._serialized_start=1785
+  _globals['_CLASSIFYOUTCOME']._serialized_end=1922
+  _globals['_SCORINGSERVICE']._serialized_start=2209
+  _globals['_SCORINGSERVICE']._serialized_end=2590
 # @@protoc_insertion_point(module_scope)

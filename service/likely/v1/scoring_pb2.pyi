@@ -79,6 +79,34 @@ GUARANTEE_PAC: Guarantee.ValueType  # 2
 """Of this very model, with a confidence of 95 %: p-values are a little larger."""
 Global___Guarantee: typing_extensions.TypeAlias = Guarantee
 
+class _LabelRule:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LabelRuleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LabelRule.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LABEL_RULE_UNSPECIFIED: _LabelRule.ValueType  # 0
+    """The same as LABEL_RULE_GENERATIVE."""
+    LABEL_RULE_GENERATIVE: _LabelRule.ValueType  # 1
+    """Bayes' rule over the conditional model's p(x|y)."""
+    LABEL_RULE_DISCRIMINATIVE: _LabelRule.ValueType  # 2
+    """The discriminative model's own p(y|x), of models that have one (GetModel).
+    It is re-weighted by the request's priors over those of its training.
+    """
+
+class LabelRule(_LabelRule, metaclass=_LabelRuleEnumTypeWrapper):
+    """What a label is assigned by."""
+
+LABEL_RULE_UNSPECIFIED: LabelRule.ValueType  # 0
+"""The same as LABEL_RULE_GENERATIVE."""
+LABEL_RULE_GENERATIVE: LabelRule.ValueType  # 1
+"""Bayes' rule over the conditional model's p(x|y)."""
+LABEL_RULE_DISCRIMINATIVE: LabelRule.ValueType  # 2
+"""The discriminative model's own p(y|x), of models that have one (GetModel).
+It is re-weighted by the request's priors over those of its training.
+"""
+Global___LabelRule: typing_extensions.TypeAlias = LabelRule
+
 @typing.final
 class ScoreRequest(google.protobuf.message.Message):
     """Asks how plausible pictures are."""
@@ -212,6 +240,8 @@ class ClassifyRequest(google.protobuf.message.Message):
     PRIORS_FIELD_NUMBER: builtins.int
     MIN_POSTERIOR_FIELD_NUMBER: builtins.int
     GUARANTEE_FIELD_NUMBER: builtins.int
+    RULE_FIELD_NUMBER: builtins.int
+    BOTH_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     """The model's name as ListModels gives it. Required."""
     model_version: builtins.str
@@ -226,6 +256,12 @@ class ClassifyRequest(google.protobuf.message.Message):
     """
     guarantee: Global___Guarantee.ValueType
     """What alpha is to hold for."""
+    rule: Global___LabelRule.ValueType
+    """What assigns the label. Outliers are rejected under p(x) by either rule."""
+    both: builtins.bool
+    """Whether to ask the other rule's model too, so that the answer has
+    log p(x|y) by both. The posterior and the label stay those of `rule`.
+    """
     @property
     def images(self) -> likely.v1.images_pb2.Images:
         """The pictures. Zero pictures are answered by zero classifications."""
@@ -246,9 +282,11 @@ class ClassifyRequest(google.protobuf.message.Message):
         priors: collections.abc.Iterable[builtins.float] | None = ...,
         min_posterior: builtins.float = ...,
         guarantee: Global___Guarantee.ValueType = ...,
+        rule: Global___LabelRule.ValueType = ...,
+        both: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "images", b"images"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "guarantee", b"guarantee", "images", b"images", "min_posterior", b"min_posterior", "model_name", b"model_name", "model_version", b"model_version", "priors", b"priors"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "alpha", b"alpha", "both", b"both", "guarantee", b"guarantee", "images", b"images", "min_posterior", b"min_posterior", "model_name", b"model_name", "model_version", b"model_version", "priors", b"priors", "rule", b"rule"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
 
 Global___ClassifyRequest: typing_extensions.TypeAlias = ClassifyRequest
@@ -265,6 +303,7 @@ class Classification(google.protobuf.message.Message):
     P_VALUE_FIELD_NUMBER: builtins.int
     VERDICT_FIELD_NUMBER: builtins.int
     LABEL_P_VALUES_FIELD_NUMBER: builtins.int
+    COMPOSED_LOG_LIKELIHOODS_FIELD_NUMBER: builtins.int
     label: builtins.int
     """The index of the most probable label, whatever the verdict."""
     p_value: builtins.float
@@ -273,8 +312,10 @@ class Classification(google.protobuf.message.Message):
     """Whether the label is assigned."""
     @property
     def log_likelihoods(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """log p(x|y) in nats for every label, in the model's order. Exact, or a
-        lower bound estimated from importance samples: GetModel says which.
+        """The conditional model's log p(x|y) in nats for every label, in the model's
+        order. Exact, or a lower bound estimated from importance samples: GetModel
+        says which. Empty where that model was not asked: under the discriminative
+        rule without `both`.
         """
 
     @property
@@ -286,7 +327,18 @@ class Classification(google.protobuf.message.Message):
         """A calibrated p-value of the picture under every label, in the model's
         order, in (0, 1]. The labels whose p-value exceeds alpha hold the true one
         with probability 1 - alpha, whatever that label is: none of them for an
-        outlier, several for an ambiguous picture.
+        outlier, several for an ambiguous picture. They rank the generative rule's
+        posterior, so they are empty where log_likelihoods is.
+        """
+
+    @property
+    def composed_log_likelihoods(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """log p(x|y) = log p(y|x) + log p(x) - log p(y) in nats for every label, in
+        the model's order: from the discriminative model, log p(x) as Score gives
+        it, and the model's own priors, whatever the request's. No bound where
+        log p(x) is exact; it normalises as far as the discriminative model's
+        labels are as frequent under p(x) as the priors say. Minus infinity for a
+        label of prior 0. Empty where the discriminative model was not asked.
         """
 
     def __init__(
@@ -298,8 +350,9 @@ class Classification(google.protobuf.message.Message):
         p_value: builtins.float = ...,
         verdict: Global___Verdict.ValueType = ...,
         label_p_values: collections.abc.Iterable[builtins.float] | None = ...,
+        composed_log_likelihoods: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["label", b"label", "label_p_values", b"label_p_values", "log_likelihoods", b"log_likelihoods", "p_value", b"p_value", "posterior", b"posterior", "verdict", b"verdict"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["composed_log_likelihoods", b"composed_log_likelihoods", "label", b"label", "label_p_values", b"label_p_values", "log_likelihoods", b"log_likelihoods", "p_value", b"p_value", "posterior", b"posterior", "verdict", b"verdict"]) -> None: ...
 
 Global___Classification: typing_extensions.TypeAlias = Classification
 
@@ -312,10 +365,13 @@ class ClassifyResponse(google.protobuf.message.Message):
     MODEL_VERSION_FIELD_NUMBER: builtins.int
     CLASSIFICATIONS_FIELD_NUMBER: builtins.int
     ALPHA_FIELD_NUMBER: builtins.int
+    RULE_FIELD_NUMBER: builtins.int
     model_version: builtins.str
     """The version of the model that gave this answer."""
     alpha: builtins.float
     """The alpha that the verdicts were given at."""
+    rule: Global___LabelRule.ValueType
+    """What the labels were assigned by; never LABEL_RULE_UNSPECIFIED."""
     @property
     def classifications(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Classification]:
         """One classification for each picture."""
@@ -326,8 +382,9 @@ class ClassifyResponse(google.protobuf.message.Message):
         model_version: builtins.str = ...,
         classifications: collections.abc.Iterable[Global___Classification] | None = ...,
         alpha: builtins.float = ...,
+        rule: Global___LabelRule.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["alpha", b"alpha", "classifications", b"classifications", "model_version", b"model_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alpha", b"alpha", "classifications", b"classifications", "model_version", b"model_version", "rule", b"rule"]) -> None: ...
 
 Global___ClassifyResponse: typing_extensions.TypeAlias = ClassifyResponse
 
@@ -389,10 +446,14 @@ class EncodeResponse(google.protobuf.message.Message):
     (picture, latent dimension).
     """
     log_variance: builtins.bytes
-    """The natural logarithms of the variances of q(z|x, y), packed likewise."""
+    """The natural logarithms of the variances of q(z|x, y), packed likewise.
+    Empty for a deterministic model (GetModel), whose features have none.
+    """
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The labels that the features were computed under, one for each picture."""
+        """The labels that the features were computed under, one for each picture; -1
+        where they depend on none.
+        """
 
     def __init__(
         self,

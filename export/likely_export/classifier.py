@@ -1,0 +1,116 @@
+"""A discriminative model: p(y|x) learnt directly, by a small convolutional network.
+
+It knows nothing of p(x), so it labels whatever it is shown, noise too; what it is worth
+beside a density is Bayes' rule in the other direction,
+
+    p(x|y) = p(y|x) p(x) / p(y).
+
+Each stage is a 3 x 3 convolution, a rectifier and the maximum of 2 x 2 pixels, as in
+LeCun et al., 1998 (https://doi.org/10.1109/5.726791) but for the maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from likely.errors import InvalidInput
+from likely_export import calibrate
+from likely_export.data import Split
+from likely_export.moves import NONE, Moves
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Everything that shapes a classifier.
+
+    Attributes:
+        shape: channels, rows, columns of a picture.
+        levels: levels of a pixel.
+        labels: how many, at least 2.
+        channels: of each stage, which halves the picture.
+        width: features of the hidden layer.
+        dropout: share of what the hidden layer sees that is dropped in training.
+        moves: what is done to pictures before training sees them.
+    """
+
+    shape: tuple[int, int, int]
+    levels: int
+    labels: int
+    channels: tuple[int, ...] = (16, 32, 64)
+    width: int = 128
+    dropout: float = 0.2
+    moves: Moves = NONE
+
+    def __post_init__(self) -> None:
+        if isinstance(self.moves, Mapping):  # as a file of weights holds it
+            object.__setattr__(self, "moves", Moves(**self.moves))
+        if self.labels < 2:
+            raise InvalidInput("labels", f"{self.labels}; a classifier needs at least 2")
+        if not self.channels:
+            raise InvalidInput("channels", "none are given; a classifier needs a stage")
+
+
+class Classifier(nn.Module):
+    """log p(y|x) of discrete pictures, as sure as its temperature makes it."""
+
+    temperature: Tensor
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        stages: list[nn.Module] = []
+        c, height, width = config.shape
+        for channels in config.channels:
+            stages += [
+                nn.Conv2d(c, channels, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
+            c, height, width = channels, -(-height // 2), -(-width // 2)
+        self.features = nn.Sequential(
+            *stages,
+            nn.Flatten(),
+            nn.Dropout(config.dropout),
+            nn.Linear(c * height * width, config.width),
+            nn.ReLU(),
+        )
+        self.out = nn.Linear(config.width, config.labels)
+        self.register_buffer("temperature", torch.ones(()))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """log p(y|x) but for temperature and a constant, (n, labels) of uint8 (n, c, h, w)."""
+        scaled = x.float() * (2 / (self.config.levels - 1)) - 1
+        logits: Tensor = self.out(self.features(scaled))
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """log p(y|x) in nats, (n, labels) of uint8 (n, c, h, w)."""
+        return functional.log_softmax(self.logits(x) / self.temperature, 1)
+
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        """-log p(y|x) of moved pictures in nats (n,), for y: int64 (n,)."""
+        moves = self.config.moves
+        return self.evaluate(moves.of(x) if moves else x, y)
+
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
+        """-log p(y|x) in nats (n,), for y: int64 (n,)."""
+        return functional.cross_entropy(self.logits(x), y, reduction="none")
+
+
+@torch.no_grad()
+def fit_temperature(model: Classifier, held_out: Split, batch: int = 256) -> float:
+    """Sets the temperature that makes labels of pictures not learnt from likeliest; gives it.
+
+    Guo et al., 2017 (https://arxiv.org/abs/1706.04599).
+    """
+    parts = [model.logits(part) for part in torch.from_numpy(held_out.x).split(batch)]
+    even = np.full(model.config.labels, 1 / model.config.labels)
+    found = calibrate.temperature(torch.cat(parts).numpy(), held_out.y, even)
+    model.temperature.fill_(found)
+    return found

@@ -1,0 +1,335 @@
+"""The family side by side: what each member learns, which question it answers, at what cost.
+
+A member is a bundle. All are asked the same about the same pictures, through ONNX Runtime as
+a server would. What a member has no graph for is missing from its row, which is an answer too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.decomposition import PCA
+
+from likely import bayes
+from likely.answers import Doubles, Pixels
+from likely.bundle import Bundle, Manifest, Role
+from likely.engine import Engine
+from likely.errors import InvalidInput
+from likely.graphs import Device, Session
+from likely_export import families, features, measures
+from likely_export.data import Dataset
+from likely_export.evaluate import BOUND, EVALUATION
+from likely_export.generated import BATCH, SEED, batched
+from likely_export.graphs import example
+from likely_export.judge import Judge, taught
+from likely_export.train import Model
+
+Inputs = npt.NDArray[np.floating]
+
+ALPHA = 0.05
+SURE = 0.9
+ROUNDS = 5
+TRAINED = 32  # pictures of a step whose time is taken
+GENERATIVE, DISCRIMINATIVE = "by p(x|y)", "by p(y|x)"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many pictures each figure is taken over, at most.
+
+    Attributes:
+        test: of the test part.
+        outside: of every set that is none of the data.
+        drawn: by each member that draws.
+        labelled: that a linear probe learns from.
+        steps: of training the judge of draws.
+        shown: draws of each member, for the report.
+    """
+
+    test: int = 2000
+    outside: int = 500
+    drawn: int = 500
+    labelled: tuple[int, ...] = (1_000, 10_000)
+    steps: int = 1500
+    shown: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The figures, and what a report shows beside them.
+
+    Attributes:
+        figures: values for JSON; `members` has a row for each bundle by its name.
+        drawn: uint8 (k, c, h, w), draws by member.
+        outside: uint8 (k, c, h, w), a few pictures of each set that is none of the data.
+        levels: of a pixel.
+    """
+
+    figures: dict[str, Any]
+    drawn: dict[str, Pixels]
+    outside: dict[str, Pixels]
+    levels: int
+
+
+def compare(
+    bundles: Sequence[Path],
+    data: Dataset,
+    others: Mapping[str, Pixels] | None = None,
+    sizes: Sizes | None = None,
+) -> Comparison:
+    """All members on the test part of the data that they were made with.
+
+    Args:
+        bundles: folders; each is verified.
+        data: the data set of all of them.
+        others: other data sets, uint8 (n, c, h, w), beside noise and blank pictures.
+        sizes: how many pictures to spend.
+
+    Raises:
+        InvalidInput: a bundle was made with other data, or two have one name.
+    """
+    sizes = sizes or Sizes()
+    opened = [Bundle.open(folder) for folder in bundles]
+    _require_alike(opened, data)
+    judge = taught(data.train.x, data.train.y, data.levels, len(data.labels), steps=sizes.steps)
+    outside = _outside(data, others or {}, sizes.outside)
+    members: dict[str, Any] = {}
+    drawn: dict[str, Pixels] = {}
+    for bundle in opened:
+        member = _Member(bundle, data, judge, outside, sizes)
+        members[bundle.manifest.name] = member.row()
+        if member.drawn is not None:
+            drawn[bundle.manifest.name] = member.drawn[: sizes.shown]
+    test = data.test.x[: sizes.test]
+    figures = {
+        "pictures": len(test),
+        "alpha": ALPHA,
+        "members": members,
+        "judge_accuracy": measures.mean(
+            judge.posterior(test).argmax(1) == data.test.y[: len(test)]
+        ),
+        "probe_of_pixels": _probe(_flat(data.train.x), _flat(test), data, sizes),
+    }
+    return Comparison(figures, drawn, {n: x[:1] for n, x in outside.items()}, data.levels)
+
+
+def _require_alike(bundles: Sequence[Bundle], data: Dataset) -> None:
+    names: set[str] = set()
+    for bundle in bundles:
+        manifest = bundle.manifest
+        if manifest.data_digest != data.digest:
+            raise InvalidInput(manifest.name, "was made with other data, or data divided otherwise")
+        if manifest.name in names:
+            raise InvalidInput(manifest.name, "is the name of two bundles")
+        names.add(manifest.name)
+
+
+def _outside(data: Dataset, others: Mapping[str, Pixels], most: int) -> dict[str, Pixels]:
+    """Pictures that no label of the data fits."""
+    generator = np.random.Generator(np.random.Philox(key=[SEED, 5]))
+    noise = generator.integers(0, data.levels, (most, *data.shape)).astype(np.uint8)
+    made = {"noise": noise, "blank": np.zeros((1, *data.shape), np.uint8)}
+    return made | {name: x[:: max(1, len(x) // most)][:most] for name, x in others.items()}
+
+
+class _Member:
+    """One bundle, asked everything that it can answer."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        data: Dataset,
+        judge: Judge,
+        outside: Mapping[str, Pixels],
+        sizes: Sizes,
+    ) -> None:
+        self.bundle, self.data, self.judge = bundle, data, judge
+        self.outside, self.sizes = outside, sizes
+        self.manifest: Manifest = bundle.manifest
+        self.x, self.y = data.test.x[: sizes.test], data.test.y[: sizes.test]
+        self.drawn: Pixels | None = None
+
+    def row(self) -> dict[str, Any]:
+        engine = Engine.load(self.bundle, device=Device("cpu"), threads=1, max_batch=BATCH)
+        try:
+            return {
+                "models": dict(self._models()),
+                "learns": learns(self.manifest),
+                **asyncio.run(self._density(engine)),
+                "accuracy": asyncio.run(self._accuracy(engine)),
+                "outside": asyncio.run(self._asked_of_nothing(engine)),
+                **asyncio.run(self._draws(engine)),
+                **self._features(engine),
+                "milliseconds": self._costs(),
+            }
+        finally:
+            engine.close()
+
+    def _models(self) -> Iterator[tuple[str, list[str]]]:
+        """The families behind each graph."""
+        recipe = self.manifest.recipe
+        for role, named in recipe.get("roles", {}).items():
+            names = [named] if isinstance(named, str) else named
+            yield role, [recipe["models"][name]["family"] for name in names]
+
+    async def _density(self, engine: Engine) -> dict[str, Any]:
+        if Role.DENSITY in self.manifest.graphs:
+            scores = await engine.score(self.x, ALPHA)
+            return {
+                "nats": measures.mean(-scores.log_px) | {"kind": "exact"},
+                "bits_per_dim": measures.mean(scores.bits_per_dim),
+            }
+        if EVALUATION in self.manifest.files:
+            told = json.loads((self.bundle.path / EVALUATION).read_bytes())
+            if BOUND in told:
+                return {"nats": told[BOUND] | {"kind": "bound"}}
+        return {}
+
+    async def _accuracy(self, engine: Engine) -> dict[str, Any]:
+        return {
+            rule: measures.mean(posterior.argmax(1) == self.y)
+            for rule, posterior in (await self._posteriors(engine, self.x)).items()
+        }
+
+    async def _posteriors(self, engine: Engine, x: Pixels) -> dict[str, Doubles]:
+        """p(y|x) (n, labels) by each rule that the member has, outliers not left out."""
+        found: dict[str, Doubles] = {}
+        if Role.CONDITIONAL in self.manifest.graphs:
+            found[GENERATIVE] = (await engine.classify(x, ALPHA)).posterior
+        if Role.DISCRIMINATE in self.manifest.graphs:
+            session = self._session(Role.DISCRIMINATE)
+            log_pyx = batched(session, {"x": x}, "log_pyx").astype(np.float64)
+            found[DISCRIMINATIVE] = bayes.posterior(log_pyx, np.ones(log_pyx.shape[1]))
+        return found
+
+    async def _asked_of_nothing(self, engine: Engine) -> dict[str, Any]:
+        """How many pictures that are none of the data are rejected, or named with confidence."""
+        found: dict[str, Any] = {}
+        for name, x in self.outside.items():
+            row: dict[str, float] = {}
+            if Role.DENSITY in self.manifest.graphs:
+                row["rejected"] = float(np.mean((await engine.score(x, ALPHA)).p_value <= ALPHA))
+            for rule, posterior in (await self._posteriors(engine, x)).items():
+                row[f"sure {rule}"] = float(np.mean(posterior.max(1) > SURE))
+            if row:
+                found[name] = row
+        return found
+
+    async def _draws(self, engine: Engine) -> dict[str, Any]:
+        graphs = self.manifest.graphs
+        graph = graphs.get(Role.SAMPLE) or graphs.get(Role.GENERATE)
+        if graph is None:
+            return {"draws": "nothing"}
+        labels = len(self.manifest.labels) if graph.input("y") is not None else 0
+        each = self.sizes.drawn // max(1, labels)
+        x, y = [], []
+        for label in range(labels) if labels else (None,):
+            first = (label or 0) * each
+            async for chunk in engine.generate(label, each, SEED, first_index=first):
+                x.append(chunk.images)
+                y.append(np.full(len(chunk.images), label or 0))
+        drawn, asked = np.concatenate(x), np.concatenate(y)
+        if not labels:
+            self.drawn = drawn
+            return {"draws": "pictures"}
+        # Some of each label for those who look.
+        order = np.argsort(np.arange(len(drawn)) % each, kind="stable")
+        self.drawn = drawn[order]
+        shown = self.judge.posterior(drawn).argmax(1) == asked
+        return {"draws": "by label", "faithfulness": measures.mean(shown)}
+
+    def _features(self, engine: Engine) -> dict[str, Any]:
+        """What a linear probe reads from them, beside as many principal components."""
+        if Role.ENCODE not in self.manifest.graphs:
+            return {}
+        train = self.data.train.x[: max(self.sizes.labelled)]
+        z, test = (features.encoded(engine, x) for x in (train, self.x))
+        reduced = PCA(z.shape[1], svd_solver="full").fit(_flat(train))
+        components, others = (reduced.transform(_flat(x)) for x in (train, self.x))
+        return {
+            "features": {
+                "dimensions": z.shape[1],
+                "probe": _probe(z, test, self.data, self.sizes),
+                "probe_of_principal_components": _probe(components, others, self.data, self.sizes),
+            }
+        }
+
+    def _costs(self) -> dict[str, float]:
+        """Processor time of one thread a picture, in batches of 16: of each graph, of training."""
+        found: dict[str, float] = {}
+        levels, labels = self.manifest.levels, max(1, len(self.manifest.labels))
+        for role, spec in self.manifest.graphs.items():
+            session = self._session(role)
+            feeds = example(spec.inputs, BATCH, levels, labels, SEED)
+            outputs = [output.name for output in spec.outputs]
+            found[role.value] = 1e3 / BATCH * min(_clocked(session.run, feeds, outputs))
+        return found | {"training": self._training()}
+
+    def _training(self) -> float:
+        """A step of all models, forward and back, on pictures of the training part."""
+        recipe = self.manifest.recipe
+        x, y = (torch.from_numpy(part[:TRAINED]) for part in (self.data.train.x, self.data.train.y))
+        total = 0.0
+        for model in recipe.get("models", {}).values():
+            options = {k: v for k, v in model.items() if k not in ("family", "training")}
+            made = families.create(
+                model["family"],
+                options,
+                shape=self.data.shape,
+                levels=self.data.levels,
+                labels=len(self.data.labels),
+                seed=0,
+            )
+            total += min(_clocked(_step, cast(Model, made.train()), x, y))
+        return 1e3 / TRAINED * total
+
+    def _session(self, role: Role) -> Session:
+        return Session(self.bundle.graph(role), self.manifest.graphs[role], Device("cpu"))
+
+
+def learns(manifest: Manifest) -> list[str]:
+    """The distributions that a bundle gives, as one writes them, and whether it has features."""
+    graphs = manifest.graphs
+    labelled = [graphs[role].input("y") for role in (Role.SAMPLE, Role.GENERATE) if role in graphs]
+    drawn_by_label = any(spec is not None for spec in labelled)
+    return [
+        *(["p(x)"] if Role.DENSITY in graphs or (labelled and not drawn_by_label) else []),
+        *(["p(x|y)"] if Role.CONDITIONAL in graphs or drawn_by_label else []),
+        *(["p(y|x)"] if Role.DISCRIMINATE in graphs else []),
+        *(["features"] if Role.ENCODE in graphs else []),
+    ]
+
+
+def _step(model: Model, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Forward and back; gradients add up, which costs nothing."""
+    model.objective(x, y).mean().backward()
+
+
+def _clocked(call: Any, *arguments: Any) -> Iterator[float]:
+    """Processor seconds of so many calls, the first left out."""
+    call(*arguments)
+    for _ in range(ROUNDS):
+        began = time.process_time()
+        call(*arguments)
+        yield time.process_time() - began
+
+
+def _probe(z: Inputs, test: Inputs, data: Dataset, sizes: Sizes) -> dict[str, float]:
+    """A linear probe's accuracy by how many labelled pictures it learnt from."""
+    y_test = data.test.y[: len(test)]
+    found = features.probe(z, data.train.y[: len(z)], test, y_test, sizes.labelled)
+    return {str(size): value for size, value in found.items()}
+
+
+def _flat(x: Pixels) -> npt.NDArray[np.float32]:
+    flat: npt.NDArray[np.float32] = x.reshape(len(x), -1).astype(np.float32)
+    return flat

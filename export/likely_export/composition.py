@@ -1,0 +1,166 @@
+"""Bayes' rule in each direction, side by side: p(y|x) p(x) / p(y) beside a model's own p(x|y).
+
+Every figure is a function of the bundle, the pictures and the seed; the bundle is asked as
+a server would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from likely.answers import Acceptance, Doubles, Draws, LabelRule, Labels, Pixels, Verdict
+from likely.engine import Engine
+from likely_export import measures
+from likely_export.data import Split
+from likely_export.judge import Judge
+
+SURE = 0.9
+MOST_DRAWS = 1000
+SEED = 20261128
+
+
+async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[str, Any]:
+    """How p(x|y) by composition and by the conditional model agree, and what each decides.
+
+    Args:
+        engine: of a bundle with a conditional and a discriminative model.
+        part: pictures and their labels.
+        alpha: accepted rate of false rejections.
+
+    Returns:
+        Spearman's rank correlation of log p(x|y) between the two, over pictures under their
+        own label, over all labels of a picture, and over all but its own (means over pictures);
+        accuracy, label NLL in nats and calibration error by either rule, of all pictures;
+        how often the two assign one label; the rate of false rejections.
+    """
+    rules = {rule: await engine.classify(part.x, alpha, rule=rule, both=True) for rule in LabelRule}
+    answer, rows = rules[LabelRule.GENERATIVE], np.arange(len(part))
+    own, composed = answer.log_pxy, answer.composed
+    return {
+        "pictures": len(part),
+        "spearman_of_pictures": float(
+            spearmanr(own[rows, part.y], composed[rows, part.y]).statistic
+        ),
+        "spearman_of_labels": measures.mean(_row_correlations(own, composed)),
+        "spearman_of_other_labels": measures.mean(
+            _row_correlations(_others(own, part.y), _others(composed, part.y))
+        ),
+        "by": {
+            rule.name.lower(): {
+                "accuracy": measures.mean(found.label == part.y),
+                "label_nll_nats": measures.mean(
+                    -np.log(np.maximum(found.posterior[rows, part.y], 1e-300))
+                ),
+                "ece": measures.calibration_error(found.posterior, part.y),
+                "log_pxy_nats": measures.mean(values[rows, part.y]),
+            }
+            for (rule, found), values in zip(rules.items(), (own, composed), strict=True)
+        },
+        "agree": measures.mean(
+            rules[LabelRule.GENERATIVE].label == rules[LabelRule.DISCRIMINATIVE].label
+        ),
+        "rejected": measures.mean(answer.verdict == Verdict.OUTLIER),
+    }
+
+
+async def drawings(
+    engine: Engine, judge: Judge, each: int, *, seed: int = SEED, own: bool = True
+) -> dict[str, Any]:
+    """Whether draws show their label, by acceptance and by the model's own p(x|y).
+
+    Args:
+        engine: of a bundle with a sampler and a discriminative model.
+        judge: an independent classifier, to name what was drawn.
+        each: pictures of a label.
+        seed: of the draws.
+        own: whether the model draws with a label itself, to be judged too.
+    """
+    ways: dict[str, Acceptance | None] = {"acceptance": Acceptance(MOST_DRAWS)}
+    if own:
+        ways["own"] = None
+    found: dict[str, Any] = {}
+    for name, acceptance in ways.items():
+        drawn = [
+            await _drawn(engine, label, each, seed, acceptance)
+            for label in range(len(engine.manifest.labels))
+        ]
+        found[name] = _judged(engine, judge, drawn)
+    return found
+
+
+async def confidence(
+    engine: Engine, sets: Mapping[str, Pixels], alpha: float = 0.05
+) -> dict[str, dict[str, Any]]:
+    """How sure p(y|x) is of pictures that are none of its labels', and how many p(x) rejects.
+
+    Args:
+        engine: of a bundle with a discriminative model.
+        sets: uint8 (n, c, h, w) by name.
+        alpha: accepted rate of false rejections.
+    """
+    found = {}
+    for name, x in sets.items():
+        answer = await engine.classify(x, alpha, rule=LabelRule.DISCRIMINATIVE)
+        sure = answer.posterior.max(1)
+        found[name] = {
+            "pictures": len(x),
+            "surest_posterior": measures.mean(sure),
+            "above_0.9": measures.mean(sure > SURE),
+            "rejected": measures.mean(answer.verdict == Verdict.OUTLIER),
+            "commonest_label": engine.manifest.labels[int(np.bincount(answer.label).argmax())].name,
+        }
+    return found
+
+
+def noise_pictures(
+    shape: tuple[int, int, int], levels: int, n: int, seed: int = 0
+) -> dict[str, Pixels]:
+    """Pictures of nothing: every pixel a level at random, lowest or highest, and all one level."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, 12]))
+    top = levels - 1
+    made = {
+        "uniform": generator.integers(0, levels, (n, *shape)),
+        "binary": generator.integers(0, 2, (n, *shape)) * top,
+        "flat": np.broadcast_to(generator.integers(0, levels, (n, 1, 1, 1)), (n, *shape)),
+    }
+    return {name: np.ascontiguousarray(x, dtype=np.uint8) for name, x in made.items()}
+
+
+async def _drawn(
+    engine: Engine, label: int, each: int, seed: int, acceptance: Acceptance | None
+) -> list[Draws]:
+    first = label * each
+    chunks = engine.generate(label, each, seed, first_index=first, acceptance=acceptance)
+    return [chunk async for chunk in chunks]
+
+
+def _judged(engine: Engine, judge: Judge, drawn: list[list[Draws]]) -> dict[str, Any]:
+    """Whether the judge sees each label in its draws, and how many draws a picture took."""
+    shown, draws = [], []
+    for label, chunks in enumerate(drawn):
+        kept = np.concatenate([chunk.images[chunk.accepted] for chunk in chunks])
+        shown.append(judge.posterior(kept).argmax(1) == label)
+        draws.append(np.concatenate([chunk.draws for chunk in chunks]))
+    names = [label.name for label in engine.manifest.labels]
+    return {
+        "faithfulness": measures.mean(np.concatenate(shown)),
+        "faithfulness_by_label": {n: float(s.mean()) for n, s in zip(names, shown, strict=True)},
+        "kept": sum(map(len, shown)),
+        "draws_a_picture": measures.mean(np.concatenate(draws)),
+        "draws_by_label": {n: measures.mean(d) for n, d in zip(names, draws, strict=True)},
+    }
+
+
+def _others(values: Doubles, y: Labels) -> Doubles:
+    """The values of all labels but a picture's own, (n, labels - 1)."""
+    n, labels = values.shape
+    return values[np.arange(labels) != y[:, None]].reshape(n, labels - 1)
+
+
+def _row_correlations(a: Doubles, b: Doubles) -> Doubles:
+    """Spearman's rank correlation within each row, (n,)."""
+    return np.array([spearmanr(*pair).statistic for pair in zip(a, b, strict=True)])

@@ -1,0 +1,220 @@
+"""What latent features are worth: a linear probe, and whether a picture moves as it is told.
+
+The probe is multinomial logistic regression on so many labelled pictures, its penalty chosen
+on a fifth of them, beside the same on pixels and on as many principal components. Of a
+traversal it is asked whether the attribute of the draws follows the point, by Spearman's rank
+correlation, and whether an independent judge (`judge`) gives them their picture's label.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import spearmanr
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+
+from likely.answers import Labels, Pixels
+from likely.bundle import Bundle
+from likely.engine import Engine
+from likely.graphs import Device
+from likely.latent import Drawing
+from likely_export import judge
+from likely_export.attributes import measured
+from likely_export.data import Dataset
+from likely_export.judge import Judge
+
+LABELLED = (1_000, 10_000)
+STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # inverse penalties that a probe chooses from
+BATCH = 64
+CHUNK = 8  # pictures traversed at once
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is looked at.
+
+    Attributes:
+        labelled: pictures that probes learn from; those that there are, where there are fewer.
+        test: pictures that probes are tested on.
+        traversed: pictures that are moved along each direction.
+        draws: at each point.
+        steps: of the judge's training.
+    """
+
+    labelled: tuple[int, ...] = LABELLED
+    test: int = 10_000
+    traversed: int = 50
+    draws: int = 4
+    steps: int = 600
+
+
+POINTS = (-2.0, -4 / 3, -2 / 3, 0.0, 2 / 3, 4 / 3, 2.0)
+
+
+def probe(
+    features: npt.NDArray[np.floating],
+    y: Labels,
+    test: npt.NDArray[np.floating],
+    y_test: Labels,
+    sizes: Sequence[int] = LABELLED,
+) -> dict[int, float]:
+    """The accuracy on the test part, by how many labelled pictures were learnt from.
+
+    Args:
+        features: (n, z) of pictures in an order that says nothing.
+        y: int64 (n,).
+        test: (m, z).
+        y_test: int64 (m,).
+        sizes: how many of the first pictures are learnt from.
+    """
+    found: dict[int, float] = {}
+    for size in sizes:
+        z, labels = features[:size], y[:size]
+        middle, scale = z.mean(0), float(np.sqrt(z.var(0).mean())) or 1.0
+        z = (z - middle) / scale
+        held = len(z) // 5
+        scores = [
+            _fitted(z[held:], labels[held:], strength).score(z[:held], labels[:held])
+            for strength in STRENGTHS
+        ]
+        best = _fitted(z, labels, STRENGTHS[int(np.argmax(scores))])
+        found[len(labels)] = float(best.score((test - middle) / scale, y_test))
+    return found
+
+
+def traversal(
+    engine: Engine,
+    x: Pixels,
+    attribute: str,
+    judged: Judge,
+    *,
+    points: Sequence[float] = POINTS,
+    draws: int = 4,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How the draws of pictures follow the direction of an attribute.
+
+    Args:
+        engine: has that direction.
+        x: uint8 (n, c, h, w).
+        attribute: of `attributes`.
+        judged: says which label a picture has.
+        points: ascending, along the direction.
+        draws: at each point; where the engine cannot draw, means stand for them.
+        seed: of the draws.
+
+    Returns:
+        `spearman`: of point and attribute, averaged over the draws of a point, mean over
+        pictures; `spearman_least`: of the worst picture; `monotone`: the share of pictures with
+        0.9 or more; `label_kept`: the share of draws that keep the label of their picture;
+        `slope`: of the attribute, in its own unit a point.
+    """
+    drawn = _traversed(engine, x, attribute, points, draws, seed)
+    n, steps, each = drawn.shape[:3]
+    flat = drawn.reshape(-1, *drawn.shape[3:])
+    levels = engine.manifest.levels
+    values = measured(attribute, flat, levels).reshape(n, steps, each).mean(2)
+    ranks = np.array([float(spearmanr(points, row).statistic) for row in values])
+    own = judged.posterior(x).argmax(1)
+    found = judged.posterior(flat).argmax(1).reshape(n, steps * each)
+    return {
+        "spearman": float(ranks.mean()),
+        "spearman_least": float(ranks.min()),
+        "monotone": float((ranks >= 0.9).mean()),
+        "label_kept": float((found == own[:, None]).mean()),
+        "slope": float(np.polyfit(points, values.mean(0), 1)[0]),
+    }
+
+
+def evaluate(bundle: Path, data: Dataset, sizes: Sizes | None = None) -> dict[str, Any]:
+    """What the features of a bundle are worth on the test part.
+
+    Args:
+        bundle: a folder whose bundle encodes.
+        data: what it was made with.
+        sizes: how much is looked at.
+    """
+    sizes = sizes or Sizes()
+    engine = Engine.load(Bundle.open(bundle), device=Device("cpu"), threads=1, max_batch=BATCH)
+    try:
+        return _evaluated(engine, data, sizes)
+    finally:
+        engine.close()
+
+
+def _evaluated(engine: Engine, data: Dataset, sizes: Sizes) -> dict[str, Any]:
+    most = max(sizes.labelled)
+    x, y = data.train.x[:most], data.train.y[:most]
+    test, y_test = data.test.x[: sizes.test], data.test.y[: sizes.test]
+    features, held = encoded(engine, x), encoded(engine, test)
+    pixels, held_pixels = _flat(x), _flat(test)
+    reduced = PCA(features.shape[1], svd_solver="full").fit(pixels)
+    inputs: Mapping[str, tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]] = {
+        "features": (features, held),
+        "pixels": (pixels, held_pixels),
+        "principal_components": (reduced.transform(pixels), reduced.transform(held_pixels)),
+    }
+    figures: dict[str, Any] = {
+        "dimensions": features.shape[1],
+        "probe": {
+            name: {str(n): value for n, value in probe(z, y, far, y_test, sizes.labelled).items()}
+            for name, (z, far) in inputs.items()
+        },
+    }
+    latent = engine.manifest.latent
+    names = [d.name for d in latent.directions if d.kind == "attribute"] if latent else []
+    if names:
+        judged = judge.taught(
+            data.train.x, data.train.y, data.levels, len(data.labels), steps=sizes.steps
+        )
+        moved = data.test.x[: sizes.traversed]
+        figures["judge_accuracy"] = float((judged.posterior(test).argmax(1) == y_test).mean())
+        figures["traversal"] = {
+            name: traversal(engine, moved, name, judged, draws=sizes.draws) for name in names
+        }
+    return figures
+
+
+def encoded(engine: Engine, x: Pixels) -> npt.NDArray[np.float32]:
+    """The features' means (n, z) of pictures."""
+
+    async def all_of_them() -> list[npt.NDArray[np.float32]]:
+        parts = range(0, len(x), BATCH)
+        return [(await engine.encode(x[at : at + BATCH])).mean for at in parts]
+
+    return np.concatenate(asyncio.run(all_of_them()))
+
+
+def _traversed(
+    engine: Engine, x: Pixels, direction: str, points: Sequence[float], draws: int, seed: int
+) -> Pixels:
+    """Draws (n, points, draws, c, h, w), or the means as levels where nothing can be drawn."""
+    places, levels = np.array(points, np.float64), engine.manifest.levels
+    count = 0 if engine.manifest.deterministic else draws
+
+    async def all_of_them() -> list[Pixels]:
+        parts: list[Pixels] = []
+        for at in range(0, len(x), CHUNK):
+            drawing = Drawing(count, seed, at)
+            found = await engine.traverse(x[at : at + CHUNK], direction, places, drawing)
+            means = np.rint(found.mean * (levels - 1)).astype(np.uint8)[:, :, None]
+            parts.append(found.drawn if count else means)
+        return parts
+
+    return np.concatenate(asyncio.run(all_of_them()))
+
+
+def _fitted(z: npt.NDArray[np.floating], y: Labels, strength: float) -> LogisticRegression:
+    return LogisticRegression(C=strength, max_iter=300, tol=1e-3).fit(z, y)
+
+
+def _flat(x: Pixels) -> npt.NDArray[np.float32]:
+    flat: npt.NDArray[np.float32] = x.reshape(len(x), -1).astype(np.float32)
+    return flat

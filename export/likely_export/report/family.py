@@ -1,0 +1,145 @@
+"""A comparison as a page: the members of the family in rows, what each is good for in columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from likely.answers import Pixels
+from likely_export.report.frame import Heading, rendered
+from likely_export.report.pictures import sheet, tiles
+from likely_export.report.subject import View
+from likely_export.report.text import value, words
+
+COLUMNS = 10
+LEAD = (
+    "Which member answers which question: how plausible a picture is, which label it has, "
+    "whether to reject it, what a new one looks like, and what its features are worth."
+)
+
+
+def write(
+    path: Path,
+    figures: Mapping[str, Any],
+    drawn: Mapping[str, Pixels],
+    outside: Mapping[str, Pixels],
+    levels: int,
+) -> None:
+    """Leaves the page at that path: one HTML file that needs nothing else.
+
+    Args:
+        path: of the file.
+        figures: of a comparison.
+        drawn: uint8 (k, c, h, w), draws by member.
+        outside: uint8 (1, c, h, w), one picture of each set that is none of the data.
+        levels: of a pixel.
+    """
+    sections = (
+        ("answers", "Which member answers what", _answers(figures)),
+        ("family_draws", "What they draw", _drawn(figures, drawn, levels)),
+        ("nothing", "Asked about what is none of the data", _nothing(figures, outside, levels)),
+        ("probe", "What features are worth", _probed(figures)),
+        ("expense", "What it costs", _expense(figures)),
+    )
+    page = rendered(Heading("The family side by side", _title(figures)), LEAD, sections)
+    path.write_text(page, encoding="utf-8")
+
+
+def _title(figures: Mapping[str, Any]) -> str:
+    return f"{len(figures['members'])} models, {value(figures['pictures'])} test pictures"
+
+
+def _answers(figures: Mapping[str, Any]) -> View:
+    """A row a member: what it learns, how well, and what it cannot do."""
+    rows = []
+    for name, member in figures["members"].items():
+        nats = member.get("nats")
+        rows.append(
+            {
+                "name": name,
+                "families": ", ".join(_families(member)),
+                "learns": ", ".join(member["learns"]),
+                "nats": "" if nats is None else value(_measured(nats)),
+                "kind": "" if nats is None else nats["kind"],
+                "bits": _told(member.get("bits_per_dim")),
+                "accuracy": {rule: value(a, "share") for rule, a in member["accuracy"].items()},
+                "rejects": any("rejected" in row for row in member["outside"].values()),
+                "draws": member["draws"],
+            }
+        )
+    return {"rows": rows, "test": value(figures["pictures"])}
+
+
+def _drawn(figures: Mapping[str, Any], drawn: Mapping[str, Pixels], levels: int) -> View:
+    rows = [
+        {
+            "name": name,
+            "draws": figures["members"][name]["draws"],
+            "sheet": sheet(tiles(x, levels), f"{len(x)} draws of {name}", COLUMNS),
+            "faithfulness": _told(figures["members"][name].get("faithfulness"), "share"),
+        }
+        for name, x in drawn.items()
+    ]
+    judge = value(figures["judge_accuracy"], "share")
+    return {"rows": rows, "judge": judge} if rows else None
+
+
+def _nothing(figures: Mapping[str, Any], outside: Mapping[str, Pixels], levels: int) -> View:
+    """A column a set: the share that is rejected, or called by a label without doubt."""
+    rows = []
+    for name, member in figures["members"].items():
+        whats = dict.fromkeys(what for row in member["outside"].values() for what in row)
+        for what in whats:
+            shares = [member["outside"].get(x, {}).get(what) for x in outside]
+            told = ["" if share is None else value(share, "share") for share in shares]
+            rows.append({"name": name, "what": what, "shares": told, "bad": what != "rejected"})
+    heads = [
+        {"name": words(name), "picture": sheet(tiles(x, levels), f"one of {words(name)}", 1)}
+        for name, x in outside.items()
+    ]
+    return {"rows": rows, "heads": heads, "alpha": figures["alpha"]} if rows else None
+
+
+def _probed(figures: Mapping[str, Any]) -> View:
+    """A column a number of labelled pictures."""
+    pixels = figures["probe_of_pixels"]
+    rows = []
+    for name, member in figures["members"].items():
+        if (found := member.get("features")) is None:
+            continue
+        size = found["dimensions"]
+        components = found["probe_of_principal_components"]
+        rows.append({"name": name, "size": size, "shares": _shares(found["probe"], pixels)})
+        title = f"as many principal components as {name} has features"
+        rows.append({"name": title, "size": size, "shares": _shares(components, pixels)})
+    if not rows:
+        return None
+    rows.append({"name": "pixels", "size": "", "shares": _shares(pixels, pixels)})
+    return {"rows": rows, "labelled": list(pixels)}
+
+
+def _expense(figures: Mapping[str, Any]) -> View:
+    members = figures["members"]
+    columns = list(dict.fromkeys(c for m in members.values() for c in m["milliseconds"]))
+    rows = [
+        {"name": name, "cells": [_told(member["milliseconds"].get(c)) for c in columns]}
+        for name, member in members.items()
+    ]
+    return {"rows": rows, "columns": columns}
+
+
+def _families(member: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for names in member["models"].values() for name in names))
+
+
+def _measured(nats: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: nats[key] for key in ("mean", "standard_error")}
+
+
+def _told(found: Any, kind: Any = "plain") -> str:
+    return "" if found is None else value(found, kind)
+
+
+def _shares(found: Mapping[str, float], sizes: Mapping[str, float]) -> list[str]:
+    return [_told(found.get(size), "share") for size in sizes]

@@ -1,0 +1,212 @@
+"""One graph's queue: lets requests in or refuses them, and forms the batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from likely.batching.admission import Bounds, patience
+from likely.batching.batches import Batch, Member, Runner
+from likely.batching.callers import Priority
+from likely.batching.gathering import Gathering
+from likely.batching.traffic import Traffic
+from likely.batching.tuning import Best
+from likely.batching.turns import Turns
+from likely.errors import DeadlineExceeded, Overloaded
+
+BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs
+HEADROOM = 1.25  # times what work should take: an answer that comes too late is work for nothing
+_SMOOTHING = 0.1
+
+
+class Batcher:
+    """The requests that wait for one graph.
+
+    Attributes:
+        runner: what runs the graph.
+        pace: seconds that one row takes a lane, as of late.
+        at_once: the most rows that need no lane.
+        grain: the fewest rows that are worth a lane while others run.
+    """
+
+    def __init__(
+        self, name: str, runner: Runner, best: Best, bounds: Bounds, traffic: Traffic, graph: str
+    ) -> None:
+        """An empty queue.
+
+        Args:
+            name: of the model.
+            runner: what runs the graph.
+            best: sizes of batches.
+            bounds: how much may wait.
+            traffic: is told of it.
+            graph: its name there.
+        """
+        specs = (*runner.spec.inputs, *runner.spec.outputs)
+        self.runner = runner
+        self.pace = best.pace
+        self.at_once = best.at_once
+        self.row_bytes = sum(
+            math.prod(spec.array_shape(1)) * np.dtype(spec.dtype).itemsize for spec in specs
+        )
+        self._most = max(1, min(best.rows, BATCH_BYTES // self.row_bytes))
+        self.grain = best.grain
+        self._gathering = Gathering(best.grain, best.fixed)
+        self._bounds = bounds
+        self._turns: tuple[Turns[Member], ...] = tuple(Turns() for _ in Priority)
+        self._name = name
+        self._traffic = traffic
+        self._running = traffic.running.labels(name, graph)
+        self._waiting = traffic.waiting.labels(name, graph)
+        self._batches = traffic.batches.labels(name, graph)
+        self._waits = traffic.waits.labels(name, graph)
+        self._told = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows wait."""
+        interactive, bulk = self._turns
+        return interactive.rows + bulk.rows
+
+    def waiting(self, priority: Priority) -> int:
+        """How many rows of that priority wait."""
+        return self._turns[priority].rows
+
+    def ahead(self, priority: Priority) -> int:
+        """How many rows wait that go before a newcomer of that priority."""
+        return self.rows if priority is Priority.BULK else self._turns[priority].rows
+
+    def check(self, member: Member, wait: Callable[[Priority, float], float]) -> None:
+        """Returns if there is room for a member, where need be for one of a greedier client's.
+
+        Args:
+            member: does not wait yet.
+            wait: seconds until the turn of a newcomer of that priority, as far as can be told,
+                where so many seconds of work go before it beside all that waits.
+
+        Raises:
+            Overloaded: there is none, or its deadline comes before it would be answered.
+        """
+        if not self.rows:
+            return
+        if member.deadline is not None:
+            seconds, batch = wait(member.priority, 0.0), min(member.rows, self._most)
+            # Its last batch runs when all before it have run, its own others too.
+            answered = wait(member.priority, (member.rows - batch) * self.pace) + batch * self.pace
+            if member.since + HEADROOM * answered > member.deadline:
+                self._shed("deadline")
+                raise Overloaded(
+                    f"about {seconds:.3g} s of work wait, longer than the deadline allows",
+                    patience(seconds),
+                )
+        while self._full(member):
+            greedy = self._greedier(member)
+            if greedy is None:
+                self._shed("queue")
+                raise Overloaded(
+                    f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
+                    f"pictures and {self._bounds.nbytes} bytes",
+                    patience(wait(member.priority, 0.0)),
+                )
+            self._turns[greedy.priority].remove(greedy)
+            self._shed("share")
+            greedy.future.set_exception(
+                Overloaded(
+                    "the queue is full, and other clients ask for less",
+                    patience(wait(greedy.priority, 0.0)),
+                )
+            )
+
+    def add(self, member: Member) -> None:
+        """Lets a member wait."""
+        self._turns[member.priority].add(member)
+        self._gathering.came()
+
+    def wait(self, priority: Priority) -> float:
+        """Seconds that those of that priority shall wait for others; one must be there."""
+        turns = self._turns[priority]
+        return self._gathering.wait(turns.rows, turns.first().since)
+
+    def began(self) -> None:
+        """One of its batches runs from now on."""
+        self._running.inc()
+
+    def ended(self) -> None:
+        """One of its batches runs no more."""
+        self._running.dec()
+
+    def remove(self, member: Member) -> None:
+        """Frees the place of a member."""
+        self._turns[member.priority].remove(member)
+
+    def batch(self, priority: Priority, free: int) -> Batch | None:
+        """The next batch of that priority; None where no living member waits.
+
+        Args:
+            priority: of its members.
+            free: lanes that are free: what waits is spread over them, as far as it is
+                worth a lane.
+        """
+        turns, now = self._turns[priority], time.monotonic()
+        while turns.rows:
+            even = -(-turns.rows // max(1, free))
+            spans = turns.take(min(self._most, max(self.grain, even)))
+            for member, start, _ in spans:
+                if not member.dead and member.deadline is not None and member.deadline <= now:
+                    turns.remove(member)
+                    self._traffic.dropped.labels(self._name, "queue").inc()
+                    member.future.set_exception(
+                        DeadlineExceeded("the deadline passed in the queue")
+                    )
+                elif start == 0:
+                    self._waits.observe(now - member.since)
+            if living := [span for span in spans if not span[0].dead]:
+                batch = Batch(self.runner, living)
+                self._batches.observe(batch.rows)
+                return batch
+        return None
+
+    def ran(self, rows: int, seconds: float) -> None:
+        """Learns from a run of a lane."""
+        pace = seconds / rows
+        self.pace += (pace - self.pace) * (_SMOOTHING if self.pace else 1)
+
+    def tell(self) -> None:
+        """Tells how many rows wait."""
+        rows = self.rows
+        if rows != self._told:
+            self._waiting.inc(rows - self._told)
+            self._told = rows
+
+    def clear(self) -> Sequence[Member]:
+        """All members that waited; none waits any more."""
+        return [member for turns in self._turns for member in turns.clear()]
+
+    def _full(self, member: Member) -> bool:
+        rows = self.rows
+        if not rows:
+            return False
+        if rows + member.rows > self._bounds.rows:
+            return True
+        interactive, bulk = self._turns
+        nbytes = interactive.nbytes + bulk.nbytes
+        return nbytes + member.rows * member.row_bytes > self._bounds.nbytes
+
+    def _greedier(self, member: Member) -> Member | None:
+        """The latest request of the client with most rows waiting, if that is to give way."""
+        for turns in (self._turns[p] for p in reversed(Priority) if p >= member.priority):
+            if not turns.rows:
+                continue
+            client = turns.heaviest()
+            latest = turns.latest(client)
+            held = sum(t.held(member.client) for t in self._turns)
+            may_go = client != member.client and latest.guest and not latest.taken
+            if may_go and turns.held(client) > held + member.rows:
+                return latest
+        return None
+
+    def _shed(self, reason: str) -> None:
+        self._traffic.shed.labels(self._name, reason).inc()

@@ -1,0 +1,143 @@
+"""What suits this model on this machine: found by running it, not guessed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from likely.batching.batches import Runner
+from likely.graphs import CPU, Array
+
+HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
+AT_ONCE = 1e-3  # seconds that a run may hold the event loop up
+NEAR = 1.1  # a small batch this near to the fastest one is better: it holds up less
+SPARE = 0.25  # of what its rows cost, a run may cost whatever its rows
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """How a graph runs best.
+
+    Attributes:
+        rows: of a batch, at most.
+        grain: the fewest rows that are worth a run of their own while others come or run.
+        pace: seconds a row, in a full batch.
+        at_once: the most rows that are run where they came, on the event loop: the way to a
+            lane and back would take longer.
+        fixed: seconds that a run costs whatever its rows.
+    """
+
+    rows: int
+    grain: int = 1
+    pace: float = 0.0
+    at_once: int = 0
+    fixed: float = 0.0
+
+
+def batch(
+    runner: Runner,
+    sample: Mapping[str, Array],
+    outputs: Sequence[str],
+    *,
+    most: int,
+    step: int,
+    seconds: float,
+) -> Best:
+    """The batch size that gives most rows a second, or a smaller one that is near.
+
+    Args:
+        runner: what runs the graph.
+        sample: inputs of at least one row.
+        outputs: what is asked for.
+        most: the largest size that is tried.
+        step: each size is so many times the one before.
+        seconds: to spend; the run in hand is finished, and a size too slow ends the search.
+    """
+    # A run on the processor is its thread's own: what others take of the core is not counted.
+    clock = time.thread_time if runner.providers[0] == CPU else time.perf_counter
+    end = clock() + seconds
+    took: dict[int, float] = {}
+    size = 1
+    while size <= most:
+        took[size] = _timed(runner, sample, outputs, size, clock)
+        if clock() + step * took[size] > end:
+            break
+        size *= step
+    # The first run of a size also grows the runtime's memory: what counts is the fastest.
+    while again := [s for s in took if clock() + took[s] < end]:
+        for size in again:
+            took[size] = min(took[size], _timed(runner, sample, outputs, size, clock))
+    costs = {size: (spent + HOP) / size for size, spent in took.items()}
+    rows = min(size for size, cost in costs.items() if cost <= NEAR * min(costs.values()))
+    pace = took[rows] / rows
+    each = max((took[rows] - took[1]) / (rows - 1), 1e-7) if rows > 1 else pace
+    fixed = max(0.0, took[1] - each) + HOP
+    grain = min(rows, math.ceil(fixed / each / SPARE))
+    at_once = max((size for size, spent in took.items() if spent <= AT_ONCE), default=0)
+    return Best(rows, grain, pace, min(rows, at_once), fixed)
+
+
+def lanes(
+    runner: Runner,
+    sample: Mapping[str, Array],
+    outputs: Sequence[str],
+    *,
+    rows: int,
+    most: int,
+    seconds: float,
+) -> int:
+    """How many runs at once give most rows a second: `most`, unless fewer are clearly better.
+
+    Args:
+        runner: what runs the graph.
+        sample: inputs of at least one row.
+        outputs: what is asked for.
+        rows: of each run.
+        most: cores that there are.
+        seconds: to spend, about.
+    """
+    candidates = sorted({most, *(1 << i for i in range(most.bit_length()) if 1 << i < most)})
+    if len(candidates) == 1:
+        return most
+    feeds = _repeated(sample, rows)
+    share, rates = seconds / (2 * len(candidates)), dict.fromkeys(candidates, 0.0)
+    with ThreadPoolExecutor(most) as pool:
+
+        def count(until: float) -> int:
+            runs = 0
+            while time.perf_counter() < until or not runs:
+                runner.run(feeds, outputs)
+                runs += 1
+            return runs
+
+        for _ in range(2):  # twice, in turns: a disturbance then hits one round only
+            for n in candidates:
+                began = time.perf_counter()
+                runs = sum(pool.map(count, [began + share] * n))
+                rates[n] = max(rates[n], runs / (time.perf_counter() - began))
+    return max(n for n in candidates if NEAR * rates[n] >= max(rates.values()))
+
+
+def _timed(
+    runner: Runner,
+    sample: Mapping[str, Array],
+    outputs: Sequence[str],
+    size: int,
+    clock: Callable[[], float],
+) -> float:
+    feeds = _repeated(sample, size)
+    began = clock()
+    runner.run(feeds, outputs)
+    return max(clock() - began, 1e-7)
+
+
+def _repeated(sample: Mapping[str, Array], size: int) -> dict[str, Array]:
+    """The sample's rows over and over, so many of them."""
+    return {
+        name: np.take(rows, np.arange(size) % len(rows), axis=0) for name, rows in sample.items()
+    }

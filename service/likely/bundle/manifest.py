@@ -1,0 +1,404 @@
+"""The bundle: the folder in which training ends and serving begins.
+
+A bundle holds `manifest.json`, ONNX graphs and `.npz` arrays. The manifest is
+written last and by rename, so a folder without one is no bundle; it names every
+other file with its size and SHA-256, so a folder that fails a check is refused
+before anything in it is opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from io import BufferedReader
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from likely.bundle import arrays, scan, signing
+from likely.errors import BundleError, NotAnswered
+
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 1 << 20
+LARGEST_BUNDLE = 8 << 30
+_PACKAGE = Path(__file__).resolve().parents[1]
+_LINKS = (errno.ELOOP, errno.ENXIO)  # a link; a socket, or a pipe that nobody writes to
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[a-z0-9]{1,8}){1,2}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Role(StrEnum):
+    """What a graph answers."""
+
+    DENSITY = "density"  # x -> log p(x), surprise, statistics
+    CONDITIONAL = "conditional"  # x[, noise] -> log p(x|y) for all labels
+    GENERATE = "generate"  # y, noise -> x in one pass (latent-variable models)
+    SAMPLE = "sample"  # [y,] noise -> x pixel by pixel (autoregressive models)
+    DISCRIMINATE = "discriminate"  # x -> log p(y|x) for all labels, under the manifest's priors
+    ENCODE = "encode"  # x[, y] -> mean[ and log-variance] of the latent features
+    DECODE = "decode"  # z[, noise][, y] -> mean[, deviation and a draw] of every pixel
+
+
+class Kind(StrEnum):
+    """What a graph's log-likelihoods are."""
+
+    EXACT = "exact"
+    ELBO = "elbo"
+    IWAE = "iwae"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Entry):
+    """One input or output of a graph; the first axis is the batch."""
+
+    name: str
+    dtype: Literal["uint8", "int64", "float32"]
+    shape: tuple[int | Literal["batch"], ...]
+
+    def array_shape(self, n: int) -> tuple[int, ...]:
+        """The shape for a batch of `n`."""
+        return tuple(n if axis == "batch" else axis for axis in self.shape)
+
+
+class Graph(_Entry):
+    """One ONNX file and what it computes."""
+
+    file: FileName
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    kind: Kind | None = None
+    importance_samples: int = Field(0, ge=0)
+
+    def input(self, name: str) -> TensorSpec | None:
+        """The input of that name, None where there is none."""
+        return next((spec for spec in self.inputs if spec.name == name), None)
+
+    def output(self, name: str) -> TensorSpec | None:
+        """The output of that name, None where there is none."""
+        return next((spec for spec in self.outputs if spec.name == name), None)
+
+
+class Label(_Entry):
+    """A label and how probable it is before a picture is seen."""
+
+    name: str = Field(min_length=1, max_length=64)
+    prior: Probability
+
+
+class Calibration(_Entry):
+    """Where the calibration arrays are and what they can promise.
+
+    The posterior is softmax_y(sum_e weights_e log p_e(x|y) / temperature + log p(y)), with
+    one expert where there are no weights. `statistics` says how many numbers each gives.
+    """
+
+    file: FileName
+    size: int = Field(ge=1)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weights: tuple[Probability, ...] = ()
+    statistics: dict[str, Annotated[int, Field(ge=1)]] = {}
+
+    @property
+    def finest_alpha(self) -> float:
+        """The smallest alpha that ranking against `size` scores can promise."""
+        return 1 / (self.size + 1)
+
+
+class Direction(_Entry):
+    """A way through the latent features, along which one thing changes.
+
+    A point of 1 is one standard deviation of an attribute within a label, or the way from the
+    mean of all other labels to the label's own.
+    """
+
+    name: str = Field(min_length=1, max_length=80)
+    kind: Literal["attribute", "label"]
+
+
+class Latent(_Entry):
+    """Where the directions' arrays are, and which there are, in the arrays' order."""
+
+    file: FileName
+    directions: tuple[Direction, ...]
+
+
+class FileRecord(_Entry):
+    """How a file of the bundle must look."""
+
+    size: int = Field(ge=0)
+    sha256: Digest
+
+
+class Manifest(_Entry):
+    """Everything about a bundle except the weights."""
+
+    format: Literal[1] = 1
+    name: Name
+    version: Name
+    description: str = Field(max_length=1000)
+    shape: tuple[
+        Annotated[int, Field(ge=1, le=4)],
+        Annotated[int, Field(ge=1, le=1024)],
+        Annotated[int, Field(ge=1, le=1024)],
+    ]
+    levels: int = Field(ge=2, le=256)
+    labels: tuple[Label, ...] = ()
+    graphs: dict[Role, Graph]
+    calibration: Calibration | None = None
+    latent: Latent | None = None
+    golden: FileName
+    parity_nats: float = Field(ge=0, allow_inf_nan=False)
+    decisions_compared: int = Field(0, ge=0)
+    decisions_changed: int = Field(0, ge=0)
+    recipe: dict[str, Any] = {}
+    data_digest: Digest
+    files: dict[FileName, FileRecord]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Manifest:
+        if (Role.DENSITY in self.graphs) != (self.calibration is not None):
+            raise ValueError("a density graph and a calibration are there together, or neither")
+        if Role.CONDITIONAL in self.graphs and Role.DENSITY not in self.graphs:
+            raise ValueError("a conditional graph needs a density graph beside it")
+        if not self.graphs:
+            raise ValueError("a bundle needs a graph")
+        if self.latent and not {Role.ENCODE, Role.DECODE} <= set(self.graphs):
+            raise ValueError("directions need a graph that encodes and one that decodes")
+        if self.labels and abs(sum(label.prior for label in self.labels) - 1) > 1e-6:
+            raise ValueError("the priors of the labels must sum to 1")
+        conditional = self.graphs.get(Role.CONDITIONAL)
+        evidence = conditional.output("evidence") if conditional else None
+        experts = evidence.shape[1] if evidence else 0
+        weights = self.calibration.weights if self.calibration else ()
+        if len(weights) != experts:
+            raise ValueError(f"{len(weights)} weights for {experts} experts")
+        discriminate = self.graphs.get(Role.DISCRIMINATE)
+        p_label = discriminate.output("log_pyx") if discriminate else None
+        if discriminate and (p_label is None or p_label.shape != ("batch", len(self.labels))):
+            raise ValueError("the discriminate graph must give log_pyx, a number for every label")
+        named = {graph.file for graph in self.graphs.values()}
+        named |= {part.file for part in (self.calibration, self.latent) if part}
+        named.add(self.golden)
+        if missing := named - set(self.files):
+            raise ValueError(f"files without a record: {', '.join(sorted(missing))}")
+        return self
+
+    @property
+    def calibrated(self) -> Calibration:
+        """The calibration.
+
+        Raises:
+            NotAnswered: the bundle has no density, so that there is none.
+        """
+        if self.calibration is None:
+            raise NotAnswered(
+                f"model {self.name} has no {Role.DENSITY} graph, so it does not answer this"
+            )
+        return self.calibration
+
+    def latent_dimensions(self, role: Role = Role.ENCODE) -> int:
+        """The size of the features that the graph of that role gives or takes; 0 without one."""
+        graph = self.graphs.get(role)
+        if graph is None:
+            return 0
+        spec = graph.output("mean") if role is Role.ENCODE else graph.input("z")
+        return int(spec.shape[-1]) if spec else 0
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether features have no variance and stand for pictures without a distribution."""
+        encode, decode = self.graphs.get(Role.ENCODE), self.graphs.get(Role.DECODE)
+        return bool(
+            (encode and not encode.output("log_variance")) or (decode and not decode.output("x"))
+        )
+
+    @property
+    def dimensions(self) -> int:
+        """Pixels times channels."""
+        c, h, w = self.shape
+        return c * h * w
+
+    @property
+    def priors(self) -> npt.NDArray[np.float64]:
+        """p(y) in the labels' order, float64 (labels,)."""
+        return np.array([label.prior for label in self.labels])
+
+
+class Bundle:
+    """A folder whose every byte has been checked against its manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.digest = digest
+
+    @classmethod
+    def open(cls, path: Path, trusted: Sequence[Path] = ()) -> Bundle:
+        """The bundle in that folder, verified.
+
+        Args:
+            path: the folder.
+            trusted: PEM files of keys or certificates; where there are any, one of them must
+                have signed the folder.
+
+        Raises:
+            BundleError: one sentence on the first thing that is wrong.
+            SettingsError: a trusted key cannot be used.
+        """
+        if trusted:
+            signing.verify(path, trusted)
+        text = _manifest_bytes(path)
+        try:
+            manifest = Manifest.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "manifest"
+            raise BundleError(
+                f"{path} is not a bundle that this version reads: {where}: {first['msg']}",
+                "manifest",
+            ) from error
+        sizes = {name: record.size for name, record in manifest.files.items()}
+        if (total := sum(sizes.values())) > LARGEST_BUNDLE:
+            raise BundleError(
+                f"{path} is to have {total} bytes; at most {LARGEST_BUNDLE} are read", "manifest"
+            )
+        for name, record in manifest.files.items():
+            _check_file(path / name, record)
+        for graph in manifest.graphs.values():
+            for name in scan.check_graph(path / graph.file, sizes):
+                _check_alone(path / name)
+        return cls(path, manifest, hashlib.sha256(text).hexdigest())
+
+    def graph(self, role: Role) -> Path:
+        """The ONNX file of that role."""
+        return self.path / self.manifest.graphs[role].file
+
+    def calibration(self) -> dict[str, npt.NDArray[Any]]:
+        """The calibration arrays by name."""
+        return self._arrays(self.manifest.calibrated.file)
+
+    def latent(self) -> dict[str, npt.NDArray[Any]]:
+        """The directions' arrays by name; none where there are no directions."""
+        return self._arrays(self.manifest.latent.file) if self.manifest.latent else {}
+
+    def golden(self) -> dict[str, npt.NDArray[Any]]:
+        """Inputs and outputs to replay, named `role/input` and `role/output`."""
+        return self._arrays(self.manifest.golden)
+
+    def _arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        return arrays.read(self.path / name)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
+    """Records every file of the folder and writes the manifest, last and by rename.
+
+    Args:
+        folder: holds the graphs and arrays, and nothing that does not belong.
+        manifest: the manifest's fields except `files`.
+    """
+    files = {
+        entry.name: FileRecord(size=entry.stat().st_size, sha256=_sha256(entry))
+        for entry in sorted(folder.iterdir())
+        if entry.name not in (MANIFEST, signing.SIGNATURE)
+    }
+    checked = Manifest.model_validate({**manifest, "files": files})
+    text = json.dumps(checked.model_dump(mode="json"), indent=1) + "\n"
+    temporary = folder / f".{MANIFEST}"
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(folder / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return checked
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    manifest = path / MANIFEST
+    if not path.is_dir():
+        raise BundleError(f"{path} is not a folder, so it is no bundle", "incomplete")
+    try:
+        with _plain(manifest) as handle:
+            text = handle.read(LARGEST_MANIFEST + 1)
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path} has no {MANIFEST}, so it is no bundle (or not yet whole)", "incomplete"
+        ) from None
+    if len(text) > LARGEST_MANIFEST:
+        raise BundleError(
+            f"{manifest} is too long; at most {LARGEST_MANIFEST} bytes are read", "manifest"
+        )
+    return text
+
+
+def _check_file(path: Path, record: FileRecord) -> None:
+    try:
+        with _plain(path) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if size != record.size:
+                raise BundleError(
+                    f"{path} has {size} bytes where the manifest says {record.size}: truncated?",
+                    "truncated",
+                )
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path} is missing although the manifest names it", "incomplete"
+        ) from None
+    if digest != record.sha256:
+        raise BundleError(
+            f"{path} does not have the SHA-256 that the manifest names: altered", "digest"
+        )
+
+
+def _check_alone(path: Path) -> None:
+    """Returns if the file has no other name: what is written to that would be read by the runtime.
+
+    Those of the package are another matter: installers link them to their cache.
+    """
+    if path.stat().st_nlink > 1 and not path.resolve().is_relative_to(_PACKAGE):
+        raise BundleError(
+            f"{path} is a hard link; weights outside of a graph are files of their own", "link"
+        )
+
+
+def _plain(path: Path) -> BufferedReader:
+    """The file, opened without following a link or waiting for a pipe.
+
+    Raises:
+        BundleError: it is no plain file, or cannot be read.
+        FileNotFoundError: there is none.
+    """
+    try:
+        handle = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno not in _LINKS:
+            raise BundleError(f"{path} cannot be read: {error.strerror}", "unreadable") from error
+    else:
+        if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            return handle
+        handle.close()
+    raise BundleError(f"{path} is a link or no plain file; a bundle holds plain files only", "link")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,122 @@
+"""The commands that redraw pictures by their features: traverse, interpolate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+
+from likely.answers import Redrawings
+from likely.cli import pictures, show
+from likely.cli.ask import asks, numbers
+from likely.cli.connection import Connection
+from likely.errors import InvalidInput
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_DRAWS = click.option(
+    "--draws", type=int, default=0, show_default=True, help="Drawn at each point, below the mean."
+)
+_SEED = click.option("--seed", type=int, help="The same seed gives the same draws. [a fresh one]")
+_OUT = click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A contact sheet (.png), or arrays mean, deviation and drawn (.npz).",
+)
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+
+
+@click.command(epilog=show.FILES_HELP)
+@click.argument("files", nargs=-1, required=True, type=_FILE)
+@asks
+@click.option("--direction", required=True, help="One of the model's, such as slant.")
+@click.option(
+    "--points", default="-2,-1,0,1,2", show_default=True, help="Where to redraw, with commas."
+)
+@_DRAWS
+@_SEED
+@_OUT
+@_AS_JSON
+def traverse(
+    files: tuple[Path, ...],
+    server: Connection,
+    model: str | None,
+    version: str | None,
+    direction: str,
+    points: str,
+    draws: int,
+    seed: int | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Redraw pictures along a direction of their features.
+
+    A row of the sheet is a picture: as it is, then redrawn at each point.
+    """
+    places = numbers(points, "points") or []
+    with server.client() as client:
+        info = client.model(model, version)
+        x, names = pictures.read(files, info)
+        found = client.traverse(
+            x, direction, places, draws=draws, seed=seed, model=info.name, version=info.version
+        )
+    pictures.write_redrawn(out, x[:, None], found, info)
+    rows = [
+        {
+            "picture": name,
+            "position": float(found.position[i]),
+            "deviation": 0.0 if found.spread is None else float(found.spread[i]),
+        }
+        for i, name in enumerate(names)
+    ]
+    show.rows(rows, as_json, {"direction": direction, **_about(info.name, found, out)})
+
+
+@click.command(epilog=show.FILES_HELP)
+@click.argument("first", type=_FILE)
+@click.argument("last", type=_FILE)
+@asks
+@click.option("--steps", type=click.IntRange(min=2), default=7, show_default=True)
+@_DRAWS
+@_SEED
+@_OUT
+@_AS_JSON
+def interpolate(
+    first: Path,
+    last: Path,
+    server: Connection,
+    model: str | None,
+    version: str | None,
+    steps: int,
+    draws: int,
+    seed: int | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Redraw the pictures between those of two files, in so many steps.
+
+    A row of the sheet is a pair: the two as they are, then from one to the other.
+    """
+    with server.client() as client:
+        info = client.model(model, version)
+        x, names = pictures.read((first,), info)
+        others, other_names = pictures.read((last,), info)
+        if len(x) != len(others):
+            raise InvalidInput("last", f"{len(others)} pictures; {first} has {len(x)}")
+        found = client.interpolate(
+            x,
+            others,
+            np.linspace(0, 1, steps),
+            draws=draws,
+            seed=seed,
+            model=info.name,
+            version=info.version,
+        )
+    pictures.write_redrawn(out, np.stack([x, others], 1), found, info)
+    rows = [{"from": a, "to": b} for a, b in zip(names, other_names, strict=True)]
+    show.rows(rows, as_json, _about(info.name, found, out))
+
+
+def _about(name: str, found: Redrawings, out: Path) -> dict[str, object]:
+    return {"model": name, "version": found.model_version, "seed": found.seed, "out": str(out)}

@@ -1,0 +1,549 @@
+"""What to ask a server, and in which order, without asking it: shared by both clients.
+
+A plan is a generator: it yields requests, is sent their answers, and returns
+what the caller asked for. The clients differ only in how they carry a request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from likely import codec
+from likely.answers import (
+    Classifications,
+    Completions,
+    Draws,
+    Features,
+    Guarantee,
+    LabelRule,
+    ModelInfo,
+    Pixels,
+    Redrawings,
+    Scores,
+    Traversal,
+)
+from likely.errors import InvalidInput
+from likely.v1 import generation_pb2, latent_pb2, models_pb2, scoring_pb2
+
+Request = (
+    scoring_pb2.ScoreRequest
+    | scoring_pb2.ClassifyRequest
+    | scoring_pb2.EncodeRequest
+    | latent_pb2.DecodeRequest
+    | latent_pb2.TraverseRequest
+    | latent_pb2.InterpolateRequest
+    | models_pb2.ListModelsRequest
+    | models_pb2.GetModelRequest
+)
+T = TypeVar("T")
+M = TypeVar("M")
+A = TypeVar("A", Scores, Classifications, Features, Draws, Redrawings, Traversal)
+# A request goes out and its own answer comes in: a pairing that Generator cannot type.
+Plan = Generator[Request, Any, T]
+
+# What a request carries beside its pictures: names, priors, tags and lengths.
+OVERHEAD_BYTES = 16 << 10
+
+
+class Catalogue:
+    """What a client has learnt of the server's models; asked for once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str | None, str | None], ModelInfo] = {}
+
+    def model(self, name: str | None, version: str | None) -> Plan[ModelInfo]:
+        """The description of a model; of the server's only one where no name is given.
+
+        Raises:
+            InvalidInput: no name is given and the server has several models, or none.
+        """
+        if (name, version) not in self._known:
+            asked = name if name is not None else (yield from _only())
+            message = models_pb2.GetModelRequest(model_name=asked, model_version=version or "")
+            answer: models_pb2.GetModelResponse = yield message
+            info = codec.model_info(answer.model)
+            self._known[name, version] = self._known[info.name, info.version] = info
+        return self._known[name, version]
+
+
+def models() -> Plan[list[ModelInfo]]:
+    """Every version that is served."""
+    answer: models_pb2.ListModelsResponse = yield models_pb2.ListModelsRequest()
+    return [codec.model_info(message) for message in answer.models]
+
+
+def _only() -> Plan[str]:
+    names = sorted({info.name for info in (yield from models())})
+    if len(names) != 1:
+        raise InvalidInput("model", f"name one of {', '.join(names) or 'none: none is served'}")
+    return names[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Questions(Generic[A]):
+    """One kind of question about pictures: how it is asked, and how its answer is read.
+
+    Attributes:
+        ask: the request about pictures (n, c, h, w) to that version, empty for the default.
+        read: the answer to it, from the response and the pictures' shape.
+        version: that was asked for.
+        stream: the type of message that brings such a request in a stream; None for none.
+    """
+
+    ask: Callable[[Pixels, str], Request]
+    read: Callable[[Any, tuple[int, ...]], A]
+    version: str = ""
+    stream: Any = None
+
+
+def score_questions(
+    info: ModelInfo,
+    alpha: float | None,
+    surprise: bool,
+    guarantee: Guarantee,
+    version: str | None,
+) -> Questions[Scores]:
+    """How plausible pictures are."""
+
+    def ask(x: Pixels, version: str) -> Request:
+        return _message(
+            scoring_pb2.ScoreRequest,
+            model_name=info.name,
+            model_version=version,
+            images=codec.images(x),
+            alpha=alpha,
+            surprise=surprise,
+            guarantee=int(guarantee),
+        )
+
+    def read(answer: scoring_pb2.ScoreResponse, shape: tuple[int, ...]) -> Scores:
+        return codec.scores(answer, shape if surprise else None)
+
+    return Questions(ask, read, version or "", scoring_pb2.ScoreStreamRequest)
+
+
+def classify_questions(
+    info: ModelInfo,
+    alpha: float | None,
+    priors: npt.ArrayLike | None,
+    min_posterior: float,
+    guarantee: Guarantee,
+    rule: LabelRule,
+    both: bool,
+    version: str | None,
+) -> Questions[Classifications]:
+    """Which labels pictures have."""
+    given = None if priors is None else _array("priors", priors, np.float64).tolist()
+
+    def ask(x: Pixels, version: str) -> Request:
+        return _message(
+            scoring_pb2.ClassifyRequest,
+            model_name=info.name,
+            model_version=version,
+            images=codec.images(x),
+            alpha=alpha,
+            priors=given,
+            min_posterior=min_posterior,
+            guarantee=int(guarantee),
+            rule=int(rule),
+            both=both,
+        )
+
+    def read(answer: scoring_pb2.ClassifyResponse, _: tuple[int, ...]) -> Classifications:
+        return codec.classifications(answer, len(info.labels))
+
+    return Questions(ask, read, version or "", scoring_pb2.ClassifyStreamRequest)
+
+
+def score(
+    catalogue: Catalogue,
+    images: npt.ArrayLike,
+    alpha: float | None,
+    surprise: bool,
+    guarantee: Guarantee,
+    model: str | None,
+    version: str | None,
+) -> Plan[Scores]:
+    """The scores of all pictures."""
+    info = yield from catalogue.model(model, version)
+    questions = score_questions(info, alpha, surprise, guarantee, version)
+    return (yield from _divided(pixels(images), info, questions))
+
+
+def classify(
+    catalogue: Catalogue,
+    images: npt.ArrayLike,
+    alpha: float | None,
+    priors: npt.ArrayLike | None,
+    min_posterior: float,
+    guarantee: Guarantee,
+    rule: LabelRule,
+    both: bool,
+    model: str | None,
+    version: str | None,
+) -> Plan[Classifications]:
+    """The classifications of all pictures."""
+    info = yield from catalogue.model(model, version)
+    questions = classify_questions(
+        info, alpha, priors, min_posterior, guarantee, rule, both, version
+    )
+    return (yield from _divided(pixels(images), info, questions))
+
+
+def encode(
+    catalogue: Catalogue,
+    images: npt.ArrayLike,
+    labels: npt.ArrayLike | None,
+    model: str | None,
+    version: str | None,
+) -> Plan[Features]:
+    """The latent features of all pictures."""
+    info = yield from catalogue.model(model, version)
+    x = pixels(images)
+    left = _whole_numbers(labels, len(x)) if labels is not None else []
+
+    def ask(part: Pixels, version: str) -> Request:
+        return _message(
+            scoring_pb2.EncodeRequest,
+            model_name=info.name,
+            model_version=version,
+            images=codec.images(part),
+            labels=[left.pop(0) for _ in part] if left else (),
+        )
+
+    def read(answer: scoring_pb2.EncodeResponse, _: tuple[int, ...]) -> Features:
+        return codec.features(answer)
+
+    return (yield from _divided(x, info, Questions(ask, read, version or "")))
+
+
+@dataclass(frozen=True, slots=True)
+class Redrawing:
+    """How pictures are redrawn: of which version, and what is drawn with which noise.
+
+    Attributes:
+        draws: at each point, or of each row of features.
+        seed: None lets the server pick one.
+        first_index: of the first picture.
+        temperature: multiplies the noise; None is 1.
+        version: of the model; None for the default.
+    """
+
+    draws: int = 0
+    seed: int | None = None
+    first_index: int = 0
+    temperature: float | None = None
+    version: str | None = None
+
+    def fields(self, info: ModelInfo, at: int, last: Redrawings | None) -> dict[str, Any]:
+        """What a request says of it, for pictures from `at` on, after that answer."""
+        return {
+            "model_name": info.name,
+            "model_version": last.model_version if last else self.version or "",
+            "draws": self.draws,
+            "seed": last.seed if last else self.seed,
+            "first_index": self.first_index + at,
+            "temperature": self.temperature,
+        }
+
+    def step(self, info: ModelInfo, points: int, nbytes: int) -> int:
+        """How many pictures of so many bytes one request and its answer have room for."""
+        rows = max(1, points * max(1, self.draws))
+        answer = max(1, points) * math.prod(info.shape) * (8 + max(0, self.draws))
+        return max(
+            1,
+            min(
+                info.limits.images_per_request,
+                (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, nbytes),
+                info.limits.images_per_generation // rows,
+                info.limits.response_bytes // answer,
+            ),
+        )
+
+
+def decode(
+    catalogue: Catalogue,
+    features: npt.ArrayLike,
+    labels: npt.ArrayLike | None,
+    how: Redrawing,
+    model: str | None,
+) -> Plan[Redrawings]:
+    """What all features stand for."""
+    info = yield from catalogue.model(model, how.version)
+    z: npt.NDArray[Any] = _array("features", features, np.float32)
+    if z.ndim != 2:
+        raise InvalidInput("features", f"shape {z.shape}; (n, z) is asked")
+    given = None if labels is None else _whole_numbers(labels, len(z))
+    step, parts = how.step(info, 1, z[:1].nbytes), list[Redrawings]()
+    for at in range(0, max(len(z), 1), step):
+        message = _message(
+            latent_pb2.DecodeRequest,
+            features=np.ascontiguousarray(z[at : at + step], "<f4").tobytes(),
+            labels=given and given[at : at + step],
+            **how.fields(info, at, parts[-1] if parts else None),
+        )
+        answer: latent_pb2.DecodeResponse = yield message
+        parts.append(codec.redrawn(answer, how.draws))
+    return joined(parts)
+
+
+def traverse(
+    catalogue: Catalogue,
+    images: npt.ArrayLike,
+    direction: str,
+    points: npt.ArrayLike,
+    labels: npt.ArrayLike | None,
+    how: Redrawing,
+    model: str | None,
+) -> Plan[Traversal]:
+    """All pictures along a direction."""
+    info = yield from catalogue.model(model, how.version)
+    x, places = pixels(images), _places(points)
+    given = None if labels is None else _whole_numbers(labels, len(x))
+    step, parts = how.step(info, len(places), x[:1].nbytes), list[Traversal]()
+    for at in range(0, max(len(x), 1), step):
+        message = _message(
+            latent_pb2.TraverseRequest,
+            images=codec.images(x[at : at + step]),
+            direction=direction,
+            points=places,
+            labels=given and given[at : at + step],
+            **how.fields(info, at, parts[-1] if parts else None),
+        )
+        answer: latent_pb2.TraverseResponse = yield message
+        parts.append(codec.traversal(answer, how.draws, (len(places),)))
+    return joined(parts)
+
+
+def interpolate(
+    catalogue: Catalogue,
+    images: npt.ArrayLike,
+    others: npt.ArrayLike,
+    points: npt.ArrayLike,
+    labels: npt.ArrayLike | None,
+    other_labels: npt.ArrayLike | None,
+    how: Redrawing,
+    model: str | None,
+) -> Plan[Redrawings]:
+    """All pictures on the way to as many others."""
+    info = yield from catalogue.model(model, how.version)
+    x, far, places = pixels(images), pixels(others), _places(points)
+    if len(x) != len(far):
+        raise InvalidInput("others", f"{len(far)} pictures for {len(x)} images; as many are asked")
+    given = None if labels is None else _whole_numbers(labels, len(x))
+    others_given = None if other_labels is None else _whole_numbers(other_labels, len(x))
+    step = how.step(info, len(places), x[:1].nbytes + far[:1].nbytes)
+    parts: list[Redrawings] = []
+    for at in range(0, max(len(x), 1), step):
+        message = _message(
+            latent_pb2.InterpolateRequest,
+            images=codec.images(x[at : at + step]),
+            others=codec.images(far[at : at + step]),
+            points=places,
+            labels=given and given[at : at + step],
+            other_labels=others_given and others_given[at : at + step],
+            **how.fields(info, at, parts[-1] if parts else None),
+        )
+        answer: latent_pb2.InterpolateResponse = yield message
+        parts.append(codec.redrawn(answer, how.draws, (len(places),)))
+    return joined(parts)
+
+
+def _places(points: npt.ArrayLike) -> list[float]:
+    places = _array("points", points, np.float64)
+    if places.ndim != 1:
+        raise InvalidInput("points", f"shape {places.shape}; (points,) is asked")
+    found: list[float] = places.tolist()
+    return found
+
+
+def generations(
+    info: ModelInfo,
+    version: str | None,
+    label: int | None,
+    count: int,
+    seed: int | None,
+    first_index: int,
+    temperature: float | None,
+    self_check: generation_pb2.SelfCheck | None,
+    acceptance: generation_pb2.Acceptance | None,
+) -> Iterator[generation_pb2.GenerateRequest]:
+    """The requests that draw `count` pictures, none of them above the server's limit.
+
+    All but the first need `pin`: the server picks what the caller leaves open.
+    """
+    most = info.limits.images_per_generation
+    for start in range(0, max(count, 1), most):
+        yield _message(
+            generation_pb2.GenerateRequest,
+            model_name=info.name,
+            model_version=version or "",
+            label=label,
+            count=min(most, count - start),
+            seed=seed,
+            first_index=first_index + start,
+            temperature=temperature,
+            self_check=self_check,
+            acceptance=acceptance,
+        )
+
+
+def self_check(
+    wanted: bool, alpha: float | None, max_draws: int | None
+) -> generation_pb2.SelfCheck | None:
+    """The self-check that a request asks for, if any."""
+    if not wanted:
+        return None
+    return _message(generation_pb2.SelfCheck, alpha=alpha, max_draws=max_draws)
+
+
+def acceptance(wanted: bool, max_draws: int | None) -> generation_pb2.Acceptance | None:
+    """The drawing by acceptance that a request asks for, if any."""
+    return _message(generation_pb2.Acceptance, max_draws=max_draws) if wanted else None
+
+
+def completions(
+    info: ModelInfo,
+    version: str | None,
+    x: Pixels,
+    mask: npt.ArrayLike,
+    label: int | None,
+    count: int,
+    seed: int | None,
+    first_index: int,
+    temperature: float | None,
+    proposals: int,
+) -> Iterator[generation_pb2.CompleteRequest]:
+    """The requests that complete pictures x, none of them above the server's limits.
+
+    All but the first need `pin`.
+    """
+    known = _array("mask", mask, np.bool_)
+    known = known[:, None] if known.ndim == 3 else known
+    try:
+        known = np.broadcast_to(known, x.shape).astype(np.uint8)
+    except ValueError as error:
+        message = f"shape {known.shape} for pictures of shape {x.shape}"
+        raise InvalidInput("mask", message) from error
+    fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, 2 * x[:1].nbytes)
+    drawn = info.limits.images_per_generation // max(1, count)
+    step = max(1, min(info.limits.images_per_request, fitting, drawn))
+    for at in range(0, max(len(x), 1), step):
+        part = x[at : at + step]
+        yield _message(
+            generation_pb2.CompleteRequest,
+            model_name=info.name,
+            model_version=version or "",
+            images=codec.images(part),
+            mask=known[at : at + step].tobytes(),
+            label=label,
+            completions=count,
+            seed=seed,
+            first_index=first_index + at,
+            temperature=temperature,
+            proposals=proposals,
+        )
+
+
+def completed(parts: Sequence[Completions], x: Pixels, count: int, info: ModelInfo) -> Completions:
+    """The chunks' completions joined, images (n, completions, c, h, w) of pictures x."""
+    first = parts[0] if parts else Completions(x[:0], 0, info.version)
+    rows = np.concatenate([x[:0], *(part.images for part in parts)])
+    return replace(first, images=rows.reshape(len(x), count, *x.shape[1:]))
+
+
+def pin(
+    request: generation_pb2.GenerateRequest | generation_pb2.CompleteRequest,
+    last: Draws | Completions | None,
+) -> None:
+    """Ties a request to the seed and version that the one before it was answered with."""
+    if last is not None:
+        request.seed = last.seed
+        request.model_version = last.model_version
+
+
+def pixels(images: npt.ArrayLike) -> Pixels:
+    """Pictures as uint8 (n, c, h, w).
+
+    Args:
+        images: (n, c, h, w), or (n, h, w) for pictures of one channel; of any
+            integer type whose values are those of uint8.
+
+    Raises:
+        InvalidInput: another number of axes, another type, or a value outside 0 to 255.
+    """
+    x = np.asarray(images)
+    if x.ndim not in (3, 4):
+        raise InvalidInput("images", f"shape {x.shape}; (n, c, h, w) or (n, h, w) is asked")
+    if not np.issubdtype(x.dtype, np.integer):
+        raise InvalidInput("images", f"type {x.dtype}; integers from 0 to 255 are asked")
+    if x.dtype != np.uint8 and x.size and (x.min() < 0 or x.max() > 255):
+        raise InvalidInput("images", f"values {x.min()} to {x.max()}; 0 to 255 are asked")
+    return x.astype(np.uint8, copy=False).reshape(x.shape if x.ndim == 4 else _one_channel(x.shape))
+
+
+def _message(kind: Callable[..., M], **fields: Any) -> M:
+    """The message with these fields.
+
+    Raises:
+        InvalidInput: one of them is of a type or size that the message cannot hold.
+    """
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput("", f"a value cannot be sent: {error}") from error
+
+
+def _array(field: str, values: npt.ArrayLike, dtype: Any) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(values, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(field, f"not to be read as {np.dtype(dtype)}: {error}") from error
+
+
+def _whole_numbers(labels: npt.ArrayLike, n: int) -> list[int]:
+    given = np.asarray(labels)
+    if given.shape != (n,):
+        raise InvalidInput("labels", f"shape {given.shape} for {n} pictures; one label each")
+    if n and not np.issubdtype(given.dtype, np.integer):
+        raise InvalidInput("labels", f"type {given.dtype}; integers are asked")
+    numbers: list[int] = given.tolist()
+    return numbers
+
+
+def _one_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    n, h, w = shape
+    return n, 1, h, w
+
+
+def _divided(x: Pixels, info: ModelInfo, questions: Questions[A]) -> Plan[A]:
+    """Asks about at most as many pictures at a time as the server takes."""
+    fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, x[:1].nbytes)
+    step = max(1, min(info.limits.images_per_request, fitting))
+    answers: list[A] = []
+    for at in range(0, max(len(x), 1), step):
+        part = x[at : at + step]
+        # Once one version has answered, the others must be the same one.
+        pinned = answers[0].model_version if answers else questions.version
+        answer = yield questions.ask(part, pinned)
+        answers.append(questions.read(answer, part.shape))
+    return joined(answers)
+
+
+def joined(parts: Sequence[A]) -> A:
+    """One answer from the answers for consecutive pictures."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in (field.name for field in fields(first))
+        if isinstance(getattr(first, name), np.ndarray)
+    }
+    return replace(first, **columns)

@@ -1,0 +1,1 @@
+"""Where the server runs: in one process, or in several workers under one supervisor."""

@@ -1,0 +1,271 @@
+"""Several workers on one port: begun, watched, begun anew, told to end; their metrics as one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc.aio
+
+from likely import graphs, logs, machine
+from likely.errors import DeviceLost, LikelyError, SettingsError
+from likely.processes import process
+from likely.processes.fanout import Fanout
+from likely.processes.together import Together
+from likely.processes.worker import LOST, READY, Order
+from likely.serving import access, ports
+from likely.serving.interceptors import Guard, Guarded
+from likely.settings import PREFIX, Settings
+from likely.telemetry.metrics import Exporter, Metrics
+from likely.v1 import admin_pb2, admin_pb2_grpc
+from likely.versions.registry import Registry
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+SOONEST, LATEST = 0.1, 30.0  # seconds before a worker is begun anew
+STEADY = 60.0  # seconds that a worker has lived when its next death counts as its first
+MARGIN = 10.0  # seconds beyond its drain that a worker may take to end
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT, in as many processes as the settings want.
+
+    Raises:
+        LikelyError: why nothing can be served.
+        DeviceLost: why it was given up; a new process may do better.
+    """
+    count = settings.workers or machine.cores()
+    if count == 1:
+        process.serve(settings)
+        return
+    graphs.require_runtime()
+    log = logs.logger(settings.log_level, settings.log_format)
+    logs.adopt_stdlib(settings.log_format)
+    with tempfile.TemporaryDirectory(prefix="likely-") as folder, reserved(settings) as port:
+        fixed = settings.model_copy(update={"port": port, "workers": count})
+        asyncio.run(Supervisor(fixed, log, Path(folder)).run())
+
+
+class reserved(socket.socket):  # noqa: N801
+    """A socket that holds the port for the workers, and hears nothing itself.
+
+    As a context it gives the port.
+
+    Raises:
+        SettingsError: the port is taken, or the address is not this machine's.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        try:
+            family, *_, address = socket.getaddrinfo(
+                settings.host, settings.port, type=socket.SOCK_STREAM
+            )[0]
+            super().__init__(family, socket.SOCK_STREAM)
+            if settings.port:  # alone, which workers of another server would not allow
+                with socket.socket(family, socket.SOCK_STREAM) as alone:
+                    alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    alone.bind(address)
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            self.bind(address)
+        except OSError as error:
+            raise SettingsError(
+                f"gRPC cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
+            ) from error
+
+    def __enter__(self) -> int:  # type: ignore[override]
+        return int(self.getsockname()[1])
+
+
+class Supervisor:
+    """Keeps the workers of one server alive."""
+
+    def __init__(self, settings: Settings, log: FilteringBoundLogger, folder: Path) -> None:
+        """A supervisor.
+
+        Args:
+            settings: with the port and the number of workers decided.
+            log: where it tells of workers that end.
+            folder: private to this server, for sockets and metrics.
+        """
+        self._settings = settings
+        self._log = log
+        self._folder = folder
+        self._together = Together(folder)
+        self._running: dict[int, Process] = {}
+        self._ready: set[int] = set()
+        self._begun = asyncio.Event()
+        self._ending = False
+        self._serving: frozenset[int] = frozenset()
+
+    async def run(self) -> None:
+        """Serves until it is told to end.
+
+        Raises:
+            LikelyError: a worker could not begin, or the device is gone.
+        """
+        settings = self._settings
+        ending = process.signalled()
+        exporter, admin = self._export(), self._administer()
+        keepers = [asyncio.create_task(self._keep(index)) for index in range(settings.workers)]
+        begun = asyncio.create_task(self._begun.wait())
+        number = signal.SIGTERM
+        try:
+            if admin:
+                await admin.start()
+            await process.first(ending, begun, *keepers)
+            if self._begun.is_set():
+                self._log.info(
+                    "serving",
+                    host=settings.host,
+                    port=settings.port,
+                    metrics=exporter.port if exporter else None,
+                    workers=settings.workers,
+                )
+                await process.first(ending, *keepers)
+            if ending.done():
+                number = ending.result()
+        finally:
+            begun.cancel()
+            await self._end(number, keepers)
+            if admin:
+                await admin.stop(0)
+            if exporter:
+                await asyncio.to_thread(exporter.close)
+        for keeper in keepers:
+            if not keeper.cancelled():
+                keeper.result()
+        # One that had not begun yet when all were told to end had no request to lose.
+        if codes := {self._running[index].returncode for index in self._serving} - {0}:
+            raise LikelyError(f"a worker did not end well (exit {codes})")
+        self._log.info("ended")
+
+    async def _keep(self, index: int) -> None:
+        """Begins a worker, and begins it anew when it dies, until all shall end."""
+        wait = SOONEST
+        while not self._ending:
+            began = time.monotonic()
+            worker = await self._begin(index)
+            code = await worker.wait()
+            was_ready = index in self._ready
+            self._ready.discard(index)
+            self._together.ended(index)
+            self._together.ready(len(self._ready))
+            if self._ending:
+                return
+            if code == LOST:
+                raise DeviceLost("a worker lost its device; all end, to be begun anew")
+            if not was_ready and not self._begun.is_set():
+                raise LikelyError(
+                    f"worker {index} could not begin (exit {code}); it says above why"
+                )
+            if time.monotonic() - began > STEADY:
+                wait = SOONEST
+            self._log.error("worker ended", worker=index, code=code, again_in=wait)
+            self._together.restarted()
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, LATEST)
+
+    async def _begin(self, index: int) -> Process:
+        surroundings = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
+        worker = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "likely.processes.worker"),
+            stdin=PIPE,
+            stdout=PIPE,
+            env={**surroundings, **self._together.environment},
+            start_new_session=True,  # or Ctrl-C would reach it twice
+        )
+        assert worker.stdin
+        assert worker.stdout
+        self._running[index] = worker
+        if self._ending:
+            worker.terminate()
+        alone = self._settings.model_copy(update={"metrics_port": "off", "admin_port": "off"})
+        settings = alone.model_dump(mode="json")
+        socket_path = self._socket(index)
+        socket_path.unlink(missing_ok=True)
+        worker.stdin.write(Order(index, str(socket_path), settings).line())
+        if await worker.stdout.readline() == READY:
+            self._ready.add(index)
+            self._together.ready(len(self._ready))
+            if len(self._ready) == self._settings.workers:
+                self._begun.set()
+        return worker
+
+    async def _end(self, number: signal.Signals, keepers: Sequence[asyncio.Task[None]]) -> None:
+        self._ending = True
+        self._serving = frozenset(self._ready)
+        living = [worker for worker in self._running.values() if worker.returncode is None]
+        for worker in living:
+            worker.send_signal(number)
+        seconds = self._settings.drain_delay + self._settings.drain_seconds + MARGIN
+        if living:
+            _, late = await asyncio.wait(
+                [asyncio.create_task(worker.wait()) for worker in living], timeout=seconds
+            )
+            for worker in living if late else ():
+                if worker.returncode is None:
+                    worker.kill()
+        for keeper in keepers:
+            if not keeper.done():
+                keeper.cancel()
+        await asyncio.wait(keepers)
+
+    def _socket(self, index: int) -> Path:
+        return self._folder / f"{index}.sock"
+
+    def _export(self) -> Exporter | None:
+        settings = self._settings
+        if settings.metrics_port == "off":
+            return None
+        return Exporter(self._together.registry, settings.metrics_host, settings.metrics_port)
+
+    def _administer(self) -> grpc.aio.Server | None:
+        settings = self._settings
+        if settings.admin_port == "off":
+            return None
+        # The workers count and limit what they are handed on; here callers are let in.
+        guard = Guard(Registry(), Metrics(), self._log, access.gate(settings, self._log))
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        served: Any = Guarded(guard, server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(
+            Fanout(self._sockets, self._settled, self._strayed), served
+        )
+        port = ports.listen(server, settings, settings.admin_host, settings.admin_port, self._log)
+        self._log.info("admin", host=settings.admin_host, port=port)
+        return server
+
+    def _sockets(self) -> list[tuple[int, Path]]:
+        return [(index, self._socket(index)) for index in sorted(self._ready)]
+
+    def _settled(self, served: admin_pb2.ListVersionsResponse) -> None:
+        """Remembers what is served, for workers that are begun anew."""
+        serving = [v for v in served.versions if v.state == admin_pb2.VERSION_STATE_SERVING]
+        watched = self._settings.watch
+        self._settings = self._settings.model_copy(
+            update={
+                "bundles": tuple(
+                    folder
+                    for folder in (Path(v.folder) for v in serving)
+                    if not (watched and folder.is_relative_to(watched))
+                ),
+                "labels": tuple(
+                    f"{v.model_name}:{label}={v.model_version}"
+                    for v in serving
+                    for label in v.labels
+                ),
+            }
+        )
+
+    def _strayed(self, index: int) -> None:
+        self._log.error("worker could not follow a change", worker=index)
+        self._running[index].terminate()

@@ -1,0 +1,98 @@
+"""One of several processes that serve on one port; begun and ended by the supervisor.
+
+`python -m likely.processes.worker` reads one line of JSON, what it is and what it serves with,
+from its standard input, and says `ready` on its standard output once it takes requests. When the
+input ends, the supervisor is gone, and so it ends too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from likely import logs
+from likely.errors import DeviceLost, LikelyError
+from likely.processes import together
+from likely.processes.process import run, signalled
+from likely.serving.server import Server
+from likely.settings import Settings
+
+READY = b"ready\n"
+REFUSED, LOST = 1, 3  # exit codes: nothing can be served; the device is gone
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a worker is told.
+
+    Attributes:
+        index: which of the workers it is.
+        socket: where it takes the admin RPCs that the supervisor hands on.
+        settings: what it serves with, by field.
+    """
+
+    index: int
+    socket: str
+    settings: dict[str, Any]
+
+    def line(self) -> bytes:
+        """The order as the worker reads it."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+
+def main() -> int:
+    """Serves, and gives the exit code."""
+    order = Order(**json.loads(sys.stdin.buffer.readline()))
+    settings = Settings(**order.settings)
+    together.count_as(order.index)
+    log = logs.logger(settings.log_level, settings.log_format).bind(worker=order.index)
+    logs.adopt_stdlib(settings.log_format)
+    try:
+        asyncio.run(_work(order, settings, log))
+    except DeviceLost:
+        return LOST
+    except LikelyError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return REFUSED
+    return 0
+
+
+async def _work(order: Order, settings: Settings, log: Any) -> None:
+    ending = signalled()
+    _end_with_the_input(ending)
+    server = Server(settings, log, shared=True, admin_socket=Path(order.socket))
+
+    async def ready() -> None:
+        # Only now: the kernel would hand connections to a worker that cannot answer yet.
+        await server.start()
+        sys.stdout.buffer.write(READY)
+        sys.stdout.buffer.flush()
+
+    await run(server, settings, log, ending, ready)
+
+
+def _end_with_the_input(ending: asyncio.Future[signal.Signals]) -> None:
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        if ending.done():
+            os._exit(REFUSED)  # the supervisor was told twice to end
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 1 << 10):  # holds no lock that the end would want
+            pass
+        loop.call_soon_threadsafe(end)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The admin RPCs: each calls the lifecycle and tells what became of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from likely.errors import InvalidInput
+from likely.v1 import admin_pb2, admin_pb2_grpc
+from likely.versions.lifecycle import Lifecycle, State, Version
+from likely.versions.registry import check_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_STATES = {
+    State.LOADING: admin_pb2.VERSION_STATE_LOADING,
+    State.SERVING: admin_pb2.VERSION_STATE_SERVING,
+    State.DRAINING: admin_pb2.VERSION_STATE_DRAINING,
+    State.FAILED: admin_pb2.VERSION_STATE_FAILED,
+}
+
+
+class Admin(admin_pb2_grpc.AdminServiceServicer):
+    """Changes which models are served."""
+
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle = lifecycle
+
+    async def ListVersions(
+        self, request: admin_pb2.ListVersionsRequest, context: Context
+    ) -> admin_pb2.ListVersionsResponse:
+        """Every version, and every bundle that was refused."""
+        found = self._lifecycle.versions()
+        return admin_pb2.ListVersionsResponse(versions=[message(version) for version in found])
+
+    async def LoadModel(
+        self, request: admin_pb2.LoadModelRequest, context: Context
+    ) -> admin_pb2.LoadModelResponse:
+        """Serves the bundle in a folder."""
+        folder = Path(request.folder)
+        if not folder.is_absolute() or "\0" in request.folder:
+            raise InvalidInput("folder", f"{request.folder[:200]!r} is not an absolute path")
+        version = await self._lifecycle.load(folder)
+        return admin_pb2.LoadModelResponse(version=message(version))
+
+    async def UnloadModel(
+        self, request: admin_pb2.UnloadModelRequest, context: Context
+    ) -> admin_pb2.UnloadModelResponse:
+        """Serves a version no more, and frees it."""
+        check_name("model_version", request.model_version)
+        await self._lifecycle.unload(request.model_name, request.model_version)
+        return admin_pb2.UnloadModelResponse()
+
+    async def SetLabel(
+        self, request: admin_pb2.SetLabelRequest, context: Context
+    ) -> admin_pb2.SetLabelResponse:
+        """Lets a label name a version."""
+        await self._lifecycle.set_label(request.model_name, request.label, request.model_version)
+        return admin_pb2.SetLabelResponse()
+
+    async def Rollback(
+        self, request: admin_pb2.RollbackRequest, context: Context
+    ) -> admin_pb2.RollbackResponse:
+        """Makes the previous version the stable one."""
+        version = await self._lifecycle.rollback(request.model_name)
+        return admin_pb2.RollbackResponse(version=message(version))
+
+    async def ResetDrift(
+        self, request: admin_pb2.ResetDriftRequest, context: Context
+    ) -> admin_pb2.ResetDriftResponse:
+        """Begins the test for drift anew."""
+        version = await self._lifecycle.reset_drift(request.model_name, request.model_version)
+        return admin_pb2.ResetDriftResponse(model_version=version)
+
+
+def message(version: Version) -> admin_pb2.ModelVersion:
+    """What became of a version, as a message."""
+    return admin_pb2.ModelVersion(
+        model_name=version.name,
+        model_version=version.version,
+        state=_STATES[version.state],
+        folder=str(version.folder),
+        digest=version.digest,
+        labels=version.labels,
+        is_default=version.is_default,
+        reason=version.reason,
+        message=version.message,
+    )

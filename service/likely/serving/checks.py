@@ -1,0 +1,399 @@
+"""What a request may ask: every field held to the model and the server's limits.
+
+Each check gives back the checked value and raises InvalidInput with the field's
+path, the value given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from likely import bayes, codec
+from likely.answers import (
+    Acceptance,
+    Accepted,
+    Doubles,
+    Floats,
+    Guarantee,
+    LabelRule,
+    Labels,
+    Limits,
+    Pixels,
+    SelfCheck,
+)
+from likely.errors import InvalidInput, NotAnswered
+from likely.latent import Drawing
+from likely.noise import SEED_LIMIT
+from likely.v1 import generation_pb2, images_pb2, latent_pb2, scoring_pb2
+
+if TYPE_CHECKING:
+    from likely.bundle import Manifest
+    from likely.outliers import Detector
+
+HOTTEST = 2.0
+_HIGHEST = np.iinfo(np.uint8).max
+USUAL_DRAWS, MOST_DRAWS = 16, 100
+USUAL_ATTEMPTS, MOST_ATTEMPTS = 100, 1000  # draws until one is kept by p(y|x)
+MOST_PROPOSALS = 256
+LARGEST_FEATURE = 1e4  # beyond, a decoder's sums could leave the numbers that there are
+FARTHEST = 100.0  # units of a direction
+T = TypeVar("T")
+Generating = generation_pb2.GenerateRequest | generation_pb2.CompleteRequest
+Moving = latent_pb2.TraverseRequest | latent_pb2.InterpolateRequest
+Redrawing = latent_pb2.DecodeRequest | Moving
+Drawn = Generating | Redrawing
+_GUARANTEES: dict[int, Guarantee] = {0: Guarantee.MARGINAL, **{int(g): g for g in Guarantee}}
+_RULES: dict[int, LabelRule] = {0: LabelRule.GENERATIVE, **{int(r): r for r in LabelRule}}
+_AXES = ("pictures", "channels", "rows", "columns")
+
+
+class Pictured(Protocol):
+    """A request that brings pictures."""
+
+    @property
+    def images(self) -> images_pb2.Images:
+        """The pictures."""
+
+
+class Judging(Protocol):
+    """What may have a detector."""
+
+    @property
+    def detector(self) -> Detector:
+        """The detector; raises NotAnswered where there is none."""
+
+
+def pixels(
+    request: Pictured, manifest: Manifest, limits: Limits, known: Accepted | None = None
+) -> Pixels:
+    """The request's pictures, uint8 (n, c, h, w), every byte in [0, levels).
+
+    Where `known` is given, levels that are not known may be any and become 0.
+    """
+    geometry(request, manifest, limits)
+    x = codec.pixels(request.images)
+    if known is not None:
+        x = x * known
+    if manifest.levels <= _HIGHEST and np.maximum.reduce(x, None, initial=0) >= manifest.levels:
+        i, c, h, w = np.unravel_index(int(np.argmax(x >= manifest.levels)), x.shape)
+        raise InvalidInput(
+            "images.data",
+            f"level {x[i, c, h, w]} at picture {i}, channel {c}, row {h}, column {w} "
+            f"is not in [0, {manifest.levels})",
+        )
+    return x
+
+
+def geometry(request: Pictured, manifest: Manifest, limits: Limits) -> None:
+    """Returns if the claimed shape is the model's and the pictures are not too many."""
+    n, *claimed = codec.shape(request.images)
+    if tuple(claimed) != manifest.shape:
+        axis, given, asked = next(
+            (axis, given, asked)
+            for axis, given, asked in zip((1, 2, 3), claimed, manifest.shape, strict=True)
+            if given != asked
+        )
+        raise InvalidInput(
+            f"images.shape[{axis}]", f"{given} {_AXES[axis]}; the model takes {asked}"
+        )
+    if n > limits.images_per_request:
+        raise InvalidInput(
+            "images.shape[0]",
+            f"{n} pictures; one request brings at most {limits.images_per_request}",
+        )
+
+
+def surprise(request: scoring_pb2.ScoreRequest, manifest: Manifest, limits: Limits) -> bool:
+    """Whether the request's surprise maps are asked for, in an answer within the limits."""
+    if not request.surprise:
+        return False
+    nbytes = 4 * codec.shape(request.images)[0] * manifest.dimensions
+    if nbytes > limits.response_bytes:
+        raise InvalidInput(
+            "surprise",
+            f"the maps would have {nbytes} bytes; one answer has at most {limits.response_bytes}",
+        )
+    return True
+
+
+def chunk(manifest: Manifest, limits: Limits) -> int:
+    """How many drawn pictures one answer holds, at least 1."""
+    return max(1, min(limits.images_per_chunk, limits.response_bytes // manifest.dimensions))
+
+
+def alpha(
+    request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest | generation_pb2.SelfCheck,
+    detector: Detector,
+    default: float,
+) -> float:
+    """The request's alpha, in [finest_alpha, 1) of its guarantee, or the default."""
+    asked = request.alpha if request.HasField("alpha") else default
+    if isinstance(request, generation_pb2.SelfCheck):
+        return detector.check_alpha(asked)
+    return detector.check_alpha(asked, guarantee(request))
+
+
+def guarantee(request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest) -> Guarantee:
+    """What the request's alpha is to hold for."""
+    found = _GUARANTEES.get(request.guarantee)
+    if found is None:
+        raise InvalidInput("guarantee", f"{request.guarantee} is no number of a guarantee")
+    return found
+
+
+def rule(request: scoring_pb2.ClassifyRequest) -> LabelRule:
+    """What assigns the request's labels."""
+    found = _RULES.get(request.rule)
+    if found is None:
+        raise InvalidInput("rule", f"{request.rule} is no number of a rule")
+    return found
+
+
+def priors(request: scoring_pb2.ClassifyRequest, manifest: Manifest) -> Doubles | None:
+    """The request's priors, float64 (labels,); None where it leaves them to the model."""
+    return bayes.check_priors(request.priors, len(manifest.labels)) if request.priors else None
+
+
+def min_posterior(request: scoring_pb2.ClassifyRequest) -> float:
+    """The smallest posterior at which a label is assigned, in [0, 1)."""
+    if not 0 <= request.min_posterior < 1:
+        raise InvalidInput("min_posterior", f"{request.min_posterior:g} is not in [0, 1)")
+    return request.min_posterior
+
+
+def labels(
+    request: scoring_pb2.EncodeRequest | Redrawing,
+    manifest: Manifest,
+    n: int,
+    field: str = "labels",
+) -> Labels | None:
+    """The label of each of n pictures, int64 (n,); None where the request names none."""
+    given: Sequence[int] = getattr(request, field)
+    if not given:
+        return None
+    if len(given) != n:
+        raise InvalidInput(field, f"{len(given)} labels for {n} pictures; one each, or none")
+    for i, label in enumerate(given):
+        _check_label(f"{field}[{i}]", label, manifest)
+    return np.array(given, dtype=np.int64)
+
+
+def label(request: Generating, manifest: Manifest) -> int | None:
+    """The label that all pictures shall have; None where the request leaves it open."""
+    if not request.HasField("label"):
+        return None
+    return _check_label("label", request.label, manifest)
+
+
+def count(request: generation_pb2.GenerateRequest, limits: Limits) -> int:
+    """How many pictures are drawn, from 1 to the limit."""
+    return _within("count", request.count, limits.images_per_generation)
+
+
+def first_index(request: Drawn, count: int) -> int:
+    """The first picture's index, such that the last one's is below 2**63."""
+    if request.first_index < 0:
+        raise InvalidInput("first_index", f"{request.first_index} is negative")
+    if request.first_index + count > SEED_LIMIT:
+        raise InvalidInput(
+            "first_index", f"{request.first_index} leaves no room for {count} pictures below 2**63"
+        )
+    return request.first_index
+
+
+def seed(request: Drawn) -> int:
+    """The request's seed, or a fresh one."""
+    return request.seed if request.HasField("seed") else secrets.randbelow(SEED_LIMIT)
+
+
+def temperature(request: Drawn) -> float:
+    """What multiplies the noise, in [0, 2]; 1 where the request names none."""
+    if not request.HasField("temperature"):
+        return 1.0
+    if not (math.isfinite(request.temperature) and 0 <= request.temperature <= HOTTEST):
+        raise InvalidInput("temperature", f"{request.temperature:g} is not in [0, {HOTTEST:g}]")
+    return request.temperature
+
+
+def self_check(
+    request: generation_pb2.GenerateRequest, engine: Judging, default_alpha: float
+) -> SelfCheck | None:
+    """What draws must pass; None where the request asks for no self-check."""
+    if not request.HasField("self_check"):
+        return None
+    asked = request.self_check
+    draws = asked.max_draws if asked.HasField("max_draws") else USUAL_DRAWS
+    return SelfCheck(
+        _in_field("self_check", alpha, asked, engine.detector, default_alpha),
+        _within("self_check.max_draws", draws, MOST_DRAWS),
+    )
+
+
+def acceptance(request: generation_pb2.GenerateRequest) -> Acceptance | None:
+    """How draws of p(x) are kept for a label; None where the model shall draw with it."""
+    if not request.HasField("acceptance"):
+        return None
+    if request.HasField("self_check"):
+        raise InvalidInput("acceptance", "a self-check is asked for too; one of them is allowed")
+    asked = request.acceptance
+    draws = asked.max_draws if asked.HasField("max_draws") else USUAL_ATTEMPTS
+    return Acceptance(_within("acceptance.max_draws", draws, MOST_ATTEMPTS))
+
+
+def mask(request: generation_pb2.CompleteRequest) -> Accepted:
+    """Where the request's pictures are fixed, bool, in their claimed shape (n, c, h, w)."""
+    claimed = codec.shape(request.images)
+    expected = math.prod(claimed)
+    if len(request.mask) != expected:
+        raise InvalidInput(
+            "mask", f"{len(request.mask)} bytes; one for each of {expected} levels is asked"
+        )
+    known = np.frombuffer(request.mask, dtype=np.uint8)
+    if known.size and known.max() > 1:
+        first = int(np.argmax(known > 1))
+        raise InvalidInput("mask", f"byte {first} is {known[first]}; 0 or 1 is asked")
+    return known.reshape(claimed).astype(np.bool_)
+
+
+def completions(request: generation_pb2.CompleteRequest, limits: Limits) -> tuple[int, int]:
+    """How many completions of each picture, from how many proposals each.
+
+    Pictures times completions times proposals are held to the limit of one request.
+    """
+    n = max(1, codec.shape(request.images)[0])
+    count = request.completions if request.HasField("completions") else 1
+    _within("completions", count, limits.images_per_generation // n)
+    given = request.proposals if request.HasField("proposals") else 1
+    if given > 1 and (request.HasField("label") or request.HasField("temperature")):
+        raise InvalidInput("proposals", f"{given} need an absent label and temperature")
+    _within("proposals", given, min(MOST_PROPOSALS, limits.images_per_generation // (n * count)))
+    return count, given
+
+
+@dataclass(frozen=True, slots=True)
+class _Second:
+    """The second pictures of a request, in the place of the first."""
+
+    images: images_pb2.Images
+
+
+def others(
+    request: latent_pb2.InterpolateRequest, manifest: Manifest, limits: Limits, n: int
+) -> Pixels:
+    """The request's second pictures, as many as the first."""
+    try:
+        x = pixels(_Second(request.others), manifest, limits)
+    except InvalidInput as error:
+        field = error.field.replace("images", "others", 1)
+        raise InvalidInput(field, error.description) from None
+    if len(x) != n:
+        raise InvalidInput(
+            "others.shape[0]", f"{len(x)} pictures for {n} images; as many are asked"
+        )
+    return x
+
+
+def features(request: latent_pb2.DecodeRequest, z: int) -> Floats:
+    """The request's features, float32 (n, z), finite and not large."""
+    if len(request.features) % (4 * z):
+        raise InvalidInput(
+            "features", f"{len(request.features)} bytes; rows of {z} 32-bit floats are asked"
+        )
+    found = codec.latents(request.features, z)
+    bad = ~(np.abs(found) <= LARGEST_FEATURE)  # NaN is not
+    if bad.any():
+        i, k = np.unravel_index(int(bad.argmax()), bad.shape)
+        raise InvalidInput(
+            "features",
+            f"{found[i, k]:g} at row {i}, dimension {k} is not in "
+            f"[-{LARGEST_FEATURE:g}, {LARGEST_FEATURE:g}]",
+        )
+    return found
+
+
+def direction(request: latent_pb2.TraverseRequest, manifest: Manifest) -> str:
+    """The name of one of the model's directions."""
+    if manifest.latent is None:
+        raise NotAnswered(f"model {manifest.name} has no directions, so it does not answer this")
+    names = [each.name for each in manifest.latent.directions]
+    if request.direction not in names:
+        asked = repr(request.direction[:80])
+        raise InvalidInput("direction", f"{asked} is none of {', '.join(names)}")
+    return request.direction
+
+
+def points(request: Moving) -> Doubles:
+    """The points to redraw at, float64 (points,), one at least."""
+    between = isinstance(request, latent_pb2.InterpolateRequest)
+    low, high = (0.0, 1.0) if between else (-FARTHEST, FARTHEST)
+    if not request.points:
+        raise InvalidInput("points", "none are named; one at least is asked")
+    for i, point in enumerate(request.points):
+        if not low <= point <= high:  # NaN is not
+            raise InvalidInput(f"points[{i}]", f"{point:g} is not in [{low:g}, {high:g}]")
+    return np.array(request.points, dtype=np.float64)
+
+
+def drawing(request: Redrawing, n: int, rows: int, manifest: Manifest, limits: Limits) -> Drawing:
+    """How pictures are drawn of features, in an answer within the limits.
+
+    Args:
+        request: what is asked.
+        n: pictures, or rows of features, that noise is numbered by.
+        rows: redrawn.
+        manifest: of the model.
+        limits: the server's.
+    """
+    if request.draws < 0:
+        raise InvalidInput("draws", f"{request.draws} is negative")
+    each = max(1, request.draws)
+    brought = "features" if isinstance(request, latent_pb2.DecodeRequest) else "images"
+    field = "draws" if request.draws > 1 else "points" if rows > n else brought
+    if rows * each > limits.images_per_generation:
+        raise InvalidInput(
+            field,
+            f"{rows * each} pictures would be redrawn; at most "
+            f"{limits.images_per_generation} are in one request",
+        )
+    nbytes = rows * manifest.dimensions * (8 + request.draws)
+    if nbytes > limits.response_bytes:
+        raise InvalidInput(
+            field,
+            f"the answer would have {nbytes} bytes; one has at most {limits.response_bytes}",
+        )
+    return Drawing(
+        count=request.draws,
+        seed=seed(request),
+        first_index=first_index(request, n),
+        temperature=temperature(request),
+    )
+
+
+def _within(field: str, value: int, most: int) -> int:
+    if not 1 <= value <= most:
+        raise InvalidInput(field, f"{value} is not in 1 to {most}")
+    return value
+
+
+def _in_field(field: str, check: Callable[..., T], *given: Any) -> T:
+    try:
+        return check(*given)
+    except InvalidInput as error:
+        raise InvalidInput(f"{field}.{error.field}", error.description) from None
+
+
+def _check_label(field: str, label: int, manifest: Manifest) -> int:
+    n = len(manifest.labels)
+    if n == 0:
+        raise InvalidInput(field, "the model has no labels")
+    if not 0 <= label < n:
+        names = ", ".join(entry.name for entry in manifest.labels[:10])
+        more = ", …" if n > 10 else ""
+        raise InvalidInput(field, f"{label} is not in 0 to {n - 1}: {names}{more}")
+    return label

@@ -1,0 +1,377 @@
+"""One guard round every RPC: lets in, decodes, maps errors to statuses, logs, counts.
+
+Stock grpc.aio answers bytes that are no message, and handlers that raise, with
+UNKNOWN and the exception's text. Here the request arrives as bytes and is
+decoded inside the guard, so that both get a proper status.
+
+All of it is done for every request, which with a small model costs more than the model: what
+does not depend on the request is found once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc
+import grpc.aio
+
+from likely import statuses
+from likely.batching import callers
+from likely.batching.callers import Caller, Priority
+from likely.errors import DeadlineExceeded, DeviceLost, InvalidInput, MethodUnknown, Unavailable
+from likely.serving import tallies
+from likely.serving.access import Gate
+from likely.serving.doors import Door
+from likely.telemetry.metrics import Metrics
+from likely.tracing import Trace, Tracing
+from likely.v1.failures_pb2 import Failure
+from likely.versions.registry import Registry
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+REQUEST_ID = "x-request-id"
+PRIORITY = "likely-priority"
+_OURS = ("likely.", "inference.")
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Read: TypeAlias = Callable[[bytes], Any] | None
+Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
+
+
+@dataclass(slots=True)
+class Call:
+    """What is known of an RPC while it runs; the access log's line in the end.
+
+    `is_ours` tells a question to a model from a probe of health or reflection.
+    """
+
+    service: str
+    method: str
+    is_ours: bool
+    request_id: str
+    began: float
+    model: str = ""
+    code: str = "OK"
+    images: int = 0
+    holder: str = ""
+    accepted: bool = True
+    trace: Trace | None = None
+
+
+def _ignored(_: DeviceLost) -> None:
+    """Nobody has to be told."""
+
+
+class Guarded(grpc.GenericRpcHandler):
+    """The services of one server, behind a guard; generated code adds them as to the server itself.
+
+    They are found by their names alone. For each method that is registered by itself, grpc.aio
+    keeps a task, and it begins to wait for all of these anew at each request; an interceptor
+    would cost two coroutines for each.
+    """
+
+    def __init__(self, guard: Guard, server: grpc.aio.Server) -> None:
+        self._guard = guard
+        self._services: list[grpc.GenericRpcHandler] = []
+        self._handlers: dict[str, Handler] = {}  # of the methods that there are
+        # Named by nobody's wish: callers must not grow logs and metrics.
+        self._unknown = guard.guarded(_NO_METHOD, "unknown", "unknown")
+        server.add_generic_rpc_handlers((self,))
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Adds services."""
+        self._services += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """Adds nothing: the same methods come as generic handlers."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler:
+        """The RPC's handler, guarded; where there is no such RPC, one that says so."""
+        path = handler_call_details.method
+        return self._handlers.get(path) or self._found(path, handler_call_details)
+
+    def _found(self, path: str, details: grpc.HandlerCallDetails) -> Handler:
+        found = (service.service(details) for service in self._services)
+        handler = next((handler for handler in found if handler), None)
+        if handler is None:
+            return self._unknown
+        service, _, method = path.removeprefix("/").rpartition("/")
+        self._handlers[path] = self._guard.guarded(handler, service, method)
+        return self._handlers[path]
+
+
+class Guard:
+    """Stands before every RPC.
+
+    Attributes:
+        door: lets requests in.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        gate: Gate | None = None,
+        *,
+        tracing: Tracing | None = None,
+        slow_reader_seconds: float = 60.0,
+        lost: Callable[[DeviceLost], None] = _ignored,
+    ) -> None:
+        """A guard.
+
+        Args:
+            registry: knows which names may be told in logs and metrics.
+            metrics: where RPCs are counted.
+            log: where they are told.
+            gate: lets callers in; None lets in all.
+            tracing: makes a trace of each; None for none.
+            slow_reader_seconds: how long a stream waits for a caller that does not read.
+            lost: is told that the device is gone.
+        """
+        self.door = Door()
+        self._registry = registry
+        self._metrics = metrics
+        self._log = log.bind()  # once: a logger that was never bound binds itself for each event
+        self._tells_all = log.is_enabled_for(logging.DEBUG)
+        self._gate = gate or Gate()
+        self._tracing = tracing
+        self._patience = slow_reader_seconds
+        self._lost = lost
+        self._probes: set[asyncio.Timeout] = set()
+
+    def end_probes(self) -> None:
+        """Ends health watches and reflection streams: by themselves they last until drained."""
+        for probe in self._probes:
+            probe.reschedule(0)
+
+    def guarded(self, handler: Handler, service: str, method: str) -> Handler:
+        """A handler that the guard stands before."""
+        name = "_".join(
+            "stream" if streams else "unary"
+            for streams in (handler.request_streaming, handler.response_streaming)
+        )
+        inner: Any = getattr(handler, name)
+        watched = partial(self._watched, service, method, service.startswith(_OURS))
+        receive = self._each if handler.request_streaming else self._received
+        read = handler.request_deserializer
+
+        async def unary(data: Any, context: Context) -> Any:
+            async def work(call: Call) -> Any:
+                answer = await inner(receive(call, data, read), context)
+                self._answered(call, answer)
+                return answer
+
+            return await watched(context, work)
+
+        async def stream(data: Any, context: Context) -> None:
+            async def work(call: Call) -> None:
+                async with aclosing(inner(receive(call, data, read), context)) as answers:
+                    async for answer in answers:
+                        self._answered(call, answer)
+                        await self._write(answer, context)
+
+            await watched(context, work)
+
+        # grpc.aio also takes a coroutine that writes its stream by context.write,
+        # as the health service's Watch does.
+        yields = inspect.isasyncgenfunction(inner)
+        make: Any = getattr(grpc, f"{name}_rpc_method_handler")
+        guarded: Handler = make(
+            stream if yields else unary, response_serializer=handler.response_serializer
+        )
+        return guarded
+
+    async def _watched(
+        self,
+        service: str,
+        method: str,
+        is_ours: bool,
+        context: Context,
+        work: Callable[[Call], Awaitable[Any]],
+    ) -> Any:
+        # A function that is handed the work: generators as contexts, one in another, cost a
+        # request more than the rest of its guard.
+        metadata: Metadata = context.invocation_metadata() or ()
+        call = Call(service, method, is_ours, _request_id(metadata), time.monotonic())
+        # Trailing, not initial: initial metadata would commit the call, and no
+        # client would retry it.
+        trailer = ((REQUEST_ID, call.request_id),)
+        context.set_trailing_metadata(trailer)
+        if call.is_ours:
+            self._metrics.began(method)
+            if self._tracing:
+                call.trace = self._tracing.begin(service, method, metadata)
+        try:
+            holder = self._gate.admit(service, metadata)
+            call.holder = holder.name if holder else ""
+            callers.announce(_caller(call, context, metadata, holder.scopes if holder else None))
+            if not call.is_ours:
+                return await self._endable(call, work)
+            if self.door.closed:
+                call.accepted = False
+                await self.door.refused()
+            with self.door.inside():
+                return await work(call)
+        except grpc.aio.AbortError:
+            call.code = _code_name(context.code())
+            raise
+        except asyncio.CancelledError:
+            call.code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
+            raise
+        except Exception as error:
+            refusal = statuses.status(self.told(error, method, call.request_id), call.request_id)
+            call.code = refusal[0].name
+        finally:
+            self._ended(call)
+        # Ended before it is told: a caller that does not read lets this wait.
+        code, message, details = refusal
+        return await context.abort(code, message, (*trailer, *details))
+
+    def told(self, error: Exception, method: str, request_id: str) -> Exception:
+        """What callers are told in place of an error, which the log keeps if it is a fault."""
+        if isinstance(error, DeviceLost):
+            self._lost(error)
+            return Unavailable("the device that served is gone; the server ends, to be restarted")
+        if not statuses.is_told(error):
+            self._log.error("fault", method=method, request_id=request_id, exc_info=error)
+        return error
+
+    def failure(self, error: Exception, method: str, request_id: str) -> Failure:
+        """What the caller of one message of a stream is told of an error."""
+        return statuses.failure(self.told(error, method, request_id), request_id)
+
+    async def _write(self, answer: Any, context: Context) -> None:
+        # Returns once the caller's window has room: what it does not read is not drawn.
+        try:
+            async with asyncio.timeout(self._patience):
+                await context.write(answer)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the caller read nothing for {self._patience:g} seconds"
+            ) from None
+
+    async def _endable(self, call: Call, work: Callable[[Call], Awaitable[Any]]) -> Any:
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                self._probes.add(limit)
+                return await work(call)
+        except TimeoutError:
+            raise Unavailable("the server is ending") from None
+        finally:
+            self._probes.discard(limit)
+
+    def _ended(self, call: Call) -> None:
+        seconds = time.monotonic() - call.began
+        # What goes well is counted; a line for each would cost as much as a small model's run.
+        told = call.is_ours and call.code not in ("OK", "RESOURCE_EXHAUSTED")
+        if told or self._tells_all:
+            self._tell(call, seconds, self._log.info if told else self._log.debug)
+        if call.is_ours:
+            self._metrics.ended(call.method, call.model, call.code, seconds)
+        if call.trace:
+            call.trace.end(
+                call.code,
+                grpc.StatusCode[call.code].value[0],
+                {
+                    "likely.model": call.model,
+                    "likely.images": call.images,
+                    "likely.request_id": call.request_id,
+                },
+            )
+
+    def _tell(self, call: Call, seconds: float, tell: Callable[..., object]) -> None:
+        tell(
+            "rpc",
+            method=call.method,
+            model=call.model,
+            code=call.code,
+            images=call.images,
+            **({"holder": call.holder} if call.holder else {}),
+            **({} if call.accepted else {"accepted": False}),
+            seconds=round(seconds, 6),
+            request_id=call.request_id,
+        )
+
+    def _received(self, call: Call, data: bytes, read: Read) -> Any:
+        request = _decode(data, read)
+        name = tallies.model(request)
+        # One value for all unknown names: callers must not grow logs and metrics.
+        call.model = name if not name or self._registry.known(name) else "unknown"
+        return request
+
+    async def _each(self, call: Call, stream: AsyncIterator[bytes], read: Read) -> Any:
+        async for data in stream:
+            # All of a stream ask one model: the first message's.
+            yield _decode(data, read) if call.model else self._received(call, data, read)
+
+    def _answered(self, call: Call, answer: Any) -> None:
+        if call.is_ours:
+            images = tallies.size(answer)
+            call.images += images
+            model = tallies.model(answer) or call.model
+            self._metrics.answered(call.method, model, images, tallies.verdicts(answer))
+            for number in tallies.codes(answer):
+                self._metrics.streamed(call.method, call.model, statuses.code_of(number).name)
+
+
+async def _no_method(_: Any, __: Context) -> AsyncIterator[Any]:
+    raise MethodUnknown("this server has no such service or method")
+    yield
+
+
+_NO_METHOD: Handler = grpc.stream_stream_rpc_method_handler(_no_method)
+
+
+def _decode(data: bytes, read: Read) -> Any:
+    try:
+        return read(data) if read else data
+    except Exception as error:
+        raise InvalidInput("", "the request's bytes are no message of the RPC's type") from error
+
+
+def _caller(
+    call: Call, context: Context, metadata: Metadata, scopes: frozenset[str] | None
+) -> Caller:
+    """Who asks: the token's holder, or the address where there is none.
+
+    Raises:
+        DeadlineExceeded: the deadline has passed already.
+    """
+    seconds = context.time_remaining()
+    if seconds is not None and seconds <= 0:
+        raise DeadlineExceeded("the deadline had passed when the request came")
+    return Caller(
+        call.holder or context.peer().rpartition(":")[0],  # ports change with each connection
+        Priority.BULK if (PRIORITY, "bulk") in metadata else None,
+        None if seconds is None else time.monotonic() + seconds,
+        request_id=call.request_id,
+        trace=call.trace,
+        scopes=scopes,
+    )
+
+
+def _request_id(metadata: Metadata) -> str:
+    for key, value in metadata:
+        if key == REQUEST_ID and isinstance(value, str) and _SANE_ID.fullmatch(value):
+            return value
+    return f"{random.getrandbits(128):032x}"  # unlike any other, and no secret
+
+
+def _code_name(code: grpc.StatusCode | int | None) -> str:
+    number = code.value[0] if isinstance(code, grpc.StatusCode) else code
+    return next((known.name for known in grpc.StatusCode if known.value[0] == number), "UNKNOWN")

@@ -1,0 +1,325 @@
+"""Which models of the Open Inference Protocol a bundle makes: one for each question it answers.
+
+| model             | answers                                     |
+| ----------------- | ------------------------------------------- |
+| `bundle`          | all that is decided about pictures          |
+| `bundle/score`    | how plausible they are                      |
+| `bundle/classify` | which labels they have                      |
+| `bundle/surprise` | -log p of every pixel                       |
+| `bundle/encode`   | latent features                             |
+| `bundle/generate` | pictures drawn                              |
+| `bundle/complete` | pictures with their open pixels drawn       |
+
+Each has inputs and outputs of its own, as clients that read metadata expect. A name of a bundle
+holds no `/`, so that no two models have one name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from likely.answers import Draws, Limits, Verdict
+from likely.bundle import Role
+from likely.errors import InvalidInput
+from likely.serving.openinference.tensors import Array, Arrays, Tensor
+from likely.serving.servicers import Generation, Scoring
+from likely.v1 import generation_pb2, images_pb2, scoring_pb2
+
+if TYPE_CHECKING:
+    from likely.bundle import Manifest
+    from likely.engine import Engine
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What operations ask: the use cases behind our own RPCs, with their checks and quotas."""
+
+    scoring: Scoring
+    generation: Generation
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request, decoded.
+
+    Attributes:
+        model: the bundle's name.
+        version: of it, no label.
+        inputs: by name.
+        settings: by name.
+        wanted: names of the outputs.
+        manifest: of the bundle.
+    """
+
+    model: str
+    version: str
+    inputs: Arrays
+    settings: Settings
+    wanted: frozenset[str]
+    manifest: Manifest
+
+    @property
+    def asks(self) -> dict[str, Any]:
+        """What every request of our own begins with."""
+        return {"model_name": self.model, "model_version": self.version}
+
+    @property
+    def images(self) -> images_pb2.Images:
+        """The input `images`."""
+        x = self.inputs["images"]
+        return images_pb2.Images(data=x.tobytes(), shape=x.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Outputs by name, and what else is told of them."""
+
+    outputs: Arrays
+    told: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One question that a bundle may answer.
+
+    Attributes:
+        suffix: behind the bundle's name.
+        method: of the engine, that it takes.
+        merged: whether requests are merged along their first axis.
+        settings: names of those that it takes.
+        inputs, outputs: given the manifest.
+        run: gives the answer.
+    """
+
+    suffix: str
+    method: str
+    merged: bool
+    settings: frozenset[str]
+    inputs: Callable[[Manifest], tuple[Tensor, ...]]
+    outputs: Callable[[Manifest], tuple[Tensor, ...]]
+    run: Callable[[Services, Question], Awaitable[Answer]]
+
+
+async def _score(services: Services, question: Question) -> Answer:
+    request = scoring_pb2.ScoreRequest(
+        **question.asks,
+        images=question.images,
+        surprise="surprise" in question.wanted,
+        **question.settings,
+    )
+    scores = await services.scoring.scored(request)
+    outputs: dict[str, Array] = {
+        "log_likelihood": scores.log_px,
+        "bits_per_dim": scores.bits_per_dim,
+        "unusualness": scores.unusualness,
+        "p_value": scores.p_value,
+        "outlier": scores.verdict == Verdict.OUTLIER,
+    }
+    if scores.surprise is not None:
+        outputs["surprise"] = scores.surprise
+    return Answer(outputs, {"alpha": scores.alpha})
+
+
+async def _classify(services: Services, question: Question) -> Answer:
+    request = scoring_pb2.ClassifyRequest(
+        **question.asks, images=question.images, **question.settings
+    )
+    answer = await services.scoring.classified(request)
+    outputs: dict[str, Array] = {
+        "label": answer.label,
+        "posterior": answer.posterior,
+        "verdict": answer.verdict,
+        "p_value": answer.p_value,
+        "log_likelihoods": answer.log_pxy,
+        "label_p_values": answer.label_p_values,
+    }
+    return Answer(outputs, {"alpha": answer.alpha})
+
+
+async def _everything(services: Services, question: Question) -> Answer:
+    """What both say, each asked only where one of its outputs is wanted."""
+    labels = {tensor.name for tensor in _labelled(question.manifest)}
+    answer = Answer({}, {})
+    if question.wanted & labels:
+        answer = await _classify(services, question)
+    if question.wanted - set(answer.outputs):
+        keep = {name: question.settings[name] for name in _JUDGED & set(question.settings)}
+        scores = await _score(services, replace(question, settings=keep))
+        answer = Answer({**scores.outputs, **answer.outputs}, scores.told)
+    return answer
+
+
+async def _encode(services: Services, question: Question) -> Answer:
+    labels = question.inputs.get("labels")
+    request = scoring_pb2.EncodeRequest(
+        **question.asks,
+        images=question.images,
+        labels=() if labels is None else _small(labels),
+    )
+    features = await services.scoring.encoded(request)
+    outputs: dict[str, Array] = {
+        "mean": features.mean,
+        "labels": features.label,
+    }
+    if features.log_variance is not None:
+        outputs["log_variance"] = features.log_variance
+    return Answer(outputs, {})
+
+
+async def _generate(services: Services, question: Question) -> Answer:
+    if question.inputs["count"].shape != (1,):
+        raise InvalidInput("count.shape", f"{question.inputs['count'].shape}; (1,) is asked")
+    count = int(question.inputs["count"][0])
+    settings = dict(question.settings)
+    wants_check = settings.pop("self_check", False)
+    check = {key: settings.pop(key) for key in ("alpha", "max_draws") if key in settings}
+    if check and not wants_check:
+        raise InvalidInput(f"parameters[{next(iter(check))}]", "is of a self_check only")
+    _check_size(count, "count", question.manifest, services.limits)
+    request = generation_pb2.GenerateRequest(
+        **question.asks,
+        count=count,
+        self_check=generation_pb2.SelfCheck(**check) if wants_check else None,
+        **settings,
+    )
+    async with aclosing(services.generation.drawn(request)) as chunks:
+        drawn = [chunk async for chunk in chunks]
+    outputs: dict[str, Array] = {
+        "images": np.concatenate([chunk.images for chunk in drawn]),
+        "labels": np.concatenate([chunk.label for chunk in drawn]),
+        "draws": np.concatenate([chunk.draws for chunk in drawn]),
+        "accepted": np.concatenate([chunk.accepted for chunk in drawn]),
+    }
+    return Answer(outputs, {"seed": drawn[0].seed})
+
+
+async def _complete(services: Services, question: Question) -> Answer:
+    mask, x = question.inputs["mask"], question.inputs["images"]
+    if mask.shape != x.shape:
+        raise InvalidInput("mask.shape", f"{mask.shape}; that of images is {x.shape}")
+    rows = len(x) * max(1, question.settings.get("completions", 1))
+    _check_size(rows, "parameters[completions]", question.manifest, services.limits)
+    request = generation_pb2.CompleteRequest(
+        **question.asks, images=question.images, mask=mask.tobytes(), **question.settings
+    )
+    async with aclosing(services.generation.completed(request)) as chunks:
+        drawn: list[Draws] = [chunk async for chunk in chunks]
+    images = np.concatenate([x[:0], *(chunk.images for chunk in drawn)])
+    return Answer({"images": images}, {"seed": drawn[0].seed} if drawn else {})
+
+
+def _check_size(rows: int, field: str, manifest: Manifest, limits: Limits) -> None:
+    """Refuses an answer that is to come whole and would be too large."""
+    if rows * manifest.dimensions > limits.response_bytes:
+        raise InvalidInput(
+            field,
+            f"{rows} pictures of {manifest.dimensions} bytes; one answer has at most "
+            f"{limits.response_bytes}",
+        )
+
+
+def _small(labels: Array) -> list[int]:
+    limits = np.iinfo(np.int32)
+    if labels.size and (labels.min() < limits.min or labels.max() > limits.max):
+        raise InvalidInput("labels", "a label is no number of 32 bits")
+    numbers: list[int] = labels.tolist()
+    return numbers
+
+
+def _images(manifest: Manifest) -> Tensor:
+    return Tensor("images", "UINT8", (-1, *manifest.shape))
+
+
+def _pictures(manifest: Manifest) -> tuple[Tensor, ...]:
+    return (_images(manifest),)
+
+
+def _scored(_: Manifest) -> tuple[Tensor, ...]:
+    names = ("log_likelihood", "bits_per_dim", "unusualness", "p_value")
+    return *(Tensor(name, "FP64", (-1,)) for name in names), Tensor("outlier", "BOOL", (-1,))
+
+
+def _labelled(manifest: Manifest) -> tuple[Tensor, ...]:
+    if Role.CONDITIONAL not in manifest.graphs:
+        return ()
+    n = len(manifest.labels)
+    return (
+        Tensor("label", "INT64", (-1,)),
+        Tensor("posterior", "FP64", (-1, n)),
+        Tensor("verdict", "INT8", (-1,)),
+        Tensor("log_likelihoods", "FP64", (-1, n)),
+        Tensor("label_p_values", "FP64", (-1, n)),
+    )
+
+
+def _features(manifest: Manifest) -> tuple[Tensor, ...]:
+    outputs = manifest.graphs[Role.ENCODE].outputs
+    return (
+        *(Tensor(spec.name, "FP32", (-1, int(spec.shape[-1]))) for spec in outputs),
+        Tensor("labels", "INT64", (-1,)),
+    )
+
+
+_JUDGED = frozenset({"alpha", "guarantee"})
+_LABELLED = _JUDGED | {"min_posterior", "priors"}
+_DRAWN = frozenset({"label", "seed", "first_index", "temperature"})
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation(
+        "", "Score", True, _LABELLED, _pictures,
+        lambda m: (*_labelled(m), *_scored(m)), _everything,
+    ),
+    Operation("score", "Score", True, _JUDGED, _pictures, _scored, _score),
+    Operation(
+        "classify", "Classify", True, _LABELLED, _pictures,
+        lambda m: (*_labelled(m), Tensor("p_value", "FP64", (-1,))), _classify,
+    ),
+    Operation(
+        "surprise", "Score", True, frozenset(), _pictures,
+        lambda m: (
+            Tensor("surprise", "FP32", (-1, *m.shape)), Tensor("log_likelihood", "FP64", (-1,)),
+        ), _score,
+    ),
+    Operation(
+        "encode", "Encode", True, frozenset(),
+        lambda m: (_images(m), Tensor("labels", "INT64", (-1,), optional=True)),
+        _features, _encode,
+    ),
+    Operation(
+        "generate", "Generate", False, _DRAWN | {"self_check", "alpha", "max_draws"},
+        lambda _: (Tensor("count", "INT64", (1,)),),
+        lambda m: (
+            _images(m), Tensor("labels", "INT64", (-1,)), Tensor("draws", "INT64", (-1,)),
+            Tensor("accepted", "BOOL", (-1,)),
+        ), _generate,
+    ),
+    Operation(
+        "complete", "Complete", False, _DRAWN | {"completions", "proposals"},
+        lambda m: (_images(m), Tensor("mask", "BOOL", (-1, *m.shape))), _pictures, _complete,
+    ),
+)  # fmt: skip
+DRAWING = frozenset({"generate", "complete"})
+
+
+def named(name: str) -> tuple[str, str]:
+    """A model's name as the bundle's and the operation's suffix."""
+    bundle, _, suffix = name.partition("/")
+    return bundle, suffix
+
+
+def full(bundle: str, operation: Operation) -> str:
+    """The name of a bundle's model for that operation."""
+    return f"{bundle}/{operation.suffix}" if operation.suffix else bundle
+
+
+def offered(engine: Engine) -> list[Operation]:
+    """The operations that a bundle answers."""
+    return [operation for operation in OPERATIONS if engine.answers(operation.method)]

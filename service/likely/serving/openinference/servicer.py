@@ -1,0 +1,284 @@
+"""The RPCs of the Open Inference Protocol: each decodes, asks the use cases and encodes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+from likely import machine
+from likely.batching import callers
+from likely.engine import Engine
+from likely.errors import AccessDenied, ModelNotFound, Unavailable
+from likely.inference import inference_pb2, inference_pb2_grpc
+from likely.serving.access import Scope
+from likely.serving.feeds import Feed
+from likely.serving.interceptors import Guard
+from likely.serving.openinference import operations, parameters, tensors
+from likely.serving.openinference.operations import Operation, Question, Services
+from likely.serving.openinference.statistics import Key, Statistics, Watch
+from likely.serving.openinference.tensors import Tensor
+from likely.versions.registry import Registry
+
+Context = grpc.aio.ServicerContext[Any, Any]
+EXTENSIONS = ("model_configuration", "statistics", "model_repository", "parameters")
+PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
+STREAMED = 16  # requests of one stream that are answered at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """A request on a stream."""
+
+    sequence_id: int
+    request: inference_pb2.ModelInferRequest
+
+    def ByteSize(self) -> int:
+        return self.request.ByteSize()
+
+
+class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
+    """What clients made for Triton, KServe and their like ask."""
+
+    def __init__(self, registry: Registry, services: Services, guard: Guard) -> None:
+        """A servicer.
+
+        Args:
+            registry: the models served.
+            services: the use cases.
+            guard: knows whether the server ends, and what may be told of errors.
+        """
+        self._registry = registry
+        self._services = services
+        self._guard = guard
+        self._statistics: defaultdict[Key, Statistics] = defaultdict(Statistics)
+
+    async def ServerLive(
+        self, request: inference_pb2.ServerLiveRequest, context: Context
+    ) -> inference_pb2.ServerLiveResponse:
+        """That the server runs."""
+        return inference_pb2.ServerLiveResponse(live=True)
+
+    async def ServerReady(
+        self, request: inference_pb2.ServerReadyRequest, context: Context
+    ) -> inference_pb2.ServerReadyResponse:
+        """Whether there is a model to ask."""
+        try:
+            ready = bool(self._registry.engines())
+        except Unavailable:
+            ready = False
+        return inference_pb2.ServerReadyResponse(ready=ready)
+
+    async def ModelReady(
+        self, request: inference_pb2.ModelReadyRequest, context: Context
+    ) -> inference_pb2.ModelReadyResponse:
+        """Whether that model answers."""
+        try:
+            engine, _ = self._found(request.name, request.version)
+        except (ModelNotFound, Unavailable):
+            return inference_pb2.ModelReadyResponse(ready=False)
+        return inference_pb2.ModelReadyResponse(ready=engine.healthy)
+
+    async def ServerMetadata(
+        self, request: inference_pb2.ServerMetadataRequest, context: Context
+    ) -> inference_pb2.ServerMetadataResponse:
+        """What the server is."""
+        return inference_pb2.ServerMetadataResponse(
+            name="likely", version=machine.version("likely") or "", extensions=EXTENSIONS
+        )
+
+    async def ModelMetadata(
+        self, request: inference_pb2.ModelMetadataRequest, context: Context
+    ) -> inference_pb2.ModelMetadataResponse:
+        """What that model takes and gives."""
+        engine, operation = self._found(request.name, request.version)
+        manifest = engine.manifest
+        kind = inference_pb2.ModelMetadataResponse.TensorMetadata
+
+        def told(given: tuple[Tensor, ...]) -> list[Any]:
+            return [kind(name=t.name, datatype=t.datatype, shape=t.shape) for t in given]
+
+        return inference_pb2.ModelMetadataResponse(
+            name=request.name,
+            versions=[
+                each.manifest.version
+                for each in self._registry.engines()
+                if each.manifest.name == manifest.name
+            ],
+            platform=PLATFORM,
+            inputs=told(operation.inputs(manifest)),
+            outputs=told(operation.outputs(manifest)),
+        )
+
+    async def ModelInfer(
+        self, request: inference_pb2.ModelInferRequest, context: Context
+    ) -> inference_pb2.ModelInferResponse:
+        """The model's answer."""
+        return await self._infer(request)
+
+    async def ModelStreamInfer(
+        self, request_iterator: AsyncIterator[inference_pb2.ModelInferRequest], context: Context
+    ) -> AsyncIterator[inference_pb2.ModelStreamInferResponse]:
+        """What `ModelInfer` answers to each message."""
+        asked: dict[int, inference_pb2.ModelInferRequest] = {}
+
+        async def messages() -> AsyncIterator[_Message]:
+            number = 0
+            async for request in request_iterator:
+                asked[number] = request
+                yield _Message(number, request)
+                number += 1
+
+        feed: Feed[inference_pb2.ModelInferResponse] = Feed(
+            self._infer, self._guard.door, self._services.limits, at_once=STREAMED, merges=False
+        )
+        request_id = callers.current().request_id
+        async with aclosing(feed.outcomes(messages())) as found:
+            async for outcomes in found:
+                for number, outcome in outcomes:
+                    request = asked.pop(number)
+                    if not isinstance(outcome, Exception):
+                        yield inference_pb2.ModelStreamInferResponse(infer_response=outcome)
+                        continue
+                    told = self._guard.failure(outcome, "ModelStreamInfer", request_id)
+                    yield inference_pb2.ModelStreamInferResponse(
+                        error_message=told.message,
+                        infer_response=inference_pb2.ModelInferResponse(
+                            id=request.id, model_name=request.model_name
+                        ),
+                    )
+
+    async def ModelConfig(
+        self, request: inference_pb2.ModelConfigRequest, context: Context
+    ) -> inference_pb2.ModelConfigResponse:
+        """How that model is run."""
+        engine, operation = self._found(request.name, request.version)
+        first = 1 if operation.merged else 0  # the pictures' axis is told by the batch size
+        config = inference_pb2.ModelConfig(
+            name=request.name,
+            platform=PLATFORM,
+            backend=BACKEND,
+            max_batch_size=self._services.limits.images_per_request if operation.merged else 0,
+            input=[
+                inference_pb2.ModelInput(
+                    name=t.name,
+                    data_type=t.type.number,
+                    dims=t.shape[first:],
+                    optional=t.optional,
+                )
+                for t in operation.inputs(engine.manifest)
+            ],
+            output=[
+                inference_pb2.ModelOutput(
+                    name=t.name, data_type=t.type.number, dims=t.shape[first:]
+                )
+                for t in operation.outputs(engine.manifest)
+            ],
+            model_transaction_policy=inference_pb2.ModelTransactionPolicy(decoupled=False),
+        )
+        if operation.merged:
+            config.dynamic_batching.SetInParent()
+        return inference_pb2.ModelConfigResponse(config=config)
+
+    async def ModelStatistics(
+        self, request: inference_pb2.ModelStatisticsRequest, context: Context
+    ) -> inference_pb2.ModelStatisticsResponse:
+        """What was asked by this protocol since the server began."""
+        if request.name:
+            engine, _ = self._found(request.name, request.version)
+            keys = [(request.name, engine.manifest.version)]
+        else:
+            keys = list(self._listed())
+        return inference_pb2.ModelStatisticsResponse(
+            model_stats=[self._statistics[key].message(*key) for key in keys]
+        )
+
+    async def RepositoryIndex(
+        self, request: inference_pb2.RepositoryIndexRequest, context: Context
+    ) -> inference_pb2.RepositoryIndexResponse:
+        """Every model and version."""
+        kind = inference_pb2.RepositoryIndexResponse.ModelIndex
+        return inference_pb2.RepositoryIndexResponse(
+            models=[
+                kind(name=name, version=version, state="READY") for name, version in self._listed()
+            ]
+        )
+
+    async def _infer(
+        self, request: inference_pb2.ModelInferRequest
+    ) -> inference_pb2.ModelInferResponse:
+        bundle, _ = operations.named(request.model_name)
+        watch = Watch()
+        with self._registry.lease(bundle, request.model_version) as engine:
+            operation = self._operation(engine, request.model_name)
+            version = engine.manifest.version
+            statistics = self._statistics[request.model_name, version]
+            try:
+                _allow(operation)
+                wanted = tensors.asked(request, operation.outputs(engine.manifest))
+                question = Question(
+                    bundle,
+                    version,
+                    tensors.read(request, operation.inputs(engine.manifest)),
+                    parameters.read(request.parameters, operation.settings),
+                    frozenset(tensor.name for tensor in wanted),
+                    engine.manifest,
+                )
+                watch.lap()
+                answer = await operation.run(self._services, question)
+                watch.lap()
+            except BaseException:
+                watch.failed(statistics)
+                raise
+        response = inference_pb2.ModelInferResponse(
+            model_name=request.model_name, model_version=version, id=request.id
+        )
+        for name, value in answer.told.items():
+            field = "double_param" if isinstance(value, float) else "int64_param"
+            setattr(response.parameters[name], field, value)
+        raw = bool(request.raw_input_contents) or not any(
+            given.HasField("contents") for given in request.inputs
+        )
+        outputs = [(tensor, answer.outputs[tensor.name]) for tensor in wanted]
+        tensors.write(response, outputs, raw)
+        watch.lap()
+        watch.succeeded(statistics, len(outputs[0][1]))
+        return response
+
+    def _found(self, name: str, version: str) -> tuple[Engine, Operation]:
+        engine = self._registry.find(operations.named(name)[0], version)
+        return engine, self._operation(engine, name)
+
+    def _operation(self, engine: Engine, name: str) -> Operation:
+        bundle, suffix = operations.named(name)
+        offered = operations.offered(engine)
+        found = next((each for each in offered if each.suffix == suffix), None)
+        if found is None:
+            names = ", ".join(operations.full(bundle, each) for each in offered)
+            shown = suffix[:64] + ("…" if len(suffix) > 64 else "")
+            raise ModelNotFound(
+                f"{bundle}/{shown}", f"no model {bundle}/{shown}; there are {names}"
+            )
+        return found
+
+    def _listed(self) -> Iterator[Key]:
+        """Every model and version."""
+        for engine in self._registry.engines():
+            for operation in operations.offered(engine):
+                yield operations.full(engine.manifest.name, operation), engine.manifest.version
+
+
+def _allow(operation: Operation) -> None:
+    """Returns if the caller's token, if one is asked for, allows that operation.
+
+    Raises:
+        AccessDenied: it does not.
+    """
+    scopes = callers.current().scopes
+    scope = Scope.GENERATE if operation.suffix in operations.DRAWING else Scope.SCORE
+    if scopes is not None and scope not in scopes:
+        raise AccessDenied(f"the token lacks the scope {scope}")

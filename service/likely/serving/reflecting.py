@@ -1,0 +1,51 @@
+"""Reflection in both versions that clients ask for; grpcio-reflection has the first alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+V1 = "grpc.reflection.v1.ServerReflection"
+
+
+def reflect(services: Iterable[str], server: Any) -> None:
+    """Lets a server, or what services are added to as to one, tell the schema of these.
+
+    Version v1 differs from v1alpha by its name alone, so that one servicer answers both.
+    """
+    names = (*services, reflection.SERVICE_NAME, V1)
+    _describe()
+    servicer = reflection.aio.ReflectionServicer(names)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers = grpc.method_handlers_generic_handler(V1, {"ServerReflectionInfo": handler})
+    server.add_generic_rpc_handlers((handlers,))
+
+
+def _describe() -> None:
+    """Makes the schema of v1 known, so that reflection can tell that of itself."""
+    pool = descriptor_pool.Default()
+    try:
+        pool.FindFileContainingSymbol(V1)
+    except KeyError:
+        file = descriptor_pb2.FileDescriptorProto()
+        reflection_pb2.DESCRIPTOR.CopyToProto(file)
+        file.name, file.package = "grpc/reflection/v1/reflection.proto", "grpc.reflection.v1"
+        file.ClearField("options")
+        types = [field for message in file.message_type for field in message.field]
+        methods = [method for service in file.service for method in service.method]
+        for field in types:
+            if field.type_name:
+                field.type_name = field.type_name.replace(".v1alpha.", ".v1.")
+        for method in methods:
+            method.input_type = method.input_type.replace(".v1alpha.", ".v1.")
+            method.output_type = method.output_type.replace(".v1alpha.", ".v1.")
+        pool.AddSerializedFile(file.SerializeToString())

@@ -1,0 +1,266 @@
+"""The composition root: settings in, a server that answers, reloads, drains and ends."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from likely.batching.admission import Quota
+from likely.errors import DeviceLost, SettingsError
+from likely.inference import inference_pb2, inference_pb2_grpc
+from likely.serving import access, ports
+from likely.serving.admin import Admin
+from likely.serving.interceptors import Guard, Guarded
+from likely.serving.openinference.operations import Services
+from likely.serving.openinference.servicer import OpenInference
+from likely.serving.reflecting import reflect
+from likely.serving.servicers import Generation, Latent, Models, Scoring
+from likely.settings import Settings
+from likely.telemetry.metrics import Exporter, Metrics
+from likely.tracing import Tracing
+from likely.v1 import (
+    admin_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    latent_pb2,
+    latent_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    scoring_pb2,
+    scoring_pb2_grpc,
+)
+from likely.versions.lifecycle import Lifecycle
+from likely.versions.loading import Loader, shipped
+from likely.versions.registry import Registry
+from likely.versions.watch import Watcher
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+SERVICES = (
+    scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"].full_name,
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    latent_pb2.DESCRIPTOR.services_by_name["LatentService"].full_name,
+    models_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+)
+_STATUS = health_pb2.HealthCheckResponse
+
+
+HOLD = 0.05  # seconds in which requests that race with a drain gather
+MODEL = "model/"  # what health calls a model, with its name behind
+CUT_OFF = 2.0  # seconds in which requests that are cut off may say so
+
+
+class Server:
+    """One gRPC server with its health, reflection, metrics, and its admin on a port of its own.
+
+    Attributes:
+        port: where gRPC listens, once started.
+        admin_port: where the admin RPCs listen, once started; None where they are off.
+        metrics_port: where metrics are scraped, once started; None where they are off.
+        registry: the models served.
+        lifecycle: changes them.
+        lost: done when the device is gone, with what it said.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: FilteringBoundLogger,
+        *,
+        shared: bool = False,
+        admin_socket: Path | None = None,
+    ) -> None:
+        """A server, to be made where the event loop runs.
+
+        Args:
+            settings: what it runs with.
+            log: where it tells what it does.
+            shared: whether other processes listen on the same port.
+            admin_socket: where the admin RPCs listen, in place of the settings' port.
+
+        Raises:
+            SettingsError: settings that exclude each other, or need an extra that is missing.
+        """
+        self.port = 0
+        self.admin_port: int | None = None
+        self.metrics_port: int | None = None
+        self.registry = Registry(settings.default_version)
+        self._settings = settings
+        self._log = log
+        self._metrics = Metrics(settings.drift_level, settings.workers or 1)
+        self._exporter: Exporter | None = None
+        self._tracing = Tracing() if settings.tracing else None
+        self.lost: asyncio.Future[DeviceLost] = asyncio.get_running_loop().create_future()
+        loader = Loader(settings, self._metrics.traffic, self._metrics.monitor.saw)
+        self.lifecycle = Lifecycle(self.registry, loader, self._metrics, log, self._tell)
+        self._watcher: Watcher | None = None
+        if settings.watch:
+            self._watcher = Watcher(settings.watch, settings.watch_seconds, self.lifecycle, log)
+        self._watching: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
+        self._loaded = False
+        self._models: set[str] = set()  # that health has been told of
+        self._quiet = False
+        self._admin_socket = admin_socket
+        self._health = health_aio.HealthServicer()
+        self._guard = Guard(
+            self.registry,
+            self._metrics,
+            log,
+            access.gate(settings, log),
+            slow_reader_seconds=settings.slow_reader_seconds,
+            tracing=self._tracing,
+            lost=self._lose,
+        )
+        self._grpc = self._server(shared)
+        self._add_services(Guarded(self._guard, self._grpc))
+        self._admin = None
+        if admin_socket or settings.admin_port != "off":
+            self._admin = self._server(shared=False)
+            admin: Any = Guarded(self._guard, self._admin)
+            admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(self.lifecycle), admin)
+
+    async def start(self) -> None:
+        """Opens the ports; until `load` has been there, health says NOT_SERVING.
+
+        Raises:
+            SettingsError: an address cannot be listened on.
+        """
+        settings = self._settings
+        await self._tell_health(_STATUS.NOT_SERVING)
+        await self._tell()
+        self.port = ports.listen(self._grpc, settings, settings.host, settings.port, self._log)
+        if self._admin and self._admin_socket:
+            self._admin.add_insecure_port(f"unix:{self._admin_socket}")
+        elif self._admin and settings.admin_port != "off":
+            self.admin_port = ports.listen(
+                self._admin, settings, settings.admin_host, settings.admin_port, self._log
+            )
+        if settings.metrics_port != "off":
+            self._exporter = Exporter(
+                self._metrics.registry, settings.metrics_host, settings.metrics_port
+            )
+            self.metrics_port = self._exporter.port
+        await self._grpc.start()
+        if self._admin:
+            await self._admin.start()
+
+    async def load(self) -> None:
+        """Verifies the bundles, opens and warms their engines, then says SERVING.
+
+        Raises:
+            BundleError: a bundle is refused.
+            DeviceError: the device asked for is not really there.
+            SettingsError: a bundle cannot promise the default alpha.
+        """
+        settings = self._settings
+        await self.lifecycle.begin(settings.bundles or (() if settings.watch else shipped()))
+        if self._watcher:
+            try:
+                await self._watcher.begin()
+            except OSError as error:
+                raise SettingsError(f"{settings.watch} cannot be read: {error.strerror}") from error
+            self._watching = asyncio.create_task(self._watcher.run())
+        self.lifecycle.pin(settings.version_labels)
+        self._loaded = True
+        await self._tell()
+
+    async def stop(self, drain_seconds: float | None = None, delay: float = 0.0) -> None:
+        """Says NOT_SERVING, takes requests for the delay, answers what it took, closes everything.
+
+        Args:
+            drain_seconds: that requests may take; those that take longer are cut off.
+            delay: seconds in which whoever looks at health finds other servers.
+        """
+        grace = self._settings.drain_seconds if drain_seconds is None else drain_seconds
+        self._go_quiet()
+        await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(delay)
+        if self._watching:
+            self._watching.cancel()
+        await self._drain(grace)
+        self._metrics.monitor.tell()
+        if self._exporter:
+            await asyncio.to_thread(self._exporter.close)
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
+        await self.lifecycle.close()
+
+    async def _drain(self, grace: float) -> None:
+        # gRPC's own stop cancels what arrives while the connections are being told to go
+        # elsewhere. So newcomers are first held, then told so, and only then refused.
+        door, servers = self._guard.door, [s for s in (self._grpc, self._admin) if s]
+        door.close()
+        self._guard.end_probes()
+        await asyncio.sleep(HOLD)
+        stopping = [asyncio.create_task(server.stop(grace + CUT_OFF)) for server in servers]
+        await asyncio.sleep(HOLD)
+        door.shut()
+        if not await door.empty(grace):
+            self._log.warning("cut off", requests=door.cut())
+        await asyncio.gather(*stopping)
+
+    def _server(self, shared: bool) -> grpc.aio.Server:
+        return grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", self._settings.request_bytes),
+                ("grpc.max_send_message_length", -1),  # bounded by what a request may ask
+                # A taken port is an error, not a second server, unless that is the wish.
+                ("grpc.so_reuseport", int(shared)),
+            ],
+        )
+
+    def _add_services(self, served: Any) -> None:
+        limits, alpha = self._settings.limits, self._settings.default_alpha
+        quota = Quota(limits.client_images_per_second, limits.client_images_at_once)
+        scoring = Scoring(self.registry, limits, alpha, quota, guard=self._guard)
+        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, served)
+        generation = Generation(self.registry, limits, alpha, quota)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, served)
+        latent = Latent(self.registry, limits, quota)
+        latent_pb2_grpc.add_LatentServiceServicer_to_server(latent, served)
+        models = Models(self.registry, limits, alpha)
+        models_pb2_grpc.add_ModelServiceServicer_to_server(models, served)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, served)
+        services = Services(scoring, generation, limits)
+        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            OpenInference(self.registry, services, self._guard), served
+        )
+        if self._settings.reflection:
+            health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+            reflect((*SERVICES, health), served)
+
+    def _lose(self, error: DeviceLost) -> None:
+        if not self.lost.done():
+            self._log.error("device lost", message=str(error))
+            self.lost.set_result(error)
+            self._go_quiet()
+            self._telling = asyncio.create_task(self._health.enter_graceful_shutdown())
+
+    async def _tell(self) -> None:
+        """Tells health whether there is a model to ask, and which."""
+        if not self._loaded:
+            return
+        serving = {e.manifest.name for e in self.registry.engines() if e.healthy}
+        await self._tell_health(_STATUS.SERVING if serving else _STATUS.NOT_SERVING)
+        self._models |= {engine.manifest.name for engine in self.registry.engines()}
+        for name in self._models:
+            status = _STATUS.SERVING if name in serving else _STATUS.NOT_SERVING
+            await self._health.set(f"{MODEL}{name}", status)
+
+    def _go_quiet(self) -> None:
+        self._quiet = True  # as health does, which says NOT_SERVING from now on, whatever comes
+        self._metrics.ready(False)
+
+    async def _tell_health(self, status: int) -> None:
+        self._metrics.ready(status == _STATUS.SERVING and not self._quiet)
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)

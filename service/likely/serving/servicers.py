@@ -1,0 +1,313 @@
+"""The RPCs: each decodes, calls the engine and encodes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+import grpc.aio
+
+from likely import codec
+from likely.answers import Classifications, Draws, Features, Limits, ModelInfo, Scores
+from likely.batching import callers
+from likely.batching.admission import Quota
+from likely.bundle import Role
+from likely.engine import Engine
+from likely.serving import checks
+from likely.serving.feeds import Feed
+from likely.serving.interceptors import Guard
+from likely.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    latent_pb2,
+    latent_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    scoring_pb2,
+    scoring_pb2_grpc,
+)
+from likely.versions.registry import Registry, describe
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
+    """How plausible, which label, which features; of single requests and of feeds."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        limits: Limits,
+        default_alpha: float,
+        quota: Quota | None = None,
+        *,
+        guard: Guard,
+    ) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._default_alpha = default_alpha
+        self._quota = quota or Quota()
+        self._guard = guard
+
+    async def Score(
+        self, request: scoring_pb2.ScoreRequest, context: Context
+    ) -> scoring_pb2.ScoreResponse:
+        """log p(x), p-value and verdict of every picture."""
+        return codec.score_response(await self.scored(request))
+
+    async def scored(self, request: scoring_pb2.ScoreRequest) -> Scores:
+        """What `Score` says, as arrays."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            x = checks.pixels(request, engine.manifest, self._limits)
+            alpha = checks.alpha(request, engine.detector, self._default_alpha)
+            surprise = checks.surprise(request, engine.manifest, self._limits)
+            self._quota.take(callers.current().client, len(x))
+            guarantee = checks.guarantee(request)
+            return await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
+
+    async def Classify(
+        self, request: scoring_pb2.ClassifyRequest, context: Context
+    ) -> scoring_pb2.ClassifyResponse:
+        """log p(x|y), posterior and label of every picture."""
+        return codec.classify_response(await self.classified(request))
+
+    async def classified(self, request: scoring_pb2.ClassifyRequest) -> Classifications:
+        """What `Classify` says, as arrays."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            x = checks.pixels(request, engine.manifest, self._limits)
+            alpha = checks.alpha(request, engine.detector, self._default_alpha)
+            priors = checks.priors(request, engine.manifest)
+            floor = checks.min_posterior(request)
+            self._quota.take(callers.current().client, len(x))
+            return await engine.classify(
+                x,
+                alpha,
+                priors=priors,
+                min_posterior=floor,
+                guarantee=checks.guarantee(request),
+                rule=checks.rule(request),
+                both=request.both,
+            )
+
+    async def Encode(
+        self, request: scoring_pb2.EncodeRequest, context: Context
+    ) -> scoring_pb2.EncodeResponse:
+        """The latent features of every picture."""
+        return codec.encode_response(await self.encoded(request))
+
+    async def encoded(self, request: scoring_pb2.EncodeRequest) -> Features:
+        """What `Encode` says, as arrays."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            x = checks.pixels(request, engine.manifest, self._limits)
+            labels = checks.labels(request, engine.manifest, len(x))
+            self._quota.take(callers.current().client, len(x))
+            return await engine.encode(x, labels)
+
+    async def ScoreStream(
+        self, request_iterator: AsyncIterator[scoring_pb2.ScoreStreamRequest], context: Context
+    ) -> AsyncIterator[scoring_pb2.ScoreStreamResponse]:
+        """What `Score` answers to each message of a feed."""
+        feed: Feed[scoring_pb2.ScoreResponse] = Feed(
+            partial(self.Score, context=context), self._guard.door, self._limits
+        )
+        async with aclosing(feed.outcomes(request_iterator)) as found:
+            async for outcomes in found:
+                yield scoring_pb2.ScoreStreamResponse(
+                    outcomes=[
+                        scoring_pb2.ScoreOutcome(
+                            sequence_id=n, **self._told(outcome, "ScoreStream")
+                        )
+                        for n, outcome in outcomes
+                    ]
+                )
+
+    async def ClassifyStream(
+        self, request_iterator: AsyncIterator[scoring_pb2.ClassifyStreamRequest], context: Context
+    ) -> AsyncIterator[scoring_pb2.ClassifyStreamResponse]:
+        """What `Classify` answers to each message of a feed."""
+        feed: Feed[scoring_pb2.ClassifyResponse] = Feed(
+            partial(self.Classify, context=context), self._guard.door, self._limits
+        )
+        async with aclosing(feed.outcomes(request_iterator)) as found:
+            async for outcomes in found:
+                yield scoring_pb2.ClassifyStreamResponse(
+                    outcomes=[
+                        scoring_pb2.ClassifyOutcome(
+                            sequence_id=n, **self._told(outcome, "ClassifyStream")
+                        )
+                        for n, outcome in outcomes
+                    ]
+                )
+
+    def _told(self, outcome: object, method: str) -> dict[str, Any]:
+        """An outcome as the field that says it."""
+        if not isinstance(outcome, Exception):
+            return {"response": outcome}
+        return {"failure": self._guard.failure(outcome, method, callers.current().request_id)}
+
+
+class Generation(generation_pb2_grpc.GenerationServiceServicer):
+    """Draws pictures, whole or in part."""
+
+    def __init__(
+        self, registry: Registry, limits: Limits, default_alpha: float, quota: Quota | None = None
+    ) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._default_alpha = default_alpha
+        self._quota = quota or Quota()
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        """Chunks of pictures in the order of their index."""
+        async with aclosing(self.drawn(request)) as chunks:
+            async for chunk in chunks:
+                yield codec.generate_response(chunk)
+
+    async def drawn(self, request: generation_pb2.GenerateRequest) -> AsyncGenerator[Draws, None]:
+        """What `Generate` draws, as arrays."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            count = checks.count(request, self._limits)
+            drawn = engine.generate(
+                checks.label(request, engine.manifest),
+                count,
+                checks.seed(request),
+                first_index=checks.first_index(request, count),
+                temperature=checks.temperature(request),
+                chunk=checks.chunk(engine.manifest, self._limits),
+                check=checks.self_check(request, engine, self._default_alpha),
+                acceptance=checks.acceptance(request),
+            )
+            self._quota.take(callers.current().client, count)
+            async with aclosing(drawn) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def Complete(
+        self, request: generation_pb2.CompleteRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.CompleteResponse]:
+        """Chunks of completions, picture by picture."""
+        async with aclosing(self.completed(request)) as chunks:
+            async for chunk in chunks:
+                yield codec.complete_response(chunk)
+
+    async def completed(
+        self, request: generation_pb2.CompleteRequest
+    ) -> AsyncGenerator[Draws, None]:
+        """What `Complete` draws, as arrays."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            checks.geometry(request, engine.manifest, self._limits)
+            known = checks.mask(request)
+            x = checks.pixels(request, engine.manifest, self._limits, known)
+            completions, proposals = checks.completions(request, self._limits)
+            drawn = engine.complete(
+                x,
+                known,
+                checks.label(request, engine.manifest),
+                completions,
+                checks.seed(request),
+                first_index=checks.first_index(request, len(x)),
+                temperature=checks.temperature(request),
+                proposals=proposals,
+                chunk=checks.chunk(engine.manifest, self._limits),
+            )
+            self._quota.take(callers.current().client, len(x) * completions * proposals)
+            async with aclosing(drawn) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+
+class Latent(latent_pb2_grpc.LatentServiceServicer):
+    """Redraws pictures from latent features."""
+
+    def __init__(self, registry: Registry, limits: Limits, quota: Quota | None = None) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._quota = quota or Quota()
+
+    async def Decode(
+        self, request: latent_pb2.DecodeRequest, context: Context
+    ) -> latent_pb2.DecodeResponse:
+        """What features stand for."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            engine.require("Decode")
+            z = checks.features(request, engine.manifest.latent_dimensions(Role.DECODE))
+            labels = checks.labels(request, engine.manifest, len(z))
+            drawing = checks.drawing(request, len(z), len(z), engine.manifest, self._limits)
+            self._quota.take(callers.current().client, len(z) * max(1, drawing.count))
+            found = await engine.decode(z, labels, drawing)
+        return latent_pb2.DecodeResponse(
+            model_version=found.model_version,
+            redrawings=codec.redrawings(found),
+            seed=found.seed,
+        )
+
+    async def Traverse(
+        self, request: latent_pb2.TraverseRequest, context: Context
+    ) -> latent_pb2.TraverseResponse:
+        """Pictures along a direction."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            engine.require("Traverse")
+            x = checks.pixels(request, engine.manifest, self._limits)
+            labels = checks.labels(request, engine.manifest, len(x))
+            direction = checks.direction(request, engine.manifest)
+            points = checks.points(request)
+            rows = len(x) * len(points)
+            drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
+            self._quota.take(callers.current().client, rows * max(1, drawing.count))
+            found = await engine.traverse(x, direction, points, drawing, label=labels)
+        return codec.traverse_response(found)
+
+    async def Interpolate(
+        self, request: latent_pb2.InterpolateRequest, context: Context
+    ) -> latent_pb2.InterpolateResponse:
+        """Pictures between two."""
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            engine.require("Interpolate")
+            x = checks.pixels(request, engine.manifest, self._limits)
+            others = checks.others(request, engine.manifest, self._limits, len(x))
+            labels = checks.labels(request, engine.manifest, len(x))
+            other_labels = checks.labels(request, engine.manifest, len(x), "other_labels")
+            points = checks.points(request)
+            rows = len(x) * len(points)
+            drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
+            self._quota.take(callers.current().client, rows * max(1, drawing.count))
+            found = await engine.interpolate(
+                x, others, points, drawing, label=labels, other_label=other_labels
+            )
+        return latent_pb2.InterpolateResponse(
+            model_version=found.model_version,
+            redrawings=codec.redrawings(found),
+            seed=found.seed,
+        )
+
+
+class Models(models_pb2_grpc.ModelServiceServicer):
+    """Describes the models."""
+
+    def __init__(self, registry: Registry, limits: Limits, default_alpha: float) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._default_alpha = default_alpha
+
+    async def ListModels(
+        self, request: models_pb2.ListModelsRequest, context: Context
+    ) -> models_pb2.ListModelsResponse:
+        """Every version that is served."""
+        engines = self._registry.engines()
+        infos = [self._described(engine) for engine in engines]
+        return models_pb2.ListModelsResponse(models=[codec.model(info) for info in infos])
+
+    async def GetModel(
+        self, request: models_pb2.GetModelRequest, context: Context
+    ) -> models_pb2.GetModelResponse:
+        """One version."""
+        info = self._described(self._registry.find(request.model_name, request.model_version))
+        return models_pb2.GetModelResponse(model_version=info.version, model=codec.model(info))
+
+    def _described(self, engine: Engine) -> ModelInfo:
+        labels = self._registry.labels(engine.manifest.name, engine.manifest.version)
+        return describe(engine, self._limits, self._default_alpha, labels)

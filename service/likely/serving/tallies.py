@@ -1,0 +1,118 @@
+"""What an answer counts for: its model, its pictures, its verdicts, its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from likely.inference import inference_pb2
+from likely.v1 import generation_pb2, latent_pb2, models_pb2, scoring_pb2
+
+Answer = (
+    scoring_pb2.ScoreResponse
+    | scoring_pb2.ClassifyResponse
+    | scoring_pb2.EncodeResponse
+    | scoring_pb2.ScoreStreamResponse
+    | scoring_pb2.ClassifyStreamResponse
+    | generation_pb2.GenerateResponse
+    | generation_pb2.CompleteResponse
+    | latent_pb2.DecodeResponse
+    | latent_pb2.TraverseResponse
+    | latent_pb2.InterpolateResponse
+    | models_pb2.ListModelsResponse
+    | models_pb2.GetModelResponse
+    | inference_pb2.ModelInferResponse
+    | inference_pb2.ModelStreamInferResponse
+)
+
+
+def model(message: Any) -> str:
+    """The name of the model that a request asks or an answer names; empty where there is none."""
+    kind: Any = type(message)
+    # Models of the Open Inference Protocol are called `name/operation`.
+    return _named(kind)(message).partition("/")[0]
+
+
+@cache  # a message that is asked for a field that it has not takes microseconds to say so
+def _named(kind: Any) -> Callable[[Any], str]:
+    """What finds that name in messages of that type."""
+    own = _fields(getattr(kind, "DESCRIPTOR", None))
+    if "model_name" in own:
+        return attrgetter("model_name")
+    for inner in ("request", "infer_response"):
+        if inner in own and "model_name" in _fields(own[inner].message_type):
+            return attrgetter(f"{inner}.model_name")
+    return lambda _: ""
+
+
+def _fields(message: Descriptor | None) -> Mapping[str, FieldDescriptor]:
+    return message.fields_by_name if message else {}
+
+
+def size(answer: Answer) -> int:
+    """How many pictures an answer is about."""
+    match answer:
+        case scoring_pb2.ScoreResponse():
+            return len(answer.scores)
+        case scoring_pb2.ClassifyResponse():
+            return len(answer.classifications)
+        case scoring_pb2.EncodeResponse() | generation_pb2.GenerateResponse():
+            return len(answer.labels)
+        case generation_pb2.CompleteResponse():
+            return answer.images.shape[0]
+        case (
+            latent_pb2.DecodeResponse()
+            | latent_pb2.TraverseResponse()
+            | latent_pb2.InterpolateResponse()
+        ):
+            return max(answer.redrawings.shape[0], answer.redrawings.drawn.shape[0])
+        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
+            return sum(size(outcome.response) for outcome in answer.outcomes)
+        case inference_pb2.ModelStreamInferResponse():
+            return size(answer.infer_response)
+        case inference_pb2.ModelInferResponse():
+            return answer.outputs[0].shape[0] if answer.outputs else 0
+        case _:
+            return 0
+
+
+def verdicts(answer: Answer) -> list[int]:
+    """The verdicts that an answer gives, by their numbers."""
+    match answer:
+        case scoring_pb2.ScoreResponse():
+            return [row.verdict for row in answer.scores]
+        case scoring_pb2.ClassifyResponse():
+            return [row.verdict for row in answer.classifications]
+        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
+            return [each for outcome in answer.outcomes for each in verdicts(outcome.response)]
+        case inference_pb2.ModelStreamInferResponse():
+            return verdicts(answer.infer_response)
+        case inference_pb2.ModelInferResponse():
+            return _inferred(answer)
+        case _:
+            return []
+
+
+def codes(answer: Answer) -> list[int]:
+    """The status code of each message of a stream that an answer is about; 0 is OK."""
+    match answer:
+        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
+            return [outcome.failure.code for outcome in answer.outcomes]
+        case _:
+            return []
+
+
+def _inferred(answer: inference_pb2.ModelInferResponse) -> list[int]:
+    for at, output in enumerate(answer.outputs):
+        if output.name in ("verdict", "outlier"):
+            raw = answer.raw_output_contents
+            typed = output.contents.int_contents or output.contents.bool_contents
+            values = np.frombuffer(raw[at], np.int8).tolist() if raw else [int(v) for v in typed]
+            first = 1 if output.name == "outlier" else 0  # false is ACCEPTED, true OUTLIER
+            return [first + value for value in values]
+    return []

@@ -1,0 +1,255 @@
+"""What Prometheus is told: requests, time, pictures, verdicts, and which models really run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
+
+from likely import machine
+from likely.answers import Verdict
+from likely.batching.traffic import SHED, Traffic
+from likely.errors import SettingsError
+from likely.telemetry.monitor import Monitor
+
+if TYPE_CHECKING:
+    from likely.engine import Engine
+
+M = TypeVar("M", Counter, Gauge, Histogram)
+METHODS = (
+    "Score", "ScoreStream", "Classify", "ClassifyStream", "Encode", "Generate", "Complete",
+)  # fmt: skip
+JUDGING = ("Score", "Classify")
+CODES = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")
+_VERDICTS = {int(verdict): verdict.name.lower() for verdict in Verdict}
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Children(dict[tuple[str, ...], M]):
+    """A metric's children by their labels; `labels` itself is slow for what every request does."""
+
+    def __init__(self, metric: M) -> None:
+        super().__init__()
+        self._metric: M = metric
+
+    def __missing__(self, labels: tuple[str, ...]) -> M:
+        child: M = self._metric.labels(*labels)
+        self[labels] = child
+        return child
+
+
+class Metrics:
+    """Counters of one server in a registry of their own.
+
+    Labels are bounded: methods are those of the contract, models those served.
+
+    Attributes:
+        registry: all of them.
+        traffic: those of queues and batches.
+        monitor: those of what was scored.
+    """
+
+    def __init__(self, drift_level: float = 0.0, workers: int = 1) -> None:
+        """Metrics that begin with 0.
+
+        Args:
+            drift_level: accepted probability of a false alarm of drift; 0 for no test.
+            workers: processes that serve side by side.
+        """
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.traffic = Traffic(self.registry)
+        self.monitor = Monitor(self.registry, drift_level, workers)
+        self._requests = Children(
+            Counter(
+                "likely_requests",
+                "Requests answered.",
+                ("method", "model", "code"),
+                registry=self.registry,
+            )
+        )
+        self._seconds = Children(
+            Histogram(
+                "likely_request_seconds",
+                "Time from a request's arrival to the end of its answer.",
+                ("method",),
+                buckets=SECONDS,
+                registry=self.registry,
+            )
+        )
+        self._running = Children(
+            Gauge(
+                "likely_requests_in_flight",
+                "Requests that are being answered.",
+                ("method",),
+                multiprocess_mode="livesum",
+                registry=self.registry,
+            )
+        )
+        self._messages = Children(
+            Counter(
+                "likely_stream_messages",
+                "Messages of streams answered.",
+                ("method", "model", "code"),
+                registry=self.registry,
+            )
+        )
+        self._images = Children(
+            Counter(
+                "likely_images",
+                "Pictures scored, classified, encoded or drawn.",
+                ("method", "model"),
+                registry=self.registry,
+            )
+        )
+        self._verdicts = Children(
+            Counter(
+                "likely_verdicts",
+                "Pictures by what was decided about them.",
+                ("method", "model", "verdict"),
+                registry=self.registry,
+            )
+        )
+        self._models = Gauge(
+            "likely_model_info",
+            "1 for each version served, 0 once it is not any more; by the execution provider "
+            "that its sessions prefer.",
+            ("name", "version", "digest", "provider"),
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self._served: set[tuple[str, ...]] = set()
+        self._ready = Gauge(
+            "likely_ready",
+            "1 while requests are taken, as health says; of several workers the largest.",
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self._loads = Counter(
+            "likely_loads", "Versions that began to be served.", ("model",), registry=self.registry
+        )
+        self._refusals = Gauge(
+            "likely_refused_bundles",
+            "Bundles that were to be served and are refused, until they are loaded or gone.",
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "likely_load_failures",
+            "Bundles refused while serving; what was served before was served on.",
+            ("reason",),
+            registry=self.registry,
+        )
+        build = Gauge(
+            "likely_build_info",
+            "1, with the versions that run.",
+            ("version", "python", "runtime"),
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        runtime = ",".join(f"{name}=={number}" for name, number in machine.runtimes().items())
+        build.labels(machine.version("likely") or "", platform.python_version(), runtime).set(1)
+
+    def began(self, method: str) -> None:
+        """A request has arrived."""
+        self._running[(method,)].inc()
+
+    def ended(self, method: str, model: str, code: str, seconds: float) -> None:
+        """A request has been answered."""
+        self._running[(method,)].dec()
+        self._requests[method, model, code].inc()
+        self._seconds[(method,)].observe(seconds)
+
+    def streamed(self, method: str, model: str, code: str) -> None:
+        """One message of a stream has been answered."""
+        self._messages[method, model, code].inc()
+
+    def answered(self, method: str, model: str, images: int, verdicts: Sequence[int]) -> None:
+        """Pictures have been answered for, with verdicts of these numbers."""
+        if images:
+            self._images[method, model].inc(images)
+        for verdict in set(verdicts):
+            self._verdicts[method, model, _VERDICTS[verdict]].inc(verdicts.count(verdict))
+
+    def serving(self, engines: Iterable[Engine]) -> None:
+        """These models are served from now on."""
+        engines = list(engines)
+        self.monitor.serving(engines)
+        served = {_labels_of(engine) for engine in engines}
+        for gone in self._served - served:
+            self._models.labels(*gone).set(0)
+        for labels in served:
+            self._models.labels(*labels).set(1)
+        for name, *_ in served - self._served:
+            self._loads.labels(name).inc()
+        for engine in engines:
+            self._expect(engine)
+        self._served = served
+
+    def _expect(self, engine: Engine) -> None:
+        """Lets what alerts watch begin with 0: of a series that appears, no rate sees the first."""
+        name = engine.manifest.name
+        for reason in SHED:
+            self.traffic.shed.labels(name, reason)
+        for method in METHODS:
+            if not engine.answers(method.removesuffix("Stream")):
+                continue
+            for code in CODES:
+                self._requests[method, name, code]
+                if method.endswith("Stream"):
+                    self._messages[method, name, code]
+            for verdict in Verdict if method.startswith(JUDGING) else ():
+                self._verdicts[method, name, verdict.name.lower()]
+
+    def ready(self, ready: bool) -> None:
+        """Requests are taken from now on, or not any more."""
+        self._ready.set(ready)
+
+    def refused(self, count: int) -> None:
+        """So many bundles are refused."""
+        self._refusals.set(count)
+
+    def load_failed(self, reason: str) -> None:
+        """A bundle has been refused while serving."""
+        self._refused.labels(reason).inc()
+
+
+def _labels_of(engine: Engine) -> tuple[str, ...]:
+    manifest = engine.manifest
+    provider = engine.providers[0] if engine.providers else "none"
+    return manifest.name, manifest.version, engine.digest, provider
+
+
+class Exporter:
+    """The HTTP server that Prometheus scrapes.
+
+    Attributes:
+        port: where it listens.
+
+    Raises:
+        SettingsError: the address cannot be listened on.
+    """
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise SettingsError(
+                f"metrics cannot listen on {host}:{port}: {error.strerror or error}"
+            ) from error
+        self.port = self._server.server_port
+
+    def close(self) -> None:
+        """Stops listening; waits for the thread."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

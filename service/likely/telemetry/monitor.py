@@ -1,0 +1,201 @@
+"""What monitors are told of the pictures that were scored: gathered first, then told together."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from likely.answers import Doubles, Scores
+from likely.drift import Martingale, Reference
+from likely.telemetry.histograms import Tally
+
+if TYPE_CHECKING:
+    from likely.engine import Engine
+
+METHODS = ("Score", "Classify")  # each a stream of its own: some ask both of the same pictures
+PERIOD = 0.2  # seconds in which pictures gather
+NATS = (10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000, 5000, 7000,
+        10000)  # fmt: skip
+NATS_PER_DIMENSION = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.4, 1.6, 1.8, 2, 2.25, 2.5, 2.75, 3,
+                      3.5, 4, 4.5, 5, 5.5)  # fmt: skip
+P_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
+            0.95, 0.98, 0.99, 0.995, 1)  # fmt: skip
+
+
+class Families:
+    """The metrics of all versions.
+
+    Attributes:
+        nats: -log p(x), by model and version.
+        per_dimension: the same for each pixel and channel.
+        p_values: as they were answered, by model and version.
+        pictures: those bet on, by model, version and method.
+        logs: log10 of the martingale, likewise.
+        alarms: whether it has reached its threshold, likewise.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        model = ("model", "version")
+        stream = (*model, "method")
+        self.nats = Tally(
+            "likely_negative_log_likelihood_nats",
+            "-log p(x) of pictures scored or classified.",
+            model,
+            buckets=NATS,
+            registry=registry,
+        )
+        self.per_dimension = Tally(
+            "likely_negative_log_likelihood_nats_per_dimension",
+            "-log p(x) of pictures scored or classified, for each pixel and channel.",
+            model,
+            buckets=NATS_PER_DIMENSION,
+            registry=registry,
+        )
+        self.p_values = Tally(
+            "likely_p_value",
+            "Calibrated p-values of pictures scored or classified.",
+            model,
+            buckets=P_VALUES,
+            registry=registry,
+        )
+        self.pictures = Counter(
+            "likely_drift_images",
+            "Pictures that the test for drift has bet on.",
+            stream,
+            registry=registry,
+        )
+        self.logs = Gauge(
+            "likely_drift_log10_martingale",
+            "log10 of the capital won by betting on drift; of several workers the largest.",
+            stream,
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.alarms = Gauge(
+            "likely_drift_alarm",
+            "1 once the martingale has reached its threshold, until the test is begun anew.",
+            stream,
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+
+
+class Monitor:
+    """The distributions of what one process scored, and whether they drift.
+
+    Belongs to the event loop's thread. Labels are bounded: models and versions are those served.
+
+    Attributes:
+        threshold: the log10 of a martingale at which there is an alarm; inf without a test.
+    """
+
+    def __init__(self, registry: CollectorRegistry, level: float = 0.0, workers: int = 1) -> None:
+        """A monitor.
+
+        Args:
+            registry: where its metrics are.
+            level: the accepted probability of a false alarm, ever, for each version served
+                0 for no test.
+            workers: processes that share the level.
+        """
+        self.threshold = math.log10(workers * len(METHODS) / level) if level else math.inf
+        self._families = Families(registry)
+        Gauge(
+            "likely_drift_log10_threshold",
+            "log10 of the capital at which there is an alarm; +Inf without a test.",
+            multiprocess_mode="livemax",
+            registry=registry,
+        ).set(self.threshold)
+        self._watched: dict[Engine, _Watched] = {}
+        self._telling: asyncio.TimerHandle | None = None
+
+    def serving(self, engines: Iterable[Engine]) -> None:
+        """These models are watched from now on, and no others."""
+        self.tell()
+        served = [engine for engine in engines if engine.answers("Score")]
+        for engine in [engine for engine in self._watched if engine not in served]:
+            self._watched.pop(engine).end()
+        for engine in served:
+            if engine not in self._watched:
+                self._watched[engine] = _Watched(self._families, engine, self.threshold)
+
+    def saw(self, engine: Engine, method: str, scores: Scores) -> None:
+        """Pictures have been scored by one of `METHODS`; where the event loop runs."""
+        watched = self._watched.get(engine)
+        if watched is None:
+            return  # on its way out: it has no gauges any more
+        watched.gathered[method].append(scores)
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(PERIOD, self.tell)
+
+    def tell(self) -> None:
+        """Tells what has gathered."""
+        if self._telling:
+            self._telling.cancel()
+            self._telling = None
+        for watched in self._watched.values():
+            watched.tell()
+
+    def reset(self, engine: Engine) -> None:
+        """Begins the test of a version anew."""
+        self.tell()
+        if engine in self._watched:
+            self._watched[engine].begin()
+
+
+class _Watched:
+    """One version that is served.
+
+    Attributes:
+        gathered: by method, what has not been told yet.
+    """
+
+    def __init__(self, families: Families, engine: Engine, threshold: float) -> None:
+        labels = (engine.manifest.name, engine.manifest.version)
+        self.gathered: dict[str, list[Scores]] = {method: [] for method in METHODS}
+        self._dimensions = engine.manifest.dimensions
+        self._threshold = threshold
+        self._nats = families.nats.labels(*labels)
+        self._per_dimension = families.per_dimension.labels(*labels)
+        self._p_values = families.p_values.labels(*labels)
+        self._pictures = {m: families.pictures.labels(*labels, m) for m in METHODS}
+        self._logs = {m: families.logs.labels(*labels, m) for m in METHODS}
+        self._alarms = {m: families.alarms.labels(*labels, m) for m in METHODS}
+        self._reference = Reference(engine.detector.scores)
+        self._tests: dict[str, Martingale] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins the tests anew."""
+        if math.isfinite(self._threshold):
+            self._tests = {method: Martingale(self._reference) for method in METHODS}
+        self.end()
+
+    def end(self) -> None:
+        """Leaves no alarm behind."""
+        for gauge in (*self._logs.values(), *self._alarms.values()):
+            gauge.set(0)
+
+    def tell(self) -> None:
+        for method, gathered in self.gathered.items():
+            if not gathered:
+                continue
+            self.gathered[method] = []
+            nats = -np.concatenate([scores.log_px for scores in gathered])
+            self._nats.observe_all(nats)
+            self._per_dimension.observe_all(nats / self._dimensions)
+            self._p_values.observe_all(np.concatenate([scores.p_value for scores in gathered]))
+            if method in self._tests:
+                self._bet(method, np.concatenate([scores.unusualness for scores in gathered]))
+
+    def _bet(self, method: str, unusualness: Doubles) -> None:
+        test = self._tests[method]
+        test.bet(unusualness)
+        self._pictures[method].inc(len(unusualness))
+        self._logs[method].set(test.log / math.log(10))
+        self._alarms[method].set(float(test.highest >= self._threshold * math.log(10)))

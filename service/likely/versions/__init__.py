@@ -1,0 +1,1 @@
+"""Which versions of which models live: loaded, proved, labelled, replaced, unloaded."""

@@ -1,0 +1,422 @@
+"""What is served changes here: load, replace, unload, label, roll back; one change at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from likely.bundle import Bundle
+from likely.errors import (
+    BundleError,
+    DeviceError,
+    LikelyError,
+    ModelNotFound,
+    Refused,
+    SettingsError,
+)
+from likely.telemetry.metrics import Metrics
+from likely.versions.loading import Loader
+from likely.versions.registry import Held, Registry, check_name
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from likely.engine import Engine
+
+T = TypeVar("T")
+REMEMBERED = 100  # refused folders, and former versions of a model
+
+
+class State(StrEnum):
+    """How far a version has come."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of a model, or a bundle that was to become one.
+
+    Attributes:
+        state: how far it has come.
+        folder: of its bundle.
+        name: of the model; empty where the bundle does not tell.
+        version: of the model; empty where the bundle does not tell.
+        digest: SHA-256 of the bundle's manifest, hexadecimal.
+        labels: those that name it.
+        is_default: whether it answers requests that name no version.
+        reason: why its bundle was refused, in one word.
+        message: the same in one sentence.
+    """
+
+    state: State
+    folder: Path
+    name: str = ""
+    version: str = ""
+    digest: str = ""
+    labels: tuple[str, ...] = ()
+    is_default: bool = False
+    reason: str = ""
+    message: str = ""
+
+
+class Lifecycle:
+    """Changes a registry while it serves.
+
+    A change once begun is carried through, whether its caller waits or not. Changes follow one
+    another; what they replace drains beside them.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        loader: Loader,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        changed: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
+        """The lifecycle of a registry's models.
+
+        Args:
+            registry: what is changed.
+            loader: makes engines of folders.
+            metrics: where failures are counted, and told which models are served.
+            log: where every change is told.
+            changed: awaited after each change.
+        """
+        self._registry = registry
+        self._loader = loader
+        self._metrics = metrics
+        self._log = log
+        self._changed = changed
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._folders: dict[tuple[str, str], Path] = {}
+        self._loading: Path | None = None
+        self._draining: dict[Held, Version] = {}
+        self._failed: dict[Path, Version] = {}
+        self._former: dict[str, list[Version]] = {}
+
+    async def begin(self, folders: Sequence[Path]) -> None:
+        """Serves the bundles of these folders, all or none.
+
+        Raises:
+            BundleError: a bundle is refused.
+            DeviceError: the device asked for is not really there.
+            SettingsError: a bundle cannot promise the default alpha.
+        """
+        engines = await asyncio.to_thread(self._open_all, folders)
+        self._registry.fill(engines)
+        for engine, folder in zip(engines, folders, strict=True):
+            self._folders[_key(engine)] = folder
+            self._told("model", engine)
+        await self._tell()
+
+    def pin(self, labels: Mapping[tuple[str, str], str]) -> None:
+        """Sets the labels that the settings name: versions by name and label.
+
+        Raises:
+            SettingsError: one of them is not served.
+        """
+        for (name, label), version in labels.items():
+            try:
+                self._registry.set_label(name, label, version)
+            except LikelyError as error:
+                raise SettingsError(f"labels names {name}:{label}={version}; {error}") from error
+
+    async def load(self, folder: Path) -> Version:
+        """Serves the bundle in that folder, once it has proved itself.
+
+        What the folder held before is served until then, and afterwards no more; its labels
+        go over. A bundle that is served already is left as it is.
+
+        Raises:
+            BundleError: it is refused; what was served is served still.
+            DeviceError: the device asked for is not really there.
+        """
+        return await self._in_turn(self._load(folder))
+
+    async def unload(self, name: str, version: str) -> None:
+        """Serves that version no more; returns once its requests have ended and it is freed.
+
+        Raises:
+            ModelNotFound: it is not served.
+            Refused: a label names it.
+        """
+        await (await self._in_turn(self._unload(name, version)))
+
+    async def vacated(self, folder: Path) -> None:
+        """Serves no more what came from a folder that holds no bundle any more.
+
+        Raises:
+            Refused: a label names it.
+        """
+        if key := self._key_of(folder):
+            await self._in_turn(self._unload(*key))
+        self._forget(folder)
+
+    async def set_label(self, name: str, label: str, version: str) -> None:
+        """Lets a label name a version; none if that is empty.
+
+        Raises:
+            InvalidInput: there is no such label.
+            ModelNotFound: no such version is served.
+        """
+        await self._in_turn(self._set_label(name, label, version))
+
+    async def rollback(self, name: str) -> Version:
+        """The version that answered by default before the last change, which is stable now.
+
+        Raises:
+            ModelNotFound: no such model is served.
+            Refused: there was none, or its folder does not hold it any more.
+            BundleError: it has to be loaded again and is refused.
+        """
+        return await self._in_turn(self._rollback(name))
+
+    async def reset_drift(self, name: str, version: str = "") -> str:
+        """The version, of that number or label, whose test for drift has begun anew.
+
+        Raises:
+            InvalidInput: the name or the version is none that a bundle can have.
+            ModelNotFound: no such version is served.
+        """
+        engine = self._registry.find(name, version)
+        self._metrics.monitor.reset(engine)
+        self._log.info("drift reset", name=name, version=engine.manifest.version)
+        return engine.manifest.version
+
+    def versions(self) -> list[Version]:
+        """Those that are served, then those on their way in or out, then those refused."""
+        served = [self._described(engine) for engine in self._registry.engines()]
+        loading = [Version(State.LOADING, self._loading)] if self._loading else []
+        return [*served, *loading, *self._draining.values(), *self._failed.values()]
+
+    def folder(self, name: str, version: str) -> Path | None:
+        """Where a version that is served came from."""
+        return self._folders.get((name, version))
+
+    async def close(self) -> None:
+        """Waits for the changes that run, and ends all engines; for when no request runs."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await asyncio.to_thread(self._registry.close)
+
+    def _open_all(self, folders: Sequence[Path]) -> list[Engine]:
+        engines: list[Engine] = []
+        try:
+            bundles = [self._loader.verified(folder) for folder in folders]
+            engines.extend(self._loader.proved(bundle) for bundle in bundles)
+        except BaseException:
+            for engine in engines:
+                engine.close()
+            raise
+        return engines
+
+    async def _load(self, folder: Path) -> Version:
+        self._loading = folder
+        try:
+            bundle = await asyncio.to_thread(self._loader.verified, folder)
+            if self._serves(bundle):
+                engine = self._registry.find(bundle.manifest.name, bundle.manifest.version)
+            else:
+                engine = await asyncio.to_thread(self._loader.proved, bundle)
+                await self._admit(engine, folder)
+        except (BundleError, DeviceError, SettingsError, OSError) as error:
+            raise self._refused(folder, error) from error
+        finally:
+            self._loading = None
+        self._forget(folder)
+        return self._described(engine)
+
+    def _serves(self, bundle: Bundle) -> bool:
+        """Whether that very bundle is served.
+
+        Raises:
+            BundleError: another one is, under the same name and version.
+        """
+        name, version = bundle.manifest.name, bundle.manifest.version
+        served = [engine for engine in self._registry.engines() if _key(engine) == (name, version)]
+        if served and served[0].digest != bundle.digest:
+            raise BundleError(
+                f"{bundle.path} holds other content than the {name}@{version} that is served: "
+                "a version never changes; give the new bundle a version of its own",
+                "version",
+            )
+        return bool(served)
+
+    async def _admit(self, engine: Engine, folder: Path) -> None:
+        name = engine.manifest.name
+        before = self._default(name)
+        replaced = self._key_of(folder)
+        labels = self._registry.labels(*replaced) if replaced else ()
+        try:
+            self._registry.add(engine)
+        except BaseException:
+            await asyncio.to_thread(engine.close)
+            raise
+        if replaced and replaced[0] == name:
+            for label in labels:
+                self._registry.set_label(name, label, engine.manifest.version)
+        self._folders[_key(engine)] = folder
+        self._told("loaded", engine)
+        if replaced:
+            self._retire(*replaced)
+        self._remember(name, before)
+        await self._tell()
+
+    async def _unload(self, name: str, version: str) -> asyncio.Task[None]:
+        check_name("model_name", name)
+        if (name, version) not in self._folders:
+            self._registry.find(name)
+            raise ModelNotFound(f"{name}@{version}", f"no {name}@{version} is served")
+        if labels := self._registry.labels(name, version):
+            raise Refused(f"{name}@{version} is {' and '.join(labels)}; move the label first")
+        before = self._default(name)
+        drained = self._retire(name, version)
+        self._remember(name, before)
+        await self._tell()
+        return drained
+
+    async def _set_label(self, name: str, label: str, version: str) -> None:
+        self._registry.find(name)
+        before = self._default(name)
+        self._registry.set_label(name, label, version or None)
+        self._remember(name, before)
+        self._log.info("label", name=name, label=label, version=version)
+        await self._tell()
+
+    async def _rollback(self, name: str) -> Version:
+        self._registry.find(name)
+        former = self._former.get(name)
+        if not former:
+            raise Refused(f"no earlier version of {name} has answered by default")
+        target = former[-1]
+        if (name, target.version) not in self._folders:
+            found = await asyncio.to_thread(self._loader.verified, target.folder)
+            if found.digest != target.digest:
+                raise Refused(
+                    f"{target.folder} does not hold {name}@{target.version} any more, "
+                    "but another bundle"
+                )
+            await self._load(target.folder)
+        self._registry.set_label(name, "stable", target.version)
+        # Loading it may itself have been a change worth undoing; this one is its undoing.
+        self._former[name] = former[:-1]
+        self._log.info("rolled back", name=name, version=target.version)
+        await self._tell()
+        return self._described(self._registry.find(name, target.version))
+
+    def _retire(self, name: str, version: str) -> asyncio.Task[None]:
+        """Takes a version from the registry, and closes it when its requests have ended."""
+        engine = self._registry.find(name, version)
+        folder = self._folders.pop((name, version))
+        held = self._registry.remove(name, version)
+        self._draining[held] = Version(State.DRAINING, folder, name, version, engine.digest)
+        return self._task(self._drain(held))
+
+    async def _drain(self, held: Held) -> None:
+        await held.unused()
+        await asyncio.to_thread(held.engine.close)
+        del self._draining[held]
+        name, version = _key(held.engine)
+        self._log.info("unloaded", name=name, version=version)
+
+    def _refused(self, folder: Path, error: Exception) -> Exception:
+        match error:
+            case BundleError():
+                reason = error.reason
+            case DeviceError():
+                reason = "device"
+            case SettingsError():
+                reason, error = "settings", BundleError(str(error), "settings")
+            case _:
+                reason, error = "unreadable", BundleError(f"{folder} cannot be read", "unreadable")
+        self._metrics.load_failed(reason)
+        self._log.error("refused", folder=str(folder), reason=reason, message=str(error))
+        self._failed.pop(folder, None)
+        self._failed[folder] = Version(
+            State.FAILED, folder, reason=reason, message=str(error)
+        )  # the newest last
+        while len(self._failed) > REMEMBERED:
+            del self._failed[next(iter(self._failed))]
+        self._metrics.refused(len(self._failed))
+        return error
+
+    def _forget(self, folder: Path) -> None:
+        """What was refused there is not any more."""
+        self._failed.pop(folder, None)
+        self._metrics.refused(len(self._failed))
+
+    def _default(self, name: str) -> Version | None:
+        version = self._registry.default(name)
+        return self._described(self._registry.find(name, version)) if version else None
+
+    def _remember(self, name: str, before: Version | None) -> None:
+        if before and before.version != self._registry.default(name):
+            self._former[name] = [*self._former.get(name, ()), before][-REMEMBERED:]
+
+    def _described(self, engine: Engine) -> Version:
+        name, version = _key(engine)
+        return Version(
+            State.SERVING,
+            self._folders[name, version],
+            name,
+            version,
+            engine.digest,
+            self._registry.labels(name, version),
+            version == self._registry.default(name),
+        )
+
+    def _key_of(self, folder: Path) -> tuple[str, str] | None:
+        return next((key for key, path in self._folders.items() if path == folder), None)
+
+    def _told(self, event: str, engine: Engine) -> None:
+        name, version = _key(engine)
+        engine.when_unhealthy(partial(self._sickened, engine))
+        self._log.info(
+            event,
+            name=name,
+            version=version,
+            digest=engine.digest,
+            providers=list(engine.providers),
+        )
+
+    def _sickened(self, engine: Engine) -> None:
+        name, version = _key(engine)
+        self._log.error("unhealthy", name=name, version=version)
+        self._task(self._tell())
+
+    async def _tell(self) -> None:
+        self._metrics.serving(self._registry.engines())
+        await self._changed()
+
+    async def _in_turn(self, change: Coroutine[Any, Any, T]) -> T:
+        async def turn() -> T:
+            async with self._turn:
+                return await change
+
+        return await asyncio.shield(self._task(turn()))
+
+    def _task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the loop itself keeps tasks by weak references only
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, should nobody wait for it any more
+
+
+def _key(engine: Engine) -> tuple[str, str]:
+    return engine.manifest.name, engine.manifest.version

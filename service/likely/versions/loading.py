@@ -1,0 +1,84 @@
+"""From a folder to an engine that has proved itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from likely import graphs, machine
+from likely.batching.admission import Bounds
+from likely.batching.traffic import Traffic
+from likely.bundle import MANIFEST, Bundle
+from likely.engine import Engine, Seen, Terms
+from likely.errors import BundleError, SettingsError
+from likely.settings import Settings
+
+
+class Loader:
+    """Opens bundles as the settings want it; may be used from any thread."""
+
+    def __init__(self, settings: Settings, traffic: Traffic, seen: Seen) -> None:
+        self._settings = settings
+        self._traffic = traffic
+        self._terms = Terms(
+            settings.lanes,
+            Bounds(settings.queued_images, settings.queued_bytes),
+            settings.withheld_answers,
+            seen,
+        )
+        self._device = graphs.Device.parse(settings.device, memory=settings.gpu_memory << 20)
+        cores = machine.cores()
+        self._threads = settings.threads or max(1, cores // (settings.workers or cores))
+
+    def verified(self, folder: Path) -> Bundle:
+        """The bundle in that folder, checked in all that needs no runtime.
+
+        Raises:
+            BundleError: it is refused.
+            SettingsError: it cannot promise the default alpha.
+        """
+        bundle = Bundle.open(folder, self._settings.require_signature)
+        alpha, calibration = self._settings.default_alpha, bundle.manifest.calibration
+        if calibration and alpha < (finest := calibration.finest_alpha):
+            raise SettingsError(
+                f"default_alpha = {alpha:g} is finer than {finest:.6g}, "
+                f"the finest that {folder} can promise"
+            )
+        return bundle
+
+    def proved(self, bundle: Bundle) -> Engine:
+        """The engine of a verified bundle, warm, after it gave its golden outputs.
+
+        Raises:
+            BundleError: it is refused, or was changed meanwhile.
+            DeviceError: the device asked for is not really there.
+        """
+        engine = Engine.load(
+            bundle,
+            device=self._device,
+            threads=self._threads,
+            max_batch=self._settings.max_batch,
+            terms=self._terms,
+            traffic=self._traffic,
+        )
+        try:
+            # What was opened is what was verified: no file changed in between.
+            if Bundle.open(bundle.path).digest != bundle.digest:
+                raise BundleError(f"{bundle.path} changed while it was opened", "changed")
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+
+def shipped() -> Sequence[Path]:
+    """The folders of the bundles inside the package.
+
+    Raises:
+        BundleError: there is none.
+    """
+    shelf = Path(str(resources.files("likely"))) / "bundles"
+    if found := sorted(manifest.parent for manifest in shelf.glob(f"*/{MANIFEST}")):
+        return found
+    raise BundleError(f"{shelf} holds no bundle; name one by --bundle")
