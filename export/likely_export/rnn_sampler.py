@@ -1,4 +1,4 @@
-"""Exact sampling of a PixelRNN's pictures in one graph, at about the cost of one forward pass.
+"""Exact sampling of a PixelRNN's pictures in one graph, which computes no pixel twice.
 
 Rows and columns are nested `scan`s, as in `sampler`. All that a row's states take
 from the row above is summed once a row; what they take from the left, and what the
