@@ -192,6 +192,19 @@ def test_muon_moves_kernels_in_place_and_along_orthogonal_directions() -> None:
         assert nn.functional.cosine_similarity(moved, -weight.grad.flatten(1)).min() > 0.5
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+def test_muon_moves_as_that_of_pytorch_does(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    pair = Matrices([ours], lr=0.1, weight_decay=0.2), torch.optim.Muon([theirs], 0.1, 0.2)
+    for _ in range(4):
+        ours.grad = theirs.grad = torch.randn(shape, generator=generator)
+        for optimiser in pair:
+            optimiser.step()
+    # They differ by the roundings of bfloat16, which PyTorch's is computed in.
+    assert (ours - theirs).abs().max() < 0.02 < (ours - 1).abs().max()
+
+
 def test_every_weight_has_one_optimiser(pictures: Dataset) -> None:
     for training in (TRAINING, MUON):
         model = toy(pictures)
