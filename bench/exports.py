@@ -19,10 +19,12 @@ from likely.graphs import Device, Session
 from likely_export import (
     autoregressive,
     cvae,
+    drawing,
     graphs,
     heads,
     hygiene,
     logistic,
+    mixture,
     pixelcnn,
     raster,
     roles,
@@ -30,7 +32,7 @@ from likely_export import (
 )
 
 MODULES = (
-    *(autoregressive, cvae, graphs, heads, hygiene, logistic),
+    *(autoregressive, cvae, drawing, graphs, heads, hygiene, logistic, mixture),
     *(models, pixelcnn, raster, roles, sampler),
 )
 

@@ -4,7 +4,7 @@
 
 A family says what it makes of the pixels before each one (`features`); the first
 look at them (a 7x7 kernel under mask A, say, cropped to the part that the mask
-leaves), the distribution of the pixel (`heads.PixelHead`, which chains channels and
+leaves), the distribution of the pixel (`mixture.head`, which chains channels and
 digits) and labels, withheld at random in training, are the same for all.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from likely_export.heads import PixelHead
+from likely_export import mixture
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class AutoregressiveConfig:
             sees, pixels to the left that the first one beside it sees.
         head: features before the last softmax.
         digits: digits a level is written with (2 for 256 levels: two nibbles).
+        logistics: terms of a discretised logistic mixture over the pixel, which takes
+            the place of the softmax; 0 for none.
         label_dropout: share of training pictures whose label is withheld, so
             that the same weights give p(x) and p(x|y).
         dropout: share of hidden features dropped in training.
@@ -46,6 +48,7 @@ class AutoregressiveConfig:
     stem: tuple[int, int, int] = (2, 2, 2)
     head: int = 64
     digits: int = 1
+    logistics: int = 0
     label_dropout: float = 0.1
     dropout: float = 0.0
 
@@ -75,7 +78,9 @@ class Autoregressive(nn.Module):
         if config.labels:
             self.label = nn.Embedding(config.labels + 1, config.head)
             nn.init.zeros_(self.label.weight)
-        self.head = PixelHead(config.head, config.shape[0], config.levels, config.digits)
+        self.head = mixture.head(
+            config.head, config.shape[0], config.levels, config.digits, config.logistics
+        )
 
     @property
     def null_label(self) -> int:
@@ -116,7 +121,7 @@ class Autoregressive(nn.Module):
 
     def surprise(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """-log p(pixel | pixels before it[, y]) in nats, (n, c, h, w)."""
-        return self.head.surprise(self.log_probs(x, y), x)
+        return self.head.nats(self.features(x, y), x)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """log p(x), or log p(x|y), in nats, (n,)."""
@@ -128,10 +133,10 @@ class Autoregressive(nn.Module):
             withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout
             y = torch.where(withheld, self.null_label, y)
         features = self.features(x, y)
-        # Under mixed precision the hidden layers may round, the softmaxes may not.
+        # Under mixed precision the hidden layers may round, the head may not.
         with torch.autocast(x.device.type, enabled=False):
-            log_probs = self.head.log_probs(features.float(), x)
-        return self.head.surprise(log_probs, x).flatten(1).sum(1)
+            nats = self.head.nats(features.float(), x)
+        return nats.flatten(1).sum(1)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The expected objective in nats, (n,): of -log p(x|y) and -log p(x), as often as seen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +20,23 @@ from likely.bundle import MANIFEST, Bundle, Manifest, Role, write_manifest
 from likely.errors import BundleError, InvalidInput
 from likely.graphs import Array, Device, Session
 from likely.outliers import Detector
-from likely_export import attributes, calibrate, corruptions, directions, graphs, roles
+from likely_export import (
+    attributes,
+    calibrate,
+    corruptions,
+    directions,
+    graphs,
+    measures,
+    roles,
+)
 from likely_export.calibrate import Seen
 from likely_export.classifier import Classifier, fit_temperature
 from likely_export.data import Dataset, Split
+from likely_export.evaluate import BOUND, EVALUATION
 from likely_export.graphs import Exported
 from likely_export.recipes import Recipe
 from likely_export.runs import Run
+from likely_export.vae import VAE
 
 BATCH = 16
 COMPARED = 10_000
@@ -66,6 +77,8 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
             for name, array in each.golden.items()
         }
         np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
+        if (bound := _bound(opened, data)) is not None:
+            (folder / EVALUATION).write_text(json.dumps({BOUND: bound}, indent=1) + "\n")
         fields = {
             "name": opened.recipe.name,
             "version": opened.recipe.version,
@@ -81,6 +94,21 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
             "data_digest": data.digest,
         }
         return write_manifest(folder, fields)
+
+
+def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
+    """-log p(x) of the test part at most, of a VAE alone: no graph of its bundle gives it."""
+    if Role.DENSITY in run.recipe.roles or Role.GENERATE not in run.recipe.roles:
+        return None
+    (name,) = run.recipe.models_of(Role.GENERATE)
+    model = run.model(name)
+    if not isinstance(model, VAE):
+        return None
+    part = data.test.x[:COMPARED], data.test.y[:COMPARED]
+    with torch.no_grad():
+        pairs = zip(*(torch.from_numpy(each).split(BATCH) for each in part), strict=True)
+        nats = torch.cat([model.evaluate(x, y) for x, y in pairs])
+    return measures.mean(nats.double().numpy())
 
 
 def extend(bundle: Path, run: Path, out: Path, report: Report = print) -> Manifest:

@@ -27,7 +27,7 @@ from likely.errors import InvalidInput
 from likely.graphs import Device, Session
 from likely_export import families, features, measures
 from likely_export.data import Dataset
-from likely_export.evaluate import EVALUATION
+from likely_export.evaluate import BOUND, EVALUATION
 from likely_export.generated import BATCH, SEED, batched
 from likely_export.graphs import example
 from likely_export.judge import Judge, taught
@@ -39,7 +39,6 @@ ALPHA = 0.05
 SURE = 0.9
 ROUNDS = 5
 TRAINED = 32  # pictures of a step whose time is taken
-BOUND = "bound_nats"  # of a bundle's own evaluation, where no graph gives log p(x)
 GENERATIVE, DISCRIMINATIVE = "by p(x|y)", "by p(y|x)"
 
 
@@ -255,12 +254,12 @@ class _Member:
         train = self.data.train.x[: max(self.sizes.labelled)]
         z, test = (features.encoded(engine, x) for x in (train, self.x))
         reduced = PCA(z.shape[1], svd_solver="full").fit(_flat(train))
-        components = (reduced.transform(_flat(x)) for x in (train, self.x))
+        components, others = (reduced.transform(_flat(x)) for x in (train, self.x))
         return {
             "features": {
                 "dimensions": z.shape[1],
                 "probe": _probe(z, test, self.data, self.sizes),
-                "probe_of_principal_components": _probe(*components, self.data, self.sizes),
+                "probe_of_principal_components": _probe(components, others, self.data, self.sizes),
             }
         }
 
@@ -311,7 +310,7 @@ def learns(manifest: Manifest) -> list[str]:
 
 
 def _step(model: Model, x: torch.Tensor, y: torch.Tensor) -> None:
-    model.zero_grad()
+    """Forward and back; gradients add up, which costs nothing."""
     model.objective(x, y).mean().backward()
 
 

@@ -32,6 +32,7 @@ from likely_export.material import (
 )
 
 EVALUATION, REPORT = "evaluation.json", "report.html"
+BOUND = "bound_nats"  # of a model whose bundle has no graph that gives log p(x)
 BINARISATIONS = 3
 BOUND_SAMPLES = 64
 

@@ -41,9 +41,9 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "pixelcnn": Family(PixelCNNConfig, PixelCNN),
-        "pixelrnn": Family(PixelRNNConfig, PixelRNN),
         "cvae": Family(CVAEConfig, CVAE),
         "local": Family(LocalConfig, LocalPixelCNN),
+        "pixelrnn": Family(PixelRNNConfig, PixelRNN),
         "classifier": Family(ClassifierConfig, Classifier),
         "vae": Family(CVAEConfig, VAE, labelled=False),
         "autoencoder": Family(AutoencoderConfig, Autoencoder, labelled=False),

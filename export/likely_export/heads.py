@@ -6,11 +6,10 @@ and within a channel the high digit before the low one. With features f of what
 comes before the pixel,
 
     p(d_1, ..., d_m | f) = prod_k p(d_k | f, d_1, ..., d_k-1)
-    logits_k             = W_k relu(f + sum_{j<k} E_j[d_j]) + b_k
 
-Every factor is a softmax, so the distribution sums to 1 over all levels. One
-digit a channel is the 256-way softmax of van den Oord et al. (2016); two digits
-of 16 replace its 256 logits by 16 + 16.
+Every factor is a table that sums to 1, so the distribution sums to 1 over all
+levels. `PixelHead` makes each table a softmax; `mixture.MixtureHead` takes them
+from a mixture of logistics.
 """
 
 from __future__ import annotations
@@ -20,17 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class PixelHead(nn.Module):
-    """p(pixel | features) as a chain of softmaxes over digits.
+class Head(nn.Module):
+    """p(pixel | features) as a chain of tables, one a digit; a subclass says what they hold.
 
     Args:
-        features: size of f.
         channels: channels of a pixel.
         levels: levels of a channel.
         digits: digits a level is written with; levels ** (1 / digits) must be whole.
     """
 
-    def __init__(self, features: int, channels: int, levels: int, digits: int = 1) -> None:
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, channels: int, levels: int, digits: int) -> None:
         super().__init__()
         self.channels = channels
         self.digits = digits
@@ -38,9 +39,6 @@ class PixelHead(nn.Module):
         if self.base**digits != levels:
             raise ValueError(f"{levels} levels cannot be written with {digits} equal digits")
         self.factors = channels * digits
-        self.weight = nn.Parameter(torch.zeros(self.factors, features, self.base))
-        self.bias = nn.Parameter(torch.zeros(self.factors, self.base))
-        self.embedding = nn.Parameter(torch.randn(self.factors - 1, self.base, features) * 0.1)
 
     def split(self, x: Tensor) -> Tensor:
         """Levels (n, c, h, w) as digits (n, h, w, c * digits), int64."""
@@ -64,6 +62,39 @@ class PixelHead(nn.Module):
         Returns:
             (n, h, w, c * digits, base), nats; each last axis sums to 1.
         """
+        raise NotImplementedError
+
+    def surprise(self, log_probs: Tensor, x: Tensor) -> Tensor:
+        """-log p(pixel | before) in nats (n, c, h, w), of the tables that `log_probs` gave."""
+        taken = log_probs.gather(-1, self.split(x)[..., None])[..., 0]
+        return -taken.unflatten(-1, (self.channels, self.digits)).sum(-1).permute(0, 3, 1, 2)
+
+    def nats(self, features: Tensor, x: Tensor) -> Tensor:
+        """The same surprise straight from the features (n, f, h, w)."""
+        return self.surprise(self.log_probs(features, x), x)
+
+
+class PixelHead(Head):
+    """A chain of softmaxes over digits, logits_k = W_k relu(f + sum_{j<k} E_j[d_j]) + b_k.
+
+    One digit a channel is the 256-way softmax of van den Oord et al. (2016); two digits
+    of 16 replace its 256 logits by 16 + 16.
+
+    Args:
+        features: size of f.
+        channels: channels of a pixel.
+        levels: levels of a channel.
+        digits: digits a level is written with.
+    """
+
+    def __init__(self, features: int, channels: int, levels: int, digits: int = 1) -> None:
+        super().__init__(channels, levels, digits)
+        self.weight = nn.Parameter(torch.zeros(self.factors, features, self.base))
+        self.bias = nn.Parameter(torch.zeros(self.factors, self.base))
+        self.embedding = nn.Parameter(torch.randn(self.factors - 1, self.base, features) * 0.1)
+
+    def log_probs(self, features: Tensor, x: Tensor) -> Tensor:
+        """Log-probabilities of every digit, (n, h, w, c * digits, base), nats."""
         digits = self.split(x)
         context = features.permute(0, 2, 3, 1)
         tables = []
@@ -73,8 +104,3 @@ class PixelHead(nn.Module):
             if k < self.factors - 1:
                 context = context + functional.embedding(digits[..., k], self.embedding[k])
         return torch.stack(tables, -2)
-
-    def surprise(self, log_probs: Tensor, x: Tensor) -> Tensor:
-        """-log p(pixel | before) in nats (n, c, h, w), of the tables that `log_probs` gave."""
-        taken = log_probs.gather(-1, self.split(x)[..., None])[..., 0]
-        return -taken.unflatten(-1, (self.channels, self.digits)).sum(-1).permute(0, 3, 1, 2)

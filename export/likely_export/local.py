@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from likely_export.heads import PixelHead
+from likely_export import mixture
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class LocalConfig:
         channels: features of a pixel.
         layers: hidden layers on top of the neighbours, pixel by pixel.
         digits: digits a level is written with (2 for 256 levels: two nibbles).
+        logistics: terms of a discretised logistic mixture over the pixel, which takes
+            the place of the softmax; 0 for none.
     """
 
     shape: tuple[int, int, int]
@@ -39,6 +41,7 @@ class LocalConfig:
     channels: int = 32
     layers: int = 2
     digits: int = 1
+    logistics: int = 0
 
 
 class LocalPixelCNN(nn.Module):
@@ -57,21 +60,25 @@ class LocalPixelCNN(nn.Module):
         self.mix = nn.ModuleList(
             nn.Conv2d(config.channels, config.channels, 1) for _ in range(config.layers)
         )
-        self.head = PixelHead(config.channels, c, config.levels, config.digits)
+        self.head = mixture.head(config.channels, c, config.levels, config.digits, config.logistics)
 
-    def log_probs(self, x: Tensor) -> Tensor:
-        """Log-probabilities of every digit (n, h, w, c * digits, base), nats, of uint8 x."""
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees of the neighbours of each pixel, (n, channels, h, w), of uint8 x."""
         z = x.float() * (2 / (self.config.levels - 1)) - 1
         z = torch.cat([z, (z < -1 + 1e-6).float()], 1)
         features = self.above(functional.pad(z[:, :, :-1], (1, 1, 1, 0)))
         features = features + self.left(functional.pad(z[..., :-1], (1, 0)))
         for layer in self.mix:
             features = layer(torch.relu(features))
-        return self.head.log_probs(features, x)
+        return features
+
+    def log_probs(self, x: Tensor) -> Tensor:
+        """Log-probabilities of every digit (n, h, w, c * digits, base), nats, of uint8 x."""
+        return self.head.log_probs(self.features(x), x)
 
     def surprise(self, x: Tensor) -> Tensor:
         """-log p(pixel | neighbours before it) in nats, (n, c, h, w)."""
-        return self.head.surprise(self.log_probs(x), x)
+        return self.head.nats(self.features(x), x)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, (n,)."""

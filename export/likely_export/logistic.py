@@ -40,11 +40,16 @@ def log_prob(parameters: Tensor, x: Tensor, levels: int) -> Tensor:
     is_first, is_last = x < 0.5, x > levels - 1.5
     b = torch.where(is_last, TAIL, (centre + half) * sharpness)
     a = torch.where(is_first, -TAIL, (centre - half) * sharpness)
-    # (1 - exp(-t)) = 2 tanh(t/2) / (1 + tanh(t/2)) keeps the digits of a small t.
-    t = torch.tanh(torch.where(is_first | is_last, TAIL, half * sharpness))
-    product = torch.sigmoid(b.abs()) * torch.sigmoid(a.abs()) * (2 * t / (1 + t))
+    inner = decay(torch.where(is_first | is_last, TAIL, 2 * half * sharpness))
+    product = torch.sigmoid(b.abs()) * torch.sigmoid(a.abs()) * inner
     terms = torch.log(product) - torch.relu(-b) - torch.relu(a)
     return torch.logsumexp(torch.log_softmax(logits, -2) + terms, -2)
+
+
+def decay(t: Tensor) -> Tensor:
+    """1 - exp(-t) of t > 0, with all the digits of a small t."""
+    half = torch.tanh(t / 2)
+    return 2 * half / (1 + half)
 
 
 def log_probs(parameters: Tensor, levels: int) -> Tensor:

@@ -69,14 +69,16 @@ class RowLSTM(nn.Module):
             x: features (h, w, n, 2 * channels).
             bias: the label's, of the gates, (n, 4 * channels).
         """
-        edge = x.new_full((x.shape[0], 1, *x.shape[2:]), 0.0)
-        left = torch.cat([edge, x[:, :-1]], 1)
+        outside = x.new_full((x.shape[0], 1, *x.shape[2:]), 0.0)
+        left = torch.cat([outside, x[:, :-1]], 1)
         inputs = _biased(self.input(torch.cat([left, x], -1)), bias)
-        none = inputs.new_full((*inputs.shape[1:3], self.channels), 0.0)
+        _, w, n, _ = inputs.shape
+        none = inputs.new_full((w, n, self.channels), 0.0)
+        edge = inputs.new_full((1, n, self.channels), 0.0)
 
         def row(state: States, given: States) -> tuple[States, Tensor]:
             h, c = state
-            h, c = cell(given[0] + self.state(neighbours(h, h.new_full(h[:1].shape, 0.0))), c)
+            h, c = cell(given[0] + self.state(neighbours(h, edge)), c)
             return [h, c], h.clone()
 
         if torch.compiler.is_exporting():
@@ -116,6 +118,7 @@ class DiagonalLSTM(nn.Module):
         pixels = torch.arange(h * w).view(h, w)
         columns = torch.arange(h + w - 1)[:, None] - torch.arange(h)
         inside = (columns >= 0) & (columns < w)
+        self.sizes: list[int] = inside.sum(1).tolist()
         if leftward:
             pixels = pixels.flip(1)
         # (h + w - 1, h): the pixel that stands there, h * w for none.
@@ -143,10 +146,11 @@ class DiagonalLSTM(nn.Module):
         """
         outside = inputs.new_full(inputs[:1].shape, SHUT)
         none = inputs.new_full((self.shape[0], inputs.shape[1], self.channels), 0.0)
+        edge = inputs.new_full((1, inputs.shape[1], self.channels), 0.0)
 
         def column(state: States, given: States) -> tuple[States, Tensor]:
             h, c = state
-            above = torch.cat([h.new_full(h[:1].shape, 0.0), h[:-1]])
+            above = torch.cat([edge, h[:-1]])
             h, c = cell(given[0] + self.state(torch.cat([h, above], -1)), c)
             return [h, c], h.clone()
 
@@ -159,11 +163,10 @@ class DiagonalLSTM(nn.Module):
         """The same, without the places where there is no pixel: half of the work."""
         h, w = self.shape
         order = self.skewed[self.skewed < h * w]
-        sizes = (self.skewed < h * w).sum(1).tolist()
         edge = inputs.new_full((1, inputs.shape[1], self.channels), 0.0)
         state = c = edge[:0]
         states = []
-        for t, given in enumerate(inputs.index_select(0, order).split(sizes)):
+        for t, given in enumerate(inputs.index_select(0, order).split(self.sizes)):
             # From column w on, the first row of the column before has no pixel in this one.
             first, size = int(t >= w), len(given)
             beside = torch.cat([edge, state, edge])[first : first + size + 1]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from likely_export.autoregressive import Autoregressive
+from likely_export.drawing import copied, drawing
 
 
 class RasterSampler(nn.Module):
@@ -28,8 +29,6 @@ class RasterSampler(nn.Module):
     stem_horizontal: Tensor
     mix: Tensor
     mix_bias: Tensor
-    logits: Tensor
-    embedding: Tensor
 
     def __init__(self, model: Autoregressive) -> None:
         super().__init__()
@@ -40,16 +39,14 @@ class RasterSampler(nn.Module):
         self.blank = (config.levels - 1) / 2
         scale = 2 / (config.levels - 1)
         taps_vertical, taps_horizontal = self.taps()
-        # One more feature, always 1, carries the biases of the head's softmaxes.
-        head = model.head
+        # One more feature, always 1, carries the biases of the head.
         self.keep(
             stem_vertical=taps_vertical * scale,
             stem_horizontal=taps_horizontal * scale,
             mix=functional.pad(model.mix.weight[:, :, 0, 0].T, (0, 1)),
             mix_bias=functional.pad(bias_of(model.mix), (0, 1), value=1.0),
-            logits=torch.cat([head.weight, head.bias[:, None]], 1),
-            embedding=functional.pad(head.embedding, (0, 1)),
         )
+        self.draw = drawing(model.head)
 
     def keep(self, **matrices: Tensor) -> None:
         """Copies matrices into buffers of those names."""
@@ -83,29 +80,6 @@ class RasterSampler(nn.Module):
     def places(self, n: int) -> Tensor:
         """Where the noise of the first row lies among all pixels' in turn, (w, n)."""
         return torch.arange(self.width)[:, None] + torch.arange(n) * (self.height * self.width)
-
-    def draw(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Levels (n, c) of one pixel, int64, digit by digit."""
-        head = self.model.head
-        noises = noise.chunk(head.factors, -1) if head.factors > 1 else [noise]
-        digits: list[Tensor] = []
-        for k, part in enumerate(noises):
-            if k:
-                features = features + self.embedding[k - 1].index_select(0, digits[-1][:, 0])
-            logits = torch.addmm(part, torch.relu(features), self.logits[k])
-            digits.append(logits.argmax(-1, keepdim=True))
-        levels = []
-        for first in range(0, head.factors, head.digits):
-            level = digits[first]
-            for digit in digits[first + 1 : first + head.digits]:
-                level = level * head.base + digit
-            levels.append(level)
-        return torch.cat(levels, -1) if len(levels) > 1 else levels[0]
-
-
-def copied(matrix: Tensor) -> Tensor:
-    """A copy of its own, rows one after the other."""
-    return matrix.detach().clone(memory_format=torch.contiguous_format)
 
 
 def bias_of(conv: nn.Conv2d) -> Tensor:

@@ -1,4 +1,4 @@
-"""Exact sampling of a PixelRNN's pictures in one graph, at about the cost of one forward pass.
+"""Exact sampling of a PixelRNN's pictures in one graph, which computes no pixel twice.
 
 Rows and columns are nested `scan`s, as in `sampler`. All that a row's states take
 from the row above is summed once a row; what they take from the left, and what the
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan  # private path: torch is pinned
 from torch.nn import functional
 
+from likely_export.drawing import copied
 from likely_export.pixelrnn import (
     DiagonalBiLSTM,
     Layer,
@@ -26,7 +27,7 @@ from likely_export.pixelrnn import (
     cell,
     neighbours,
 )
-from likely_export.raster import RasterSampler, copied, pushed, windows
+from likely_export.raster import RasterSampler, pushed, windows
 
 
 class _Out(nn.Module):

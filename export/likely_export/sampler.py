@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan  # private path: torch is pinned
 from torch.nn import functional
 
+from likely_export.drawing import copied
 from likely_export.pixelcnn import Block, PixelCNN, RowBlock, RowTransformer
-from likely_export.raster import RasterSampler, bias_of, copied, pushed, windows
+from likely_export.raster import RasterSampler, bias_of, pushed, windows
 
 
 class Sampler(RasterSampler):

@@ -305,12 +305,11 @@ class Engine:
             label_p_values = self.detector.label_p_values(scores.unusualness, own)
         if (discriminative := found.get(Role.DISCRIMINATE)) is not None:
             self._trust.check(*discriminative.values())
-            composed = bayes.composed(
-                discriminative["log_pyx"], scores.log_px, self.manifest.priors
-            )
-        if rule == LabelRule.DISCRIMINATIVE:
-            expected = self.manifest.priors if priors is None else priors
-            posterior = bayes.posterior(composed, expected)
+            log_pyx, learnt = discriminative["log_pyx"].astype(np.float64), self.manifest.priors
+            composed = bayes.composed(log_pyx, scores.log_px, learnt)
+            if rule == LabelRule.DISCRIMINATIVE:
+                expected = learnt if priors is None else priors
+                posterior = bayes.reweighted(np.exp(log_pyx), learnt, expected)
         label = posterior.argmax(1).astype(np.int64)
         unsure = posterior.max(1, initial=0.0) < min_posterior
         verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)

@@ -68,13 +68,15 @@ EXPORT = {
     "material": "likely.answers",
     "measures": "likely.answers numpy scipy sklearn",
     "logistic": "torch",
-    "local": "heads torch",
-    "autoregressive": "heads torch",
+    "mixture": "heads logistic torch",
+    "local": "mixture torch",
+    "autoregressive": "mixture torch",
+    "drawing": "heads mixture torch",
     "pixelcnn": "autoregressive torch",
     "pixelrnn": "autoregressive torch",
-    "raster": "autoregressive torch",
-    "sampler": "pixelcnn raster torch",
-    "rnn_sampler": "pixelrnn raster torch",
+    "raster": "autoregressive drawing torch",
+    "sampler": "drawing pixelcnn raster torch",
+    "rnn_sampler": "drawing pixelrnn raster torch",
     "moves": "likely.errors torch",
     "trunks": "torch",
     "cvae": "likely.errors logistic moves trunks torch",
@@ -121,15 +123,19 @@ EXPORT = {
         "likely.answers likely.bundle likely.engine likely.graphs likely.latent attributes data "
         "judge measures numpy scipy sklearn"
     ),
+    "compare": (
+        "likely.answers likely.bayes likely.bundle likely.engine likely.errors likely.graphs data "
+        "evaluate families features generated graphs judge measures train numpy sklearn torch"
+    ),
     "build": (
         "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "
-        "likely.outliers attributes calibrate classifier corruptions data directions graphs "
-        "recipes roles runs numpy torch"
+        "likely.outliers attributes calibrate classifier corruptions data directions evaluate "
+        "graphs measures recipes roles runs vae numpy torch"
     ),
     "__init__": "",
     "cli": (
-        "likely.bundle likely.errors build data evaluate families features progress "
-        "recipes runs train click rich"
+        "likely.bundle likely.errors build compare data evaluate families features progress "
+        "recipes report runs train click rich"
     ),
 }
 BENCH = {
@@ -143,9 +149,9 @@ BENCH = {
     ),
     "exports": (
         "likely.bundle likely.graphs likely_export.autoregressive likely_export.cvae "
-        "likely_export.graphs likely_export.heads likely_export.hygiene likely_export.logistic "
-        "likely_export.pixelcnn likely_export.raster likely_export.roles likely_export.sampler "
-        "__init__ models onnx torch"
+        "likely_export.drawing likely_export.graphs likely_export.heads likely_export.hygiene "
+        "likely_export.logistic likely_export.mixture likely_export.pixelcnn likely_export.raster "
+        "likely_export.roles likely_export.sampler __init__ models onnx torch"
     ),
     "measures": (
         "likely.bundle likely.graphs likely.noise likely_export.graphs "
@@ -226,14 +232,14 @@ WITHIN = {
         "merging": "",
         "tallies": "",
         "feeds": "doors merging",
-        "interceptors": "access doors tallies",
+        "guard": "access doors tallies",
         "checks": "",
-        "servicers": "checks feeds interceptors",
-        "openinference": "access feeds interceptors servicers",
+        "servicers": "checks feeds guard",
+        "openinference": "access feeds guard servicers",
         "reflecting": "",
         "ports": "tls",
         "admin": "",
-        "server": "access admin interceptors openinference ports reflecting servicers",
+        "server": "access admin guard openinference ports reflecting servicers",
         "__init__": "",
     },
     "processes": {

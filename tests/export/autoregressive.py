@@ -34,6 +34,10 @@ CONFIGS: dict[str, AutoregressiveConfig] = {
         (3, 4, 3), 9, labels=2, channels=6, layers=2, head=8, digits=2, stem=(2, 1, 2),
         kind="diagonal",
     ),
+    "mixture": PixelCNNConfig(
+        (3, 4, 3), 16, labels=2, channels=6, layers=2, head=8, digits=2, logistics=3,
+        gated=False,
+    ),
 }  # fmt: skip
 
 

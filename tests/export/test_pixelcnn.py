@@ -61,10 +61,11 @@ def test_no_pixel_sees_itself_or_what_follows_in_onnx(name: str, opened: Opener)
         assert moved[row, row:].any()
 
 
-def binary(shape: tuple[int, int, int]) -> np.ndarray:
-    """All binary pictures of that shape, uint8 (2 ** (c * h * w), c, h, w)."""
+def every(shape: tuple[int, int, int], levels: int) -> np.ndarray:
+    """All pictures of that shape, uint8 (levels ** (c * h * w), c, h, w)."""
     size = int(np.prod(shape))
-    return np.array(list(itertools.product((0, 1), repeat=size)), np.uint8).reshape(-1, *shape)
+    found = list(itertools.product(range(levels), repeat=size))
+    return np.array(found, np.uint8).reshape(-1, *shape)
 
 
 @pytest.mark.parametrize(
@@ -78,20 +79,22 @@ def binary(shape: tuple[int, int, int]) -> np.ndarray:
         ),
         PixelRNNConfig((1, 3, 3), 2, channels=4, layers=2, head=4, kind="row"),
         PixelRNNConfig((3, 2, 2), 2, channels=4, layers=2, head=4, kind="diagonal"),
+        PixelCNNConfig((3, 1, 2), 4, channels=4, layers=1, head=4, digits=2),
+        PixelCNNConfig((3, 1, 2), 4, channels=4, layers=1, head=4, digits=2, logistics=3),
     ],
-    ids=["grey", "colour", "rows", "row_lstm", "diagonal_lstm"],
+    ids=["grey", "colour", "rows", "row_lstm", "diagonal_lstm", "colour_digits", "mixture"],
 )  # fmt: skip
 def test_probabilities_of_all_pictures_sum_to_one_in_onnx(
     config: AutoregressiveConfig, opened: Opener
 ) -> None:
     model = autoregressive.randomised(config, 1.0)
-    everything = binary(config.shape)
-    session = opened(roles.density(model, NAMES), 2, config.labels)
+    everything = every(config.shape, config.levels)
+    session = opened(roles.density(model, NAMES), config.levels, config.labels)
     (log_px,) = session.run({"x": everything}, ["log_px"])
     assert np.exp(log_px.astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
     assert np.ptp(log_px) > 0.5, "the model must prefer some pictures"
     if config.labels:
-        session = opened(roles.conditional(model), 2, config.labels)
+        session = opened(roles.conditional(model), config.levels, config.labels)
         (log_pxy,) = session.run({"x": everything}, ["log_pxy"])
         assert np.exp(log_pxy.astype(np.float64)).sum(0) == pytest.approx(1, abs=1e-5)
 

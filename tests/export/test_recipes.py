@@ -59,7 +59,9 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "mnist_binary"])
+@pytest.mark.parametrize(
+    "name", ["mnist", "fashion_mnist", "mnist_binary", "cifar10", "cifar10_mixture"]
+)
 def test_at_paper_size_a_recipe_makes_the_same_bundle_of_larger_models(name: str) -> None:
     small, large = recipes.load(name), recipes.load(name, size="paper")
     assert small.models["pixelcnn"].options["layers"] < large.models["pixelcnn"].options["layers"]
@@ -68,7 +70,7 @@ def test_at_paper_size_a_recipe_makes_the_same_bundle_of_larger_models(name: str
     assert small.models.keys() == large.models.keys()
     for model in large.models.values():
         families.family(model.family).config(
-            shape=(1, 28, 28), levels=2, labels=10, **model.options
+            shape=(1, 28, 28), levels=256, labels=10, **model.options
         )
 
 

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from likely.answers import Doubles, Pixels
-from likely.bundle import Manifest
+from likely.bundle import Manifest, Role
 from likely_export import corruptions, measures, recipes, report
 from likely_export.material import INLIERS, Completed, Explained, Labelled, Material, Sets
 from likely_export.report import charts, pictures, text
+from likely_export.report.card import ANSWERS
 from likely_export.report.subject import Subject
 
 LABELS = ("0", "<one> & $two$", "ankle boot")
@@ -385,3 +386,7 @@ def test_the_hardest_set_comes_first() -> None:
     subject = Subject(manifest(), figures(shown), shown)
     aurocs = [subject.figures["outliers"][name]["auroc"] for name in subject.outliers]
     assert len(aurocs) > 10 and aurocs == sorted(aurocs)
+
+
+def test_the_card_knows_every_graph_that_a_bundle_may_have() -> None:
+    assert set(ANSWERS) == set(Role)

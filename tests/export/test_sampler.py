@@ -68,22 +68,31 @@ def test_the_graph_draws_the_same_whatever_the_batch_and_threads(
         assert np.array_equal(np.concatenate(parts), together)
 
 
-@pytest.mark.parametrize("side", [2, 3])
-def test_draws_follow_the_probabilities(side: int, opened: Opener) -> None:
-    config = PixelCNNConfig((1, side, side), 2, channels=6, layers=2, head=6)
+@pytest.mark.parametrize(
+    "config",
+    [
+        PixelCNNConfig((1, 2, 2), 2, channels=6, layers=2, head=6),
+        PixelCNNConfig((1, 3, 3), 2, channels=6, layers=2, head=6),
+        PixelCNNConfig((3, 1, 2), 4, channels=6, layers=1, head=6, digits=2, logistics=3),
+    ],
+    ids=["2x2", "3x3", "mixture"],
+)
+def test_draws_follow_the_probabilities(config: PixelCNNConfig, opened: Opener) -> None:
     model = autoregressive.randomised(config, 0.8)
-    size = side * side
-    everything = np.array(list(itertools.product((0, 1), repeat=size)), np.uint8)
+    levels, (c, h, w) = config.levels, config.shape
+    size = c * h * w
+    everything = np.array(list(itertools.product(range(levels), repeat=size)), np.uint8)
     with torch.no_grad():
-        log_px = model.log_prob(torch.from_numpy(everything.reshape(-1, 1, side, side)))
+        log_px = model.log_prob(torch.from_numpy(everything.reshape(-1, *config.shape)))
     expected = np.exp(log_px.double().numpy())
-    session = opened(roles.sample(model), 2, 0)
+    session = opened(roles.sample(model), levels, 0)
     n = 200_000
-    generator = np.random.Generator(np.random.Philox(key=[5, side]))
-    noise = generator.gumbel(size=(n, side, side, 1, 1, 2)).astype(np.float32)
+    generator = np.random.Generator(np.random.Philox(key=[5, h]))
+    shape = (n, h, w, c, config.digits, model.head.base)
+    noise = generator.gumbel(size=shape).astype(np.float32)
     (drawn,) = session.run({"gumbel": noise}, ["x"])
-    index = drawn.reshape(n, size) @ (1 << np.arange(size)[::-1])
-    counts = np.bincount(index, minlength=2**size)
+    index = drawn.reshape(n, size) @ (levels ** np.arange(size)[::-1])
+    counts = np.bincount(index, minlength=levels**size)
     kept = expected * n >= 5
     observed = np.append(counts[kept], counts[~kept].sum())
     wanted = np.append(expected[kept], expected[~kept].sum()) * n

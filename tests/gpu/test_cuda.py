@@ -97,7 +97,7 @@ def test_no_node_falls_back_to_the_cpu(
     assert "Memcpy nodes are added to the graph" not in told
 
 
-@pytest.mark.parametrize("name", ["grey", "rows_nibbles", "colour_rows"])
+@pytest.mark.parametrize("name", ["grey", "rows_nibbles", "colour_rows", "mixture"])
 def test_one_pass_reproduces_what_a_card_draws(name: str, cuda: Device, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     import autoregressive

@@ -303,6 +303,32 @@ def test_a_deadline_that_passes_in_the_queue_is_not_run() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("crowded", [True, False])
+def test_who_would_be_answered_too_late_makes_room_for_others_that_wait(crowded: bool) -> None:
+    async def work() -> None:
+        graph = Doubler()
+        best = {Role.DENSITY: Best(2, pace=10.0)}
+        async with opened(graph, best=best, lanes=2) as lanes:
+            graph.hold()
+            first = [going(ask(lanes, 0)), going(ask(lanes, 1))]
+            await graph.arrived()
+            # Let in before, as the chunks of a stream: else it would have been refused.
+            soon = time.monotonic() + SECONDS / 2
+            late = going(ask(lanes, 2, 2, client="a", deadline=soon, admitted=True))
+            fine = [going(ask(lanes, 3, 3, client="b"))] if crowded else []
+            await settled()
+            graph.release()
+            await asyncio.gather(*first, *fine)
+            if crowded:
+                with pytest.raises(DeadlineExceeded):
+                    await late
+            else:
+                assert await late == [4, 4]
+        assert ([2, 2] in graph.runs) is not crowded
+
+    run(work())
+
+
 @pytest.mark.parametrize("poisoned", [[0], [3], [1, 2], [0, 1, 2, 3]])
 def test_who_makes_the_model_raise_is_alone_in_failing(poisoned: list[int]) -> None:
     async def work() -> None:
@@ -442,7 +468,7 @@ def test_a_deadline_before_its_turn_is_refused_at_once() -> None:
     run(work())
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int) -> None:
     async def work() -> None:
         graph, pace = Doubler(), 10.0

@@ -75,6 +75,7 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no density": (lambda f: change_manifest(f, graphs={}), "density"),
     "path outside": (escape, r"files"),
     "priors": (lambda f: change_manifest(f, labels=[{"name": "a", "prior": 0.5}]), "sum to 1"),
+    "labels that p(y|x) does not have": (lambda f: change_manifest(f, labels=[]), "log_pyx"),
 }
 
 

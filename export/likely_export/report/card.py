@@ -19,6 +19,8 @@ ANSWERS = {
     Role.GENERATE: "a picture with a given label, in one pass",
     Role.SAMPLE: "pictures, pixel by pixel",
     Role.ENCODE: "latent features",
+    Role.DECODE: "a picture from its latent features",
+    Role.DISCRIMINATE: "p(y|x) itself, without p(x)",
 }
 
 

@@ -79,12 +79,13 @@ class Batcher:
         """How many rows wait that go before a newcomer of that priority."""
         return self.rows if priority is Priority.BULK else self._turns[priority].rows
 
-    def check(self, member: Member, wait: Callable[[Priority], float]) -> None:
+    def check(self, member: Member, wait: Callable[[Priority, float], float]) -> None:
         """Returns if there is room for a member, where need be for one of a greedier client's.
 
         Args:
             member: does not wait yet.
-            wait: seconds until a newcomer's turn, as far as can be told.
+            wait: seconds until the turn of a newcomer of that priority, as far as can be told,
+                where so many seconds of work go before it beside all that waits.
 
         Raises:
             Overloaded: there is none, or its deadline comes before it would be answered.
@@ -92,9 +93,10 @@ class Batcher:
         if not self.rows:
             return
         if member.deadline is not None:
-            seconds = wait(member.priority)
-            answered = HEADROOM * (seconds + member.rows * self.pace)
-            if member.since + answered > member.deadline:
+            seconds, batch = wait(member.priority, 0.0), min(member.rows, self._most)
+            # Its last batch runs when all before it have run, its own others too.
+            answered = wait(member.priority, (member.rows - batch) * self.pace) + batch * self.pace
+            if member.since + HEADROOM * answered > member.deadline:
                 self._shed("deadline")
                 raise Overloaded(
                     f"about {seconds:.3g} s of work wait, longer than the deadline allows",
@@ -107,14 +109,14 @@ class Batcher:
                 raise Overloaded(
                     f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
                     f"pictures and {self._bounds.nbytes} bytes",
-                    patience(wait(member.priority)),
+                    patience(wait(member.priority, 0.0)),
                 )
             self._turns[greedy.priority].remove(greedy)
             self._shed("share")
             greedy.future.set_exception(
                 Overloaded(
                     "the queue is full, and other clients ask for less",
-                    patience(wait(greedy.priority)),
+                    patience(wait(greedy.priority, 0.0)),
                 )
             )
 
@@ -152,12 +154,18 @@ class Batcher:
         while turns.rows:
             even = -(-turns.rows // max(1, free))
             spans = turns.take(min(self._most, max(self.grain, even)))
+            # Where others wait, whoever would be answered too late makes room for them.
+            takes = self.pace * sum(stop - start for _, start, stop in spans) if turns.rows else 0.0
             for member, start, _ in spans:
-                if not member.dead and member.deadline is not None and member.deadline <= now:
+                if (
+                    not member.dead
+                    and member.deadline is not None
+                    and member.deadline <= now + takes
+                ):
                     turns.remove(member)
                     self._traffic.dropped.labels(self._name, "queue").inc()
                     member.future.set_exception(
-                        DeadlineExceeded("the deadline passed in the queue")
+                        DeadlineExceeded("the deadline comes before the answer could")
                     )
                 elif start == 0:
                     self._waits.observe(now - member.since)

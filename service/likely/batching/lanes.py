@@ -207,9 +207,8 @@ class Lanes:
             self._woken, self._alarm = False, None
         return loop
 
-    def _wait(self, priority: Priority) -> float:
-        """Seconds until the lanes have done what goes before a newcomer."""
-        seconds = 0.0
+    def _wait(self, priority: Priority, seconds: float) -> float:
+        """Seconds until the lanes have done what goes before a newcomer, and so much work more."""
         for batcher in self._batchers.values():
             seconds += batcher.pace * batcher.ahead(priority)
         for batch, role in self._running.items():

@@ -186,6 +186,10 @@ class Manifest(_Entry):
         weights = self.calibration.weights if self.calibration else ()
         if len(weights) != experts:
             raise ValueError(f"{len(weights)} weights for {experts} experts")
+        discriminate = self.graphs.get(Role.DISCRIMINATE)
+        p_label = discriminate.output("log_pyx") if discriminate else None
+        if discriminate and (p_label is None or p_label.shape != ("batch", len(self.labels))):
+            raise ValueError("the discriminate graph must give log_pyx, a number for every label")
         named = {graph.file for graph in self.graphs.values()}
         named |= {part.file for part in (self.calibration, self.latent) if part}
         named.add(self.golden)

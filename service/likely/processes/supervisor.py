@@ -23,7 +23,7 @@ from likely.processes.fanout import Fanout
 from likely.processes.together import Together
 from likely.processes.worker import LOST, READY, Order
 from likely.serving import access, ports
-from likely.serving.interceptors import Guard, Guarded
+from likely.serving.guard import Guard, Guarded
 from likely.settings import PREFIX, Settings
 from likely.telemetry.metrics import Exporter, Metrics
 from likely.v1 import admin_pb2, admin_pb2_grpc

@@ -16,7 +16,7 @@ from likely.errors import DeviceLost, SettingsError
 from likely.inference import inference_pb2, inference_pb2_grpc
 from likely.serving import access, ports
 from likely.serving.admin import Admin
-from likely.serving.interceptors import Guard, Guarded
+from likely.serving.guard import Guard, Guarded
 from likely.serving.openinference.operations import Services
 from likely.serving.openinference.servicer import OpenInference
 from likely.serving.reflecting import reflect

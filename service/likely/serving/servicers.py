@@ -17,7 +17,7 @@ from likely.bundle import Role
 from likely.engine import Engine
 from likely.serving import checks
 from likely.serving.feeds import Feed
-from likely.serving.interceptors import Guard
+from likely.serving.guard import Guard
 from likely.v1 import (
     generation_pb2,
     generation_pb2_grpc,

@@ -17,7 +17,7 @@ from likely.errors import AccessDenied, ModelNotFound, Unavailable
 from likely.inference import inference_pb2, inference_pb2_grpc
 from likely.serving.access import Scope
 from likely.serving.feeds import Feed
-from likely.serving.interceptors import Guard
+from likely.serving.guard import Guard
 from likely.serving.openinference import operations, parameters, tensors
 from likely.serving.openinference.operations import Operation, Question, Services
 from likely.serving.openinference.statistics import Key, Statistics, Watch

@@ -1,0 +1,207 @@
+"""A mixture of discretised logistics as the distribution of one pixel, channels and all.
+
+Salimans et al., 2017 (PixelCNN++, https://arxiv.org/abs/1701.05517): one of K terms is
+drawn for the pixel, with the probability pi_k. Within it the channels are logistics,
+discretised as in `logistic`, whose means move with the channels before them, u being
+levels scaled to [-1, 1]:
+
+    mu_red,  mu_green + a u_red,  mu_blue + b u_red + c u_green      each of term k
+
+By the chain rule that is a mixture for every channel, with the terms' probabilities
+given the channels before it as its weights:
+
+    w_k(green) ~ pi_k p_k(red),  w_k(blue) ~ pi_k p_k(red) p_k(green)
+
+The mass of a logistic between t - r and t + r, in scales from its mean, is
+
+    sigma(t + r) - sigma(t - r) = (1 - exp(-2 r)) / (1 + E + exp(-2 r) / E + exp(-2 r))
+
+with E = exp(|t| - r), where nothing cancels. A digit of a level stands for an interval of
+levels, and its probability is the mixture's mass there. So levels are written with digits
+at will: the distribution is the same, and where it must be known whole (to draw, for the
+entropy) two digits of 16 cost 32 masses a term where the levels would cost 256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from likely_export import logistic
+from likely_export.heads import Head, PixelHead
+
+EVEN = 1e-5  # share of every term that is spread evenly over the levels
+TAIL = 60.0  # scales: beyond it a logistic has less than a float adds to `EVEN`
+
+
+class _Terms(NamedTuple):
+    """A channel's mixture, each (..., k): weights that sum to 1, means, 1 / s, and both tails.
+
+    `below` and `above` are what a term has outside the outermost levels' intervals, which
+    these levels take.
+    """
+
+    weights: Tensor
+    mean: Tensor
+    sharpness: Tensor
+    below: Tensor
+    above: Tensor
+
+
+class MixtureHead(Head):
+    """p(pixel | features) as a mixture of discretised logistics.
+
+    A share `EVEN` of each term is spread evenly over the levels: the surprise is bounded
+    (17 nats at 256 levels), and nothing underflows where masses are multiplied.
+
+    Args:
+        features: size of the features.
+        channels: channels of a pixel.
+        levels: levels of a channel.
+        digits: digits a level is written with.
+        logistics: terms of the mixture.
+    """
+
+    def __init__(
+        self, features: int, channels: int, levels: int, digits: int, logistics: int
+    ) -> None:
+        super().__init__(channels, levels, digits)
+        self.levels = levels
+        self.logistics = logistics
+        # Rows of k: logits of pi, a mean and a log s a channel, a coefficient a pair of them.
+        rows = 1 + 2 * channels + channels * (channels - 1) // 2
+        start = torch.zeros(rows, logistics)
+        start[1 : 1 + channels] = torch.linspace(-1, 1, 2 * logistics + 1)[1::2]
+        start[1 + channels : 1 + 2 * channels] = -1.5
+        self.weight = nn.Parameter(torch.zeros(features, start.numel()))
+        self.bias = nn.Parameter(start.flatten())
+        for place in range(digits):
+            parts = _intervals(levels, self.base ** (place + 1)).view(3, -1, self.base)
+            self.register_buffer(f"intervals_{place}", parts.movedim(0, 1), persistent=False)
+
+    def log_probs(self, features: Tensor, x: Tensor) -> Tensor:
+        """Log-probabilities of every digit, (n, h, w, c * digits, base), nats."""
+        digits, tables = self.split(x), []
+
+        def true(k: int, table: Tensor) -> Tensor:
+            tables.append(torch.log_softmax(table, -1))
+            return digits[..., k]
+
+        self.chain(self._read(features), true)
+        return torch.stack(tables, -2)
+
+    def nats(self, features: Tensor, x: Tensor) -> Tensor:
+        """-log p(pixel | before) in nats (n, c, h, w), by the masses of its levels alone."""
+        rows = self._rows(self._read(features))
+        weights = torch.softmax(rows[0], -1)
+        before: list[Tensor] = []
+        nats = []
+        for channel, level in enumerate(x.permute(0, 2, 3, 1).long().unbind(-1)):
+            joint = weights * self._mass(self._terms(rows, weights, channel, before), level)
+            total = joint.sum(-1, keepdim=True)
+            weights = joint / total
+            nats.append(-torch.log(total[..., 0]))
+            before.append(level)
+        return torch.stack(nats, 1)
+
+    def chain(self, parameters: Tensor, choose: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """The levels of a pixel, int64 (...) a channel, digit after digit as they are chosen.
+
+        Args:
+            parameters: (..., p), what the weights make of relu(features).
+            choose: the k-th digit, int64 (...), of the logarithms (..., base) of its masses.
+        """
+        rows = self._rows(parameters)
+        weights = torch.softmax(rows[0], -1)
+        levels: list[Tensor] = []
+        for channel in range(self.channels):
+            terms = self._terms(rows, weights, channel, levels)
+            level = None
+            for place in range(self.digits):
+                table = self._table(terms, place, level)
+                digit = choose(channel * self.digits + place, table)
+                level = digit if level is None else level * self.base + digit
+            assert level is not None
+            levels.append(level)
+            if channel < self.channels - 1:
+                joint = weights * self._mass(terms, level)
+                weights = joint / joint.sum(-1, keepdim=True)
+        return levels
+
+    def _read(self, features: Tensor) -> Tensor:
+        return torch.relu(features.permute(0, 2, 3, 1)) @ self.weight + self.bias
+
+    def _rows(self, parameters: Tensor) -> tuple[Tensor, ...]:
+        return parameters.unflatten(-1, (-1, self.logistics)).unbind(-2)
+
+    def _terms(
+        self, rows: tuple[Tensor, ...], weights: Tensor, channel: int, before: list[Tensor]
+    ) -> _Terms:
+        """The channel's terms, given the levels (...) of the channels before it."""
+        mean, log_scale = rows[1 + channel], rows[1 + self.channels + channel]
+        first = 1 + 2 * self.channels + channel * (channel - 1) // 2
+        for other, level in enumerate(before[:channel]):
+            scaled = level[..., None].to(mean.dtype) * (2 / (self.levels - 1)) - 1
+            mean = mean + torch.tanh(rows[first + other]) * scaled
+        sharpness = torch.exp(-log_scale.clamp(logistic.SHARPEST, logistic.FLATTEST))
+        edge = 1 + 1 / (self.levels - 1)
+        below, above = _sigmoid(-sharpness * (mean + edge)), _sigmoid(sharpness * (mean - edge))
+        return _Terms(weights, mean, sharpness, below, above)
+
+    def _table(self, terms: _Terms, place: int, before: Tensor | None) -> Tensor:
+        """log of the mixture's mass at every digit, (..., base), given the channel's before it."""
+        width = self.base ** (self.digits - 1 - place)
+        intervals = getattr(self, f"intervals_{place}")
+        if before is None:
+            centre, first, last = intervals[0].unbind(0)
+        else:
+            rows = functional.embedding(before, intervals.flatten(1))
+            centre, first, last = rows.chunk(3, -1)
+        half = terms.sharpness * (width / (self.levels - 1))
+        weights = terms.weights * logistic.decay(2 * half)
+        columns = (part[..., None] for part in (terms.mean, terms.sharpness, half))
+        mass = (weights[..., None] * _bell(centre[..., None, :], *columns)).sum(-2)
+        mass = mass + first * (terms.weights * terms.below).sum(-1, keepdim=True)
+        mass = mass + last * (terms.weights * terms.above).sum(-1, keepdim=True)
+        return torch.log((1 - EVEN) * mass + EVEN * width / self.levels)
+
+    def _mass(self, terms: _Terms, level: Tensor) -> Tensor:
+        """Every term's probability (..., k) of a level (...)."""
+        intervals = getattr(self, f"intervals_{self.digits - 1}").transpose(1, 2).flatten(0, 1)
+        centre, first, last = functional.embedding(level, intervals).chunk(3, -1)
+        half = terms.sharpness / (self.levels - 1)
+        mass = logistic.decay(2 * half) * _bell(centre, terms.mean, terms.sharpness, half)
+        mass = mass + first * terms.below + last * terms.above
+        return (1 - EVEN) * mass + EVEN / self.levels
+
+
+def _bell(centre: Tensor, mean: Tensor, sharpness: Tensor, half: Tensor) -> Tensor:
+    """The mass of intervals over 1 - exp(-2 r), where r is half their width in scales."""
+    beyond = ((centre - mean) * sharpness).abs() - half
+    grown = torch.exp(beyond.clamp(-TAIL, TAIL))
+    shrunk = torch.exp(-2 * half)
+    return 1 / (grown + shrunk / grown + (1 + shrunk))
+
+
+def _sigmoid(t: Tensor) -> Tensor:
+    """The logistic function, in its tail as well: ONNX Runtime's own ends at 1e-8."""
+    return 1 / (1 + torch.exp(-t.clamp(min=-TAIL)))
+
+
+def head(features: int, channels: int, levels: int, digits: int, logistics: int) -> Head:
+    """A mixture of so many logistics, or softmaxes where there are none."""
+    if logistics:
+        return MixtureHead(features, channels, levels, digits, logistics)
+    return PixelHead(features, channels, levels, digits)
+
+
+def _intervals(levels: int, count: int) -> Tensor:
+    """Centre in half-ranges, whether first and whether last, of `count` intervals, (3, count)."""
+    width = levels // count
+    centre = (torch.arange(count) * width + (width - 1) / 2) * (2 / (levels - 1)) - 1
+    ends = torch.eye(count)
+    return torch.stack([centre, ends[0], ends[-1]])

@@ -1,0 +1,142 @@
+"""Members of the family side by side: a bundle with p(x), p(x|y) and p(y|x), and a VAE."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from likely.bundle import Bundle
+from likely.errors import InvalidInput
+from likely_export import recipes, runs
+from likely_export.build import build, extend
+from likely_export.compare import Comparison, Sizes, compare
+from likely_export.data import Dataset
+from likely_export.report import family
+
+SIZES = Sizes(test=60, outside=20, drawn=20, labelled=(100,), steps=30, shown=4)
+SHORT = "\ntraining = { steps = 20, batch = 32, validations = 1 }\n"
+DATA = """
+version = "1"
+[data]
+source = "digits"
+splits = { fit = 160, calibrate = 260, validate = 120, test = 300 }
+"""
+VAE = f"""
+name = "features"{DATA}
+[models.vae]
+family = "vae"
+latent = 3
+width = 16
+logistics = 1
+importance_samples = 2{SHORT}
+[roles]
+encode = "vae"
+decode = "vae"
+generate = "vae"
+"""
+LABELS = f"""
+name = "labels"{DATA}
+[models.labels]
+family = "classifier"
+channels = [4]
+width = 8{SHORT}
+[models.density]
+family = "pixelcnn"{SHORT}
+[roles]
+density = "density"
+discriminate = "labels"
+"""
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return recipes.parse(VAE).data.load()
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("family")
+    runs.train_all(recipes.parse(VAE), folder / "vae")
+    runs.train_all(recipes.parse(LABELS), folder / "labels", only=("labels",))
+    build(folder / "vae", folder / "features")
+    extend(Path("bundles/digits"), folder / "labels", folder / "digits")
+    return [folder / "digits", folder / "features"]
+
+
+@pytest.fixture(scope="module")
+def found(members: list[Path], data: Dataset) -> Comparison:
+    dark = np.zeros((30, *data.shape), np.uint8)
+    return compare(members, data, {"dark": dark}, SIZES)
+
+
+def test_each_member_answers_what_it_has_a_graph_for(found: Comparison) -> None:
+    digits, features = (found.figures["members"][name] for name in ("digits", "features"))
+    assert digits["learns"] == ["p(x)", "p(x|y)", "p(y|x)", "features"]
+    assert features["learns"] == ["p(x)", "features"]
+    assert set(digits["accuracy"]) == {"by p(x|y)", "by p(y|x)"}
+    assert digits["accuracy"]["by p(x|y)"]["mean"] > 0.9
+    assert features["accuracy"] == {} == features["outside"]
+    assert set(digits["outside"]) == {"noise", "blank", "dark"}
+    assert digits["outside"]["noise"]["rejected"] == 1
+    assert digits["outside"]["dark"] == digits["outside"]["blank"]
+    assert (digits["draws"], features["draws"]) == ("by label", "pictures")
+
+
+def test_an_exact_density_and_a_bound_are_told_apart(found: Comparison) -> None:
+    digits, features = (found.figures["members"][name] for name in ("digits", "features"))
+    assert (digits["nats"]["kind"], features["nats"]["kind"]) == ("exact", "bound")
+    assert digits["nats"]["mean"] < features["nats"]["mean"]  # twenty steps teach a VAE little
+    bits = digits["nats"]["mean"] / (64 * np.log(2))
+    assert digits["bits_per_dim"]["mean"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_costs_are_of_every_graph_and_of_training(found: Comparison, members: list[Path]) -> None:
+    for folder in members:
+        manifest = Bundle.open(folder).manifest
+        told = found.figures["members"][manifest.name]["milliseconds"]
+        assert set(told) == {*(role.value for role in manifest.graphs), "training"}
+        assert min(told.values()) > 0
+
+
+def test_features_are_probed_beside_pixels(found: Comparison) -> None:
+    probed = found.figures["members"]["features"]["features"]
+    assert probed["dimensions"] == 3
+    assert set(probed["probe"]) == set(found.figures["probe_of_pixels"]) == {"100"}
+    assert found.figures["probe_of_pixels"]["100"] > probed["probe"]["100"]
+
+
+def test_members_must_be_of_the_same_data(members: list[Path], data: Dataset) -> None:
+    with pytest.raises(InvalidInput, match="other data"):
+        compare(members, replace(data, digest="0" * 64))
+    with pytest.raises(InvalidInput, match="two bundles"):
+        compare([members[0], members[0]], data)
+
+
+class Page(HTMLParser):
+    """Its sections, and what it points to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.titles: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [str(v) for k, v in attrs if k in ("src", "href")]
+        self.titles += [str(v) for k, v in attrs if tag == "section" and k == "id"]
+
+
+def test_the_page_needs_nothing_else(found: Comparison, tmp_path: Path) -> None:
+    path = tmp_path / "compare.html"
+    figures = json.loads(json.dumps(found.figures))
+    family.write(path, figures, found.drawn, found.outside, found.levels)
+    page = Page(path.read_text())
+    assert page.titles == ["answers", "family_draws", "nothing", "probe", "expense"]
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    for name in figures["members"]:
+        assert f">{name}<" in path.read_text()
