@@ -44,6 +44,7 @@ from likely.trust import Trust
 
 LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
 TUNING = 0.06  # seconds for each graph
+DRAWING = 0.25  # for one that draws pixel by pixel
 _SCORE, _SURPRISE = (RANKED,), (RANKED, "surprise")
 _ACCEPTED = np.int8(Verdict.ACCEPTED)  # the next is OUTLIER
 _METHODS: dict[str, tuple[Role, ...]] = {
@@ -646,7 +647,14 @@ def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
     sample, outputs = _sample(role, runner, golden)
     # Drawing gains most from large batches and takes longest: fewer and larger steps.
     step = 4 if role in (Role.SAMPLE, Role.GENERATE) else 2
-    return tuning.batch(runner, sample, outputs, most=LARGEST, step=step, seconds=TUNING)
+    if role == Role.SAMPLE:
+        # Pixel after pixel, a run takes long whatever its rows: four times as many, twice the time.
+        seconds, growth = DRAWING, 2.0
+    else:
+        seconds, growth = TUNING, None
+    return tuning.batch(
+        runner, sample, outputs, most=LARGEST, step=step, seconds=seconds, growth=growth
+    )
 
 
 def _lanes(role: Role, runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:

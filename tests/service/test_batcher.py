@@ -800,6 +800,17 @@ def test_a_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graph.now <= 0.5 + 1e-9
 
 
+@pytest.mark.parametrize(("growth", "rows"), [(None, 4), (2.0, 16)])
+def test_a_slow_run_that_hardly_grows_with_its_rows_is_tried_with_more(
+    monkeypatch: pytest.MonkeyPatch, growth: float | None, rows: int
+) -> None:
+    graph = Timed(0.04, 2e-3)
+    monkeypatch.setattr("time.perf_counter", lambda: graph.now)
+    sample, spent = {"x": np.arange(3)}, 0.25
+    found = tuning.batch(graph, sample, ["y"], most=64, step=4, seconds=spent, growth=growth)
+    assert found.rows == rows
+
+
 @pytest.mark.parametrize(("slowed", "expected"), [(False, 2), (True, 1)])
 def test_fewer_lanes_are_taken_only_where_they_are_faster(slowed: bool, expected: int) -> None:
     lock = threading.Lock()

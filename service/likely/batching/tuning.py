@@ -47,6 +47,7 @@ def batch(
     most: int,
     step: int,
     seconds: float,
+    growth: float | None = None,
 ) -> Best:
     """The batch size that gives most rows a second, or a smaller one that is near.
 
@@ -57,6 +58,7 @@ def batch(
         most: the largest size that is tried.
         step: each size is so many times the one before.
         seconds: to spend; the run in hand is finished, and a size too slow ends the search.
+        growth: how many times as long the next size is expected to take; `step` by default.
     """
     # A run on the processor is its thread's own: what others take of the core is not counted.
     clock = time.thread_time if runner.providers[0] == CPU else time.perf_counter
@@ -66,7 +68,7 @@ def batch(
     size = 1
     while size <= most:
         took[size] = _timed(runner, sample, outputs, size, clock)
-        if clock() + step * took[size] > end:
+        if clock() + (growth or step) * took[size] > end:
             break
         size *= step
     # The first run of a size also grows the runtime's memory: what counts is the fastest.
