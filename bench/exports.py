@@ -29,11 +29,12 @@ from likely_export import (
     raster,
     roles,
     sampler,
+    trunks,
 )
 
 MODULES = (
     *(autoregressive, cvae, drawing, graphs, heads, hygiene, logistic, mixture),
-    *(models, pixelcnn, raster, roles, sampler),
+    *(models, pixelcnn, raster, roles, sampler, trunks),
 )
 
 

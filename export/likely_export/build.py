@@ -98,10 +98,10 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
 
 def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
     """-log p(x) of the test part at most, of a VAE alone: no graph of its bundle gives it."""
-    if Role.DENSITY in run.recipe.roles or Role.GENERATE not in run.recipe.roles:
+    if Role.DENSITY in run.recipe.roles or Role.ENCODE not in run.recipe.roles:
         return None
-    (name,) = run.recipe.models_of(Role.GENERATE)
-    model = run.model(name)
+    (name,) = run.recipe.models_of(Role.ENCODE)
+    model = graphs.halved(run.model(name))
     if not isinstance(model, VAE):
         return None
     part = data.test.x[:COMPARED], data.test.y[:COMPARED]
@@ -114,7 +114,8 @@ def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
 def extend(bundle: Path, run: Path, out: Path, report: Report = print) -> Manifest:
     """The manifest of a bundle that also has the discriminative model of a run.
 
-    All else stays to the byte: what the bundle answered, it answers as before.
+    All else stays to the byte: what the bundle answered, it answers as before. Decisions were
+    compared with torch's where the bundle was built; the new labels are not among them.
 
     Args:
         bundle: of the same data, divided likewise.
@@ -123,7 +124,7 @@ def extend(bundle: Path, run: Path, out: Path, report: Report = print) -> Manife
         report: told what is being done.
 
     Raises:
-        InvalidInput: the run is of other data, or has no such model.
+        InvalidInput: the run is of other data, or has no such model; the bundle has no labels.
         BundleError: the graph differs from its model, or `out` holds something else.
     """
     opened, given = Run.open(run), Bundle.open(bundle)
@@ -132,6 +133,8 @@ def extend(bundle: Path, run: Path, out: Path, report: Report = print) -> Manife
     data = opened.recipe.data.load()
     if data.digest != given.manifest.data_digest:
         raise InvalidInput(opened.recipe.data.source, "is not what the bundle was made with")
+    if not given.manifest.labels:
+        raise InvalidInput(str(bundle), "has no labels, so there are none to tell apart")
     with _replacing(out) as folder:
         for name in given.manifest.files:
             shutil.copyfile(bundle / name, folder / name)

@@ -104,7 +104,9 @@ class Matrices(torch.optim.Muon):
     def _update(self, view: Tensor, grad: Tensor) -> None:
         group = self.param_groups[0]
         rate, momentum = group["lr"], group["momentum"]
-        mean = self.state[view].setdefault("momentum_buffer", torch.zeros_like(view))
+        if not (state := self.state[view]):
+            state["momentum_buffer"] = torch.zeros_like(view)
+        mean = state["momentum_buffer"]
         mean.lerp_(grad, 1 - momentum)
         update = orthogonal(grad.lerp(mean, momentum), torch.bfloat16 if view.is_cuda else None)
         view.mul_(1 - rate * group["weight_decay"])

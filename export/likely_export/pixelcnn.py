@@ -13,7 +13,7 @@ Kernels are cropped to the part that a mask would leave: no multiplication by
 zero. A transformer whose tokens are the picture's rows can feed the vertical
 stack: token i sees rows before i, whole.
 
-Channels and digits of a pixel are chained in the head (`heads.PixelHead`).
+Channels and digits of a pixel are chained in the head (`heads.Head`).
 """
 
 from __future__ import annotations

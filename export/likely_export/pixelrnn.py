@@ -15,7 +15,7 @@ from right to left, and is moved down by a row, so that it looks at no pixel to 
 right in the same row. So together they see every pixel before, but the last one of
 the row above, which the kernel under mask A alone can reach.
 
-Channels and digits of a pixel are chained in the head (`heads.PixelHead`).
+Channels and digits of a pixel are chained in the head (`heads.Head`).
 """
 
 from __future__ import annotations

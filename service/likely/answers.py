@@ -199,8 +199,8 @@ class Limits:
     """The limits that a server holds requests to.
 
     Attributes:
-        images_per_request: pictures in one request to Score, Classify or Encode.
-        images_per_generation: pictures in one request to Generate.
+        images_per_request: pictures in one request that brings some.
+        images_per_generation: pictures that one request may have drawn or redrawn.
         images_per_chunk: pictures in one chunk of Generate's stream.
         request_bytes: bytes of one request message.
         response_bytes: bytes of the pictures, or maps, in one answer message.

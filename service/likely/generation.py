@@ -183,7 +183,7 @@ class Generator:
         return len(self._manifest.labels)
 
     def _check_label(self, role: Role, label: int | None) -> None:
-        """Refuses a label that the graph cannot take, and a graph that is not there."""
+        """Refuses a label that the graph cannot take."""
         if label is not None and not self._takes_label(role):
             raise NotAnswered(f"model {self._manifest.name} draws from p(x) alone: no label")
 

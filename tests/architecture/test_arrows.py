@@ -151,7 +151,7 @@ BENCH = {
         "likely.bundle likely.graphs likely_export.autoregressive likely_export.cvae "
         "likely_export.drawing likely_export.graphs likely_export.heads likely_export.hygiene "
         "likely_export.logistic likely_export.mixture likely_export.pixelcnn likely_export.raster "
-        "likely_export.roles likely_export.sampler __init__ models onnx torch"
+        "likely_export.roles likely_export.sampler likely_export.trunks __init__ models onnx torch"
     ),
     "measures": (
         "likely.bundle likely.graphs likely.noise likely_export.graphs "

@@ -99,7 +99,7 @@ class Batcher:
             if member.since + HEADROOM * answered > member.deadline:
                 self._shed("deadline")
                 raise Overloaded(
-                    f"about {seconds:.3g} s of work wait, longer than the deadline allows",
+                    f"an answer would take about {answered:.3g} s, longer than the deadline allows",
                     patience(seconds),
                 )
         while self._full(member):

@@ -176,6 +176,11 @@ class Manifest(_Entry):
             raise ValueError("a conditional graph needs a density graph beside it")
         if not self.graphs:
             raise ValueError("a bundle needs a graph")
+        encode, decode = self.graphs.get(Role.ENCODE), self.graphs.get(Role.DECODE)
+        if decode and not (decode.input("z") and decode.output("mean")):
+            raise ValueError("the decode graph must take z and give mean")
+        if encode and decode and decode.input("y") and not encode.input("y"):
+            raise ValueError("a graph that decodes under labels needs one that encodes under them")
         if self.latent and not {Role.ENCODE, Role.DECODE} <= set(self.graphs):
             raise ValueError("directions need a graph that encodes and one that decodes")
         if self.labels and abs(sum(label.prior for label in self.labels) - 1) > 1e-6:

@@ -66,7 +66,7 @@ def traverse(
         {
             "picture": name,
             "position": float(found.position[i]),
-            "deviation": 0.0 if found.spread is None else float(found.spread[i]),
+            **({} if found.spread is None else {"deviation": float(found.spread[i])}),
         }
         for i, name in enumerate(names)
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -27,7 +27,7 @@ from likely.answers import (
     Pixels,
     SelfCheck,
 )
-from likely.errors import InvalidInput, NotAnswered
+from likely.errors import InvalidInput
 from likely.latent import Drawing
 from likely.noise import SEED_LIMIT
 from likely.v1 import generation_pb2, images_pb2, latent_pb2, scoring_pb2
@@ -317,23 +317,24 @@ def features(request: latent_pb2.DecodeRequest, z: int) -> Floats:
     return found
 
 
-def direction(request: latent_pb2.TraverseRequest, manifest: Manifest) -> str:
+def direction(request: latent_pb2.TraverseRequest, names: Collection[str]) -> str:
     """The name of one of the model's directions."""
-    if manifest.latent is None:
-        raise NotAnswered(f"model {manifest.name} has no directions, so it does not answer this")
-    names = [each.name for each in manifest.latent.directions]
     if request.direction not in names:
         asked = repr(request.direction[:80])
         raise InvalidInput("direction", f"{asked} is none of {', '.join(names)}")
     return request.direction
 
 
-def points(request: Moving) -> Doubles:
+def points(request: Moving, limits: Limits) -> Doubles:
     """The points to redraw at, float64 (points,), one at least."""
     between = isinstance(request, latent_pb2.InterpolateRequest)
     low, high = (0.0, 1.0) if between else (-FARTHEST, FARTHEST)
     if not request.points:
         raise InvalidInput("points", "none are named; one at least is asked")
+    if len(request.points) > limits.images_per_generation:
+        raise InvalidInput(
+            "points", f"{len(request.points)} are more than {limits.images_per_generation}"
+        )
     for i, point in enumerate(request.points):
         if not low <= point <= high:  # NaN is not
             raise InvalidInput(f"points[{i}]", f"{point:g} is not in [{low:g}, {high:g}]")
@@ -350,16 +351,15 @@ def drawing(request: Redrawing, n: int, rows: int, manifest: Manifest, limits: L
         manifest: of the model.
         limits: the server's.
     """
-    if request.draws < 0:
-        raise InvalidInput("draws", f"{request.draws} is negative")
+    most = limits.images_per_generation
+    if not 0 <= request.draws <= most:
+        raise InvalidInput("draws", f"{request.draws} is not in 0 to {most}")
     each = max(1, request.draws)
     brought = "features" if isinstance(request, latent_pb2.DecodeRequest) else "images"
     field = "draws" if request.draws > 1 else "points" if rows > n else brought
-    if rows * each > limits.images_per_generation:
+    if rows * each > most:
         raise InvalidInput(
-            field,
-            f"{rows * each} pictures would be redrawn; at most "
-            f"{limits.images_per_generation} are in one request",
+            field, f"{rows * each} pictures would be redrawn; at most {most} are in one request"
         )
     nbytes = rows * manifest.dimensions * (8 + request.draws)
     if nbytes > limits.response_bytes:

@@ -79,7 +79,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
             x = checks.pixels(request, engine.manifest, self._limits)
             alpha = checks.alpha(request, engine.detector, self._default_alpha)
             priors = checks.priors(request, engine.manifest)
-            floor = checks.min_posterior(request)
+            floor, rule = checks.min_posterior(request), checks.rule(request)
             self._quota.take(callers.current().client, len(x))
             return await engine.classify(
                 x,
@@ -87,7 +87,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
                 priors=priors,
                 min_posterior=floor,
                 guarantee=checks.guarantee(request),
-                rule=checks.rule(request),
+                rule=rule,
                 both=request.both,
             )
 
@@ -170,7 +170,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     async def drawn(self, request: generation_pb2.GenerateRequest) -> AsyncGenerator[Draws, None]:
         """What `Generate` draws, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
-            count = checks.count(request, self._limits)
+            count, acceptance = checks.count(request, self._limits), checks.acceptance(request)
             drawn = engine.generate(
                 checks.label(request, engine.manifest),
                 count,
@@ -179,9 +179,11 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
                 temperature=checks.temperature(request),
                 chunk=checks.chunk(engine.manifest, self._limits),
                 check=checks.self_check(request, engine, self._default_alpha),
-                acceptance=checks.acceptance(request),
+                acceptance=acceptance,
             )
-            self._quota.take(callers.current().client, count)
+            # Of a label, one draw of p(x) in as many as there are labels is kept, about.
+            charged = count * len(engine.manifest.labels) if acceptance else count
+            self._quota.take(callers.current().client, charged)
             async with aclosing(drawn) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -253,8 +255,8 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             engine.require("Traverse")
             x = checks.pixels(request, engine.manifest, self._limits)
             labels = checks.labels(request, engine.manifest, len(x))
-            direction = checks.direction(request, engine.manifest)
-            points = checks.points(request)
+            direction = checks.direction(request, engine.directions)
+            points = checks.points(request, self._limits)
             rows = len(x) * len(points)
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
             self._quota.take(callers.current().client, rows * max(1, drawing.count))
@@ -271,7 +273,7 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             others = checks.others(request, engine.manifest, self._limits, len(x))
             labels = checks.labels(request, engine.manifest, len(x))
             other_labels = checks.labels(request, engine.manifest, len(x), "other_labels")
-            points = checks.points(request)
+            points = checks.points(request, self._limits)
             rows = len(x) * len(points)
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
             self._quota.take(callers.current().client, rows * max(1, drawing.count))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", Counter, Gauge, Histogram)
 METHODS = (
     "Score", "ScoreStream", "Classify", "ClassifyStream", "Encode", "Generate", "Complete",
+    "Decode", "Traverse", "Interpolate",
 )  # fmt: skip
 JUDGING = ("Score", "Classify")
 CODES = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")

@@ -361,9 +361,9 @@ class Limits(google.protobuf.message.Message):
     CLIENT_IMAGES_PER_SECOND_FIELD_NUMBER: builtins.int
     CLIENT_IMAGES_AT_ONCE_FIELD_NUMBER: builtins.int
     images_per_request: builtins.int
-    """Pictures in one request to Score, Classify, Encode or Complete."""
+    """Pictures in one request that brings some."""
     images_per_generation: builtins.int
-    """Pictures that one request to Generate or Complete may have drawn."""
+    """Pictures that one request may have drawn or redrawn."""
     images_per_chunk: builtins.int
     """Pictures in one chunk of the stream of Generate or Complete."""
     request_bytes: builtins.int
