@@ -26,7 +26,7 @@ from likely.engine import Engine
 from likely.errors import InvalidInput
 from likely.graphs import Device, Session
 from likely_export import families, features, measures
-from likely_export.data import Dataset
+from likely_export.data import Dataset, Split
 from likely_export.evaluate import BOUND, EVALUATION
 from likely_export.generated import BATCH, SEED, batched
 from likely_export.graphs import example
@@ -102,22 +102,21 @@ def compare(
     _require_alike(opened, data)
     judge = taught(data.train.x, data.train.y, data.levels, len(data.labels), steps=sizes.steps)
     outside = _outside(data, others or {}, sizes.outside)
+    # Every k-th picture, not the first: files need not be in random order.
+    test = data.test.take(np.arange(0, len(data.test), max(1, len(data.test) // sizes.test)))
     members: dict[str, Any] = {}
     drawn: dict[str, Pixels] = {}
     for bundle in opened:
-        member = _Member(bundle, data, judge, outside, sizes)
+        member = _Member(bundle, data, test, judge, outside, sizes)
         members[bundle.manifest.name] = member.row()
         if member.drawn is not None:
             drawn[bundle.manifest.name] = member.drawn[: sizes.shown]
-    test = data.test.x[: sizes.test]
     figures = {
         "pictures": len(test),
         "alpha": ALPHA,
         "members": members,
-        "judge_accuracy": measures.mean(
-            judge.posterior(test).argmax(1) == data.test.y[: len(test)]
-        ),
-        "probe_of_pixels": _probe(_flat(data.train.x), _flat(test), data, sizes),
+        "judge_accuracy": measures.mean(judge.posterior(test.x).argmax(1) == test.y),
+        "probe_of_pixels": _probe(_flat(data.train.x), _flat(test.x), data, test, sizes),
     }
     return Comparison(figures, drawn, {n: x[:1] for n, x in outside.items()}, data.levels)
 
@@ -148,14 +147,14 @@ class _Member:
         self,
         bundle: Bundle,
         data: Dataset,
+        test: Split,
         judge: Judge,
         outside: Mapping[str, Pixels],
         sizes: Sizes,
     ) -> None:
-        self.bundle, self.data, self.judge = bundle, data, judge
+        self.bundle, self.data, self.test, self.judge = bundle, data, test, judge
         self.outside, self.sizes = outside, sizes
         self.manifest: Manifest = bundle.manifest
-        self.x, self.y = data.test.x[: sizes.test], data.test.y[: sizes.test]
         self.drawn: Pixels | None = None
 
     def row(self) -> dict[str, Any]:
@@ -183,7 +182,7 @@ class _Member:
 
     async def _density(self, engine: Engine) -> dict[str, Any]:
         if Role.DENSITY in self.manifest.graphs:
-            scores = await engine.score(self.x, ALPHA)
+            scores = await engine.score(self.test.x, ALPHA)
             return {
                 "nats": measures.mean(-scores.log_px) | {"kind": "exact"},
                 "bits_per_dim": measures.mean(scores.bits_per_dim),
@@ -196,8 +195,8 @@ class _Member:
 
     async def _accuracy(self, engine: Engine) -> dict[str, Any]:
         return {
-            rule: measures.mean(posterior.argmax(1) == self.y)
-            for rule, posterior in (await self._posteriors(engine, self.x)).items()
+            rule: measures.mean(posterior.argmax(1) == self.test.y)
+            for rule, posterior in (await self._posteriors(engine, self.test.x)).items()
         }
 
     async def _posteriors(self, engine: Engine, x: Pixels) -> dict[str, Doubles]:
@@ -252,14 +251,16 @@ class _Member:
         if Role.ENCODE not in self.manifest.graphs:
             return {}
         train = self.data.train.x[: max(self.sizes.labelled)]
-        z, test = (features.encoded(engine, x) for x in (train, self.x))
+        z, z_test = (features.encoded(engine, x) for x in (train, self.test.x))
         reduced = PCA(z.shape[1], svd_solver="full").fit(_flat(train))
-        components, others = (reduced.transform(_flat(x)) for x in (train, self.x))
+        components, others = (reduced.transform(_flat(x)) for x in (train, self.test.x))
         return {
             "features": {
                 "dimensions": z.shape[1],
-                "probe": _probe(z, test, self.data, self.sizes),
-                "probe_of_principal_components": _probe(components, others, self.data, self.sizes),
+                "probe": _probe(z, z_test, self.data, self.test, self.sizes),
+                "probe_of_principal_components": _probe(
+                    components, others, self.data, self.test, self.sizes
+                ),
             }
         }
 
@@ -323,10 +324,9 @@ def _clocked(call: Any, *arguments: Any) -> Iterator[float]:
         yield time.process_time() - began
 
 
-def _probe(z: Inputs, test: Inputs, data: Dataset, sizes: Sizes) -> dict[str, float]:
+def _probe(z: Inputs, z_test: Inputs, data: Dataset, test: Split, sizes: Sizes) -> dict[str, float]:
     """A linear probe's accuracy by how many labelled pictures it learnt from."""
-    y_test = data.test.y[: len(test)]
-    found = features.probe(z, data.train.y[: len(z)], test, y_test, sizes.labelled)
+    found = features.probe(z, data.train.y[: len(z)], z_test, test.y, sizes.labelled)
     return {str(size): value for size, value in found.items()}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from likely.bundle import Manifest
+from likely.bundle import Manifest, Role
 from likely_export import recipes, runs
 from likely_export.cli import main
 from likely_export.runs import Run
@@ -79,7 +79,7 @@ def test_build_reports_its_steps_and_its_bundle(
 ) -> None:
     from likely_export import build, cli
 
-    fields = {"name": "tiny", "version": "3", "files": {}}
+    fields = {"name": "tiny", "version": "3", "files": {}, "graphs": {Role.DENSITY: None}}
     manifest = Manifest.model_construct(**fields)  # type: ignore[arg-type]
 
     def built(run: Path, out: Path, report: object) -> Manifest:

@@ -135,7 +135,9 @@ def test_the_weights_kept_are_those_that_were_validated(pictures: Dataset, tmp_p
     done = train.fit(toy(pictures), pictures, TRAINING, tmp_path)
     again = toy(pictures)
     train.restore_weights(again, done.weights)
-    assert train.mean_of(again.eval(), pictures.validate) == done.validation
+    # Not to the bit: where a tensor lies in memory decides in which order some processors add.
+    found = train.mean_of(again.eval(), pictures.validate)
+    assert found == pytest.approx(done.validation, rel=1e-6)
 
 
 def test_two_seeds_and_two_runs(pictures: Dataset, tmp_path: Path) -> None:

@@ -383,8 +383,10 @@ def test_ten_times_the_capacity_costs_little_of_it(running: Running) -> None:
                 goodput, codes, errors = await open_loop(stub, rate=400, seconds=3.0)
                 return peak, goodput, codes, errors
 
+        refused = 0
         for _ in range(4):  # what else runs on the machine spoils one attempt or two
             peak, goodput, codes, errors = live.run(load())
+            refused += codes["RESOURCE_EXHAUSTED"]
             if goodput >= 0.9 * peak:
                 break
         assert codes["RESOURCE_EXHAUSTED"] > codes["OK"]
@@ -395,7 +397,7 @@ def test_ten_times_the_capacity_costs_little_of_it(running: Running) -> None:
             assert detail(error, error_details_pb2.ErrorInfo).reason == "OVERLOADED"
         took = [line["seconds"] for line in logged(live, "RESOURCE_EXHAUSTED")]
         assert median(took) < 0.01
-        assert samples(live, "likely_shed_total", reason="queue") == codes["RESOURCE_EXHAUSTED"]
+        assert samples(live, "likely_shed_total", reason="queue") == refused
         alive(live)
 
 
