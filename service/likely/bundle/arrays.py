@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -35,6 +36,7 @@ _BROKEN = (
     MemoryError,
     SyntaxError,
     struct.error,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
 )
