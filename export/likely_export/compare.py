@@ -26,6 +26,7 @@ from likely.engine import Engine
 from likely.errors import InvalidInput
 from likely.graphs import Device, Session
 from likely_export import families, features, measures
+from likely_export.composition import SURE
 from likely_export.data import Dataset, Split
 from likely_export.evaluate import BOUND, EVALUATION
 from likely_export.generated import BATCH, SEED, batched
@@ -36,7 +37,6 @@ from likely_export.train import Model
 Inputs = npt.NDArray[np.floating]
 
 ALPHA = 0.05
-SURE = 0.9
 ROUNDS = 5
 TRAINED = 32  # pictures of a step whose time is taken
 GENERATIVE, DISCRIMINATIVE = "by p(x|y)", "by p(y|x)"
@@ -116,7 +116,9 @@ def compare(
         "alpha": ALPHA,
         "members": members,
         "judge_accuracy": measures.mean(judge.posterior(test.x).argmax(1) == test.y),
-        "probe_of_pixels": _probe(_flat(data.train.x), _flat(test.x), data, test, sizes),
+        "probe_of_pixels": _probe(
+            features.flat(data.train.x), features.flat(test.x), data, test, sizes
+        ),
     }
     return Comparison(figures, drawn, {n: x[:1] for n, x in outside.items()}, data.levels)
 
@@ -252,8 +254,8 @@ class _Member:
             return {}
         train = self.data.train.x[: max(self.sizes.labelled)]
         z, z_test = (features.encoded(engine, x) for x in (train, self.test.x))
-        reduced = PCA(z.shape[1], svd_solver="full").fit(_flat(train))
-        components, others = (reduced.transform(_flat(x)) for x in (train, self.test.x))
+        reduced = PCA(z.shape[1], svd_solver="full").fit(features.flat(train))
+        components, others = (reduced.transform(features.flat(x)) for x in (train, self.test.x))
         return {
             "features": {
                 "dimensions": z.shape[1],
@@ -328,8 +330,3 @@ def _probe(z: Inputs, z_test: Inputs, data: Dataset, test: Split, sizes: Sizes) 
     """A linear probe's accuracy by how many labelled pictures it learnt from."""
     found = features.probe(z, data.train.y[: len(z)], z_test, test.y, sizes.labelled)
     return {str(size): value for size, value in found.items()}
-
-
-def _flat(x: Pixels) -> npt.NDArray[np.float32]:
-    flat: npt.NDArray[np.float32] = x.reshape(len(x), -1).astype(np.float32)
-    return flat

@@ -154,7 +154,7 @@ def _evaluated(engine: Engine, data: Dataset, sizes: Sizes) -> dict[str, Any]:
     x, y = data.train.x[:most], data.train.y[:most]
     test, y_test = data.test.x[: sizes.test], data.test.y[: sizes.test]
     features, held = encoded(engine, x), encoded(engine, test)
-    pixels, held_pixels = _flat(x), _flat(test)
+    pixels, held_pixels = flat(x), flat(test)
     reduced = PCA(features.shape[1], svd_solver="full").fit(pixels)
     inputs: Mapping[str, tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]] = {
         "features": (features, held),
@@ -215,6 +215,7 @@ def _fitted(z: npt.NDArray[np.floating], y: Labels, strength: float) -> Logistic
     return LogisticRegression(C=strength, max_iter=300, tol=1e-3).fit(z, y)
 
 
-def _flat(x: Pixels) -> npt.NDArray[np.float32]:
+def flat(x: Pixels) -> npt.NDArray[np.float32]:
+    """Pictures (n, c, h, w) as vectors of their levels, (n, c * h * w)."""
     flat: npt.NDArray[np.float32] = x.reshape(len(x), -1).astype(np.float32)
     return flat

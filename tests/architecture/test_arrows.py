@@ -124,8 +124,9 @@ EXPORT = {
         "judge measures numpy scipy sklearn"
     ),
     "compare": (
-        "likely.answers likely.bayes likely.bundle likely.engine likely.errors likely.graphs data "
-        "evaluate families features generated graphs judge measures train numpy sklearn torch"
+        "likely.answers likely.bayes likely.bundle likely.engine likely.errors likely.graphs "
+        "composition data evaluate families features generated graphs judge measures train "
+        "numpy sklearn torch"
     ),
     "build": (
         "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "
