@@ -26,7 +26,7 @@ from likely.engine import Engine
 from likely.errors import InvalidInput
 from likely.graphs import Device, Session
 from likely_export import families, features, measures
-from likely_export.composition import SURE
+from likely_export.composition import SURE, noise_pictures
 from likely_export.data import Dataset, Split
 from likely_export.evaluate import BOUND, EVALUATION
 from likely_export.generated import BATCH, SEED, batched
@@ -136,8 +136,7 @@ def _require_alike(bundles: Sequence[Bundle], data: Dataset) -> None:
 
 def _outside(data: Dataset, others: Mapping[str, Pixels], most: int) -> dict[str, Pixels]:
     """Pictures that no label of the data fits."""
-    generator = np.random.Generator(np.random.Philox(key=[SEED, 5]))
-    noise = generator.integers(0, data.levels, (most, *data.shape)).astype(np.uint8)
+    noise = noise_pictures(data.shape, data.levels, most)["uniform"]
     made = {"noise": noise, "blank": np.zeros((1, *data.shape), np.uint8)}
     return made | {name: x[:: max(1, len(x) // most)][:most] for name, x in others.items()}
 

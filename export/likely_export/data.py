@@ -108,12 +108,15 @@ class Sizes:
         calibrate: pictures to rank against; the finest alpha is 1 / (calibrate + 1).
         validate: pictures that training is watched on.
         test: pictures to report on; 0 where the source brings a test part.
+        stretches: every part is a stretch of the source's order, so that what lies together
+            there, as a writer's digits do, stays in one part; else pictures are dealt singly.
     """
 
     fit: int
     calibrate: int
     validate: int
     test: int = 0
+    stretches: bool = False
 
     def __post_init__(self) -> None:
         for part in PARTS[1:]:
@@ -240,9 +243,15 @@ def _divide(
         raise InvalidInput(
             name, f"{len(train)} pictures cannot give {sum(wanted.values())} and leave training one"
         )
-    order = np.random.Generator(np.random.Philox(key=[seed % (1 << 64), 0])).permutation(len(train))
+    generator = np.random.Generator(np.random.Philox(key=[seed % (1 << 64), 0]))
     cuts = np.cumsum([left, *wanted.values()])[:-1]
-    parts = dict(zip(PARTS, map(train.take, np.split(order, cuts)), strict=True))
+    if sizes.stretches:
+        start = generator.integers(len(train))
+        stretches = np.split(np.roll(np.arange(len(train)), -start), cuts)
+        chosen = [generator.permutation(stretch) for stretch in stretches]
+    else:
+        chosen = np.split(generator.permutation(len(train)), cuts)
+    parts = dict(zip(PARTS, map(train.take, chosen), strict=True))
     return parts if test is None else {**parts, "test": test}
 
 

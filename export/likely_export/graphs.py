@@ -22,7 +22,7 @@ from likely.bundle import Graph, TensorSpec
 from likely.errors import BundleError
 from likely.graphs import Array, Device, Session, agrees
 from likely_export import hygiene
-from likely_export.hygiene import OPSET, subgraphs
+from likely_export.hygiene import OPSET, bodies, subgraphs
 from likely_export.roles import GraphSource
 
 BATCHES = (1, 3, 64)
@@ -126,6 +126,7 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
     assert program is not None
     model = program.model_proto
     strip(model)
+    sink(model.graph)
     compact(model)
     onnx.checker.check_model(model, full_check=True)
     hygiene.check(model, source.inputs, source.outputs)
@@ -141,7 +142,7 @@ def share(files: Iterable[Path], weights: Path) -> None:
     with weights.open("wb") as out:
         for file in files:
             model = onnx.load(file)
-            for tensor in model.graph.initializer:
+            for tensor in [each for graph in subgraphs(model.graph) for each in graph.initializer]:
                 content = onnx.numpy_helper.to_array(tensor).tobytes()
                 if len(content) < SMALLEST_SHARED:
                     continue
@@ -191,6 +192,33 @@ def strip(model: onnx.ModelProto) -> None:
                 part.ClearField("doc_string")
 
 
+def sink(graph: onnx.GraphProto) -> None:
+    """Moves every weight down into the one graph that uses it.
+
+    ONNX Runtime lays a weight out for its matrix kernel once, when a session is opened, but
+    not one that lies two graphs above its node: that is laid out afresh in every step.
+    """
+    own = {name for node in graph.node for name in node.input}
+    own |= {output.name for output in graph.output}
+    within = [(body, _names(body)) for node in graph.node for body in bodies(node)]
+    for tensor in list(graph.initializer):
+        users = [body for body, names in within if tensor.name in names]
+        if tensor.name not in own and len(users) == 1:
+            users[0].initializer.append(tensor)
+            graph.initializer.remove(tensor)
+    for body, _ in within:
+        sink(body)
+
+
+def _names(graph: onnx.GraphProto) -> set[str]:
+    """Of all values that the graph and the graphs within it read."""
+    read: set[str] = set()
+    for each in subgraphs(graph):
+        read |= {name for node in each.node for name in node.input}
+        read |= {output.name for output in each.output}
+    return read
+
+
 def halved(model: torch.nn.Module) -> torch.nn.Module:
     """The same model, its weights rounded to half precision, which `compact` then stores."""
     with torch.no_grad():
@@ -205,23 +233,25 @@ def compact(model: onnx.ModelProto) -> None:
     They are cast back where the graph begins, once, when a session is opened: what is
     computed stays the same to the bit.
     """
-    casts = []
-    for tensor in list(model.graph.initializer):
-        values = onnx.numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.size < SMALLEST_HALVED:
-            continue
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), values):
-            continue
-        name = tensor.name
-        tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}_half"))
-        casts.append(
-            onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT)
-        )
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    for graph in subgraphs(model.graph):
+        casts = [cast for tensor in graph.initializer if (cast := _halved_exactly(tensor))]
+        nodes = [*casts, *graph.node]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def _halved_exactly(tensor: onnx.TensorProto) -> onnx.NodeProto | None:
+    """Halves a weight in place where nothing is lost; the node that casts it back."""
+    values = onnx.numpy_helper.to_array(tensor)
+    if values.dtype != np.float32 or values.size < SMALLEST_HALVED:
+        return None
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), values):
+        return None
+    name = tensor.name
+    tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}_half"))
+    return onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT)
 
 
 def example(

@@ -3,7 +3,8 @@
 ONNX Runtime moves a node without a CUDA kernel to the CPU and says nothing; within
 a Scan it then copies in every step. So every node of a graph, Scan bodies included,
 must have a kernel of exactly its version and type. Graphs draw nothing at random,
-hold no functions, refer to no other file, and their batch alone is dynamic.
+hold no functions, refer to no other file, and their batch alone is dynamic. A weight
+lies where the kernel that reads it can lay it out once (`graphs.sink`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RANDOM = {
     "RandomUniformLike",
 }
 BRANCHING = {"If", "Loop"}  # CUDA would wait for the CPU to read each condition
+MULTIPLYING = {"Gemm", "MatMul"}
 PATH = re.compile(r"^[/~]|^[A-Za-z]:\\|\.py\b")
 TYPED_BY_SECOND = {"Where"}
 
@@ -52,20 +54,40 @@ def check(
     _check_signature("output", outputs, model.graph.output)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     _check_nodes(inferred.graph, {})
+    _check_weights(model.graph, ())
 
 
 def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """The graph and all graphs within its nodes, outermost first."""
     yield graph
     for node in graph.node:
-        for body in _bodies(node):
+        for body in bodies(node):
             yield from subgraphs(body)
 
 
-def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs within a node."""
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             yield attribute.g
+
+
+def _check_weights(graph: onnx.GraphProto, above: tuple[set[str], ...]) -> None:
+    weights = {tensor.name for tensor in graph.initializer}
+    weights |= {
+        node.output[0] for node in graph.node if node.input[:1] and node.input[0] in weights
+    }
+    scopes = (weights, *above)
+    for node in graph.node:
+        for name in node.input[1:2] if node.op_type in MULTIPLYING else ():
+            distance = next((k for k, scope in enumerate(scopes) if name in scope), 0)
+            if distance > 1:
+                raise BundleError(
+                    f"{node.op_type} reads {name} from {distance} graphs above, where ONNX Runtime "
+                    "lays it out afresh in every step"
+                )
+        for body in bodies(node):
+            _check_weights(body, scopes)
 
 
 def _check_opset(model: onnx.ModelProto) -> None:
@@ -113,7 +135,7 @@ def _check_nodes(graph: onnx.GraphProto, outer: Mapping[str, str]) -> None:
     types = {**outer, **_types(graph)}
     for node in graph.node:
         _check_node(node, types)
-        for body in _bodies(node):
+        for body in bodies(node):
             _check_nodes(body, types)
 
 

@@ -6,10 +6,9 @@ the pixel to the left. Rows and columns are nested `scan`s, which export to
 nested ONNX Scans: one call draws a batch of pictures, and the state carried
 is one row and one pixel a layer, never a picture.
 
-Written for ONNX Runtime, which moves memory slowly and multiplies fast: a row's
-windows serve two rows, for what a row gives to the next is kept as the sums that
-those start from. Every term is a GEMM whose bias is the sum so far; the halves of
-a gated unit are apart, so that each fuses with its activation.
+Written for ONNX Runtime, which moves memory slowly and multiplies fast: all that a
+unit sees is gathered into one matrix, and is one product with the unit's weights;
+the halves of a gated unit are apart, so that each fuses with its activation.
 """
 
 from __future__ import annotations
@@ -62,13 +61,14 @@ class Sampler(RasterSampler):
         y = self.model.labels(y)
         biases = [layer.biases(y, self.width, n) for layer in self.layers]
         mix_bias = self.mix_biases(y, n)
-        depth = sum(layer.halves for layer in self.layers)
+        depth = len(self.layers)
         rows_above, side, to_the_left = config.stem
-        size = self.width * n
         # Where to gather from: a column's neighbours in a row with edges, a row's noise.
-        here = torch.arange(size)[:, None]
+        here = torch.arange(self.width * n)[:, None]
         seen_by_stem = here + torch.arange(2 * side + 1) * n
         seen_by_layer = here + torch.arange(3) * n
+        # Two rows with an edge between them.
+        seen_by_layer = torch.cat([seen_by_layer, seen_by_layer + (self.width + 1) * n], 1)
         noises = gumbel.flatten(3).flatten(0, 2)
         places = self.places(n)
         # Zeros are filled in: new_zeros exports to an operator without a CUDA kernel.
@@ -82,21 +82,21 @@ class Sampler(RasterSampler):
         def pixel(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
             """One column: pixels to the left and each layer's h there -> the pixel here."""
             left, *h_left = state
-            position, noise, *across = inputs
+            position, place, *across = inputs
             h = torch.addmm(position, left, self.stem_horizontal)
             kept = []
-            for k, layer in enumerate(self.layers):
+            for k, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
                 kept.append(h.clone())
-                h = layer.pixel(h_left[k], h, across[layer.halves * k : layer.halves * (k + 1)])
-            levels = self.draw(torch.addmm(mix_bias, torch.relu(h), self.mix), noise)
+                h = layer.pixel(h_left[k], h, across[k], bias.horizontal)
+            features = torch.addmm(mix_bias, torch.relu(h), self.mix)
+            levels = self.draw(features, functional.embedding(place, noises))
             latest = levels.to(torch.float32)
             return [pushed(left, latest), *kept], levels.clone()
 
         def row(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-            """One row: the rows above and what they give to each layer -> the row here."""
-            above, given, caches = state[0], state[1 : depth + 1], state[depth + 1 :]
+            """One row: the rows above and each layer's v there -> the row here."""
+            above, v_above, caches = state[0], state[1 : depth + 1], state[depth + 1 :]
             position, position_left, index = inputs
-            noise = functional.embedding(places + index * self.width, noises)
             window = windows(above.flatten(0, 1), blank, seen_by_stem)
             v = (window @ self.stem_vertical).view(self.width, -1, config.channels)
             v = v + position[:, None]
@@ -105,23 +105,20 @@ class Sampler(RasterSampler):
                 v = v + fed
             v = v.flatten(0, 1)
             kept, across = [], []
-            for k, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
-                window = windows(v, edge, seen_by_layer)
-                sums = given[layer.halves * k : layer.halves * (k + 1)]
-                kept += layer.below(window, bias.vertical)
-                v = layer.row(window, v, sums)
-                across += layer.across(v, bias.horizontal, self.width)
-            _, levels = scan(pixel, start_pixel, [position_left, noise, *across])
+            for layer, bias, before in zip(self.layers, biases, v_above, strict=True):
+                kept.append(v.clone())
+                both = torch.cat([edge, before, edge, v, edge])
+                window = functional.embedding(seen_by_layer, both).flatten(1)
+                v = layer.row(window, v, bias.vertical)
+                across.append(v.view(self.width, -1, config.channels))
+            inputs = [position_left, places + index * self.width, *across]
+            _, levels = scan(pixel, start_pixel, inputs)
             latest = levels.to(torch.float32)
             return [pushed(above, latest), *kept, *caches], levels.clone()
 
         start_row = [
             gumbel.new_full((self.width, n, rows_above * self.channels), self.blank),
-            *[
-                bias + gumbel.new_full((size, config.channels), 0.0)
-                for layer in biases
-                for bias in layer.vertical
-            ],
+            *[gumbel.new_full((self.width * n, config.channels), 0.0) for _ in self.layers],
             *[
                 gumbel.new_full((n, self.height, config.row_width), 0.0)
                 for _ in range(2 * config.row_layers)
@@ -161,8 +158,8 @@ class Sampler(RasterSampler):
 class _Biases(NamedTuple):
     """The biases of a layer's two stacks, one for each half of a unit."""
 
-    vertical: list[Tensor]
-    horizontal: list[Tensor]
+    vertical: list[Tensor]  # each (channels,), or (w * n, channels)
+    horizontal: list[Tensor]  # each (channels,), or (n, channels)
 
 
 class _Layer(nn.Module):
@@ -173,52 +170,40 @@ class _Layer(nn.Module):
         self.block = block
         self.halves = 2 if block.gated else 1
         self.width = block.units // self.halves
-        # The kernel's two rows; each a matrix for the three columns of a window.
-        above, own = block.vertical.weight.permute(2, 3, 1, 0).flatten(1, 2)
-        self.above, self.own = self._matrices(above), self._matrices(own)
-        self.over = self._matrices(block.across.weight[:, :, 0, 0].T)
-        self.left = self._matrices(block.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1))
+        self.seen_by_v = self._matrices(block.vertical.weight.permute(2, 3, 1, 0).flatten(0, 2))
+        left_and_here = block.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
+        across = block.across.weight[:, :, 0, 0].T
+        self.seen_by_h = self._matrices(torch.cat([left_and_here, across]))
         self.out = nn.Parameter(block.out.weight[:, :, 0, 0].T.detach().clone(), False)
 
     def biases(self, y: Tensor | None, width: int, n: int) -> _Biases:
-        """Both stacks' biases, the label's included, each (channels,) or (w * n, channels)."""
-        own = bias_of(self.block.vertical), bias_of(self.block.horizontal)
-        labels = self.block.biases(y)
-        return _Biases(*(self._bias(*pair, width, n) for pair in zip(own, labels, strict=True)))
+        """Both stacks' biases, the label's included, each (channels,) or one a picture."""
+        vertical, horizontal = bias_of(self.block.vertical), bias_of(self.block.horizontal)
+        of_label = self.block.biases(y)
+        if of_label[0] is None or of_label[1] is None:
+            return _Biases(self._parts(vertical), self._parts(horizontal))
+        # A GEMM adds rows of one size only: as many as there are columns and pictures.
+        everywhere = (vertical + of_label[0]).expand(width, n, -1).reshape(width * n, -1)
+        return _Biases(self._parts(everywhere), self._parts(horizontal + of_label[1]))
 
-    def row(self, window: Tensor, v: Tensor, given: list[Tensor]) -> Tensor:
-        """The next v (w * n, channels) of this one, its windows, and what the row above gave."""
-        sums = [torch.addmm(term, window, m) for term, m in zip(given, self.own, strict=True)]
-        return v + self._unit(sums)
+    def row(self, window: Tensor, v: Tensor, biases: list[Tensor]) -> Tensor:
+        """The next v (w * n, channels) of this one and what it sees of two rows."""
+        return v + self._unit(window, self.seen_by_v, biases)
 
-    def below(self, window: Tensor, biases: list[Tensor]) -> list[Tensor]:
-        """What this row gives to the next one, biases included, each (w * n, channels)."""
-        return [torch.addmm(bias, window, m) for bias, m in zip(biases, self.above, strict=True)]
+    def pixel(self, left: Tensor, h: Tensor, v: Tensor, biases: list[Tensor]) -> Tensor:
+        """The next h (n, channels) of h to the left and h and v here."""
+        unit = self._unit(torch.cat([left, h, v], -1), self.seen_by_h, biases)
+        return torch.addmm(h, unit, self.out)
 
-    def across(self, v: Tensor, biases: list[Tensor], columns: int) -> list[Tensor]:
-        """What the vertical stack gives to the horizontal one, each (w, n, channels)."""
-        return [
-            torch.addmm(bias, v, matrix).view(columns, -1, v.shape[-1])
-            for bias, matrix in zip(biases, self.over, strict=True)
-        ]
-
-    def pixel(self, left: Tensor, h: Tensor, terms: list[Tensor]) -> Tensor:
-        """The next h (n, channels) of h to the left and h here."""
-        pair = torch.cat([left, h], -1)
-        sums = [torch.addmm(term, pair, m) for term, m in zip(terms, self.left, strict=True)]
-        return torch.addmm(h, self._unit(sums), self.out)
-
-    def _unit(self, halves: list[Tensor]) -> Tensor:
+    def _unit(self, seen: Tensor, matrices: nn.ParameterList, biases: list[Tensor]) -> Tensor:
+        sums = [torch.addmm(bias, seen, m) for bias, m in zip(biases, matrices, strict=True)]
         if self.halves == 1:
-            return torch.relu(halves[0])
-        return torch.tanh(halves[0]) * torch.sigmoid(halves[1])
+            return torch.relu(sums[0])
+        return torch.tanh(sums[0]) * torch.sigmoid(sums[1])
 
-    def _bias(self, own: Tensor, label: Tensor | None, width: int, n: int) -> list[Tensor]:
-        bias = own.detach()
-        if label is not None:
-            # As large as the sums they start, since a GEMM adds rows of one size only.
-            bias = (bias + label).expand(width, n, -1).reshape(width * n, -1)
-        return [part.clone() for part in bias.split(self.width, -1)]  # scan refuses aliases
+    def _parts(self, bias: Tensor) -> list[Tensor]:
+        parts = bias.detach().split(self.width, -1)
+        return [part.clone() for part in parts]  # scan refuses aliases
 
     def _matrices(self, matrix: Tensor) -> nn.ParameterList:
         parts = matrix.detach().split(self.width, -1)

@@ -1,6 +1,7 @@
 import gzip
 import itertools
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,26 @@ def test_a_division_is_a_function_of_its_seed_and_not_the_order_of_the_file(tmp_
     for split in (getattr(first, part) for part in PARTS):
         for picture, label in zip(split.x, split.y, strict=True):
             assert y[(x == picture).all((1, 2, 3))] == [label]
+
+
+def test_stretches_keep_together_what_lies_together(tmp_path: Path) -> None:
+    x, y = pictures(40), np.arange(40) % 3
+    np.savez(tmp_path / "set.npz", x=x, y=y)
+    place = {picture.tobytes(): at for at, picture in enumerate(x)}
+    starts = set()
+    for seed in range(4):
+        found = data.load(tmp_path / "set.npz", replace(SIZES, stretches=True), seed=seed)
+        taken = []
+        for split in (getattr(found, part) for part in PARTS):
+            places = [place[picture.tobytes()] for picture in split.x]
+            assert np.array_equal(split.y, y[places])
+            taken += places
+            first = next(p for p in places if (p - 1) % 40 not in places)
+            assert set(places) == {(first + k) % 40 for k in range(len(places))}
+            starts.add(first)
+            assert len(places) < 6 or np.any(np.diff(places) % 40 != 1)  # dealt within a part
+        assert sorted(taken) == list(range(40))
+    assert len(starts) > len(PARTS)  # another seed begins elsewhere
 
 
 def test_npz_files_with_a_test_part_keep_it_whole_and_in_order(tmp_path: Path) -> None:

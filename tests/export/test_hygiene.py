@@ -165,6 +165,14 @@ def path_for_a_name(model: onnx.ModelProto) -> None:
     model.graph.node[0].name = "/somewhere/sampler.py"
 
 
+def weight_far_above(model: onnx.ModelProto) -> None:
+    body = innermost(model)
+    weight = next(each for each in body.initializer if len(each.dims) == 2)
+    assert any(weight.name in node.input for node in body.node if node.op_type == "Gemm")
+    model.graph.initializer.append(weight)
+    body.initializer.remove(weight)
+
+
 def fixed_batch(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
 
@@ -189,6 +197,7 @@ def second_dynamic_axis(model: onnx.ModelProto) -> None:
         (external_weight, "lies in another file"),
         (stack_trace, "carries notes of the exporter"),
         (path_for_a_name, "looks like a path"),
+        (weight_far_above, "from 2 graphs above"),
         (fixed_batch, "was declared"),
         (second_dynamic_axis, "was declared"),
     ],

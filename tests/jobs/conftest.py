@@ -59,7 +59,7 @@ def judge(opener: Bundled, backend: Backend) -> Job:
     ) -> Any:
         given = Input(paths, more.pop("column", None), more.pop("key", None))
         pictures = Pictures(given, Geometry(by.info.shape, by.info.levels))
-        names = ("fdr", "estimate_priors", "min_posterior", "priors", "guarantee")
+        names = ("fdr", "estimate_priors", "min_posterior", "priors", "guarantee", "rule")
         own = {name: more.pop(name) for name in names if name in more}
         task = Judgement(kind, len(pictures), pictures.digest, alpha, **own)
         return done(opener, by, task, out, given=given, pictures=pictures, **more)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from likely.answers import LabelRule
 from likely.cli import main, show
 from tests.jobs.conftest import contents, table
 
@@ -50,15 +51,15 @@ def test_all_options_reach_the_job(batch: Batch, toy: Toy, tmp_path: Path) -> No
     np.save(tmp_path / "in.npy", toy.draw(np.random.default_rng(0), 30))
     told = batch(
         "classify", tmp_path / "in.npy", "--alpha", 0.2, "--guarantee", "pac", "--priors",
-        "0.2,0.2,0.6", "--min-posterior", 0.8, "--format", "npz", "--shard", 7, "--batch", 3,
-        "--workers", 1, "--out", tmp_path / "out",
+        "0.2,0.2,0.6", "--min-posterior", 0.8, "--rule", "discriminative", "--format", "npz",
+        "--shard", 7, "--batch", 3, "--workers", 1, "--out", tmp_path / "out",
     )  # fmt: skip
     assert told.exit_code == 0, told.output
     request = json.loads((tmp_path / "out" / "manifest.json").read_bytes())["request"]
     task = request["task"]
     assert (request["format"], request["rows"]) == ("npz", 7)
     assert (task["alpha"], task["guarantee"], task["min_posterior"]) == (0.2, 2, 0.8)
-    assert task["priors"] == [0.2, 0.2, 0.6]
+    assert (task["priors"], task["rule"]) == ([0.2, 0.2, 0.6], LabelRule.DISCRIMINATIVE)
     assert len(contents(tmp_path / "out")) == 6
 
 

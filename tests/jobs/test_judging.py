@@ -16,7 +16,7 @@ from PIL import Image
 
 from bench.jobs import kept
 from likely import bayes
-from likely.answers import Guarantee, Pixels
+from likely.answers import Guarantee, LabelRule, Pixels
 from likely.bundle import Bundle
 from likely.engine import Engine
 from likely.errors import InvalidInput, JobError
@@ -174,6 +174,33 @@ def test_answers_are_the_models(judge: Job, pictures: Path, toy: Toy, tmp_path: 
     assert found["label"].to_pylist() == expected.argmax(1).tolist()
     sets, p_values = matrix(found["label_set"]), matrix(found["label_p_values"])
     assert np.array_equal(sets, p_values > 0.1)
+
+
+def test_labels_by_the_discriminative_rule(
+    judge: Job, pictures: Path, toy: Toy, backend: Backend, running: Running, tmp_path: Path
+) -> None:
+    expected = np.exp(toy.log_pyx(np.load(pictures)))
+    with running() as live:
+        served = Served(live.address, patience=10).open()
+        for name, by in (("engine", backend), ("server", served)):
+            judge(tmp_path / name, "classify", pictures, by=by, rule=LabelRule.DISCRIMINATIVE)
+        served.close()
+    for name in ("engine", "server"):
+        found = table(tmp_path / name)
+        assert np.allclose(matrix(found["posterior"]), expected, atol=1e-5)
+        assert found["label"].to_pylist() == expected.argmax(1).tolist()
+        composed = np.log(expected / PRIORS) + toy.log_px(np.load(pictures))[:, None]
+        assert np.allclose(matrix(found["log_likelihoods"]), composed, atol=1e-4)
+        assert "label_set" not in found.column_names
+
+
+def test_a_rule_that_the_model_does_not_have_is_refused(judge: Job, tmp_path: Path) -> None:
+    digits = Bundled(DIGITS, "cpu", 1, max_batch=1).open()
+    np.save(tmp_path / "in.npy", Bundle.open(DIGITS).golden()["density/x"])
+    more = {"by": digits, "rule": LabelRule.DISCRIMINATIVE}
+    with pytest.raises(InvalidInput, match="rule: model digits has no"):
+        judge(tmp_path / "out", "classify", tmp_path / "in.npy", **more)
+    digits.close()
 
 
 def test_shards_say_how_they_came_to_be(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from likely.answers import Guarantee, ModelInfo
+from likely.answers import Guarantee, LabelRule, ModelInfo
 from likely.cli.ask import numbers
 from likely.cli.job import Job, job
 
@@ -124,11 +124,17 @@ def score(job: Job, **given: Any) -> None:
 @click.option(
     "--min-posterior", type=float, default=0.0, help="Smallest posterior that assigns a label."
 )
+@click.option(
+    "--rule", type=click.Choice([rule.name.lower() for rule in LabelRule]),
+    default=LabelRule.GENERATIVE.name.lower(), show_default=True,
+    help="Bayes' rule over p(x|y), or the discriminative model's own p(y|x).",
+)  # fmt: skip
 @_judging
-def classify(job: Job, priors: str | None, **given: Any) -> None:
+def classify(job: Job, priors: str | None, rule: str, **given: Any) -> None:
     """Which label does Bayes' rule assign, if any?"""
     asked = numbers(priors)
-    _judge(job, "classify", priors=asked and tuple(asked), **given)
+    held = LabelRule[rule.upper()]
+    _judge(job, "classify", priors=asked and tuple(asked), rule=held, **given)
 
 
 def _judge(

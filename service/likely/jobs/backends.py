@@ -160,6 +160,7 @@ class Local:
                 priors=None if task.priors is None else np.array(task.priors),
                 min_posterior=task.min_posterior,
                 guarantee=task.guarantee,
+                rule=task.rule,
             )
         )
 
@@ -268,6 +269,7 @@ class Remote:
                 priors=task.priors,
                 min_posterior=task.min_posterior,
                 guarantee=task.guarantee,
+                rule=task.rule,
                 model=self.info.name,
                 version=self.info.version,
             )

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from likely import bayes
-from likely.answers import Guarantee, ModelInfo
+from likely.answers import Guarantee, LabelRule, ModelInfo
 from likely.errors import InvalidInput, JobError
 from likely.noise import SEED_LIMIT
 
@@ -105,6 +105,7 @@ class Judgement:
         priors: p(y); None for the model's own.
         min_posterior: the smallest posterior at which a label is assigned.
         estimate_priors: whether the priors are estimated from the pictures themselves.
+        rule: what assigns the label.
     """
 
     kind: Literal["score", "classify"]
@@ -116,6 +117,7 @@ class Judgement:
     priors: tuple[float, ...] | None = None
     min_posterior: float = 0.0
     estimate_priors: bool = False
+    rule: LabelRule = LabelRule.GENERATIVE
 
     @property
     def finished_later(self) -> bool:
@@ -135,6 +137,8 @@ class Judgement:
             raise InvalidInput("fdr", "needs p-values with the marginal guarantee")
         if not 0 <= self.min_posterior < 1:
             raise InvalidInput("min_posterior", f"{self.min_posterior:g} is not in [0, 1)")
+        if self.rule is LabelRule.DISCRIMINATIVE and not info.discriminative:
+            raise InvalidInput("rule", f"model {info.name} has no p(y|x) of its own")
         if self.priors is not None:
             bayes.check_priors(self.priors, len(info.labels))
         if self.priors is not None and self.estimate_priors:

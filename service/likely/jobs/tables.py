@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from likely.answers import Classifications, Doubles, Draws, ModelInfo, Scores, Verdict
+from likely.answers import Classifications, Doubles, Draws, LabelRule, ModelInfo, Scores, Verdict
 from likely.jobs.requests import Judgement, Request
 
 VERDICTS = {verdict.value: verdict.name.lower() for verdict in Verdict}
@@ -52,10 +52,10 @@ def schema(request: Request, info: ModelInfo, *, measured: bool = False) -> pa.S
             "posterior": a_label,
             "log_likelihoods": a_label,
             "p_value": pa.float64(),
-            "label_p_values": a_label,
-            "label_set": pa.list_(pa.bool_(), labels),
-            "verdict": pa.string(),
         }
+        if task.rule is LabelRule.GENERATIVE:  # only its posterior is ranked
+            columns |= {"label_p_values": a_label, "label_set": pa.list_(pa.bool_(), labels)}
+        columns["verdict"] = pa.string()
     if isinstance(task, Judgement) and task.fdr is not None and not measured:
         columns[REJECTED] = pa.bool_()
     fields = [
@@ -101,10 +101,15 @@ def judged(
         columns |= {
             "label": answer.label,
             "posterior": _rows(answer.posterior),
-            "log_likelihoods": _rows(answer.log_pxy),
-            "label_p_values": _rows(answer.label_p_values),
-            "label_set": _rows(answer.label_sets),
         }
+        if answer.rule is LabelRule.GENERATIVE:
+            columns |= {
+                "log_likelihoods": _rows(answer.log_pxy),
+                "label_p_values": _rows(answer.label_p_values),
+                "label_set": _rows(answer.label_sets),
+            }
+        else:
+            columns["log_likelihoods"] = _rows(answer.composed)
     return _table(form, columns)
 
 
