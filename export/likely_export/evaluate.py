@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from likely import noise
 from likely.answers import Classifications, Doubles, Pixels, Scores, Verdict
 from likely.bundle import Bundle, Kind, Manifest, Role, write_manifest
 from likely.engine import Engine
-from likely.graphs import Array, Device, Session
-from likely_export import baselines, corruptions, costs, measures, report
+from likely.graphs import Device, Session
+from likely_export import baselines, corruptions, costs, evidence, measures, report
 from likely_export.data import Dataset, bernoulli
 from likely_export.generated import BATCH, SEED, Drawing, Sizes, batched
 from likely_export.judge import Judge, taught
@@ -323,26 +322,30 @@ class _Evaluation:
 
     async def _explained(self, taken: Classifications | None) -> Explained | None:
         rows = np.linspace(0, len(self.test) - 1, self.sizes.examples).astype(int)
-        spec = self.manifest.graphs.get(Role.CONDITIONAL)
-        mapped = taken is not None and spec is not None and spec.output("surprise") is not None
-        if taken is not None and mapped:
+        if taken is not None:
             # Where two labels come closest, there is most to explain.
             closest = np.sort(taken.posterior, 1)
             rows = np.argsort(closest[:, -1] - closest[:, -2])[: self.sizes.examples]
         x = self.test.x[rows]
         surprise = (await self._score(x, surprise=True)).surprise
         assert surprise is not None
-        none = np.empty((0, *x.shape[1:]), np.float32)
-        if taken is None or spec is None or not mapped:
-            return Explained(x, surprise, np.empty((0, 2), np.int64), none)
-        session = Session(self.bundle.graph(Role.CONDITIONAL), spec, Device("cpu"))
-        feeds: dict[str, Array] = {"x": x}
-        if (eps := spec.input("eps")) is not None:
-            feeds["eps"] = np.ascontiguousarray(noise.common(eps.array_shape(len(x))))
-        maps = session.run(feeds, ["surprise"])[0]
+        if taken is None:
+            none = np.empty((0, *x.shape[1:]), np.float32)
+            return Explained(x, surprise, np.empty((0, 2), np.int64), np.empty(0), none)
         pair = np.argsort(-taken.posterior[rows], 1)[:, :2].astype(np.int64)
-        each = np.arange(len(x))
-        return Explained(x, surprise, pair, maps[each, pair[:, 1]] - maps[each, pair[:, 0]])
+        log_odds = evidence.log_odds(taken.log_pxy[rows], pair)
+        graph = self.manifest.graphs[Role.CONDITIONAL]
+        if graph.output("surprise") is not None:
+            session = Session(self.bundle.graph(Role.CONDITIONAL), graph, Device("cpu"))
+            found = evidence.by_pixel(session, x, pair)
+            return Explained(x, surprise, pair, log_odds, found)
+
+        async def likelihoods(x: Pixels) -> Doubles:
+            return (await self._classify(x)).log_pxy
+
+        instead = np.median(self.data.train.x[:: max(1, len(self.data.train) // 1000)], 0)
+        found = await evidence.by_absence(likelihoods, x, pair, instead.astype(np.uint8))
+        return Explained(x, surprise, pair, log_odds, found, evidence.PATCH)
 
 
 def _set(x: Pixels, scores: Scores, examples: int) -> Sets:

@@ -61,20 +61,24 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """Pictures and why: maps that add up.
+    """Pictures and why.
 
     Attributes:
         x: uint8 (n, c, h, w).
         surprise: float32 (n, c, h, w), nats, summing to -log p(x).
         pair: int64 (n, 2), two labels to compare; empty where there are none.
-        evidence: float32 (n, c, h, w), log p(pixel|before, first) - log p(pixel|before, second),
-            summing to the log-odds; empty where there are none.
+        log_odds: float64 (n,), log p(x|first) - log p(x|second); empty likewise.
+        evidence: float32 (n, c, h, w), what pixels add to the log-odds; empty likewise.
+        patch: side of the patches whose absence the evidence is; 0 where it is
+            log p(pixel|before, first) - log p(pixel|before, second), and sums to the log-odds.
     """
 
     x: Pixels
     surprise: Floats
     pair: Labels
+    log_odds: Doubles
     evidence: Floats
+    patch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,9 +115,10 @@ EXPORT = {
         "material measures numpy"
     ),
     "composition": "likely.answers likely.engine data judge measures numpy scipy",
+    "evidence": "likely.answers likely.graphs likely.noise numpy",
     "evaluate": (
-        "likely.answers likely.bundle likely.engine likely.graphs likely.noise baselines "
-        "corruptions costs data generated judge material measures report numpy"
+        "likely.answers likely.bundle likely.engine likely.graphs baselines corruptions costs "
+        "data evidence generated judge material measures report numpy"
     ),
     "features": (
         "likely.answers likely.bundle likely.engine likely.graphs likely.latent attributes data "

@@ -115,6 +115,7 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     pair, rows = material.explained.pair, np.arange(2)
     given = asyncio.run(classified(tmp_path / "bundle", material.explained.x)).log_pxy
     assert log_odds == pytest.approx(given[rows, pair[:, 0]] - given[rows, pair[:, 1]], abs=1e-2)
+    assert log_odds == pytest.approx(material.explained.log_odds, abs=1e-2)
 
     engine = Engine.load(
         Bundle.open(tmp_path / "bundle"), device=Device("cpu"), threads=1, max_batch=8

@@ -99,7 +99,9 @@ def material(channels: int = 1, levels: int = 256) -> Material:
         drawn=drawn(3, 5, channels, 8, 6, levels=levels),
         nearest=drawn(4, 2, channels, 8, 6, levels=levels),
         completed=Completed(x, known, drawn(6, 4, channels, 8, 6, levels=levels)),
-        explained=Explained(x, np.abs(maps[0]), np.array([[0, 1]] * 6), maps[1]),
+        explained=Explained(
+            x, np.abs(maps[0]), np.array([[0, 1]] * 6), maps[1].sum((1, 2, 3)), maps[1]
+        ),
     )
 
 
@@ -280,7 +282,7 @@ def test_a_bundle_without_labels_has_a_report() -> None:
         material(), labels=(), labelled=None, drawn=drawn(1, 30, 1, 8, 6),
         explained=Explained(
             drawn(2, 1, 8, 6), np.ones((2, 1, 8, 6), np.float32), np.zeros((0, 2), np.int64),
-            np.zeros((0, 1, 8, 6), np.float32),
+            np.zeros(0), np.zeros((0, 1, 8, 6), np.float32),
         ),
     )  # fmt: skip
     page = Page(report.page(manifest(labels=()), {"nll_nats": 80.0}, shown))

@@ -43,7 +43,11 @@ def explanations(subject: Subject) -> View:
         evidence = explained.evidence[:MOST].sum(1, dtype=np.float64)
         strongest = _limit(np.abs(evidence))
         maps = coloured(evidence, EVIDENCE, -strongest, strongest)
-        view |= {"strongest": f"{strongest:.2g}", "evidence_ramp": ramp(EVIDENCE)}
+        view |= {
+            "strongest": f"{strongest:.2g}",
+            "evidence_ramp": ramp(EVIDENCE),
+            "patch": explained.patch,
+        }
         for at, card in enumerate(view["cards"]):
             first, second = (labels[label] for label in explained.pair[at])
             alt = f"evidence for {first} over {second} in test picture {at + 1}"
@@ -51,7 +55,7 @@ def explanations(subject: Subject) -> View:
                 "evidence": sheet(maps[at : at + 1], alt, 1, SIZE),
                 "first": first,
                 "second": second,
-                "log_odds": f"{evidence[at].sum():+.1f}".replace("-", "−"),
+                "log_odds": f"{explained.log_odds[at]:+.1f}".replace("-", "−"),
             }
     return view
 
