@@ -20,7 +20,12 @@ BOUNDS = {
     "logistic": CVAEConfig(
         (1, 28, 28), 256, 10, latent=32, width=400, importance_samples=16, logistics=2
     ),
-}
+    # As those of MNIST and Fashion-MNIST are made.
+    "prior": CVAEConfig(
+        (1, 28, 28), 256, 10, latent=24, width=256, importance_samples=4, logistics=1,
+        convolutions=(32, 64, 64), convolution_depth=2, label_prior=True,
+    ),
+}  # fmt: skip
 MATMUL = (2048, 512, 512)
 
 

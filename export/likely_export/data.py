@@ -6,8 +6,8 @@
     validate   what training is watched on
     test       what is reported, and nothing else
 
-The parts are drawn at random by a seed, since the order of a file is rarely
-exchangeable: scikit-learn's digits, for one, are sorted by writer.
+Pictures are dealt to the parts at random by a seed, since files are rarely in random
+order; or by stretches of the file, where what lies together there belongs together.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ class Sizes:
         calibrate: pictures to rank against; the finest alpha is 1 / (calibrate + 1).
         validate: pictures that training is watched on.
         test: pictures to report on; 0 where the source brings a test part.
-        stretches: every part is a stretch of the source's order, so that what lies together
-            there, as a writer's digits do, stays in one part; else pictures are dealt singly.
+        stretches: every part is a stretch of the source's order, from a place that the seed
+            chooses and round its end, so that what lies together there, as a writer's digits
+            do, stays in one part; else pictures are dealt singly.
     """
 
     fit: int
@@ -252,7 +253,19 @@ def _divide(
     else:
         chosen = np.split(generator.permutation(len(train)), cuts)
     parts = dict(zip(PARTS, map(train.take, chosen), strict=True))
+    if sizes.stretches:
+        _require_all_labels(name, parts, train.y)
     return parts if test is None else {**parts, "test": test}
+
+
+def _require_all_labels(name: str, parts: dict[str, Split], y: Labels) -> None:
+    for part in ("train", "fit", "calibrate"):
+        if len(missing := np.setdiff1d(y, parts[part].y)):
+            raise InvalidInput(
+                name,
+                f"of label {missing[0]} no picture falls to {part}: what is sorted by label "
+                "cannot be divided by stretches",
+            )
 
 
 def _digest(parts: dict[str, Split]) -> str:

@@ -18,17 +18,11 @@ from likely.answers import Classifications, Doubles, Pixels, Scores, Verdict
 from likely.bundle import Bundle, Kind, Manifest, Role, write_manifest
 from likely.engine import Engine
 from likely.graphs import Device, Session
-from likely_export import baselines, corruptions, costs, evidence, measures, report
+from likely_export import attribution, baselines, corruptions, costs, measures, report
 from likely_export.data import Dataset, bernoulli
 from likely_export.generated import BATCH, SEED, Drawing, Sizes, batched
 from likely_export.judge import Judge, taught
-from likely_export.material import (
-    INLIERS,
-    Explained,
-    Labelled,
-    Material,
-    Sets,
-)
+from likely_export.material import INLIERS, Compared, Explained, Labelled, Material, Sets
 
 EVALUATION, REPORT = "evaluation.json", "report.html"
 BOUND = "bound_nats"  # of a model whose bundle has no graph that gives log p(x)
@@ -321,31 +315,28 @@ class _Evaluation:
         return -answer.label_p_values.max(1) - 1e-3 * answer.posterior.max(1)
 
     async def _explained(self, taken: Classifications | None) -> Explained | None:
+        """Where two labels come closest, there is most to explain; else pictures of all kinds."""
         rows = np.linspace(0, len(self.test) - 1, self.sizes.examples).astype(int)
-        if taken is not None:
-            # Where two labels come closest, there is most to explain.
+        compared = taken is not None and taken.posterior.shape[1] > 1
+        if taken is not None and compared:
             closest = np.sort(taken.posterior, 1)
             rows = np.argsort(closest[:, -1] - closest[:, -2])[: self.sizes.examples]
         x = self.test.x[rows]
         surprise = (await self._score(x, surprise=True)).surprise
         assert surprise is not None
-        if taken is None:
-            none = np.empty((0, *x.shape[1:]), np.float32)
-            return Explained(x, surprise, np.empty((0, 2), np.int64), np.empty(0), none)
+        if taken is None or not compared:
+            return Explained(x, surprise)
         pair = np.argsort(-taken.posterior[rows], 1)[:, :2].astype(np.int64)
-        log_odds = evidence.log_odds(taken.log_pxy[rows], pair)
         graph = self.manifest.graphs[Role.CONDITIONAL]
+        session = Session(self.bundle.graph(Role.CONDITIONAL), graph, Device("cpu"))
         if graph.output("surprise") is not None:
-            session = Session(self.bundle.graph(Role.CONDITIONAL), graph, Device("cpu"))
-            found = evidence.by_pixel(session, x, pair)
-            return Explained(x, surprise, pair, log_odds, found)
-
-        async def likelihoods(x: Pixels) -> Doubles:
-            return (await self._classify(x)).log_pxy
-
-        instead = np.median(self.data.train.x[:: max(1, len(self.data.train) // 1000)], 0)
-        found = await evidence.by_absence(likelihoods, x, pair, instead.astype(np.uint8))
-        return Explained(x, surprise, pair, log_odds, found, evidence.PATCH)
+            found = attribution.by_pixel(session, x, pair)
+            sums = found.sum((1, 2, 3), dtype=np.float64)
+            return Explained(x, surprise, Compared(pair, sums, found))
+        some = self.data.train.x[:: max(1, len(self.data.train) // 1000)]
+        typical = np.median(some, 0).astype(np.uint8)
+        ratios, found = attribution.by_occlusion(session, x, pair, typical)
+        return Explained(x, surprise, Compared(pair, ratios, found, attribution.PATCH))
 
 
 def _set(x: Pixels, scores: Scores, examples: int) -> Sets:

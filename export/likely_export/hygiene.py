@@ -72,22 +72,29 @@ def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield attribute.g
 
 
-def _check_weights(graph: onnx.GraphProto, above: tuple[set[str], ...]) -> None:
-    weights = {tensor.name for tensor in graph.initializer}
-    weights |= {
-        node.output[0] for node in graph.node if node.input[:1] and node.input[0] in weights
-    }
-    scopes = (weights, *above)
+def _check_weights(graph: onnx.GraphProto, above: tuple[dict[str, bool], ...]) -> None:
+    """Follows which values are constant, by the graph that binds their names."""
+    constant = {tensor.name: True for tensor in graph.initializer}
+    constant |= {value.name: False for value in graph.input if value.name not in constant}
+    scopes = (constant, *above)
+
+    def bound(name: str) -> int:
+        """How many graphs above the name is bound."""
+        return next((k for k, scope in enumerate(scopes) if name in scope), 0)
+
     for node in graph.node:
         for name in node.input[1:2] if node.op_type in MULTIPLYING else ():
-            distance = next((k for k, scope in enumerate(scopes) if name in scope), 0)
-            if distance > 1:
+            distance = bound(name)
+            if distance > 1 and scopes[distance][name]:
                 raise BundleError(
                     f"{node.op_type} reads {name} from {distance} graphs above, where ONNX Runtime "
                     "lays it out afresh in every step"
                 )
-        for body in bodies(node):
+        within = list(bodies(node))
+        for body in within:
             _check_weights(body, scopes)
+        still = not within and all(scopes[bound(name)].get(name) for name in node.input if name)
+        constant |= dict.fromkeys(node.output, still)
 
 
 def _check_opset(model: onnx.ModelProto) -> None:

@@ -60,25 +60,36 @@ class Completed:
 
 
 @dataclass(frozen=True, slots=True)
+class Compared:
+    """Which pixels speak for which of two labels.
+
+    Attributes:
+        pair: int64 (n, 2), the first label and the second.
+        log_ratio: float64 (n,), log p(x|first) - log p(x|second), or of their bounds, nats.
+        maps: float32 (n, c, h, w), what every pixel given those before it adds to the log-ratio;
+            or (n, 1, h, w), what it loses without the patches that hold a pixel.
+        patch: side of those patches; None where the maps sum to the log-ratio.
+    """
+
+    pair: Labels
+    log_ratio: Doubles
+    maps: Floats
+    patch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Explained:
     """Pictures and why.
 
     Attributes:
         x: uint8 (n, c, h, w).
         surprise: float32 (n, c, h, w), nats, summing to -log p(x).
-        pair: int64 (n, 2), two labels to compare; empty where there are none.
-        log_odds: float64 (n,), log p(x|first) - log p(x|second); empty likewise.
-        evidence: float32 (n, c, h, w), what pixels add to the log-odds; empty likewise.
-        patch: side of the patches whose absence the evidence is; 0 where it is
-            log p(pixel|before, first) - log p(pixel|before, second), and sums to the log-odds.
+        compared: two labels of each, where there are several.
     """
 
     x: Pixels
     surprise: Floats
-    pair: Labels
-    log_odds: Doubles
-    evidence: Floats
-    patch: int = 0
+    compared: Compared | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +105,7 @@ class Material:
             None where the bundle draws nothing.
         nearest: uint8 (k, 2, c, h, w), draws beside their nearest training pictures.
         completed: where the bundle completes.
-        explained: a few test pictures.
+        explained: a few test pictures, those that are hardest to label where they have labels.
     """
 
     levels: int

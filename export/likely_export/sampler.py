@@ -63,7 +63,7 @@ class Sampler(RasterSampler):
         mix_bias = self.mix_biases(y, n)
         depth = len(self.layers)
         rows_above, side, to_the_left = config.stem
-        # Where to gather from: a column's neighbours in a row with edges, a row's noise.
+        # Where to gather from: a column's neighbours in rows with edges, a pixel's noise.
         here = torch.arange(self.width * n)[:, None]
         seen_by_stem = here + torch.arange(2 * side + 1) * n
         seen_by_layer = here + torch.arange(3) * n
@@ -111,8 +111,8 @@ class Sampler(RasterSampler):
                 window = functional.embedding(seen_by_layer, both).flatten(1)
                 v = layer.row(window, v, bias.vertical)
                 across.append(v.view(self.width, -1, config.channels))
-            inputs = [position_left, places + index * self.width, *across]
-            _, levels = scan(pixel, start_pixel, inputs)
+            columns = [position_left, places + index * self.width, *across]
+            _, levels = scan(pixel, start_pixel, columns)
             latest = levels.to(torch.float32)
             return [pushed(above, latest), *kept, *caches], levels.clone()
 
@@ -158,8 +158,8 @@ class Sampler(RasterSampler):
 class _Biases(NamedTuple):
     """The biases of a layer's two stacks, one for each half of a unit."""
 
-    vertical: list[Tensor]  # each (channels,), or (w * n, channels)
-    horizontal: list[Tensor]  # each (channels,), or (n, channels)
+    vertical: list[Tensor]  # each (channels,), or (w * n, channels) with labels
+    horizontal: list[Tensor]  # each (channels,), or (n, channels) with labels
 
 
 class _Layer(nn.Module):

@@ -115,10 +115,10 @@ EXPORT = {
         "material measures numpy"
     ),
     "composition": "likely.answers likely.engine data judge measures numpy scipy",
-    "evidence": "likely.answers likely.graphs likely.noise numpy",
+    "attribution": "likely.answers likely.graphs likely.noise generated numpy",
     "evaluate": (
-        "likely.answers likely.bundle likely.engine likely.graphs baselines corruptions costs "
-        "data evidence generated judge material measures report numpy"
+        "likely.answers likely.bundle likely.engine likely.graphs attribution baselines "
+        "corruptions costs data generated judge material measures report numpy"
     ),
     "features": (
         "likely.answers likely.bundle likely.engine likely.graphs likely.latent attributes data "
@@ -156,7 +156,7 @@ BENCH = {
         "likely_export.roles likely_export.sampler likely_export.trunks __init__ models onnx torch"
     ),
     "measures": (
-        "likely.bundle likely.graphs likely.noise likely_export.graphs "
+        "likely.bundle likely.engine likely.graphs likely.noise likely_export.graphs "
         "__init__ clock exports models numpy"
     ),
     "figures": (

@@ -111,11 +111,13 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     assert told["self_checked"]["draws_a_picture"]["mean"] >= 1
     assert (tmp_path / "bundle" / "report.html").stat().st_size > 10_000
     assert material.explained is not None
-    log_odds = material.explained.evidence.sum((1, 2, 3))
-    pair, rows = material.explained.pair, np.arange(2)
+    compared = material.explained.compared
+    assert compared is not None and compared.patch is None
+    ratio, rows = compared.maps.sum((1, 2, 3)), np.arange(2)
     given = asyncio.run(classified(tmp_path / "bundle", material.explained.x)).log_pxy
-    assert log_odds == pytest.approx(given[rows, pair[:, 0]] - given[rows, pair[:, 1]], abs=1e-2)
-    assert log_odds == pytest.approx(material.explained.log_odds, abs=1e-2)
+    first, second = compared.pair.T
+    assert ratio == pytest.approx(given[rows, first] - given[rows, second], abs=1e-2)
+    assert ratio == pytest.approx(compared.log_ratio, abs=1e-2)
 
     engine = Engine.load(
         Bundle.open(tmp_path / "bundle"), device=Device("cpu"), threads=1, max_batch=8

@@ -76,6 +76,12 @@ def test_stretches_keep_together_what_lies_together(tmp_path: Path) -> None:
     assert len(starts) > len(PARTS)  # another seed begins elsewhere
 
 
+def test_stretches_of_what_is_sorted_by_label_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", x=pictures(40), y=np.sort(np.arange(40) % 3))
+    with pytest.raises(InvalidInput, match=r"of label \d no picture falls to (train|fit|cal)"):
+        data.load(tmp_path / "set.npz", replace(SIZES, stretches=True), seed=0)
+
+
 def test_npz_files_with_a_test_part_keep_it_whole_and_in_order(tmp_path: Path) -> None:
     arrays = {
         "x_train": pictures(30, (4, 4)),

@@ -173,6 +173,14 @@ def weight_far_above(model: onnx.ModelProto) -> None:
     body.initializer.remove(weight)
 
 
+def made_weight_far_above(model: onnx.ModelProto) -> None:
+    weight_far_above(model)
+    weight = model.graph.initializer[-1]
+    name, weight.name = weight.name, "half"
+    model.graph.node.insert(0, helper.make_node("Transpose", ["half"], ["turned"], perm=[1, 0]))
+    model.graph.node.insert(1, helper.make_node("Transpose", ["turned"], [name], perm=[1, 0]))
+
+
 def fixed_batch(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
 
@@ -198,6 +206,7 @@ def second_dynamic_axis(model: onnx.ModelProto) -> None:
         (stack_trace, "carries notes of the exporter"),
         (path_for_a_name, "looks like a path"),
         (weight_far_above, "from 2 graphs above"),
+        (made_weight_far_above, "from 2 graphs above"),
         (fixed_batch, "was declared"),
         (second_dynamic_axis, "was declared"),
     ],

@@ -14,7 +14,7 @@ from PIL import Image
 from likely.answers import Doubles, Pixels
 from likely.bundle import Manifest, Role
 from likely_export import corruptions, measures, recipes, report
-from likely_export.material import INLIERS, Completed, Explained, Labelled, Material, Sets
+from likely_export.material import INLIERS, Compared, Completed, Explained, Labelled, Material, Sets
 from likely_export.report import charts, pictures, text
 from likely_export.report.card import ANSWERS
 from likely_export.report.subject import Subject
@@ -77,7 +77,7 @@ def one_set(x: Pixels, seed: int, nats: float, score: float) -> Sets:
     return Sets(x[:3], generator.normal(nats, 5, N), unusualness, p_value)
 
 
-def material(channels: int = 1, levels: int = 256) -> Material:
+def material(channels: int = 1, levels: int = 256, patch: int | None = None) -> Material:
     generator = np.random.default_rng(7)
     x = drawn(6, channels, 8, 6, levels=levels)
     y = generator.integers(0, 3, N)
@@ -100,7 +100,9 @@ def material(channels: int = 1, levels: int = 256) -> Material:
         nearest=drawn(4, 2, channels, 8, 6, levels=levels),
         completed=Completed(x, known, drawn(6, 4, channels, 8, 6, levels=levels)),
         explained=Explained(
-            x, np.abs(maps[0]), np.array([[0, 1]] * 6), maps[1].sum((1, 2, 3)), maps[1]
+            x,
+            np.abs(maps[0]),
+            Compared(np.array([[0, 1]] * 6), maps[1].sum((1, 2, 3)), maps[1], patch),
         ),
     )
 
@@ -280,14 +282,21 @@ def test_any_figure_may_be_missing(name: str) -> None:
 def test_a_bundle_without_labels_has_a_report() -> None:
     shown = dataclasses.replace(
         material(), labels=(), labelled=None, drawn=drawn(1, 30, 1, 8, 6),
-        explained=Explained(
-            drawn(2, 1, 8, 6), np.ones((2, 1, 8, 6), np.float32), np.zeros((0, 2), np.int64),
-            np.zeros(0), np.zeros((0, 1, 8, 6), np.float32),
-        ),
+        explained=Explained(drawn(2, 1, 8, 6), np.ones((2, 1, 8, 6), np.float32)),
     )  # fmt: skip
     page = Page(report.page(manifest(labels=()), {"nll_nats": 80.0}, shown))
     assert "48.0" in page.sections["explanations"] and "classification" not in page.sections
     assert any("Drawn from p(x)." in words for words in page.sections["draws"])
+
+
+@pytest.mark.parametrize(("patch", "says"), [(None, "nats a pixel for"), (4, "nats a patch for")])
+def test_what_speaks_for_a_label_is_told_as_it_was_found(patch: int | None, says: str) -> None:
+    shown = material(patch=patch)
+    words = " ".join(Page(report.page(manifest(), figures(shown), shown)).sections["explanations"])
+    assert says in words and ("in place of a patch" in words) == bool(patch)
+    assert shown.explained is not None and shown.explained.compared is not None
+    ratio = f"{abs(shown.explained.compared.log_ratio[0]):.1f}"
+    assert ratio in words
 
 
 def test_a_large_colour_bundle_stays_small(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from likely import bayes
 from likely.answers import Guarantee, LabelRule, Pixels
 from likely.bundle import Bundle
 from likely.engine import Engine
-from likely.errors import InvalidInput, JobError
+from likely.errors import InvalidInput, JobError, NotAnswered
 from likely.graphs import Device
 from likely.jobs.backends import Backend, Bundled, Served
 from likely.jobs.steadiness import steady
@@ -185,20 +185,23 @@ def test_labels_by_the_discriminative_rule(
         for name, by in (("engine", backend), ("server", served)):
             judge(tmp_path / name, "classify", pictures, by=by, rule=LabelRule.DISCRIMINATIVE)
         served.close()
-    for name in ("engine", "server"):
+    for name in ("server", "engine"):
         found = table(tmp_path / name)
         assert np.allclose(matrix(found["posterior"]), expected, atol=1e-5)
         assert found["label"].to_pylist() == expected.argmax(1).tolist()
         composed = np.log(expected / PRIORS) + toy.log_px(np.load(pictures))[:, None]
-        assert np.allclose(matrix(found["log_likelihoods"]), composed, atol=1e-4)
-        assert "label_set" not in found.column_names
+        assert np.allclose(matrix(found["composed_log_likelihoods"]), composed, atol=1e-4)
+        assert not {"log_likelihoods", "label_set", "label_p_values"} & set(found.column_names)
+    judge(tmp_path / "plain", "classify", pictures)
+    for column in ("p_value", "verdict"):  # p(x) rejects, by whatever rule
+        assert found[column].equals(table(tmp_path / "plain")[column])
 
 
 def test_a_rule_that_the_model_does_not_have_is_refused(judge: Job, tmp_path: Path) -> None:
     digits = Bundled(DIGITS, "cpu", 1, max_batch=1).open()
     np.save(tmp_path / "in.npy", Bundle.open(DIGITS).golden()["density/x"])
     more = {"by": digits, "rule": LabelRule.DISCRIMINATIVE}
-    with pytest.raises(InvalidInput, match="rule: model digits has no"):
+    with pytest.raises(NotAnswered, match="model digits has no"):
         judge(tmp_path / "out", "classify", tmp_path / "in.npy", **more)
     digits.close()
 
@@ -248,14 +251,17 @@ def test_rejections_of_the_whole_job(judge: Job, toy: Toy, tmp_path: Path) -> No
     assert not (tmp_path / "out" / ".measured").exists()
 
 
-def test_estimated_priors_weigh_the_posteriors(judge: Job, toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", LabelRule)
+def test_estimated_priors_weigh_the_posteriors(
+    judge: Job, toy: Toy, tmp_path: Path, rule: LabelRule
+) -> None:
     rng = np.random.default_rng(9)
     y = rng.choice(3, size=3000, p=(0.1, 0.1, 0.8))
     noise = rng.gumbel(size=(3000, *toy.log_q.shape))
     x = (toy.log_theta[y] + noise).argmax(-1).astype(np.uint8)
     np.save(tmp_path / "in.npy", x)
     source = tmp_path / "in.npy"
-    more = {"rows": 700, "batch": 700, "alpha": 0.05, "min_posterior": 0.9}
+    more = {"rows": 700, "batch": 700, "alpha": 0.05, "min_posterior": 0.9, "rule": rule}
     judge(tmp_path / "plain", "classify", source, **more)
     summary = judge(tmp_path / "out", "classify", source, estimate_priors=True, fdr=0.2, **more)
     plain, found = table(tmp_path / "plain"), table(tmp_path / "out")
@@ -268,7 +274,8 @@ def test_estimated_priors_weigh_the_posteriors(judge: Job, toy: Toy, tmp_path: P
     assert found["label"].to_pylist() == weighed.argmax(1).tolist()
     unsure = np.where(weighed.max(1) < 0.9, "ambiguous", "accepted")
     assert found["verdict"].to_pylist() == np.where(good, unsure, "outlier").tolist()
-    assert (weighed.argmax(1) == y).mean() > (posterior.argmax(1) == y).mean()
+    if rule is LabelRule.GENERATIVE:  # the toy's p(y|x) knows nothing of these pictures' labels
+        assert (weighed.argmax(1) == y).mean() > (posterior.argmax(1) == y).mean()
 
 
 @pytest.mark.parametrize(

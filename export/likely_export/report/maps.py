@@ -9,13 +9,13 @@ import numpy as np
 from likely_export.report.pictures import coloured, ramp, sheet, tiles
 from likely_export.report.subject import Subject, View
 
-SURPRISE, EVIDENCE = "magma", "RdBu_r"
+SURPRISE, SPEAKING = "magma", "RdBu_r"
 SIZE = 84
 MOST = 12
 
 
 def explanations(subject: Subject) -> View:
-    """A few pictures with their surprise and evidence maps, and the sums of these."""
+    """A few pictures with their surprise maps, and which pixels speak for which of two labels."""
     explained, labels = subject.material.explained, subject.material.labels
     if explained is None or not len(explained.x):
         return None
@@ -23,11 +23,10 @@ def explanations(subject: Subject) -> View:
     surprise = explained.surprise[:MOST].sum(1, dtype=np.float64)
     most = _limit(surprise)
     maps = coloured(surprise, SURPRISE, 0, most)
-    compared = bool(explained.evidence.size) and bool(explained.pair.size)
     view: dict[str, Any] = {
         "most": f"{most:.2g}",
         "ramp": ramp(SURPRISE),
-        "compared": compared,
+        "compared": None,
         "cards": [
             {
                 "picture": sheet(shown[at : at + 1], f"test picture {at + 1}", 1, SIZE),
@@ -39,23 +38,23 @@ def explanations(subject: Subject) -> View:
             for at in range(len(shown))
         ],
     }
-    if compared:
-        evidence = explained.evidence[:MOST].sum(1, dtype=np.float64)
-        strongest = _limit(np.abs(evidence))
-        maps = coloured(evidence, EVIDENCE, -strongest, strongest)
-        view |= {
+    if (compared := explained.compared) is not None:
+        speaking = compared.maps[:MOST].sum(1, dtype=np.float64)
+        strongest = _limit(np.abs(speaking))
+        maps = coloured(speaking, SPEAKING, -strongest, strongest)
+        view["compared"] = {
             "strongest": f"{strongest:.2g}",
-            "evidence_ramp": ramp(EVIDENCE),
-            "patch": explained.patch,
+            "ramp": ramp(SPEAKING),
+            "patch": compared.patch,
         }
         for at, card in enumerate(view["cards"]):
-            first, second = (labels[label] for label in explained.pair[at])
-            alt = f"evidence for {first} over {second} in test picture {at + 1}"
+            first, second = (labels[label] for label in compared.pair[at])
+            alt = f"what speaks for {first} over {second} in test picture {at + 1}"
             card |= {
-                "evidence": sheet(maps[at : at + 1], alt, 1, SIZE),
+                "speaking": sheet(maps[at : at + 1], alt, 1, SIZE),
                 "first": first,
                 "second": second,
-                "log_odds": f"{explained.log_odds[at]:+.1f}".replace("-", "−"),
+                "log_ratio": f"{compared.log_ratio[at]:+.1f}".replace("-", "−"),
             }
     return view
 

@@ -131,10 +131,10 @@ def score(job: Job, **given: Any) -> None:
 )  # fmt: skip
 @_judging
 def classify(job: Job, priors: str | None, rule: str, **given: Any) -> None:
-    """Which label does Bayes' rule assign, if any?"""
+    """Which label is assigned, if any: by Bayes' rule, or by p(y|x) itself?"""
     asked = numbers(priors)
-    held = LabelRule[rule.upper()]
-    _judge(job, "classify", priors=asked and tuple(asked), rule=held, **given)
+    by = LabelRule[rule.upper()]
+    _judge(job, "classify", priors=asked and tuple(asked), rule=by, **given)
 
 
 def _judge(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from likely import bayes
 from likely.answers import Guarantee, LabelRule, ModelInfo
-from likely.errors import InvalidInput, JobError
+from likely.errors import InvalidInput, JobError, NotAnswered
 from likely.noise import SEED_LIMIT
 
 SHARD = 4096
@@ -129,6 +129,7 @@ class Judgement:
 
         Raises:
             InvalidInput: it cannot; names what is asked and what is allowed.
+            NotAnswered: the rule is one that the model does not have.
         """
         _check_alpha(self.alpha, info)
         if self.fdr is not None and not 0 < self.fdr < 1:
@@ -138,7 +139,7 @@ class Judgement:
         if not 0 <= self.min_posterior < 1:
             raise InvalidInput("min_posterior", f"{self.min_posterior:g} is not in [0, 1)")
         if self.rule is LabelRule.DISCRIMINATIVE and not info.discriminative:
-            raise InvalidInput("rule", f"model {info.name} has no p(y|x) of its own")
+            raise NotAnswered(f"model {info.name} has no p(y|x) of its own")
         if self.priors is not None:
             bayes.check_priors(self.priors, len(info.labels))
         if self.priors is not None and self.estimate_priors:

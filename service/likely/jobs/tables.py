@@ -15,6 +15,7 @@ from likely.jobs.requests import Judgement, Request
 
 VERDICTS = {verdict.value: verdict.name.lower() for verdict in Verdict}
 REJECTED = "rejected"
+COMPOSED = "composed_log_likelihoods"
 
 
 def schema(request: Request, info: ModelInfo, *, measured: bool = False) -> pa.Schema:
@@ -50,11 +51,16 @@ def schema(request: Request, info: ModelInfo, *, measured: bool = False) -> pa.S
             "key": pa.string(),
             "label": pa.int64(),
             "posterior": a_label,
-            "log_likelihoods": a_label,
-            "p_value": pa.float64(),
         }
-        if task.rule is LabelRule.GENERATIVE:  # only its posterior is ranked
-            columns |= {"label_p_values": a_label, "label_set": pa.list_(pa.bool_(), labels)}
+        if task.rule is LabelRule.DISCRIMINATIVE:
+            columns |= {COMPOSED: a_label, "p_value": pa.float64()}
+        else:
+            columns |= {
+                "log_likelihoods": a_label,
+                "p_value": pa.float64(),
+                "label_p_values": a_label,
+                "label_set": pa.list_(pa.bool_(), labels),
+            }
         columns["verdict"] = pa.string()
     if isinstance(task, Judgement) and task.fdr is not None and not measured:
         columns[REJECTED] = pa.bool_()
@@ -102,14 +108,14 @@ def judged(
             "label": answer.label,
             "posterior": _rows(answer.posterior),
         }
-        if answer.rule is LabelRule.GENERATIVE:
+        if COMPOSED in form.names:
+            columns[COMPOSED] = _rows(answer.composed)
+        else:
             columns |= {
                 "log_likelihoods": _rows(answer.log_pxy),
                 "label_p_values": _rows(answer.label_p_values),
                 "label_set": _rows(answer.label_sets),
             }
-        else:
-            columns["log_likelihoods"] = _rows(answer.composed)
     return _table(form, columns)
 
 

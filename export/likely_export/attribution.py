@@ -1,0 +1,75 @@
+"""Which pixels speak for which of two labels, as parts of log p(x|first) - log p(x|second)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from likely import noise
+from likely.answers import Doubles, Floats, Labels, Pixels
+from likely.graphs import Array, Session
+from likely_export.generated import batched
+
+PATCH, STRIDE = 4, 2
+
+
+def by_pixel(session: Session, x: Pixels, pair: Labels) -> Floats:
+    """What every pixel, given those before it, adds to the log-ratio, float32 (n, c, h, w), nats.
+
+    Args:
+        session: of a conditional graph that gives `surprise` under every label.
+        x: uint8 (n, c, h, w).
+        pair: int64 (n, 2), the first label and the second.
+    """
+    maps, each = batched(session, _feeds(session, x), "surprise"), np.arange(len(x))
+    found: Floats = maps[each, pair[:, 1]] - maps[each, pair[:, 0]]
+    return found
+
+
+def by_occlusion(
+    session: Session, x: Pixels, pair: Labels, instead: Pixels
+) -> tuple[Doubles, Floats]:
+    """The log-ratios, and what each loses where a patch of the picture is replaced.
+
+    A pixel gets the mean over the patches that hold it (Zeiler and Fergus, 2014,
+    https://arxiv.org/abs/1311.2901). Such maps do not sum to the log-ratio: patches may say
+    the same, or something only together; and where a patch is what it is replaced by, it says
+    nothing.
+
+    Args:
+        session: of a conditional graph, whose log-likelihoods are finite.
+        x: uint8 (n, c, h, w).
+        pair: int64 (n, 2), the first label and the second.
+        instead: uint8 (c, h, w), what patches are replaced by.
+
+    Returns:
+        Nats, float64 (n,) and float32 (n, 1, h, w): a patch has all channels.
+    """
+    n, _, h, w = x.shape
+    whole = _log_ratio(session, x, pair)
+    lost, times = np.zeros((n, 1, h, w)), np.zeros((h, w))
+    lefts = range(0, max(1, w - PATCH + STRIDE), STRIDE)
+    for top in range(0, max(1, h - PATCH + STRIDE), STRIDE):
+        patches = [(slice(top, top + PATCH), slice(left, left + PATCH)) for left in lefts]
+        occluded = np.stack([x] * len(patches))
+        for each, patch in zip(occluded, patches, strict=True):
+            each[:, :, *patch] = instead[:, *patch]
+        left_over = _log_ratio(
+            session, occluded.reshape(-1, *x.shape[1:]), np.tile(pair, (len(patches), 1))
+        )
+        for patch, ratios in zip(patches, left_over.reshape(-1, n), strict=True):
+            lost[:, :, *patch] += (whole - ratios)[:, None, None, None]
+            times[patch] += 1
+    return whole, (lost / times).astype(np.float32)
+
+
+def _log_ratio(session: Session, x: Pixels, pair: Labels) -> Doubles:
+    log_pxy = batched(session, _feeds(session, x), "log_pxy").astype(np.float64)
+    found: Doubles = np.subtract(*np.take_along_axis(log_pxy, pair, 1).T)
+    return found
+
+
+def _feeds(session: Session, x: Pixels) -> dict[str, Array]:
+    feeds: dict[str, Array] = {"x": x}
+    if (eps := session.spec.input("eps")) is not None:
+        feeds["eps"] = noise.common(eps.array_shape(len(x)))
+    return feeds

@@ -1,0 +1,123 @@
+"""Weights move to where they are read, and nothing else changes."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+from onnx.helper import make_tensor_value_info as info
+
+from likely_export import graphs
+from likely_export.graphs import compact, sink
+
+SIZE = 16
+
+
+def weight(name: str) -> onnx.TensorProto:
+    """Exact in half precision, and large enough to be halved."""
+    values = np.random.default_rng(len(name)).integers(-8, 8, (SIZE, SIZE)) / 8
+    return numpy_helper.from_array(values.astype(np.float32), name)
+
+
+def scan(body: onnx.GraphProto, start: str, given: str, end: str) -> onnx.NodeProto:
+    return helper.make_node("Scan", [start, given], [end], body=body, num_scan_inputs=1)
+
+
+def body(reads: list[str], name: str, inner: onnx.GraphProto | None = None) -> onnx.GraphProto:
+    """state @ reads[0] @ ...[, then a Scan of its own over the row]."""
+    nodes, value = [], f"{name}_state"
+    for i, read in enumerate(reads):
+        nodes.append(helper.make_node("MatMul", [value, read], [f"{name}_{i}"]))
+        value = f"{name}_{i}"
+    row: list[int | str] = ["n", SIZE]
+    given = ["t", "n", SIZE] if inner else row
+    if inner:
+        nodes.append(scan(inner, value, f"{name}_row", f"{name}_end"))
+        value = f"{name}_end"
+    else:
+        nodes.append(helper.make_node("Add", [value, f"{name}_row"], [f"{name}_sum"]))
+        value = f"{name}_sum"
+    inputs = [info(f"{name}_state", 1, row), info(f"{name}_row", 1, given)]
+    return helper.make_graph(nodes, name, inputs, [info(value, 1, row)])
+
+
+def model() -> onnx.ModelProto:
+    """Two Scans, one within the other, and a third: `deep`, `shallow`, `both` and `here`."""
+    inner = body(["deep", "both"], "inner")
+    nodes = [
+        helper.make_node("MatMul", ["x", "here"], ["y"]),
+        scan(body(["shallow"], "outer", inner), "y", "rows", "z"),
+        helper.make_node("Squeeze", ["rows", "first"], ["flat"]),
+        scan(body(["both"], "other"), "z", "flat", "end"),
+    ]
+    inputs = [info("x", 1, ["n", SIZE]), info("rows", 1, [1, "t", "n", SIZE])]
+    axes = numpy_helper.from_array(np.array([0]), "first")
+    weights = [weight(name) for name in ("deep", "shallow", "both", "here", "told")]
+    outputs = [info("end", 1, ["n", SIZE]), info("told", 1, [SIZE, SIZE])]
+    graph = helper.make_graph(nodes, "main", inputs, outputs, [*weights, axes])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
+def lying(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """The weights of every graph."""
+    found = {}
+    for graph in graphs.subgraphs(model.graph):
+        found[graph.name] = sorted(tensor.name for tensor in graph.initializer)
+    return found
+
+
+def answers(model: onnx.ModelProto) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    feeds = {
+        "x": generator.normal(size=(3, SIZE)).astype(np.float32),
+        "rows": generator.normal(size=(1, 2, 3, SIZE)).astype(np.float32),
+    }
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found: list[np.ndarray] = session.run(None, feeds)
+    return found
+
+
+def test_a_weight_sinks_to_the_one_graph_that_reads_it() -> None:
+    made = model()
+    before = answers(made)
+    sink(made.graph)
+    assert lying(made) == {
+        "main": ["both", "first", "here", "told"],
+        "outer": ["shallow"],
+        "inner": ["deep"],
+        "other": [],
+    }
+    onnx.checker.check_model(made, full_check=True)
+    assert all(map(np.array_equal, answers(made), before))
+
+
+def test_a_name_that_a_body_binds_itself_is_another() -> None:
+    made = model()
+    for graph in graphs.subgraphs(made.graph):
+        if graph.name == "other":
+            graph.initializer.append(weight("both"))
+    sink(made.graph)
+    assert lying(made)["inner"] == ["both", "deep"] and lying(made)["other"] == ["both"]
+
+
+def test_weights_are_halved_wherever_they_lie() -> None:
+    made = model()
+    before = answers(made)
+    sink(made.graph)
+    compact(made)
+    onnx.checker.check_model(made, full_check=True)
+    for graph in graphs.subgraphs(made.graph):
+        for tensor in graph.initializer:
+            assert tensor.data_type != onnx.TensorProto.FLOAT, tensor.name
+    assert all(map(np.array_equal, answers(made), before))
+
+
+@pytest.mark.parametrize(("name", "most"), [("log_px", 2e-3), ("surprise", 0.1)])
+def test_how_far_torch_and_onnx_may_differ(name: str, most: float) -> None:
+    value = np.full((2, 1), 1000.0, np.float32)
+    spec = graphs.TensorSpec(name=name, dtype="float32", shape=("batch", 1))
+    graphs._compare(spec, value, value + np.float32(0.9 * most), 2)
+    with pytest.raises(graphs.BundleError, match=f"{name} differs by"):
+        graphs._compare(spec, value, value + np.float32(1.2 * most), 2)
