@@ -13,7 +13,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from likely import Client, statuses
+from likely import Client, LabelRule, statuses
 from likely.inference import inference_pb2 as pb
 from likely.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 
@@ -131,6 +131,20 @@ def test_pictures_get_the_answers_of_our_own_services(
     assert list(arrays(only)) == ["p_value"]
 
 
+def test_labels_by_the_discriminative_rule(
+    stub: GRPCInferenceServiceStub, client: Client, x: Any
+) -> None:
+    ours = client.classify(x, alpha=0.2, min_posterior=0.9, rule=LabelRule.DISCRIMINATIVE)
+    asked = pictures("toy/discriminate", x, alpha=0.2, min_posterior=0.9)
+    found = arrays(stub.ModelInfer(asked))
+    np.testing.assert_allclose(found["posterior"], ours.posterior, rtol=1e-5)
+    np.testing.assert_allclose(found["composed_log_likelihoods"], ours.composed, rtol=1e-5)
+    assert found["label"].tolist() == ours.label.tolist()
+    assert found["verdict"].tolist() == ours.verdict.tolist()
+    other = client.classify(x, alpha=0.2, min_posterior=0.9)
+    assert not np.allclose(found["posterior"], other.posterior)
+
+
 def test_drawing(stub: GRPCInferenceServiceStub, client: Client, x: Any) -> None:
     ours = client.generate(20, label=1, seed=5, self_check=True, max_draws=3, alpha=0.1)
     asked = question(
@@ -160,7 +174,7 @@ def test_drawing(stub: GRPCInferenceServiceStub, client: Client, x: Any) -> None
 def test_models_are_described(stub: GRPCInferenceServiceStub) -> None:
     listed = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
     names = [model.name for model in listed]
-    suffixes = ("score", "classify", "surprise", "encode", "generate", "complete")
+    suffixes = ["score", "classify", "discriminate", "surprise", "encode", "generate", "complete"]
     assert names == ["toy", *(f"toy/{suffix}" for suffix in suffixes)]
     for model in listed:
         meta = stub.ModelMetadata(pb.ModelMetadataRequest(name=model.name))
@@ -183,7 +197,8 @@ def test_models_are_described(stub: GRPCInferenceServiceStub) -> None:
 def test_answers_have_the_shapes_that_metadata_tells(
     stub: GRPCInferenceServiceStub, x: Any
 ) -> None:
-    for model in ("toy", "toy/score", "toy/classify", "toy/surprise", "toy/encode"):
+    judging = ["score", "classify", "discriminate", "surprise", "encode"]
+    for model in ("toy", *(f"toy/{suffix}" for suffix in judging)):
         meta = stub.ModelMetadata(pb.ModelMetadataRequest(name=model))
         answer = stub.ModelInfer(pictures(model, x))
         for told, given in zip(meta.outputs, answer.outputs, strict=True):
@@ -304,7 +319,7 @@ def test_statistics_and_metrics_count_what_was_asked(running: Running, x: Any) -
         assert (stats.success.count, stats.fail.count) == (3, 1)
         parts = stats.compute_input.ns + stats.compute_infer.ns + stats.compute_output.ns
         assert 0 < parts == stats.success.ns
-        assert len(stub.ModelStatistics(pb.ModelStatisticsRequest()).model_stats) == 7
+        assert len(stub.ModelStatistics(pb.ModelStatisticsRequest()).model_stats) == 8
         with urllib.request.urlopen(live.metrics_url, timeout=10) as answer:
             text = answer.read().decode()
     assert 'likely_images_total{method="ModelInfer",model="toy"} 60.0' in text

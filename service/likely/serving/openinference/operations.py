@@ -1,14 +1,15 @@
 """Which models of the Open Inference Protocol a bundle makes: one for each question it answers.
 
-| model             | answers                                     |
-| ----------------- | ------------------------------------------- |
-| `bundle`          | all that is decided about pictures          |
-| `bundle/score`    | how plausible they are                      |
-| `bundle/classify` | which labels they have                      |
-| `bundle/surprise` | -log p of every pixel                       |
-| `bundle/encode`   | latent features                             |
-| `bundle/generate` | pictures drawn                              |
-| `bundle/complete` | pictures with their open pixels drawn       |
+| model                 | answers                                 |
+| --------------------- | --------------------------------------- |
+| `bundle`              | all that is decided about pictures      |
+| `bundle/score`        | how plausible they are                  |
+| `bundle/classify`     | which labels they have, by Bayes' rule  |
+| `bundle/discriminate` | which labels they have, by p(y|x)       |
+| `bundle/surprise`     | -log p of every pixel                   |
+| `bundle/encode`       | latent features                         |
+| `bundle/generate`     | pictures drawn                          |
+| `bundle/complete`     | pictures with their open pixels drawn   |
 
 Each has inputs and outputs of its own, as clients that read metadata expect. A name of a bundle
 holds no `/`, so that no two models have one name.
@@ -97,6 +98,7 @@ class Operation:
         settings: names of those that it takes.
         inputs, outputs: given the manifest.
         run: gives the answer.
+        needs: a graph that it takes beside the method's.
     """
 
     suffix: str
@@ -106,6 +108,7 @@ class Operation:
     inputs: Callable[[Manifest], tuple[Tensor, ...]]
     outputs: Callable[[Manifest], tuple[Tensor, ...]]
     run: Callable[[Services, Question], Awaitable[Answer]]
+    needs: Role | None = None
 
 
 async def _score(services: Services, question: Question) -> Answer:
@@ -140,6 +143,24 @@ async def _classify(services: Services, question: Question) -> Answer:
         "p_value": answer.p_value,
         "log_likelihoods": answer.log_pxy,
         "label_p_values": answer.label_p_values,
+    }
+    return Answer(outputs, {"alpha": answer.alpha})
+
+
+async def _discriminate(services: Services, question: Question) -> Answer:
+    request = scoring_pb2.ClassifyRequest(
+        **question.asks,
+        images=question.images,
+        rule=scoring_pb2.LABEL_RULE_DISCRIMINATIVE,
+        **question.settings,
+    )
+    answer = await services.scoring.classified(request)
+    outputs: dict[str, Array] = {
+        "label": answer.label,
+        "posterior": answer.posterior,
+        "verdict": answer.verdict,
+        "p_value": answer.p_value,
+        "composed_log_likelihoods": answer.composed,
     }
     return Answer(outputs, {"alpha": answer.alpha})
 
@@ -260,6 +281,17 @@ def _labelled(manifest: Manifest) -> tuple[Tensor, ...]:
     )
 
 
+def _discriminated(manifest: Manifest) -> tuple[Tensor, ...]:
+    n = len(manifest.labels)
+    return (
+        Tensor("label", "INT64", (-1,)),
+        Tensor("posterior", "FP64", (-1, n)),
+        Tensor("verdict", "INT8", (-1,)),
+        Tensor("p_value", "FP64", (-1,)),
+        Tensor("composed_log_likelihoods", "FP64", (-1, n)),
+    )
+
+
 def _features(manifest: Manifest) -> tuple[Tensor, ...]:
     outputs = manifest.graphs[Role.ENCODE].outputs
     return (
@@ -281,6 +313,10 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "classify", "Classify", True, _LABELLED, _pictures,
         lambda m: (*_labelled(m), Tensor("p_value", "FP64", (-1,))), _classify,
+    ),
+    Operation(
+        "discriminate", "Score", True, _LABELLED, _pictures, _discriminated, _discriminate,
+        needs=Role.DISCRIMINATE,
     ),
     Operation(
         "surprise", "Score", True, frozenset(), _pictures,
@@ -322,4 +358,9 @@ def full(bundle: str, operation: Operation) -> str:
 
 def offered(engine: Engine) -> list[Operation]:
     """The operations that a bundle answers."""
-    return [operation for operation in OPERATIONS if engine.answers(operation.method)]
+    return [
+        operation
+        for operation in OPERATIONS
+        if engine.answers(operation.method)
+        and (operation.needs is None or operation.needs in engine.manifest.graphs)
+    ]
