@@ -75,7 +75,7 @@ def test_at_paper_size_a_recipe_makes_the_same_bundle_of_larger_models(name: str
 
 
 def test_a_size_that_a_recipe_does_not_name() -> None:
-    with pytest.raises(InvalidInput, match="huge is none of labels, paper"):
+    with pytest.raises(InvalidInput, match="huge is none of paper"):
         recipes.load("mnist", size="huge")
     with pytest.raises(InvalidInput, match="no sizes"):
         recipes.load("digits_vae", size="huge")
