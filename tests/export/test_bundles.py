@@ -92,7 +92,7 @@ def test_as_many_clothes_are_rejected_as_promised() -> None:
 
 def test_digits_of_other_writers_are_rejected_hardly_more_often() -> None:
     for alpha, rejected in told("mnist")["false_rejection"].items():
-        assert rejected["overall"] < float(alpha) + 0.015
+        assert rejected["overall"] < float(alpha) + 0.01
 
 
 @needs_data
