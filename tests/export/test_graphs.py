@@ -7,8 +7,11 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.helper import make_tensor_value_info as info
 
+from likely.bundle import TensorSpec
+from likely.errors import BundleError
 from likely_export import graphs
 from likely_export.graphs import compact, sink
+from likely_export.hygiene import subgraphs
 
 SIZE = 16
 
@@ -29,8 +32,8 @@ def body(reads: list[str], name: str, inner: onnx.GraphProto | None = None) -> o
     for i, read in enumerate(reads):
         nodes.append(helper.make_node("MatMul", [value, read], [f"{name}_{i}"]))
         value = f"{name}_{i}"
-    row: list[int | str] = ["n", SIZE]
-    given = ["t", "n", SIZE] if inner else row
+    row: list[int | str | None] = ["n", SIZE]
+    given = ["t", *row] if inner else row
     if inner:
         nodes.append(scan(inner, value, f"{name}_row", f"{name}_end"))
         value = f"{name}_end"
@@ -63,7 +66,7 @@ def model() -> onnx.ModelProto:
 def lying(model: onnx.ModelProto) -> dict[str, list[str]]:
     """The weights of every graph."""
     found = {}
-    for graph in graphs.subgraphs(model.graph):
+    for graph in subgraphs(model.graph):
         found[graph.name] = sorted(tensor.name for tensor in graph.initializer)
     return found
 
@@ -95,7 +98,7 @@ def test_a_weight_sinks_to_the_one_graph_that_reads_it() -> None:
 
 def test_a_name_that_a_body_binds_itself_is_another() -> None:
     made = model()
-    for graph in graphs.subgraphs(made.graph):
+    for graph in subgraphs(made.graph):
         if graph.name == "other":
             graph.initializer.append(weight("both"))
     sink(made.graph)
@@ -108,7 +111,7 @@ def test_weights_are_halved_wherever_they_lie() -> None:
     sink(made.graph)
     compact(made)
     onnx.checker.check_model(made, full_check=True)
-    for graph in graphs.subgraphs(made.graph):
+    for graph in subgraphs(made.graph):
         for tensor in graph.initializer:
             assert tensor.data_type != onnx.TensorProto.FLOAT, tensor.name
     assert all(map(np.array_equal, answers(made), before))
@@ -117,7 +120,7 @@ def test_weights_are_halved_wherever_they_lie() -> None:
 @pytest.mark.parametrize(("name", "most"), [("log_px", 2e-3), ("surprise", 0.1)])
 def test_how_far_torch_and_onnx_may_differ(name: str, most: float) -> None:
     value = np.full((2, 1), 1000.0, np.float32)
-    spec = graphs.TensorSpec(name=name, dtype="float32", shape=("batch", 1))
+    spec = TensorSpec(name=name, dtype="float32", shape=("batch", 1))
     graphs._compare(spec, value, value + np.float32(0.9 * most), 2)
-    with pytest.raises(graphs.BundleError, match=f"{name} differs by"):
+    with pytest.raises(BundleError, match=f"{name} differs by"):
         graphs._compare(spec, value, value + np.float32(1.2 * most), 2)
