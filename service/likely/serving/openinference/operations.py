@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from likely.answers import Draws, Limits, Verdict
+from likely.answers import Classifications, Draws, Limits, Verdict
 from likely.bundle import Role
 from likely.errors import InvalidInput
 from likely.serving.openinference.tensors import Array, Arrays, Tensor
@@ -132,37 +132,33 @@ async def _score(services: Services, question: Question) -> Answer:
 
 
 async def _classify(services: Services, question: Question) -> Answer:
-    request = scoring_pb2.ClassifyRequest(
-        **question.asks, images=question.images, **question.settings
-    )
-    answer = await services.scoring.classified(request)
-    outputs: dict[str, Array] = {
-        "label": answer.label,
-        "posterior": answer.posterior,
-        "verdict": answer.verdict,
-        "p_value": answer.p_value,
+    answer, shared = await _classified(services, question, scoring_pb2.LABEL_RULE_GENERATIVE)
+    own: dict[str, Array] = {
         "log_likelihoods": answer.log_pxy,
         "label_p_values": answer.label_p_values,
     }
-    return Answer(outputs, {"alpha": answer.alpha})
+    return Answer({**shared, **own}, {"alpha": answer.alpha})
 
 
 async def _discriminate(services: Services, question: Question) -> Answer:
+    answer, shared = await _classified(services, question, scoring_pb2.LABEL_RULE_DISCRIMINATIVE)
+    return Answer({**shared, "composed_log_likelihoods": answer.composed}, {"alpha": answer.alpha})
+
+
+async def _classified(
+    services: Services, question: Question, rule: scoring_pb2.LabelRule.ValueType
+) -> tuple[Classifications, dict[str, Array]]:
+    """The answer by that rule, and the outputs that both rules give."""
     request = scoring_pb2.ClassifyRequest(
-        **question.asks,
-        images=question.images,
-        rule=scoring_pb2.LABEL_RULE_DISCRIMINATIVE,
-        **question.settings,
+        **question.asks, images=question.images, rule=rule, **question.settings
     )
     answer = await services.scoring.classified(request)
-    outputs: dict[str, Array] = {
+    return answer, {
         "label": answer.label,
         "posterior": answer.posterior,
         "verdict": answer.verdict,
         "p_value": answer.p_value,
-        "composed_log_likelihoods": answer.composed,
     }
-    return Answer(outputs, {"alpha": answer.alpha})
 
 
 async def _everything(services: Services, question: Question) -> Answer:
