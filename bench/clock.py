@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 LONG_ENOUGH = 0.05  # seconds of one measurement; shorter calls are repeated within it
+SETTLED = 8.0  # seconds of CPU after which more rounds of short calls are not needed
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,18 @@ class Timing:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """The time of every call, each measured once a round.
+    """The time of every call, each measured once a round, in so many rounds at least.
 
     A machine that slows down for a while slows all of them, so their ratios hold. Calls
-    shorter than `LONG_ENOUGH` are repeated within a round.
+    shorter than `LONG_ENOUGH` are repeated within a round, and there are more rounds of
+    short calls, whose minimum is found late: until `SETTLED`.
     """
     repeats = {
         name: max(1, math.ceil(LONG_ENOUGH / _seconds(call))) for name, call in calls.items()
     }
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    start = time.process_time()
+    while len(taken[next(iter(calls))]) < rounds or time.process_time() - start < SETTLED:
         for name, call in calls.items():
             taken[name].append(_seconds(call, repeats[name]))
     return {name: Timing(min(times), statistics.median(times)) for name, times in taken.items()}

@@ -30,11 +30,12 @@ from likely_export import (
     roles,
     sampler,
     trunks,
+    winograd,
 )
 
 MODULES = (
     *(autoregressive, cvae, drawing, graphs, heads, hygiene, logistic, mixture),
-    *(models, pixelcnn, raster, roles, sampler, trunks),
+    *(models, pixelcnn, raster, roles, sampler, trunks, winograd),
 )
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 from likely_export.drawing import copied
 from likely_export.pixelcnn import Block, PixelCNN, RowBlock, RowTransformer
 from likely_export.raster import RasterSampler, bias_of, pushed, windows
+from likely_export.winograd import Pairs, factors, seen, sums
 
 
 class Sampler(RasterSampler):
@@ -59,21 +60,18 @@ class Sampler(RasterSampler):
         """
         n, config = gumbel.shape[0], self.model.config
         y = self.model.labels(y)
-        biases = [layer.biases(y, self.width, n) for layer in self.layers]
+        pairs = (self.width + 1) // 2
+        biases = [layer.biases(y, pairs, n) for layer in self.layers]
         mix_bias = self.mix_biases(y, n)
         depth = len(self.layers)
         rows_above, side, to_the_left = config.stem
         # Where to gather from: a column's neighbours in rows with edges, a pixel's noise.
-        here = torch.arange(self.width * n)[:, None]
-        seen_by_stem = here + torch.arange(2 * side + 1) * n
-        seen_by_layer = here + torch.arange(3) * n
-        # Two rows with an edge between them.
-        seen_by_layer = torch.cat([seen_by_layer, seen_by_layer + (self.width + 1) * n], 1)
+        seen_by_stem = torch.arange(self.width * n)[:, None] + torch.arange(2 * side + 1) * n
         noises = gumbel.flatten(3).flatten(0, 2)
         places = self.places(n)
         # Zeros are filled in: new_zeros exports to an operator without a CUDA kernel.
         blank = gumbel.new_full((side * n, rows_above * self.channels), self.blank)
-        edge = gumbel.new_full((n, config.channels), 0.0)
+        edge = gumbel.new_full((1, n, config.channels), 0.0)
         start_pixel = [
             gumbel.new_full((n, to_the_left * self.channels), self.blank),
             *[gumbel.new_full((n, config.channels), 0.0) for _ in self.layers],
@@ -95,7 +93,7 @@ class Sampler(RasterSampler):
 
         def row(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
             """One row: the rows above and each layer's v there -> the row here."""
-            above, v_above, caches = state[0], state[1 : depth + 1], state[depth + 1 :]
+            above, seen_above, caches = state[0], state[1 : 4 * depth + 1], state[4 * depth + 1 :]
             position, position_left, index = inputs
             window = windows(above.flatten(0, 1), blank, seen_by_stem)
             v = (window @ self.stem_vertical).view(self.width, -1, config.channels)
@@ -103,22 +101,23 @@ class Sampler(RasterSampler):
             if config.row_layers:
                 fed, caches = self._row_transformer(above[:, :, -self.channels :], caches, index, y)
                 v = v + fed
-            v = v.flatten(0, 1)
+            columns = Pairs.of(v)
             kept, across = [], []
-            for layer, bias, before in zip(self.layers, biases, v_above, strict=True):
-                kept.append(v.clone())
-                both = torch.cat([edge, before, edge, v, edge])
-                window = functional.embedding(seen_by_layer, both).flatten(1)
-                v = layer.row(window, v, bias.vertical)
-                across.append(v.view(self.width, -1, config.channels))
-            columns = [position_left, places + index * self.width, *across]
-            _, levels = scan(pixel, start_pixel, columns)
+            for k, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
+                here = seen(columns, edge, self.width)
+                rows = zip(seen_above[4 * k : 4 * k + 4], here, strict=True)
+                both = [torch.cat(each, -1).flatten(0, 1) for each in rows]
+                columns = layer.row(columns, both, bias.vertical)
+                kept += here
+                across.append(columns.row(self.width))
+            by_column = [position_left, places + index * self.width, *across]
+            _, levels = scan(pixel, start_pixel, by_column)
             latest = levels.to(torch.float32)
             return [pushed(above, latest), *kept, *caches], levels.clone()
 
         start_row = [
             gumbel.new_full((self.width, n, rows_above * self.channels), self.blank),
-            *[gumbel.new_full((self.width * n, config.channels), 0.0) for _ in self.layers],
+            *[gumbel.new_full((pairs, n, config.channels), 0.0) for _ in range(4 * depth)],
             *[
                 gumbel.new_full((n, self.height, config.row_width), 0.0)
                 for _ in range(2 * config.row_layers)
@@ -158,7 +157,7 @@ class Sampler(RasterSampler):
 class _Biases(NamedTuple):
     """The biases of a layer's two stacks, one for each half of a unit."""
 
-    vertical: list[Tensor]  # each (channels,), or (w * n, channels) with labels
+    vertical: list[Tensor]  # each (channels,), or (pairs * n, channels) with labels
     horizontal: list[Tensor]  # each (channels,), or (n, channels) with labels
 
 
@@ -170,33 +169,44 @@ class _Layer(nn.Module):
         self.block = block
         self.halves = 2 if block.gated else 1
         self.width = block.units // self.halves
-        self.seen_by_v = self._matrices(block.vertical.weight.permute(2, 3, 1, 0).flatten(0, 2))
+        # A tap's rows are the channels of the row above, then those of this one.
+        taps = block.vertical.weight.permute(3, 2, 1, 0).flatten(1, 2)
+        halves = zip(*[self._matrices(tap) for tap in taps], strict=True)
+        self.seen_by_v = nn.ModuleList(nn.ParameterList(half) for half in halves)
         left_and_here = block.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
         across = block.across.weight[:, :, 0, 0].T
         self.seen_by_h = self._matrices(torch.cat([left_and_here, across]))
         self.out = nn.Parameter(block.out.weight[:, :, 0, 0].T.detach().clone(), False)
 
-    def biases(self, y: Tensor | None, width: int, n: int) -> _Biases:
+    def biases(self, y: Tensor | None, pairs: int, n: int) -> _Biases:
         """Both stacks' biases, the label's included, each (channels,) or one a picture."""
         vertical, horizontal = bias_of(self.block.vertical), bias_of(self.block.horizontal)
         of_label = self.block.biases(y)
         if of_label[0] is None or of_label[1] is None:
             return _Biases(self._parts(vertical), self._parts(horizontal))
-        # A GEMM adds rows of one size only: as many as there are columns and pictures.
-        everywhere = (vertical + of_label[0]).expand(width, n, -1).reshape(width * n, -1)
+        # A GEMM adds rows of one size only: as many as there are pairs and pictures.
+        everywhere = (vertical + of_label[0]).expand(pairs, n, -1).reshape(pairs * n, -1)
         return _Biases(self._parts(everywhere), self._parts(horizontal + of_label[1]))
 
-    def row(self, window: Tensor, v: Tensor, biases: list[Tensor]) -> Tensor:
-        """The next v (w * n, channels) of this one and what it sees of two rows."""
-        return v + self._unit(window, self.seen_by_v, biases)
+    def row(self, v: Pairs, both: list[Tensor], biases: list[Tensor]) -> Pairs:
+        """The next v of this one and of what the products read of both rows."""
+        halves = [
+            sums(both, factors(*cast(nn.ParameterList, taps)), bias)
+            for taps, bias in zip(self.seen_by_v, biases, strict=True)
+        ]
+        units = [self._unit(list(parts)) for parts in zip(*halves, strict=True)]
+        return Pairs(*[own + unit.view_as(own) for own, unit in zip(v, units, strict=True)])
 
     def pixel(self, left: Tensor, h: Tensor, v: Tensor, biases: list[Tensor]) -> Tensor:
         """The next h (n, channels) of h to the left and h and v here."""
-        unit = self._unit(torch.cat([left, h, v], -1), self.seen_by_h, biases)
-        return torch.addmm(h, unit, self.out)
+        window = torch.cat([left, h, v], -1)
+        parts = [
+            torch.addmm(bias, window, matrix)
+            for matrix, bias in zip(self.seen_by_h, biases, strict=True)
+        ]
+        return torch.addmm(h, self._unit(parts), self.out)
 
-    def _unit(self, seen: Tensor, matrices: nn.ParameterList, biases: list[Tensor]) -> Tensor:
-        sums = [torch.addmm(bias, seen, m) for bias, m in zip(biases, matrices, strict=True)]
+    def _unit(self, sums: list[Tensor]) -> Tensor:
         if self.halves == 1:
             return torch.relu(sums[0])
         return torch.tanh(sums[0]) * torch.sigmoid(sums[1])

@@ -75,7 +75,8 @@ EXPORT = {
     "pixelcnn": "autoregressive torch",
     "pixelrnn": "autoregressive torch",
     "raster": "autoregressive drawing torch",
-    "sampler": "drawing pixelcnn raster torch",
+    "winograd": "torch",
+    "sampler": "drawing pixelcnn raster winograd torch",
     "rnn_sampler": "drawing pixelrnn raster torch",
     "moves": "likely.errors torch",
     "trunks": "torch",
@@ -153,7 +154,8 @@ BENCH = {
         "likely.bundle likely.graphs likely_export.autoregressive likely_export.cvae "
         "likely_export.drawing likely_export.graphs likely_export.heads likely_export.hygiene "
         "likely_export.logistic likely_export.mixture likely_export.pixelcnn likely_export.raster "
-        "likely_export.roles likely_export.sampler likely_export.trunks __init__ models onnx torch"
+        "likely_export.roles likely_export.sampler likely_export.trunks likely_export.winograd "
+        "__init__ models onnx torch"
     ),
     "measures": (
         "likely.bundle likely.engine likely.graphs likely.noise likely_export.graphs "
