@@ -415,7 +415,7 @@ def test_bytes_are_bounded_as_rows_are() -> None:
 def test_in_a_full_queue_the_greediest_client_gives_way() -> None:
     async def work() -> None:
         graph = Doubler()
-        async with opened(graph, bounds=Bounds(rows=6)) as lanes:
+        async with opened(graph, bounds=Bounds(rows=6), best={Role.DENSITY: Best(16)}) as lanes:
             graph.hold()
             first = going(ask(lanes, 0))
             await graph.arrived()
@@ -577,6 +577,62 @@ def test_lanes_serve_one_loop_after_another() -> None:
     graph.release()
     assert asyncio.run(ask(lanes, 3)) == [6]
     lanes.close()
+
+
+def test_a_full_batch_begins_without_the_event_loop() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, best={Role.DENSITY: Best(2)}) as lanes:
+            graph.hold()
+            asked = [going(ask(lanes, i, i)) for i in range(3)] + [going(ask(lanes, 3))]
+            await graph.arrived()
+            await settled()
+            graph.release()
+            time.sleep(0.2)  # the event loop is busy with something else
+            assert graph.runs == [[0, 0], [1, 1]]  # one is ready for each lane
+            assert [await each for each in asked] == [[0, 0], [2, 2], [4, 4], [6]]
+            assert graph.runs == [[0, 0], [1, 1], [2, 2], [3]]
+
+    run(work())
+
+
+def test_who_is_in_a_hurry_need_not_wait_for_bulk_that_is_ready() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, best={Role.DENSITY: Best(2)}) as lanes:
+            graph.hold()
+            bulk = [
+                going(ask(lanes, i, i, client="bulk", priority=Priority.BULK)) for i in range(3)
+            ]
+            await graph.arrived()
+            await settled()
+            hurried = going(ask(lanes, 7, client="hurried"))
+            await graph.arrived()
+            assert graph.runs == [[0, 0], [7]]
+            graph.release()
+            assert await hurried == [14]
+            assert [await each for each in bulk] == [[0, 0], [2, 2], [4, 4]]
+
+    run(work())
+
+
+def test_what_nobody_waits_for_any_more_is_ready_in_vain() -> None:
+    async def work() -> None:
+        graph, traffic = Doubler(), Traffic()
+        async with opened(graph, best={Role.DENSITY: Best(2)}, traffic=traffic) as lanes:
+            graph.hold()
+            asked = [going(ask(lanes, i, i)) for i in range(3)]
+            await graph.arrived()
+            await settled()
+            asked[1].cancel()
+            await settled()
+            graph.release()
+            assert (await asked[0], await asked[2]) == ([0, 0], [4, 4])
+            assert graph.runs == [[0, 0], [2, 2]]
+            await settled()
+            assert gauge(traffic, "running") == gauge(traffic, "waiting") == 0
+
+    run(work())
 
 
 def test_closed_lanes_refuse() -> None:
@@ -777,8 +833,8 @@ class Timed(Doubler):
 @pytest.mark.parametrize(
     ("once", "each", "rows", "grain"),
     [
-        (0.0, 5e-3, 1, 1),  # heavy: nothing is gained by merging
-        (0.0, 6e-5, 16, 7),  # light: the way to a lane and back counts
+        (0.0, 5e-3, 8, 1),  # heavy: what is lost between batches is small soon
+        (0.0, 6e-5, 64, 7),  # light: it is not
         (1e-3, 1e-4, 64, 44),  # a run that costs as much as ten rows, whatever it has
         (0.0, 7e-6, 64, 58),
     ],

@@ -75,6 +75,10 @@ class Batcher:
         """How many rows of that priority wait."""
         return self._turns[priority].rows
 
+    def is_full(self, priority: Priority) -> bool:
+        """Whether as many rows of that priority wait as run at once."""
+        return self._turns[priority].rows >= self._most
+
     def ahead(self, priority: Priority) -> int:
         """How many rows wait that go before a newcomer of that priority."""
         return self.rows if priority is Priority.BULK else self._turns[priority].rows

@@ -2,14 +2,17 @@
 
 Requests wait in a queue for each graph. As soon as a lane, a thread of its own, is
 free, it takes a batch of what waits: an idle server answers at once, and a busy one
-merges what has come meanwhile. All of it happens on the event loop but the runs; and
-those too, where they are shorter than the way to a lane.
+merges what has come meanwhile. A full batch gains nothing by waiting: one is made ready
+for each busy lane, which takes it without a way to the event loop and back. All else
+happens on the event loop but the runs; and those too, where they are shorter than the
+way to a lane.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -90,6 +93,7 @@ class Lanes:
         self._threads = ThreadPoolExecutor(lanes + 1, thread_name_prefix=f"lane-{name}")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: dict[Batch, Role] = {}
+        self._ready: deque[tuple[Role, Batch]] = deque()  # for lanes to take as they end
         self._passed = 0  # interactive batches that went before waiting bulk
         self._woken = False
         self._alarm: asyncio.TimerHandle | None = None  # when those wake that wait for others
@@ -204,6 +208,7 @@ class Lanes:
             for role in self._running.values():
                 self._batchers[role].ended()
             self._running.clear()
+            self._ready.clear()
             self._woken, self._alarm = False, None
         return loop
 
@@ -211,6 +216,8 @@ class Lanes:
         """Seconds until the lanes have done what goes before a newcomer, and so much work more."""
         for batcher in self._batchers.values():
             seconds += batcher.pace * batcher.ahead(priority)
+        for role, batch in tuple(self._ready):
+            seconds += self._batchers[role].pace * batch.rows
         for batch, role in self._running.items():
             seconds += self._batchers[role].pace * batch.rows / 2  # about half of it is left
         return seconds / self._count
@@ -228,25 +235,42 @@ class Lanes:
         member.leave()
 
     def _wake(self) -> None:
-        """Gives free lanes what waits for them."""
+        """Gives free lanes what waits for them, and makes ready what busy ones shall take next."""
         self._woken = False
         try:
-            while started := self._next():
-                role, batch = started
-                self._running[batch] = role
-                self._batchers[role].began()
-                if self._is_short(role, batch):
-                    self._ended(batch, *batch.timed())
-                else:
-                    self._threads.submit(self._work, batch, asyncio.get_running_loop())
+            while len(self._running) < self._count and (ready := self._taken()):
+                self._start(*ready)
+            while started := self._next(self._count - len(self._running)):
+                self._start(*started)
+            while len(self._ready) < self._count and (ready := self._full()):
+                self._ready.append(ready)
             for batcher in self._batchers.values():
                 batcher.tell()
         except Exception as error:
             self._restart(error)
 
-    def _next(self) -> tuple[Role, Batch] | None:
-        """The batch whose turn it is, where a lane is free for it."""
-        free = self._count - len(self._running)
+    def _start(self, role: Role, batch: Batch) -> None:
+        """Runs a batch in a lane, or here."""
+        express = len(self._running) >= self._count
+        self._began(role, batch)
+        if self._is_short(role, batch):
+            self._ended(batch, *batch.timed())
+        else:
+            self._threads.submit(self._work, batch, express, asyncio.get_running_loop())
+
+    def _began(self, role: Role, batch: Batch) -> None:
+        self._running[batch] = role
+        self._batchers[role].began()
+
+    def _taken(self) -> tuple[Role, Batch] | None:
+        """The batch that was made ready first; called in lanes, too."""
+        try:
+            return self._ready.popleft()
+        except IndexError:
+            return None
+
+    def _next(self, free: int) -> tuple[Role, Batch] | None:
+        """The batch whose turn it is, if one of so many free lanes, or the express, is for it."""
         order = (Priority.BULK, Priority.INTERACTIVE)
         for priority in order if self._passed >= PASSES else reversed(order):
             if free <= 0 and not (priority is Priority.INTERACTIVE and self._express_is_free()):
@@ -254,14 +278,35 @@ class Lanes:
             for role in [r for r, b in self._batchers.items() if b.waiting(priority)]:
                 if not self._is_worth_a_lane(role, priority) or self._gathers(role, priority):
                     continue
-                batch = self._batchers[role].batch(priority, free)
-                if batch:
-                    self._batchers[role] = self._batchers.pop(role)  # graphs take turns, too
-                    bulk_waits = any(b.waiting(Priority.BULK) for b in self._batchers.values())
-                    passed = priority is Priority.INTERACTIVE and bulk_waits
-                    self._passed = self._passed + 1 if passed else 0
+                if batch := self._batchers[role].batch(priority, free):
+                    self._turned(role, priority)
                     return role, batch
         return None
+
+    def _full(self) -> tuple[Role, Batch] | None:
+        """The batch whose turn it is, where no more rows can join it.
+
+        Bulk is made ready only while all lanes run bulk: whoever is in a hurry then has the
+        express lane, and need not wait for what is ready.
+        """
+        priority = Priority.INTERACTIVE
+        if not any(b.waiting(priority) for b in self._batchers.values()):
+            priority = Priority.BULK
+        bulk = all(batch.priority is Priority.BULK for batch in self._running)
+        if self._passed >= PASSES or (priority is Priority.BULK and not bulk):
+            return None
+        for role in [r for r, b in self._batchers.items() if b.is_full(priority)]:
+            if batch := self._batchers[role].batch(priority, 1):
+                self._turned(role, priority)
+                return role, batch
+        return None
+
+    def _turned(self, role: Role, priority: Priority) -> None:
+        """Lets other graphs, and waiting bulk, have their turns after a batch."""
+        self._batchers[role] = self._batchers.pop(role)
+        bulk_waits = any(b.waiting(Priority.BULK) for b in self._batchers.values())
+        passed = priority is Priority.INTERACTIVE and bulk_waits
+        self._passed = self._passed + 1 if passed else 0
 
     def _is_worth_a_lane(self, role: Role, priority: Priority) -> bool:
         """Whether what waits is enough for a lane, or would wait long for one that is at it."""
@@ -293,17 +338,31 @@ class Lanes:
         batcher = self._batchers[role]
         return batch.rows <= batcher.at_once and len(self._running) == 1 and not batcher.rows
 
-    def _work(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> None:
-        """Runs a batch; in a lane."""
-        outcomes, seconds = batch.timed()
-        try:
-            loop.call_soon_threadsafe(self._ran, batch, outcomes, seconds)
-        except RuntimeError:
-            if not loop.is_closed():  # then nobody waits any more
-                raise
+    def _work(self, batch: Batch, express: bool, loop: asyncio.AbstractEventLoop) -> None:
+        """Runs a batch, and what was made ready meanwhile; in a lane."""
+        while True:
+            outcomes, seconds = batch.timed()
+            following = None if express else self._taken()
+            try:
+                loop.call_soon_threadsafe(self._ran, batch, outcomes, seconds, following)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise
+                return  # nobody waits any more
+            if following is None:
+                return
+            _, batch = following
 
-    def _ran(self, batch: Batch, outcomes: Sequence[tuple[Span, Outcome]], seconds: float) -> None:
-        """Hands the answers out, and the lane on."""
+    def _ran(
+        self,
+        batch: Batch,
+        outcomes: Sequence[tuple[Span, Outcome]],
+        seconds: float,
+        following: tuple[Role, Batch] | None,
+    ) -> None:
+        """Hands the answers out, and the lane on where it has not taken the next batch itself."""
+        if following:
+            self._began(*following)
         self._ended(batch, outcomes, seconds)
         self._wake()
 
@@ -344,6 +403,10 @@ class Lanes:
         self._refuse("the queue broke and was begun anew")
 
     def _refuse(self, why: str) -> None:
+        while ready := self._taken():
+            for member in {member for member, _, _ in ready[1].spans}:
+                if not member.dead:
+                    member.future.set_exception(Unavailable(why))
         for batcher in self._batchers.values():
             for member in batcher.clear():
                 if not member.dead:

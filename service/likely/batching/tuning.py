@@ -14,8 +14,10 @@ from likely.batching.batches import Runner
 from likely.graphs import CPU, Array
 
 HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
+BETWEEN = 2e-3  # seconds of a core that are lost from batch to batch while all cores are busy
 AT_ONCE = 1e-3  # seconds that a run may hold the event loop up
-NEAR = 1.1  # a small batch this near to the fastest one is better: it holds up less
+NEAR = 1.05  # a small batch this near to the fastest one is better: it holds up less
+FEWER = 1.1  # lanes are fewer than cores only where that is faster by so much
 SPARE = 0.25  # of what its rows cost, a run may cost whatever its rows
 
 
@@ -75,7 +77,7 @@ def batch(
     while again := [s for s in took if clock() + took[s] < end]:
         for size in again:
             took[size] = min(took[size], _timed(runner, sample, outputs, size, clock))
-    costs = {size: (spent + HOP) / size for size, spent in took.items()}
+    costs = {size: (spent + BETWEEN) / size for size, spent in took.items()}
     rows = min(size for size, cost in costs.items() if cost <= NEAR * min(costs.values()))
     pace = took[rows] / rows
     each = max((took[rows] - took[1]) / (rows - 1), 1e-7) if rows > 1 else pace
@@ -123,7 +125,7 @@ def lanes(
                 began = time.perf_counter()
                 runs = sum(pool.map(count, [began + share] * n))
                 rates[n] = max(rates[n], runs / (time.perf_counter() - began))
-    return max(n for n in candidates if NEAR * rates[n] >= max(rates.values()))
+    return max(n for n in candidates if FEWER * rates[n] >= max(rates.values()))
 
 
 def _timed(
