@@ -25,7 +25,7 @@ from likely.bundle import Bundle, Manifest, Role
 from likely.engine import Engine
 from likely.errors import InvalidInput
 from likely.graphs import Device, Session
-from likely_export import families, features, measures
+from likely_export import composition, families, features, measures
 from likely_export.composition import SURE, noise_pictures
 from likely_export.data import Dataset, Split
 from likely_export.evaluate import BOUND, EVALUATION
@@ -50,6 +50,8 @@ class Sizes:
         test: of the test part.
         outside: of every set that is none of the data.
         drawn: by each member that draws.
+        composed: of the test part, whose log p(x|y) is told in two ways.
+        accepted: drawn by acceptance, by each member that can.
         labelled: that a linear probe learns from.
         steps: of training the judge of draws.
         shown: draws of each member, for the report.
@@ -58,6 +60,8 @@ class Sizes:
     test: int = 2000
     outside: int = 500
     drawn: int = 500
+    composed: int = 500
+    accepted: int = 300
     labelled: tuple[int, ...] = (1_000, 10_000)
     steps: int = 1500
     shown: int = 20
@@ -168,6 +172,7 @@ class _Member:
                 "accuracy": asyncio.run(self._accuracy(engine)),
                 "outside": asyncio.run(self._asked_of_nothing(engine)),
                 **asyncio.run(self._draws(engine)),
+                **asyncio.run(self._composition(engine)),
                 **self._features(engine),
                 "milliseconds": self._costs(),
             }
@@ -246,6 +251,20 @@ class _Member:
         self.drawn = drawn[order]
         shown = self.judge.posterior(drawn).argmax(1) == asked
         return {"draws": "by label", "faithfulness": measures.mean(shown)}
+
+    async def _composition(self, engine: Engine) -> dict[str, Any]:
+        """Bayes' rule from p(y|x) and p(x) beside the member's own p(x|y)."""
+        graphs = self.manifest.graphs
+        found: dict[str, Any] = {}
+        if {Role.DENSITY, Role.CONDITIONAL, Role.DISCRIMINATE} <= set(graphs):
+            step = max(1, len(self.test) // self.sizes.composed)
+            part = self.test.take(np.arange(0, len(self.test), step))
+            found["likelihoods"] = await composition.likelihoods(engine, part, ALPHA)
+        if {Role.SAMPLE, Role.DISCRIMINATE} <= set(graphs):
+            each = max(1, self.sizes.accepted // len(self.manifest.labels))
+            own = graphs[Role.SAMPLE].input("y") is not None
+            found["drawings"] = await composition.drawings(engine, self.judge, each, own=own)
+        return {"composition": found} if found else {}
 
     def _features(self, engine: Engine) -> dict[str, Any]:
         """What a linear probe reads from them, beside as many principal components."""

@@ -18,7 +18,9 @@ from likely_export.compare import Comparison, Sizes, compare
 from likely_export.data import Dataset
 from likely_export.report import family
 
-SIZES = Sizes(test=60, outside=20, drawn=20, labelled=(100,), steps=30, shown=4)
+SIZES = Sizes(
+    test=60, outside=20, drawn=20, composed=30, accepted=10, labelled=(100,), steps=30, shown=4
+)
 SHORT = "\ntraining = { steps = 20, batch = 32, validations = 1 }\n"
 DATA = """
 version = "1"
@@ -87,6 +89,20 @@ def test_each_member_answers_what_it_has_a_graph_for(found: Comparison) -> None:
     assert (digits["draws"], features["draws"]) == ("by label", "pictures")
 
 
+def test_bayes_rule_is_compared_where_both_directions_are_known(found: Comparison) -> None:
+    digits, features = (found.figures["members"][name] for name in ("digits", "features"))
+    assert "composition" not in features
+    told = digits["composition"]["likelihoods"]
+    assert told["pictures"] == 30
+    # What a picture's likelihood is in all decides either way; twenty steps teach labels little.
+    assert told["spearman_of_pictures"] > 0.5
+    assert told["by"]["generative"]["accuracy"]["mean"] > 0.8
+    drawings = digits["composition"]["drawings"]
+    assert set(drawings) == {"acceptance", "own"}
+    assert drawings["own"]["draws_a_picture"]["mean"] == 1
+    assert drawings["acceptance"]["draws_a_picture"]["mean"] > 1
+
+
 def test_an_exact_density_and_a_bound_are_told_apart(found: Comparison) -> None:
     digits, features = (found.figures["members"][name] for name in ("digits", "features"))
     assert (digits["nats"]["kind"], features["nats"]["kind"]) == ("exact", "bound")
@@ -136,7 +152,9 @@ def test_the_page_needs_nothing_else(found: Comparison, tmp_path: Path) -> None:
     figures = json.loads(json.dumps(found.figures))
     family.write(path, figures, found.drawn, found.outside, found.levels)
     page = Page(path.read_text())
-    assert page.titles == ["answers", "family_draws", "nothing", "probe", "expense"]
+    assert page.titles == [
+        *("answers", "family_draws", "composition", "nothing", "probe", "expense")
+    ]
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
     for name in figures["members"]:
         assert f">{name}<" in path.read_text()

@@ -13,6 +13,12 @@ from likely_export.report.subject import View
 from likely_export.report.text import value, words
 
 COLUMNS = 10
+WAYS = {
+    "generative": "its own p(x|y)",
+    "discriminative": "p(y|x) p(x) / p(y)",
+    "own": "its own p(x|y)",
+    "acceptance": "p(x), kept with p(y|x)",
+}
 LEAD = (
     "Which member answers which question: how plausible a picture is, which label it has, "
     "whether to reject it, what a new one looks like, and what its features are worth."
@@ -38,6 +44,7 @@ def write(
     sections = (
         ("answers", "Which member answers what", _answers(figures)),
         ("family_draws", "What they draw", _drawn(figures, drawn, levels)),
+        ("composition", "Bayes' rule in each direction", _composed(figures)),
         ("nothing", "Asked about what is none of the data", _nothing(figures, outside, levels)),
         ("probe", "What features are worth", _probed(figures)),
         ("expense", "What it costs", _expense(figures)),
@@ -83,6 +90,58 @@ def _drawn(figures: Mapping[str, Any], drawn: Mapping[str, Pixels], levels: int)
     ]
     judge = value(figures["judge_accuracy"], "share")
     return {"rows": rows, "judge": judge} if rows else None
+
+
+def _composed(figures: Mapping[str, Any]) -> View:
+    """A table a question: p(x|y) told in two ways, and drawn in two ways."""
+    likelihoods, drawings = [], []
+    for name, member in figures["members"].items():
+        found = member.get("composition", {})
+        if told := found.get("likelihoods"):
+            likelihoods.append(
+                {
+                    "name": name,
+                    "pictures": value(told["pictures"]),
+                    "agreement": [
+                        value(told["spearman_of_pictures"]),
+                        value(told["spearman_of_labels"]),
+                        value(told["spearman_of_other_labels"]),
+                    ],
+                    "rules": [
+                        {
+                            "name": WAYS[rule],
+                            "cells": [
+                                value(by["accuracy"], "share"),
+                                value(by["label_nll_nats"]),
+                                value(by["log_pxy_nats"]),
+                            ],
+                        }
+                        for rule, by in told["by"].items()
+                    ],
+                }
+            )
+        drawings += [
+            {
+                "name": name,
+                "way": WAYS[way],
+                "kept": value(drawn["kept"]),
+                "shown": value(drawn["faithfulness"], "share"),
+                "draws": value(drawn["draws_a_picture"]),
+                "by_label": [value(each["mean"]) for each in drawn["draws_by_label"].values()],
+            }
+            for way, drawn in found.get("drawings", {}).items()
+        ]
+    if not likelihoods and not drawings:
+        return None
+    labels = next(
+        (
+            list(way["draws_by_label"])
+            for member in figures["members"].values()
+            for way in member.get("composition", {}).get("drawings", {}).values()
+        ),
+        [],
+    )
+    return {"likelihoods": likelihoods, "drawings": drawings, "labels": labels}
 
 
 def _nothing(figures: Mapping[str, Any], outside: Mapping[str, Pixels], levels: int) -> View:
