@@ -257,8 +257,8 @@ class _Member:
         graphs = self.manifest.graphs
         found: dict[str, Any] = {}
         if {Role.DENSITY, Role.CONDITIONAL, Role.DISCRIMINATE} <= set(graphs):
-            step = max(1, len(self.test) // self.sizes.composed)
-            part = self.test.take(np.arange(0, len(self.test), step))
+            most = min(len(self.test), self.sizes.composed)
+            part = self.test.take(np.linspace(0, len(self.test) - 1, most).astype(int))
             found["likelihoods"] = await composition.likelihoods(engine, part, ALPHA)
         if {Role.SAMPLE, Role.DISCRIMINATE} <= set(graphs):
             each = max(1, self.sizes.accepted // len(self.manifest.labels))

@@ -4,11 +4,12 @@ The vertical stack and the row transformer depend only on the rows above, so
 they run once a row; the horizontal stack runs once a pixel on what it kept of
 the pixel to the left. Rows and columns are nested `scan`s, which export to
 nested ONNX Scans: one call draws a batch of pictures, and the state carried
-is one row and one pixel a layer, never a picture.
+is of one row and one pixel a layer, never of a picture.
 
 Written for ONNX Runtime, which moves memory slowly and multiplies fast: all that a
-unit sees is gathered into one matrix, and is one product with the unit's weights;
-the halves of a gated unit are apart, so that each fuses with its activation.
+horizontal unit sees is one product, neighbouring vertical units share theirs
+(`winograd`), and the halves of a gated unit are apart, so that each fuses with its
+activation.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Sampler(RasterSampler):
             return [pushed(left, latest), *kept], levels.clone()
 
         def row(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-            """One row: the rows above and each layer's v there -> the row here."""
+            """One row: the rows above, and what products read of each layer's v there -> the row."""
             above, seen_above, caches = state[0], state[1 : 4 * depth + 1], state[4 * depth + 1 :]
             position, position_left, index = inputs
             window = windows(above.flatten(0, 1), blank, seen_by_stem)
@@ -101,7 +102,7 @@ class Sampler(RasterSampler):
             if config.row_layers:
                 fed, caches = self._row_transformer(above[:, :, -self.channels :], caches, index, y)
                 v = v + fed
-            columns = Pairs.of(v)
+            columns = Pairs.of(v, edge)
             kept, across = [], []
             for k, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
                 here = seen(columns, edge, self.width)
@@ -206,10 +207,10 @@ class _Layer(nn.Module):
         ]
         return torch.addmm(h, self._unit(parts), self.out)
 
-    def _unit(self, sums: list[Tensor]) -> Tensor:
+    def _unit(self, parts: list[Tensor]) -> Tensor:
         if self.halves == 1:
-            return torch.relu(sums[0])
-        return torch.tanh(sums[0]) * torch.sigmoid(sums[1])
+            return torch.relu(parts[0])
+        return torch.tanh(parts[0]) * torch.sigmoid(parts[1])
 
     def _parts(self, bias: Tensor) -> list[Tensor]:
         parts = bias.detach().split(self.width, -1)

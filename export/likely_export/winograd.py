@@ -21,10 +21,10 @@ class Pairs(NamedTuple):
     odd: Tensor  # likewise
 
     @classmethod
-    def of(cls, row: Tensor) -> Pairs:
-        """The columns of a row (w, n, channels)."""
+    def of(cls, row: Tensor, edge: Tensor) -> Pairs:
+        """The columns of a row (w, n, channels); what lies outside is edge (1, n, channels)."""
         if row.shape[0] % 2:
-            row = torch.cat([row, torch.zeros_like(row[:1])])
+            row = torch.cat([row, edge])
         columns = row.unflatten(0, (-1, 2))
         return cls(columns[:, 0], columns[:, 1])
 
@@ -56,18 +56,18 @@ def factors(left: Tensor, middle: Tensor, right: Tensor) -> list[Tensor]:
     return [left, outer + inner, outer - inner, -right]
 
 
-def sums(seen: list[Tensor], factors: list[Tensor], bias: Tensor) -> tuple[Tensor, Tensor]:
+def sums(read: list[Tensor], weights: list[Tensor], bias: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of even and of odd columns, each (m, units), bias included.
 
     Each ends in a product, since ONNX Runtime fuses a product with the activation after it.
 
     Args:
-        seen: four times (m, channels).
-        factors: four times (channels, units).
+        read: what the products read, four times (m, channels), of `seen`.
+        weights: what they multiply it with, four times (channels, units), of `factors`.
         bias: (units,) or (m, units).
     """
-    one, other = torch.addmm(bias, seen[1], factors[1]), seen[2] @ factors[2]
+    one, other = torch.addmm(bias, read[1], weights[1]), read[2] @ weights[2]
     return (
-        torch.addmm(one + other, seen[0], factors[0]),
-        torch.addmm(one - other, seen[3], factors[3]),
+        torch.addmm(one + other, read[0], weights[0]),
+        torch.addmm(one - other, read[3], weights[3]),
     )

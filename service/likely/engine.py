@@ -644,7 +644,8 @@ def _ask(role: Role, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> As
 def _best(role: Role, runner: Runner, golden: Mapping[str, Array], max_batch: int) -> Best:
     """How a graph runs best on this machine, found on its golden inputs.
 
-    Where the largest batch is given, the search tells when less is worth a run of its own.
+    Where the largest batch is given, the search tells the rest: what a row takes, and how few
+    rows are worth a run of their own, or are run where they came.
     """
     sample, outputs = _sample(role, runner, golden)
     # Drawing gains most from large batches and takes longest: fewer and larger steps.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from likely.batching import callers, tuning
 from likely.batching.admission import Bounds, Quota
-from likely.batching.batcher import HEADROOM
+from likely.batching.batcher import HEADROOM, Batcher
 from likely.batching.callers import Caller, Priority
 from likely.batching.lanes import Ask, Lanes
 from likely.batching.traffic import Traffic
@@ -83,9 +83,13 @@ class Doubler:
     def release(self) -> None:
         self._gate.set()
 
+    def await_arrival(self) -> None:
+        """Returns once a run more has begun; nothing else happens on the event loop meanwhile."""
+        assert self._arrived.acquire(timeout=SECONDS)
+
     async def arrived(self) -> None:
-        """Returns once a run more has begun."""
-        assert await asyncio.to_thread(self._arrived.acquire, timeout=SECONDS)
+        """The same, and the event loop goes on."""
+        await asyncio.to_thread(self.await_arrival)
 
 
 @asynccontextmanager
@@ -415,7 +419,7 @@ def test_bytes_are_bounded_as_rows_are() -> None:
 def test_in_a_full_queue_the_greediest_client_gives_way() -> None:
     async def work() -> None:
         graph = Doubler()
-        async with opened(graph, bounds=Bounds(rows=6), best={Role.DENSITY: Best(16)}) as lanes:
+        async with opened(graph, bounds=Bounds(rows=6)) as lanes:
             graph.hold()
             first = going(ask(lanes, 0))
             await graph.arrived()
@@ -588,15 +592,77 @@ def test_a_full_batch_begins_without_the_event_loop() -> None:
             await graph.arrived()
             await settled()
             graph.release()
-            time.sleep(0.2)  # the event loop is busy with something else
-            assert graph.runs == [[0, 0], [1, 1]]  # one is ready for each lane
+            graph.await_arrival()  # the event loop does nothing meanwhile
+            assert graph.runs == [[0, 0], [1, 1]]
             assert [await each for each in asked] == [[0, 0], [2, 2], [4, 4], [6]]
             assert graph.runs == [[0, 0], [1, 1], [2, 2], [3]]
 
     run(work())
 
 
-def test_who_is_in_a_hurry_need_not_wait_for_bulk_that_is_ready() -> None:
+def test_less_than_a_full_batch_is_not_ready() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, best={Role.DENSITY: Best(3)}) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 1))
+            await graph.arrived()
+            second = going(ask(lanes, 2, 2))
+            await settled()
+            third = going(ask(lanes, 3))
+            await settled()
+            graph.release()
+            assert [await each for each in (first, second, third)] == [[2], [4, 4], [6]]
+            assert graph.runs == [[1], [2, 2, 3]]
+
+    run(work())
+
+
+def test_graphs_take_turns_while_full_batches_wait_for_one_of_them() -> None:
+    async def work() -> None:
+        busy, other = Doubler(), Doubler()
+        both = {Role.DENSITY: busy, Role.CONDITIONAL: other}
+        lanes = Lanes("fake", both, lanes=1, best=dict.fromkeys(both, Best(2)))
+
+        async def again() -> list[int]:
+            while not other.runs:
+                await ask(lanes, 1)
+            return []
+
+        busy_ones = [going(again()) for _ in range(8)]
+        await asyncio.sleep(0.01)
+        await lanes.run(Role.CONDITIONAL, {"x": np.arange(1)}, ["y"])
+        await asyncio.gather(*busy_ones)
+        await asyncio.to_thread(lanes.close)
+
+    run(work())
+
+
+def test_what_waits_beside_bulk_is_not_kept_for_the_lane_of_bulk() -> None:
+    class Slow(Doubler):
+        """Only the run of 1000 waits until `release`."""
+
+        def run(
+            self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
+        ) -> list[Array]:
+            if 1000 in feeds["x"]:
+                return super().run(feeds, outputs, stop)
+            return [2 * feeds["x"]]
+
+    async def work() -> None:
+        graph = Slow()
+        async with opened(graph, best={Role.DENSITY: Best(2)}) as lanes:
+            graph.hold()
+            bulk = going(ask(lanes, 1000, client="bulk", priority=Priority.BULK))
+            await graph.arrived()
+            assert await ask(lanes, *range(6), client="hurried") == [0, 2, 4, 6, 8, 10]
+            graph.release()
+            assert await bulk == [2000]
+
+    run(work())
+
+
+def test_bulk_that_is_ready_lets_those_in_a_hurry_go_before() -> None:
     async def work() -> None:
         graph = Doubler()
         async with opened(graph, best={Role.DENSITY: Best(2)}) as lanes:
@@ -606,14 +672,59 @@ def test_who_is_in_a_hurry_need_not_wait_for_bulk_that_is_ready() -> None:
             ]
             await graph.arrived()
             await settled()
-            hurried = going(ask(lanes, 7, client="hurried"))
-            await graph.arrived()
-            assert graph.runs == [[0, 0], [7]]
+            assert lanes.ready == 2
+            hurried = [going(ask(lanes, 7 + i, 7 + i, client="hurried")) for i in range(2)]
+            await graph.arrived()  # one of them in the express lane
+            await settled()
             graph.release()
-            assert await hurried == [14]
+            assert [await each for each in hurried] == [[14, 14], [16, 16]]
             assert [await each for each in bulk] == [[0, 0], [2, 2], [4, 4]]
+            assert graph.runs == [[0, 0], [7, 7], [8, 8], [1, 1], [2, 2]]
 
     run(work())
+
+
+def test_a_deadline_counts_what_is_ready() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, best={Role.DENSITY: Best(2, pace=1.0)}) as lanes:
+            graph.hold()
+            asked = [going(ask(lanes, i, i)) for i in range(2)]
+            await graph.arrived()
+            await settled()
+            with pytest.raises(Overloaded, match="deadline"):
+                await ask(lanes, 7, client="late", deadline=time.monotonic() + 0.5)
+            graph.release()
+            assert [await each for each in asked] == [[0, 0], [2, 2]]
+
+    run(work())
+
+
+def test_a_lane_of_an_earlier_loop_takes_nothing_of_the_next_one() -> None:
+    graph = Doubler()
+    lanes = Lanes("fake", {Role.DENSITY: graph}, lanes=1, best={Role.DENSITY: Best(2)})
+    graph.hold()
+
+    async def left_behind() -> None:
+        going(ask(lanes, 1000))
+        await graph.arrived()
+
+    async def work() -> None:
+        asked = [going(ask(lanes, i, i)) for i in range(3)]
+        await graph.arrived()
+        await settled()
+        graph.release()
+        assert [await each for each in asked] == [[0, 0], [2, 2], [4, 4]]
+
+    run(left_behind())
+    run(work())
+    lanes.close()
+
+
+def test_a_run_of_nobodys_rows_teaches_no_pace() -> None:
+    batcher = Batcher("fake", Doubler(), Best(4, pace=1.0), Bounds(), Traffic(), "density")
+    batcher.ran(0, 1e-5)
+    assert batcher.pace == 1.0
 
 
 def test_what_nobody_waits_for_any_more_is_ready_in_vain() -> None:
@@ -624,13 +735,14 @@ def test_what_nobody_waits_for_any_more_is_ready_in_vain() -> None:
             asked = [going(ask(lanes, i, i)) for i in range(3)]
             await graph.arrived()
             await settled()
+            assert lanes.ready == 2
             asked[1].cancel()
             await settled()
             graph.release()
             assert (await asked[0], await asked[2]) == ([0, 0], [4, 4])
             assert graph.runs == [[0, 0], [2, 2]]
             await settled()
-            assert gauge(traffic, "running") == gauge(traffic, "waiting") == 0
+            assert gauge(traffic, "running") == gauge(traffic, "waiting") == lanes.ready == 0
 
     run(work())
 

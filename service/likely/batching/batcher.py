@@ -53,8 +53,9 @@ class Batcher:
             math.prod(spec.array_shape(1)) * np.dtype(spec.dtype).itemsize for spec in specs
         )
         self._most = max(1, min(best.rows, BATCH_BYTES // self.row_bytes))
-        self.grain = best.grain
-        self._gathering = Gathering(best.grain, best.fixed)
+        self.grain = min(best.grain, self._most)
+        self._gathering = Gathering(self.grain, best.fixed)
+        self._ready = 0  # rows of batches that a lane has not taken yet
         self._bounds = bounds
         self._turns: tuple[Turns[Member], ...] = tuple(Turns() for _ in Priority)
         self._name = name
@@ -67,21 +68,23 @@ class Batcher:
 
     @property
     def rows(self) -> int:
-        """How many rows wait."""
+        """How many rows wait, for their turn or for a lane."""
         interactive, bulk = self._turns
-        return interactive.rows + bulk.rows
+        return interactive.rows + bulk.rows + self._ready
 
     def waiting(self, priority: Priority) -> int:
-        """How many rows of that priority wait."""
+        """How many rows of that priority wait for their turn."""
         return self._turns[priority].rows
 
-    def is_full(self, priority: Priority) -> bool:
+    def fills_a_batch(self, priority: Priority) -> bool:
         """Whether as many rows of that priority wait as run at once."""
         return self._turns[priority].rows >= self._most
 
     def ahead(self, priority: Priority) -> int:
         """How many rows wait that go before a newcomer of that priority."""
-        return self.rows if priority is Priority.BULK else self._turns[priority].rows
+        if priority is Priority.BULK:
+            return self.rows
+        return self._turns[priority].rows + self._ready
 
     def check(self, member: Member, wait: Callable[[Priority, float], float]) -> None:
         """Returns if there is room for a member, where need be for one of a greedier client's.
@@ -134,9 +137,20 @@ class Batcher:
         turns = self._turns[priority]
         return self._gathering.wait(turns.rows, turns.first().since)
 
-    def began(self) -> None:
-        """One of its batches runs from now on."""
+    def began(self, batch: Batch) -> None:
+        """That batch runs from now on, or since a lane took it."""
         self._running.inc()
+        self.unready(batch)
+        now = batch.began or time.monotonic()
+        for member, start, _ in batch.spans:
+            if start == 0:
+                self._waits.observe(now - member.since)
+
+    def unready(self, batch: Batch) -> None:
+        """That batch is not ready any more, if it was."""
+        if batch.ready:
+            batch.ready = False
+            self._ready -= batch.rows
 
     def ended(self) -> None:
         """One of its batches runs no more."""
@@ -146,21 +160,26 @@ class Batcher:
         """Frees the place of a member."""
         self._turns[member.priority].remove(member)
 
-    def batch(self, priority: Priority, free: int) -> Batch | None:
+    def batch(self, priority: Priority, free: int, *, ready: bool = False) -> Batch | None:
         """The next batch of that priority; None where no living member waits.
 
         Args:
             priority: of its members.
             free: lanes that are free: what waits is spread over them, as far as it is
                 worth a lane.
+            ready: whether it is for a lane that still runs another.
         """
         turns, now = self._turns[priority], time.monotonic()
         while turns.rows:
             even = -(-turns.rows // max(1, free))
             spans = turns.take(min(self._most, max(self.grain, even)))
             # Where others wait, whoever would be answered too late makes room for them.
-            takes = self.pace * sum(stop - start for _, start, stop in spans) if turns.rows else 0.0
-            for member, start, _ in spans:
+            takes = 0.0
+            if turns.rows:
+                # Of what the lane runs, about half is left.
+                halves = self._most / 2 if ready else 0.0
+                takes = self.pace * (halves + sum(stop - start for _, start, stop in spans))
+            for member, _, _ in spans:
                 if (
                     not member.dead
                     and member.deadline is not None
@@ -171,16 +190,19 @@ class Batcher:
                     member.future.set_exception(
                         DeadlineExceeded("the deadline comes before the answer could")
                     )
-                elif start == 0:
-                    self._waits.observe(now - member.since)
             if living := [span for span in spans if not span[0].dead]:
                 batch = Batch(self.runner, living)
                 self._batches.observe(batch.rows)
+                if ready:
+                    batch.ready = True
+                    self._ready += batch.rows
                 return batch
         return None
 
     def ran(self, rows: int, seconds: float) -> None:
-        """Learns from a run of a lane."""
+        """Learns from a run of so many rows in a lane; from none of them, nothing."""
+        if not rows:
+            return
         pace = seconds / rows
         self.pace += (pace - self.pace) * (_SMOOTHING if self.pace else 1)
 
@@ -192,7 +214,8 @@ class Batcher:
             self._told = rows
 
     def clear(self) -> Sequence[Member]:
-        """All members that waited; none waits any more."""
+        """All members that waited for their turn; none waits any more."""
+        self._ready = 0
         return [member for turns in self._turns for member in turns.clear()]
 
     def _full(self, member: Member) -> bool:
@@ -202,7 +225,7 @@ class Batcher:
         if rows + member.rows > self._bounds.rows:
             return True
         interactive, bulk = self._turns
-        nbytes = interactive.nbytes + bulk.nbytes
+        nbytes = interactive.nbytes + bulk.nbytes + self._ready * member.row_bytes
         return nbytes + member.rows * member.row_bytes > self._bounds.nbytes
 
     def _greedier(self, member: Member) -> Member | None:

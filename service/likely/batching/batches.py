@@ -116,10 +116,12 @@ class Batch:
         spans: the members, each with its first row and the one past its last.
         rows: of all members.
         priority: that of every member.
-        began: when its run began, by the monotonic clock.
+        began: when its run began, by the monotonic clock; 0 until then.
+        ready: whether it waits for a lane to end.
     """
 
     began = 0.0
+    ready = False
 
     def __init__(self, runner: Runner, spans: list[Span]) -> None:
         self.spans = spans

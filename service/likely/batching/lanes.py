@@ -2,8 +2,8 @@
 
 Requests wait in a queue for each graph. As soon as a lane, a thread of its own, is
 free, it takes a batch of what waits: an idle server answers at once, and a busy one
-merges what has come meanwhile. A full batch gains nothing by waiting: one is made ready
-for each busy lane, which takes it without a way to the event loop and back. All else
+merges what has come meanwhile. Where a full batch waits, it is made ready for a busy
+lane, which takes it as it ends, without a way to the event loop and back. All else
 happens on the event loop but the runs; and those too, where they are shorter than the
 way to a lane.
 """
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from likely.batching import callers
 from likely.batching.admission import Bounds
@@ -33,6 +33,8 @@ BULK_ROWS = 64  # a request of so many rows yields to smaller ones
 SOON = 1e-3  # seconds of a run that a few rows rather wait for than wake another lane
 PASSES = 7  # batches that may go before waiting bulk: so it gets an eighth, at least
 _DRAWING = (Role.SAMPLE, Role.GENERATE)
+
+Ready: TypeAlias = "deque[tuple[Role, Batch]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ class Lanes:
         self._threads = ThreadPoolExecutor(lanes + 1, thread_name_prefix=f"lane-{name}")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: dict[Batch, Role] = {}
-        self._ready: deque[tuple[Role, Batch]] = deque()  # for lanes to take as they end
+        self._ready: Ready = deque()  # for lanes to take as they end, all of one priority
+        self._hurried = False  # interactive rows wait: no lane takes bulk by itself
         self._passed = 0  # interactive batches that went before waiting bulk
         self._woken = False
         self._alarm: asyncio.TimerHandle | None = None  # when those wake that wait for others
@@ -101,6 +104,11 @@ class Lanes:
 
     def __contains__(self, role: Role) -> bool:
         return role in self._batchers
+
+    @property
+    def ready(self) -> int:
+        """Rows of batches that are ready for lanes to take."""
+        return sum(batch.rows for _, batch in tuple(self._ready))
 
     def graph(self, role: Role) -> Graph:
         """What the manifest says of the graph of that role.
@@ -170,6 +178,7 @@ class Lanes:
             caller.admitted = True
         for role, member in waiting:
             self._batchers[role].add(member)
+            self._hurried |= member.priority is Priority.INTERACTIVE
         if waiting and not self._woken:
             # What else is ready in this turn of the loop comes along in the same batch.
             self._woken = True
@@ -208,7 +217,7 @@ class Lanes:
             for role in self._running.values():
                 self._batchers[role].ended()
             self._running.clear()
-            self._ready.clear()
+            self._ready = deque()  # runs of the earlier loop keep theirs
             self._woken, self._alarm = False, None
         return loop
 
@@ -216,8 +225,6 @@ class Lanes:
         """Seconds until the lanes have done what goes before a newcomer, and so much work more."""
         for batcher in self._batchers.values():
             seconds += batcher.pace * batcher.ahead(priority)
-        for role, batch in tuple(self._ready):
-            seconds += self._batchers[role].pace * batch.rows
         for batch, role in self._running.items():
             seconds += self._batchers[role].pace * batch.rows / 2  # about half of it is left
         return seconds / self._count
@@ -230,7 +237,7 @@ class Lanes:
         self._batchers[role].remove(member)
         self._batchers[role].tell()
         if member.future.cancelled():
-            stage = "run" if member.batches else "queue"
+            stage = "run" if any(batch.began for batch in member.batches) else "queue"
             self._traffic.dropped.labels(self._name, stage).inc()
         member.leave()
 
@@ -238,12 +245,11 @@ class Lanes:
         """Gives free lanes what waits for them, and makes ready what busy ones shall take next."""
         self._woken = False
         try:
-            while len(self._running) < self._count and (ready := self._taken()):
-                self._start(*ready)
             while started := self._next(self._count - len(self._running)):
                 self._start(*started)
-            while len(self._ready) < self._count and (ready := self._full()):
-                self._ready.append(ready)
+            while len(self._ready) < self._count and (full := self._next_full()):
+                self._ready.append(full)
+            self._hurried = self._waits(Priority.INTERACTIVE)
             for batcher in self._batchers.values():
                 batcher.tell()
         except Exception as error:
@@ -251,23 +257,19 @@ class Lanes:
 
     def _start(self, role: Role, batch: Batch) -> None:
         """Runs a batch in a lane, or here."""
-        express = len(self._running) >= self._count
         self._began(role, batch)
         if self._is_short(role, batch):
             self._ended(batch, *batch.timed())
-        else:
-            self._threads.submit(self._work, batch, express, asyncio.get_running_loop())
+            return
+        try:
+            self._threads.submit(self._work, batch, self._ready, asyncio.get_running_loop())
+        except RuntimeError:  # the threads are freed already
+            closed = Unavailable(f"model {self._name} is being closed")
+            self._ended(batch, [(span, closed) for span in batch.spans], 0.0)
 
     def _began(self, role: Role, batch: Batch) -> None:
         self._running[batch] = role
-        self._batchers[role].began()
-
-    def _taken(self) -> tuple[Role, Batch] | None:
-        """The batch that was made ready first; called in lanes, too."""
-        try:
-            return self._ready.popleft()
-        except IndexError:
-            return None
+        self._batchers[role].began(batch)
 
     def _next(self, free: int) -> tuple[Role, Batch] | None:
         """The batch whose turn it is, if one of so many free lanes, or the express, is for it."""
@@ -275,6 +277,8 @@ class Lanes:
         for priority in order if self._passed >= PASSES else reversed(order):
             if free <= 0 and not (priority is Priority.INTERACTIVE and self._express_is_free()):
                 continue
+            if free > 0 and (ready := _taken(self._ready, priority)):
+                return ready
             for role in [r for r, b in self._batchers.items() if b.waiting(priority)]:
                 if not self._is_worth_a_lane(role, priority) or self._gathers(role, priority):
                     continue
@@ -283,29 +287,33 @@ class Lanes:
                     return role, batch
         return None
 
-    def _full(self) -> tuple[Role, Batch] | None:
-        """The batch whose turn it is, where no more rows can join it.
+    def _next_full(self) -> tuple[Role, Batch] | None:
+        """The batch whose turn it is, where no more rows can join it and all lanes run its like.
 
-        Bulk is made ready only while all lanes run bulk: whoever is in a hurry then has the
-        express lane, and need not wait for what is ready.
+        So nobody in a hurry is kept for the end of a long run; and as soon as one waits,
+        what is ready of bulk waits as well.
         """
-        priority = Priority.INTERACTIVE
-        if not any(b.waiting(priority) for b in self._batchers.values()):
-            priority = Priority.BULK
-        bulk = all(batch.priority is Priority.BULK for batch in self._running)
-        if self._passed >= PASSES or (priority is Priority.BULK and not bulk):
+        hurried = self._waits(Priority.INTERACTIVE)
+        priority = Priority.INTERACTIVE if hurried else Priority.BULK
+        if len(self._running) < self._count or (hurried and self._passed >= PASSES):
             return None
-        for role in [r for r, b in self._batchers.items() if b.is_full(priority)]:
-            if batch := self._batchers[role].batch(priority, 1):
-                self._turned(role, priority)
-                return role, batch
+        if any(batch.priority is not priority for batch in self._running):
+            return None
+        role = next((r for r, b in self._batchers.items() if b.waiting(priority)), None)
+        if role is None or not self._batchers[role].fills_a_batch(priority):
+            return None
+        if batch := self._batchers[role].batch(priority, 1, ready=True):
+            self._turned(role, priority)
+            return role, batch
         return None
+
+    def _waits(self, priority: Priority) -> bool:
+        return any(batcher.waiting(priority) for batcher in self._batchers.values())
 
     def _turned(self, role: Role, priority: Priority) -> None:
         """Lets other graphs, and waiting bulk, have their turns after a batch."""
         self._batchers[role] = self._batchers.pop(role)
-        bulk_waits = any(b.waiting(Priority.BULK) for b in self._batchers.values())
-        passed = priority is Priority.INTERACTIVE and bulk_waits
+        passed = priority is Priority.INTERACTIVE and self._waits(Priority.BULK)
         self._passed = self._passed + 1 if passed else 0
 
     def _is_worth_a_lane(self, role: Role, priority: Priority) -> bool:
@@ -338,11 +346,11 @@ class Lanes:
         batcher = self._batchers[role]
         return batch.rows <= batcher.at_once and len(self._running) == 1 and not batcher.rows
 
-    def _work(self, batch: Batch, express: bool, loop: asyncio.AbstractEventLoop) -> None:
+    def _work(self, batch: Batch, ready: Ready, loop: asyncio.AbstractEventLoop) -> None:
         """Runs a batch, and what was made ready meanwhile; in a lane."""
         while True:
             outcomes, seconds = batch.timed()
-            following = None if express else self._taken()
+            following = _taken(ready, *([Priority.INTERACTIVE] if self._hurried else Priority))
             try:
                 loop.call_soon_threadsafe(self._ran, batch, outcomes, seconds, following)
             except RuntimeError:
@@ -375,7 +383,9 @@ class Lanes:
         self._batchers[role].ended()
         try:
             if not any(isinstance(outcome, Exception) for _, outcome in outcomes):
-                self._batchers[role].ran(batch.rows, seconds)
+                # Who left before the run cost nothing, and teaches nothing.
+                ran = sum(stop - start for (_, start, stop), _ in outcomes)
+                self._batchers[role].ran(ran, seconds)
             for (member, start, stop), outcome in outcomes:
                 member.ran(role, batch, seconds, start, stop)
                 member.batches.discard(batch)
@@ -403,7 +413,8 @@ class Lanes:
         self._refuse("the queue broke and was begun anew")
 
     def _refuse(self, why: str) -> None:
-        while ready := self._taken():
+        while ready := _taken(self._ready, *Priority):
+            self._batchers[ready[0]].unready(ready[1])
             for member in {member for member, _, _ in ready[1].spans}:
                 if not member.dead:
                     member.future.set_exception(Unavailable(why))
@@ -412,3 +423,15 @@ class Lanes:
                 if not member.dead:
                     member.future.set_exception(Unavailable(why))
             batcher.tell()
+
+
+def _taken(ready: Ready, *priorities: Priority) -> tuple[Role, Batch] | None:
+    """The batch that was made ready first, if of such a priority; called in lanes, too."""
+    try:
+        first = ready.popleft()
+    except IndexError:
+        return None
+    if first[1].priority in priorities:
+        return first
+    ready.appendleft(first)
+    return None

@@ -14,7 +14,7 @@ from likely.batching.batches import Runner
 from likely.graphs import CPU, Array
 
 HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
-BETWEEN = 2e-3  # seconds of a core that are lost from batch to batch while all cores are busy
+BETWEEN = 2e-3  # seconds that are lost from batch to batch while all cores are busy
 AT_ONCE = 1e-3  # seconds that a run may hold the event loop up
 NEAR = 1.05  # a small batch this near to the fastest one is better: it holds up less
 FEWER = 1.1  # lanes are fewer than cores only where that is faster by so much
@@ -68,11 +68,11 @@ def batch(
     end = clock() + seconds
     took: dict[int, float] = {}
     size = 1
-    while size <= most:
+    while True:
         took[size] = _timed(runner, sample, outputs, size, clock)
-        if clock() + (growth or step) * took[size] > end:
+        if size == most or clock() + (growth or step) * took[size] > end:
             break
-        size *= step
+        size = min(size * step, most)
     # The first run of a size also grows the runtime's memory: what counts is the fastest.
     while again := [s for s in took if clock() + took[s] < end]:
         for size in again:
