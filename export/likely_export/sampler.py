@@ -93,7 +93,7 @@ class Sampler(RasterSampler):
             return [pushed(left, latest), *kept], levels.clone()
 
         def row(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-            """One row: the rows above, and what products read of each layer's v there -> the row."""
+            """One row: the rows above, what products read of each layer's v there -> the row."""
             above, seen_above, caches = state[0], state[1 : 4 * depth + 1], state[4 * depth + 1 :]
             position, position_left, index = inputs
             window = windows(above.flatten(0, 1), blank, seen_by_stem)
