@@ -133,8 +133,9 @@ class Engine:
                 sessions[Role.DENSITY], self._detector, self.manifest.dimensions
             )
         self._replay(runners, golden)
-        lanes = terms.lanes or cores
-        best = {role: _best(role, runner, golden, max_batch) for role, runner in runners.items()}
+        lanes, best = terms.lanes or cores, dict.fromkeys(runners, Best(max_batch))
+        if not max_batch:
+            best = {role: _best(role, runner, golden) for role, runner in runners.items()}
         if not terms.lanes and cores > 1:
             # Any graph tells how many runs at once this machine takes; most ask the density.
             role = Role.DENSITY if Role.DENSITY in runners else next(iter(runners))
@@ -641,12 +642,8 @@ def _ask(role: Role, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> As
     return Ask(role, len(feeds["x"]), rows_of(feeds), outputs)
 
 
-def _best(role: Role, runner: Runner, golden: Mapping[str, Array], max_batch: int) -> Best:
-    """How a graph runs best on this machine, found on its golden inputs.
-
-    Where the largest batch is given, the search tells the rest: what a row takes, and how few
-    rows are worth a run of their own, or are run where they came.
-    """
+def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
+    """How a graph runs best on this machine, found on its golden inputs."""
     sample, outputs = _sample(role, runner, golden)
     # Drawing gains most from large batches and takes longest: fewer and larger steps.
     step = 4 if role in (Role.SAMPLE, Role.GENERATE) else 2
@@ -655,11 +652,9 @@ def _best(role: Role, runner: Runner, golden: Mapping[str, Array], max_batch: in
         seconds, growth = DRAWING, 2.0
     else:
         seconds, growth = TUNING, None
-    most = min(LARGEST, max_batch or LARGEST)
-    found = tuning.batch(
-        runner, sample, outputs, most=most, step=step, seconds=seconds, growth=growth
+    return tuning.batch(
+        runner, sample, outputs, most=LARGEST, step=step, seconds=seconds, growth=growth
     )
-    return replace(found, rows=max_batch) if max_batch else found
 
 
 def _lanes(role: Role, runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:

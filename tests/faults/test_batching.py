@@ -280,7 +280,7 @@ def test_a_deadline_that_passes_in_the_queue_frees_the_place(live: Live, stub: A
         waits(live, 3)  # while the lane is still held
     assert len(first.result(SECONDS).scores) == 4
     assert len(stays.result(SECONDS).scores) == 3
-    assert rigged.runs == [4, 3]
+    assert rigged.runs[0] == 4 and sum(rigged.runs) == 4 + 3
 
 
 @pytest.mark.fault(21)
@@ -564,7 +564,9 @@ def test_a_broken_queue_fails_what_waits_and_serves_on(
         waits(live, 6)
         monkeypatch.setattr(Turns, "take", broken)
     assert len(first.result(SECONDS).scores) == 4
-    for call in pending:
+    waiting = [call for call in pending if call.exception(SECONDS)]
+    assert waiting  # what was ready for the lane already is answered
+    for call in waiting:
         assert failed(call) is grpc.StatusCode.UNAVAILABLE
         told_to_come_again(call)
         assert "secret" not in str(call.details())

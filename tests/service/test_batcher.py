@@ -735,9 +735,10 @@ def test_what_nobody_waits_for_any_more_is_ready_in_vain() -> None:
             asked = [going(ask(lanes, i, i)) for i in range(3)]
             await graph.arrived()
             await settled()
-            assert lanes.ready == 2
+            assert lanes.ready == 2 and gauge(traffic, "waiting") == 4
             asked[1].cancel()
             await settled()
+            assert gauge(traffic, "waiting") == 2
             graph.release()
             assert (await asked[0], await asked[2]) == ([0, 0], [4, 4])
             assert graph.runs == [[0, 0], [2, 2]]

@@ -148,9 +148,8 @@ class Batcher:
 
     def unready(self, batch: Batch) -> None:
         """That batch is not ready any more, if it was."""
-        if batch.ready:
-            batch.ready = False
-            self._ready -= batch.rows
+        self._ready -= batch.ready
+        batch.ready = 0
 
     def ended(self) -> None:
         """One of its batches runs no more."""
@@ -159,6 +158,11 @@ class Batcher:
     def remove(self, member: Member) -> None:
         """Frees the place of a member."""
         self._turns[member.priority].remove(member)
+        for batch in member.batches:
+            if batch.ready:
+                rows = sum(stop - start for each, start, stop in batch.spans if each is member)
+                batch.ready -= rows
+                self._ready -= rows
 
     def batch(self, priority: Priority, free: int, *, ready: bool = False) -> Batch | None:
         """The next batch of that priority; None where no living member waits.
@@ -194,7 +198,7 @@ class Batcher:
                 batch = Batch(self.runner, living)
                 self._batches.observe(batch.rows)
                 if ready:
-                    batch.ready = True
+                    batch.ready = batch.rows
                     self._ready += batch.rows
                 return batch
         return None

@@ -117,11 +117,11 @@ class Batch:
         rows: of all members.
         priority: that of every member.
         began: when its run began, by the monotonic clock; 0 until then.
-        ready: whether it waits for a lane to end.
+        ready: rows that wait in it for a lane to end; who leaves takes theirs along.
     """
 
     began = 0.0
-    ready = False
+    ready = 0
 
     def __init__(self, runner: Runner, spans: list[Span]) -> None:
         self.spans = spans
