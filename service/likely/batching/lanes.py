@@ -297,7 +297,8 @@ class Lanes:
         priority = Priority.INTERACTIVE if hurried else Priority.BULK
         if len(self._running) < self._count or (hurried and self._passed >= PASSES):
             return None
-        if any(batch.priority is not priority for batch in self._running):
+        beside = [*self._running, *(batch for _, batch in tuple(self._ready))]
+        if any(batch.priority is not priority for batch in beside):
             return None
         role = next((r for r, b in self._batchers.items() if b.waiting(priority)), None)
         if role is None or not self._batchers[role].fills_a_batch(priority):
