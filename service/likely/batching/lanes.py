@@ -273,6 +273,9 @@ class Lanes:
 
     def _next(self, free: int) -> tuple[Role, Batch] | None:
         """The batch whose turn it is, if one of so many free lanes, or the express, is for it."""
+        # What is ready has had its turn; but bulk lets those in a hurry go before.
+        if free > 0 and (ready := _taken(self._ready, Priority.INTERACTIVE)):
+            return ready
         order = (Priority.BULK, Priority.INTERACTIVE)
         for priority in order if self._passed >= PASSES else reversed(order):
             if free <= 0 and not (priority is Priority.INTERACTIVE and self._express_is_free()):
