@@ -42,6 +42,7 @@ SIZES = (
     "convolution_depth",
 )
 NARROWEST, WIDEST = -10.0, 4.0  # bounds of log_variance
+HALVES = 120  # factors of 1/2 whose product is far from the smallest float32, 2 ** -126
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,10 @@ class CVAE(nn.Module):
 
     def _hidden(self, z: Tensor, y: Tensor) -> Tensor:
         """The decoder's last features (..., k, width)."""
-        hidden = self.decoder_in(z)
+        offset = self.decoder_in.bias
         if self.config.joins:
-            hidden = hidden + self.decoder_label(y)[..., None, :]
+            offset = (offset + self.decoder_label(y))[..., None, :]
+        hidden = functional.linear(z, self.decoder_in.weight) + offset
         features: Tensor = self.decoder(self.dropout(torch.relu(hidden)))
         return features
 
@@ -296,12 +298,16 @@ class CVAE(nn.Module):
         """The same for two levels: x l - softplus(l), summed, with l the log-odds of level 1."""
         weight = self.decoder_out.weight.unflatten(0, (self.dimensions, 2))
         bias = self.decoder_out.bias.unflatten(0, (self.dimensions, 2))
-        log_odds = functional.linear(hidden, weight[:, 1] - weight[:, 0], bias[:, 1] - bias[:, 0])
-        # softplus(l) = relu(l) - log sigmoid(|l|) overflows nowhere; ONNX Runtime computes it
-        # in a quarter of the time of its Softplus.
-        softplus = torch.relu(log_odds) - torch.log(torch.sigmoid(log_odds.abs()))
+        # As one matrix, to which a single ONNX node adds the bias.
+        rows = functional.linear(
+            hidden.flatten(0, -2), weight[:, 1] - weight[:, 0], bias[:, 1] - bias[:, 0]
+        )
+        log_odds = rows.reshape(*hidden.shape[:-1], self.dimensions)
+        # softplus(l) = relu(l) - log sigmoid(|l|) overflows nowhere. The sigmoids are at least
+        # 1/2, so that many are multiplied before one logarithm is taken of them.
+        sigmoids = torch.sigmoid(log_odds.abs()).unflatten(-1, (_factors(self.dimensions), -1))
         chosen = (log_odds @ x.float().transpose(-1, -2))[..., 0]
-        return chosen - softplus.sum(-1)
+        return chosen - torch.relu(log_odds).sum(-1) + torch.log(sigmoids.prod(-2)).sum(-1)
 
     def _tables(self, parameters: Tensor) -> Tensor:
         if self.config.logistics:
@@ -373,6 +379,11 @@ class Encode(nn.Module):
         """Mean and log-variance float32 (n, z) of uint8 x (n, c, h, w) and int64 y (n,)."""
         mean, log_variance = self.model.encode(x, y)
         return self.model.from_centre(mean, y), log_variance
+
+
+def _factors(count: int) -> int:
+    """How many factors of 1/2 or more one product takes: a divisor of their count."""
+    return max(n for n in range(1, HALVES + 1) if count % n == 0)
 
 
 def _mean_exp(log_weights: Tensor) -> Tensor:

@@ -63,6 +63,23 @@ def test_log_weights_are_what_their_definition_says(config: CVAEConfig) -> None:
         assert torch.allclose(model.log_weights(x, y, eps)[:, k], log_pxz + log_ratio, atol=1e-3)
 
 
+@pytest.mark.parametrize("side", [28, 29, 31])  # 784 = 112 * 7; squares of primes
+@pytest.mark.parametrize("odds", [0.0, 0.4, -30.0, 300.0, -4000.0])
+def test_two_levels_of_many_pixels_neither_overflow_nor_vanish(side: int, odds: float) -> None:
+    config = replace(BINARY, shape=(1, side, side))
+    model, (x, y), eps = cvae(config), pictures(config, 2), noise(config, 2, 1)
+    with torch.no_grad():
+        model.decoder_out.bias.view(-1, 2)[:, 1] += odds
+        mean, log_variance = model.encode(x, y)
+        z = mean + (log_variance / 2).exp() * eps[:, 0]
+        logits = model.double().decode(z.double()[:, None], y)[:, 0]
+        log_probs = torch.log_softmax(logits, -1).gather(-1, x.long().flatten(1)[..., None])
+        hidden = model.float()._hidden(z[:, None], y)
+        found = model._log_likelihood(hidden, x.flatten(1)[:, None])
+    assert found.isfinite().all()
+    assert torch.allclose(found[:, 0].double(), log_probs.flatten(1).sum(1), rtol=1e-6, atol=1e-3)
+
+
 @every_head
 def test_the_bound_rises_with_its_samples(config: CVAEConfig) -> None:
     model, (x, y) = cvae(config, spread=2.0), pictures(config, 20)
