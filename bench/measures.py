@@ -14,8 +14,8 @@ from bench.clock import Timing, interleaved
 from bench.exports import Exports
 from likely import noise
 from likely.bundle import Bundle, Role
-from likely.engine import LARGEST
 from likely.graphs import Array, Device, Session
+from likely.warmup import LARGEST
 from likely_export.graphs import example
 
 SEED = 0

@@ -27,24 +27,20 @@ from likely.answers import (
     Traversal,
     Verdict,
 )
-from likely.batching import tuning
 from likely.batching.admission import Bounds
 from likely.batching.batches import Runner, rows_of
 from likely.batching.lanes import Ask, Lanes
 from likely.batching.traffic import Traffic
-from likely.batching.tuning import Best
 from likely.bundle import Bundle, Role
 from likely.errors import BundleError, InvalidInput, NotAnswered
 from likely.generation import Generator
-from likely.graphs import Array, Device, Session, agrees
+from likely.graphs import Array, Device, Session
 from likely.latent import Drawing, Redrawer, directions
 from likely.outliers import Detector
 from likely.ranking import RANKED, Ranked
 from likely.trust import Trust
+from likely.warmup import warm_up
 
-LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
-TUNING = 0.06  # seconds for each graph
-DRAWING = 0.25  # for one that draws pixel by pixel
 _SCORE, _SURPRISE = (RANKED,), (RANKED, "surprise")
 _ACCEPTED = np.int8(Verdict.ACCEPTED)  # the next is OUTLIER
 _METHODS: dict[str, tuple[Role, ...]] = {
@@ -126,25 +122,17 @@ class Engine:
         )
         self._seen = terms.seen
         self._trust = Trust(self.manifest.name, terms.patience, traffic)
-        golden = bundle.golden()
         runners: dict[Role, Runner] = {**sessions}
         if self._detector is not None:
             runners[Role.DENSITY] = Ranked(
                 sessions[Role.DENSITY], self._detector, self.manifest.dimensions
             )
-        self._replay(runners, golden)
-        lanes, best = terms.lanes or cores, dict.fromkeys(runners, Best(max_batch))
-        if not max_batch:
-            best = {role: _best(role, runner, golden) for role, runner in runners.items()}
-        if not terms.lanes and cores > 1:
-            # Any graph tells how many runs at once this machine takes; most ask the density.
-            role = Role.DENSITY if Role.DENSITY in runners else next(iter(runners))
-            lanes = _lanes(role, runners[role], golden, best[role].rows, cores)
+        warm = warm_up(bundle, runners, lanes=terms.lanes, cores=cores, max_batch=max_batch)
         self._lanes = Lanes(
             self.manifest.name,
             runners,
-            lanes=lanes,
-            best=best,
+            lanes=warm.lanes,
+            best=warm.best,
             bounds=terms.bounds,
             traffic=traffic,
         )
@@ -155,7 +143,7 @@ class Engine:
             self._passes,
             self._surprise,
             self._p_label,
-            rows=best[Role.SAMPLE].rows if Role.SAMPLE in best else 1,
+            rows=warm.best[Role.SAMPLE].rows if Role.SAMPLE in warm.best else 1,
         )
         self._redrawer = Redrawer(self.manifest, self._lanes)
 
@@ -602,22 +590,6 @@ class Engine:
 
         return Ask(Role.CONDITIONAL, len(x), feed, outputs)
 
-    def _replay(self, runners: Mapping[Role, Runner], golden: Mapping[str, Array]) -> None:
-        for role, graph in self.manifest.graphs.items():
-            outputs = [spec.name for spec in graph.outputs]
-            names = [*(spec.name for spec in graph.inputs), *outputs]
-            if missing := [name for name in names if f"{role}/{name}" not in golden]:
-                raise BundleError(f"the golden arrays have no {role}/{missing[0]}", "golden")
-            feeds = {spec.name: golden[f"{role}/{spec.name}"] for spec in graph.inputs}
-            found = runners[role].run(feeds, outputs)
-            for name, got in zip(outputs, found, strict=True):
-                if not agrees(got, golden[f"{role}/{name}"]):
-                    raise BundleError(
-                        f"bundle {self.manifest.name}@{self.manifest.version} does not give its "
-                        f"golden {name} of the {role} graph on this machine",
-                        "golden",
-                    )
-
 
 def _detector(bundle: Bundle) -> Detector | None:
     """The bundle's detector, held to what the manifest says of it; None without a density."""
@@ -640,34 +612,3 @@ def _detector(bundle: Bundle) -> Detector | None:
 
 def _ask(role: Role, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> Ask:
     return Ask(role, len(feeds["x"]), rows_of(feeds), outputs)
-
-
-def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
-    """How a graph runs best on this machine, found on its golden inputs."""
-    sample, outputs = _sample(role, runner, golden)
-    # Drawing gains most from large batches and takes longest: fewer and larger steps.
-    step = 4 if role in (Role.SAMPLE, Role.GENERATE) else 2
-    if role == Role.SAMPLE:
-        # Pixel after pixel, a run takes long whatever its rows: four times as many, twice the time.
-        seconds, growth = DRAWING, 2.0
-    else:
-        seconds, growth = TUNING, None
-    return tuning.batch(
-        runner, sample, outputs, most=LARGEST, step=step, seconds=seconds, growth=growth
-    )
-
-
-def _lanes(role: Role, runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:
-    """How many runs at once are best on this machine."""
-    sample, outputs = _sample(role, runner, golden)
-    return tuning.lanes(runner, sample, outputs, rows=rows, most=cores, seconds=2 * TUNING)
-
-
-def _sample(
-    role: Role, runner: Runner, golden: Mapping[str, Array]
-) -> tuple[dict[str, Array], list[str]]:
-    """A graph's golden inputs, and the names of the outputs that requests ask for."""
-    sample = {spec.name: golden[f"{role}/{spec.name}"] for spec in runner.spec.inputs}
-    if role is Role.DENSITY:
-        return sample, list(_SCORE)
-    return sample, [spec.name for spec in runner.spec.outputs]

@@ -34,9 +34,10 @@ SERVICE = {
     "trust": "batching errors graphs numpy",
     "generation": "answers batching bundle errors noise numpy",
     "latent": "answers batching bundle errors noise numpy",
+    "warmup": "batching bundle errors graphs ranking",
     "engine": (
         "answers batching bayes bundle errors generation graphs latent noise outliers ranking "
-        "trust numpy"
+        "trust warmup numpy"
     ),
     "telemetry": "answers batching drift engine errors machine numpy prometheus_client",
     "versions": (
@@ -158,7 +159,7 @@ BENCH = {
         "__init__ models onnx torch"
     ),
     "measures": (
-        "likely.bundle likely.engine likely.graphs likely.noise likely_export.graphs "
+        "likely.bundle likely.graphs likely.noise likely.warmup likely_export.graphs "
         "__init__ clock exports models numpy"
     ),
     "figures": (

@@ -1,0 +1,107 @@
+"""The warm-up of a model version: its graphs proven on this machine, and tried for the best way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from likely.batching import tuning
+from likely.batching.batches import Runner
+from likely.batching.tuning import Best
+from likely.bundle import Bundle, Manifest, Role
+from likely.errors import BundleError
+from likely.graphs import Array, agrees
+from likely.ranking import RANKED
+
+LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
+TUNING = 0.06  # seconds for each graph
+DRAWING = 0.25  # for one that draws pixel by pixel
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """What a warm-up found.
+
+    Attributes:
+        lanes: runs at once.
+        best: how each graph runs best.
+    """
+
+    lanes: int
+    best: Mapping[Role, Best]
+
+
+def warm_up(
+    bundle: Bundle, runners: Mapping[Role, Runner], *, lanes: int, cores: int, max_batch: int
+) -> Warm:
+    """Replays the bundle's golden outputs, then measures what is not given.
+
+    Args:
+        bundle: where the graphs came from.
+        runners: one for each graph of the bundle.
+        lanes: runs at once; 0 to find how many are best.
+        cores: the most runs at once, where that is to be found.
+        max_batch: rows of one run; 0 to find what is best.
+
+    Raises:
+        BundleError: a graph does not give its golden outputs.
+    """
+    golden = bundle.golden()
+    _prove(bundle.manifest, runners, golden)
+    if max_batch:
+        best = dict.fromkeys(runners, Best(max_batch))
+    else:
+        best = {role: _best(role, runner, golden) for role, runner in runners.items()}
+    if not lanes and cores > 1:
+        # Any graph tells how many runs at once this machine takes; most ask the density.
+        role = Role.DENSITY if Role.DENSITY in runners else next(iter(runners))
+        lanes = _lanes(role, runners[role], golden, best[role].rows, cores)
+    return Warm(lanes or cores, best)
+
+
+def _prove(manifest: Manifest, runners: Mapping[Role, Runner], golden: Mapping[str, Array]) -> None:
+    for role, graph in manifest.graphs.items():
+        outputs = [spec.name for spec in graph.outputs]
+        names = [*(spec.name for spec in graph.inputs), *outputs]
+        if missing := [name for name in names if f"{role}/{name}" not in golden]:
+            raise BundleError(f"the golden arrays have no {role}/{missing[0]}", "golden")
+        feeds = {spec.name: golden[f"{role}/{spec.name}"] for spec in graph.inputs}
+        found = runners[role].run(feeds, outputs)
+        for name, got in zip(outputs, found, strict=True):
+            if not agrees(got, golden[f"{role}/{name}"]):
+                raise BundleError(
+                    f"bundle {manifest.name}@{manifest.version} does not give its "
+                    f"golden {name} of the {role} graph on this machine",
+                    "golden",
+                )
+
+
+def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
+    """How a graph runs best on this machine, found on its golden inputs."""
+    sample, outputs = _sample(role, runner, golden)
+    # Drawing gains most from large batches and takes longest: fewer and larger steps.
+    step = 4 if role in (Role.SAMPLE, Role.GENERATE) else 2
+    if role == Role.SAMPLE:
+        # Pixel after pixel, a run takes long whatever its rows: four times as many, twice the time.
+        seconds, growth = DRAWING, 2.0
+    else:
+        seconds, growth = TUNING, None
+    return tuning.batch(
+        runner, sample, outputs, most=LARGEST, step=step, seconds=seconds, growth=growth
+    )
+
+
+def _lanes(role: Role, runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:
+    """How many runs at once are best on this machine."""
+    sample, outputs = _sample(role, runner, golden)
+    return tuning.lanes(runner, sample, outputs, rows=rows, most=cores, seconds=2 * TUNING)
+
+
+def _sample(
+    role: Role, runner: Runner, golden: Mapping[str, Array]
+) -> tuple[dict[str, Array], list[str]]:
+    """A graph's golden inputs, and the names of the outputs that requests ask for."""
+    sample = {spec.name: golden[f"{role}/{spec.name}"] for spec in runner.spec.inputs}
+    if role is Role.DENSITY:
+        return sample, [RANKED]
+    return sample, [spec.name for spec in runner.spec.outputs]
