@@ -53,7 +53,7 @@ def main() -> None:
 @click.option(
     "--precision",
     type=click.Choice(["32-true", "bf16-mixed"]),
-    help="Of the arithmetic  [default: the recipe's]",
+    help="Of the arithmetic  [default: the recipe's, bfloat16 only in hardware]",
 )
 @click.option(
     "--threads",

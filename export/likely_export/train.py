@@ -56,7 +56,7 @@ class Hardware:
     Attributes:
         device: `auto` takes a GPU if there is one.
         devices: how many; more than one splits every batch among them.
-        precision: another than the training's own.
+        precision: another than what suits the training and the processor.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -64,17 +64,28 @@ class Hardware:
     precision: Precision | None = None
 
     def fabric(self, precision: Precision = "32-true") -> Fabric:
-        """A launched Fabric, of that precision if no other was chosen.
+        """A launched Fabric, of that precision where it suits and no other was chosen.
 
         Raises:
             DeviceError: CUDA is asked for and not there.
         """
         if self.device == "cuda" and not torch.cuda.is_available():
             raise DeviceError("device cuda was asked for, but torch sees no CUDA device")
-        precision = self.precision or precision
-        fabric = Fabric(accelerator=self.device, devices=self.devices, precision=precision)
+        fabric = Fabric(
+            accelerator=self.device, devices=self.devices, precision=self.arithmetic(precision)
+        )
         fabric.launch()
         return fabric
+
+    def arithmetic(self, precision: Precision) -> Precision:
+        """The precision chosen; without a choice that one, but bfloat16 only in hardware.
+
+        A processor without units for it is several times slower in it than in float32.
+        """
+        if self.precision:
+            return self.precision
+        on_processor = self.device == "cpu" or not torch.cuda.is_available()
+        return "32-true" if on_processor and not _has_bfloat16() else precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +161,12 @@ def fit(
         if report:
             report(loop.progress)
     return loop.keep()
+
+
+def _has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16; those with AMX have these as well."""
+    found: bool = torch.cpu._is_avx512_bf16_supported()  # private: torch is pinned
+    return found
 
 
 def restore_weights(model: nn.Module, file: Path) -> None:

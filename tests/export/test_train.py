@@ -235,6 +235,16 @@ def test_a_device_that_is_not_there_is_an_error(pictures: Dataset, tmp_path: Pat
         train.fit(toy(pictures), pictures, TRAINING, tmp_path, hardware=Hardware("cuda"))
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_is_left_to_processors_that_have_it(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    assert Hardware("cpu").arithmetic("bf16-mixed") == ("bf16-mixed" if has else "32-true")
+    assert Hardware("cpu").arithmetic("32-true") == "32-true"
+    assert Hardware("cpu", precision="bf16-mixed").arithmetic("32-true") == "bf16-mixed"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_training_runs_on_a_gpu(pictures: Dataset, tmp_path: Path) -> None:
