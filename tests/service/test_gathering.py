@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from likely.batching.gathering import LONGEST, Gathering
+from likely.batching.gathering import LONGEST, REMEMBERED, Gathering
 
 FIXED = 3e-4
 
@@ -14,20 +14,33 @@ class Clock:
         return self.now
 
 
-def after(gap: float, times: int, grain: int = 16) -> tuple[Gathering, Clock]:
+def after(
+    gap: float, times: int, grain: int = 16, *, alone: bool = False
+) -> tuple[Gathering, Clock]:
     """What so many arrivals at these distances have taught."""
     clock = Clock()
     gathering = Gathering(grain, FIXED, clock)
     for _ in range(times):
         clock.now += gap
-        gathering.came()
+        gathering.came(alone=alone)
     return gathering, clock
 
 
-def test_a_lone_caller_never_waits() -> None:
+@pytest.mark.parametrize("gap", [FIXED / 2, 3 * FIXED, 5 * FIXED])
+def test_a_lone_caller_never_waits(gap: float) -> None:
     for times in range(1, 100):
-        gathering, clock = after(5 * FIXED, times)
+        gathering, clock = after(gap, times, alone=True)
         assert gathering.wait(1, clock.now) == 0
+
+
+def test_who_is_alone_waits_as_long_as_others_are_remembered() -> None:
+    gathering, clock = after(FIXED, 100)
+    waited = 0
+    for _ in range(1000):
+        clock.now += FIXED
+        gathering.came(alone=True)
+        waited += gathering.wait(1, clock.now) > 0
+    assert waited == pytest.approx(REMEMBERED / FIXED, abs=2)
 
 
 def test_rows_wait_where_others_follow_closely_and_until_they_do_not() -> None:
@@ -37,7 +50,7 @@ def test_rows_wait_where_others_follow_closely_and_until_they_do_not() -> None:
     assert gathering.wait(1, since) == pytest.approx(4 * FIXED)
     clock.now += FIXED
     assert gathering.wait(1, since) == pytest.approx(3 * FIXED)
-    gathering.came()
+    gathering.came(alone=False)
     assert gathering.wait(2, since) == pytest.approx(4 * FIXED)
     clock.now += 4 * FIXED
     assert gathering.wait(2, since) == 0
@@ -48,7 +61,7 @@ def test_nobody_waits_any_more_once_rows_come_seldom() -> None:
     waited = 0
     for _ in range(20):
         clock.now += LONGEST
-        gathering.came()
+        gathering.came(alone=False)
         waited += gathering.wait(1, clock.now) > 0
     assert waited < 5
 
@@ -66,7 +79,7 @@ def test_a_request_waits_no_longer_than_the_longest() -> None:
     while clock.now < since + LONGEST - FIXED / 2:
         assert gathering.wait(2, since) > 0
         clock.now += FIXED
-        gathering.came()
+        gathering.came(alone=False)
     assert gathering.wait(2, since) <= FIXED / 2
 
 
@@ -74,5 +87,5 @@ def test_who_makes_heavy_runs_waits_for_nobody() -> None:
     clock = Clock()
     gathering = Gathering(1, FIXED, clock)
     for _ in range(100):
-        gathering.came()
+        gathering.came(alone=False)
         assert gathering.wait(1, clock.now) == 0

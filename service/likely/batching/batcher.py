@@ -56,6 +56,7 @@ class Batcher:
         self.grain = min(best.grain, self._most)
         self._gathering = Gathering(self.grain, best.fixed)
         self._ready = 0  # rows of batches that a lane has not taken yet
+        self._runs = 0
         self._bounds = bounds
         self._turns: tuple[Turns[Member], ...] = tuple(Turns() for _ in Priority)
         self._name = name
@@ -129,8 +130,8 @@ class Batcher:
 
     def add(self, member: Member) -> None:
         """Lets a member wait."""
+        self._gathering.came(alone=not (self.rows or self._runs))
         self._turns[member.priority].add(member)
-        self._gathering.came()
 
     def wait(self, priority: Priority) -> float:
         """Seconds that those of that priority shall wait for others; one must be there."""
@@ -139,6 +140,7 @@ class Batcher:
 
     def began(self, batch: Batch) -> None:
         """That batch runs from now on, or since a lane took it."""
+        self._runs += 1
         self._running.inc()
         self.unready(batch)
         now = batch.began or time.monotonic()
@@ -153,6 +155,7 @@ class Batcher:
 
     def ended(self) -> None:
         """One of its batches runs no more."""
+        self._runs -= 1
         self._running.dec()
 
     def remove(self, member: Member) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 LONGEST = 5e-3  # seconds that a request waits for others
 WORTH = 4.0  # times what a run costs whatever its rows: so long the next rows may let wait
 SMOOTHING = 0.1
+REMEMBERED = 0.1  # seconds in which somebody who was not alone is expected again
 
 
 class Gathering:
@@ -15,7 +16,7 @@ class Gathering:
 
     A run costs something whatever its rows. Where that is much beside them, and rows come so
     fast that runs of single ones would keep a lane busy with it, it is worth a wait. A lone
-    caller comes again only after a run, and the way there and back: it never waits.
+    caller finds nobody waiting and nothing running, however fast it comes: it never waits.
     """
 
     def __init__(
@@ -33,12 +34,19 @@ class Gathering:
         self._clock = clock
         self._gap = LONGEST  # seconds between two that come, smoothed
         self._last = clock() - LONGEST
+        self._met = self._last - REMEMBERED  # when somebody last found others there
 
-    def came(self) -> None:
-        """Someone has come."""
+    def came(self, *, alone: bool) -> None:
+        """Someone has come.
+
+        Args:
+            alone: whether nothing waits or runs but what came now.
+        """
         now = self._clock()
         self._gap += (min(now - self._last, LONGEST) - self._gap) * SMOOTHING
         self._last = now
+        if not alone:
+            self._met = now
 
     def wait(self, rows: int, since: float) -> float:
         """Seconds until these rows shall run, if nobody comes until then; 0 for now.
@@ -47,6 +55,6 @@ class Gathering:
             rows: that wait.
             since: when the first of those that wait came, by the clock.
         """
-        if rows >= self._grain or self._gap > self._lull:
+        if rows >= self._grain or self._gap > self._lull or self._last - self._met > REMEMBERED:
             return 0.0
         return max(0.0, min(self._last + self._lull, since + LONGEST) - self._clock())
