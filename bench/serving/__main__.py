@@ -21,6 +21,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of quarters of a second")
     parser.add_argument("--rounds", type=int, help=f"of every measurement [{WHOLE.rounds}]")
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="only load, that long")
+    parser.add_argument(
+        "--leaving", type=float, default=soak.LEAVING, help="callers that leave a soak [0.3]"
+    )
     parser.add_argument("--out", type=Path, help="[build/bench-serving.json, build/soak.json]")
     parser.add_argument("--cache", type=Path, default=Path("build/bench-serving"))
     given = parser.parse_args()
@@ -31,7 +34,7 @@ def main() -> None:
     with console.status("") as status:
         made = {name: bundles.bundle(name, given.cache, status.update) for name in bundles.SCORERS}
         if given.soak:
-            found = soak.soak(made["light"], given.soak, status.update)
+            found = soak.soak(made["light"], given.soak, status.update, given.leaving)
         else:
             found = figures.collect(made, pace, status.update)
     out = given.out or Path("build", "soak.json" if given.soak else "bench-serving.json")

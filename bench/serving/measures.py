@@ -17,7 +17,6 @@ from bench.serving.processes import Running, Talk
 SCORE = "/likely.v1.ScoringService/Score"
 STREAM = "/likely.v1.ScoringService/ScoreStream"
 DEADLINE = 1.0  # seconds, under overload
-LEAVING = 0.3  # share of callers that leave, in the soak
 Report = Callable[[str], None]
 Result = dict[str, Any]
 
@@ -133,11 +132,13 @@ class Bench:
         plan = Plan(server.address, SCORE, path, rate=rate, seconds=seconds, deadline=DEADLINE)
         return self._load(replace(plan, watched=_watched(server)))
 
-    def cancelling(self, server: Running, scorer: str, callers: int, seconds: float) -> Result:
-        """What comes of callers of whom `LEAVING` leave before they are answered."""
+    def cancelling(
+        self, server: Running, scorer: str, callers: int, seconds: float, leaving: float
+    ) -> Result:
+        """What comes of callers of whom that share leave before they are answered."""
         path = request(self._bundles[scorer], 1, self._work)
         plan = Plan(server.address, SCORE, path, callers=callers, seconds=seconds)
-        return self._load(replace(plan, cancelled=LEAVING, watched=_watched(server)))
+        return self._load(replace(plan, cancelled=leaving, watched=_watched(server)))
 
     def _run(self, server: Running, plan: Plan) -> Result:
         connections = min(plan.connections, plan.callers)

@@ -17,11 +17,14 @@ from bench.serving.clocks import resident_mib
 from bench.serving.measures import Pace
 
 CALLERS = 32
+LEAVING = 0.3  # share of callers that leave
 SAMPLES = 200
 SETTLED = 0.3  # of the time: arenas and pools have then grown to what they need
 
 
-def soak(bundle: Path, seconds: float, report: Callable[[str], None]) -> dict[str, Any]:
+def soak(
+    bundle: Path, seconds: float, report: Callable[[str], None], leaving: float = LEAVING
+) -> dict[str, Any]:
     """Memory over so many seconds of load, its slope once it has settled, and what was answered."""
     with tempfile.TemporaryDirectory() as folder:
         pace = Pace(1, seconds, (1,))
@@ -31,8 +34,9 @@ def soak(bundle: Path, seconds: float, report: Callable[[str], None]) -> dict[st
         ):
             report(f"{seconds:.0f} seconds of load")
             with sampled(server.pid, seconds / SAMPLES) as samples:
-                found = bench.cancelling(server, "soaked", CALLERS, seconds)
+                found = bench.cancelling(server, "soaked", CALLERS, seconds, leaving)
     times, mib = (np.array(column) for column in zip(*samples, strict=True))
+    growth = slope(times, mib) * float(times[-1] - times[0]) / 3600
     return {
         "soak.seconds": seconds,
         "soak.codes": found["codes"],
@@ -40,7 +44,8 @@ def soak(bundle: Path, seconds: float, report: Callable[[str], None]) -> dict[st
         "soak.first_mib": float(mib[0]),
         "soak.last_mib": float(mib[-1]),
         "soak.slope_mib_per_hour": slope(times, mib),
-        "soak.growth_mib": slope(times, mib) * float(times[-1] - times[0]) * (1 - SETTLED) / 3600,
+        "soak.growth_mib": growth * (1 - SETTLED),
+        "soak.bytes_per_request": growth * 2**20 / sum(found["codes"].values()),
         "soak.samples": [[round(t, 2), round(m, 2)] for t, m in zip(times, mib, strict=True)],
     }
 
