@@ -22,7 +22,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help=f"of every measurement [{WHOLE.rounds}]")
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="only load, that long")
     parser.add_argument(
-        "--leaving", type=float, default=soak.LEAVING, help="callers that leave a soak [0.3]"
+        "--leaving",
+        type=float,
+        default=soak.LEAVING,
+        help=f"share of callers that leave a soak before they are answered [{soak.LEAVING}]",
     )
     parser.add_argument("--out", type=Path, help="[build/bench-serving.json, build/soak.json]")
     parser.add_argument("--cache", type=Path, default=Path("build/bench-serving"))

@@ -25,7 +25,15 @@ SETTLED = 0.3  # of the time: arenas and pools have then grown to what they need
 def soak(
     bundle: Path, seconds: float, report: Callable[[str], None], leaving: float = LEAVING
 ) -> dict[str, Any]:
-    """Memory over so many seconds of load, its slope once it has settled, and what was answered."""
+    """Memory over so many seconds of load, its slope once it has settled, and what was answered.
+
+    Args:
+        bundle: what is served.
+        seconds: of load.
+        report: is told what is done.
+        leaving: share of callers that leave before they are answered; bytes a request count
+            theirs, too.
+    """
     with tempfile.TemporaryDirectory() as folder:
         pace = Pace(1, seconds, (1,))
         with (

@@ -35,7 +35,8 @@ class Training:
         warm_up: the part of the run in which the rates rise from 0, before they
             fall linearly back to 0.
         average: decay of the weight average, min(average, (1 + t) / (10 + t)) at step t.
-        precision: of the arithmetic, by Lightning Fabric's name; weights stay float32.
+        precision: of the arithmetic, by Lightning Fabric's name; weights stay float32. A
+            recipe's is what it is meant for, a run's what its machine took.
         clip: largest norm of the gradient of the mean objective.
         validations: how often the run is validated and checkpointed.
         keep_best: keep the average of the best validation, not the last.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Self, get_type_hints
@@ -34,7 +34,7 @@ from likely_export.calibrate import PartConfig
 from likely_export.corruptions import CHOOSING
 from likely_export.data import Source
 from likely_export.families import GIVEN_BY_DATA, family
-from likely_export.optimisers import Training
+from likely_export.optimisers import Precision, Training
 from likely_export.statistics import STATISTICS
 
 
@@ -227,10 +227,17 @@ class Recipe(_Table):
 
     def reseeded(self, seed: int) -> Self:
         """The same recipe with another seed for every model; parts and splits stay."""
+        return self._with_training(lambda own: dataclasses.replace(own, seed=seed))
+
+    def computed(self, arithmetic: Callable[[Precision], Precision]) -> Self:
+        """The same recipe in what a machine makes of each model's precision."""
+        return self._with_training(
+            lambda own: dataclasses.replace(own, precision=arithmetic(own.precision))
+        )
+
+    def _with_training(self, change: Callable[[Training], Training]) -> Self:
         models = {
-            name: model.model_copy(
-                update={"training": dataclasses.replace(model.training, seed=seed)}
-            )
+            name: model.model_copy(update={"training": change(model.training)})
             for name, model in self.models.items()
         }
         return self.model_copy(update={"models": models})

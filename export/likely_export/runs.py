@@ -125,6 +125,7 @@ def train_all(
         if name not in recipe.models:
             raise InvalidInput("model", f"{name} is none of {', '.join(recipe.models)}")
     hardware = hardware or Hardware()
+    recipe = recipe.computed(hardware.arithmetic)  # the run, and all that is told of it, says so
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
     if hardware.devices > 1:
         # From here on one process a device runs this very code; the first keeps the folder.

@@ -80,12 +80,13 @@ class Hardware:
     def arithmetic(self, precision: Precision) -> Precision:
         """The precision chosen; without a choice that one, but bfloat16 only in hardware.
 
-        A processor without units for it is several times slower in it than in float32.
+        What has no units for it is several times slower in it than in float32. Only x86
+        processors (AVX-512 BF16) and NVIDIA cards are taken to have any.
         """
         if self.precision:
             return self.precision
-        on_processor = self.device == "cpu" or not torch.cuda.is_available()
-        return "32-true" if on_processor and not _has_bfloat16() else precision
+        on_card = self.device != "cpu" and torch.cuda.is_available()
+        return "32-true" if precision != "32-true" and not _has_bfloat16(on_card) else precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +164,11 @@ def fit(
     return loop.keep()
 
 
-def _has_bfloat16() -> bool:
-    """Whether the processor has instructions for bfloat16; those with AMX have these as well."""
-    found: bool = torch.cpu._is_avx512_bf16_supported()  # private: torch is pinned
-    return found
+def _has_bfloat16(on_card: bool) -> bool:
+    if on_card:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private: may go
+    return bool(asked and asked())
 
 
 def restore_weights(model: nn.Module, file: Path) -> None:

@@ -44,7 +44,7 @@ def warm_up(
         max_batch: rows of one run; 0 to find what is best.
 
     Raises:
-        BundleError: a graph does not give its golden outputs.
+        BundleError: a graph does not give its golden outputs, or there are none of it.
     """
     golden = bundle.golden()
     _prove(bundle.manifest, runners, golden)

@@ -80,6 +80,21 @@ def test_two_levels_of_many_pixels_neither_overflow_nor_vanish(side: int, odds: 
     assert torch.allclose(found[:, 0].double(), log_probs.flatten(1).sum(1), rtol=1e-6, atol=1e-3)
 
 
+def test_two_levels_of_many_pixels_do_not_round_under_mixed_precision() -> None:
+    config = replace(BINARY, shape=(1, 28, 28))
+    model, x = cvae(config), torch.ones(2, 1, 28, 28, dtype=torch.uint8)
+    hidden = torch.ones(2, 1, config.width).bfloat16().requires_grad_()
+    with torch.no_grad():
+        model.decoder_out.bias.view(-1, 2)[:, 1] += 5.0  # sums of thousands that nearly cancel
+    found = model._log_likelihood(hidden.float(), x.flatten(1)[:, None])
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model._log_likelihood(hidden, x.flatten(1)[:, None])
+    assert torch.equal(mixed, found)
+    (exact,) = torch.autograd.grad(found.sum(), hidden)
+    (rounded,) = torch.autograd.grad(mixed.sum(), hidden)
+    assert torch.equal(exact, rounded)
+
+
 @every_head
 def test_the_bound_rises_with_its_samples(config: CVAEConfig) -> None:
     model, (x, y) = cvae(config, spread=2.0), pictures(config, 20)

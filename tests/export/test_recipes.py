@@ -88,6 +88,13 @@ def test_another_seed_is_every_models_and_no_splits(tmp_path: Path) -> None:
     assert recipe.reseeded(0) == recipes.load("digits")
 
 
+def test_a_recipe_says_what_it_is_computed_in() -> None:
+    recipe = recipes.load("mnist").computed(lambda _: "32-true")
+
+    assert {model.training.precision for model in recipe.models.values()} == {"32-true"}
+    assert recipe.computed(lambda own: own) == recipe
+
+
 def test_a_label_held_out_is_another_set_to_report_against() -> None:
     recipe = recipes.load("digits").without(("4", "9"))
     found = recipe.data.load()

@@ -243,6 +243,9 @@ def test_bfloat16_is_left_to_processors_that_have_it(
     assert Hardware("cpu").arithmetic("bf16-mixed") == ("bf16-mixed" if has else "32-true")
     assert Hardware("cpu").arithmetic("32-true") == "32-true"
     assert Hardware("cpu", precision="bf16-mixed").arithmetic("32-true") == "bf16-mixed"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not has)
+    assert Hardware("auto").arithmetic("bf16-mixed") == ("32-true" if has else "bf16-mixed")
 
 
 @pytest.mark.gpu

@@ -217,6 +217,28 @@ def test_few_light_rows_wait_for_a_run_that_is_about_to_end() -> None:
     run(work())
 
 
+def test_light_rows_wait_for_company_once_callers_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        graph, waited = Doubler(), list[bool]()
+        best = Best(16, grain=8, fixed=1.0)
+        async with opened(graph, best={Role.DENSITY: best}) as lanes:
+            gathers = lanes._gathers
+
+            def noted(role: Role, priority: Priority) -> bool:
+                waited.append(gathers(role, priority))
+                return waited[-1]
+
+            monkeypatch.setattr(lanes, "_gathers", noted)
+            for i in range(10):
+                assert await ask(lanes, i) == [2 * i]
+            assert waited == [False] * 10  # alone, however fast it comes
+            await asyncio.gather(ask(lanes, 1), ask(lanes, 2))
+            assert waited[10]
+            assert graph.runs[-1] == [1, 2]
+
+    run(work())
+
+
 def test_what_is_shorter_than_the_way_to_a_lane_runs_where_it_came() -> None:
     async def work() -> None:
         threads = set[str]()
