@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from likely.batching import callers, tuning
+from likely.batching import callers, gathering, tuning
 from likely.batching.admission import Bounds, Quota
 from likely.batching.batcher import HEADROOM, Batcher
 from likely.batching.callers import Caller, Priority
@@ -220,6 +220,7 @@ def test_few_light_rows_wait_for_a_run_that_is_about_to_end() -> None:
 def test_light_rows_wait_for_company_once_callers_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         graph, waited = Doubler(), list[bool]()
+        monkeypatch.setattr(gathering, "LONGEST", 0.25)  # more than a machine stalls for
         best = Best(16, grain=8, fixed=1.0)
         async with opened(graph, best={Role.DENSITY: best}) as lanes:
             gathers = lanes._gathers

@@ -56,7 +56,7 @@ class Batcher:
         self.grain = min(best.grain, self._most)
         self._gathering = Gathering(self.grain, best.fixed)
         self._ready = 0  # rows of batches that a lane has not taken yet
-        self._runs = 0
+        self._runs = 0  # batches that run
         self._bounds = bounds
         self._turns: tuple[Turns[Member], ...] = tuple(Turns() for _ in Priority)
         self._name = name
