@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,11 +35,15 @@ class Training:
         muon_weight_decay: Muon's.
         warm_up: the part of the run in which the rates rise from 0, before they
             fall linearly back to 0.
+        more_epochs: further stretches, each of so many epochs: the rates, fallen to 0, rise
+            anew to half the peaks of the stretch before and fall again (a warm restart:
+            Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983). A finished run
+            goes on when its recipe gains a stretch.
         average: decay of the weight average, min(average, (1 + t) / (10 + t)) at step t.
         precision: of the arithmetic, by Lightning Fabric's name; weights stay float32. A
             recipe's is what it is meant for, a run's what its machine took.
         clip: largest norm of the gradient of the mean objective.
-        validations: how often the run is validated and checkpointed.
+        validations: how often a stretch is validated and checkpointed.
         keep_best: keep the average of the best validation, not the last.
         seed: of the data order and of everything random in the objective.
     """
@@ -54,6 +59,7 @@ class Training:
     weight_decay: float = 0.0
     muon_weight_decay: float = 0.01
     warm_up: float = 0.03
+    more_epochs: tuple[float, ...] = ()
     average: float = 0.996
     precision: Precision = "32-true"
     clip: float = 100.0
@@ -69,15 +75,28 @@ class Training:
         for name in ("batch", "clip", "validations", "learning_rate", "muon_learning_rate"):
             if not getattr(self, name) > 0:
                 raise InvalidInput(f"training.{name}", f"{getattr(self, name)} is not above 0")
+        if self.budget_seconds and self.more_epochs:
+            raise InvalidInput("training.more_epochs", "does not go with budget_seconds")
+        if not all(epochs > 0 for epochs in self.more_epochs):
+            raise InvalidInput("training.more_epochs", f"{self.more_epochs} are not all above 0")
         for name in ("warm_up", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInput(f"training.{name}", f"{getattr(self, name)} is not in [0, 1)")
 
     def rate(self, progress: float) -> float:
-        """The learning rates' factor in [0, 1] after that part of the run."""
+        """The learning rates' factor in [0, 1] after so many stretches, 1.5 for half the second."""
+        stretch, progress = divmod(progress, 1)
         if progress < self.warm_up:
-            return progress / self.warm_up
-        return max(0.0, (1 - progress) / (1 - self.warm_up))
+            rate = progress / self.warm_up
+        else:
+            rate = (1 - progress) / (1 - self.warm_up)
+        return rate / 2**stretch
+
+    def continues(self, earlier: Mapping[str, Any]) -> bool:
+        """Whether a run of another training, given as a dict, is the beginning of one of this."""
+        now, before = dataclasses.asdict(self), {"more_epochs": (), **earlier}
+        more, fewer = now.pop("more_epochs"), tuple(before.pop("more_epochs"))
+        return now == before and more[: len(fewer)] == fewer
 
 
 class Matrices(torch.optim.Muon):

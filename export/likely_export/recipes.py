@@ -235,10 +235,25 @@ class Recipe(_Table):
             lambda own: dataclasses.replace(own, precision=arithmetic(own.precision))
         )
 
-    def _with_training(self, change: Callable[[Training], Training]) -> Self:
-        models = {
-            name: model.model_copy(update={"training": change(model.training)})
+    def continues(self, earlier: Recipe) -> bool:
+        """Whether a run of another recipe is the beginning of one of this; see `Training`."""
+        if self.models.keys() != earlier.models.keys():
+            return False
+        trainings = {name: model.training for name, model in earlier.models.items()}
+        return self._with_trainings(trainings) == earlier and all(
+            model.training.continues(dataclasses.asdict(trainings[name]))
             for name, model in self.models.items()
+        )
+
+    def _with_training(self, change: Callable[[Training], Training]) -> Self:
+        return self._with_trainings(
+            {name: change(model.training) for name, model in self.models.items()}
+        )
+
+    def _with_trainings(self, trainings: Mapping[str, Training]) -> Self:
+        models = {
+            name: self.models[name].model_copy(update={"training": training})
+            for name, training in trainings.items()
         }
         return self.model_copy(update={"models": models})
 

@@ -109,7 +109,8 @@ def train_all(
 
     Args:
         recipe: what to train.
-        folder: the run; a folder of the same recipe is gone on with.
+        folder: the run; a folder of the same recipe, or of one with fewer stretches of
+            training, is gone on with.
         only: names of models; all by default.
         resume: go on from checkpoints; otherwise these models start afresh.
         hardware: on what.
@@ -144,7 +145,7 @@ def train_all(
 def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RECIPE
-    if path.is_file() and resume and recipes.load(path) != recipe:
+    if path.is_file() and resume and not recipe.continues(recipes.load(path)):
         raise InvalidInput(
             str(folder), "was trained by another recipe: choose another folder or train afresh"
         )

@@ -11,6 +11,7 @@ from generators whose state the checkpoint holds.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -196,7 +197,9 @@ class _Loop:
         self.objective, *self.steppers = fabric.setup(_Objective(module), *self.optimisers)
         self.batches = _Batches(data.train, training, fabric.global_rank, fabric.world_size)
         self.clock = time.process_time if fabric.device.type == "cpu" else time.monotonic
-        self.total_steps = training.steps or math.ceil(training.epochs * self.batches.per_epoch)
+        first = training.steps or math.ceil(training.epochs * self.batches.per_epoch)
+        more = [math.ceil(epochs * self.batches.per_epoch) for epochs in training.more_epochs]
+        self.ends = list(itertools.accumulate([first, *more], initial=0))
 
     def start(self) -> None:
         """A fresh run."""
@@ -221,33 +224,33 @@ class _Loop:
         """Time used, over all resumptions."""
         return self.used + self.clock() - self.began
 
-    @property
-    def done(self) -> float:
-        """The part of the run that is over."""
-        if self.training.budget_seconds:
-            return min(1.0, self.seconds / self.training.budget_seconds)
-        return self.step / self.total_steps
+    def stretches(self, step: float) -> float:
+        """How many stretches are over at a step, the part of one that is not included."""
+        if budget := self.training.budget_seconds:
+            return min(1.0, self.seconds / budget)
+        return float(np.interp(step, self.ends, range(len(self.ends))))
 
     @property
     def finished(self) -> bool:
         """Whether the last validation closed the run."""
-        return self.validated >= self.training.validations
+        return self.validated >= self.training.validations * (len(self.ends) - 1)
 
     @property
     def progress(self) -> Progress:
         """Where the run stands."""
-        return Progress(self.step, self.done, self.seconds, self.validation, self.best)
+        budget = self.training.budget_seconds
+        done = self.stretches(self.step) if budget else self.step / self.ends[-1]
+        return Progress(self.step, done, self.seconds, self.validation, self.best)
 
     def advance(self) -> None:
         """One update of the weights, and a validation when it is due."""
-        # The middle of a step, else the first of a run would move nothing.
-        middle = 0.0 if self.training.budget_seconds else 0.5 / self.total_steps
-        self._update(self.training.rate(self.done + middle))
+        # The middle of a step, else the first of a stretch would move nothing.
+        self._update(self.training.rate(self.stretches(self.step + 0.5)))
         self.step += 1
-        done = self.done
-        if done >= (self.validated + 1) / self.training.validations:
-            # A short run may pass several validations in one step.
-            self.validated = math.floor(done * self.training.validations + 1e-9)
+        # A short stretch may pass several validations in one step.
+        due = math.floor(self.stretches(self.step) * self.training.validations + 1e-9)
+        if due > self.validated:
+            self.validated = due
             self._validate()
             self._save()
 
@@ -336,13 +339,11 @@ class _Loop:
         self.began = self.clock()
 
     def _check(self, state: Mapping[str, Any], path: Path) -> None:
-        now = {
-            "model": self.name,
-            "config": self.config,
-            "training": dataclasses.asdict(self.training),
-            "data": self.data.digest,
-        }
-        if changed := [key for key, value in now.items() if state[key] != value]:
+        now = {"model": self.name, "config": self.config, "data": self.data.digest}
+        changed = [key for key, value in now.items() if state[key] != value]
+        if not self.training.continues(state["training"]):
+            changed.append("training")
+        if changed:
             raise InvalidInput(
                 str(path), f"was made with another {changed[0]}: train afresh or elsewhere"
             )

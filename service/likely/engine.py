@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -175,12 +176,15 @@ class Engine:
             DeviceError: the device is not really there.
         """
         device = device.resolve()
-        sessions = {
-            role: Session(bundle.graph(role), spec, device)
-            for role, spec in bundle.manifest.graphs.items()
-        }
         # A card runs one graph at a time; more lanes would only queue there.
         cores = 1 if device.kind == "cuda" else threads
+        graphs = bundle.manifest.graphs
+
+        def opened(role: Role) -> Session:
+            return Session(bundle.graph(role), graphs[role], device)
+
+        with ThreadPoolExecutor(cores) as pool:
+            sessions = dict(zip(graphs, pool.map(opened, graphs), strict=True))
         return cls(bundle, sessions, cores=cores, max_batch=max_batch, terms=terms, traffic=traffic)
 
     @property

@@ -38,5 +38,15 @@ def test_who_asks_for_no_tokens_and_no_encryption_loads_neither() -> None:
     assert loaded("import likely.processes.supervisor") & {"jwt", "cryptography"} == set()
 
 
+def test_a_server_loads_nothing_that_only_other_commands_need() -> None:
+    code = "import likely.cli, likely.cli.serve, likely.processes.supervisor"
+    assert loaded(code) & {"rich", "pygments", "PIL"} == set()
+
+
+def test_rich_is_there_for_who_needs_it_beside_the_logs() -> None:
+    assert "rich" in loaded("import likely.logs, rich.console")
+    assert "rich" in loaded("import rich.console, likely.logs; rich.console.Console()")
+
+
 def test_the_runtime_is_loaded_by_the_first_session_only() -> None:
     assert "onnxruntime" not in loaded("import likely.serving.server")

@@ -94,6 +94,18 @@ def test_a_folder_belongs_to_one_recipe(recipe: Recipe, tmp_path: Path) -> None:
         runs.Run.open(tmp_path)
 
 
+def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path: Path) -> None:
+    runs.train_all(recipe, tmp_path / "run", only=["b"])
+    longer = recipe._with_training(lambda own: replace(own, more_epochs=(1,)))
+    told: list[int] = []
+    runs.train_all(
+        longer, tmp_path / "run", only=["b"], report=lambda _, now: told.append(now.step)
+    )
+    assert min(told) > 4 and runs.Run.open(tmp_path / "run").recipe == longer
+    with pytest.raises(InvalidInput, match="another recipe"):
+        runs.train_all(recipe, tmp_path / "run", only=["b"])
+
+
 def test_a_failure_in_one_process_ends_all_with_its_sentence(
     recipe: Recipe, tmp_path: Path
 ) -> None:

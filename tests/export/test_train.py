@@ -2,6 +2,7 @@ import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,12 @@ def state(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("training", [TRAINING, MUON, replace(TRAINING, epochs=0, steps=29)])
+LONGER = replace(TRAINING, epochs=3, more_epochs=(2, 1), validations=2)
+
+
+@pytest.mark.parametrize(
+    "training", [TRAINING, MUON, LONGER, replace(TRAINING, epochs=0, steps=29)]
+)
 def test_an_interrupted_run_ends_with_the_same_bits(
     pictures: Dataset, training: Training, tmp_path: Path
 ) -> None:
@@ -168,6 +174,24 @@ def test_a_checkpoint_of_another_training_is_refused(pictures: Dataset, tmp_path
     train.fit(toy(pictures), pictures, replace(TRAINING, batch=8), tmp_path, resume=False)
 
 
+def test_a_finished_run_goes_on_when_its_recipe_gains_a_stretch(
+    pictures: Dataset, tmp_path: Path
+) -> None:
+    whole = train.fit(toy(pictures), pictures, LONGER, tmp_path / "whole")
+    for stretches in range(3):
+        training = replace(LONGER, more_epochs=LONGER.more_epochs[:stretches])
+        grown = train.fit(toy(pictures), pictures, training, tmp_path / "grown")
+    assert (grown.steps, grown.validation) == (whole.steps, whole.validation)
+    for name, weight in state(tmp_path / "whole").items():
+        assert torch.equal(weight, state(tmp_path / "grown")[name]), name
+    lines = (tmp_path / "grown" / train.LOG).read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == pytest.approx(
+        [1.5, 3, 4, 5, 5.5, 6], abs=0.2
+    )
+    with pytest.raises(InvalidInput, match="another training"):
+        train.fit(toy(pictures), pictures, replace(LONGER, more_epochs=(2,)), tmp_path / "grown")
+
+
 def test_nothing_but_whole_files_is_ever_seen(
     pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,12 +245,26 @@ def test_rates_rise_and_fall_linearly() -> None:
     assert Training(steps=1, warm_up=0).rate(0) == 1
 
 
+def test_rates_rise_anew_to_half_their_peaks() -> None:
+    training = Training(steps=1, warm_up=0.2, more_epochs=(1, 1))
+    found = [training.rate(p) for p in (0.2, 1 - 1e-9, 1, 1.1, 1.2, 1.6, 2.2)]
+    assert found == pytest.approx([1, 0, 0, 0.25, 0.5, 0.25, 0.25], abs=1e-6)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{}, {"steps": 1, "epochs": 1}, {"steps": -1}, {"steps": 1, "batch": 0}]
+    "wrong",
+    [
+        {},
+        {"steps": 1, "epochs": 1},
+        {"steps": -1},
+        {"steps": 1, "batch": 0},
+        {"steps": 1, "more_epochs": (1, 0)},
+        {"budget_seconds": 1, "more_epochs": (1,)},
+    ],
 )
-def test_settings_that_mean_nothing_are_refused(wrong: dict[str, int]) -> None:
+def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match="training"):
-        Training(**wrong)  # type: ignore[arg-type]
+        Training(**wrong)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has what is to be missing")

@@ -198,6 +198,10 @@ def test_weights_beside_the_graph_are_read_if_all_is_as_it_should_be(folder: Pat
     (folder / "weights.data").write_bytes(weight.raw_data)
     elsewhere(folder, "weights.data")
     load(folder).close()
+    bundle = Bundle.open(folder)
+    (folder.parent / "another name").hardlink_to(folder / "weights.data")
+    with pytest.raises(BundleError, match="is a hard link"):
+        bundle.check_again()
 
 
 @pytest.mark.fault(40)

@@ -88,6 +88,23 @@ def test_a_harmed_bundle_is_refused_before_it_is_opened(folder: Path, harm: str)
     assert "\n" not in str(caught.value)
 
 
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another manifest": (lambda f: change_manifest(f, version="2"), "changed while it was opened"),
+    "a graph": (alter, "SHA-256 .* altered"),
+    "the manifest gone": (lambda f: (f / MANIFEST).unlink(), "no manifest.json"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_after_it_was_verified_is_refused(folder: Path, change: str) -> None:
+    bundle = Bundle.open(folder)
+    bundle.check_again()
+    apply, sentence = CHANGES[change]
+    apply(folder)
+    with pytest.raises(BundleError, match=sentence):
+        bundle.check_again()
+
+
 def load(folder: Path) -> Engine:
     return Engine.load(Bundle.open(folder), device=Device("cpu"), threads=1, max_batch=16)
 

@@ -246,10 +246,21 @@ class Manifest(_Entry):
 class Bundle:
     """A folder whose every byte has been checked against its manifest."""
 
-    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, digest: str, outside: frozenset[str]
+    ) -> None:
+        """A bundle that `open` has found to be one.
+
+        Args:
+            path: the folder.
+            manifest: what it says of itself.
+            digest: SHA-256 of that.
+            outside: names of the files with weights that lie outside of a graph.
+        """
         self.path = path
         self.manifest = manifest
         self.digest = digest
+        self._outside = outside
 
     @classmethod
     def open(cls, path: Path, trusted: Sequence[Path] = ()) -> Bundle:
@@ -283,10 +294,23 @@ class Bundle:
             )
         for name, record in manifest.files.items():
             _check_file(path / name, record)
-        for graph in manifest.graphs.values():
-            for name in scan.check_graph(path / graph.file, sizes):
-                _check_alone(path / name)
-        return cls(path, manifest, hashlib.sha256(text).hexdigest())
+        scanned = (scan.check_graph(path / g.file, sizes) for g in manifest.graphs.values())
+        outside = frozenset[str]().union(*scanned)
+        bundle = cls(path, manifest, hashlib.sha256(text).hexdigest(), outside)
+        bundle._check_outside()
+        return bundle
+
+    def check_again(self) -> None:
+        """Returns if the folder still holds the very bytes that were verified.
+
+        Raises:
+            BundleError: a file was changed since, or can be through another name.
+        """
+        if hashlib.sha256(_manifest_bytes(self.path)).hexdigest() != self.digest:
+            raise BundleError(f"{self.path} changed while it was opened", "changed")
+        for name, record in self.manifest.files.items():
+            _check_file(self.path / name, record)
+        self._check_outside()
 
     def graph(self, role: Role) -> Path:
         """The ONNX file of that role."""
@@ -303,6 +327,10 @@ class Bundle:
     def golden(self) -> dict[str, npt.NDArray[Any]]:
         """Inputs and outputs to replay, named `role/input` and `role/output`."""
         return self._arrays(self.manifest.golden)
+
+    def _check_outside(self) -> None:
+        for name in self._outside:
+            _check_alone(self.path / name)
 
     def _arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
         return arrays.read(self.path / name)

@@ -5,22 +5,46 @@ Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage.
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import Any, Final
 
 import click
 
-from likely.cli.ask import classify, generate, models, score
-from likely.cli.batch import batch
-from likely.cli.doctor import doctor
-from likely.cli.health import health
-from likely.cli.redraw import interpolate, traverse
-from likely.cli.serve import serve
-from likely.cli.verify import verify
 from likely.errors import LikelyError
 
+# In the module of this package that has it. A server starts sooner without what only others
+# need: tables, progress bars, pictures.
+MODULES: Final = {
+    "serve": "serve",
+    "score": "ask",
+    "classify": "ask",
+    "generate": "ask",
+    "traverse": "redraw",
+    "interpolate": "redraw",
+    "batch": "batch",
+    "models": "ask",
+    "health": "health",
+    "doctor": "doctor",
+    "verify": "verify",
+}
 
-class Sentences(click.Group):
-    """Commands whose expected errors end in one sentence, not in a traceback."""
+
+class Commands(click.Group):
+    """Commands that are imported when they are named.
+
+    Their expected errors end in one sentence, not in a traceback.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's
+        """The commands' names."""
+        return sorted(MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command of that name."""
+        if cmd_name not in MODULES:
+            return None
+        command: click.Command = getattr(import_module(f"likely.cli.{MODULES[cmd_name]}"), cmd_name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
@@ -30,14 +54,7 @@ class Sentences(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@click.group(cls=Sentences, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="likely")
 def main() -> None:
     """Explicit-density models: draw pictures, judge how plausible they are, label them."""
-
-
-COMMANDS = (
-    serve, score, classify, generate, traverse, interpolate, batch, models, health, doctor, verify,
-)  # fmt: skip
-for command in COMMANDS:
-    main.add_command(command)

@@ -63,9 +63,7 @@ class Loader:
             traffic=self._traffic,
         )
         try:
-            # What was opened is what was verified: no file changed in between.
-            if Bundle.open(bundle.path).digest != bundle.digest:
-                raise BundleError(f"{bundle.path} changed while it was opened", "changed")
+            bundle.check_again()  # what was opened is what was verified
         except BaseException:
             engine.close()
             raise
