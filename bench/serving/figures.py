@@ -98,6 +98,7 @@ def _against(
         seen["raw.rate"].append(raw["rate"])
         seen["raw.cpu"].append(raw["cpu"])
         seen["raw.lone"].append(bench.raw(name, Arrangement(1, 1, 1))["run"])
+        seen["raw.lone.wide"].append(bench.raw(name, Arrangement(1, machine.cores(), 1))["run"])
         _load(seen, "echo", bench.echo(echo, name, CALLERS), 1)
         _load(seen, "32x1", bench.ask(server, name, CALLERS, 1), 1)
         _load(seen, "4x64", bench.ask(server, name, FEW, LARGE), LARGE)
@@ -118,8 +119,8 @@ def _against(
         f"latency.{name}.32x1.p99_seconds": _told(seen["32x1.p99"]),
         f"{name}.microseconds": {
             key: _told([1e6 * value for value in seen[key]])
-            for key in ("raw.cpu", "raw.lone", "echo.cpu", "echo.lone", "32x1.cpu", "lone",
-                        "stream.cpu")
+            for key in ("raw.cpu", "raw.lone", "raw.lone.wide", "echo.cpu", "echo.lone", "32x1.cpu",
+                        "lone", "stream.cpu")
         },
     }  # fmt: skip
 

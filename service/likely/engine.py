@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -95,18 +94,18 @@ class Engine:
     def __init__(
         self,
         bundle: Bundle,
-        sessions: Mapping[Role, Session],
+        opened: Callable[[Role, int], Session],
         *,
         cores: int,
         max_batch: int = 0,
         terms: Terms | None = None,
         traffic: Traffic | None = None,
     ) -> None:
-        """An engine over opened graphs, warmed up by replaying the bundle's golden outputs.
+        """An engine over a bundle's graphs, warmed up by replaying its golden outputs.
 
         Args:
-            bundle: where the sessions came from.
-            sessions: one for each graph of the bundle.
+            bundle: verified, so that only checked files are opened.
+            opened: opens the graph of a role for runs on so many cores.
             cores: the most runs at once.
             max_batch: rows of one run; 0 to find what is best.
             terms: how requests are held.
@@ -123,15 +122,17 @@ class Engine:
         )
         self._seen = terms.seen
         self._trust = Trust(self.manifest.name, terms.patience, traffic)
-        runners: dict[Role, Runner] = {**sessions}
-        if self._detector is not None:
-            runners[Role.DENSITY] = Ranked(
-                sessions[Role.DENSITY], self._detector, self.manifest.dimensions
-            )
-        warm = warm_up(bundle, runners, lanes=terms.lanes, cores=cores, max_batch=max_batch)
+
+        def runner(role: Role, threads: int) -> Runner:
+            session = opened(role, threads)
+            if role is Role.DENSITY and self._detector is not None:
+                return Ranked(session, self._detector, self.manifest.dimensions)
+            return session
+
+        warm = warm_up(bundle, runner, lanes=terms.lanes, cores=cores, max_batch=max_batch)
         self._lanes = Lanes(
             self.manifest.name,
-            runners,
+            warm.runners,
             lanes=warm.lanes,
             best=warm.best,
             bounds=terms.bounds,
@@ -178,14 +179,11 @@ class Engine:
         device = device.resolve()
         # A card runs one graph at a time; more lanes would only queue there.
         cores = 1 if device.kind == "cuda" else threads
-        graphs = bundle.manifest.graphs
 
-        def opened(role: Role) -> Session:
-            return Session(bundle.graph(role), graphs[role], device)
+        def opened(role: Role, threads: int) -> Session:
+            return Session(bundle.graph(role), bundle.manifest.graphs[role], device, threads)
 
-        with ThreadPoolExecutor(cores) as pool:
-            sessions = dict(zip(graphs, pool.map(opened, graphs), strict=True))
-        return cls(bundle, sessions, cores=cores, max_batch=max_batch, terms=terms, traffic=traffic)
+        return cls(bundle, opened, cores=cores, max_batch=max_batch, terms=terms, traffic=traffic)
 
     @property
     def detector(self) -> Detector:

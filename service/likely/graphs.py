@@ -133,7 +133,7 @@ class Session:
             path: the ONNX file.
             spec: what the manifest says of it.
             device: where it shall run.
-            threads: of one run; several runs at once each take as many.
+            threads: of one run; several runs at once share them.
 
         Raises:
             BundleError: the file is no graph, or not the one that the manifest describes.
@@ -244,8 +244,10 @@ def _open(path: Path, device: Device, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4 if device.kind == "cuda" else 3
-    # A spinning pool takes the cores from the next request's run.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that sleep within a run are woken for every node; those that spin after it take the
+    # cores from others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     providers: list[Any] = [CPU]
     if device.kind == "cuda":
         _check_cuda(ort, device)

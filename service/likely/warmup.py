@@ -1,9 +1,10 @@
-"""The warm-up of a model version: its graphs proven on this machine, and tried for the best way."""
+"""The warm-up of a model version: graphs opened, proven on this machine, tried for the best way."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 from likely.batching import tuning
 from likely.batching.batches import Runner
@@ -14,6 +15,8 @@ from likely.graphs import Array, agrees
 from likely.ranking import RANKED
 
 LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
+WIDEST = 8  # cores of one run: graphs of this size are not sooner done on more
+LONG = (Role.DENSITY,)  # whose runs may be worth several cores
 TUNING = 0.06  # seconds for each graph
 DRAWING = 0.25  # for one that draws pixel by pixel
 
@@ -23,57 +26,76 @@ class Warm:
     """What a warm-up found.
 
     Attributes:
+        runners: one for each graph of the bundle.
         lanes: runs at once.
         best: how each graph runs best.
     """
 
+    runners: Mapping[Role, Runner]
     lanes: int
     best: Mapping[Role, Best]
 
 
 def warm_up(
-    bundle: Bundle, runners: Mapping[Role, Runner], *, lanes: int, cores: int, max_batch: int
+    bundle: Bundle,
+    opened: Callable[[Role, int], Runner],
+    *,
+    lanes: int,
+    cores: int,
+    max_batch: int,
 ) -> Warm:
-    """Replays the bundle's golden outputs, then measures what is not given.
+    """Opens a bundle's graphs, replays its golden outputs, then measures what is not given.
 
     Args:
-        bundle: where the graphs came from.
-        runners: one for each graph of the bundle.
+        bundle: verified.
+        opened: opens the graph of a role, for runs on so many cores.
         lanes: runs at once; 0 to find how many are best.
         cores: the most runs at once, where that is to be found.
         max_batch: rows of one run; 0 to find what is best.
 
     Raises:
-        BundleError: a graph does not give its golden outputs, or there are none of it.
+        BundleError: a graph does not open or give its golden outputs, or there are none of it.
     """
+    roles = list(bundle.manifest.graphs)
+    widest = 1 if max_batch else min(cores, WIDEST)
+    with ThreadPoolExecutor(cores) as pool:
+        narrow = {role: pool.submit(opened, role, 1) for role in roles}
+        several = {
+            role: pool.submit(opened, role, widest) for role in roles if role in LONG and widest > 1
+        }
+    runners = {role: runner.result() for role, runner in narrow.items()}
+    wide = {role: runner.result() for role, runner in several.items()}
     golden = bundle.golden()
-    _prove(bundle.manifest, runners, golden)
+    for role, runner in (*runners.items(), *wide.items()):
+        _prove(bundle.manifest, role, runner, golden)
     if max_batch:
         best = dict.fromkeys(runners, Best(max_batch))
     else:
         best = {role: _best(role, runner, golden) for role, runner in runners.items()}
+        for role, runner in wide.items():
+            if _is_worth_all_cores(role, runner, runners[role], best[role], golden):
+                best[role] = replace(best[role], alone=runner)
     if not lanes and cores > 1:
         # Any graph tells how many runs at once this machine takes; most ask the density.
         role = Role.DENSITY if Role.DENSITY in runners else next(iter(runners))
         lanes = _lanes(role, runners[role], golden, best[role].rows, cores)
-    return Warm(lanes or cores, best)
+    return Warm(runners, lanes or cores, best)
 
 
-def _prove(manifest: Manifest, runners: Mapping[Role, Runner], golden: Mapping[str, Array]) -> None:
-    for role, graph in manifest.graphs.items():
-        outputs = [spec.name for spec in graph.outputs]
-        names = [*(spec.name for spec in graph.inputs), *outputs]
-        if missing := [name for name in names if f"{role}/{name}" not in golden]:
-            raise BundleError(f"the golden arrays have no {role}/{missing[0]}", "golden")
-        feeds = {spec.name: golden[f"{role}/{spec.name}"] for spec in graph.inputs}
-        found = runners[role].run(feeds, outputs)
-        for name, got in zip(outputs, found, strict=True):
-            if not agrees(got, golden[f"{role}/{name}"]):
-                raise BundleError(
-                    f"bundle {manifest.name}@{manifest.version} does not give its "
-                    f"golden {name} of the {role} graph on this machine",
-                    "golden",
-                )
+def _prove(manifest: Manifest, role: Role, runner: Runner, golden: Mapping[str, Array]) -> None:
+    graph = manifest.graphs[role]
+    outputs = [spec.name for spec in graph.outputs]
+    names = [*(spec.name for spec in graph.inputs), *outputs]
+    if missing := [name for name in names if f"{role}/{name}" not in golden]:
+        raise BundleError(f"the golden arrays have no {role}/{missing[0]}", "golden")
+    feeds = {spec.name: golden[f"{role}/{spec.name}"] for spec in graph.inputs}
+    for name, got in zip(outputs, runner.run(feeds, outputs), strict=True):
+        if not agrees(got, golden[f"{role}/{name}"]):
+            raise BundleError(
+                f"bundle {manifest.name}@{manifest.version} does not give its "
+                f"golden {name} of the {role} graph on this machine",
+                "golden",
+            )
 
 
 def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
@@ -89,6 +111,14 @@ def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
     return tuning.batch(
         runner, sample, outputs, most=LARGEST, step=step, seconds=seconds, growth=growth
     )
+
+
+def _is_worth_all_cores(
+    role: Role, wide: Runner, narrow: Runner, best: Best, golden: Mapping[str, Array]
+) -> bool:
+    """Whether one row is sooner done on all cores, and no matter for the event loop."""
+    sample, outputs = _sample(role, narrow, golden)
+    return not best.at_once and tuning.is_sooner(wide, narrow, sample, outputs, seconds=2 * TUNING)
 
 
 def _lanes(role: Role, runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:

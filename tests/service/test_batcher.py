@@ -264,6 +264,52 @@ def test_what_is_shorter_than_the_way_to_a_lane_runs_where_it_came() -> None:
     run(work())
 
 
+def test_what_is_all_there_is_runs_on_all_cores() -> None:
+    async def work() -> None:
+        graph, wide, traffic = Doubler(), Doubler(), Traffic()
+        best = Best(4, pace=0.25, alone=wide)
+        options: dict[str, Any] = {"lanes": 2, "best": {Role.DENSITY: best}, "traffic": traffic}
+        async with opened(graph, **options) as lanes:
+            wide.hold()
+            alone = going(ask(lanes, 1))
+            await wide.arrived()
+            assert await ask(lanes, 2) == [4]  # in the other lane, on one core
+            wide.release()
+            assert await alone == [2]
+            # What waits beside it wants a core as well.
+            assert list(await asyncio.gather(ask(lanes, 3), ask(lanes, 4))) == [[6], [8]]
+            assert sorted(graph.runs) == [[2], [3], [4]]
+            assert wide.runs == [[1]]
+            with pytest.raises(RuntimeError, match="poison"):
+                await ask(lanes, POISON)
+            await wide.arrived()
+            wide.hold()
+            leaver = going(ask(lanes, 5))
+            await wide.arrived()
+            leaver.cancel()
+            while not wide.stopped:
+                await asyncio.sleep(0.001)
+            wide.release()
+            assert await ask(lanes, 6) == [12]
+        assert wide.stopped == [[5]]
+        assert gauge(traffic, "running") == gauge(traffic, "waiting") == 0
+
+    run(work())
+
+
+def test_runs_on_all_cores_tell_nothing_of_the_pace_of_a_lane() -> None:
+    async def work() -> None:
+        graph, wide = Doubler(), Doubler()
+        best = Best(4, pace=0.25, alone=wide)
+        async with opened(graph, lanes=2, best={Role.DENSITY: best}) as lanes:
+            for x in range(5):
+                await ask(lanes, x)
+            assert len(wide.runs) == 5
+            assert lanes._batchers[Role.DENSITY].pace == 0.25
+
+    run(work())
+
+
 def test_a_caller_that_leaves_the_queue_is_never_run() -> None:
     async def work() -> None:
         graph, traffic = Doubler(), Traffic()
@@ -1006,6 +1052,19 @@ def test_the_best_batch_is_found(
     found = tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=1.0)
     assert (found.rows, found.grain) == (rows, grain)
     assert found.pace == pytest.approx(each + once / rows)
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow", "sooner"), [(3e-3, 5e-3, True), (4.5e-3, 5e-3, False), (7.0, 9.0, True)]
+)
+def test_all_cores_are_taken_only_where_that_is_clearly_sooner(
+    monkeypatch: pytest.MonkeyPatch, wide: float, narrow: float, sooner: bool
+) -> None:
+    graphs = Timed(0.0, wide), Timed(0.0, narrow)
+    monkeypatch.setattr("time.perf_counter", lambda: sum(graph.now for graph in graphs))
+    sample = {"x": np.arange(3)}
+    assert tuning.is_sooner(*graphs, sample, ["y"], seconds=0.1) == sooner
+    assert sum(graph.now for graph in graphs) <= max(0.1 + wide + narrow, 2 * (wide + narrow))
 
 
 def test_a_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

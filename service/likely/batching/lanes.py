@@ -5,7 +5,7 @@ free, it takes a batch of what waits: an idle server answers at once, and a busy
 merges what has come meanwhile. Where a full batch waits, it is made ready for a busy
 lane, which takes it as it ends, without a way to the event loop and back. All else
 happens on the event loop but the runs; and those too, where they are shorter than the
-way to a lane.
+way to a lane. A batch that is all there is may run on all cores.
 """
 
 from __future__ import annotations
@@ -261,6 +261,8 @@ class Lanes:
         if self._is_short(role, batch):
             self._ended(batch, *batch.timed())
             return
+        if (wide := self._batchers[role].alone) and self._is_alone():
+            batch.widen(wide)
         try:
             self._threads.submit(self._work, batch, self._ready, asyncio.get_running_loop())
         except RuntimeError:  # the threads are freed already
@@ -350,6 +352,10 @@ class Lanes:
         batcher = self._batchers[role]
         return batch.rows <= batcher.at_once and len(self._running) == 1 and not batcher.rows
 
+    def _is_alone(self) -> bool:
+        """Whether the one batch that runs is all there is."""
+        return len(self._running) == 1 and not any(b.rows for b in self._batchers.values())
+
     def _work(self, batch: Batch, ready: Ready, loop: asyncio.AbstractEventLoop) -> None:
         """Runs a batch, and what was made ready meanwhile; in a lane."""
         while True:
@@ -386,7 +392,8 @@ class Lanes:
             return  # of an earlier loop
         self._batchers[role].ended()
         try:
-            if not any(isinstance(outcome, Exception) for _, outcome in outcomes):
+            failed = any(isinstance(outcome, Exception) for _, outcome in outcomes)
+            if not failed and not batch.alone:
                 # Who left before the run cost nothing, and teaches nothing.
                 ran = sum(stop - start for (_, start, stop), _ in outcomes)
                 self._batchers[role].ran(ran, seconds)

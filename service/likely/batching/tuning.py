@@ -19,6 +19,8 @@ AT_ONCE = 1e-3  # seconds that a run may hold the event loop up
 NEAR = 1.05  # a small batch this near to the fastest one is better: it holds up less
 FEWER = 1.1  # lanes are fewer than cores only where that is faster by so much
 SPARE = 0.25  # of what its rows cost, a run may cost whatever its rows
+SOONER = 1.25  # times as soon, a row's run on all cores is worth them
+TURNS = 8  # in which both are tried, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Best:
         at_once: the most rows that are run where they came, on the event loop: the way to a
             lane and back would take longer.
         fixed: seconds that a run costs whatever its rows.
+        alone: runs what has all lanes to itself, on all cores; None where that is not sooner.
     """
 
     rows: int
@@ -39,6 +42,7 @@ class Best:
     pace: float = 0.0
     at_once: int = 0
     fixed: float = 0.0
+    alone: Runner | None = None
 
 
 def batch(
@@ -126,6 +130,37 @@ def lanes(
                 runs = sum(pool.map(count, [began + share] * n))
                 rates[n] = max(rates[n], runs / (time.perf_counter() - began))
     return max(n for n in candidates if FEWER * rates[n] >= max(rates.values()))
+
+
+def is_sooner(
+    wide: Runner,
+    narrow: Runner,
+    sample: Mapping[str, Array],
+    outputs: Sequence[str],
+    *,
+    seconds: float,
+) -> bool:
+    """Whether one row's run on all cores is clearly sooner done than that on one.
+
+    Args:
+        wide: runs the graph on all cores.
+        narrow: runs it on one.
+        sample: inputs of at least one row.
+        outputs: what is asked for.
+        seconds: to spend, about.
+    """
+    took, end = {wide: math.inf, narrow: math.inf}, time.perf_counter() + seconds
+    for runner in took:
+        _timed(runner, sample, outputs, 1, time.perf_counter)  # what is built once is no row's
+    sooner = False
+    for turn in range(1, TURNS + 1):
+        for runner in took:
+            spent = _timed(runner, sample, outputs, 1, time.perf_counter)
+            took[runner] = min(took[runner], spent)
+        sooner = SOONER * took[wide] <= took[narrow]
+        if time.perf_counter() > end or (sooner and turn >= TURNS / 2):
+            break
+    return sooner
 
 
 def _timed(
