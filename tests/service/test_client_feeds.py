@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import numpy as np
 import pytest
 
 from likely import AsyncClient, Client, LikelyError, Scores
 from likely.answers import Classifications
+from likely.client import feeds
 from likely.client.ledger import WINDOW
 from likely.errors import DeadlineExceeded, InvalidInput, NotAnswered, Overloaded, Unavailable
 
@@ -105,6 +108,50 @@ def test_answers_do_not_wait_for_the_next_item(live: Live, client: Client, x: An
             return count
 
     assert live.run(ask()) == 5
+
+
+class Breaking(grpc.GenericRpcHandler):
+    """Breaks every stream, and has another server answer all else.
+
+    Attributes:
+        streams: the metadata of each.
+    """
+
+    def __init__(self, others: grpc.Channel) -> None:
+        self.streams: list[dict[str, str | bytes]] = []
+        self._others = others
+
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        method = handler_call_details.method
+        if not method.endswith("Stream"):
+            answer: Any = self._others.unary_unary(method)
+            return grpc.unary_unary_rpc_method_handler(lambda request, _: answer(request))
+        self.streams.append(dict(handler_call_details.invocation_metadata))
+
+        def refuse(_: Any, context: grpc.ServicerContext) -> None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+@pytest.mark.parametrize("method", ["score_stream", "classify_stream"])
+def test_a_broken_stream_is_begun_anew_by_the_feed_and_not_by_grpc(
+    live: Live, x: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What gRPC sends anew of a stream may never be answered."""
+    monkeypatch.setattr(feeds, "delay", lambda _: 0.0)
+    with grpc.insecure_channel(live.address) as others:
+        breaking, server = Breaking(others), grpc.server(ThreadPoolExecutor(1))
+        server.add_generic_rpc_handlers((breaking,))
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        try:
+            with Client(address, timeout=30) as client, pytest.raises(Unavailable, match="not now"):
+                list(getattr(client, method)([x[:1]]))
+        finally:
+            server.stop(None).wait()
+    assert len(breaking.streams) == feeds.BREAKS
+    assert not any("grpc-previous-rpc-attempts" in stream for stream in breaking.streams)
 
 
 def test_what_a_feed_raises_comes_after_the_answers(live: Live, client: Client, x: Any) -> None:

@@ -25,6 +25,7 @@ import grpc.aio
 
 from likely.addresses import is_local
 from likely.errors import SettingsError
+from likely.v1 import scoring_pb2
 
 Token: TypeAlias = str | Callable[[], str]
 File: TypeAlias = str | PathLike[str]
@@ -37,7 +38,17 @@ _RETRY = {
     "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
 }
-_SERVICE: dict[str, Any] = {"methodConfig": [{"name": [{}], "retryPolicy": _RETRY}]}
+_SCORING = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"]
+# gRPC is not to ask a feed again: what it sends anew of a stream may never be answered, and a feed
+# knows itself what has its answer.
+_FEEDS = [
+    {"service": _SCORING.full_name, "method": method.name}
+    for method in _SCORING.methods
+    if method.client_streaming
+]
+_SERVICE: dict[str, Any] = {
+    "methodConfig": [{"name": [{}], "retryPolicy": _RETRY}, {"name": _FEEDS}]
+}
 _FLEET = {
     **_SERVICE,
     "loadBalancingConfig": [{"round_robin": {}}],
