@@ -56,8 +56,15 @@ class Run:
         return cls(folder, recipes.load(folder / RECIPE))
 
     def model(self, name: str) -> nn.Module:
-        """The trained model of that name, in evaluation mode on the CPU."""
-        return families.restore(self.folder / name / train.WEIGHTS)
+        """The trained model of that name, in evaluation mode on the CPU.
+
+        Raises:
+            InvalidInput: it was not trained to the end.
+        """
+        weights = self.folder / name / train.WEIGHTS
+        model = families.restore(weights)
+        train.check_finished(weights, self.recipe.models[name].training)
+        return model
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,6 +177,19 @@ def restore_weights(model: nn.Module, file: Path) -> None:
     model.load_state_dict(torch.load(file, weights_only=True)["state"])
 
 
+def check_finished(weights: Path, training: Training) -> None:
+    """Returns if a `weights.pt` is of the end of a training, as far as it tells.
+
+    Raises:
+        InvalidInput: it is of a shorter one, which this one goes on from.
+    """
+    told = torch.load(weights, map_location="cpu", weights_only=True).get("more_epochs", ())
+    if told != training.more_epochs:
+        raise InvalidInput(
+            str(weights), "is of a training with fewer stretches: train to the end of the recipe"
+        )
+
+
 class _Loop:
     """The state of a run and how it moves by one step."""
 
@@ -352,7 +365,12 @@ class _Loop:
         """Writes the weights to be used."""
         file = self.folder / WEIGHTS
         assert self.best_state is not None
-        content = {"model": self.name, "config": self.config, "state": self.best_state}
+        content = {
+            "model": self.name,
+            "config": self.config,
+            "more_epochs": self.training.more_epochs,
+            "state": self.best_state,
+        }
         if self.fabric.is_global_zero:
             _write(file, content)
         return Trained(file, self.step, self.seconds, self.best)

@@ -102,6 +102,13 @@ def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path
         longer, tmp_path / "run", only=["b"], report=lambda _, now: told.append(now.step)
     )
     assert min(told) > 4 and runs.Run.open(tmp_path / "run").recipe == longer
+    assert runs.Run.open(tmp_path / "run").model("b") is not None
+    longer._with_training(lambda own: replace(own, more_epochs=(1, 1))).write(
+        tmp_path / "run" / runs.RECIPE
+    )
+    with pytest.raises(InvalidInput, match="fewer stretches"):
+        runs.Run.open(tmp_path / "run").model("b")
+    longer.write(tmp_path / "run" / runs.RECIPE)
     with pytest.raises(InvalidInput, match="another recipe"):
         runs.train_all(recipe, tmp_path / "run", only=["b"])
 
