@@ -82,6 +82,7 @@ async def classified(bundle: Path, x: Pixels) -> Classifications:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some minutes on a machine that does other things, too
 def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     steps: list[str] = []
     x = np.random.default_rng(0).integers(0, 17, (20, 1, 8, 8)).astype(np.uint8)
