@@ -25,7 +25,7 @@ FOLDERS = {
 OTHER = {"mnist": "fashion_mnist", "fashion_mnist": "mnist"}
 AT_MOST = {
     "mnist": {"bits_per_dim": 0.94, "label_nll_nats": 0.03, "ece": 0.004, "aurc": 5e-4},
-    "fashion_mnist": {"bits_per_dim": 2.8, "label_nll_nats": 0.3, "ece": 0.015, "aurc": 0.013},
+    "fashion_mnist": {"bits_per_dim": 2.8, "label_nll_nats": 0.3, "ece": 0.015, "aurc": 0.012},
 }
 AT_LEAST = {
     "mnist": {"accuracy": 0.992, "train_on_draws_accuracy": 0.97},
