@@ -22,7 +22,7 @@ def _absent(name: str) -> Iterator[None]:
 
 
 # structlog takes rich, where it is there, to colour tracebacks: for that a server would start
-# .2 s later, a twelfth, and keep 13 MiB more.
+# .2 s later, a twelfth, and keep 3 MiB more.
 with _absent("rich"):
     import structlog
 

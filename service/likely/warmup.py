@@ -74,7 +74,7 @@ def warm_up(
         best = {role: _best(role, runner, golden) for role, runner in runners.items()}
         for role, runner in wide.items():
             if _is_worth_all_cores(role, runner, runners[role], best[role], golden):
-                best[role] = replace(best[role], alone=runner)
+                best[role] = replace(best[role], wide=runner)
     if not lanes and cores > 1:
         # Any graph tells how many runs at once this machine takes; most ask the density.
         role = Role.DENSITY if Role.DENSITY in runners else next(iter(runners))

@@ -267,7 +267,7 @@ def test_what_is_shorter_than_the_way_to_a_lane_runs_where_it_came() -> None:
 def test_what_is_all_there_is_runs_on_all_cores() -> None:
     async def work() -> None:
         graph, wide, traffic = Doubler(), Doubler(), Traffic()
-        best = Best(4, pace=0.25, alone=wide)
+        best = Best(4, pace=0.25, wide=wide)
         options: dict[str, Any] = {"lanes": 2, "best": {Role.DENSITY: best}, "traffic": traffic}
         async with opened(graph, **options) as lanes:
             wide.hold()
@@ -300,7 +300,7 @@ def test_what_is_all_there_is_runs_on_all_cores() -> None:
 def test_runs_on_all_cores_tell_nothing_of_the_pace_of_a_lane() -> None:
     async def work() -> None:
         graph, wide = Doubler(), Doubler()
-        best = Best(4, pace=0.25, alone=wide)
+        best = Best(4, pace=0.25, wide=wide)
         async with opened(graph, lanes=2, best={Role.DENSITY: best}) as lanes:
             for x in range(5):
                 await ask(lanes, x)

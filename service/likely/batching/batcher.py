@@ -30,7 +30,7 @@ class Batcher:
         pace: seconds that one row takes a lane, as of late.
         at_once: the most rows that need no lane.
         grain: the fewest rows that are worth a lane while others run.
-        alone: runs what has all lanes to itself; None where a lane does as well.
+        wide: runs what has all lanes to itself; None where a lane does as well.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Batcher:
         self.runner = runner
         self.pace = best.pace
         self.at_once = best.at_once
-        self.alone = best.alone
+        self.wide = best.wide
         self.row_bytes = sum(
             math.prod(spec.array_shape(1)) * np.dtype(spec.dtype).itemsize for spec in specs
         )

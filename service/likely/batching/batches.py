@@ -118,12 +118,12 @@ class Batch:
         priority: that of every member.
         began: when its run began, by the monotonic clock; 0 until then.
         ready: rows that wait in it for a lane to end; who leaves takes theirs along.
-        alone: whether it has all cores to itself, and tells nothing of the pace of a lane.
+        wide: whether it has all cores to itself, and tells nothing of the pace of a lane.
     """
 
     began = 0.0
     ready = 0
-    alone = False
+    wide = False
 
     def __init__(self, runner: Runner, spans: list[Span]) -> None:
         self.spans = spans
@@ -137,7 +137,7 @@ class Batch:
 
     def widen(self, runner: Runner) -> None:
         """Has it run by what takes all cores, for nothing else wants them."""
-        self._runner, self.alone = runner, True
+        self._runner, self.wide = runner, True
 
     def leave(self) -> None:
         """Counts a member that does not wait any more; without the last one, the run ends."""

@@ -261,7 +261,7 @@ class Lanes:
         if self._is_short(role, batch):
             self._ended(batch, *batch.timed())
             return
-        if (wide := self._batchers[role].alone) and self._is_alone():
+        if (wide := self._batchers[role].wide) and self._is_alone():
             batch.widen(wide)
         try:
             self._threads.submit(self._work, batch, self._ready, asyncio.get_running_loop())
@@ -393,7 +393,7 @@ class Lanes:
         self._batchers[role].ended()
         try:
             failed = any(isinstance(outcome, Exception) for _, outcome in outcomes)
-            if not failed and not batch.alone:
+            if not failed and not batch.wide:
                 # Who left before the run cost nothing, and teaches nothing.
                 ran = sum(stop - start for (_, start, stop), _ in outcomes)
                 self._batchers[role].ran(ran, seconds)

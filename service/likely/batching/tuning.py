@@ -34,7 +34,7 @@ class Best:
         at_once: the most rows that are run where they came, on the event loop: the way to a
             lane and back would take longer.
         fixed: seconds that a run costs whatever its rows.
-        alone: runs what has all lanes to itself, on all cores; None where that is not sooner.
+        wide: runs what has all lanes to itself, on all cores; None where that is not sooner.
     """
 
     rows: int
@@ -42,7 +42,7 @@ class Best:
     pace: float = 0.0
     at_once: int = 0
     fixed: float = 0.0
-    alone: Runner | None = None
+    wide: Runner | None = None
 
 
 def batch(
