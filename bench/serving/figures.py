@@ -203,9 +203,10 @@ def _around(seen: Samples) -> dict[str, float]:
 
 
 def _over(seen: Samples) -> dict[str, float]:
-    """What a lone request takes beside a raw run, by what it takes at the echo."""
+    """What a lone request takes beside a raw run, on one core or all, by what the echo takes."""
     return {
-        kind: (of(seen["lone"]) - of(seen["raw.lone"])) / of(seen["echo.lone"])
+        kind: (of(seen["lone"]) - min(of(seen["raw.lone"]), of(seen["raw.lone.wide"])))
+        / of(seen["echo.lone"])
         for kind, of in (("best", min), ("median", median))
     }
 

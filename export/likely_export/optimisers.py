@@ -33,7 +33,7 @@ class Training:
         betas: AdamW's.
         weight_decay: AdamW's, for weights of two axes and more.
         muon_weight_decay: Muon's.
-        warm_up: the part of the run in which the rates rise from 0, before they
+        warm_up: the part of each stretch in which the rates rise from 0, before they
             fall linearly back to 0.
         more_epochs: further stretches, each of so many epochs: the rates, fallen to 0, rise
             anew to half the peaks of the stretch before and fall again (a warm restart:
@@ -77,14 +77,18 @@ class Training:
                 raise InvalidInput(f"training.{name}", f"{getattr(self, name)} is not above 0")
         if self.budget_seconds and self.more_epochs:
             raise InvalidInput("training.more_epochs", "does not go with budget_seconds")
-        if not all(epochs > 0 for epochs in self.more_epochs):
-            raise InvalidInput("training.more_epochs", f"{self.more_epochs} are not all above 0")
+        if not all(0 < epochs < math.inf for epochs in self.more_epochs):
+            raise InvalidInput(
+                "training.more_epochs", f"{self.more_epochs} are not all above 0, and finite"
+            )
         for name in ("warm_up", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInput(f"training.{name}", f"{getattr(self, name)} is not in [0, 1)")
 
     def rate(self, progress: float) -> float:
         """The learning rates' factor in [0, 1] after so many stretches, 1.5 for half the second."""
+        if progress >= 1 + len(self.more_epochs):
+            return 0.0
         stretch, progress = divmod(progress, 1)
         if progress < self.warm_up:
             rate = progress / self.warm_up

@@ -236,11 +236,18 @@ class Recipe(_Table):
         )
 
     def continues(self, earlier: Recipe) -> bool:
-        """Whether a run of another recipe is the beginning of one of this; see `Training`."""
+        """Whether a run of another recipe is the beginning of one of this; see `Training`.
+
+        Where this one's training is longer, its version and description may be others.
+        """
         if self.models.keys() != earlier.models.keys():
             return False
         trainings = {name: model.training for name, model in earlier.models.items()}
-        return self._with_trainings(trainings) == earlier and all(
+        shorter = self._with_trainings(trainings)
+        if shorter != self:
+            told = {"version": earlier.version, "description": earlier.description}
+            shorter = shorter.model_copy(update=told)
+        return shorter == earlier and all(
             model.training.continues(dataclasses.asdict(trainings[name]))
             for name, model in self.models.items()
         )

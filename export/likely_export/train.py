@@ -181,12 +181,12 @@ def check_finished(weights: Path, training: Training) -> None:
     """Returns if a `weights.pt` is of the end of a training, as far as it tells.
 
     Raises:
-        InvalidInput: it is of a shorter one, which this one goes on from.
+        InvalidInput: it is of one with other stretches, such as a shorter one that this continues.
     """
     told = torch.load(weights, map_location="cpu", weights_only=True).get("more_epochs", ())
     if told != training.more_epochs:
         raise InvalidInput(
-            str(weights), "is of a training with fewer stretches: train to the end of the recipe"
+            str(weights), "is of a training with other stretches: train to the end of the recipe"
         )
 
 

@@ -106,7 +106,7 @@ class Engine:
         Args:
             bundle: verified, so that only checked files are opened.
             opened: opens the graph of a role for runs on so many cores.
-            cores: the most runs at once.
+            cores: the most runs at once, and the most cores of one.
             max_batch: rows of one run; 0 to find what is best.
             terms: how requests are held.
             traffic: is told of queues and batches.
@@ -165,8 +165,7 @@ class Engine:
         Args:
             bundle: verified, so that only checked files are opened.
             device: where the graphs shall run.
-            threads: cores to use, each as a lane of its own: lanes of one thread
-                beat one run of many threads on graphs of this size.
+            threads: cores to use, each as a lane of its own; together for what is all there is.
             max_batch: rows of one run; 0 to find what is best.
             terms: how requests are held.
             traffic: is told of queues and batches.

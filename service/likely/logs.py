@@ -64,5 +64,8 @@ def _processors(form: Format, out: TextIO) -> list[Processor]:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if console:
-        return [*shared, structlog.dev.ConsoleRenderer(colors=out.isatty())]
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+        return [*shared, renderer]
     return [*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]

@@ -50,7 +50,7 @@ def warm_up(
         bundle: verified.
         opened: opens the graph of a role, for runs on so many cores.
         lanes: runs at once; 0 to find how many are best.
-        cores: the most runs at once, where that is to be found.
+        cores: the most runs at once, where that is to be found, and the most that one run takes.
         max_batch: rows of one run; 0 to find what is best.
 
     Raises:
@@ -58,13 +58,11 @@ def warm_up(
     """
     roles = list(bundle.manifest.graphs)
     widest = 1 if max_batch else min(cores, WIDEST)
+    several = [role for role in roles if role in LONG and widest > 1]
     with ThreadPoolExecutor(cores) as pool:
-        narrow = {role: pool.submit(opened, role, 1) for role in roles}
-        several = {
-            role: pool.submit(opened, role, widest) for role in roles if role in LONG and widest > 1
-        }
-    runners = {role: runner.result() for role, runner in narrow.items()}
-    wide = {role: runner.result() for role, runner in several.items()}
+        found = list(pool.map(opened, roles + several, [1] * len(roles) + [widest] * len(several)))
+    runners = dict(zip(roles, found, strict=False))
+    wide = dict(zip(several, found[len(roles) :], strict=True))
     golden = bundle.golden()
     for role, runner in (*runners.items(), *wide.items()):
         _prove(bundle.manifest, role, runner, golden)

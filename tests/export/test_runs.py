@@ -97,6 +97,7 @@ def test_a_folder_belongs_to_one_recipe(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path: Path) -> None:
     runs.train_all(recipe, tmp_path / "run", only=["b"])
     longer = recipe._with_training(lambda own: replace(own, more_epochs=(1,)))
+    longer = longer.model_copy(update={"version": "2"})
     told: list[int] = []
     runs.train_all(
         longer, tmp_path / "run", only=["b"], report=lambda _, now: told.append(now.step)
@@ -106,7 +107,7 @@ def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path
     longer._with_training(lambda own: replace(own, more_epochs=(1, 1))).write(
         tmp_path / "run" / runs.RECIPE
     )
-    with pytest.raises(InvalidInput, match="fewer stretches"):
+    with pytest.raises(InvalidInput, match="other stretches"):
         runs.Run.open(tmp_path / "run").model("b")
     longer.write(tmp_path / "run" / runs.RECIPE)
     with pytest.raises(InvalidInput, match="another recipe"):

@@ -96,7 +96,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 ) -> None:
     whole = train.fit(toy(pictures), pictures, training, tmp_path / "whole")
 
-    for stop in (7, 11, 25):  # none of them a step with a checkpoint
+    for stop in (7, 11, 26):  # none of them a step with a checkpoint
 
         def interrupt(now: Progress, stop: int = stop) -> None:
             if now.step == stop:
@@ -247,8 +247,9 @@ def test_rates_rise_and_fall_linearly() -> None:
 
 def test_rates_rise_anew_to_half_their_peaks() -> None:
     training = Training(steps=1, warm_up=0.2, more_epochs=(1, 1))
-    found = [training.rate(p) for p in (0.2, 1 - 1e-9, 1, 1.1, 1.2, 1.6, 2.2)]
-    assert found == pytest.approx([1, 0, 0, 0.25, 0.5, 0.25, 0.25], abs=1e-6)
+    found = [training.rate(p) for p in (0.2, 1 - 1e-9, 1, 1.1, 1.2, 1.6, 2.2, 3)]
+    assert found == pytest.approx([1, 0, 0, 0.25, 0.5, 0.25, 0.25, 0], abs=1e-6)
+    assert Training(budget_seconds=1, warm_up=0).rate(1) == 0
 
 
 @pytest.mark.parametrize(
@@ -259,6 +260,7 @@ def test_rates_rise_anew_to_half_their_peaks() -> None:
         {"steps": -1},
         {"steps": 1, "batch": 0},
         {"steps": 1, "more_epochs": (1, 0)},
+        {"steps": 1, "more_epochs": (float("inf"),)},
         {"budget_seconds": 1, "more_epochs": (1,)},
     ],
 )

@@ -9,6 +9,7 @@
 Health is what `grpc.health.v1` says of each replica, watched on every connection: one that
 drains, still loads or is gone gets no requests. What a server refuses for now (UNAVAILABLE,
 RESOURCE_EXHAUSTED), gRPC asks again, after the delay that the server names, where it names one.
+Streams that ask are begun anew by their feed, and by nobody else.
 """
 
 from __future__ import annotations

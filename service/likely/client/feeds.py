@@ -27,7 +27,7 @@ from likely.client.ledger import Ledger, delay
 from likely.client.plans import A
 from likely.errors import DeadlineExceeded, LikelyError, Overloaded, Unavailable
 
-BREAKS = 5  # of a stream between two answers, until it is given up
+BREAKS = 8  # of a stream between two answers, until it is given up: after some 16 seconds
 ENDING = 5.0  # seconds in which a stream may end by itself when all is answered
 
 
@@ -50,7 +50,9 @@ class _Patience:
         self._breaks += 1
         if self._breaks >= BREAKS or not isinstance(failure, Unavailable | Overloaded):
             raise failure
-        return delay(self._breaks) * random.uniform(0.8, 1.2)  # noqa: S311
+        seconds = delay(self._breaks) * random.uniform(0.8, 1.2)  # noqa: S311
+        named = failure.retry_after if isinstance(failure, Overloaded) else None
+        return max(seconds, named or 0.0)
 
 
 def _late(timeout: float) -> DeadlineExceeded:

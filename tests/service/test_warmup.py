@@ -1,0 +1,93 @@
+"""Which graphs are opened, for how many cores, and what becomes of them."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from likely import warmup
+from likely.batching import tuning
+from likely.batching.batches import Runner
+from likely.bundle import Bundle, Role
+from likely.errors import BundleError
+from likely.graphs import Device, Session
+from likely.outliers import Detector
+from likely.ranking import Ranked
+
+if TYPE_CHECKING:
+    from tests.conftest import Toy
+
+
+class Opening:
+    """Opens a bundle's graphs, and keeps who was opened for how many cores."""
+
+    def __init__(self, bundle: Bundle, broken: Role | None = None) -> None:
+        self.bundle, self.broken = bundle, broken
+        self.asked: list[tuple[Role, int]] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, role: Role, threads: int) -> Runner:
+        with self._lock:
+            self.asked.append((role, threads))
+        if role is self.broken:
+            raise BundleError(f"{role} does not open", "graph")
+        manifest = self.bundle.manifest
+        session = Session(self.bundle.graph(role), manifest.graphs[role], Device("cpu"), threads)
+        if role is not Role.DENSITY:
+            return session
+        return Ranked(session, Detector(self.bundle.calibration()), manifest.dimensions)
+
+    @property
+    def wide(self) -> list[tuple[Role, int]]:
+        return [(role, threads) for role, threads in self.asked if threads > 1]
+
+
+@pytest.fixture
+def bundle(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """The toy, as if its runs were too long for the event loop."""
+    monkeypatch.setattr(tuning, "AT_ONCE", 0.0)
+    return Bundle.open(toy.path)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(2, 2), (16, warmup.WIDEST)])
+@pytest.mark.parametrize("sooner", [True, False])
+def test_the_density_is_opened_for_all_cores_and_kept_where_that_is_sooner(
+    bundle: Bundle, cores: int, threads: int, sooner: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "is_sooner", lambda *_, **__: sooner)
+    opening = Opening(bundle)
+    warm = warmup.warm_up(bundle, opening, lanes=1, cores=cores, max_batch=0)
+    assert opening.wide == [(Role.DENSITY, threads)]
+    assert {role for role, threads in opening.asked if threads == 1} == set(warm.runners)
+    kept = warm.best[Role.DENSITY].wide
+    assert (kept is not None) == sooner
+    assert kept is not warm.runners[Role.DENSITY]
+    assert all(best.wide is None for role, best in warm.best.items() if role != Role.DENSITY)
+
+
+@pytest.mark.parametrize(("cores", "max_batch"), [(1, 0), (2, 4)])
+def test_no_graph_is_opened_for_several_cores_where_none_could_be_used(
+    bundle: Bundle, cores: int, max_batch: int
+) -> None:
+    opening = Opening(bundle)
+    warm = warmup.warm_up(bundle, opening, lanes=1, cores=cores, max_batch=max_batch)
+    assert opening.wide == []
+    assert all(best.wide is None for best in warm.best.values())
+
+
+def test_what_is_short_enough_for_the_event_loop_stays_there(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "is_sooner", lambda *_, **__: True)
+    monkeypatch.setattr(tuning, "AT_ONCE", 1e6)
+    bundle = Bundle.open(toy.path)
+    warm = warmup.warm_up(bundle, Opening(bundle), lanes=1, cores=2, max_batch=0)
+    assert warm.best[Role.DENSITY].wide is None
+
+
+def test_a_graph_that_does_not_open_ends_it(bundle: Bundle) -> None:
+    for broken in bundle.manifest.graphs:
+        with pytest.raises(BundleError, match=f"{broken} does not open"):
+            warmup.warm_up(bundle, Opening(bundle, broken), lanes=1, cores=2, max_batch=0)
