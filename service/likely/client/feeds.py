@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from likely import statuses
 from likely.client import plans
-from likely.client.ledger import Ledger, delay
+from likely.client.ledger import LONGEST_DELAY, Ledger, delay
 from likely.client.plans import A
 from likely.errors import DeadlineExceeded, LikelyError, Overloaded, Unavailable
 
@@ -52,7 +52,7 @@ class _Patience:
             raise failure
         seconds = delay(self._breaks) * random.uniform(0.8, 1.2)  # noqa: S311
         named = failure.retry_after if isinstance(failure, Overloaded) else None
-        return max(seconds, named or 0.0)
+        return max(seconds, min(named or 0.0, LONGEST_DELAY))
 
 
 def _late(timeout: float) -> DeadlineExceeded:
