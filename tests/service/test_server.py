@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -348,6 +349,15 @@ def test_request_ids_come_back_if_sane(stubs: Stubs, live: Live, given: str, kep
     line = next(line for line in log(live) if line.get("request_id") == returned)
     told = [line[key] for key in ("method", "model", "code", "images")]
     assert told == ["Score", "toy", "OK", 1]
+
+
+def test_no_two_requests_share_an_id_though_random_is_set_back(stubs: Stubs) -> None:
+    ids = []
+    for _ in range(2):
+        random.seed(0)  # as Hypothesis does before each of its tests, in the server's process too
+        _, call = stubs.scoring.Score.with_call(on_toy(ScoreRequest))
+        ids.append(dict(call.trailing_metadata())["x-request-id"])
+    assert len(set(ids)) == 2
 
 
 def test_health_and_reflection_name_every_service(stubs: Stubs) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import random
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -369,7 +369,7 @@ def _request_id(metadata: Metadata) -> str:
     for key, value in metadata:
         if key == REQUEST_ID and isinstance(value, str) and _SANE_ID.fullmatch(value):
             return value
-    return f"{random.getrandbits(128):032x}"  # unlike any other, and no secret
+    return os.urandom(16).hex()  # not from `random`, whose state anybody may set back
 
 
 def _code_name(code: grpc.StatusCode | int | None) -> str:
