@@ -91,7 +91,10 @@ class PixelHead(Head):
         super().__init__(channels, levels, digits)
         self.weight = nn.Parameter(torch.zeros(self.factors, features, self.base))
         self.bias = nn.Parameter(torch.zeros(self.factors, self.base))
-        self.embedding = nn.Parameter(torch.randn(self.factors - 1, self.base, features) * 0.1)
+        # A lone digit has none before it: several devices wait for gradients of all that ask for one.
+        self.embedding = nn.Parameter(
+            torch.randn(self.factors - 1, self.base, features) * 0.1, self.factors > 1
+        )
 
     def log_probs(self, features: Tensor, x: Tensor) -> Tensor:
         """Log-probabilities of every digit, (n, h, w, c * digits, base), nats."""

@@ -1,7 +1,10 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from likely.bundle import Manifest, Role
@@ -43,6 +46,25 @@ def test_training_leaves_a_run_and_says_what_comes_next(recipe: Path, tmp_path: 
     assert result.exit_code == 0, result.output
     assert "likely-export build" in result.stdout and "step 2" in result.stderr
     assert Run.open(tmp_path / "run").model("a") is not None
+
+
+def test_two_devices_train_what_one_does_on_half_of_every_batch_each(
+    recipe: Path, tmp_path: Path
+) -> None:
+    text = recipe.read_text().replace('"cvae"', '"pixelcnn"').replace("width", "label_dropout = 0\n        channels")
+    recipe.write_text(text.replace("steps = 2", "batch = 8, steps = 3"))
+    command = [Path(sys.executable).with_name("likely-export"), "train", "--recipe", recipe]
+    for devices in (1, 2):
+        out = ["--out", str(tmp_path / str(devices)), "--device", "cpu", "--devices", str(devices)]
+        done = subprocess.run([*command, *out], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        torch.load(tmp_path / each / "a" / "weights.pt", weights_only=True)["state"]
+        for each in ("1", "2")
+    )
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert torch.allclose(weight, two[name], atol=1e-4), name
 
 
 @pytest.mark.parametrize(
