@@ -51,7 +51,11 @@ def test_training_leaves_a_run_and_says_what_comes_next(recipe: Path, tmp_path: 
 def test_two_devices_train_what_one_does_on_half_of_every_batch_each(
     recipe: Path, tmp_path: Path
 ) -> None:
-    text = recipe.read_text().replace('"cvae"', '"pixelcnn"').replace("width", "label_dropout = 0\n        channels")
+    text = (
+        recipe.read_text()
+        .replace('"cvae"', '"pixelcnn"')
+        .replace("width", "label_dropout = 0\n        channels")
+    )
     recipe.write_text(text.replace("steps = 2", "batch = 8, steps = 3"))
     command = [Path(sys.executable).with_name("likely-export"), "train", "--recipe", recipe]
     for devices in (1, 2):
