@@ -91,7 +91,7 @@ class PixelHead(Head):
         super().__init__(channels, levels, digits)
         self.weight = nn.Parameter(torch.zeros(self.factors, features, self.base))
         self.bias = nn.Parameter(torch.zeros(self.factors, self.base))
-        # A lone digit has none before it: several devices wait for gradients of all that ask for one.
+        # A lone digit has none before it, and several devices wait for all gradients asked for.
         self.embedding = nn.Parameter(
             torch.randn(self.factors - 1, self.base, features) * 0.1, self.factors > 1
         )

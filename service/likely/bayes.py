@@ -105,6 +105,26 @@ def reweighted(posterior: Doubles, priors: Doubles, others: Doubles) -> Doubles:
     return normalised
 
 
+def under_priors(log_pyx: npt.NDArray[np.floating], priors: Doubles, others: Doubles) -> Doubles:
+    """p(y|x) (n, labels) under other priors, of log p(y|x) in nats: `reweighted` without underflow.
+
+    Args:
+        log_pyx: (n, labels), under `priors`.
+        priors: (labels,).
+        others: (labels,); a label that `priors` rule out stays ruled out.
+
+    Returns:
+        Rows that sum to 1; as they were where the others rule out every label.
+    """
+    possible = (priors > 0) & (others > 0)
+    ratio = np.log(np.divide(others, priors, out=np.ones_like(others), where=possible))
+    joint = np.where(possible, log_pyx.astype(np.float64) + ratio, -np.inf)
+    total = logsumexp(joint)[:, None]
+    left = np.isneginf(total)
+    found: Doubles = np.exp(np.where(left, log_pyx, joint - np.where(left, 0.0, total)))
+    return found
+
+
 def estimated_priors(
     posterior: Doubles, priors: Doubles, *, tolerance: float = 1e-9, most: int = 10_000
 ) -> Doubles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypedDict, Unpack
 
 import numpy as np
 
@@ -61,6 +61,17 @@ Seen: TypeAlias = "Callable[[Engine, str, Scores], None]"
 
 def _unseen(_: Engine, __: str, ___: Scores) -> None:
     """Nobody watches."""
+
+
+class How(TypedDict, total=False):
+    """What `Engine.judge` may be told beside the pictures and alpha."""
+
+    priors: Doubles | None
+    min_posterior: float
+    guarantee: Guarantee
+    rule: LabelRule
+    both: bool
+    seen: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +263,11 @@ class Engine:
             self._seen(self, "Score", scores)
         return scores
 
-    async def classify(
+    async def classify(self, x: Pixels, alpha: float, **how: Unpack[How]) -> Classifications:
+        """Which label is assigned, if any; of `judge`, the half that tells of labels."""
+        return (await self.judge(x, alpha, **how))[1]
+
+    async def judge(
         self,
         x: Pixels,
         alpha: float,
@@ -263,8 +278,8 @@ class Engine:
         rule: LabelRule = LabelRule.GENERATIVE,
         both: bool = False,
         seen: bool = True,
-    ) -> Classifications:
-        """Which label is assigned, if any.
+    ) -> tuple[Scores, Classifications]:
+        """How plausible pictures are, and which label is assigned, if any.
 
         Args:
             x: uint8 (n, c, h, w), levels below the model's.
@@ -299,14 +314,14 @@ class Engine:
             composed = bayes.composed(log_pyx, scores.log_px, learnt)
             if rule == LabelRule.DISCRIMINATIVE:
                 expected = learnt if priors is None else priors
-                posterior = bayes.reweighted(np.exp(log_pyx), learnt, expected)
+                posterior = bayes.under_priors(log_pyx, learnt, expected)
         label = posterior.argmax(1).astype(np.int64)
         unsure = posterior.max(1, initial=0.0) < min_posterior
         verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
         verdict = np.where(scores.verdict == Verdict.OUTLIER, Verdict.OUTLIER, verdict)
         if seen:
             self._seen(self, "Classify", scores)
-        return Classifications(
+        return scores, Classifications(
             log_pxy=log_pxy,
             posterior=posterior,
             label=label,

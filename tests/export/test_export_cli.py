@@ -57,7 +57,12 @@ def test_two_devices_train_what_one_does_on_half_of_every_batch_each(
         .replace("width", "label_dropout = 0\n        channels")
     )
     recipe.write_text(text.replace("steps = 2", "batch = 8, steps = 3"))
-    command = [Path(sys.executable).with_name("likely-export"), "train", "--recipe", recipe]
+    command = [
+        str(Path(sys.executable).with_name("likely-export")),
+        "train",
+        "--recipe",
+        str(recipe),
+    ]
     for devices in (1, 2):
         out = ["--out", str(tmp_path / str(devices)), "--device", "cpu", "--devices", str(devices)]
         done = subprocess.run([*command, *out], capture_output=True, text=True)

@@ -29,7 +29,7 @@ from likely.bundle import Role
 from likely.errors import OutOfMemory, RunStopped
 from likely.graphs import Array, Stop
 from likely.ranking import RANKED
-from likely.v1.generation_pb2 import GenerateRequest
+from likely.v1.generation_pb2 import Acceptance, GenerateRequest, SelfCheck
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
 from likely.v1.scoring_pb2 import ClassifyRequest, ScoreRequest, ScoreResponse, Verdict
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
@@ -458,6 +458,29 @@ def test_a_quota_holds_one_client_alone(running: Running, tmp_path: Path) -> Non
         assert "quota" in error.details()
         told_to_come_again(error)
         assert len(stub.Score(score(5), metadata=bearer("calm"), timeout=SECONDS).scores) == 5
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize(
+    ("asked", "draws"),
+    [
+        ({"self_check": SelfCheck(alpha=0.75, max_draws=8)}, 4),  # every fourth is kept
+        ({"self_check": SelfCheck(alpha=0.99, max_draws=4)}, 4),
+        ({"acceptance": Acceptance(max_draws=4)}, 3),  # of three labels, every third
+    ],
+)
+def test_redraws_count_against_a_quota(running: Running, asked: dict[str, Any], draws: int) -> None:
+    limits: dict[str, Any] = {"client_images_per_second": 0.001, "client_images_at_once": 90}
+    with running(**limits) as live, grpc.insecure_channel(live.address) as channel:
+        stub = GenerationServiceStub(channel)
+        request = GenerateRequest(model_name="toy", count=20, label=1, seed=1, **asked)
+        assert list(stub.Generate(request, timeout=SECONDS))
+        rest = 90 - 20 * draws
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(GenerateRequest(model_name="toy", count=rest + 1), timeout=SECONDS))
+        error: Any = caught.value
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert list(stub.Generate(GenerateRequest(model_name="toy", count=rest), timeout=SECONDS))
 
 
 def tokens(folder: Path) -> Path:

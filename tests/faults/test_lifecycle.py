@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,9 @@ from likely.errors import DeviceLost
 from likely.graphs import Session
 from likely.v1 import admin_pb2
 from likely.v1.admin_pb2_grpc import AdminServiceStub
+from likely.v1.images_pb2 import Images
+from likely.v1.scoring_pb2 import ScoreRequest
+from likely.v1.scoring_pb2_grpc import ScoringServiceStub
 from tests.faults.history import History, violations
 from tests.faults.served import COMMAND, Load, Questions, Served, draw, served, wait_until
 
@@ -198,6 +202,14 @@ def other_answers(folder: Path) -> None:
     resealed(folder)
 
 
+def misshapen_questions(folder: Path) -> None:
+    with np.load(folder / "golden.npz") as arrays:
+        golden = dict(arrays)
+    golden["density/x"] = golden["density/x"][..., :2]
+    np.savez(folder / "golden.npz", **golden)
+    resealed(folder)
+
+
 def same_version(folder: Path) -> None:
     resealed(folder, version="1", description="Other content under a version that is served.")
 
@@ -214,6 +226,7 @@ def emptied(folder: Path) -> None:
         (altered, "digest"),
         (foreign_signature, "signature"),
         (other_answers, "golden"),
+        (misshapen_questions, "graph"),
         (same_version, "version"),
         (emptied, "incomplete"),
     ],
@@ -608,6 +621,41 @@ def test_one_killed_worker_costs_no_other_request(
         assert {line.split()[1] for line in in_flight} == {"0.0"}
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(40) == 0
+
+
+@pytest.mark.fault(37)
+def test_a_worker_that_is_begun_anew_serves_what_all_others_do(
+    toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    config = tmp_path / "settings.toml"
+    config.write_text(f'bundles = ["{toys["1"].path}"]')
+    flags = ("--config", config, "--port", 0, "--workers", 2, "--admin-port", 0)
+    with served(tmp_path, *flags, "--metrics-port", 0) as server:
+        address = server.address(2)
+        metrics = f"http://127.0.0.1:{server.wait_for('serving', workers=2)['metrics']}/metrics"
+        config.unlink()  # what was read once is not read again
+        os.kill(children(server)[0], signal.SIGKILL)
+        server.wait_for("worker ended")
+        with grpc.insecure_channel(f"127.0.0.1:{server.wait_for('admin')['port']}") as channel:
+            load = admin_pb2.LoadModelRequest(folder=str(toys["2"].path))
+            AdminServiceStub(channel).LoadModel(load, timeout=60)
+        wait_until(lambda: "likely_workers 2.0" in read(metrics))
+        versions = Counter(version_of(address) for _ in range(30))
+        assert set(versions) == {"2"}
+
+
+def version_of(address: str) -> str:
+    """The version that answers on a connection of its own."""
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    with grpc.insecure_channel(address, options=options) as channel:
+        images = Images(data=bytes(9), shape=(1, 1, 3, 3))
+        request = ScoreRequest(model_name="toy", images=images)
+        return str(ScoringServiceStub(channel).Score(request, timeout=30).model_version)
+
+
+def read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
 
 
 @pytest.mark.fault(36)

@@ -86,6 +86,27 @@ def test_a_posterior_that_the_other_priors_rule_out_is_left() -> None:
     assert weighed.tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
+@given(nats, st.integers(0, 100))
+def test_in_logs_other_priors_weigh_the_same(log_pxy: np.ndarray, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    one, other = rng.dirichlet(np.ones(log_pxy.shape[1]), 2)
+    log_pyx = log_pxy / 1e4 + np.log(one)
+    log_pyx -= bayes.logsumexp(log_pyx)[:, None]
+    weighed = bayes.under_priors(log_pyx, one, other)
+    assert np.allclose(weighed, bayes.reweighted(np.exp(log_pyx), one, other))
+
+
+def test_in_logs_the_least_posterior_counts_where_priors_rule_out_the_rest() -> None:
+    one = np.array([0.5, 0.5, 0.0])
+    log_pyx = np.array([[0.0, -800.0, -900.0]])
+    for others, posterior in (
+        ([0.0, 1.0, 0.0], [0, 1, 0]),  # exp(-800) is 0
+        ([0.0, 0.5, 0.5], [0, 1, 0]),  # the third was ruled out before
+        ([0.0, 0.0, 1.0], [1, 0, 0]),  # all are: as it was
+    ):
+        assert bayes.under_priors(log_pyx, one, np.array(others)).tolist() == [posterior]
+
+
 @pytest.mark.parametrize("frequent", range(5))
 def test_priors_are_estimated_from_pictures_without_labels(frequent: int) -> None:
     """One label has half of the pictures, where the model takes all for equal."""

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import numpy as np
 import pytest
 
 from likely import Client
-from likely.errors import ModelNotFound, SettingsError
+from likely.bundle import MANIFEST, Bundle
+from likely.engine import Engine
+from likely.errors import ModelNotFound, SettingsError, Unavailable
 from likely.v1 import admin_pb2
 from likely.v1.admin_pb2_grpc import AdminServiceStub
+from likely.versions import loading, watch
+from likely.versions.loading import Loader
+from likely.versions.watch import scan
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running, Toy
@@ -183,6 +191,97 @@ def test_a_watched_folder_is_followed(
         time.sleep(0.3)
         assert admin.answers() == "2"
         tmp_path.with_name("away").rename(tmp_path)
+
+
+def test_the_watch_outlives_a_bundle_that_makes_a_library_raise(
+    running: Running, toys: dict[str, Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proved = Loader.proved
+
+    def odd(self: Loader, bundle: Bundle) -> Engine:
+        with loading._refusing(bundle.path):
+            if bundle.path.name == "odd":
+                raise KeyError("what no error of ours foresees")
+        if bundle.path.name == "odder":
+            raise KeyError("what nothing foresees")
+        return proved(self, bundle)
+
+    monkeypatch.setattr(Loader, "proved", odd)
+    with administered(running, bundles=(), watch=tmp_path, watch_seconds=0.02) as admin:
+        for name, told in (("odd", "refused"), ("odder", "fault")):
+            shutil.copytree(toys["1"].path, tmp_path / f".{name}")
+            (tmp_path / f".{name}").rename(tmp_path / name)
+            eventually(partial(is_told, admin.live, told))
+        shutil.copytree(toys["2"].path, tmp_path / ".sound")
+        (tmp_path / ".sound").rename(tmp_path / "a sound one")
+        eventually(lambda: admin.live.server.registry.default("toy") == "2")
+        assert admin.versions()[""].reason == "graph"
+
+
+def test_what_cannot_be_read_now_has_not_gone(
+    toys: dict[str, Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(toys["1"].path, tmp_path / "model" / "1")
+    shutil.copytree(toys["2"].path, tmp_path / "other")
+    before = scan(tmp_path)
+    assert set(before) == {tmp_path / "model" / "1", tmp_path / "other"}
+    (tmp_path / "other" / MANIFEST).chmod(0o600)
+    after = scan(tmp_path, before)
+    assert {path for path in before if before[path] != after[path]} == {tmp_path / "other"}
+    folders = watch._folders
+
+    def failing(folder: Path) -> list[Path]:
+        if folder.name == "model":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return folders(folder)
+
+    monkeypatch.setattr(watch, "_folders", failing)
+    assert scan(tmp_path, after) == after
+    assert set(scan(tmp_path)) == {tmp_path / "other"}
+
+
+def test_one_folder_has_one_name(
+    running: Running, toys: dict[str, Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toys["1"].path, "model")
+    with administered(running, bundles=(Path("model"),), labels=("toy:stable=1",)) as admin:
+        shutil.rmtree("model")
+        shutil.copytree(toys["2"].path, "model")
+        assert admin.load(tmp_path / "away" / ".." / "model").labels == ["stable"]
+        assert {v: m.folder for v, m in admin.versions().items()} == {"2": str(tmp_path / "model")}
+
+
+def test_a_version_is_freed_though_nobody_waits_for_it_any_more(
+    running: Running, toys: dict[str, Toy]
+) -> None:
+    with administered(running, bundles=both(toys)) as admin:
+        server = admin.live.server
+        engine = server.registry.find("toy", "1")
+        leased = server.registry.lease("toy", "1")
+        admin.live.run(_entered(leased))
+        request = admin_pb2.UnloadModelRequest(model_name="toy", model_version="1")
+        with pytest.raises(grpc.RpcError) as caught:
+            admin._stub.UnloadModel(request, timeout=0.3)
+        error: Any = caught.value
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert admin.versions()["1"].state == admin_pb2.VERSION_STATE_DRAINING
+        admin.live.run(_left(leased))
+        eventually(lambda: set(admin.versions()) == {"2"})
+        with pytest.raises(Unavailable):
+            admin.live.run(engine.score(np.zeros((1, 1, 3, 3), np.uint8), 0.1))
+
+
+def is_told(live: Live, event: str) -> bool:
+    return f'"{event}"' in live.log.getvalue()
+
+
+async def _entered(context: AbstractContextManager[object]) -> None:
+    context.__enter__()
+
+
+async def _left(context: AbstractContextManager[object]) -> None:
+    context.__exit__(None, None, None)
 
 
 def test_a_server_without_a_model_is_not_ready(

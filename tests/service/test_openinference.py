@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from likely import Client, LabelRule, statuses
+from likely.engine import Engine
 from likely.inference import inference_pb2 as pb
 from likely.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 
@@ -324,6 +327,38 @@ def test_statistics_and_metrics_count_what_was_asked(running: Running, x: Any) -
             text = answer.read().decode()
     assert 'likely_images_total{method="ModelInfer",model="toy"} 60.0' in text
     assert 'likely_requests_total{code="OK",method="ModelInfer",model="toy"} 3.0' in text
+
+
+def test_all_that_is_decided_comes_of_one_look(running: Running, x: Any) -> None:
+    quota = {"client_images_per_second": 0.001, "client_images_at_once": len(x)}
+    with running(**quota) as live, grpc.insecure_channel(live.address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        answer = arrays(stub.ModelInfer(pictures("toy", x, priors="0, 0.5, 0.5")))
+        assert {"posterior", "log_likelihood", "outlier"} <= set(answer)
+        assert not answer["posterior"].reshape(len(x), -1)[:, 0].any()
+        with urllib.request.urlopen(live.metrics_url, timeout=10) as page:
+            seen = f'likely_p_value_count{{model="toy",version="1.0"}} {len(x)}.0'
+            assert seen in page.read().decode()
+
+
+def test_a_server_that_will_end_or_whose_models_are_ill_is_not_ready(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running() as live, grpc.insecure_channel(live.address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+
+        def ready() -> tuple[bool, bool]:
+            model = stub.ModelReady(pb.ModelReadyRequest(name="toy")).ready
+            return stub.ServerReady(pb.ServerReadyRequest()).ready, model
+
+        assert ready() == (True, True)
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "healthy", False)
+            assert ready() == (False, False)
+        stopping = asyncio.run_coroutine_threadsafe(live.server.stop(delay=30), live.loop)
+        while ready() != (False, False):
+            time.sleep(0.01)
+        stopping.cancel()
 
 
 def test_until_models_are_loaded_nothing_is_ready(running: Running) -> None:

@@ -122,6 +122,8 @@ class Batcher:
                     patience(wait(member.priority, 0.0)),
                 )
             self._turns[greedy.priority].remove(greedy)
+            if greedy.dead:  # its caller left, and the loop has not come to that yet
+                continue
             self._shed("share")
             greedy.future.set_exception(
                 Overloaded(

@@ -32,6 +32,8 @@ Token: TypeAlias = str | Callable[[], str]
 File: TypeAlias = str | PathLike[str]
 Address: TypeAlias = str | Sequence[str]
 
+LARGEST = 1 << 30  # bytes of a request that is asked again; gRPC would stop at 256 KiB
+
 _RETRY = {
     "maxAttempts": 5,
     "initialBackoff": "0.2s",
@@ -98,6 +100,7 @@ class Route:
             ("grpc.service_config", json.dumps(_FLEET if fleet else _SERVICE)),
             ("grpc.max_receive_message_length", -1),  # bounded by what was asked
             ("grpc.max_send_message_length", -1),
+            ("grpc.per_rpc_retry_buffer_size", LARGEST),
         )
         self._token = token
         self._secure = tls or ca is not None or certificate is not None

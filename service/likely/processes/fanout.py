@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +13,44 @@ from likely.errors import Unavailable
 from likely.v1 import admin_pb2, admin_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Metadata = Sequence[tuple[str, str | bytes]]
 HANDED_ON = ("authorization", "x-request-id")
 
 
 class Fanout(admin_pb2_grpc.AdminServiceServicer):
     """Hands each change on to the first worker, and what that one makes to all others.
 
-    So a refused change changes nothing; a worker that cannot follow is begun anew.
+    So a refused change changes nothing; a worker that cannot follow is begun anew. A change once
+    begun is carried through, whether its caller waits or not.
     """
 
     def __init__(
         self,
         sockets: Callable[[], Sequence[tuple[int, Path]]],
-        settled: Callable[[admin_pb2.ListVersionsResponse], None],
+        settled: Callable[[admin_pb2.ListVersionsResponse, Collection[int]], None],
         strayed: Callable[[int], None],
     ) -> None:
         """A servicer.
 
         Args:
             sockets: numbers and admin sockets of the workers that are ready.
-            settled: is told after each change what is served now.
+            settled: is told after each change what is served now, and which workers were asked.
             strayed: is told of a worker that could not make a change.
         """
         self._sockets = sockets
         self._settled = settled
         self._strayed = strayed
         self._turn = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
 
     async def ListVersions(
         self, request: admin_pb2.ListVersionsRequest, context: Context
     ) -> admin_pb2.ListVersionsResponse:
         """What the first worker serves."""
-        first, *_ = self._ready()
-        answer: admin_pb2.ListVersionsResponse = await self._ask(
-            first[1], "ListVersions", request, context
-        )
+        (_, first), *_ = self._ready()
+        seconds = context.time_remaining()
+        asked = _ask(first, "ListVersions", request, _handed_on(context), seconds)
+        answer: admin_pb2.ListVersionsResponse = await _answered(asked, context)
         return answer
 
     async def LoadModel(
@@ -91,29 +94,62 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
         raise Unavailable("no worker is ready")
 
     async def _change(self, method: str, request: Any, context: Context) -> Any:
+        change = asyncio.create_task(self._carried(method, request, _handed_on(context)))
+        self._changes.add(change)
+        change.add_done_callback(self._ended)
+        return await _answered(asyncio.shield(change), context)
+
+    async def _carried(self, method: str, request: Any, metadata: Metadata) -> Any:
         async with self._turn:
-            (_, first), *others = self._ready()
-            answer = await self._ask(first, method, request, context)
-            asked = [self._ask(socket, method, request, context) for _, socket in others]
-            followed = await asyncio.gather(*asked, return_exceptions=True)
-            for (index, _), outcome in zip(others, followed, strict=True):
+            (_, first), *others = asked = self._ready()
+            answer = await _ask(first, method, request, metadata)
+            following = [_ask(socket, method, request, metadata) for _, socket in others]
+            followed = await asyncio.gather(*following, return_exceptions=True)
+            sockets = [first]
+            for (index, socket), outcome in zip(others, followed, strict=True):
                 if isinstance(outcome, Exception):
                     self._strayed(index)
-            everything = admin_pb2.ListVersionsRequest()
-            self._settled(await self._ask(first, "ListVersions", everything, context))
+                else:
+                    sockets.append(socket)
+            await self._settle(sockets, metadata, {index for index, _ in asked})
             return answer
 
-    async def _ask(self, socket: Path, method: str, request: Any, context: Context) -> Any:
-        metadata = [
-            (key, value) for key, value in context.invocation_metadata() or () if key in HANDED_ON
-        ]
-        async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
-            stub = admin_pb2_grpc.AdminServiceStub(channel)
-            call: Awaitable[Any] = getattr(stub, method)(
-                request, metadata=metadata, timeout=context.time_remaining()
-            )
+    async def _settle(
+        self, sockets: Sequence[Path], metadata: Metadata, asked: Collection[int]
+    ) -> None:
+        """Tells what is served, as the first of those workers says that still lives."""
+        everything = admin_pb2.ListVersionsRequest()
+        for socket in sockets:
             try:
-                return await call
-            except grpc.aio.AioRpcError as error:
-                details = tuple(error.trailing_metadata() or ())
-                await context.abort(error.code(), error.details() or "", details)
+                served = await _ask(socket, "ListVersions", everything, metadata)
+            except grpc.aio.AioRpcError:
+                continue
+            self._settled(served, asked)
+            return
+
+    def _ended(self, change: asyncio.Task[Any]) -> None:
+        self._changes.discard(change)
+        if not change.cancelled():
+            change.exception()  # seen, should its caller be gone
+
+
+async def _ask(
+    socket: Path, method: str, request: Any, metadata: Metadata, seconds: float | None = None
+) -> Any:
+    async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        call: Awaitable[Any] = getattr(stub, method)(request, metadata=metadata, timeout=seconds)
+        return await call
+
+
+async def _answered(asked: Awaitable[Any], context: Context) -> Any:
+    """The worker's answer, or its refusal as it stands."""
+    try:
+        return await asked
+    except grpc.aio.AioRpcError as error:
+        details = tuple(error.trailing_metadata() or ())
+        await context.abort(error.code(), error.details() or "", details)
+
+
+def _handed_on(context: Context) -> Metadata:
+    return [(key, value) for key, value in context.invocation_metadata() or () if key in HANDED_ON]

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from likely.serving.guard import Guard, Guarded
 from likely.settings import PREFIX, Settings
 from likely.telemetry.metrics import Exporter, Metrics
 from likely.v1 import admin_pb2, admin_pb2_grpc
+from likely.versions.lifecycle import absolute, is_bundle
 from likely.versions.registry import Registry
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class Supervisor:
         self._begun = asyncio.Event()
         self._ending = False
         self._serving: frozenset[int] = frozenset()
+        self._changes = 0
+        self._folders: dict[str, Path] = {}
 
     async def run(self) -> None:
         """Serves until it is told to end.
@@ -189,17 +192,31 @@ class Supervisor:
         self._running[index] = worker
         if self._ending:
             worker.terminate()
-        alone = self._settings.model_copy(update={"metrics_port": "off", "admin_port": "off"})
-        settings = alone.model_dump(mode="json")
-        socket_path = self._socket(index)
+        socket_path, changes = self._socket(index), self._changes
         socket_path.unlink(missing_ok=True)
-        worker.stdin.write(Order(index, str(socket_path), settings).line())
+        worker.stdin.write(Order(index, str(socket_path), self._alone()).line())
         if await worker.stdout.readline() == READY:
             self._ready.add(index)
             self._together.ready(len(self._ready))
             if len(self._ready) == self._settings.workers:
                 self._begun.set()
+            if changes != self._changes:  # while it loaded, others were asked to change
+                self._strayed(index)
         return worker
+
+    def _alone(self) -> dict[str, Any]:
+        """What a worker serves with, on the one port of all; no file is read again."""
+        kept = [label for label in self._settings.labels if self._is_there(label)]
+        mine = {"metrics_port": "off", "admin_port": "off", "config": None, "labels": tuple(kept)}
+        return self._settings.model_copy(update=mine).model_dump(mode="json")
+
+    def _is_there(self, label: str) -> bool:
+        """Whether a worker finds what a label names; others may serve what has left its folder."""
+        folder = self._folders.get(label)
+        if folder is None or is_bundle(folder):
+            return True
+        self._log.warning("label without a bundle", label=label, folder=str(folder))
+        return False
 
     async def _end(self, number: signal.Signals, keepers: Sequence[asyncio.Task[None]]) -> None:
         self._ending = True
@@ -245,12 +262,22 @@ class Supervisor:
         return server
 
     def _sockets(self) -> list[tuple[int, Path]]:
+        if not self._begun.is_set():  # those that load yet would not hear of a change
+            return []
         return [(index, self._socket(index)) for index in sorted(self._ready)]
 
-    def _settled(self, served: admin_pb2.ListVersionsResponse) -> None:
+    def _settled(self, served: admin_pb2.ListVersionsResponse, asked: Collection[int]) -> None:
         """Remembers what is served, for workers that are begun anew."""
+        self._changes += 1
+        for index in self._ready - set(asked):  # became ready meanwhile
+            self._strayed(index)
         serving = [v for v in served.versions if v.state == admin_pb2.VERSION_STATE_SERVING]
-        watched = self._settings.watch
+        watched = self._settings.watch and absolute(self._settings.watch)
+        self._folders = {
+            f"{v.model_name}:{label}={v.model_version}": Path(v.folder)
+            for v in serving
+            for label in v.labels
+        }
         self._settings = self._settings.model_copy(
             update={
                 "bundles": tuple(
@@ -258,14 +285,14 @@ class Supervisor:
                     for folder in (Path(v.folder) for v in serving)
                     if not (watched and folder.is_relative_to(watched))
                 ),
-                "labels": tuple(
-                    f"{v.model_name}:{label}={v.model_version}"
-                    for v in serving
-                    for label in v.labels
-                ),
+                "labels": tuple(self._folders),
             }
         )
 
     def _strayed(self, index: int) -> None:
+        """Begins a worker anew that did not make a change; it drains meanwhile."""
         self._log.error("worker could not follow a change", worker=index)
-        self._running[index].terminate()
+        self._ready.discard(index)
+        self._together.ready(len(self._ready))
+        if self._running[index].returncode is None:
+            self._running[index].terminate()

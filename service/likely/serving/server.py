@@ -232,7 +232,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, served)
         services = Services(scoring, generation, limits)
         inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OpenInference(self.registry, services, self._guard), served
+            OpenInference(self.registry, services, self._guard, self._goes_on), served
         )
         if self._settings.reflection:
             health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -255,6 +255,10 @@ class Server:
         for name in self._models:
             status = _STATUS.SERVING if name in serving else _STATUS.NOT_SERVING
             await self._health.set(f"{MODEL}{name}", status)
+
+    def _goes_on(self) -> bool:
+        """Whether everything is loaded and the end has not been announced, as health says too."""
+        return self._loaded and not self._quiet
 
     def _go_quiet(self) -> None:
         self._quiet = True  # as health does, which says NOT_SERVING from now on, whatever comes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from functools import partial
@@ -10,7 +11,16 @@ from typing import Any
 import grpc.aio
 
 from likely import codec
-from likely.answers import Classifications, Draws, Features, Limits, ModelInfo, Scores
+from likely.answers import (
+    Acceptance,
+    Classifications,
+    Draws,
+    Features,
+    Limits,
+    ModelInfo,
+    Scores,
+    SelfCheck,
+)
 from likely.batching import callers
 from likely.batching.admission import Quota
 from likely.bundle import Role
@@ -75,13 +85,17 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
 
     async def classified(self, request: scoring_pb2.ClassifyRequest) -> Classifications:
         """What `Classify` says, as arrays."""
+        return (await self.judged(request))[1]
+
+    async def judged(self, request: scoring_pb2.ClassifyRequest) -> tuple[Scores, Classifications]:
+        """What `Score` and `Classify` say of the same pictures, of one look at them."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             x = checks.pixels(request, engine.manifest, self._limits)
             alpha = checks.alpha(request, engine.detector, self._default_alpha)
             priors = checks.priors(request, engine.manifest)
             floor, rule = checks.min_posterior(request), checks.rule(request)
             self._quota.take(callers.current().client, len(x))
-            return await engine.classify(
+            return await engine.judge(
                 x,
                 alpha,
                 priors=priors,
@@ -148,6 +162,15 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         return {"failure": self._guard.failure(outcome, method, callers.current().request_id)}
 
 
+def _attempts(labels: int, check: SelfCheck | None, acceptance: Acceptance | None) -> float:
+    """How many draws a picture takes, about."""
+    if acceptance:  # of p(x)'s draws, one in as many as there are labels is kept
+        return min(labels, acceptance.max_draws)
+    if check:  # all but alpha of them are kept
+        return min(1 / (1 - check.alpha), check.max_draws)
+    return 1
+
+
 class Generation(generation_pb2_grpc.GenerationServiceServicer):
     """Draws pictures, whole or in part."""
 
@@ -171,6 +194,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         """What `Generate` draws, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             count, acceptance = checks.count(request, self._limits), checks.acceptance(request)
+            check = checks.self_check(request, engine, self._default_alpha)
             drawn = engine.generate(
                 checks.label(request, engine.manifest),
                 count,
@@ -178,12 +202,11 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
                 first_index=checks.first_index(request, count),
                 temperature=checks.temperature(request),
                 chunk=checks.chunk(engine.manifest, self._limits),
-                check=checks.self_check(request, engine, self._default_alpha),
+                check=check,
                 acceptance=acceptance,
             )
-            # Of a label, one draw of p(x) in as many as there are labels is kept, about.
-            charged = count * len(engine.manifest.labels) if acceptance else count
-            self._quota.take(callers.current().client, charged)
+            attempts = _attempts(len(engine.manifest.labels), check, acceptance)
+            self._quota.take(callers.current().client, math.ceil(count * attempts))
             async with aclosing(drawn) as chunks:
                 async for chunk in chunks:
                     yield chunk

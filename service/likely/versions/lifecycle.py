@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from likely.bundle import Bundle
+from likely.bundle import MANIFEST, Bundle
 from likely.errors import (
     BundleError,
     DeviceError,
@@ -113,6 +114,7 @@ class Lifecycle:
             DeviceError: the device asked for is not really there.
             SettingsError: a bundle cannot promise the default alpha.
         """
+        folders = [absolute(folder) for folder in folders]
         engines = await asyncio.to_thread(self._open_all, folders)
         self._registry.fill(engines)
         for engine, folder in zip(engines, folders, strict=True):
@@ -142,7 +144,7 @@ class Lifecycle:
             BundleError: it is refused; what was served is served still.
             DeviceError: the device asked for is not really there.
         """
-        return await self._in_turn(self._load(folder))
+        return await self._in_turn(self._load(absolute(folder)))
 
     async def unload(self, name: str, version: str) -> None:
         """Serves that version no more; returns once its requests have ended and it is freed.
@@ -151,7 +153,8 @@ class Lifecycle:
             ModelNotFound: it is not served.
             Refused: a label names it.
         """
-        await (await self._in_turn(self._unload(name, version)))
+        drained = await self._in_turn(self._unload(name, version))
+        await asyncio.shield(drained)
 
     async def vacated(self, folder: Path) -> None:
         """Serves no more what came from a folder that holds no bundle any more.
@@ -159,6 +162,7 @@ class Lifecycle:
         Raises:
             Refused: a label names it.
         """
+        folder = absolute(folder)
         if key := self._key_of(folder):
             await self._in_turn(self._unload(*key))
         self._forget(folder)
@@ -230,7 +234,7 @@ class Lifecycle:
             else:
                 engine = await asyncio.to_thread(self._loader.proved, bundle)
                 await self._admit(engine, folder)
-        except (BundleError, DeviceError, SettingsError, OSError) as error:
+        except (LikelyError, OSError, MemoryError) as error:
             raise self._refused(folder, error) from error
         finally:
             self._loading = None
@@ -338,6 +342,10 @@ class Lifecycle:
                 reason = "device"
             case SettingsError():
                 reason, error = "settings", BundleError(str(error), "settings")
+            case MemoryError():
+                reason = "memory"
+            case LikelyError():
+                reason = "refused"
             case _:
                 reason, error = "unreadable", BundleError(f"{folder} cannot be read", "unreadable")
         self._metrics.load_failed(reason)
@@ -416,6 +424,16 @@ class Lifecycle:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen, should nobody wait for it any more
+
+
+def absolute(folder: Path) -> Path:
+    """One name for a folder; links stay as they are: by them, volumes are switched."""
+    return Path(os.path.abspath(folder))  # noqa: PTH100 -- resolve() follows links
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether there is a manifest, so far."""
+    return (folder / MANIFEST).exists()
 
 
 def _key(engine: Engine) -> tuple[str, str]:

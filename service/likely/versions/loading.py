@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from likely.batching.admission import Bounds
 from likely.batching.traffic import Traffic
 from likely.bundle import MANIFEST, Bundle
 from likely.engine import Engine, Seen, Terms
-from likely.errors import BundleError, SettingsError
+from likely.errors import BundleError, LikelyError, SettingsError
 from likely.settings import Settings
 
 
@@ -38,7 +39,8 @@ class Loader:
             BundleError: it is refused.
             SettingsError: it cannot promise the default alpha.
         """
-        bundle = Bundle.open(folder, self._settings.require_signature)
+        with _refusing(folder):
+            bundle = Bundle.open(folder, self._settings.require_signature)
         alpha, calibration = self._settings.default_alpha, bundle.manifest.calibration
         if calibration and alpha < (finest := calibration.finest_alpha):
             raise SettingsError(
@@ -54,20 +56,37 @@ class Loader:
             BundleError: it is refused, or was changed meanwhile.
             DeviceError: the device asked for is not really there.
         """
-        engine = Engine.load(
-            bundle,
-            device=self._device,
-            threads=self._threads,
-            max_batch=self._settings.max_batch,
-            terms=self._terms,
-            traffic=self._traffic,
-        )
+        with _refusing(bundle.path):
+            engine = Engine.load(
+                bundle,
+                device=self._device,
+                threads=self._threads,
+                max_batch=self._settings.max_batch,
+                terms=self._terms,
+                traffic=self._traffic,
+            )
         try:
             bundle.check_again()  # what was opened is what was verified
         except BaseException:
             engine.close()
             raise
         return engine
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """Refuses a bundle whatever its content makes a library raise, as golden inputs may.
+
+    Raises:
+        BundleError: something that is neither likely's own nor the system's was raised.
+    """
+    try:
+        yield
+    except (LikelyError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise BundleError(f"{folder} cannot be tried: {told[:500]}", "graph") from error
 
 
 def shipped() -> Sequence[Path]:

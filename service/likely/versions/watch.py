@@ -7,17 +7,18 @@ through the links by which a cluster's volumes are switched.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from likely.bundle import MANIFEST
 from likely.errors import BundleError, LikelyError
-from likely.versions.lifecycle import Lifecycle
+from likely.versions.lifecycle import Lifecycle, is_bundle
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-Mark = tuple[tuple[str, int, int, int], ...]
+Mark = tuple[tuple[str, int, int, int, int], ...]
 
 
 class Watcher:
@@ -57,21 +58,27 @@ class Watcher:
         while True:
             await asyncio.sleep(self._seconds)
             try:
-                before, self._seen = self._seen, await self._scan()
-            except OSError as error:
-                # An unmounted volume is no wish to unload everything.
-                if not self._blind:
-                    self._log.error("unreadable", folder=str(self._folder), error=error.strerror)
-                self._blind = True
-                continue
-            self._blind = False
-            await self._follow(
-                {path: mark for path, mark in self._seen.items() if before.get(path) == mark}
-            )
-            await self._leave(set(self._done) - set(before) - set(self._seen))
+                await self._look()
+            except Exception as error:  # one look that fails is not the last
+                self._log.error("fault", folder=str(self._folder), exc_info=error)
+
+    async def _look(self) -> None:
+        try:
+            before, self._seen = self._seen, await self._scan()
+        except OSError as error:
+            # An unmounted volume is no wish to unload everything.
+            if not self._blind:
+                self._log.error("unreadable", folder=str(self._folder), error=error.strerror)
+            self._blind = True
+            return
+        self._blind = False
+        await self._follow(
+            {path: mark for path, mark in self._seen.items() if before.get(path) == mark}
+        )
+        await self._leave(set(self._done) - set(before) - set(self._seen))
 
     async def _scan(self) -> dict[Path, Mark]:
-        return await asyncio.to_thread(scan, self._folder)
+        return await asyncio.to_thread(scan, self._folder, self._seen)
 
     async def _follow(self, settled: dict[Path, Mark]) -> None:
         for path, mark in settled.items():
@@ -99,8 +106,12 @@ class Watcher:
                 self._kept.discard(path)
 
 
-def scan(folder: Path) -> dict[Path, Mark]:
+def scan(folder: Path, before: Mapping[Path, Mark] = MappingProxyType({})) -> dict[Path, Mark]:
     """The bundles in a folder and in its subfolders, each with what changes when it does.
+
+    Args:
+        folder: holds them.
+        before: what was found last time, which stands for what cannot be read now.
 
     Raises:
         OSError: the folder cannot be read.
@@ -108,12 +119,14 @@ def scan(folder: Path) -> dict[Path, Mark]:
     found: dict[Path, Mark] = {}
     for path in _folders(folder):
         try:
-            bundles = [path] if (path / MANIFEST).exists() else _folders(path)
+            bundles = [path] if is_bundle(path) else _folders(path)
             for bundle in bundles:
-                if (bundle / MANIFEST).exists():
+                if is_bundle(bundle):
                     found[bundle] = _mark(bundle)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             continue  # it went while it was looked at
+        except OSError:
+            found |= {known: before[known] for known in before if path in (known, known.parent)}
     return found
 
 
@@ -126,4 +139,5 @@ def _folders(folder: Path) -> list[Path]:
 
 def _mark(bundle: Path) -> Mark:
     status = [(path.name, path.stat()) for path in sorted(bundle.iterdir())]
-    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in status)
+    # The last tells of permissions too: what could not be read may be readable now.
+    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in status)

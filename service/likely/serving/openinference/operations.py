@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from likely.answers import Classifications, Draws, Limits, Verdict
+from likely.answers import Classifications, Draws, Limits, Scores, Verdict
 from likely.bundle import Role
 from likely.errors import InvalidInput
 from likely.serving.openinference.tensors import Array, Arrays, Tensor
@@ -119,41 +119,50 @@ async def _score(services: Services, question: Question) -> Answer:
         **question.settings,
     )
     scores = await services.scoring.scored(request)
-    outputs: dict[str, Array] = {
+    outputs = _of_scores(scores)
+    if scores.surprise is not None:
+        outputs["surprise"] = scores.surprise
+    return Answer(outputs, {"alpha": scores.alpha})
+
+
+def _of_scores(scores: Scores) -> dict[str, Array]:
+    return {
         "log_likelihood": scores.log_px,
         "bits_per_dim": scores.bits_per_dim,
         "unusualness": scores.unusualness,
         "p_value": scores.p_value,
         "outlier": scores.verdict == Verdict.OUTLIER,
     }
-    if scores.surprise is not None:
-        outputs["surprise"] = scores.surprise
-    return Answer(outputs, {"alpha": scores.alpha})
 
 
 async def _classify(services: Services, question: Question) -> Answer:
-    answer, shared = await _classified(services, question, scoring_pb2.LABEL_RULE_GENERATIVE)
+    """What both say, the scores by the way: one look at the pictures gives them."""
+    scores, answer = await _judged(services, question, scoring_pb2.LABEL_RULE_GENERATIVE)
     own: dict[str, Array] = {
         "log_likelihoods": answer.log_pxy,
         "label_p_values": answer.label_p_values,
     }
-    return Answer({**shared, **own}, {"alpha": answer.alpha})
+    return Answer({**_of_scores(scores), **_of_labels(answer), **own}, {"alpha": answer.alpha})
 
 
 async def _discriminate(services: Services, question: Question) -> Answer:
-    answer, shared = await _classified(services, question, scoring_pb2.LABEL_RULE_DISCRIMINATIVE)
-    return Answer({**shared, "composed_log_likelihoods": answer.composed}, {"alpha": answer.alpha})
+    _, answer = await _judged(services, question, scoring_pb2.LABEL_RULE_DISCRIMINATIVE)
+    own: dict[str, Array] = {"composed_log_likelihoods": answer.composed}
+    return Answer({**_of_labels(answer), **own}, {"alpha": answer.alpha})
 
 
-async def _classified(
+async def _judged(
     services: Services, question: Question, rule: scoring_pb2.LabelRule.ValueType
-) -> tuple[Classifications, dict[str, Array]]:
-    """The answer by that rule, and the outputs that both rules give."""
-    request = scoring_pb2.ClassifyRequest(
-        **question.asks, images=question.images, rule=rule, **question.settings
+) -> tuple[Scores, Classifications]:
+    return await services.scoring.judged(
+        scoring_pb2.ClassifyRequest(
+            **question.asks, images=question.images, rule=rule, **question.settings
+        )
     )
-    answer = await services.scoring.classified(request)
-    return answer, {
+
+
+def _of_labels(answer: Classifications) -> dict[str, Array]:
+    return {
         "label": answer.label,
         "posterior": answer.posterior,
         "verdict": answer.verdict,
@@ -162,16 +171,11 @@ async def _classified(
 
 
 async def _everything(services: Services, question: Question) -> Answer:
-    """What both say, each asked only where one of its outputs is wanted."""
-    labels = {tensor.name for tensor in _labelled(question.manifest)}
-    answer = Answer({}, {})
-    if question.wanted & labels:
-        answer = await _classify(services, question)
-    if question.wanted - set(answer.outputs):
-        keep = {name: question.settings[name] for name in _JUDGED & set(question.settings)}
-        scores = await _score(services, replace(question, settings=keep))
-        answer = Answer({**scores.outputs, **answer.outputs}, scores.told)
-    return answer
+    """What both say; labels are asked for only where an output of theirs is wanted."""
+    if question.wanted & {tensor.name for tensor in _labelled(question.manifest)}:
+        return await _classify(services, question)
+    keep = {name: question.settings[name] for name in _JUDGED & set(question.settings)}
+    return await _score(services, replace(question, settings=keep))
 
 
 async def _encode(services: Services, question: Question) -> Answer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -44,17 +44,21 @@ class _Message:
 class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     """What clients made for Triton, KServe and their like ask."""
 
-    def __init__(self, registry: Registry, services: Services, guard: Guard) -> None:
+    def __init__(
+        self, registry: Registry, services: Services, guard: Guard, ready: Callable[[], bool]
+    ) -> None:
         """A servicer.
 
         Args:
             registry: the models served.
             services: the use cases.
             guard: knows whether the server ends, and what may be told of errors.
+            ready: whether the server takes requests, and goes on doing so.
         """
         self._registry = registry
         self._services = services
         self._guard = guard
+        self._ready = ready
         self._statistics: defaultdict[Key, Statistics] = defaultdict(Statistics)
 
     async def ServerLive(
@@ -67,10 +71,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: inference_pb2.ServerReadyRequest, context: Context
     ) -> inference_pb2.ServerReadyResponse:
         """Whether there is a model to ask."""
-        try:
-            ready = bool(self._registry.engines())
-        except Unavailable:
-            ready = False
+        ready = self._ready() and any(engine.healthy for engine in self._registry.engines())
         return inference_pb2.ServerReadyResponse(ready=ready)
 
     async def ModelReady(
@@ -81,7 +82,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
             engine, _ = self._found(request.name, request.version)
         except (ModelNotFound, Unavailable):
             return inference_pb2.ModelReadyResponse(ready=False)
-        return inference_pb2.ModelReadyResponse(ready=engine.healthy)
+        return inference_pb2.ModelReadyResponse(ready=self._ready() and engine.healthy)
 
     async def ServerMetadata(
         self, request: inference_pb2.ServerMetadataRequest, context: Context

@@ -1,0 +1,135 @@
+"""Changes that one RPC asks of all workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from likely.processes.fanout import Fanout
+from likely.v1 import admin_pb2, admin_pb2_grpc
+
+
+class Worker(admin_pb2_grpc.AdminServiceServicer):
+    """Makes a change as a worker does: to the end, whether its caller waits or not."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.made = 0
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
+
+    async def SetLabel(
+        self, request: admin_pb2.SetLabelRequest, context: Any
+    ) -> admin_pb2.SetLabelResponse:
+        await self.goes_on.wait()
+        if self.refuses:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "it is not here")
+        self.made += 1
+        return admin_pb2.SetLabelResponse()
+
+    async def _other(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
+    LoadModel = UnloadModel = Rollback = ResetDrift = _other
+
+    async def ListVersions(
+        self, request: admin_pb2.ListVersionsRequest, context: Any
+    ) -> admin_pb2.ListVersionsResponse:
+        return admin_pb2.ListVersionsResponse()
+
+
+class Workers:
+    """Several workers, the RPC that asks them all, and what the supervisor is told."""
+
+    def __init__(self, workers: list[Worker], stub: Any, strayed: list[int]) -> None:
+        self.workers = workers
+        self.settled: list[Collection[int]] = []
+        self.strayed = strayed
+        self._stub = stub
+
+    @property
+    def made(self) -> list[int]:
+        return [worker.made for worker in self.workers]
+
+    async def ask(self, seconds: float = 30) -> tuple[grpc.StatusCode, str]:
+        try:
+            await self._stub.SetLabel(admin_pb2.SetLabelRequest(), timeout=seconds)
+        except grpc.aio.AioRpcError as error:
+            return error.code(), error.details() or ""
+        return grpc.StatusCode.OK, ""
+
+
+@asynccontextmanager
+async def together(folder: Path, *workers: Worker) -> AsyncIterator[Workers]:
+    sockets = [(index, folder / f"{index}.sock") for index in range(len(workers))]
+    servers = [grpc.aio.server() for _ in (*workers, None)]
+    for worker, server, (_, socket) in zip(workers, servers, sockets, strict=False):
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(worker, server)
+        server.add_insecure_port(f"unix:{socket}")
+    settled: list[Collection[int]] = []
+    strayed: list[int] = []
+    fanout = Fanout(lambda: sockets, lambda _, asked: settled.append(asked), strayed.append)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(fanout, servers[-1])
+    port = servers[-1].add_insecure_port("127.0.0.1:0")
+    for server in servers:
+        await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        found = Workers(list(workers), admin_pb2_grpc.AdminServiceStub(channel), strayed)
+        found.settled = settled
+        yield found
+    for server in reversed(servers):
+        await server.stop(0)
+
+
+def test_a_change_is_made_by_all(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with together(tmp_path, Worker(), Worker(), Worker()) as workers:
+            assert await workers.ask() == (grpc.StatusCode.OK, "")
+            assert workers.made == [1, 1, 1]
+            assert (workers.settled, workers.strayed) == ([{0, 1, 2}], [])
+
+    asyncio.run(work())
+
+
+def test_what_the_first_refuses_nobody_is_asked(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with together(tmp_path, Worker(refuses=True), Worker()) as workers:
+            assert await workers.ask() == (grpc.StatusCode.NOT_FOUND, "it is not here")
+            assert workers.made == [0, 0]
+            assert (workers.settled, workers.strayed) == ([], [])
+
+    asyncio.run(work())
+
+
+def test_who_cannot_follow_is_told_of_and_the_change_stands(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with together(tmp_path, Worker(), Worker(refuses=True), Worker()) as workers:
+            assert await workers.ask() == (grpc.StatusCode.OK, "")
+            assert workers.made == [1, 0, 1]
+            assert (workers.settled, workers.strayed) == ([{0, 1, 2}], [1])
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_change_goes_on_without_its_caller(slow: int, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with together(tmp_path, Worker(), Worker()) as workers:
+            workers.workers[slow].goes_on.clear()
+            code, _ = await workers.ask(seconds=0.3)
+            assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            workers.workers[slow].goes_on.set()
+            async with asyncio.timeout(30):
+                while not workers.settled:
+                    await asyncio.sleep(0.01)
+            assert workers.made == [1, 1]
+            assert workers.strayed == []
+
+    asyncio.run(work())
