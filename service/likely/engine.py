@@ -98,6 +98,7 @@ class Engine:
     Attributes:
         manifest: what the bundle says of itself.
         digest: SHA-256 of that manifest.
+        arrangement: what the warm-up found best, as a log tells it.
         directions: through the latent features, by name.
         providers: what really runs the graphs, as their sessions report.
     """
@@ -150,6 +151,10 @@ class Engine:
             traffic=traffic,
         )
         self.providers = self._lanes.providers
+        self.arrangement: dict[str, object] = {
+            "lanes": warm.lanes,
+            "graphs": {str(role): best.told() for role, best in warm.best.items()},
+        }
         self._generator = Generator(
             self.manifest,
             self._lanes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import time
@@ -93,6 +94,17 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 def both(toys: dict[str, Toy]) -> tuple[Path, ...]:
     return tuple(toy.path for toy in toys.values())
+
+
+def test_the_log_tells_how_a_version_runs(running: Running, toys: dict[str, Toy]) -> None:
+    with administered(running, bundles=(toys["1"].path,), max_batch=8, lanes=1) as admin:
+        admin.load(toys["2"].path)
+        lines = [json.loads(line) for line in admin.live.log.getvalue().splitlines()]
+        for event in ("model", "loaded"):
+            (told,) = [line for line in lines if line["event"] == event]
+            assert told["lanes"] == 1
+            assert told["graphs"]["density"]["rows"] == 8
+            assert told["graphs"]["density"]["alone_on_all_cores"] is False
 
 
 def test_labels_name_versions(running: Running, toys: dict[str, Toy]) -> None:

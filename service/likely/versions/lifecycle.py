@@ -396,6 +396,7 @@ class Lifecycle:
             version=version,
             digest=engine.digest,
             providers=list(engine.providers),
+            **engine.arrangement,
         )
 
     def _sickened(self, engine: Engine) -> None:
