@@ -243,15 +243,21 @@ def _evaluated(
     """The figures of a bundle, and its manifest once they have joined it."""
     from likely.bundle import Bundle
     from likely_export import evaluate
+    from likely_export.build import check_unsigned, rewriting
 
     manifest = Bundle.open(bundle).manifest
+    if write:
+        check_unsigned(bundle)  # before minutes are spent
     data = recipe.data.load()
     if data.digest != manifest.data_digest:
         raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
     others = recipe.others(data.levels)
     figures, material = evaluate.evaluate(bundle, data, recipe.calibration.alphas, others)
     figures["anchors"] = [anchor.model_dump() for anchor in recipe.evaluation.anchors]
-    return figures, evaluate.attach(bundle, figures, material) if write else manifest
+    if not write:
+        return figures, manifest
+    with rewriting(bundle) as folder:
+        return figures, evaluate.attach(folder, figures, material)
 
 
 @contextmanager

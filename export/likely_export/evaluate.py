@@ -59,11 +59,17 @@ def evaluate(
 
 
 def attach(bundle: Path, figures: Mapping[str, Any], material: Material) -> Manifest:
-    """The manifest of the bundle after figures and report have joined its files."""
-    fields = Bundle.open(bundle).manifest.model_dump(exclude={"files"})
-    (bundle / EVALUATION).write_text(json.dumps(figures, indent=1) + "\n")
-    report.write(bundle / REPORT, Bundle.open(bundle).manifest, figures, material)
-    return write_manifest(bundle, fields)
+    """The manifest of the bundle after figures and report have joined its files, or replaced them.
+
+    Both texts are made before a file is touched. Until the manifest is written the folder does not
+    agree with it: of a bundle that may be served, let it be a copy, as `build.rewriting` gives.
+    """
+    manifest = Bundle.open(bundle).manifest
+    told = json.dumps(figures, indent=1, allow_nan=False) + "\n"
+    page = report.page(manifest, figures, material)
+    (bundle / EVALUATION).write_text(told)
+    (bundle / REPORT).write_text(page, encoding="utf-8")
+    return write_manifest(bundle, manifest.model_dump(exclude={"files"}))
 
 
 class _Evaluation:

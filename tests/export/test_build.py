@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from likely.engine import Engine
 from likely.errors import BundleError
 from likely.graphs import Device
 from likely_export import evaluate, recipes, runs
-from likely_export.build import build
+from likely_export.build import build, rewriting
 from likely_export.corruptions import HARD, PANEL
 from likely_export.generated import Sizes
+from likely_export.material import Material
 
 RECIPE = """
 name = "tiny"
@@ -79,6 +81,52 @@ async def classified(bundle: Path, x: Pixels) -> Classifications:
         return await engine.classify(x, 0.05)
     finally:
         engine.close()
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """A copy of the digits' bundle, which has figures and a report."""
+    return shutil.copytree("bundles/digits", tmp_path / "digits")
+
+
+def test_figures_are_replaced_as_often_as_they_are_made(digits: Path) -> None:
+    before = Bundle.open(digits).manifest
+    for nats in (77.0, 78.0):
+        with rewriting(digits) as folder:
+            evaluate.attach(folder, {"nll_nats": nats}, Material(17, (), {}))
+        assert json.loads((digits / "evaluation.json").read_text()) == {"nll_nats": nats}
+        after = Bundle.open(digits).manifest
+        assert after.files.keys() == before.files.keys()
+        assert after.model_dump(exclude={"files"}) == before.model_dump(exclude={"files"})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        evaluate.attach(digits, {"nll_nats": np.nan}, Material(17, (), {}))
+    assert Bundle.open(digits).manifest == after
+    assert list(digits.parent.iterdir()) == [digits]
+
+
+def test_what_is_signed_is_not_written_to(digits: Path) -> None:
+    (digits / "model.sig").touch()
+    with pytest.raises(BundleError, match="is signed"), rewriting(digits):
+        pass
+
+
+def test_the_old_bundle_stays_until_the_new_one_stands(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        moved.append(self.name)
+        if len(moved) == 2:  # the new one, in the place of the old
+            raise OSError("no space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no space"), rewriting(digits):
+        pass
+    assert moved[0] == "digits" and Bundle.open(digits)
+    assert list(digits.parent.iterdir()) == [digits]
 
 
 @pytest.mark.slow

@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from likely.bundle import Manifest, Role
+from likely.bundle import Bundle, Manifest, Role
 from likely_export import recipes, runs
 from likely_export.cli import main
+from likely_export.material import Material
 from likely_export.runs import Run
 
 
@@ -57,12 +60,8 @@ def test_two_devices_train_what_one_does_on_half_of_every_batch_each(
         .replace("width", "label_dropout = 0\n        channels")
     )
     recipe.write_text(text.replace("steps = 2", "batch = 8, steps = 3"))
-    command = [
-        str(Path(sys.executable).with_name("likely-export")),
-        "train",
-        "--recipe",
-        str(recipe),
-    ]
+    program = Path(sys.executable).with_name("likely-export")
+    command = [str(program), "train", "--recipe", str(recipe)]
     for devices in (1, 2):
         out = ["--out", str(tmp_path / str(devices)), "--device", "cpu", "--devices", str(devices)]
         done = subprocess.run([*command, *out], capture_output=True, text=True)
@@ -102,6 +101,29 @@ def test_an_interruption_says_how_to_go_on(
     monkeypatch.setattr(runs, "train_all", interrupted)
     result = call("train", "--recipe", recipe, "--out", tmp_path / "run")
     assert result.exit_code == 1 and "goes on from the last checkpoint" in result.stderr
+
+
+def test_figures_may_be_written_into_a_bundle_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from likely_export import evaluate
+
+    bundle = shutil.copytree("bundles/digits", tmp_path / "digits")
+    told: list[float] = []
+
+    def evaluated(*arguments: object) -> tuple[dict[str, float], Material]:
+        told.append(77.0 + len(told))
+        return {"nll_nats": told[-1]}, Material(17, (), {})
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    for nats in (77.0, 78.0):
+        result = call("evaluate", bundle, "--write")
+        assert result.exit_code == 0, result.output
+        Bundle.open(bundle)
+        assert json.loads((bundle / "evaluation.json").read_text())["nll_nats"] == nats
+    (bundle / "model.sig").touch()
+    result = call("evaluate", bundle, "--write")
+    assert result.exit_code == 1 and "is signed" in result.stderr and len(told) == 2
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
