@@ -58,7 +58,8 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
         report: told what is being done.
 
     Raises:
-        InvalidInput: the run is not complete.
+        InvalidInput: the run is not complete, or a model's weights are of another training or
+            other data than its recipe says.
         BundleError: a graph differs from its model, or `out` holds something else.
     """
     opened = Run.open(run)
@@ -102,7 +103,7 @@ def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
     if Role.DENSITY in run.recipe.roles or Role.ENCODE not in run.recipe.roles:
         return None
     (name,) = run.recipe.models_of(Role.ENCODE)
-    model = graphs.halved(run.model(name))
+    model = graphs.halved(run.model(name, data.digest))
     if not isinstance(model, VAE):
         return None
     part = data.test.x[:COMPARED], data.test.y[:COMPARED]
@@ -125,7 +126,8 @@ def extend(bundle: Path, run: Path, out: Path, report: Report = print) -> Manife
         report: told what is being done.
 
     Raises:
-        InvalidInput: the run is of other data, or has no such model; the bundle has no labels.
+        InvalidInput: the run is of other data, or has no such model, or its weights are of
+            another training; the bundle has no labels.
         BundleError: the graph differs from its model, or `out` holds something else.
     """
     opened, given = Run.open(run), Bundle.open(bundle)
@@ -224,7 +226,7 @@ def _export(
 
 
 def _exported(run: Run, role: Role, data: Dataset, folder: Path) -> Exported:
-    models = [graphs.halved(run.model(name)) for name in run.recipe.models_of(role)]
+    models = [graphs.halved(run.model(name, data.digest)) for name in run.recipe.models_of(role)]
     for model in models:
         if isinstance(model, Classifier):
             fit_temperature(model, data.fit)

@@ -55,15 +55,23 @@ class Run:
             raise InvalidInput(str(folder), f"holds no {RECIPE}, so it is no training run")
         return cls(folder, recipes.load(folder / RECIPE))
 
-    def model(self, name: str) -> nn.Module:
+    def model(self, name: str, digest: str = "") -> nn.Module:
         """The trained model of that name, in evaluation mode on the CPU.
 
+        Args:
+            name: of a model of the recipe.
+            digest: of the data that it must have been trained on; not asked by default.
+
         Raises:
-            InvalidInput: it was not trained to the end.
+            InvalidInput: it was not trained to the end, or in another way than the recipe says
+                now, or on other data.
         """
-        weights = self.folder / name / train.WEIGHTS
+        weights, chosen = self.folder / name / train.WEIGHTS, self.recipe.models[name]
         model = families.restore(weights)
-        train.check_finished(weights, self.recipe.models[name].training)
+        if digest:
+            train.check_data(weights, digest)
+        train.check_trained(weights, chosen.training)
+        _check_made(weights, model, chosen)
         return model
 
 
@@ -160,6 +168,27 @@ def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool) -
     if not resume:
         for name in names:
             shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _check_made(weights: Path, model: nn.Module, chosen: recipes.Model) -> None:
+    """Returns if a model is of the family and has the options that a recipe gives it.
+
+    Raises:
+        InvalidInput: it is another one; names the first thing that differs.
+    """
+    if type(model) is not families.family(chosen.family).model:
+        raise InvalidInput(
+            str(weights),
+            f"holds a {type(model).__name__} where the recipe says {chosen.family}: "
+            "train this model afresh",
+        )
+    for key, wanted in chosen.options.items():
+        if (given := getattr(model.config, key)) != wanted:
+            raise InvalidInput(
+                str(weights),
+                f"was trained with {key} {given} where the recipe says {wanted}: "
+                "train this model afresh",
+            )
 
 
 def _seldom(report: Callable[[Progress], None]) -> Callable[[Progress], None]:

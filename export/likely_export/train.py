@@ -177,16 +177,48 @@ def restore_weights(model: nn.Module, file: Path) -> None:
     model.load_state_dict(torch.load(file, weights_only=True)["state"])
 
 
-def check_finished(weights: Path, training: Training) -> None:
+def check_trained(weights: Path, training: Training) -> None:
     """Returns if a `weights.pt` is of the end of a training, as far as it tells.
 
+    Older files do not tell the settings. What the arithmetic was is not asked: a run's models may
+    have been trained on several machines.
+
     Raises:
-        InvalidInput: it is of one with other stretches, such as a shorter one that this continues.
+        InvalidInput: it is of one with other stretches, such as a shorter one that this continues,
+            or with other settings.
     """
-    told = torch.load(weights, map_location="cpu", weights_only=True).get("more_epochs", ())
-    if told != training.more_epochs:
+    told = torch.load(weights, map_location="cpu", weights_only=True)
+    if told.get("more_epochs", ()) != training.more_epochs:
         raise InvalidInput(
             str(weights), "is of a training with other stretches: train to the end of the recipe"
+        )
+    wanted = dataclasses.asdict(training)
+    for key, given in told.get("training", {}).items():
+        if key != "precision" and wanted.get(key, given) != given:
+            raise InvalidInput(
+                str(weights),
+                f"was trained with {key} {given} where the recipe says {wanted[key]}: "
+                "train this model afresh",
+            )
+
+
+def check_data(weights: Path, digest: str) -> None:
+    """Returns if a `weights.pt` was trained on this data, divided likewise, as far as it is told.
+
+    Older files do not say it themselves; the checkpoint beside them does.
+
+    Raises:
+        InvalidInput: it was trained on other data, or other parts of it.
+    """
+    told = torch.load(weights, map_location="cpu", weights_only=True)
+    checkpoint = weights.with_name(CHECKPOINT)
+    if "data" not in told and checkpoint.is_file():
+        told = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if told.get("data", digest) != digest:
+        raise InvalidInput(
+            str(weights),
+            "was trained on other data, or on another division of it, so it may have seen what is "
+            "held out here: train this model afresh",
         )
 
 
@@ -369,6 +401,8 @@ class _Loop:
             "model": self.name,
             "config": self.config,
             "more_epochs": self.training.more_epochs,
+            "training": dataclasses.asdict(self.training),
+            "data": self.data.digest,
             "state": self.best_state,
         }
         if self.fabric.is_global_zero:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from likely.errors import InvalidInput, LikelyError
 from likely_export import recipes, runs, train
+from likely_export.build import build
 from likely_export.progress import Display
 from likely_export.recipes import Recipe
 from likely_export.train import Progress
@@ -112,6 +113,52 @@ def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path
     longer.write(tmp_path / "run" / runs.RECIPE)
     with pytest.raises(InvalidInput, match="another recipe"):
         runs.train_all(recipe, tmp_path / "run", only=["b"])
+
+
+def test_weights_of_other_data_or_another_division_are_not_built(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    runs.train_all(recipe, folder, only=["b"])
+    divided = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seed": 1})})
+    digest, other = (each.data.load().digest for each in (recipe, divided))
+    assert runs.Run.open(folder).model("b", digest) is not None
+    divided.write(folder / runs.RECIPE)
+    with pytest.raises(InvalidInput, match=r"b/weights\.pt: was trained on other data"):
+        build(folder, tmp_path / "bundle", print)
+    assert not (tmp_path / "bundle").exists()
+
+    weights = folder / "b" / train.WEIGHTS
+    content = torch.load(weights, weights_only=True)
+    older = {key: content[key] for key in ("model", "config", "more_epochs", "state")}
+    torch.save(older, weights)  # which leaves it to the checkpoint
+    with pytest.raises(InvalidInput, match="other data"):
+        runs.Run.open(folder).model("b", other)
+    assert runs.Run.open(folder).model("b", digest) is not None
+    (folder / "b" / train.CHECKPOINT).unlink()
+    assert runs.Run.open(folder).model("b", other) is not None
+
+
+def test_weights_of_another_training_are_not_those_of_the_recipe(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    folder, b = tmp_path / "run", recipe.models["b"]
+    runs.train_all(recipe, folder, only=["b"])
+    other_precision = replace(b.training, precision="bf16-mixed")
+    recipe._with_training(lambda _: other_precision).write(folder / runs.RECIPE)
+    assert runs.Run.open(folder).model("b") is not None
+    for change, says in (
+        ({"training": replace(b.training, seed=1)}, "trained with seed 0 where the recipe says 1"),
+        ({"options": {**b.options, "channels": 8}}, "trained with channels 4 where"),
+        (
+            {"family": "local", "options": {"layers": 1}},
+            "holds a PixelCNN where the recipe says local",
+        ),
+    ):
+        models = {**recipe.models, "b": b.model_copy(update=change)}
+        recipe.model_copy(update={"models": models}).write(folder / runs.RECIPE)
+        with pytest.raises(InvalidInput, match=says):
+            runs.Run.open(folder).model("b")
 
 
 def test_a_failure_in_one_process_ends_all_with_its_sentence(
