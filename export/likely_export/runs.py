@@ -235,13 +235,14 @@ def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Train
 def _next(told: Any, running: Mapping[str, BaseProcess]) -> tuple[str, Progress | Trained | str]:
     """The next news of a worker; a worker that died without a word is news too."""
     while True:
+        ended = [name for name, process in running.items() if process.exitcode is not None]
         try:
-            news: tuple[str, Progress | Trained | str] = told.get(timeout=1.0)
+            # What an ended process said last has arrived by now, and comes before its end.
+            news: tuple[str, Progress | Trained | str] = told.get(timeout=0 if ended else 1.0)
             return news
         except queue.Empty:
-            for name, process in running.items():
-                if process.exitcode:
-                    return name, f"its process ended with code {process.exitcode}"
+            for name in ended:
+                return name, f"its process ended with code {running[name].exitcode}"
 
 
 def _work(job: Job, told: Any) -> None:

@@ -1,7 +1,9 @@
 import io
 import math
+import queue
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,17 +175,37 @@ def test_a_failure_in_one_process_ends_all_with_its_sentence(
     assert not (tmp_path / "run" / "a" / train.WEIGHTS).exists()
 
 
-def test_a_worker_that_dies_without_a_word_is_news(recipe: Recipe, tmp_path: Path) -> None:
-    class Dead:
-        exitcode = -9
+class Ended:
+    def __init__(self, exitcode: int | None) -> None:
+        self.exitcode = exitcode
 
-    class Silent:
-        def get(self, timeout: float) -> None:
-            import queue
 
+class Told:
+    """A queue of what has arrived, to which one that talks on adds when it is waited for."""
+
+    def __init__(self, *arrived: Any, talking: Any = None) -> None:
+        self.arrived, self.talking = list(arrived), talking
+
+    def get(self, timeout: float) -> Any:
+        if self.arrived:
+            return self.arrived.pop(0)
+        if self.talking is None or not timeout:
             raise queue.Empty
+        return self.talking
 
-    assert runs._next(Silent(), {"a": Dead()}) == ("a", "its process ended with code -9")  # type: ignore[dict-item]
+
+def test_a_worker_that_dies_without_a_word_is_news(recipe: Recipe, tmp_path: Path) -> None:
+    assert runs._next(Told(), {"a": Ended(-9)}) == ("a", "its process ended with code -9")  # type: ignore[dict-item]
+
+
+def test_a_worker_that_dies_is_noticed_though_another_reports() -> None:
+    running: Any = {"a": Ended(None), "b": Ended(None)}
+    now = Progress(1, 0.5, 0.1, 3.0, 3.0)
+    assert runs._next(Told(talking=("b", now)), running) == ("b", now)
+    running["a"] = Ended(1)
+    last = Told(("b", now), ("a", "diverged"), talking=("b", now))
+    assert [runs._next(last, running) for _ in range(2)] == [("b", now), ("a", "diverged")]
+    assert runs._next(last, running) == ("a", "its process ended with code 1")
 
 
 def test_progress_is_lines_where_there_is_no_terminal() -> None:
