@@ -60,8 +60,9 @@ def calibration_error(posterior: Doubles, y: Labels) -> float:
 def selective_risk(doubt: Doubles, wrong: Accepted) -> float:
     """AURC: the mean, over all shares kept, of the error among the least doubtful.
 
-    Geifman and El-Yaniv, 2017. Ties count as their mean.
+    Geifman and El-Yaniv, 2017. Of pictures as doubtful as one another, each counts as their mean.
     """
-    order = np.argsort(doubt, kind="stable")
-    errors = np.cumsum(wrong[order].astype(np.float64))
+    _, group = np.unique(doubt, return_inverse=True)
+    error = np.bincount(group, weights=wrong) / np.bincount(group)
+    errors = np.cumsum(error[np.sort(group)])
     return float(np.mean(errors / np.arange(1, len(doubt) + 1)))

@@ -58,3 +58,16 @@ def test_selective_risk_is_the_mean_error_among_the_kept() -> None:
     assert measures.selective_risk(np.array([3.0, 2, 1, 0]), wrong) == pytest.approx(
         (1 + 1 + 2 / 3 + 2 / 4) / 4
     )
+
+
+def test_selective_risk_does_not_depend_on_the_order_of_ties() -> None:
+    rng = np.random.default_rng(2)
+    wrong = rng.random(200) < 0.3
+    constant = [measures.selective_risk(np.ones(200), w) for w in (wrong, np.sort(wrong))]
+    assert constant == pytest.approx([wrong.mean()] * 2)
+    doubt, order = rng.integers(0, 5, 200).astype(float), rng.permutation(200)
+    found = measures.selective_risk(doubt, wrong)
+    assert measures.selective_risk(doubt[order], wrong[order]) == pytest.approx(found)
+    # What breaking the ties at random gives, on average.
+    broken = [measures.selective_risk(doubt + rng.random(200) / 2, wrong) for _ in range(500)]
+    assert np.mean(broken) == pytest.approx(found, abs=3e-3)
