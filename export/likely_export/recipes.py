@@ -307,8 +307,13 @@ class Recipe(_Table):
         return values
 
     def write(self, path: Path) -> None:
-        """Writes the recipe as TOML; `load` gives it back."""
-        path.write_text(tomli_w.dumps(self.as_table()))
+        """Writes the recipe as TOML, by rename and where it is not there yet; `load` reads it."""
+        text = tomli_w.dumps(self.as_table())
+        if path.is_file() and path.read_text() == text:
+            return
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def shipped() -> dict[str, str]:

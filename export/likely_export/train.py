@@ -492,9 +492,12 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Drops what was logged after the checkpoint, for it will be logged again."""
+    """Drops what was logged after the checkpoint, for it will be logged again, and half a line."""
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    whole = [line for line in lines if line.endswith("\n")]
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    temporary.replace(path)
 
 
 def _write(path: Path, content: object) -> None:

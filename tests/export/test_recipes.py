@@ -119,6 +119,25 @@ def test_what_is_written_is_read_again(tmp_path: Path, name: str) -> None:
     assert recipes.load(tmp_path / "run" / "recipe.toml") == recipe
 
 
+def test_a_recipe_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, recipe = tmp_path / "recipe.toml", recipes.load("digits")
+    recipe.write(path)
+    written = path.stat()
+    recipe.write(path)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+
+    def half(self: Path, text: str) -> None:
+        self.write_bytes(text[:50].encode())
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space"):
+        recipe.reseeded(1).write(path)
+    assert recipes.load(path) == recipe
+
+
 def test_a_published_recipe_names_no_folder_and_can_be_used_again(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(TINY)
     recipe = recipes.load(tmp_path / "mine.toml")

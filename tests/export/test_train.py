@@ -122,6 +122,14 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         assert torch.equal(weight, last[1]["weights"][name])
 
 
+def test_a_line_that_was_half_written_is_written_again(pictures: Dataset, tmp_path: Path) -> None:
+    train.fit(toy(pictures), pictures, TRAINING, tmp_path)
+    whole = (tmp_path / train.LOG).read_text()
+    (tmp_path / train.LOG).write_text(whole + whole.splitlines()[-1][:20])
+    train.fit(toy(pictures), pictures, TRAINING, tmp_path)
+    assert (tmp_path / train.LOG).read_text() == whole
+
+
 def test_training_lowers_the_objective_and_says_how_far_it_is(
     pictures: Dataset, tmp_path: Path
 ) -> None:
