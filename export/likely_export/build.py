@@ -80,7 +80,9 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
         }
         np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
         if (bound := _bound(opened, data)) is not None:
-            (folder / EVALUATION).write_text(json.dumps({BOUND: bound}, indent=1) + "\n")
+            (folder / EVALUATION).write_text(
+                json.dumps({BOUND: bound}, indent=1, allow_nan=False) + "\n"
+            )
         fields = {
             "name": opened.recipe.name,
             "version": opened.recipe.version,

@@ -181,7 +181,7 @@ def evaluate(bundle: Path, source: str | None, write: bool, as_json: bool) -> No
         report("evaluate")
         figures, _ = _evaluated(bundle, recipe, write=write)
     if as_json:
-        click.echo(json.dumps(figures))
+        click.echo(json.dumps(figures, allow_nan=False))
         return
     _show(figures)
 

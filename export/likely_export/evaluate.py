@@ -42,12 +42,14 @@ def evaluate(
     Args:
         bundle: verified and loaded as a server would.
         data: the data set that its recipe names.
-        alphas: rates of false rejections to check.
+        alphas: rates of false rejections to check; those that the calibration is too small for
+            are listed as left out.
         others: other data sets, uint8 (n, c, h, w), to tell from this one.
         sizes: how many pictures to spend.
 
     Returns:
-        Values for JSON: nats and bits/dim with standard errors, rates, areas under curves.
+        Values for JSON: nats and bits/dim with standard errors, rates, areas under curves; None
+        of a label without test pictures.
     """
     opened = Bundle.open(bundle)
     engine = Engine.load(opened, device=Device("cpu"), threads=2, max_batch=BATCH)
@@ -86,7 +88,10 @@ class _Evaluation:
     ) -> None:
         self.bundle, self.engine, self.data, self.sizes = bundle, engine, data, sizes
         self.manifest: Manifest = bundle.manifest
-        self.alphas = [alpha for alpha in alphas if alpha >= engine.detector.finest_alpha]
+        finest = engine.detector.finest_alpha
+        self.alphas = [alpha for alpha in alphas if alpha >= finest]
+        self.left_out = [alpha for alpha in alphas if alpha < finest]
+        self.largest = max(self.alphas, default=finest)
         # Every k-th picture, not the first: files need not be in random order.
         step = max(1, len(data.test) // sizes.test)
         self.test = data.test.take(np.arange(0, len(data.test), step))
@@ -130,6 +135,7 @@ class _Evaluation:
             labelled = Labelled(self.test.y, taken.posterior, taken.p_value, taken.label_p_values)
             figures |= self._labels(taken)
             figures |= await self._likelihoods(taken)
+        figures["alphas_left_out"] = self.left_out
         figures["false_rejection"] = {
             f"{alpha:g}": self._false_rejection(scores.p_value, alpha) for alpha in self.alphas
         }
@@ -151,10 +157,10 @@ class _Evaluation:
         return figures, material
 
     async def _score(self, x: Pixels, *, surprise: bool = False) -> Scores:
-        return await self.engine.score(x, self.alphas[-1], surprise=surprise)
+        return await self.engine.score(x, self.largest, surprise=surprise)
 
     async def _classify(self, x: Pixels) -> Classifications:
-        return await self.engine.classify(x, self.alphas[-1])
+        return await self.engine.classify(x, self.largest)
 
     async def _outside(self) -> dict[str, Sets]:
         levels = self.manifest.levels
@@ -202,7 +208,7 @@ class _Evaluation:
             counts = np.bincount(self.test.y, minlength=len(names))
             bands = [measures.rejection_band(alpha, round(size * c / n), int(c)) for c in counts]
             found["by_label"] = {
-                name: float(np.mean(p_value[self.test.y == y] <= alpha))
+                name: measures.share(p_value[self.test.y == y] <= alpha)
                 for y, name in enumerate(names)
             }
             found["band_by_label"] = dict(zip(names, bands, strict=True))
@@ -215,7 +221,7 @@ class _Evaluation:
         return {
             "conditional_nll_nats": measures.mean(-taken.log_pxy[rows, y]),
             "accuracy": measures.mean(taken.label == y),
-            "accuracy_of_accepted": measures.mean((taken.label == y)[kept]),
+            "accuracy_of_accepted": measures.mean((taken.label == y)[kept]) if kept.any() else None,
             "label_nll_nats": measures.mean(-np.log(np.maximum(taken.posterior[rows, y], 1e-300))),
             "ece": measures.calibration_error(taken.posterior, y),
             "aurc": measures.selective_risk(doubt, taken.label != y),
@@ -231,7 +237,7 @@ class _Evaluation:
         return {
             "coverage": float(covered.mean()),
             "coverage_by_label": {
-                label.name: float(covered[self.test.y == y].mean())
+                label.name: measures.share(covered[self.test.y == y])
                 for y, label in enumerate(self.manifest.labels)
             },
             "least_by_label": {

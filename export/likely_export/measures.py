@@ -22,6 +22,11 @@ def mean(values: npt.NDArray[Any]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "standard_error": error}
 
 
+def share(values: Accepted) -> float | None:
+    """How many of these are true, as a share; None of none at all."""
+    return float(np.mean(values)) if len(values) else None
+
+
 def separation(inliers: Doubles, outliers: Doubles) -> dict[str, float]:
     """AUROC, and the share of outliers accepted where 95 % of inliers are; large is unusual."""
     truth = np.repeat([0, 1], [len(inliers), len(outliers)])
@@ -34,11 +39,13 @@ def separation(inliers: Doubles, outliers: Doubles) -> dict[str, float]:
 def rejection_band(alpha: float, calibration: int, test: int) -> tuple[float, float] | None:
     """Where the rate of false rejections on a test part lies, at 99 %; None if never at all.
 
+    None too where there is no test part.
+
     The rate of one calibration split is Beta(k, n + 1 - k) with k = floor(alpha (n + 1))
     (Vovk, 2012), so the count on a test part is beta-binomial.
     """
     k = int(np.floor(alpha * (calibration + 1) + 1e-9))
-    if k == 0:
+    if k == 0 or test == 0:
         return None
     tail = (1 - BAND) / 2
     low, high = betabinom.ppf([tail, 1 - tail], test, k, calibration + 1 - k)

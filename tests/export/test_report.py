@@ -232,6 +232,20 @@ def test_every_set_and_every_figure_is_told(whole: str) -> None:
     assert {"12.50 %", "0.2515"} <= {*page.sections["separation"], *page.sections["classification"]}
 
 
+def test_what_could_not_be_measured_is_told_as_such() -> None:
+    shown, found = material(), figures(material())
+    found |= {"accuracy_of_accepted": None, "alphas_left_out": [0.001, 0.0005]}
+    for rates in found["false_rejection"].values():
+        rates["by_label"] = {**rates["by_label"], "0": None}
+        rates["band_by_label"] = {"0": None}
+    for one in found["label_set"].values():
+        one["coverage_by_label"] = one["least_by_label"] = {"0": None}
+    page = report.page(manifest(), found, shown)
+    told = " ".join(Page(page).sections["promises"])
+    assert f"{CALIBRATION} calibration pictures cannot promise so little" in told
+    assert "alpha = 0.001, 0.0005" in told and ">None<" not in page
+
+
 def test_names_are_shown_as_they_are(whole: str) -> None:
     page = Page(whole)
     for section in ("draws", "promises", "classification", "card"):

@@ -55,6 +55,9 @@ def promises(subject: Subject) -> View:
         if all(one.get("by_label") for one in rates.values()):
             shown = {alpha: _rates_by_name(one) for alpha, one in rates.items()}
             view["chart"] = charts.rejections(shown)
+    if left_out := subject.figures.get("alphas_left_out"):
+        view["left_out"] = [value(alpha) for alpha in left_out]
+        view["calibration"] = subject.manifest.calibrated.size
     if sets := subject.table("label_set"):
         view["set_alphas"] = list(sets)
         view["sets"] = _sets(sets, subject.material.labels)
@@ -128,10 +131,11 @@ def _cell(rate: Any, band: Any) -> dict[str, Any] | None:
 
 
 def _rates_by_name(found: Mapping[str, Any]) -> dict[str, charts.Rate]:
-    """The rate and band of all pictures together, where they are told, and of every label."""
+    """The rate and band of all pictures together, and of every label, as far as they are told."""
     overall = {"all": (found["overall"], found.get("band"))} if "overall" in found else {}
-    bands = found.get("band_by_label", {})
-    return overall | {name: (rate, bands.get(name)) for name, rate in found["by_label"].items()}
+    bands, rates = found.get("band_by_label", {}), found["by_label"]
+    told = {name: rate for name, rate in rates.items() if rate is not None}
+    return overall | {name: (rate, bands.get(name)) for name, rate in told.items()}
 
 
 def _sets(sets: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, Any]]:

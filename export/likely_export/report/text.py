@@ -15,7 +15,7 @@ def value(found: Any, kind: Kind = "plain") -> str:
     """A figure in words: digits by its standard error where it has one.
 
     Args:
-        found: a number, a mean with a standard error, a range, a mapping of these, or text.
+        found: a number, a mean with a standard error, a range, a mapping of these, text, or None.
         kind: a share is told in per cent.
     """
     if isinstance(found, Mapping):
@@ -27,6 +27,8 @@ def value(found: Any, kind: Kind = "plain") -> str:
         return _measured(mean, error, kind) + (f" ({told})" if rest else "")
     if isinstance(found, list | tuple):
         return (" to " if len(found) == 2 else ", ").join(value(item, kind) for item in found)
+    if found is None:
+        return "–"
     if isinstance(found, bool) or not isinstance(found, int | float):
         return str(found)
     if kind == "share":

@@ -1,0 +1,68 @@
+"""Figures of the digits' bundle, those that need neither a judge nor draws."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from likely.answers import Verdict
+from likely.bundle import Bundle
+from likely.engine import Engine
+from likely.graphs import Device
+from likely_export import recipes
+from likely_export.data import Dataset
+from likely_export.evaluate import _Evaluation
+from likely_export.generated import Sizes
+
+FOLDER = Path("bundles/digits")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine.load(Bundle.open(FOLDER), device=Device("cpu"), threads=1, max_batch=16)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return recipes.load("digits").data.load()
+
+
+def evaluation(engine: Engine, data: Dataset, alphas: Sequence[float]) -> _Evaluation:
+    sizes = Sizes(test=60, outliers=10)
+    return _Evaluation(Bundle.open(FOLDER), engine, data, alphas, {}, sizes)
+
+
+def test_a_label_without_test_pictures_has_no_rates(engine: Engine, data: Dataset) -> None:
+    without = data.test.take(np.flatnonzero(data.test.y != 9))
+    made = evaluation(engine, replace(data, test=without), (0.1,))
+    taken = asyncio.run(made._classify(made.test.x))
+    rates, told = made._false_rejection(taken.p_value, 0.1), made._labels(taken)
+    found = told["label_set"]["0.1"]
+    for by_label in (rates["by_label"], rates["band_by_label"], found["coverage_by_label"]):
+        assert by_label["9"] is None and by_label["8"] is not None
+    assert found["least_by_label"]["9"] is None
+    assert json.loads(json.dumps([rates, told], allow_nan=False))
+
+
+def test_where_nothing_is_accepted_nothing_is_said_of_it(engine: Engine, data: Dataset) -> None:
+    made = evaluation(engine, data, (0.1,))
+    taken = asyncio.run(made._classify(16 - made.test.x))
+    assert not np.any(taken.verdict == Verdict.ACCEPTED)
+    assert made._labels(taken)["accuracy_of_accepted"] is None
+
+
+def test_alphas_that_are_too_fine_are_named(engine: Engine, data: Dataset) -> None:
+    made = evaluation(engine, data, (0.1, 0.001, 0.05))
+    assert (made.alphas, made.left_out, made.largest) == ([0.1, 0.05], [0.001], 0.1)
+    none = evaluation(engine, data, (0.001, 0.002))
+    assert (none.alphas, none.left_out) == ([], [0.001, 0.002])
+    scores = asyncio.run(none._score(none.some))
+    assert len(scores.p_value) == len(none.some)
