@@ -71,13 +71,22 @@ def create(
     labels: int,
     seed: int,
 ) -> nn.Module:
-    """An untrained model of that family; its weights are a function of the seed."""
+    """An untrained model of that family; its weights are a function of the seed.
+
+    Raises:
+        InvalidInput: there is no such family, or its options do not go with each other or the data.
+    """
     chosen = family(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         told = labels if chosen.labelled else 0
-        config = chosen.config(shape=shape, levels=levels, labels=told, **options)
-        model: nn.Module = chosen.model(config)
+        try:
+            config = chosen.config(shape=shape, levels=levels, labels=told, **options)
+            model: nn.Module = chosen.model(config)
+        except InvalidInput:
+            raise
+        except ValueError as error:  # modules of torch alone know no other errors
+            raise InvalidInput(name, str(error)) from error
     return model
 
 

@@ -30,7 +30,7 @@ from likely.bundle import Name, Role
 from likely.errors import InvalidInput
 from likely_export import data
 from likely_export.attributes import ATTRIBUTES
-from likely_export.calibrate import PartConfig
+from likely_export.calibrate import FOLDS, PartConfig
 from likely_export.corruptions import CHOOSING
 from likely_export.data import Source
 from likely_export.families import GIVEN_BY_DATA, family
@@ -212,6 +212,7 @@ class Recipe(_Table):
                     raise ValueError(f"roles.{role}: {model} is none of {', '.join(self.models)}")
         if Role.DENSITY in self.roles:
             self._check_statistics()
+            self._check_sizes()
         return self
 
     def _check_statistics(self) -> None:
@@ -219,6 +220,24 @@ class Recipe(_Table):
         for name in self.calibration.statistics:
             if (needed := STATISTICS[name].needs) and needed not in families:
                 raise ValueError(f"calibration: {name} needs a {needed} beside the density")
+
+    def _check_sizes(self) -> None:
+        """Returns if the splits are large enough for what is learnt and promised from them."""
+        sizes, alphas = self.data.splits, self.calibration.alphas
+        if all(alpha * (sizes.calibrate + 1) < 1 for alpha in alphas):
+            raise ValueError(
+                f"calibration.alphas: {sizes.calibrate} calibration pictures promise no alpha "
+                f"below {1 / (sizes.calibrate + 1):.4g}, and all of these are"
+            )
+        # Parts are fitted by cross-fitting too, without a fold of the split.
+        least = sizes.fit - -(-sizes.fit // FOLDS)
+        for part in self.calibration.parts:
+            needed = {"mixture": part.components, "neighbours": part.neighbours}.get(part.kind, 1)
+            if not 1 <= needed <= least:
+                raise ValueError(
+                    f"calibration.parts: {part.kind} of {needed} is not in [1, {least}], as "
+                    f"{sizes.fit} pictures to fit it on allow"
+                )
 
     def models_of(self, role: Role) -> tuple[Name, ...]:
         """The names of the models behind a role, the one that leads first."""
@@ -269,19 +288,32 @@ class Recipe(_Table):
         return self.model_copy(update={"data": self.data.model_copy(update={"without": labels})})
 
     def others(self, levels: int) -> dict[str, Pixels]:
-        """The other data sets to report against that are there and fit, uint8 (n, c, h, w).
+        """The other data sets to report against that are there, uint8 (n, c, h, w).
 
         A set lies in the folder of the recipe's own source, and is read as that is. Labels that
         were held out are one more.
+
+        Raises:
+            InvalidInput: the pictures of a set are of another shape than the recipe's own.
         """
         folder, without = Path(self.data.source).parent, self.data.without
+        paths = {name: folder / source for name, source in self.evaluation.others.items()}
+        there = {name: path for name, path in paths.items() if path.exists()}
         found: dict[str, Pixels] = {}
-        for name, source in self.evaluation.others.items():
-            if (folder / source).exists():
-                raw = data.read(folder / source)
-                found[name] = self._taught(raw.x if raw.test is None else raw.test[0], raw, levels)
+        if not (there or without):
+            return found
+        own = data.read(self.data.source)
+        for name, path in there.items():
+            raw = data.read(path)
+            if raw.x.shape[1:] != own.x.shape[1:]:
+                raise InvalidInput(
+                    f"evaluation.others.{name}",
+                    f"has pictures {raw.x.shape[1:]} where those of {own.name} are "
+                    f"{own.x.shape[1:]}: leave it out",
+                )
+            found[name] = self._taught(raw.x if raw.test is None else raw.test[0], raw, levels)
         if without:
-            raw = data.named(data.read(self.data.source), self.data.labels)
+            raw = data.named(own, self.data.labels)
             name = f"held_out_{'_'.join(without)}"
             found[name] = self._taught(data.held_out(raw, without), raw, levels)
         return found

@@ -89,24 +89,23 @@ class Job:
     def run(self, report: Report | None) -> Trained:
         """Trains it in this process."""
         torch.set_num_threads(self.threads)
-        chosen = self.recipe.models[self.name]
         data = self.recipe.data.load()
-        model = families.create(
-            chosen.family,
-            chosen.options,
-            shape=data.shape,
-            levels=data.levels,
-            labels=len(data.labels),
-            seed=chosen.training.seed,
-        )
         return train.fit(
-            cast(train.Model, model),
+            cast(train.Model, self.model(data.shape, data.levels, len(data.labels))),
             data,
-            chosen.training,
+            self.recipe.models[self.name].training,
             self.folder,
             resume=self.resume,
             hardware=self.hardware,
             report=_seldom(partial(report, self.name)) if report else None,
+        )
+
+    def model(self, shape: tuple[int, int, int], levels: int, labels: int) -> nn.Module:
+        """The model, untrained, for pictures (c, h, w) of so many levels and labels."""
+        chosen = self.recipe.models[self.name]
+        seed = chosen.training.seed
+        return families.create(
+            chosen.family, chosen.options, shape=shape, levels=levels, labels=labels, seed=seed
         )
 
 
@@ -133,7 +132,8 @@ def train_all(
         report: told where each model stands, if given.
 
     Raises:
-        InvalidInput: no such model, or the folder is of another recipe.
+        InvalidInput: no such model, a model or a set to report against does not go with the data,
+            or the folder is of another recipe.
         LikelyError: a training failed.
     """
     names = list(only) or list(recipe.models)
@@ -143,6 +143,7 @@ def train_all(
     hardware = hardware or Hardware()
     recipe = recipe.computed(hardware.arithmetic)  # the run, and all that is told of it, says so
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
+    _check(recipe, jobs)
     if hardware.devices > 1:
         # From here on one process a device runs this very code; the first keeps the folder.
         fabric = hardware.fabric()
@@ -155,6 +156,19 @@ def train_all(
     if len(jobs) == 1 or hardware.devices > 1:
         return {job.name: job.run(report) for job in jobs}
     return _side_by_side(jobs, report)
+
+
+def _check(recipe: Recipe, jobs: Sequence[Job]) -> None:
+    """Returns if what would only fail in a training, or after it, goes with the data.
+
+    Raises:
+        InvalidInput: a model cannot be made for the data, or a set to report against is of
+            another shape.
+    """
+    data = recipe.data.load()
+    recipe.others(data.levels)
+    for job in jobs:
+        job.model(data.shape, data.levels, len(data.labels))
 
 
 def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool) -> None:

@@ -30,6 +30,7 @@ def recipe(tmp_path: Path) -> Path:
         version = "1"
         data = { source = "set.npz", splits = { fit = 5, calibrate = 5, validate = 5, test = 5 } }
         roles = { density = "a" }
+        calibration = { alphas = [0.2] }
         [models.a]
         family = "cvae"
         width = 8

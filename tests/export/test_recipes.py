@@ -110,6 +110,17 @@ def test_a_label_held_out_is_another_set_to_report_against() -> None:
         recipes.load("digits").without(("ten",)).data.load()
 
 
+def test_other_sets_are_of_the_same_shape_or_refused(tmp_path: Path) -> None:
+    for name, side in (("set", 4), ("same", 4), ("odd", 5)):
+        np.savez(tmp_path / name, x=np.zeros((2, side, side), np.uint8), y=[0, 1])
+    told = TINY + '[evaluation.others]\nsame = "same.npz"\nabsent = "absent.npz"\n'
+    (tmp_path / "mine.toml").write_text(told)
+    assert recipes.load(tmp_path / "mine.toml").others(4).keys() == {"same"}
+    (tmp_path / "mine.toml").write_text(told + 'odd = "odd.npz"\n')
+    with pytest.raises(InvalidInput, match=r"has pictures \(1, 5, 5\) where those of set are"):
+        recipes.load(tmp_path / "mine.toml").others(4)
+
+
 @pytest.mark.parametrize("name", ["digits", "mine"])
 def test_what_is_written_is_read_again(tmp_path: Path, name: str) -> None:
     (tmp_path / "mine.toml").write_text(TINY)
@@ -169,6 +180,25 @@ def test_a_published_recipe_names_no_folder_and_can_be_used_again(tmp_path: Path
             "calibration.statistics",
             "mood is none of",
         ),
+        (
+            "[roles]",
+            "[calibration]\nalphas = [0.01, 0.04]\n[roles]",
+            "recipe",
+            "20 calibration pictures promise no alpha below 0.04762",
+        ),
+        (
+            "[roles]",
+            '[[calibration.parts]]\nkind = "mixture"\n[roles]',
+            "recipe",
+            r"mixture of 10 is not in \[1, 7\]",
+        ),
+        (
+            "[roles]",
+            '[[calibration.parts]]\nkind = "neighbours"\nneighbours = 8\n[roles]',
+            "recipe",
+            r"neighbours of 8 is not in \[1, 7\]",
+        ),
+        ("fit = 10", "fit = 1", "recipe", r"mahalanobis of 1 is not in \[1, 0\]"),
         ("[data]", "[data", "recipe", "not TOML"),
         ('name = "tiny"', 'name = "../tiny"', "name", "pattern"),
     ],

@@ -44,6 +44,8 @@ training.validations = 2
 [roles]
 density = "b"
 conditional = "a"
+[calibration]
+alphas = [0.2]
 """
 
 
@@ -95,6 +97,19 @@ def test_a_folder_belongs_to_one_recipe(recipe: Recipe, tmp_path: Path) -> None:
         runs.train_all(recipe, tmp_path / "run", only=["c"])
     with pytest.raises(InvalidInput, match="no training run"):
         runs.Run.open(tmp_path)
+
+
+def test_what_does_not_go_with_the_data_is_refused_before_anything_is_trained(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    b = recipe.models["b"].model_copy(update={"options": {"digits": 3}})
+    with pytest.raises(InvalidInput, match="256 levels cannot be written with 3 equal digits"):
+        runs.train_all(recipe.model_copy(update={"models": {"b": b}}), tmp_path / "run")
+    np.savez(tmp_path / "odd.npz", x=np.zeros((2, 5, 5), np.uint8), y=[0, 1])
+    others = recipes.Evaluation(others={"odd": "odd.npz"})
+    with pytest.raises(InvalidInput, match=r"evaluation\.others\.odd"):
+        runs.train_all(recipe.model_copy(update={"evaluation": others}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path: Path) -> None:
