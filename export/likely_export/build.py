@@ -72,7 +72,7 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
             made |= _judged(opened.recipe, exported, data, folder, report)
         if {Role.ENCODE, Role.DECODE} <= set(exported):
             report("find directions")
-            made["latent"] = _directions(opened.recipe, exported, data, folder)
+            made |= _directions(opened.recipe, exported, data, folder)
         golden = {
             f"{role}/{name}": array
             for role, each in exported.items()
@@ -197,7 +197,7 @@ def _judged(
 def _directions(
     recipe: Recipe, exported: Mapping[Role, Exported], data: Dataset, folder: Path
 ) -> dict[str, object]:
-    """What the manifest says of the directions, found on the fit split."""
+    """What the manifest says of the directions, found on the fit split; nothing of none."""
     session = _session(folder, exported[Role.ENCODE])
     feeds: dict[str, Array] = {"x": data.fit.x}
     if session.spec.input("y") is not None:
@@ -208,8 +208,10 @@ def _directions(
         for name in recipe.latent.attributes
     }
     entries, arrays = directions.found(features, data.fit.y, data.labels, measured)
+    if not entries:
+        return {}
     np.savez_compressed(folder / LATENT, **arrays)  # type: ignore[arg-type]
-    return {"file": LATENT, "directions": entries}
+    return {"latent": {"file": LATENT, "directions": entries}}
 
 
 def _knows_labels(exported: Mapping[Role, Exported]) -> bool:

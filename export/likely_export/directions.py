@@ -29,6 +29,8 @@ def found(
 ) -> tuple[list[dict[str, str]], dict[str, Doubles]]:
     """The directions' entries in the manifest, and the arrays of `likely.latent`.
 
+    None of either where there is no attribute, and one label alone.
+
     Args:
         features: (n, z).
         y: int64 (n,), their labels.
@@ -64,6 +66,8 @@ def found(
             probe /= probe @ step
             entries.append({"name": f"label {names[label]}", "kind": "label"})
             ways.append((step, probe, -float(probe @ others)))
+    if not ways:
+        return [], {}
     steps, probes, offsets = zip(*ways, strict=True)
     arrays = {"steps": np.stack(steps), "probes": np.stack(probes), "offsets": np.array(offsets)}
     return entries, arrays

@@ -49,6 +49,11 @@ def test_an_attribute_knows_no_place_and_blank_pictures_have_none(name: str) -> 
     assert moved == pytest.approx(first, rel=1e-6) and blank == 0
 
 
+def test_where_there_is_one_label_and_no_attribute_there_is_no_direction() -> None:
+    z = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    assert directions.found(z, np.zeros(20, np.int64), ("p",), {}) == ([], {})
+
+
 def test_directions_find_what_was_put_in_and_leave_labels_alone() -> None:
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 4000)
