@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from likely import bayes, noise
-from likely.answers import Doubles, Pixels
+from likely.answers import Doubles, Labels, Pixels
 from likely.bundle import MANIFEST, Bundle, Manifest, Role, write_manifest
 from likely.bundle.signing import SIGNATURE
 from likely.errors import BundleError, InvalidInput
@@ -180,7 +180,7 @@ def _judged(
     arrays, weights, temperature = _calibrate(recipe, exported, data, folder)
     np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
     report("compare decisions")
-    compared, changed = _decisions(recipe, exported, data, folder, arrays, weights)
+    compared, changed = _decisions(recipe, exported, data, folder, arrays, weights, temperature)
     return {
         "calibration": {
             "file": CALIBRATION,
@@ -274,6 +274,7 @@ def _decisions(
     folder: Path,
     arrays: Mapping[str, Array],
     weights: tuple[float, ...],
+    temperature: float,
 ) -> tuple[int, int]:
     """How many test pictures torch and ONNX Runtime judged, and how many they judge otherwise."""
     detector = Detector(arrays)
@@ -305,12 +306,22 @@ def _decisions(
             ]
         # Of several experts the second output, of a single one the first or only one.
         own = [e[1] if weights else (e[0] if isinstance(e, tuple) else e)[:, None] for e in each]
-        pool = np.array(weights or (1.0,))
-        torchs_label = bayes.pooled(torch.cat(own).numpy(), pool).argmax(1)
-        changed |= torchs_label != bayes.pooled(evidence, pool).argmax(1)
+        ours_label, torchs_label = (
+            _taken(one, weights, _priors(data), temperature)
+            for one in (evidence, torch.cat(own).numpy())
+        )
+        changed |= torchs_label != ours_label
     if Role.DISCRIMINATE in exported:
         changed |= _relabelled(exported[Role.DISCRIMINATE], folder, x)
     return len(x), int(changed.sum())
+
+
+def _taken(
+    evidence: Array, weights: tuple[float, ...], priors: Doubles, temperature: float
+) -> Labels:
+    """The labels that a server would give for log p_e(x|y) (n, experts, labels), int64 (n,)."""
+    pooled = bayes.pooled(evidence, np.array(weights or (1.0,)))
+    return bayes.posterior(pooled, priors, temperature).argmax(1)
 
 
 def _relabelled(exported: Exported, folder: Path, x: Pixels) -> npt.NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from likely.engine import Engine
 from likely.errors import BundleError
 from likely.graphs import Device
 from likely_export import evaluate, recipes, runs
-from likely_export.build import build, rewriting
+from likely_export.build import _taken, build, rewriting
 from likely_export.corruptions import HARD, PANEL
 from likely_export.generated import Sizes
 from likely_export.material import Material
@@ -127,6 +127,14 @@ def test_the_old_bundle_stays_until_the_new_one_stands(
         pass
     assert moved[0] == "digits" and Bundle.open(digits)
     assert list(digits.parent.iterdir()) == [digits]
+
+
+def test_the_labels_compared_are_those_that_are_served() -> None:
+    evidence = np.array([[[-10.0, -11.0]], [[-10.0, -30.0]]])
+    priors = np.array([0.2, 0.8])
+    # Flattened by the temperature, the first picture's evidence weighs less than the prior.
+    assert _taken(evidence, (), priors, 5.0).tolist() == [1, 0]
+    assert _taken(evidence, (), priors, 0.1).tolist() == [0, 0]
 
 
 @pytest.mark.slow
