@@ -184,6 +184,7 @@ class _Evaluation:
             apart = measures.separation(inside.unusualness, outside.unusualness)
             aurocs[name] = apart["auroc"]
             ours[name] = apart | {
+                "size": len(outside.p_value),
                 "accepted": {
                     f"{alpha:g}": float(np.mean(outside.p_value > alpha)) for alpha in self.alphas
                 }
@@ -287,8 +288,8 @@ class _Evaluation:
             bounds.append(batched(session, {"x": part.x, "eps": noises}, "log_pxy")[rows, part.y])
         bound = np.logaddexp.reduce(np.array(bounds, np.float64), axis=0) - np.log(calls)
         bits = -bound / (self.manifest.dimensions * np.log(2))
-        samples = calls * graph.importance_samples
-        return {"conditional_bits_per_dim": measures.mean(bits) | {"importance_samples": samples}}
+        told = {"importance_samples": calls * graph.importance_samples, "test_size": len(part)}
+        return {"conditional_bits_per_dim": measures.mean(bits) | told}
 
     async def _mixed(self, judge: Judge, taken: Classifications) -> dict[str, Any]:
         """Classification with as many outliers mixed in; to accept one is an error.
@@ -315,6 +316,7 @@ class _Evaluation:
             softmax = np.concatenate([own[rows].max(1), judge.posterior(x).max(1)])
             found["mixed"][name] = {
                 "aurc": measures.selective_risk(doubt, wrong),
+                "size": len(x),
                 "cnn_max_softmax_aurc": measures.selective_risk(-softmax, theirs),
                 "cnn_max_softmax_auroc": measures.separation(
                     -softmax[: len(rows)], -softmax[len(rows) :]

@@ -171,6 +171,7 @@ class Drawing:
         entropy = statistics[:, ends["entropy"] - 1]
         return {
             "self_entropy": {
+                "draws": n,
                 "own_draws_nll_nats": measures.mean(surprise),
                 "expected_nats": measures.mean(entropy),
                 "difference_nats": measures.mean(surprise - entropy),
@@ -186,6 +187,8 @@ class Drawing:
         shown = np.linspace(0, len(rows) - 1, self.sizes.examples).astype(int)
         pairs = np.stack([x[rows][shown], self.data.train.x[near[shown]]], 1)
         return pairs, {
+            "draws": len(rows),
+            "test_size": len(held),
             "distance_of_draws": measures.mean(distance),
             "distance_of_test": measures.mean(usual),
             "nearer_than_1_percent_of_test": float(np.mean(distance < np.quantile(usual, 0.01))),

@@ -7,7 +7,7 @@ from scipy.stats import norm
 from likely.answers import Pixels
 from likely_export import baselines, data
 from likely_export.baselines import DiscretisedMixture, IndependentPixels
-from likely_export.data import Sizes
+from likely_export.data import Dataset, Sizes
 
 LEVELS = 3
 
@@ -62,3 +62,18 @@ def test_on_digits_structure_pays() -> None:
     assert found["gaussian_mixture_nll_nats"] < pixels < 64 * np.log(17)
     assert found["independent_pixels_given_label_nll_nats"] < pixels
     assert found["logistic_regression_accuracy"] > found["independent_pixels_accuracy"] > 0.85
+    assert found["test_size"] == found["bits_per_dim"]["test_size"] == 300
+    assert found["logistic_regression_train_size"] == found["gaussian_mixture_train_size"] == 957
+
+
+def test_compressors_see_the_whole_test_part_and_one_label_needs_no_regression(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(baselines, "COMPONENTS", (1,))
+    x = np.random.default_rng(1).integers(0, LEVELS, (1103, 1, 2, 2)).astype(np.uint8)
+    x[1000:] = 0  # these compress better
+    one = data.Split(x, np.zeros(len(x), np.int64))
+    found = baselines.evaluate(Dataset("one", LEVELS, ("0",), one, one, one, one, one, ""))
+    assert found["bits_per_dim"] == {**baselines.bits_per_dim(x, LEVELS), "test_size": 1103}
+    assert found["independent_pixels_accuracy"] == 1
+    assert not any(name.startswith("logistic") for name in found)

@@ -132,7 +132,7 @@ def _separations(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]
         alone = subject.figure(f"likelihood_only.{name}.auroc")
         yield {
             "title": f"AUROC, {words(name)} as outliers",
-            "note": "" if alone is None else f"by likelihood alone {alone:.4f}",
+            "note": "; ".join(_notes(outliers[name].get("size"), alone)),
             "value": shown,
             "tile": (shown, ""),
             "anchors": anchors.get(_auroc(name), []),
@@ -148,6 +148,14 @@ def _separations(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]
             "tile": (shown, ""),
             "anchors": [],
         }
+
+
+def _notes(size: int | None, alone: float | None) -> Iterator[str]:
+    """How many pictures an AUROC is of, and that of likelihood alone."""
+    if size is not None:
+        yield f"of {value(size)} pictures"
+    if alone is not None:
+        yield f"by likelihood alone {alone:.4f}"
 
 
 def _whole_sets(subject: Subject) -> list[str]:

@@ -91,6 +91,7 @@ def _row(subject: Subject, name: str, alpha: str) -> dict[str, Any]:
         "name": words(name),
         "what": (made.__doc__ or "").split("\n")[0] if made else "",
         "near": name in NEAR,
+        "size": figures.get("size"),
         "picture": _example(subject, name) if one is not None and len(one.examples) else None,
         "auroc": figures.get("auroc"),
         "fpr95": figures.get("fpr95"),
