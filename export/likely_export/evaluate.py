@@ -187,7 +187,7 @@ class _Evaluation:
                 "size": len(outside.p_value),
                 "accepted": {
                     f"{alpha:g}": float(np.mean(outside.p_value > alpha)) for alpha in self.alphas
-                }
+                },
             }
             likelihood[name] = measures.separation(inside.nats, outside.nats)
         panel = [aurocs[name] for name in corruptions.PANEL]
@@ -205,7 +205,8 @@ class _Evaluation:
             "band": measures.rejection_band(alpha, size, n),
         }
         if names:
-            # A label's share of the calibration split, as if it had been ranked alone.
+            # No promise: all labels are ranked together. The bands are those of a label that had
+            # been ranked alone, among its share of the calibration split, to read its rate by.
             counts = np.bincount(self.test.y, minlength=len(names))
             bands = [measures.rejection_band(alpha, round(size * c / n), int(c)) for c in counts]
             found["by_label"] = {
@@ -315,8 +316,8 @@ class _Evaluation:
             theirs = np.concatenate([~right[rows], np.ones(len(x), bool)])
             softmax = np.concatenate([own[rows].max(1), judge.posterior(x).max(1)])
             found["mixed"][name] = {
-                "aurc": measures.selective_risk(doubt, wrong),
                 "size": len(x),
+                "aurc": measures.selective_risk(doubt, wrong),
                 "cnn_max_softmax_aurc": measures.selective_risk(-softmax, theirs),
                 "cnn_max_softmax_auroc": measures.separation(
                     -softmax[: len(rows)], -softmax[len(rows) :]

@@ -134,6 +134,7 @@ def figures(shown: Material) -> dict[str, Any]:
             name: {
                 **measures.separation(inliers.unusualness, one.unusualness),
                 "accepted": {"0.05": 0.125},
+                "size": N,
             }
             for name, one in outliers.items()
         },
@@ -228,7 +229,11 @@ def test_every_set_and_every_figure_is_told(whole: str) -> None:
         "2.438",
     ):
         assert value in headline
-    assert page.sections["promises"].count("outside") == 3  # two rates and a coverage
+    # A coverage alone: of a label, whose rate is outside too, the p-value promises nothing.
+    assert page.sections["promises"].count("outside") == 1
+    assert "20.00 to 30.00" in page.sections["promises"]
+    assert "of 400 pictures; by likelihood alone" in headline
+    assert "400 pictures" in table
     assert {"12.50 %", "0.2515"} <= {*page.sections["separation"], *page.sections["classification"]}
 
 

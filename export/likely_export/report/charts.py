@@ -130,7 +130,7 @@ def uniformity(p_value: Doubles, calibration: int, y: Labels | None = None) -> C
 
 
 def rejections(rates: Mapping[str, Mapping[str, Rate]]) -> Chart:
-    """The rates of false rejections inside their bands, a column an alpha and a row a name.
+    """The rates of false rejections over their bands, a column an alpha and a row a name.
 
     Args:
         rates: by alpha and name, with bands; every alpha has the same names.

@@ -114,13 +114,19 @@ def _rates(rates: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, 
         }
     ]
     for label in labels:
-        cells = [
-            _cell(one.get("by_label", {}).get(label), one.get("band_by_label", {}).get(label))
-            for one in rates.values()
-        ]
+        cells = [_alone(one, label) for one in rates.values()]
         if any(cells):
             rows.append({"name": label, "cells": cells})
     return rows
+
+
+def _alone(rates: Mapping[str, Any], label: str) -> dict[str, Any] | None:
+    """A label's rate over what a label ranked alone would give: p-values rank all together.
+
+    So nothing is promised of it, and none is marked.
+    """
+    cell = _cell(rates.get("by_label", {}).get(label), rates.get("band_by_label", {}).get(label))
+    return cell and {**cell, "inside": None}
 
 
 def _cell(rate: Any, band: Any) -> dict[str, Any] | None:
