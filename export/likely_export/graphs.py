@@ -62,7 +62,8 @@ def export(source: GraphSource, path: Path, levels: int, labels: int) -> Exporte
         labels: number of labels, likewise.
 
     Raises:
-        BundleError: the graph differs from the module, or breaks a rule of `hygiene`.
+        BundleError: the graph differs from the module (a log-likelihood by more than `TOLERANCE`
+            and a millionth of its size), or breaks a rule of `hygiene`.
     """
     write(source, path, levels, labels)
     graph = Graph(
