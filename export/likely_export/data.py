@@ -173,8 +173,8 @@ def load(
         seed: of the division.
 
     Raises:
-        InvalidInput: the source cannot be read or cannot be divided so; the field
-            names the file.
+        InvalidInput: the source cannot be read or cannot be divided so, or of a label no picture
+            falls to what is trained, fitted or calibrated on; the field names the file.
     """
     raw = _kept(named(read(source), labels), without)
     train, test = Split(raw.x, raw.y), None if raw.test is None else Split(*raw.test)
@@ -253,19 +253,24 @@ def _divide(
     else:
         chosen = np.split(generator.permutation(len(train)), cuts)
     parts = dict(zip(PARTS, map(train.take, chosen), strict=True))
-    if sizes.stretches:
-        _require_all_labels(name, parts, train.y)
+    _require_all_labels(name, parts, train.y, sizes)
     return parts if test is None else {**parts, "test": test}
 
 
-def _require_all_labels(name: str, parts: dict[str, Split], y: Labels) -> None:
+def _require_all_labels(name: str, parts: dict[str, Split], y: Labels, sizes: Sizes) -> None:
+    """Returns if every label is learnt and ranked: one without ranks would be in every label set.
+
+    Raises:
+        InvalidInput: a part has no picture of a label.
+    """
     for part in ("train", "fit", "calibrate"):
         if len(missing := np.setdiff1d(y, parts[part].y)):
-            raise InvalidInput(
-                name,
-                f"of label {missing[0]} no picture falls to {part}: what is sorted by label "
-                "cannot be divided by stretches",
+            way = (
+                "what is sorted by label cannot be divided by stretches"
+                if sizes.stretches
+                else "make that part larger, or hold the label out (data.without)"
             )
+            raise InvalidInput(name, f"of label {missing[0]} no picture falls to {part}: {way}")
 
 
 def _digest(parts: dict[str, Split]) -> str:

@@ -45,7 +45,7 @@ def test_the_digits_are_divided_into_five_disjoint_parts() -> None:
 
 
 def test_a_division_is_a_function_of_its_seed_and_not_the_order_of_the_file(tmp_path: Path) -> None:
-    x, y = pictures(40), np.arange(40) % 3
+    x, y = pictures(40), np.arange(40) % 2
     np.savez(tmp_path / "set.npz", x=x, y=y)
     first, again, other = (data.load(tmp_path / "set.npz", SIZES, seed=s) for s in (0, 0, 1))
     assert first.digest == again.digest != other.digest
@@ -80,6 +80,14 @@ def test_stretches_of_what_is_sorted_by_label_are_refused(tmp_path: Path) -> Non
     np.savez(tmp_path / "set.npz", x=pictures(40), y=np.sort(np.arange(40) % 3))
     with pytest.raises(InvalidInput, match=r"of label \d no picture falls to (train|fit|cal)"):
         data.load(tmp_path / "set.npz", replace(SIZES, stretches=True), seed=0)
+
+
+def test_a_label_that_would_not_be_ranked_is_refused(tmp_path: Path) -> None:
+    y = np.zeros(400, np.int64)
+    y[:3] = 1
+    np.savez(tmp_path / "set.npz", x=pictures(400), y=y)
+    with pytest.raises(InvalidInput, match=r"of label 1 no picture .*: make that part larger"):
+        data.load(tmp_path / "set.npz", SIZES)
 
 
 def test_npz_files_with_a_test_part_keep_it_whole_and_in_order(tmp_path: Path) -> None:
