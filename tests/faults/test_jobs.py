@@ -7,6 +7,7 @@ import random
 import shutil
 import socket
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,14 +119,19 @@ def test_a_job_outlives_its_server(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     out, flags = tmp_path / "out", ("--port", port)
-    with served(tmp_path, *flags) as first:
+    with served(tmp_path, *flags) as first, ExitStack() as stack:
         job = subprocess.Popen(
             [*LIKELY, *map(str, asked), out, "--address", first.address(), "--patience", "60"],
             stdout=subprocess.DEVNULL,
         )
+        stack.callback(job.wait)
+        stack.callback(job.kill)
         wait_until(lambda: shards_of(out) >= 2)
-    # Killed, and while the job goes on asking, begun anew.
-    with served(tmp_path, *flags) as second:
+        first.process.kill()
+        first.process.wait()
+        assert shards_of(out) < 20
+        # While the job goes on asking, the server is begun anew.
+        second = stack.enter_context(served(tmp_path, *flags))
         second.address()
         assert job.wait(120) == 0
     assert same(tmp_path / "whole", out)

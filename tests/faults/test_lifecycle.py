@@ -387,7 +387,8 @@ def told_to_end(seed: int, toys: dict[str, Toy], questions: Questions, folder: P
     """SIGTERM at a random moment of full load: none that was accepted is lost."""
     rng = random.Random(seed)
     heedful = bool(seed % 2)
-    delay = rng.choice((0.3, 0.5)) if heedful else rng.choice((0, 0, 0.1))
+    # Long enough for every client to be told, also where none of them gets the processor at once.
+    delay = rng.choice((1.5, 2)) if heedful else rng.choice((0, 0, 0.1))
     flags = ("--bundle", toys["1"].path, "--port", 0, "--drain-delay", delay)
     with served(folder, *flags) as server:
         address = server.address()

@@ -316,17 +316,19 @@ def test_a_bomb_is_not_unpacked(running: Running) -> None:
 
 
 @pytest.mark.fault(17)
+@pytest.mark.timeout(600)
 def test_an_answer_above_four_mebibytes_comes_to_our_client(running: Running) -> None:
-    n = 100_000
+    n, seconds = 100_000, 280
     with running(images_per_request=n) as live:
         x = np.zeros((n, 3, 3), np.uint8)
-        with Client(live.address, timeout=280) as client:
+        with Client(live.address, timeout=seconds) as client:
             answer = client.score(x, surprise=True)
         assert answer.surprise is not None
         assert answer.surprise.nbytes + 30 * n > 4 << 20
         with calling(live.address) as caller:  # gRPC's own default: its client refuses it
             request = on_toy(ScoreRequest, images=codec.images(x[:, None]), surprise=True)
-            refused(lambda: caller.ask(request), grpc.StatusCode.RESOURCE_EXHAUSTED)
+            score = partial(caller.scoring.Score, request, timeout=seconds)
+            refused(score, grpc.StatusCode.RESOURCE_EXHAUSTED)
         is_well(live)
 
 
@@ -532,9 +534,10 @@ sys.stdin.read()
 @pytest.mark.fault(39)
 def test_ten_thousand_idle_connections_harm_nobody(running: Running) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     count = min(10_000, hard - 1000)
-    assert count >= 1000, f"this machine lets a process hold {hard} files"
+    if count < 1000:
+        pytest.skip(f"this machine lets a process hold {hard} files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         with running() as live:
             host, _, port = live.address.rpartition(":")
