@@ -501,9 +501,6 @@ def running(toy: Toy) -> Running:
 
     @contextmanager
     def run(*, load: bool = True, **more: Any) -> Iterator[Live]:
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever)
-        thread.start()
         log = io.StringIO()
 
         async def make() -> Server:
@@ -514,17 +511,29 @@ def running(toy: Toy) -> Running:
             if load:
                 await server.load()
 
-        live = Live(asyncio.run_coroutine_threadsafe(make(), loop).result(60), loop, log)
-        try:
-            live.run(start(live.server))
-            yield live
-        finally:
-            live.run(live.server.stop(1))
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
+        with _looping() as loop:
+            live = Live(asyncio.run_coroutine_threadsafe(make(), loop).result(60), loop, log)
+            try:
+                live.run(start(live.server))
+                yield live
+            finally:
+                live.run(live.server.stop(1))
 
     return run
+
+
+@contextmanager
+def _looping() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread of its own, which outlives neither a failure nor the tests."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(60)
+        loop.close()
 
 
 @pytest.fixture(scope="session")

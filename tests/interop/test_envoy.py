@@ -109,9 +109,16 @@ def proxied(replicas: list[str], folder: Path) -> Iterator[str]:
     words += ["--drain-time-s", "1", "-l", "warning"]
     with (folder / "envoy.log").open("wb") as log, subprocess.Popen(words, stderr=log) as process:
         try:
+            wait_for(lambda: process.poll() is not None or listens(port))
+            assert process.poll() is None, (folder / "envoy.log").read_text()
             yield f"127.0.0.1:{port}"
         finally:
             process.kill()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_nothing_is_lost_when_a_replica_dies(tmp_path: Path) -> None:
@@ -143,18 +150,20 @@ def test_nothing_is_lost_when_a_replica_dies(tmp_path: Path) -> None:
 
         over = threading.Event()
         work = enumerate((ask, ask, feed))
-        threads = [threading.Thread(target=target, args=(n,)) for n, target in work]
+        threads = [threading.Thread(target=do, args=(n,), daemon=True) for n, do in work]
         for thread in threads:
             thread.start()
-        wait_for(lambda: min(done) >= 3)
-        asked = [answered(replica) for replica in replicas]
-        assert min(asked) > 0, "Envoy sends to one replica only"
-        replicas[1].process.kill()
-        before = list(done)
-        wait_for(lambda: all(now >= was + 5 for now, was in zip(done, before, strict=True)))
-        over.set()
-        for thread in threads:
-            thread.join(60)
+        try:
+            wait_for(lambda: min(done) >= 3)
+            asked = [answered(replica) for replica in replicas]
+            assert min(asked) > 0, "Envoy sends to one replica only"
+            replicas[1].process.kill()
+            before = list(done)
+            wait_for(lambda: all(now >= was + 5 for now, was in zip(done, before, strict=True)))
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(60)
         assert not failures
         assert answered(replicas[0]) > asked[0]
 

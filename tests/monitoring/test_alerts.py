@@ -31,7 +31,7 @@ from tests.monitoring.conftest import RULES, Watch
 if TYPE_CHECKING:
     from tests.conftest import Live, Running, Toy
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 
 class Fault:
@@ -98,13 +98,15 @@ def flood(live: Live, x: Any, clients: int) -> Iterator[None]:
         while not end.is_set():
             ask()
 
-    threads = [threading.Thread(target=run) for _ in range(clients)]
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(clients)]
     for thread in threads:
         thread.start()
-    yield
-    end.set()
-    for thread in threads:
-        thread.join()
+    try:
+        yield
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_down(running: Running, watch: Watch, alert: Callable[[str], Fault]) -> None:
