@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from likely.serving.server import Server
     from likely.settings import Settings
 
-# Shared cores make single examples slow now and then; the tests have a timeout anyway.
-hypothesis_settings.register_profile("shared", deadline=None)
-hypothesis_settings.load_profile("shared")
+# Shared cores make single examples slow now and then; the tests have a timeout anyway. The same
+# code is held to the same examples; HYPOTHESIS_PROFILE=searching looks for new ones.
+hypothesis_settings.register_profile("shared", deadline=None, derandomize=True)
+hypothesis_settings.register_profile("searching", deadline=None, derandomize=False)
+hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "shared"))
 
 T = TypeVar("T")
 Array = npt.NDArray[Any]

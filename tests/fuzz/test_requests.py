@@ -94,6 +94,8 @@ def caller(live: Live) -> Iterator[Caller]:
 def documented(failure: Any) -> None:
     """Returns if the failure is one that callers can understand, and tells no secret."""
     assert failure.code() not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL), failure
+    details = dict(failure.trailing_metadata() or ())
+    assert statuses.DETAILS_KEY in details, f"the server did not say so, or not why: {failure}"
     reason = detail(failure, error_details_pb2.ErrorInfo).reason
     assert statuses.REASONS[reason] is failure.code()
     assert "Traceback" not in failure.details()
