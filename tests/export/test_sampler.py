@@ -14,13 +14,26 @@ from likely_export.autoregressive import Autoregressive
 from likely_export.pixelcnn import PixelCNNConfig
 
 EVERY = pytest.mark.parametrize("name", CONFIGS)
+NEAR = 1e-4  # nats: as good as equal
 
 
-def choices(
+def scores(
     model: Autoregressive, x: torch.Tensor, noise: torch.Tensor, y: torch.Tensor | None
 ) -> torch.Tensor:
-    """The digits that full passes over x choose with that noise, one pass for all pixels."""
-    return (model.log_probs(x, y) + noise.flatten(3, 4)).argmax(-1)
+    """What a full pass over x and that noise make of every digit, (n, h, w, c * digits, base)."""
+    return model.log_probs(x, y) + noise.flatten(3, 4)
+
+
+def are_chosen(digits: torch.Tensor, scores: torch.Tensor) -> bool:
+    """Whether the digits (...) have the best of their scores (..., base).
+
+    Another processor or runtime adds up in another order; of two best scores that differ by its
+    rounding alone either may be taken, which has to be rare.
+    """
+    best = scores.max(-1).values
+    taken = scores.gather(-1, digits.long()[..., None])[..., 0]
+    others = int((digits != scores.argmax(-1)).sum())
+    return bool((best - taken < NEAR).all()) and others <= max(1, digits.numel() // 1000)
 
 
 @EVERY
@@ -31,7 +44,7 @@ def test_one_pass_reproduces_every_choice(name: str) -> None:
         x = roles.sampler(model)(noise, y)
         assert x.dtype == torch.uint8 and x.shape == (64, *config.shape)
         assert len(torch.unique(x)) > 1
-        assert torch.equal(choices(model, x, noise, y), model.head.split(x))
+        assert are_chosen(model.head.split(x), scores(model, x, noise, y))
 
 
 @EVERY
@@ -40,13 +53,18 @@ def test_drawing_equals_the_naive_way(name: str) -> None:
     noise, y = autoregressive.gumbel(config, 2), autoregressive.labels(config, 2)
     c, h, w = config.shape
     naive = torch.zeros((2, *config.shape), dtype=torch.uint8)
-    powers = torch.tensor([model.head.base**k for k in reversed(range(config.digits))])
+    found: list[torch.Tensor] = []
     with torch.no_grad():
+        x = roles.sampler(model)(noise, y)
+        digits = model.head.split(x)
         for i, j, k in itertools.product(range(h), range(w), range(c)):
-            for _ in range(config.digits):  # a digit needs those before it
-                chosen = choices(model, naive, noise, y)[:, i, j].unflatten(-1, (c, -1))[:, k]
-                naive[:, k, i, j] = (chosen * powers).sum(-1).byte()
-        assert torch.equal(roles.sampler(model)(noise, y), naive)
+            for d in range(config.digits):  # a digit needs those before it
+                at = k * config.digits + d
+                found.append(scores(model, naive, noise, y)[:, i, j, at])
+                power = model.head.base ** (config.digits - 1 - d)
+                naive[:, k, i, j] += (digits[:, i, j, at] * power).byte()
+    assert torch.equal(x, naive)
+    assert are_chosen(digits.flatten(1), torch.stack(found, 1))
 
 
 @EVERY
@@ -129,11 +147,13 @@ def test_the_reference_model_draws_exactly(opened: Opener) -> None:
     noise = autoregressive.gumbel(config, 64)
     x = torch.from_numpy(session.run({"gumbel": noise.numpy()}, ["x"])[0])
     with torch.no_grad():
-        assert torch.equal(choices(model, x, noise, None), model.head.split(x))
+        assert are_chosen(model.head.split(x), scores(model, x, noise, None))
         naive = torch.zeros_like(x[:2])
+        found: list[torch.Tensor] = []
         for i, j in itertools.product(range(28), range(28)):
             features = model.features(naive)[:, :, i : i + 1, j : j + 1]
             log_probs = model.head.log_probs(features, naive[:, :, i : i + 1, j : j + 1])
-            naive[:, 0, i, j] = (log_probs[:, 0, 0] + noise[:2, i, j, 0]).argmax(-1)[:, 0].byte()
-    assert torch.equal(x[:2], naive)
+            found.append((log_probs[:, 0, 0] + noise[:2, i, j, 0])[:, 0])
+            naive[:, 0, i, j] = x[:2, 0, i, j]
+    assert are_chosen(x[:2].flatten(1), torch.stack(found, 1))
     assert len(torch.unique(x)) > 100

@@ -205,9 +205,13 @@ def test_a_quota_slows_a_feed_and_loses_nothing(running: Running, x: Any) -> Non
     assert all(isinstance(outcome, Scores) for found in outcomes for outcome in found)
 
 
-def test_what_stays_refused_is_told_in_the_end(running: Running, x: Any) -> None:
+def test_what_stays_refused_is_told_in_the_end(
+    running: Running, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limits = {"client_images_per_second": 0.01, "client_images_at_once": 2}
-    with running(**limits) as live, Client(live.address, timeout=0.5) as client:
+    with running(**limits) as live, Client(live.address, timeout=30) as client:
+        client.model()  # the connection is made
+        monkeypatch.setattr(client, "_timeout", 3)
         found = list(client.score_stream([*x[:3, None]]))
     assert [isinstance(outcome, Scores) for outcome in found] == [True, True, False]
     assert isinstance(found[2], Overloaded)
