@@ -42,9 +42,10 @@ def test_what_is_no_digit_still_has_the_form_of_one(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_whole_tour(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "demo", "--out", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr
     assert "How plausible is it?" in ran.stdout
     told = " ".join(ran.stdout.split())

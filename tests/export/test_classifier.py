@@ -29,6 +29,7 @@ from likely_export.judge import taught
 from likely_export.moves import Moves
 from likely_export.recipes import Recipe
 
+pytestmark = pytest.mark.timeout(900)  # they train, on whatever is left of the machine
 PAGE = (Path(__file__).parents[2] / "docs" / "labels.md").read_text()
 SHIPPED = Path(__file__).parents[2] / "bundles" / "digits"
 

@@ -17,6 +17,7 @@ from likely.graphs import Device
 from likely_export import recipes, runs
 from likely_export.build import build
 
+pytestmark = pytest.mark.timeout(900)  # they train, on whatever is left of the machine
 RECIPE = """
 name = "colours"
 version = "1"

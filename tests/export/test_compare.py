@@ -18,6 +18,7 @@ from likely_export.compare import Comparison, Sizes, compare
 from likely_export.data import Dataset
 from likely_export.report import family
 
+pytestmark = pytest.mark.timeout(900)  # they train, on whatever is left of the machine
 SIZES = Sizes(
     test=60, outside=20, drawn=20, composed=30, accepted=10, labelled=(100,), steps=30, shown=4
 )

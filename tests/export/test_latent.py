@@ -24,6 +24,7 @@ from likely_export.cvae import CVAEConfig
 from likely_export.features import Sizes
 from likely_export.vae import VAE, Pixels, noise_axes
 
+pytestmark = pytest.mark.timeout(900)  # they train, on whatever is left of the machine
 ENUMERABLE = CVAEConfig((1, 2, 2), 2, 0, latent=1, width=8)
 EVERY = torch.tensor(list(itertools.product(range(2), repeat=4))).view(16, 1, 2, 2).byte()
 NONE = torch.zeros(16, dtype=torch.int64)

@@ -13,6 +13,7 @@ import pytest
 
 from demo.serving import Served, served
 
+pytestmark = pytest.mark.timeout(900)  # they train, on whatever is left of the machine
 PAGE = Path("docs/latent.md").read_text()
 DECODE, TRAVERSE, INTERPOLATE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
 SHEETS = re.findall(r"^likely (?:traverse|interpolate) .*$", PAGE, re.M)

@@ -36,7 +36,8 @@ def answers(server: Served, x: Pixels) -> dict[str, Any]:
     lock = NODE / "package-lock.json"
     if not INSTALLED.exists() or INSTALLED.stat().st_mtime < lock.stat().st_mtime:
         install = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        subprocess.run(install, cwd=NODE, check=True, capture_output=True)
+        install += ["--fetch-retries", "5"]
+        subprocess.run(install, cwd=NODE, check=True, capture_output=True, timeout=240)
     given = {"data": base64.b64encode(x.tobytes()).decode(), "shape": x.shape}
     ran = subprocess.run(
         ["node", "ask.js", server.address, str(Path("protos").resolve())],

@@ -35,8 +35,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = tmp_path_factory.mktemp("environment") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = environment / "bin" / "python"
-    install = ["pip", "install", "--quiet", "--no-compile", f"{wheel}[cpu]"]
-    subprocess.run([str(python), "-m", *install], check=True)
+    install = ["pip", "install", "--quiet", "--no-compile", "-c", "constraints.txt"]
+    subprocess.run([str(python), "-m", *install, f"{wheel}[cpu]"], check=True)
     return python
 
 
