@@ -1028,6 +1028,19 @@ def test_a_quota_is_spent_and_comes_back() -> None:
         Quota().take(client, HUGE)
 
 
+def test_what_is_refused_for_now_costs_no_quota() -> None:
+    quota = Quota(1e-6, 5)
+    for refusal in (Overloaded("the queue is full"), Unavailable("the server is ending")):
+        with pytest.raises(type(refusal)), quota.charged("a", 5):
+            raise refusal
+    with pytest.raises(RunStopped), quota.charged("a", 4):
+        raise RunStopped
+    with quota.charged("a", 1):
+        pass
+    with pytest.raises(Overloaded, match="quota"), quota.charged("a", 1):
+        raise AssertionError
+
+
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 30)), max_size=50))
 def test_no_client_gets_more_than_its_quota(asks: list[tuple[float, int]]) -> None:
     now, granted = 0.0, 0

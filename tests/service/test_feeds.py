@@ -133,23 +133,6 @@ def test_a_bad_message_is_refused_alone(stub: ScoringServiceStub, x: Any) -> Non
         assert error.field == field
 
 
-def test_what_a_group_has_no_room_for_is_not_asked_again_one_by_one(
-    live: Live, stub: ScoringServiceStub, x: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, came = live.server.registry.find("toy"), list[int]()
-
-    async def full(x: Any, *args: Any, **more: Any) -> Any:
-        came.append(len(x))
-        raise errors.Overloaded("the queue is full", retry_after=0.1)
-
-    monkeypatch.setattr(engine, "score", full)
-    outcomes = told(stub, [score(each[None]) for each in x])
-    found = [statuses.error_of(outcome.failure) for outcome in outcomes.values()]
-    assert len(found) == len(x)
-    assert all(isinstance(error, errors.Overloaded) for error in found)
-    assert sum(came) == len(x)
-
-
 def test_an_unknown_model_or_version_is_not_found(stub: ScoringServiceStub, x: Any) -> None:
     (outcome,) = told(stub, [score(x[:1], model_name="other")]).values()
     error = statuses.error_of(outcome.failure)

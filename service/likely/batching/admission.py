@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from likely.errors import Overloaded
+from likely.errors import Overloaded, Unavailable
 
 SOONEST, LATEST = 0.05, 30.0  # seconds after which refused callers are told to come again
+_FREE = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,26 @@ class Quota:
             )
         self._sweep(now)
         self._owed[client] = owed + rows, now
+
+    def charged(self, client: str, rows: int) -> AbstractContextManager[None]:
+        """As `take`; but what is within may be refused for now, and is not counted then.
+
+        Raises:
+            Overloaded: the quota is spent.
+        """
+        if not self._rate:
+            return _FREE
+        self.take(client, rows)
+        return self._unless_refused(client, rows)
+
+    @contextmanager
+    def _unless_refused(self, client: str, rows: int) -> Iterator[None]:
+        try:
+            yield
+        except (Overloaded, Unavailable):
+            now = self._clock()
+            self._owed[client] = max(0.0, self._owing(client, now) - rows), now
+            raise
 
     @property
     def remembered(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from likely.answers import Limits
 from likely.batching import callers
-from likely.errors import InvalidInput, Overloaded, Unavailable
+from likely.errors import InvalidInput, Unavailable
 from likely.serving import merging
 from likely.serving.doors import Door
 
@@ -162,8 +162,6 @@ class Feed(Generic[R]):
             try:
                 whole: Any = await self._checked(merging.merged(requests))
                 return merging.parted(whole, requests)
-            except (Overloaded, Unavailable) as error:  # of none of them: asking anew costs more
-                return [error] * len(requests)
             except Exception:  # of one of them, perhaps: each is told of its own
                 return [await self._alone(request) for request in requests]
         return [await self._alone(requests[0])]

@@ -73,9 +73,9 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
             x = checks.pixels(request, engine.manifest, self._limits)
             alpha = checks.alpha(request, engine.detector, self._default_alpha)
             surprise = checks.surprise(request, engine.manifest, self._limits)
-            self._quota.take(callers.current().client, len(x))
             guarantee = checks.guarantee(request)
-            return await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
+            with self._quota.charged(callers.current().client, len(x)):
+                return await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
 
     async def Classify(
         self, request: scoring_pb2.ClassifyRequest, context: Context
@@ -94,16 +94,17 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
             alpha = checks.alpha(request, engine.detector, self._default_alpha)
             priors = checks.priors(request, engine.manifest)
             floor, rule = checks.min_posterior(request), checks.rule(request)
-            self._quota.take(callers.current().client, len(x))
-            return await engine.judge(
-                x,
-                alpha,
-                priors=priors,
-                min_posterior=floor,
-                guarantee=checks.guarantee(request),
-                rule=rule,
-                both=request.both,
-            )
+            guarantee = checks.guarantee(request)
+            with self._quota.charged(callers.current().client, len(x)):
+                return await engine.judge(
+                    x,
+                    alpha,
+                    priors=priors,
+                    min_posterior=floor,
+                    guarantee=guarantee,
+                    rule=rule,
+                    both=request.both,
+                )
 
     async def Encode(
         self, request: scoring_pb2.EncodeRequest, context: Context
@@ -116,8 +117,8 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         with self._registry.lease(request.model_name, request.model_version) as engine:
             x = checks.pixels(request, engine.manifest, self._limits)
             labels = checks.labels(request, engine.manifest, len(x))
-            self._quota.take(callers.current().client, len(x))
-            return await engine.encode(x, labels)
+            with self._quota.charged(callers.current().client, len(x)):
+                return await engine.encode(x, labels)
 
     async def ScoreStream(
         self, request_iterator: AsyncIterator[scoring_pb2.ScoreStreamRequest], context: Context
@@ -262,8 +263,9 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             z = checks.features(request, engine.manifest.latent_dimensions(Role.DECODE))
             labels = checks.labels(request, engine.manifest, len(z))
             drawing = checks.drawing(request, len(z), len(z), engine.manifest, self._limits)
-            self._quota.take(callers.current().client, len(z) * max(1, drawing.count))
-            found = await engine.decode(z, labels, drawing)
+            charged = len(z) * max(1, drawing.count)
+            with self._quota.charged(callers.current().client, charged):
+                found = await engine.decode(z, labels, drawing)
         return latent_pb2.DecodeResponse(
             model_version=found.model_version,
             redrawings=codec.redrawings(found),
@@ -282,8 +284,9 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             points = checks.points(request, self._limits)
             rows = len(x) * len(points)
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
-            self._quota.take(callers.current().client, rows * max(1, drawing.count))
-            found = await engine.traverse(x, direction, points, drawing, label=labels)
+            charged = rows * max(1, drawing.count)
+            with self._quota.charged(callers.current().client, charged):
+                found = await engine.traverse(x, direction, points, drawing, label=labels)
         return codec.traverse_response(found)
 
     async def Interpolate(
@@ -299,10 +302,11 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             points = checks.points(request, self._limits)
             rows = len(x) * len(points)
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
-            self._quota.take(callers.current().client, rows * max(1, drawing.count))
-            found = await engine.interpolate(
-                x, others, points, drawing, label=labels, other_label=other_labels
-            )
+            charged = rows * max(1, drawing.count)
+            with self._quota.charged(callers.current().client, charged):
+                found = await engine.interpolate(
+                    x, others, points, drawing, label=labels, other_label=other_labels
+                )
         return latent_pb2.InterpolateResponse(
             model_version=found.model_version,
             redrawings=codec.redrawings(found),
