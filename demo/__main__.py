@@ -103,6 +103,8 @@ def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:
         for name, x in sets.items()
     }
     console.print(tables.rejection(answers, DIGITS))
+    size = client.model(MODEL).calibration_size
+    console.print(tables.promise(ALPHA, size, len(digits)), highlight=False)
     scores = {name: by_alpha[ALPHA] for name, by_alpha in answers.items()}
     others = {name: one for name, one in scores.items() if name != DIGITS}
     figures.likelihoods(out / "likelihoods.png", scores[DIGITS], others)

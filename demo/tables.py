@@ -8,6 +8,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
+from scipy.stats import betabinom
 from sklearn.metrics import roc_auc_score
 
 from demo.figures import Example
@@ -49,6 +50,20 @@ def rejection(answers: Mapping[str, Mapping[float, Scores]], reference: str) -> 
             style="bold" if name == reference else "",
         )
     return table
+
+
+def promise(alpha: float, calibration: int, test: int) -> str:
+    """Between which shares the digits rejected lie, for 99 in a hundred calibrations.
+
+    The rate of one calibration is Beta(k, n + 1 - k), k = floor(alpha (n + 1)) (Vovk, 2012).
+    """
+    k = int(alpha * (calibration + 1) + 1e-9)
+    low, high = betabinom.ppf([0.005, 0.995], test, k, calibration + 1 - k) / test
+    return (
+        "alpha holds on average over calibrations: by one of "
+        f"{calibration} pictures, 99 times in a hundred {_percent(low)} to {_percent(high)} "
+        f"of {test} digits are rejected at {alpha:g}."
+    )
 
 
 def strangers(found: Mapping[str, Mapping[str, Scores]]) -> Table:

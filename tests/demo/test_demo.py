@@ -51,6 +51,7 @@ def test_the_whole_tour(tmp_path: Path) -> None:
     told = " ".join(ran.stdout.split())
     for label in ("7", "sneaker"):
         assert f"3 to 5 of label {label}, drawn again alone: the same." in told
+    assert "1.3 % to 10.7 % of 300 digits are rejected at 0.05" in told
     assert "The server has ended well." in ran.stdout
     for name in ("mnist.png", "fashion_mnist.png", "surprise.png", "likelihoods.png"):
         with Image.open(tmp_path / name) as figure:

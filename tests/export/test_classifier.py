@@ -168,15 +168,14 @@ def test_accepted_draws_show_their_label(engine: Engine) -> None:
     assert 5 < figures["draws_a_picture"]["mean"] < 20
 
 
-def test_the_page_on_labels_does_what_it_shows(bundle: Path, tmp_path: Path) -> None:
+def test_the_page_on_labels_does_what_it_shows(tmp_path: Path) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
     (printed,) = re.findall(r"^```text\n(.*?)^```$", PAGE, re.M | re.S)
     (ask, draw), _ = (
         block.splitlines() for block in re.findall(r"^```console\n(.*?)^```$", PAGE, re.M | re.S)
     )
-    x = np.zeros((2, 8, 8), np.uint8)
-    np.savez(tmp_path / "digits.npz", x=x)
-    with served(tmp_path / "server.log", bundle) as server:
+    np.savez(tmp_path / "digits.npz", x=np.zeros((2, 28, 28), np.uint8))
+    with served(tmp_path / "server.log") as server:
         words = [sys.executable, "-c", code.replace("127.0.0.1:50051", server.address)]
         assert told(words, tmp_path) == printed
         for line in (ask, draw):
