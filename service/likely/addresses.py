@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
+
+from likely.errors import SettingsError
 
 _HERE = ("unix:", "unix-abstract:")
+_RESOLVED = (*_HERE, "dns:", "ipv4:", "ipv6:", "vsock:", "xds:")  # what gRPC resolves by itself
+
+
+def check_address(address: str | Sequence[str]) -> None:
+    """Returns if a client may dial that address, or each of several.
+
+    Raises:
+        SettingsError: it is no text, has another scheme such as `http://`, or no port.
+    """
+    if not isinstance(address, str):
+        if not isinstance(address, Sequence) or not all(isinstance(each, str) for each in address):
+            raise SettingsError(f"{address!r} is no address; one is a text such as 127.0.0.1:50051")
+        return
+    host, _, port = address.rpartition(":")
+    if address.startswith(_RESOLVED) or (host and "/" not in address and port.isdecimal()):
+        return
+    raise SettingsError(
+        f"{address!r} is no address that a client can dial; it takes host:port, such as "
+        "127.0.0.1:50051, without http://, or unix:path, or dns:///name:port"
+    )
 
 
 def is_local(address: str) -> bool:

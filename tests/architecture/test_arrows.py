@@ -13,7 +13,7 @@ SERVICE = {
     "inference": "google grpc",
     "errors": "",
     "machine": "",
-    "addresses": "",
+    "addresses": "errors",
     "answers": "numpy",
     "drift": "answers numpy",
     "bayes": "answers errors numpy",
@@ -197,7 +197,7 @@ WITHIN = {
     "client": {
         "channels": "",
         "plans": "",
-        "line": "plans",
+        "line": "channels plans",
         "ledger": "plans",
         "feeds": "ledger plans",
         "blocking": "channels feeds line plans",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,13 @@ from likely import (
     AsyncClient,
     Client,
     DeadlineExceeded,
+    Guarantee,
     InvalidInput,
+    LabelRule,
+    LikelyError,
     ModelNotFound,
     NotAnswered,
+    SettingsError,
     Unavailable,
 )
 from likely.client import plans
@@ -69,7 +74,8 @@ def test_pictures_of_one_channel_need_no_channel_axis(client: Client, x: Any) ->
     ("images", "sentence"),
     [
         (np.zeros((3, 3), np.uint8), r"shape \(3, 3\)"),
-        (np.zeros((1, 1, 3, 3)), "float64"),
+        (np.zeros((1, 1, 3, 3)), "float64; .*: multiply by the top level and round"),
+        ([[1, 2], [3]], "not to be read as an array"),
         (np.full((1, 3, 3), 256), "256"),
         (np.full((1, 3, 3), -1), "-1"),
         (np.zeros((1, 1, 4, 3), np.uint8), "4 rows; the model takes 3"),
@@ -123,8 +129,91 @@ def test_an_unreachable_server_is_unavailable() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with Client(address, timeout=30) as client, pytest.raises(Unavailable):
+        with Client(address, timeout=30) as client, pytest.raises(Unavailable) as told:
             client.models()
+    assert str(told.value).startswith(
+        f"no likely server answers at {address}; `likely serve` starts one. gRPC says: failed to"
+    )
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), "5", None])
+def test_time_that_is_none_is_refused(timeout: Any) -> None:
+    with pytest.raises(SettingsError, match="it should be seconds above 0"):
+        Client(timeout=timeout)
+
+
+def test_a_closed_client_says_so(live: Live, x: Any) -> None:
+    client = Client(live.address)
+    client.score(x[:1])
+    client.close()
+    client.close()
+    for ask in (lambda: client.score(x[:1]), lambda: list(client.score_stream(x[:1, None]))):
+        with pytest.raises(LikelyError, match="this client is closed"):
+            ask()
+
+
+CALLS: list[tuple[str, Callable[[Any, Any], Any]]] = [
+    ("rule", lambda c, x: c.classify(x, rule="other")),
+    ("rule", lambda c, x: c.classify(x, rule=7)),
+    ("guarantee", lambda c, x: c.score(x, guarantee="pca")),
+    ("guarantee", lambda c, x: c.score(x, guarantee=None)),
+    ("alpha", lambda c, x: c.score(x, alpha="0.1")),
+    ("model_name", lambda c, x: c.score(x, model=5)),
+    ("min_posterior", lambda c, x: c.classify(x, min_posterior="high")),
+    ("priors", lambda c, x: c.classify(x, priors="even")),
+    ("count", lambda c, x: c.generate(2.5)),
+    ("count", lambda c, x: c.generate("2")),
+    ("first_index", lambda c, x: c.generate(1, first_index=0.5)),
+    ("seed", lambda c, x: c.generate(1, seed=1 << 63)),
+    ("seed", lambda c, x: c.generate(1, seed="7")),
+    ("label", lambda c, x: c.generate(1, label=1.5)),
+    ("label", lambda c, x: c.generate(1, label="sneaker")),
+    ("max_draws", lambda c, x: c.generate(1, self_check=True, max_draws=2.5)),
+    ("completions", lambda c, x: c.complete(x, np.ones((3, 3), bool), completions="2")),
+    ("labels", lambda c, x: c.encode(x, labels=["label-1", "other"])),
+    ("draws", lambda c, x: c.decode(np.zeros((1, 2)), draws=1.5)),
+]
+
+
+@pytest.mark.parametrize(("field", "ask"), CALLS)
+def test_a_value_that_cannot_be_sent_is_named(
+    client: Client, live: Live, x: Any, field: str, ask: Callable[[Any, Any], Any]
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        ask(client, x[:2])
+    assert caught.value.field == field
+
+    async def likewise() -> None:
+        async with AsyncClient(live.address) as other:
+            await ask(other, x[:2])
+
+    with pytest.raises(InvalidInput, match=re.escape(str(caught.value))):
+        asyncio.run(likewise())
+
+
+def test_a_seed_is_held_to_its_range(client: Client) -> None:
+    with pytest.raises(InvalidInput, match=r"^seed: 9+ is not in \[-2\*\*63, 2\*\*63\)$"):
+        client.generate(1, seed=int("9" * 23))
+
+
+def test_choices_may_be_given_by_name(client: Client, x: Any) -> None:
+    by_name = client.classify(x[:5], rule="discriminative", guarantee="pac")
+    by_member = client.classify(x[:5], rule=LabelRule.DISCRIMINATIVE, guarantee=Guarantee.PAC)
+    assert by_name.rule is LabelRule.DISCRIMINATIVE
+    assert np.array_equal(by_name.posterior, by_member.posterior)
+    assert np.array_equal(
+        client.score(x, guarantee="pac").p_value, client.score(x, guarantee=Guarantee.PAC).p_value
+    )
+
+
+def test_labels_may_be_given_by_name(client: Client, x: Any) -> None:
+    for label in ("label-2", "2"):
+        drawn = client.generate(4, label=label, seed=1)
+        assert np.array_equal(drawn.images, client.generate(4, label=2, seed=1).images)
+    by_name = client.encode(x[:2], labels=["label-2", "label-0"])
+    assert by_name.label.tolist() == [2, 0]
+    with pytest.raises(InvalidInput, match="'seven' is none of label-0, label-1, label-2"):
+        client.generate(1, label="seven")
 
 
 def test_a_deadline_ends_the_wait(client: Client, live: Live, monkeypatch: Any, x: Any) -> None:

@@ -136,9 +136,13 @@ def test_files_that_do_not_fit_are_named(likely: Callable[..., Result], tmp_path
     (tmp_path / "text.png").write_text("no picture")
     assert "neither an image nor" in failed(likely("score", tmp_path / "text.png"))
     (tmp_path / "text.npy").write_text("no array")
-    assert "no array can be read" in failed(likely("score", tmp_path / "text.npy"))
+    sentence = failed(likely("score", tmp_path / "text.npy"))
+    assert "text.npy: no array can be read" in sentence and "pickle" not in sentence
+    np.save(tmp_path / "objects.npy", np.array([{}, 1]), allow_pickle=True)
+    assert "allow_pickle" not in failed(likely("score", tmp_path / "objects.npy"))
     np.save(tmp_path / "floats.npy", np.zeros((1, 3, 3)))
-    assert "float64" in failed(likely("score", tmp_path / "floats.npy"))
+    sentence = failed(likely("score", tmp_path / "floats.npy"))
+    assert "floats.npy: type float64" in sentence and "multiply by the top level" in sentence
     assert "does not exist" in failed(likely("score", tmp_path / "none.png"), 2)
 
 

@@ -200,7 +200,7 @@ def generate(
         info = client.model(model, version)
         stream = client.generate_stream(
             count,
-            label=_label(label, info.labels),
+            label=label,
             seed=seed,
             first_index=first_index,
             temperature=temperature,
@@ -270,13 +270,3 @@ def numbers(text: str | None, field: str = "priors") -> list[float] | None:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
         raise InvalidInput(field, f"{text!r} are no numbers with commas between") from error
-
-
-def _label(text: str | None, labels: tuple[str, ...]) -> int | None:
-    if text is None:
-        return None
-    if text in labels:
-        return labels.index(text)
-    if text.lstrip("-").isdecimal():
-        return int(text)
-    raise InvalidInput("label", f"{text!r} is none of {', '.join(labels) or 'none'}")

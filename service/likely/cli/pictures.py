@@ -35,7 +35,7 @@ def read(paths: Sequence[Path], info: ModelInfo) -> tuple[Pixels, list[str]]:
     parts, names = [], []
     for path in paths:
         if path.suffix.lower() in ARRAYS:
-            x = pixels(levels.of_array(path))
+            x = pixels(levels.of_array(path), str(path))
             names += [f"{path}[{i}]" for i in range(len(x))]
         else:
             x = levels.of_image(path, str(path), info.shape[0], info.levels)[None]

@@ -26,8 +26,8 @@ from likely.answers import (
 from likely.client import plans
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import AsyncFeed
-from likely.client.line import ADDRESS, TIMEOUT, Line, told
-from likely.client.plans import A
+from likely.client.line import ADDRESS, TIMEOUT, Line, positive
+from likely.client.plans import A, Held, Label, Rule
 from likely.errors import LikelyError
 
 T = TypeVar("T")
@@ -52,10 +52,10 @@ class AsyncClient:
         key: File | None = None,
     ) -> None:
         """A client of one server, as `Client`."""
-        self._timeout = timeout
+        self._timeout = positive(timeout)
         self._catalogue = plans.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
-        self._line = Line(partial(self._route.aio_channel, once=not retries))
+        self._line = Line(partial(self._route.aio_channel, once=not retries), address)
 
     async def score(
         self,
@@ -63,7 +63,7 @@ class AsyncClient:
         *,
         alpha: float | None = None,
         surprise: bool = False,
-        guarantee: Guarantee = Guarantee.MARGINAL,
+        guarantee: Held = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> Scores:
@@ -78,8 +78,8 @@ class AsyncClient:
         alpha: float | None = None,
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
-        guarantee: Guarantee = Guarantee.MARGINAL,
-        rule: LabelRule = LabelRule.GENERATIVE,
+        guarantee: Held = Guarantee.MARGINAL,
+        rule: Rule = LabelRule.GENERATIVE,
         both: bool = False,
         model: str | None = None,
         version: str | None = None,
@@ -105,7 +105,7 @@ class AsyncClient:
         *,
         alpha: float | None = None,
         surprise: bool = False,
-        guarantee: Guarantee = Guarantee.MARGINAL,
+        guarantee: Held = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> AsyncIterator[Scores | LikelyError]:
@@ -123,8 +123,8 @@ class AsyncClient:
         alpha: float | None = None,
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
-        guarantee: Guarantee = Guarantee.MARGINAL,
-        rule: LabelRule = LabelRule.GENERATIVE,
+        guarantee: Held = Guarantee.MARGINAL,
+        rule: Rule = LabelRule.GENERATIVE,
         both: bool = False,
         model: str | None = None,
         version: str | None = None,
@@ -212,7 +212,7 @@ class AsyncClient:
         self,
         count: int,
         *,
-        label: int | None = None,
+        label: Label | None = None,
         seed: int | None = None,
         first_index: int = 0,
         temperature: float | None = None,
@@ -243,7 +243,7 @@ class AsyncClient:
         self,
         count: int,
         *,
-        label: int | None = None,
+        label: Label | None = None,
         seed: int | None = None,
         first_index: int = 0,
         temperature: float | None = None,
@@ -265,7 +265,7 @@ class AsyncClient:
             plans.pin(request, last)
             call = self._ask(request)
             try:
-                with told():
+                with self._line.told():
                     async for message in call:
                         last = codec.draws(message)
                         yield last
@@ -277,7 +277,7 @@ class AsyncClient:
         images: npt.ArrayLike,
         mask: npt.ArrayLike,
         *,
-        label: int | None = None,
+        label: Label | None = None,
         completions: int = 1,
         seed: int | None = None,
         first_index: int = 0,
@@ -294,7 +294,7 @@ class AsyncClient:
             info, version, x, mask, label, completions, seed, first_index, temperature, proposals
         ):
             plans.pin(request, parts[-1] if parts else None)
-            with told():
+            with self._line.told():
                 parts += [codec.completions(message) async for message in self._ask(request)]
         return plans.completed(parts, x, completions, info)
 
@@ -330,7 +330,7 @@ class AsyncClient:
             except StopIteration as end:
                 result: T = end.value
                 return result
-            with told():
+            with self._line.told():
                 answer = await self._ask(request)
 
     def _ask(self, request: Any) -> Any:

@@ -25,8 +25,8 @@ from likely.answers import (
 from likely.client import plans
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import BlockingFeed
-from likely.client.line import ADDRESS, TIMEOUT, Line, told
-from likely.client.plans import A
+from likely.client.line import ADDRESS, TIMEOUT, Line, positive
+from likely.client.plans import A, Held, Label, Rule
 from likely.errors import LikelyError
 
 T = TypeVar("T")
@@ -66,13 +66,14 @@ class Client:
             key: PEM file of that certificate's key.
 
         Raises:
-            SettingsError: a file cannot be read, one of certificate and key is missing, or
-                the token would go unencrypted to another machine.
+            SettingsError: that is no address, the timeout is not positive, a file cannot be
+                read, one of certificate and key is missing, or the token would go unencrypted
+                to another machine.
         """
-        self._timeout = timeout
+        self._timeout = positive(timeout)
         self._catalogue = plans.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
-        self._line = Line(partial(self._route.channel, once=not retries))
+        self._line = Line(partial(self._route.channel, once=not retries), address)
 
     def score(
         self,
@@ -80,7 +81,7 @@ class Client:
         *,
         alpha: float | None = None,
         surprise: bool = False,
-        guarantee: Guarantee = Guarantee.MARGINAL,
+        guarantee: Held = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> Scores:
@@ -90,7 +91,8 @@ class Client:
             images: uint8 (n, c, h, w), or (n, h, w) for one channel.
             alpha: accepted rate of false rejections; None for the server's default.
             surprise: whether to give -log p of every pixel.
-            guarantee: what alpha is to hold for: on average, or with 95 % confidence.
+            guarantee: what alpha is to hold for: on average (`marginal`), or with 95 % confidence
+                (`pac`).
             model: its name.
             version: its version.
 
@@ -108,8 +110,8 @@ class Client:
         alpha: float | None = None,
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
-        guarantee: Guarantee = Guarantee.MARGINAL,
-        rule: LabelRule = LabelRule.GENERATIVE,
+        guarantee: Held = Guarantee.MARGINAL,
+        rule: Rule = LabelRule.GENERATIVE,
         both: bool = False,
         model: str | None = None,
         version: str | None = None,
@@ -121,7 +123,8 @@ class Client:
             alpha: accepted rate of false rejections; None for the server's default.
             priors: p(y) in the model's order; None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
-            guarantee: what alpha is to hold for: on average, or with 95 % confidence.
+            guarantee: what alpha is to hold for: on average (`marginal`), or with 95 % confidence
+                (`pac`).
             rule: what assigns the label: Bayes' rule over p(x|y), or p(y|x) itself.
             both: whether to give log p(x|y) by the other rule too.
             model: its name.
@@ -150,7 +153,7 @@ class Client:
         *,
         alpha: float | None = None,
         surprise: bool = False,
-        guarantee: Guarantee = Guarantee.MARGINAL,
+        guarantee: Held = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> Iterator[Scores | LikelyError]:
@@ -165,7 +168,8 @@ class Client:
                 (`ModelInfo.limits`); read in a thread, a little ahead of the answers.
             alpha: accepted rate of false rejections; None for the server's default.
             surprise: whether to give -log p of every pixel.
-            guarantee: what alpha is to hold for: on average, or with 95 % confidence.
+            guarantee: what alpha is to hold for: on average (`marginal`), or with 95 % confidence
+                (`pac`).
             model: its name.
             version: its version.
 
@@ -184,8 +188,8 @@ class Client:
         alpha: float | None = None,
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
-        guarantee: Guarantee = Guarantee.MARGINAL,
-        rule: LabelRule = LabelRule.GENERATIVE,
+        guarantee: Held = Guarantee.MARGINAL,
+        rule: Rule = LabelRule.GENERATIVE,
         both: bool = False,
         model: str | None = None,
         version: str | None = None,
@@ -197,7 +201,8 @@ class Client:
             alpha: accepted rate of false rejections; None for the server's default.
             priors: p(y) in the model's order; None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
-            guarantee: what alpha is to hold for: on average, or with 95 % confidence.
+            guarantee: what alpha is to hold for: on average (`marginal`), or with 95 % confidence
+                (`pac`).
             rule: what assigns the label: Bayes' rule over p(x|y), or p(y|x) itself.
             both: whether to give log p(x|y) by the other rule too.
             model: its name.
@@ -224,7 +229,7 @@ class Client:
 
         Args:
             images: uint8 (n, c, h, w), or (n, h, w) for one channel.
-            labels: of every picture; None for the most probable ones.
+            labels: of every picture, names or indices; None for the most probable ones.
             model: its name.
             version: its version.
 
@@ -283,7 +288,7 @@ class Client:
             images: uint8 (n, c, h, w), or (n, h, w) for one channel.
             direction: the name of one of the model's (`ModelInfo.directions`).
             points: how far to go, (points,); 0 is the picture's own place.
-            labels: of every picture; None for the most probable ones.
+            labels: of every picture, names or indices; None for the most probable ones.
             draws: at each point; their mean and deviation come anyway.
             seed: one seed gives the same draws; None lets the server pick one.
             first_index: of the first picture.
@@ -343,7 +348,7 @@ class Client:
         self,
         count: int,
         *,
-        label: int | None = None,
+        label: Label | None = None,
         seed: int | None = None,
         first_index: int = 0,
         temperature: float | None = None,
@@ -358,7 +363,7 @@ class Client:
 
         Args:
             count: how many.
-            label: of all of them; None draws each from the model's priors.
+            label: of all of them, its name or index; None draws each from the model's priors.
             seed: one seed gives the same pictures; None lets the server pick one.
             first_index: of the first picture.
             temperature: multiplies the noise, in [0, 2]; None is 1.
@@ -392,7 +397,7 @@ class Client:
         self,
         count: int,
         *,
-        label: int | None = None,
+        label: Label | None = None,
         seed: int | None = None,
         first_index: int = 0,
         temperature: float | None = None,
@@ -414,7 +419,7 @@ class Client:
             plans.pin(request, last)
             call = self._ask(request)
             try:
-                with told():
+                with self._line.told():
                     for message in call:
                         last = codec.draws(message)
                         yield last
@@ -426,7 +431,7 @@ class Client:
         images: npt.ArrayLike,
         mask: npt.ArrayLike,
         *,
-        label: int | None = None,
+        label: Label | None = None,
         completions: int = 1,
         seed: int | None = None,
         first_index: int = 0,
@@ -440,7 +445,7 @@ class Client:
         Args:
             images: uint8 (n, c, h, w), or (n, h, w) for one channel.
             mask: true where a pixel is fixed; of the images' shape, or one that broadcasts to it.
-            label: of all pictures; None for p(x).
+            label: of all pictures, its name or index; None for p(x).
             completions: of each picture.
             seed: one seed gives the same completions; None lets the server pick one.
             first_index: of the first picture.
@@ -460,7 +465,7 @@ class Client:
             info, version, x, mask, label, completions, seed, first_index, temperature, proposals
         ):
             plans.pin(request, parts[-1] if parts else None)
-            with told():
+            with self._line.told():
                 parts += [codec.completions(message) for message in self._ask(request)]
         return plans.completed(parts, x, completions, info)
 
@@ -503,7 +508,7 @@ class Client:
             except StopIteration as end:
                 result: T = end.value
                 return result
-            with told():
+            with self._line.told():
                 answer = self._ask(request)
 
     def _ask(self, request: Any) -> Any:

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from likely.addresses import is_local
+from likely.addresses import check_address, is_local
 from likely.errors import SettingsError
 from likely.v1 import scoring_pb2
 
@@ -91,6 +91,7 @@ class Route:
                 of several addresses is no IP address, or the token would go unencrypted to
                 another machine.
         """
+        check_address(address)
         several = [address] if isinstance(address, str) else list(address)
         if (certificate is None) != (key is None):
             raise SettingsError("certificate and key are given together, or neither")

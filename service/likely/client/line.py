@@ -12,7 +12,8 @@ import grpc
 
 from likely import statuses
 from likely.client import plans
-from likely.errors import Forked
+from likely.client.channels import Address
+from likely.errors import Forked, LikelyError, SettingsError, Unavailable
 from likely.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -26,6 +27,8 @@ from likely.v1 import (
 
 ADDRESS = "127.0.0.1:50051"
 TIMEOUT = 60.0
+# How gRPC's words begin where no server was reached at all.
+_UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
 
 Kind: TypeAlias = type[
     plans.Request
@@ -42,8 +45,10 @@ class Line:
     gRPC's threads do not survive a fork, so that a channel is of the process that opened it.
     """
 
-    def __init__(self, open_channel: Callable[[], Any]) -> None:
+    def __init__(self, open_channel: Callable[[], Any], address: Address) -> None:
         self._open = open_channel
+        self._where = address if isinstance(address, str) else ", ".join(address)
+        self._closed = False
         self._channel: Any = None
         self._calls: dict[Kind, Any] = {}
         self._process = 0
@@ -54,7 +59,10 @@ class Line:
 
         Raises:
             Forked: another process opened the channel.
+            LikelyError: it is closed.
         """
+        if self._closed:
+            raise LikelyError("this client is closed; make another one to ask on")
         if not self._calls:
             with self._opening:  # or a second thread would open a second channel
                 if not self._calls:
@@ -70,9 +78,39 @@ class Line:
 
     def close(self) -> Any:
         """Ends the channel, if this process has one; awaitable where the channel's end is."""
+        self._closed = True
         if self._calls and self._process == os.getpid():
             return self._channel.close()
         return None
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Raises a failed call as the error that it tells of."""
+        try:
+            yield
+        except grpc.RpcError as failure:
+            error = statuses.error(failure)
+            if isinstance(error, Unavailable) and str(error).startswith(_UNREACHED):
+                error = unreached(self._where, str(error))
+            raise error from failure
+
+
+def unreached(address: str, words: str) -> Unavailable:
+    """What says that nobody answers there, before gRPC's own words."""
+    return Unavailable(
+        f"no likely server answers at {address}; `likely serve` starts one. gRPC says: {words}"
+    )
+
+
+def positive(timeout: float) -> float:
+    """The same seconds, if there are any.
+
+    Raises:
+        SettingsError: it is no number above 0.
+    """
+    if not isinstance(timeout, int | float) or not timeout > 0:
+        raise SettingsError(f"timeout = {timeout!r} is not allowed; it should be seconds above 0")
+    return timeout
 
 
 def _calls(channel: Any) -> dict[Kind, Any]:
@@ -94,12 +132,3 @@ def _calls(channel: Any) -> dict[Kind, Any]:
         models_pb2.ListModelsRequest: models.ListModels,
         models_pb2.GetModelRequest: models.GetModel,
     }
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """Raises a failed call as the error that it tells of."""
-    try:
-        yield
-    except grpc.RpcError as failure:
-        raise statuses.error(failure) from failure

@@ -7,9 +7,12 @@ what the caller asked for. The clients differ only in how they carry a request.
 from __future__ import annotations
 
 import math
+import operator
+import reprlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, TypeVar
+from enum import IntEnum
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +46,10 @@ Request = (
 )
 T = TypeVar("T")
 M = TypeVar("M")
+E = TypeVar("E", bound=IntEnum)
+Held: TypeAlias = Guarantee | Literal["marginal", "pac"]
+Rule: TypeAlias = LabelRule | Literal["generative", "discriminative"]
+Label: TypeAlias = int | str
 A = TypeVar("A", Scores, Classifications, Features, Draws, Redrawings, Traversal)
 # A request goes out and its own answer comes in: a pairing that Generator cannot type.
 Plan = Generator[Request, Any, T]
@@ -65,8 +72,9 @@ class Catalogue:
         """
         if (name, version) not in self._known:
             asked = name if name is not None else (yield from _only())
-            message = models_pb2.GetModelRequest(model_name=asked, model_version=version or "")
-            answer: models_pb2.GetModelResponse = yield message
+            answer: models_pb2.GetModelResponse = yield _message(
+                models_pb2.GetModelRequest, model_name=asked, model_version=version or ""
+            )
             info = codec.model_info(answer.model)
             self._known[name, version] = self._known[info.name, info.version] = info
         return self._known[name, version]
@@ -106,10 +114,11 @@ def score_questions(
     info: ModelInfo,
     alpha: float | None,
     surprise: bool,
-    guarantee: Guarantee,
+    guarantee: Held,
     version: str | None,
 ) -> Questions[Scores]:
     """How plausible pictures are."""
+    held = _member("guarantee", Guarantee, guarantee)
 
     def ask(x: Pixels, version: str) -> Request:
         return _message(
@@ -119,7 +128,7 @@ def score_questions(
             images=codec.images(x),
             alpha=alpha,
             surprise=surprise,
-            guarantee=int(guarantee),
+            guarantee=int(held),
         )
 
     def read(answer: scoring_pb2.ScoreResponse, shape: tuple[int, ...]) -> Scores:
@@ -133,12 +142,13 @@ def classify_questions(
     alpha: float | None,
     priors: npt.ArrayLike | None,
     min_posterior: float,
-    guarantee: Guarantee,
-    rule: LabelRule,
+    guarantee: Held,
+    rule: Rule,
     both: bool,
     version: str | None,
 ) -> Questions[Classifications]:
     """Which labels pictures have."""
+    held, by = _member("guarantee", Guarantee, guarantee), _member("rule", LabelRule, rule)
     given = None if priors is None else _array("priors", priors, np.float64).tolist()
 
     def ask(x: Pixels, version: str) -> Request:
@@ -150,8 +160,8 @@ def classify_questions(
             alpha=alpha,
             priors=given,
             min_posterior=min_posterior,
-            guarantee=int(guarantee),
-            rule=int(rule),
+            guarantee=int(held),
+            rule=int(by),
             both=both,
         )
 
@@ -166,7 +176,7 @@ def score(
     images: npt.ArrayLike,
     alpha: float | None,
     surprise: bool,
-    guarantee: Guarantee,
+    guarantee: Held,
     model: str | None,
     version: str | None,
 ) -> Plan[Scores]:
@@ -182,8 +192,8 @@ def classify(
     alpha: float | None,
     priors: npt.ArrayLike | None,
     min_posterior: float,
-    guarantee: Guarantee,
-    rule: LabelRule,
+    guarantee: Held,
+    rule: Rule,
     both: bool,
     model: str | None,
     version: str | None,
@@ -206,7 +216,7 @@ def encode(
     """The latent features of all pictures."""
     info = yield from catalogue.model(model, version)
     x = pixels(images)
-    left = _whole_numbers(labels, len(x)) if labels is not None else []
+    left = _labels(labels, len(x), info) if labels is not None else []
 
     def ask(part: Pixels, version: str) -> Request:
         return _message(
@@ -233,6 +243,9 @@ class Redrawing:
         first_index: of the first picture.
         temperature: multiplies the noise; None is 1.
         version: of the model; None for the default.
+
+    Raises:
+        InvalidInput: draws or first_index is no whole number.
     """
 
     draws: int = 0
@@ -240,6 +253,10 @@ class Redrawing:
     first_index: int = 0
     temperature: float | None = None
     version: str | None = None
+
+    def __post_init__(self) -> None:
+        whole("draws", self.draws)
+        whole("first_index", self.first_index)
 
     def fields(self, info: ModelInfo, at: int, last: Redrawings | None) -> dict[str, Any]:
         """What a request says of it, for pictures from `at` on, after that answer."""
@@ -279,7 +296,7 @@ def decode(
     z: npt.NDArray[Any] = _array("features", features, np.float32)
     if z.ndim != 2:
         raise InvalidInput("features", f"shape {z.shape}; (n, z) is asked")
-    given = None if labels is None else _whole_numbers(labels, len(z))
+    given = None if labels is None else _labels(labels, len(z), info)
     step, parts = how.step(info, 1, z[:1].nbytes), list[Redrawings]()
     for at in range(0, max(len(z), 1), step):
         message = _message(
@@ -305,7 +322,7 @@ def traverse(
     """All pictures along a direction."""
     info = yield from catalogue.model(model, how.version)
     x, places = pixels(images), _places(points)
-    given = None if labels is None else _whole_numbers(labels, len(x))
+    given = None if labels is None else _labels(labels, len(x), info)
     step, parts = how.step(info, len(places), x[:1].nbytes), list[Traversal]()
     for at in range(0, max(len(x), 1), step):
         message = _message(
@@ -336,8 +353,8 @@ def interpolate(
     x, far, places = pixels(images), pixels(others), _places(points)
     if len(x) != len(far):
         raise InvalidInput("others", f"{len(far)} pictures for {len(x)} images; as many are asked")
-    given = None if labels is None else _whole_numbers(labels, len(x))
-    others_given = None if other_labels is None else _whole_numbers(other_labels, len(x))
+    given = None if labels is None else _labels(labels, len(x), info)
+    others_given = None if other_labels is None else _labels(other_labels, len(x), info)
     step = how.step(info, len(places), x[:1].nbytes + far[:1].nbytes)
     parts: list[Redrawings] = []
     for at in range(0, max(len(x), 1), step):
@@ -366,7 +383,7 @@ def _places(points: npt.ArrayLike) -> list[float]:
 def generations(
     info: ModelInfo,
     version: str | None,
-    label: int | None,
+    label: Label | None,
     count: int,
     seed: int | None,
     first_index: int,
@@ -379,15 +396,16 @@ def generations(
     All but the first need `pin`: the server picks what the caller leaves open.
     """
     most = info.limits.images_per_generation
+    count, first = whole("count", count), whole("first_index", first_index)
     for start in range(0, max(count, 1), most):
         yield _message(
             generation_pb2.GenerateRequest,
             model_name=info.name,
             model_version=version or "",
-            label=label,
+            label=index_of(label, info.labels),
             count=min(most, count - start),
             seed=seed,
-            first_index=first_index + start,
+            first_index=first + start,
             temperature=temperature,
             self_check=self_check,
             acceptance=acceptance,
@@ -413,7 +431,7 @@ def completions(
     version: str | None,
     x: Pixels,
     mask: npt.ArrayLike,
-    label: int | None,
+    label: Label | None,
     count: int,
     seed: int | None,
     first_index: int,
@@ -424,6 +442,7 @@ def completions(
 
     All but the first need `pin`.
     """
+    count, first = whole("completions", count), whole("first_index", first_index)
     known = _array("mask", mask, np.bool_)
     known = known[:, None] if known.ndim == 3 else known
     try:
@@ -442,10 +461,10 @@ def completions(
             model_version=version or "",
             images=codec.images(part),
             mask=known[at : at + step].tobytes(),
-            label=label,
+            label=index_of(label, info.labels),
             completions=count,
             seed=seed,
-            first_index=first_index + at,
+            first_index=first + at,
             temperature=temperature,
             proposals=proposals,
         )
@@ -468,24 +487,66 @@ def pin(
         request.model_version = last.model_version
 
 
-def pixels(images: npt.ArrayLike) -> Pixels:
+def pixels(images: npt.ArrayLike, name: str = "images") -> Pixels:
     """Pictures as uint8 (n, c, h, w).
 
     Args:
         images: (n, c, h, w), or (n, h, w) for pictures of one channel; of any
             integer type whose values are those of uint8.
+        name: what to call them in an error.
 
     Raises:
         InvalidInput: another number of axes, another type, or a value outside 0 to 255.
     """
-    x = np.asarray(images)
+    x = _array(name, images)
     if x.ndim not in (3, 4):
-        raise InvalidInput("images", f"shape {x.shape}; (n, c, h, w) or (n, h, w) is asked")
+        raise InvalidInput(name, f"shape {x.shape}; (n, c, h, w) or (n, h, w) is asked")
     if not np.issubdtype(x.dtype, np.integer):
-        raise InvalidInput("images", f"type {x.dtype}; integers from 0 to 255 are asked")
+        how = ": multiply by the top level and round" if x.dtype.kind == "f" else ""
+        raise InvalidInput(name, f"type {x.dtype}; integers from 0 to 255 are asked{how}")
     if x.dtype != np.uint8 and x.size and (x.min() < 0 or x.max() > 255):
-        raise InvalidInput("images", f"values {x.min()} to {x.max()}; 0 to 255 are asked")
+        raise InvalidInput(name, f"values {x.min()} to {x.max()}; 0 to 255 are asked")
     return x.astype(np.uint8, copy=False).reshape(x.shape if x.ndim == 4 else _one_channel(x.shape))
+
+
+def index_of(label: Label | None, names: Sequence[str], field: str = "label") -> int | None:
+    """The index of a label that is given by its name or its index.
+
+    Raises:
+        InvalidInput: no label has that name.
+    """
+    if not isinstance(label, str):
+        return label
+    if label in names:
+        return names.index(label)
+    if label.lstrip("-").isdecimal():
+        return int(label)
+    raise InvalidInput(field, f"{label!r} is none of {', '.join(names) or 'none'}")
+
+
+def whole(field: str, value: Any) -> int:
+    """The same number, if it is a whole one.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidInput(field, f"{value!r} is no whole number") from None
+
+
+def _member(field: str, kind: type[E], given: E | str) -> E:
+    """The member of an enumeration that is given, or that has that name.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    try:
+        return kind[given.upper()] if isinstance(given, str) else kind(given)
+    except (KeyError, ValueError):
+        names = ", ".join(each.name.lower() for each in kind)
+        raise InvalidInput(field, f"{given!r} is none of {names}") from None
 
 
 def _message(kind: Callable[..., M], **fields: Any) -> M:
@@ -497,20 +558,38 @@ def _message(kind: Callable[..., M], **fields: Any) -> M:
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:
-        raise InvalidInput("", f"a value cannot be sent: {error}") from error
+        raise _unsendable(kind, fields, error) from error
 
 
-def _array(field: str, values: npt.ArrayLike, dtype: Any) -> npt.NDArray[Any]:
+def _unsendable(kind: Any, fields: dict[str, Any], error: Exception) -> InvalidInput:
+    """What says which of the fields a message cannot hold."""
+    for name, value in fields.items():
+        try:
+            kind(**{name: value})
+        except (TypeError, ValueError) as own:
+            field = kind.DESCRIPTOR.fields_by_name[name]
+            bits = {field.TYPE_INT32: 31, field.TYPE_INT64: 63}.get(field.type)
+            if isinstance(value, int) and bits:
+                return InvalidInput(name, f"{value} is not in [-2**{bits}, 2**{bits})")
+            return InvalidInput(name, f"{reprlib.repr(value)} cannot be sent: {own}")
+    return InvalidInput("", f"a value cannot be sent: {error}")
+
+
+def _array(field: str, values: npt.ArrayLike, dtype: Any = None) -> npt.NDArray[Any]:
     try:
         return np.asarray(values, dtype=dtype)
     except (TypeError, ValueError) as error:
-        raise InvalidInput(field, f"not to be read as {np.dtype(dtype)}: {error}") from error
+        asked = "an array" if dtype is None else np.dtype(dtype)
+        raise InvalidInput(field, f"not to be read as {asked}: {error}") from error
 
 
-def _whole_numbers(labels: npt.ArrayLike, n: int) -> list[int]:
-    given = np.asarray(labels)
+def _labels(labels: npt.ArrayLike, n: int, info: ModelInfo) -> list[int]:
+    """The index of the label of each of n pictures, given by name or index."""
+    given = _array("labels", labels)
     if given.shape != (n,):
         raise InvalidInput("labels", f"shape {given.shape} for {n} pictures; one label each")
+    if given.dtype.kind == "U":
+        given = np.array([index_of(str(each), info.labels, "labels") for each in given], np.int64)
     if n and not np.issubdtype(given.dtype, np.integer):
         raise InvalidInput("labels", f"type {given.dtype}; integers are asked")
     numbers: list[int] = given.tolist()
