@@ -362,10 +362,10 @@ class Detector:
         """
         finest = self.confident[0] if guarantee == Guarantee.PAC else self.finest_alpha
         if not finest <= alpha < 1:
+            fine = f": {len(self.scores)} calibration pictures cannot promise finer"
             raise InvalidInput(
                 "alpha",
-                f"{alpha:g} is not in [{finest:.6g}, 1): "
-                f"{len(self.scores)} calibration pictures cannot promise finer",
+                f"{alpha:g} is not in [{finest:.6g}, 1){fine if alpha < finest else ''}",
             )
         return alpha
 

@@ -31,6 +31,7 @@ training = { steps = 20, batch = 32, validations = 1 }
 [roles]
 encode = "vae"
 decode = "vae"
+generate = "vae"
 [latent]
 attributes = ["slant"]
 """

@@ -68,8 +68,9 @@ def test_a_score_has_the_same_bits_in_whatever_company(bundle: str) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 2.0, 0.0049, float("nan"), float("inf")])
 def test_an_alpha_that_cannot_be_promised_is_refused(detector: Detector, alpha: float) -> None:
-    with pytest.raises(InvalidInput, match=r"\[0.005, 1\)"):
+    with pytest.raises(InvalidInput, match=r"\[0.005, 1\)") as told:
         detector.check_alpha(alpha)
+    assert ("cannot promise finer" in str(told.value)) == (alpha < 0.005)
 
 
 def test_the_finest_alpha_can_be_promised(detector: Detector) -> None:

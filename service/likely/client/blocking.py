@@ -254,7 +254,8 @@ class Client:
 
         Args:
             features: float (n, z).
-            labels: of every row, for a model that decodes under one.
+            labels: of every row, names or indices, for a model that decodes under one;
+                -1 throughout, as `encode` tells of a model that does not, is none.
             draws: of each row; their mean and deviation come anyway.
             seed: one seed gives the same draws; None lets the server pick one.
             first_index: of the first row.

@@ -56,6 +56,7 @@ Plan = Generator[Request, Any, T]
 
 # What a request carries beside its pictures: names, priors, tags and lengths.
 OVERHEAD_BYTES = 16 << 10
+NO_LABEL = -1  # what Encode tells of a model whose features depend on no label
 
 
 class Catalogue:
@@ -297,6 +298,8 @@ def decode(
     if z.ndim != 2:
         raise InvalidInput("features", f"shape {z.shape}; (n, z) is asked")
     given = None if labels is None else _labels(labels, len(z), info)
+    if given == [NO_LABEL] * len(z):
+        given = None
     step, parts = how.step(info, 1, z[:1].nbytes), list[Redrawings]()
     for at in range(0, max(len(z), 1), step):
         message = _message(

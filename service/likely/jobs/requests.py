@@ -225,10 +225,10 @@ def _flat(told: dict[str, Any]) -> dict[str, Any]:
 
 def _check_alpha(alpha: float, info: ModelInfo) -> None:
     if not info.finest_alpha <= alpha < 1:
+        fine = f": {info.calibration_size} calibration pictures cannot promise finer"
+        finest = info.finest_alpha
         raise InvalidInput(
-            "alpha",
-            f"{alpha:g} is not in [{info.finest_alpha:.6g}, 1): "
-            f"{info.calibration_size} calibration pictures cannot promise finer",
+            "alpha", f"{alpha:g} is not in [{finest:.6g}, 1){fine if alpha < finest else ''}"
         )
 
 
