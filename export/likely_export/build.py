@@ -115,7 +115,9 @@ def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
     return measures.mean(nats.double().numpy())
 
 
-def extend(bundle: Path, run: Path, out: Path, report: Report = print) -> Manifest:
+def extend(
+    bundle: Path, run: Path, out: Path, report: Report = print, version: str | None = None
+) -> Manifest:
     """The manifest of a bundle that also has the discriminative model of a run.
 
     All else stays to the byte: what the bundle answered, it answers as before. Decisions were
@@ -126,6 +128,7 @@ def extend(bundle: Path, run: Path, out: Path, report: Report = print) -> Manife
         run: a folder in which at least that model of the recipe was trained.
         out: where the new bundle shall lie; an older bundle there is replaced.
         report: told what is being done.
+        version: of the new bundle; None for the old one's.
 
     Raises:
         InvalidInput: the run is of other data, or has no such model, or its weights are of
@@ -148,7 +151,8 @@ def extend(bundle: Path, run: Path, out: Path, report: Report = print) -> Manife
         golden = given.golden()
         golden |= {f"{Role.DISCRIMINATE}/{name}": a for name, a in exported.golden.items()}
         np.savez_compressed(folder / given.manifest.golden, **golden)  # type: ignore[arg-type]
-        return write_manifest(folder, _extended(given.manifest, opened.recipe, exported))
+        fields = _extended(given.manifest, opened.recipe, exported)
+        return write_manifest(folder, fields | {"version": version or given.manifest.version})
 
 
 def _extended(manifest: Manifest, recipe: Recipe, exported: Exported) -> dict[str, Any]:

@@ -15,6 +15,13 @@ from rich.table import Table
 
 from likely.errors import InvalidInput, LikelyError
 
+_OUT = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The new bundle's folder; an older bundle there is replaced.",
+)
+
 if TYPE_CHECKING:
     from likely.bundle import Manifest
     from likely_export.recipes import Recipe
@@ -117,12 +124,25 @@ def train(
         numbers = (f"{result.steps}", f"{result.seconds:.0f}", f"{result.validation:.2f}")
         table.add_row(name, *numbers)
     Console().print(table)
-    click.echo(f"Now: likely-export build {folder} --out BUNDLE")
+    click.echo(_what_next(chosen, folder))
+
+
+def _what_next(recipe: Recipe, folder: Path) -> str:
+    """What to do with a run: build it, add its p(y|x) to a bundle, or train what is missing."""
+    from likely.bundle import Role
+    from likely_export.train import WEIGHTS
+
+    missing = {name for name in recipe.models if not (folder / name / WEIGHTS).is_file()}
+    if not missing:
+        return f"Now: likely-export build {folder} --out BUNDLE"
+    if Role.DISCRIMINATE in recipe.roles and not missing & {*recipe.models_of(Role.DISCRIMINATE)}:
+        return f"Now: likely-export extend BUNDLE --run {folder} --out NEW --version VERSION"
+    return f"Now: train {', '.join(sorted(missing))} too; then likely-export build {folder}"
 
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")
+@_OUT
 @click.option(
     "--evaluate/--no-evaluate",
     "evaluated",
@@ -150,18 +170,39 @@ def build(run: Path, out: Path, evaluated: bool) -> None:
         click.echo(f"It has no density. Now: likely-export features {out}")
 
 
+def _named_version(_: click.Context, __: click.Parameter, version: str | None) -> str | None:
+    """The same version, if a manifest may have it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from likely.bundle import Name
+
+    try:
+        return version and TypeAdapter(Name).validate_python(version)
+    except ValidationError:
+        raise click.BadParameter(
+            f"{version!r}; small letters, digits, dots, dashes and underscores are allowed"
+        ) from None
+
+
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--run", type=click.Path(path_type=Path), required=True, help="Where the model was trained."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The new bundle.")
-def extend(bundle: Path, run: Path, out: Path) -> None:
+@_OUT
+@click.option(
+    "--version",
+    callback=_named_version,
+    help="Of the new bundle, to be served beside the old one  [default: the old one's]",
+)
+def extend(bundle: Path, run: Path, out: Path, version: str | None) -> None:
     """Add a run's discriminative model to a BUNDLE of the same data; all else stays."""
     from likely_export.build import extend as extend_bundle
 
+    if out.exists() and out.resolve() == bundle.resolve():
+        raise click.UsageError("--out is BUNDLE itself; name another folder")
     with _steps() as report:
-        manifest = extend_bundle(bundle, run, out, report)
+        manifest = extend_bundle(bundle, run, out, report, version)
     size = sum(record.size for record in manifest.files.values())
     click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
 

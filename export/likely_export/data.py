@@ -201,7 +201,9 @@ def read(source: str | Path) -> Source:
     if path.is_dir():
         return _idx_folder(path) if any(path.glob("*images*idx3*")) else _image_folder(path)
     if not path.is_file():
-        raise InvalidInput(str(source), "neither `digits` nor a file or folder that exists")
+        raise InvalidInput(
+            str(source), "neither `digits` nor a file or folder that exists; --data names another"
+        )
     if path.suffix == ".npz":
         return _npz(path)
     if "idx" in path.name:

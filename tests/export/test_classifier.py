@@ -109,7 +109,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped bundle of digits with a model of p(y|x), trained for a few seconds."""
     folder = tmp_path_factory.mktemp("labels")
     runs.train_all(shortened(150), folder / "run", only=["classifier"])
-    extend(SHIPPED, folder / "run", folder / "bundle", lambda _: None)
+    extend(SHIPPED, folder / "run", folder / "bundle", lambda _: None, "1.1")
     return folder / "bundle"
 
 
@@ -123,6 +123,7 @@ def engine(bundle: Path) -> Iterator[Engine]:
 def test_an_extended_bundle_is_the_old_one_and_more(bundle: Path, tmp_path: Path) -> None:
     old, new = Bundle.open(SHIPPED).manifest, Bundle.open(bundle).manifest
     assert set(new.graphs) == {*old.graphs, Role.DISCRIMINATE}
+    assert (new.name, new.version) == (old.name, "1.1")
     changed = {name for name, record in new.files.items() if old.files.get(name) != record}
     assert changed == {"discriminate.onnx", old.golden}
     assert new.recipe["roles"] == {**old.recipe["roles"], "discriminate": "classifier"}

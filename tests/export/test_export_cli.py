@@ -52,6 +52,24 @@ def test_training_leaves_a_run_and_says_what_comes_next(recipe: Path, tmp_path: 
     assert Run.open(tmp_path / "run").model("a") is not None
 
 
+def test_a_part_of_a_run_is_not_said_to_be_ready_to_build(recipe: Path, tmp_path: Path) -> None:
+    text = recipe.read_text().replace('density = "a"', 'density = "a", discriminate = "b"')
+    models = '[models.b]\nfamily = "classifier"\nchannels = [2]\nwidth = 4\n'
+    recipe.write_text(f"{text}\n{models}training = {{ steps = 2, validations = 1 }}\n")
+    words = ("train", "--recipe", recipe, "--device", "cpu")
+    said = {
+        name: call(*words, "--out", tmp_path / name, "--model", name).stdout for name in ("a", "b")
+    }
+    assert f"likely-export extend BUNDLE --run {tmp_path / 'b'}" in said["b"].replace("\n", " ")
+    assert "Now: train b too" in said["a"]
+
+
+def test_a_bundle_is_not_extended_onto_itself_nor_under_no_version(tmp_path: Path) -> None:
+    words = ("extend", tmp_path, "--run", tmp_path)
+    assert "is BUNDLE itself" in call(*words, "--out", tmp_path).stderr
+    assert "'A B'" in call(*words, "--out", tmp_path / "new", "--version", "A B").stderr
+
+
 def test_two_devices_train_what_one_does_on_half_of_every_batch_each(
     recipe: Path, tmp_path: Path
 ) -> None:
