@@ -1,4 +1,7 @@
 import dataclasses
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +37,21 @@ betas = [0.8, 0.9]
 density = "a"
 conditional = "a"
 """
+
+
+def test_the_page_on_recipes_shows_a_recipe_and_data_that_are_read(tmp_path: Path) -> None:
+    page = Path("docs/recipes.md").read_text()
+    code, text = (
+        re.findall(rf"^```{kind}\n(.*?)^```$", page, re.M | re.S)[0] for kind in ("python", "toml")
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    recipe = recipes.parse(text, tmp_path)
+    source = data.read(recipe.data.source)
+    assert (source.x.shape, source.levels, len(source.labels)) == ((50, 1, 28, 28), 256, 10)
+    for role in recipe.roles:
+        assert f"`{role}`" in page
+    tables = {*recipes.Recipe.model_fields} - {"name", "version", "description"}
+    assert not [name for name in tables if f"`{name}" not in page]
 
 
 def test_the_shipped_recipes_are_whole() -> None:
