@@ -339,4 +339,18 @@ def test_health_is_one_word_or_one_sentence(
     assert (ready.exit_code, ready.output) == (0, "SERVING\n")
     with running(load=False) as loading:
         assert "not serving yet" in failed(likely("health", "--address", loading.address))
-    assert "does not answer" in failed(likely("health", "--address", "127.0.0.1:1"))
+    assert "no likely server answers" in failed(likely("health", "--address", "127.0.0.1:1"))
+    assert "is no address" in failed(likely("health", "--address", "http://127.0.0.1:1"))
+    assert "--token" not in likely("health", "--help").output
+
+
+def test_health_of_one_model(likely: Callable[..., Result]) -> None:
+    assert likely("health", "--model", "toy").output == "SERVING\n"
+    assert "no model other is served" in failed(likely("health", "--model", "other"))
+    assert "longer than 64 bytes" in failed(likely("health", "--model", 65 * "x"))
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1"])
+def test_no_time_is_wrong_usage(likely: Callable[..., Result], array: Path, seconds: str) -> None:
+    for command in (("health",), ("score", array), ("models",)):
+        assert "--timeout" in failed(likely(*command, "--timeout", seconds), 2)

@@ -47,13 +47,16 @@ class Connection:
         )
 
 
-def connected(timeout: float = TIMEOUT, *, optional: bool = False) -> Callable[[F], F]:
+def connected(
+    timeout: float = TIMEOUT, *, optional: bool = False, token: bool = True
+) -> Callable[[F], F]:
     """Adds the options, and gives the command its `server: Connection`.
 
     Args:
         timeout: seconds of a request, where none are named.
         optional: whether the command can do without a server: then `server` is None unless
             the command line itself names an address.
+        token: whether the command shows one.
     """
 
     def decorate(command: F) -> F:
@@ -65,14 +68,14 @@ def connected(timeout: float = TIMEOUT, *, optional: bool = False) -> Callable[[
 
         # click fills the options in by name, so that the two need not have one signature.
         decorated = cast("F", run)
-        for option in _options(timeout, optional):
+        for option in _options(timeout, optional, token):
             decorated = option(decorated)
         return decorated
 
     return decorate
 
 
-def _options(timeout: float, optional: bool) -> tuple[Callable[[F], F], ...]:
+def _options(timeout: float, optional: bool, token: bool) -> tuple[Callable[[F], F], ...]:
     file = click.Path(dir_okay=False, path_type=Path)
     return (
         click.option("--key", type=file, envvar="LIKELY_KEY", help="PEM file, its key."),
@@ -86,11 +89,12 @@ def _options(timeout: float, optional: bool) -> tuple[Callable[[F], F], ...]:
         ),
         click.option("--tls", is_flag=True, help="Encrypt; --ca and --certificate imply it."),
         click.option(
-            "--token", envvar="LIKELY_TOKEN", show_envvar=True,
+            "--token", envvar="LIKELY_TOKEN", show_envvar=True, hidden=not token,
             help="A bearer token; others can see the options of a command, not its environment.",
         ),
         click.option(
-            "--timeout", type=float, default=timeout, show_default=True, help="Seconds a request."
+            "--timeout", type=click.FloatRange(min=0, min_open=True), default=timeout,
+            show_default=True, help="Seconds a request.",
         ),
         click.option("--address", help="A server to ask, in place of a bundle.")
         if optional
