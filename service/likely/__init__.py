@@ -10,6 +10,7 @@ Importing it reaches neither onnxruntime nor anything that only a server needs.
 
 from likely.answers import (
     Classifications,
+    Completions,
     Draws,
     Features,
     Guarantee,
@@ -46,6 +47,7 @@ __all__ = [
     "BundleError",
     "Classifications",
     "Client",
+    "Completions",
     "DeadlineExceeded",
     "DeviceError",
     "Draws",

@@ -15,8 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from likely.answers import Pixels
 from likely.errors import InvalidInput
 
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 KEYS = ("x", "images", "image")
-_NO_ARRAY = "no array can be read from it; .npy, or .npz, of numbers is asked, and whole"
+NO_ARRAY = "no array can be read from it; .npy, or .npz, of numbers is asked, and whole"
 _EIGHT_BIT = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
 
@@ -75,7 +76,7 @@ def of_array(path: Path, mapped: Literal["r"] | None = None) -> npt.NDArray[Any]
             array: npt.NDArray[Any] = loaded[key]
             return array
     except (ValueError, EOFError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-        raise InvalidInput(str(path), _NO_ARRAY) from error
+        raise InvalidInput(str(path), NO_ARRAY) from error
 
 
 def check_fit(name: str, given: Sequence[int], asked: Sequence[int]) -> None:

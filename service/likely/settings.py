@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -43,9 +44,14 @@ Algorithms = Annotated[
 ]
 
 
-VersionLabel = Annotated[
-    str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}:(stable|canary)=[a-z0-9][a-z0-9_.-]{0,63}$")
-]
+def _version_label(text: str) -> str:
+    name = "[a-z0-9][a-z0-9_.-]{0,63}"
+    if not re.fullmatch(f"{name}:(stable|canary)={name}", text):
+        raise ValueError("MODEL:stable=VERSION or MODEL:canary=VERSION, such as digits:stable=1.0")
+    return text
+
+
+VersionLabel = Annotated[str, AfterValidator(_version_label)]
 VersionLabels = Annotated[tuple[VersionLabel, ...], NoDecode, BeforeValidator(_words)]
 
 
@@ -225,5 +231,6 @@ def _sentence(error: ValidationError) -> str:
     key = str(first["loc"][0])
     # A union gives one error for each of its members: together they say what is allowed.
     allowed = [first["msg"], *(e["msg"] for e in others if e["loc"][0] == key)]
-    told = " or ".join(text.removeprefix("Input should be ") for text in allowed)
+    bare = (text.removeprefix("Value error, ") for text in allowed)
+    told = " or ".join(text.removeprefix("Input should be ") for text in bare)
     return f"{key} = {first['input']!r} is not allowed; it should be {told}"

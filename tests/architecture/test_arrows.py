@@ -57,7 +57,7 @@ SERVICE = {
         "versions numpy pyarrow ray PIL"
     ),
     "cli": (
-        "answers bundle client engine errors graphs jobs levels machine processes settings "
+        "answers bundle client engine errors graphs jobs levels logs machine processes settings "
         "versions click grpc numpy onnxruntime PIL rich"
     ),
     "__main__": "cli",
@@ -139,7 +139,7 @@ EXPORT = {
     "__init__": "",
     "cli": (
         "likely.bundle likely.errors build compare data evaluate families features progress "
-        "recipes report runs train click rich"
+        "recipes report runs train click pydantic rich"
     ),
 }
 BENCH = {

@@ -18,7 +18,7 @@ from likely.cli import main, show
 from tests.jobs.conftest import contents, table
 
 if TYPE_CHECKING:
-    from tests.conftest import Toy
+    from tests.conftest import Live, Toy
 
 Batch = Callable[..., Result]
 
@@ -70,6 +70,7 @@ def test_all_options_reach_the_job(batch: Batch, toy: Toy, tmp_path: Path) -> No
         (("--each", 1, "--count", 1), 2, "one of --labels, --each and --count"),
         (("--each", 0), 2, "0 is not in the range"),
         (("--count", 1, "--alpha", 0.1), 2, "--alpha is that of --self-check"),
+        (("--count", 1, "--max-draws", 3), 2, "--max-draws is that of --self-check"),
         (("--count", 1, "--address", "127.0.0.1:1"), 2, "either --bundle or --address"),
         (("--count", 1, "--model", "toy"), 2, "are those of --address"),
         (("--labels", "9=1"), 1, "labels: '9=1' is no LABEL=COUNT; labels are label-0, label-1"),
@@ -86,6 +87,19 @@ def test_what_cannot_be_asked_is_told(
     assert found.exit_code == code, found.output
     assert sentence in " ".join(found.stderr.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_environment_names_a_server_where_no_bundle_is_named(
+    batch: Batch, live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIKELY_ADDRESS", "127.0.0.1:1")
+    assert batch("generate", "--count", 3, "--out", tmp_path / "bundle").exit_code == 0
+    monkeypatch.setenv("LIKELY_ADDRESS", live.address)
+    words = ("batch", "generate", "--count", "3", "--out", str(tmp_path / "server"))
+    before = live.log.getvalue().count("Generate")
+    told = CliRunner().invoke(main, words)
+    assert told.exit_code == 0, told.output
+    assert live.log.getvalue().count("Generate") > before
 
 
 @pytest.mark.parametrize("missing", ["pyarrow", "ray"])

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -21,7 +22,7 @@ from PIL import Image
 from likely import Client, machine
 from likely.bundle import MANIFEST
 from likely.cli import main
-from likely.cli.serve import FLAGS
+from likely.cli.serve import FLAGS, OTHERS
 from likely.settings import Settings
 from tests.faults.history import events
 
@@ -186,6 +187,12 @@ def test_generate_writes_pictures(likely: Callable[..., Result], tmp_path: Path)
     assert likely("generate", "--count", 9, "--out", tmp_path / "grid.png").exit_code == 0
     with Image.open(tmp_path / "grid.png") as image:
         assert image.size == (11, 11)
+    for name in ("lossy.jpg", "grid"):
+        (tmp_path / "grid").mkdir(exist_ok=True)
+        (tmp_path / "grid" / "other").touch()
+        told = failed(likely("generate", "--count", 1, "--out", tmp_path / name))
+        assert ("neither in .png nor in .npz" in told) == (name == "lossy.jpg")
+        assert ("is not empty" in told) == (name == "grid")
     more = ("--count", 3, "--first-index", 5, "--label", 2)
     assert likely("generate", *more, "--out", tmp_path / "folder").exit_code == 0
     names = [path.name for path in sorted((tmp_path / "folder").iterdir())]
@@ -193,6 +200,59 @@ def test_generate_writes_pictures(likely: Callable[..., Result], tmp_path: Path)
     assert "none of label-0" in failed(
         likely("generate", "--label", "seven", "--out", tmp_path / "x.png")
     )
+
+
+def test_what_would_do_nothing_is_wrong_usage(
+    likely: Callable[..., Result], array: Path, tmp_path: Path
+) -> None:
+    out = ("--count", 1, "--out", tmp_path / "x.png")
+    told = failed(likely("generate", "--alpha", 0.1, *out), 2)
+    assert "--alpha is that of --self-check" in told
+    told = failed(likely("generate", "--max-draws", 3, *out), 2)
+    assert "--max-draws is that of --self-check or --acceptance" in told
+    assert likely("generate", "--max-draws", 3, "--self-check", *out).exit_code == 0
+    assert "--both is shown by --json" in failed(likely("classify", array, "--both"), 2)
+    assert "neither in .png" in failed(likely("score", array, "--surprise", tmp_path / "m.jpg"))
+
+
+def test_a_folder_stands_for_its_pictures(
+    likely: Callable[..., Result], array: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert "a folder without pictures" in failed(likely("score", folder))
+    array.rename(folder / "b.npy")
+    Image.new("L", (3, 3)).save(folder / "a.png")
+    for name in (".c.png", "notes.txt"):
+        (folder / name).write_text("none")
+    rows = lines(likely("score", folder, "--json"))
+    assert [row["picture"] for row in rows[:2]] == [str(folder / "a.png"), f"{folder / 'b.npy'}[0]"]
+    assert len(rows) == 7
+
+
+def test_no_label_is_shown_of_what_is_not_accepted(
+    likely: Callable[..., Result], array: Path
+) -> None:
+    words = ("classify", array, "--min-posterior", 0.999)
+    verdicts = [row["verdict"] for row in lines(likely(*words, "--json"))]
+    assert all("label" in row for row in lines(likely(*words, "--json")))
+    shown = likely(*words).stdout
+    assert {"ambiguous"} <= set(verdicts)
+    assert shown.count("\N{EN DASH}") == len(verdicts) - verdicts.count("accepted")
+
+
+def test_a_command_that_is_none_is_guessed(likely: Callable[..., Result]) -> None:
+    assert "No such command 'scor'. Is score meant?" in failed(likely("scor"), 2)
+
+
+def test_a_reader_that_has_enough_ends_a_command_silently(live: Live, array: Path) -> None:
+    words = ["score", str(array), "--json", "--address", live.address]
+    ran = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert ran.stdout is not None and ran.stderr is not None
+    ran.stdout.close()
+    with ran.stderr:
+        assert ran.stderr.read() == b""
+    assert ran.wait(60) == 1
 
 
 def test_models(likely: Callable[..., Result], live: Live) -> None:
@@ -259,6 +319,40 @@ def test_print_config_shows_what_wins(
     assert shown["reflection"] is False
     assert shown["bundles"] == ["a", "b"]
     assert shown["port"] == 50051
+
+
+def test_every_variable_of_a_command_is_known() -> None:
+    def read(command: click.Command) -> Iterator[str]:
+        for each in command.params:
+            yield from [each.envvar] if isinstance(each.envvar, str) else ()
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                found = command.get_command(context, name)
+                assert found is not None
+                yield from read(found)
+
+    assert {*read(main)} <= {*OTHERS}
+
+
+def test_a_variable_that_is_no_setting_is_told_at_the_start(
+    likely: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LIKELY_BUNDLE", "LIKELY_PROT", "LIKELY_X", "LIKELY_TOKEN", "LIKELY_DEVICE"):
+        monkeypatch.setenv(name, "cpu")
+    monkeypatch.setattr("likely.processes.supervisor.serve", lambda settings: None)
+    told = likely("serve", "--log-format", "json")
+    assert told.exit_code == 0, told.output
+    events = [json.loads(line) for line in told.stderr.splitlines()]
+    assert {event["event"] for event in events} == {"unknown variable"}
+    assert [(event["variable"], event["nearest"]) for event in events] == [
+        ("LIKELY_BUNDLE", "LIKELY_BUNDLES"), ("LIKELY_PROT", "LIKELY_PORT"), ("LIKELY_X", None),
+    ]  # fmt: skip
+
+
+def test_a_label_of_no_version_is_told_with_an_example(likely: Callable[..., Result]) -> None:
+    told = failed(likely("serve", "--labels", "digits=3", "--print-config"))
+    assert "it should be MODEL:stable=VERSION or" in told and "digits:stable=1.0" in told
 
 
 def test_a_bad_flag_is_one_sentence(likely: Callable[..., Result]) -> None:

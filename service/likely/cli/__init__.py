@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Final
 
@@ -46,10 +47,24 @@ class Commands(click.Group):
         command: click.Command = getattr(import_module(f"likely.cli.{MODULES[cmd_name]}"), cmd_name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the words name."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = get_close_matches(args[0], MODULES, 1)
+            if not near:
+                raise
+            raise click.UsageError(f"{error.message} Is {near[0]} meant?", ctx) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # who reads has enough, as `head` does: click ends without a word
         except (LikelyError, OSError) as error:
             raise click.ClickException(str(error)) from error
 

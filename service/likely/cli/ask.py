@@ -18,9 +18,10 @@ from likely.errors import InvalidInput
 F = TypeVar("F", bound=Callable[..., Any])
 
 _FILES = click.argument(
-    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+    "files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
 )
-_ALPHA = click.option("--alpha", type=float, help="Accepted rate of false rejections.")
+ALPHA_HELP = "Accepted rate of false rejections. [0.05, or the server's default_alpha]"
+_ALPHA = click.option("--alpha", type=float, help=ALPHA_HELP)
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 
 
@@ -55,6 +56,8 @@ def score(
     as_json: bool,
 ) -> None:
     """How plausible are these pictures; which are outliers?"""
+    if surprise is not None:
+        pictures.require_form(surprise)
     with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read(files, info)
@@ -115,6 +118,8 @@ def classify(
     as_json: bool,
 ) -> None:
     """Which label is assigned, if any?"""
+    if both and not as_json:
+        raise click.UsageError("--both is shown by --json alone")
     given = numbers(priors)
     with server.client() as client:
         info = client.model(model, version)
@@ -134,10 +139,11 @@ def classify(
 
         parts = pictures.slices(len(x), info.limits.images_per_request)
         answer = plans.joined([ask(part) for part in show.progress(parts, len(x), "classifying")])
+    accepted = answer.verdict == Verdict.ACCEPTED
     rows = [
         {
             "picture": names[i],
-            "label": info.labels[answer.label[i]],
+            "label": info.labels[answer.label[i]] if as_json or accepted[i] else show.NONE,
             "posterior": float(answer.posterior[i, answer.label[i]]),
             "p_value": float(answer.p_value[i]),
             "verdict": Verdict(answer.verdict[i]).name.lower(),
@@ -176,7 +182,7 @@ def classify(
     "--out",
     required=True,
     type=click.Path(path_type=Path),
-    help="A grid (.png), arrays x and y (.npz), or a folder of pictures (no ending).",
+    help="A grid (.png), arrays x and y (.npz), or an empty folder for pictures (no ending).",
 )
 @_AS_JSON
 def generate(
@@ -196,6 +202,11 @@ def generate(
     as_json: bool,
 ) -> None:
     """Draw pictures, with a label if you like."""
+    if alpha is not None and not self_check:
+        raise click.UsageError("--alpha is that of --self-check")
+    if max_draws is not None and not (self_check or acceptance):
+        raise click.UsageError("--max-draws is that of --self-check or --acceptance")
+    pictures.require_form(out, folder=True)
     with server.client() as client:
         info = client.model(model, version)
         stream = client.generate_stream(
@@ -246,7 +257,7 @@ def models(server: Connection, as_json: bool) -> None:
             "levels": info.levels,
             "labels": len(info.labels),
             "answers": " ".join(method.rpartition("/")[2] for method in info.methods),
-            "finest alpha": info.finest_alpha,
+            "finest alpha": info.finest_alpha or show.NONE,
             "runs on": ", ".join(
                 name.removesuffix("ExecutionProvider") for name in info.execution_providers
             ),

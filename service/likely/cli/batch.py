@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from likely.answers import Guarantee, LabelRule, ModelInfo
-from likely.cli.ask import numbers
+from likely.cli.ask import ALPHA_HELP, numbers
 from likely.cli.job import Job, job
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+USUAL_DRAWS = 16
 INPUT_HELP = (
     "INPUTS are Parquet files, arrays (.npy, .npz), WebDataset shards (.tar), image files, and "
     "folders of these. The job's folder holds shards and a manifest; the same command resumes "
@@ -27,7 +28,10 @@ INPUT_HELP = (
 
 @click.group()
 def batch() -> None:
-    """Draw, score or classify many pictures, in shards that a restart resumes."""
+    """Do this for many pictures, resumed if ended.
+
+    Draw, score or classify them, in shards that the same command resumes.
+    """
 
 
 @batch.command()
@@ -44,10 +48,8 @@ def batch() -> None:
 @click.option(
     "--self-check", is_flag=True, help="Redraw what would be rejected or get another label."
 )
-@click.option("--alpha", type=float, help="Of --self-check. [0.05]")
-@click.option(
-    "--max-draws", type=int, default=16, show_default=True, help="Of one picture, likewise."
-)
+@click.option("--alpha", type=float, help="Of --self-check. [0.05, or the server's default_alpha]")
+@click.option("--max-draws", type=int, help="Of one picture, with --self-check. [16]")
 @job
 def generate(
     job: Job,
@@ -58,13 +60,18 @@ def generate(
     temperature: float,
     self_check: bool,
     alpha: float | None,
-    max_draws: int,
+    max_draws: int | None,
 ) -> None:
-    """Draw pictures by the thousand: the same ones, however often the job was ended."""
+    """Draw pictures by the thousand.
+
+    They are the same ones, however often the job was ended.
+    """
     if sum(wish is not None for wish in (labels, each, count)) != 1:
         raise click.UsageError("one of --labels, --each and --count says how many are drawn")
     if alpha is not None and not self_check:
         raise click.UsageError("--alpha is that of --self-check")
+    if max_draws is not None and not self_check:
+        raise click.UsageError("--max-draws is that of --self-check")
 
     def ask(info: ModelInfo, _: Pictures | None) -> Task:
         from likely.jobs.requests import Generation, runs
@@ -77,7 +84,8 @@ def generate(
         if not self_check:
             return Generation(wanted, seed, temperature)
         asked = info.default_alpha if alpha is None else alpha
-        return Generation(wanted, seed, temperature, asked, max_draws)
+        most = USUAL_DRAWS if max_draws is None else max_draws
+        return Generation(wanted, seed, temperature, asked, most)
 
     job.run(ask, "drawing")
 
@@ -95,7 +103,7 @@ def _judging(command: F) -> F:
             "--guarantee", type=click.Choice(["marginal", "pac"]), default="marginal",
             show_default=True, help="What alpha holds for: on average, or with 95 % confidence.",
         ),
-        click.option("--alpha", type=float, help="Accepted rate of false rejections. [0.05]"),
+        click.option("--alpha", type=float, help=ALPHA_HELP),
         click.option(
             "--key-column", help="Parquet's column of what to call each picture. [key, if there]"
         ),
@@ -131,7 +139,7 @@ def score(job: Job, **given: Any) -> None:
 )  # fmt: skip
 @_judging
 def classify(job: Job, priors: str | None, rule: str, **given: Any) -> None:
-    """Which label is assigned, if any: by Bayes' rule, or by p(y|x) itself?"""
+    """Which label is assigned, if any?"""
     asked = numbers(priors)
     by = LabelRule[rule.upper()]
     _judge(job, "classify", priors=asked and tuple(asked), rule=by, **given)

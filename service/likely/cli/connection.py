@@ -54,8 +54,8 @@ def connected(
 
     Args:
         timeout: seconds of a request, where none are named.
-        optional: whether the command can do without a server: then `server` is None unless
-            the command line itself names an address.
+        optional: whether the command can do without a server: then `server` is None where
+            neither the command line nor the environment names an address.
         token: whether the command shows one.
     """
 
@@ -96,7 +96,10 @@ def _options(timeout: float, optional: bool, token: bool) -> tuple[Callable[[F],
             "--timeout", type=click.FloatRange(min=0, min_open=True), default=timeout,
             show_default=True, help="Seconds a request.",
         ),
-        click.option("--address", help="A server to ask, in place of a bundle.")
+        click.option(
+            "--address", envvar="LIKELY_ADDRESS", show_envvar=True,
+            help="A server to ask, in place of a bundle.",
+        )
         if optional
         else click.option(
             "--address", envvar="LIKELY_ADDRESS", default=ADDRESS, show_default=True,

@@ -89,6 +89,8 @@ class Job:
         from likely.jobs.backends import Bundled, Served
 
         server = self.server
+        if self.bundle and server and not _on_the_command_line("address"):
+            server = None  # a bundle that is named goes before a server of the environment
         if server is None:
             if self.model or self.version:
                 raise click.UsageError("--model and --model-version are those of --address")
@@ -182,6 +184,11 @@ def _options() -> tuple[Callable[[F], F], ...]:
             help="The bundle to run in this process. [the shipped one]",
         ),
     )  # fmt: skip
+
+
+def _on_the_command_line(option: str) -> bool:
+    source = click.get_current_context().get_parameter_source(option)
+    return source is click.core.ParameterSource.COMMANDLINE
 
 
 def _flat(found: dict[str, Any]) -> dict[str, Any]:

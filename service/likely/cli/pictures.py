@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from PIL import Image
 from likely import levels
 from likely.answers import Draws, Floats, ModelInfo, Pixels, Redrawings
 from likely.client.plans import pixels
+from likely.errors import InvalidInput
 from likely.levels import brightness
 
 ARRAYS = (".npy", ".npz")
+FORMS = (".png", ".npz")
 _GAP = 1
 
 
 def read(paths: Sequence[Path], info: ModelInfo) -> tuple[Pixels, list[str]]:
     """All pictures, uint8 (n, c, h, w) of levels, and what to call each of them.
 
+    A folder stands for its images and arrays, in the order of their names.
     Arrays hold levels: (n, c, h, w), or (n, h, w) for one channel; in an `.npz`
     under `x`, else `images`, else the first one. Image files hold brightness from
     0 to 255: they become grey for a model of one channel and red, green, blue for
@@ -33,7 +37,7 @@ def read(paths: Sequence[Path], info: ModelInfo) -> tuple[Pixels, list[str]]:
         InvalidInput: a file is no such file, or its pictures do not fit the model.
     """
     parts, names = [], []
-    for path in paths:
+    for path in chain.from_iterable(map(_files, paths)):
         if path.suffix.lower() in ARRAYS:
             x = pixels(levels.of_array(path), str(path))
             names += [f"{path}[{i}]" for i in range(len(x))]
@@ -43,6 +47,36 @@ def read(paths: Sequence[Path], info: ModelInfo) -> tuple[Pixels, list[str]]:
         levels.check_fit(str(path), x.shape[1:], info.shape)
         parts.append(x)
     return np.concatenate(parts), names
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    known = (*levels.IMAGES, *ARRAYS)
+    shown = (each for each in path.iterdir() if not each.name.startswith("."))
+    files = sorted(each for each in shown if each.suffix.lower() in known and each.is_file())
+    if not files:
+        raise InvalidInput(str(path), f"a folder without pictures: none ends in {', '.join(known)}")
+    return files
+
+
+def require_form(out: Path, *, folder: bool = False) -> None:
+    """Returns if pictures can be written there without loss, and nothing lies in their way.
+
+    Args:
+        out: a file, .png or .npz.
+        folder: whether it may be a folder too, which is then made, or is empty.
+
+    Raises:
+        InvalidInput: it is neither.
+    """
+    if out.suffix.lower() in FORMS and not out.is_dir():
+        return
+    if not folder or (out.suffix and not out.is_dir()):
+        more = ", nor is it a folder" if folder else ""
+        raise InvalidInput("out", f"{out} ends neither in {' nor in '.join(FORMS)}{more}")
+    if out.is_dir() and any(out.iterdir()):
+        raise InvalidInput("out", f"the folder {out} is not empty; name another")
 
 
 def write_draws(out: Path, drawn: Draws, info: ModelInfo) -> None:
@@ -55,7 +89,7 @@ def write_draws(out: Path, drawn: Draws, info: ModelInfo) -> None:
             np.savez_compressed(
                 part, x=drawn.images, y=drawn.label, seed=drawn.seed, first_index=drawn.first_index
             )
-    elif out.suffix:
+    elif out.suffix.lower() in FORMS:
         with _whole(out) as part:
             Image.fromarray(grid(brightness(drawn.images, info.levels))).save(part)
     else:

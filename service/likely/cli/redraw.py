@@ -54,6 +54,7 @@ def traverse(
 
     A row of the sheet is a picture: as it is, then redrawn at each point.
     """
+    pictures.require_form(out)
     places = numbers(points, "points") or []
     with server.client() as client:
         info = client.model(model, version)
@@ -94,10 +95,11 @@ def interpolate(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Redraw the pictures between those of two files, in so many steps.
+    """Redraw what lies between two files' pictures.
 
     A row of the sheet is a pair: the two as they are, then from one to the other.
     """
+    pictures.require_form(out)
     with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read((first,), info)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from likely import machine
 from likely.errors import RuntimeMissing
+
+if TYPE_CHECKING:
+    from likely.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -64,6 +69,17 @@ FLAGS = {
 }
 
 
+# Variables of the commands that ask a server or sign a bundle: a server may run beside them.
+OTHERS = (
+    "LIKELY_ADDRESS",
+    "LIKELY_TOKEN",
+    "LIKELY_CA",
+    "LIKELY_CERTIFICATE",
+    "LIKELY_KEY",
+    "LIKELY_KEY_PASSWORD",
+)
+
+
 def flags(command: F) -> F:
     """Adds a flag for each setting."""
     for name, text in reversed(FLAGS.items()):
@@ -77,7 +93,7 @@ def flags(command: F) -> F:
     "bundles",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Folder of a bundle; may be repeated. [those shipped in the package]",
+    help="Folder of a bundle; may be repeated (LIKELY_BUNDLES). [the package's own]",
 )
 @flags
 @click.option("--tracing/--no-tracing", default=None, help="Traces by OTLP. [off]")
@@ -88,7 +104,8 @@ def serve(print_config: bool, **given: Any) -> None:
 
     Each flag is also an environment variable (--max-batch is LIKELY_MAX_BATCH) and a
     key of the TOML file (max_batch). Flags win over the environment, which wins over
-    the file. LIKELY_BUNDLES and bundles name several folders.
+    the file. For --bundle these are LIKELY_BUNDLES, with colons between folders, and
+    bundles.
     """
     try:
         from likely import settings
@@ -98,11 +115,25 @@ def serve(print_config: bool, **given: Any) -> None:
     if print_config:
         click.echo(chosen.toml(), nl=False)
         return
+    _warn_of_unknown(chosen)
     try:
         from likely.processes.supervisor import serve as run
     except ModuleNotFoundError as error:
         raise RuntimeMissing(_missing(error)) from error
     run(chosen)
+
+
+def _warn_of_unknown(chosen: Settings) -> None:
+    """Logs each variable that looks like a setting and is none."""
+    from likely import logs, settings
+
+    known = [name.upper() for name in settings.Settings.model_fields]
+    log = logs.logger(chosen.log_level, chosen.log_format)
+    for variable in sorted(set(os.environ) - {*OTHERS}):
+        name = variable.removeprefix(settings.PREFIX)
+        if name != variable and name not in known:
+            near = [f"{settings.PREFIX}{each}" for each in get_close_matches(name, known, 1)]
+            log.warning("unknown variable", variable=variable, nearest=near[0] if near else None)
 
 
 def _missing(error: ModuleNotFoundError) -> str:

@@ -25,9 +25,10 @@ from rich.text import Text
 FILES_HELP = (
     "FILES are images, whose brightness becomes levels, or arrays of levels: .npy, or .npz "
     "with the key x, images, or else its first one; (n, c, h, w), or (n, h, w) for one "
-    "channel. Nothing is resized, cropped or inverted."
+    "channel; or folders of these. Nothing is resized, cropped or inverted."
 )
 TOLD_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+NONE = "\N{EN DASH}"  # in a table, where there is nothing to say
 _COLOURS = {"accepted": "green", "outlier": "red", "ambiguous": "yellow"}
 
 

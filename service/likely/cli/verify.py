@@ -20,9 +20,10 @@ from likely.errors import RuntimeMissing
     help="PEM file of a key, or of an authority's certificates, one of which must have signed.",
 )
 def verify(bundle: Path, keys: tuple[Path, ...]) -> None:
-    """Check every byte of a BUNDLE, as a server does before it opens one.
+    """Check every byte of a BUNDLE.
 
-    With --public-key, the bundle must also be signed (likely-export sign).
+    A server does the same before it opens one. With --public-key, the bundle must also be signed
+    (likely-export sign).
     """
     try:
         from likely.bundle import Bundle

@@ -25,7 +25,6 @@ from likely.errors import InvalidInput, JobError
 from likely.jobs import files
 from likely.jobs.columns import Geometry, check_levels, chosen, pictures
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARRAYS = (".npy", ".npz")
 PARQUET = (".parquet", ".pq")
 TAR = (".tar",)
@@ -144,7 +143,7 @@ class _Array:
 
     def _x(self) -> Pixels:
         if self._held is None:
-            self._held = pixels(levels.of_array(self.file.path, mapped="r"))
+            self._held = pixels(levels.of_array(self.file.path, mapped="r"), self.file.name)
         return self._held
 
 
@@ -179,7 +178,7 @@ class _Tar:
                 for member in archive:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, ending = base.partition(".")
-                    if member.isfile() and f".{ending.lower()}" in (*IMAGES, ".npy"):
+                    if member.isfile() and f".{ending.lower()}" in (*levels.IMAGES, ".npy"):
                         key = f"{folder}/{stem}" if folder else stem
                         members.append((key, member.name, member.offset_data, member.size))
         except tarfile.TarError as error:
@@ -275,7 +274,7 @@ class _Parquet:
 
 def _found(paths: Sequence[Path]) -> Iterator[Found]:
     """The files that are named, and those of known kinds in named folders, by their names."""
-    known = (*IMAGES, *ARRAYS, *PARQUET, *TAR)
+    known = (*levels.IMAGES, *ARRAYS, *PARQUET, *TAR)
     for path in paths:
         if path.is_dir():
             inside = sorted(path.rglob("*"), key=lambda each: each.relative_to(path).parts)
@@ -294,7 +293,7 @@ def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterat
     images: list[Found] = []
     for file in found:
         suffix = file.path.suffix.lower()
-        if suffix in IMAGES:
+        if suffix in levels.IMAGES:
             images.append(file)
             continue
         if images:
@@ -318,8 +317,9 @@ def _image(file: Path | BytesIO, name: str, geometry: Geometry) -> Pixels:
 
 def _npy(data: BytesIO, name: str, geometry: Geometry) -> Pixels:
     try:
-        x = pixels(np.load(data, allow_pickle=False)[None])
+        loaded = np.load(data, allow_pickle=False)[None]
     except (ValueError, EOFError) as error:
-        raise InvalidInput(name, f"no array can be read from it: {error}") from error
+        raise InvalidInput(name, levels.NO_ARRAY) from error
+    x = pixels(loaded, name)
     levels.check_fit(name, x.shape[1:], geometry.shape)
     return x
