@@ -98,7 +98,10 @@ class Classifications:
 
     @property
     def label_sets(self) -> Accepted:
-        """Which labels are plausible, bool (n, labels): none for an outlier, several if unsure."""
+        """Which labels are plausible, bool (n, labels): none for an outlier, several if unsure.
+
+        At an alpha finer than a label's own calibration can tell, always that label too.
+        """
         return self.label_p_values > self.alpha
 
 

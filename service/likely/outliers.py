@@ -343,7 +343,8 @@ class Detector:
 
         Each ranks among calibration pictures of that label only, so the set of labels whose
         p-value exceeds alpha holds the true one with probability 1 - alpha, for every label
-        (Sadinle et al., 2019): empty for an outlier, several for an ambiguous picture.
+        (Sadinle et al., 2019): empty for an outlier, several for an ambiguous picture. At an
+        alpha below 1 / (n + 1), a label of n calibration pictures is in every set.
         """
         found = label_score(score, posterior)
         p = np.empty_like(found)
