@@ -139,6 +139,7 @@ def test_towering_noise_fixes_a_pixel(opened: Opener) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes on a machine that does other things, too
 def test_the_reference_model_draws_exactly(opened: Opener) -> None:
     """The model that `bench` measures: 28x28, 256 levels, gated, 8 layers of 64 channels."""
     config = PixelCNNConfig((1, 28, 28), 256)
