@@ -22,7 +22,8 @@ def check_address(address: str | Sequence[str]) -> None:
             raise SettingsError(f"{address!r} is no address; one is a text such as 127.0.0.1:50051")
         return
     host, _, port = address.rpartition(":")
-    if address.startswith(_RESOLVED) or (host and "/" not in address and port.isdecimal()):
+    has_port = port.isdecimal() and 0 < int(port) < 1 << 16
+    if address.startswith(_RESOLVED) or (host and "/" not in host and has_port):
         return
     raise SettingsError(
         f"{address!r} is no address that a client can dial; it takes host:port, such as "

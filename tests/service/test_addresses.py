@@ -45,7 +45,8 @@ def test_what_grpc_resolves_may_be_dialled(address: str | list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["http://h:1", "grpc://h:1", "h", "10.0.0.1", ":1", "h:", "h:x", "", 50051, [50051]]
+    "address",
+    ["http://h:1", "grpc://h:1", "h", "10.0.0.1", ":1", "h:", "h:x", "h:65536", "", 50051, [50051]],
 )
 def test_what_is_no_address_is_refused_before_it_is_dialled(address: Any) -> None:
     for client in (Client, AsyncClient):

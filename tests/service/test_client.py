@@ -168,6 +168,7 @@ CALLS: list[tuple[str, Callable[[Any, Any], Any]]] = [
     ("seed", lambda c, x: c.generate(1, seed="7")),
     ("label", lambda c, x: c.generate(1, label=1.5)),
     ("label", lambda c, x: c.generate(1, label="sneaker")),
+    ("label", lambda c, x: c.generate(1, label="--1")),
     ("max_draws", lambda c, x: c.generate(1, self_check=True, max_draws=2.5)),
     ("completions", lambda c, x: c.complete(x, np.ones((3, 3), bool), completions="2")),
     ("labels", lambda c, x: c.encode(x, labels=["label-1", "other"])),

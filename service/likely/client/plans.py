@@ -522,7 +522,7 @@ def index_of(label: Label | None, names: Sequence[str], field: str = "label") ->
         return label
     if label in names:
         return names.index(label)
-    if label.lstrip("-").isdecimal():
+    if label.removeprefix("-").isdecimal():
         return int(label)
     raise InvalidInput(field, f"{label!r} is none of {', '.join(names) or 'none'}")
 
