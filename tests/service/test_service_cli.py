@@ -338,7 +338,8 @@ def test_every_variable_of_a_command_is_known() -> None:
 def test_a_variable_that_is_no_setting_is_told_at_the_start(
     likely: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("LIKELY_BUNDLE", "LIKELY_PROT", "LIKELY_X", "LIKELY_TOKEN", "LIKELY_DEVICE"):
+    for name in ("LIKELY_BUNDLE", "LIKELY_PROT", "LIKELY_X", "LIKELY_TOKEN", "LIKELY_DEVICE",
+                 "LIKELY_SERVICE_HOST", "LIKELY_PORT_50051_TCP_ADDR"):  # fmt: skip
         monkeypatch.setenv(name, "cpu")
     monkeypatch.setattr("likely.processes.supervisor.serve", lambda settings: None)
     told = likely("serve", "--log-format", "json")

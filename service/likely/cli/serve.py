@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -80,6 +81,10 @@ OTHERS = (
 )
 
 
+# What Kubernetes sets in every container for a Service that is named `likely`.
+LINKS = re.compile(r"SERVICE_(HOST|PORT)|PORT_\d+_")
+
+
 def flags(command: F) -> F:
     """Adds a flag for each setting."""
     for name, text in reversed(FLAGS.items()):
@@ -131,7 +136,7 @@ def _warn_of_unknown(chosen: Settings) -> None:
     log = logs.logger(chosen.log_level, chosen.log_format)
     for variable in sorted(set(os.environ) - {*OTHERS}):
         name = variable.removeprefix(settings.PREFIX)
-        if name != variable and name not in known:
+        if name != variable and name not in known and not LINKS.match(name):
             near = [f"{settings.PREFIX}{each}" for each in get_close_matches(name, known, 1)]
             log.warning("unknown variable", variable=variable, nearest=near[0] if near else None)
 
