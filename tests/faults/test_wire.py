@@ -399,9 +399,14 @@ def test_a_bug_tells_nothing_but_its_request_id(
         raise RuntimeError("the secret of the house")
 
     engine = live.server.registry.find("toy")
-    requests = (on_toy(ScoreRequest), on_toy(ClassifyRequest), on_toy(EncodeRequest), drawing())
-    for request in (*requests, on_toy(CompleteRequest, mask=bytes(9))):
-        method = type(request).__name__.removesuffix("Request").lower()
+    requests = {
+        "score": on_toy(ScoreRequest),
+        "judge": on_toy(ClassifyRequest),
+        "encode": on_toy(EncodeRequest),
+        "generate": drawing(),
+        "complete": on_toy(CompleteRequest, mask=bytes(9)),
+    }
+    for method, request in requests.items():
         with monkeypatch.context() as patch:
             patch.setattr(engine, method, broken)
             failure = refused(
