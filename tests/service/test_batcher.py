@@ -495,9 +495,9 @@ def test_in_a_full_queue_the_greediest_client_gives_way(leaves: bool) -> None:
             await graph.arrived()
             greedy = [going(ask(lanes, i, i, client="greedy")) for i in range(3)]
             await settled()
-            if leaves:  # the queue hears of it in the loop's next turn, the newcomer comes in this
-                greedy[2].cancel()
             modest = going(ask(lanes, 7, client="modest"))
+            if leaves:  # in the turn in which the newcomer comes, before the queue hears of it
+                greedy[2].cancel()
             await settled()
             graph.release()
             assert (await first, await modest) == ([0], [14])
