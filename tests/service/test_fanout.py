@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from likely.processes import fanout
 from likely.processes.fanout import Fanout
 from likely.v1 import admin_pb2, admin_pb2_grpc
 
@@ -75,8 +76,8 @@ async def together(folder: Path, *workers: Worker) -> AsyncIterator[Workers]:
         server.add_insecure_port(f"unix:{socket}")
     settled: list[Collection[int]] = []
     strayed: list[int] = []
-    fanout = Fanout(lambda: sockets, lambda _, asked: settled.append(asked), strayed.append)
-    admin_pb2_grpc.add_AdminServiceServicer_to_server(fanout, servers[-1])
+    servicer = Fanout(lambda: sockets, lambda _, asked: settled.append(asked), strayed.append)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, servers[-1])
     port = servers[-1].add_insecure_port("127.0.0.1:0")
     for server in servers:
         await server.start()
@@ -114,6 +115,25 @@ def test_who_cannot_follow_is_told_of_and_the_change_stands(tmp_path: Path) -> N
             assert await workers.ask() == (grpc.StatusCode.OK, "")
             assert workers.made == [1, 0, 1]
             assert (workers.settled, workers.strayed) == ([{0, 1, 2}], [1])
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_change_that_takes_long_is_asked_of_all_and_leaves_others_their_turn(
+    slow: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fanout, "LONGEST", 2.0)
+
+    async def work() -> None:
+        async with together(tmp_path, Worker(), Worker()) as workers:
+            workers.workers[slow].goes_on.clear()
+            code, _ = await workers.ask()
+            late = grpc.StatusCode.DEADLINE_EXCEEDED
+            assert code is (grpc.StatusCode.OK if slow else late)
+            assert (workers.made[1 - slow], workers.settled, workers.strayed) == (1, [{0, 1}], [])
+            workers.workers[slow].goes_on.set()
+            assert await workers.ask() == (grpc.StatusCode.OK, "")
 
     asyncio.run(work())
 

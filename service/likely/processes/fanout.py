@@ -15,6 +15,8 @@ from likely.v1 import admin_pb2, admin_pb2_grpc
 Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = Sequence[tuple[str, str | bytes]]
 HANDED_ON = ("authorization", "x-request-id")
+LONGEST = 600.0  # seconds of a worker's change, after which others have their turn
+LATE = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class Fanout(admin_pb2_grpc.AdminServiceServicer):
@@ -102,16 +104,24 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
     async def _carried(self, method: str, request: Any, metadata: Metadata) -> Any:
         async with self._turn:
             (_, first), *others = asked = self._ready()
-            answer = await _ask(first, method, request, metadata)
-            following = [_ask(socket, method, request, metadata) for _, socket in others]
+            answer, late = None, None
+            try:
+                answer = await _ask(first, method, request, metadata, LONGEST)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not LATE:
+                    raise
+                late = error  # as of a drain: it goes on there, and so it shall elsewhere
+            following = [_ask(socket, method, request, metadata, LONGEST) for _, socket in others]
             followed = await asyncio.gather(*following, return_exceptions=True)
             sockets = [first]
             for (index, socket), outcome in zip(others, followed, strict=True):
-                if isinstance(outcome, Exception):
+                if isinstance(outcome, Exception) and not _is_late(outcome):
                     self._strayed(index)
                 else:
                     sockets.append(socket)
             await self._settle(sockets, metadata, {index for index, _ in asked})
+            if late:
+                raise late
             return answer
 
     async def _settle(
@@ -140,6 +150,10 @@ async def _ask(
         stub = admin_pb2_grpc.AdminServiceStub(channel)
         call: Awaitable[Any] = getattr(stub, method)(request, metadata=metadata, timeout=seconds)
         return await call
+
+
+def _is_late(outcome: Exception) -> bool:
+    return isinstance(outcome, grpc.aio.AioRpcError) and outcome.code() is LATE
 
 
 async def _answered(asked: Awaitable[Any], context: Context) -> Any:

@@ -268,9 +268,6 @@ class Supervisor:
 
     def _settled(self, served: admin_pb2.ListVersionsResponse, asked: Collection[int]) -> None:
         """Remembers what is served, for workers that are begun anew."""
-        self._changes += 1
-        for index in self._ready - set(asked):  # became ready meanwhile
-            self._strayed(index)
         serving = [v for v in served.versions if v.state == admin_pb2.VERSION_STATE_SERVING]
         watched = self._settings.watch and absolute(self._settings.watch)
         self._folders = {
@@ -278,7 +275,7 @@ class Supervisor:
             for v in serving
             for label in v.labels
         }
-        self._settings = self._settings.model_copy(
+        settled = self._settings.model_copy(
             update={
                 "bundles": tuple(
                     folder
@@ -288,6 +285,11 @@ class Supervisor:
                 "labels": tuple(self._folders),
             }
         )
+        if settled != self._settings:
+            self._settings = settled
+            self._changes += 1
+            for index in self._ready - set(asked):  # became ready meanwhile
+                self._strayed(index)
 
     def _strayed(self, index: int) -> None:
         """Begins a worker anew that did not make a change; it drains meanwhile."""
