@@ -284,7 +284,7 @@ def _evaluated(
     """The figures of a bundle, and its manifest once they have joined it."""
     from likely.bundle import Bundle
     from likely_export import evaluate
-    from likely_export.build import check_unsigned, rewriting
+    from likely_export.replacing import check_unsigned, rewriting
 
     manifest = Bundle.open(bundle).manifest
     if write:

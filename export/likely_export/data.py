@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from likely.answers import Labels, Pixels
+from likely.answers import Doubles, Labels, Pixels
 from likely.errors import InvalidInput
 
 PARTS = ("train", "fit", "calibrate", "validate", "test")
@@ -97,6 +97,12 @@ class Dataset:
         """Channels, height, width."""
         c, h, w = self.train.x.shape[1:]
         return c, h, w
+
+    @property
+    def priors(self) -> Doubles:
+        """How often each label stands in the training part, (labels,)."""
+        counts = np.bincount(self.train.y, minlength=len(self.labels))
+        return np.asarray(counts / counts.sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def attach(bundle: Path, figures: Mapping[str, Any], material: Material) -> Mani
     """The manifest of the bundle after figures and report have joined its files, or replaced them.
 
     Both texts are made before a file is touched. Until the manifest is written the folder does not
-    agree with it: of a bundle that may be served, let it be a copy, as `build.rewriting` gives.
+    agree with it: of a bundle that may be served, let it be a copy, as `replacing.rewriting` gives.
     """
     manifest = Bundle.open(bundle).manifest
     told = json.dumps(figures, indent=1, allow_nan=False) + "\n"

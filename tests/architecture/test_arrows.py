@@ -131,15 +131,20 @@ EXPORT = {
         "composition data evaluate families features generated graphs judge measures train "
         "numpy sklearn torch"
     ),
+    "replacing": "likely.bundle likely.errors",
+    "passes": "likely.graphs graphs numpy",
+    "decisions": (
+        "likely.answers likely.bayes likely.bundle likely.graphs likely.noise likely.outliers "
+        "calibrate corruptions data graphs passes recipes numpy torch"
+    ),
     "build": (
-        "likely.answers likely.bayes likely.bundle likely.errors likely.graphs likely.noise "
-        "likely.outliers attributes calibrate classifier corruptions data directions evaluate "
-        "graphs measures recipes roles runs vae numpy torch"
+        "likely.bundle likely.errors likely.graphs attributes classifier data decisions "
+        "directions evaluate graphs measures passes recipes replacing roles runs vae numpy torch"
     ),
     "__init__": "",
     "cli": (
         "likely.bundle likely.errors build compare data evaluate families features progress "
-        "recipes report runs train click pydantic rich"
+        "recipes replacing report runs train click pydantic rich"
     ),
 }
 BENCH = {

@@ -16,10 +16,12 @@ from likely.engine import Engine
 from likely.errors import BundleError
 from likely.graphs import Device
 from likely_export import evaluate, recipes, runs
-from likely_export.build import _taken, build, rewriting
+from likely_export.build import build
 from likely_export.corruptions import HARD, PANEL
+from likely_export.decisions import _taken
 from likely_export.generated import Sizes
 from likely_export.material import Material
+from likely_export.replacing import rewriting
 
 RECIPE = """
 name = "tiny"

@@ -1,0 +1,194 @@
+"""What a bundle decides by, learnt from its graphs; and whether torch decides likewise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from likely import bayes, noise
+from likely.answers import Doubles, Labels, Pixels
+from likely.bundle import Role
+from likely.graphs import Array, Session
+from likely.outliers import Detector
+from likely_export import calibrate, corruptions, passes
+from likely_export.calibrate import Seen
+from likely_export.data import Dataset, Split
+from likely_export.graphs import Exported
+from likely_export.recipes import Recipe
+
+CALIBRATION = "calibration.npz"
+COMPARED = 10_000
+
+
+def judged(
+    recipe: Recipe,
+    exported: Mapping[Role, Exported],
+    data: Dataset,
+    folder: Path,
+    report: Callable[[str], None],
+) -> dict[str, object]:
+    """What the manifest says of the calibration and of the decisions made by it.
+
+    The calibration's arrays are written to the folder.
+
+    Args:
+        recipe: of the training.
+        exported: the graphs; one gives p(x).
+        data: divided as for the training.
+        folder: where the graphs lie.
+        report: told what is being done.
+    """
+    report("calibrate")
+    arrays, weights, temperature = _calibrate(recipe, exported, data, folder)
+    np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
+    report("compare decisions")
+    compared, changed = _decisions(recipe, exported, data, folder, arrays, weights, temperature)
+    return {
+        "calibration": {
+            "file": CALIBRATION,
+            "size": len(data.calibrate),
+            "temperature": temperature,
+            "weights": weights,
+            "statistics": exported[Role.DENSITY].source.widths,
+        },
+        "decisions_compared": compared,
+        "decisions_changed": changed,
+    }
+
+
+def _calibrate(
+    recipe: Recipe, exported: Mapping[Role, Exported], data: Dataset, folder: Path
+) -> tuple[dict[str, Array], tuple[float, ...], float]:
+    """The detector's arrays, the experts' weights and the posterior's temperature."""
+    density = passes.session(folder, exported[Role.DENSITY])
+    parts = recipe.calibration.parts
+    corrupted = None
+    if any(part.kind == "contrast" for part in parts):
+        corrupted = _seen(density, _corrupted(recipe.calibration.contrast, data))
+    columns = _columns(exported[Role.DENSITY].source.widths)
+    labels = len(data.labels) if density.spec.output("label") else 1
+    learnt = calibrate.combination(_seen(density, data.fit.x), parts, columns, corrupted, labels)
+    ranked = _seen(density, data.calibrate.x)
+    if Role.CONDITIONAL not in exported:
+        return calibrate.detector(learnt, ranked), (), 1.0
+    conditional = passes.session(folder, exported[Role.CONDITIONAL])
+    priors = data.priors
+    evidence = _evidence(conditional, data.fit)
+    weights: tuple[float, ...] = ()
+    if evidence.shape[1] > 1:
+        weights, temperature = calibrate.expert_weights(evidence, data.fit.y, priors)
+    else:
+        temperature = calibrate.temperature(evidence[:, 0], data.fit.y, priors)
+    pooled = bayes.pooled(_evidence(conditional, data.calibrate), np.array(weights or (1.0,)))
+    posterior = bayes.posterior(pooled, priors, temperature)
+    arrays = calibrate.detector(learnt, ranked, posterior, data.calibrate.y)
+    return arrays, weights, temperature
+
+
+def _decisions(
+    recipe: Recipe,
+    exported: Mapping[Role, Exported],
+    data: Dataset,
+    folder: Path,
+    arrays: Mapping[str, Array],
+    weights: tuple[float, ...],
+    temperature: float,
+) -> tuple[int, int]:
+    """How many test pictures torch and ONNX Runtime judged, and how many they judge otherwise."""
+    detector = Detector(arrays)
+    x = data.test.x[:COMPARED]
+    found = _seen(passes.session(folder, exported[Role.DENSITY]), x)
+    module = exported[Role.DENSITY].source.module
+    with torch.no_grad():
+        parts = [module(part) for part in torch.from_numpy(x).split(passes.BATCH)]
+    statistics = np.concatenate([part[2].numpy() for part in parts])
+    label = np.concatenate([part[3].numpy() for part in parts]) if len(parts[0]) > 3 else None
+    ours, torchs = (
+        detector.p_value(detector.score(s, y))
+        for s, y in ((found.statistics, found.label), (statistics, label))
+    )
+    changed = np.zeros(len(x), bool)
+    for alpha in recipe.calibration.alphas:
+        changed |= (ours <= alpha) != (torchs <= alpha)
+    if Role.CONDITIONAL in exported:
+        session = passes.session(folder, exported[Role.CONDITIONAL])
+        evidence = _evidence(session, Split(x, data.test.y[:COMPARED]))
+        module = exported[Role.CONDITIONAL].source.module
+        feeds = {"x": x}
+        if (eps := session.spec.input("eps")) is not None:
+            feeds["eps"] = np.array(noise.common(eps.array_shape(len(x))))
+        with torch.no_grad():
+            each = [
+                module(*(torch.from_numpy(feed[at : at + passes.BATCH]) for feed in feeds.values()))
+                for at in range(0, len(x), passes.BATCH)
+            ]
+        # Of several experts the second output, of a single one the first or only one.
+        own = [e[1] if weights else (e[0] if isinstance(e, tuple) else e)[:, None] for e in each]
+        ours_label, torchs_label = (
+            _taken(one, weights, data.priors, temperature)
+            for one in (evidence, torch.cat(own).numpy())
+        )
+        changed |= torchs_label != ours_label
+    if Role.DISCRIMINATE in exported:
+        changed |= _relabelled(exported[Role.DISCRIMINATE], folder, x)
+    return len(x), int(changed.sum())
+
+
+def _taken(
+    evidence: Array, weights: tuple[float, ...], priors: Doubles, temperature: float
+) -> Labels:
+    """The labels that a server would give for log p_e(x|y) (n, experts, labels), int64 (n,)."""
+    pooled = bayes.pooled(evidence, np.array(weights or (1.0,)))
+    return bayes.posterior(pooled, priors, temperature).argmax(1)
+
+
+def _relabelled(exported: Exported, folder: Path, x: Pixels) -> npt.NDArray[np.bool_]:
+    """Whether torch and ONNX Runtime take a picture for different labels, (n,)."""
+    (found,) = passes.rows(passes.session(folder, exported), {"x": x}, ["log_pyx"])
+    with torch.no_grad():
+        parts = [exported.source.module(part) for part in torch.from_numpy(x).split(passes.BATCH)]
+    changed: npt.NDArray[np.bool_] = torch.cat(parts).numpy().argmax(1) != found.argmax(1)
+    return changed
+
+
+def _seen(density: Session, x: Pixels) -> Seen:
+    """What the density graph says of pictures."""
+    if density.spec.output("label") is None:
+        (statistics,) = passes.rows(density, {"x": x}, ["statistics"])
+        return Seen(statistics, np.zeros(len(x), np.int64))
+    statistics, label = passes.rows(density, {"x": x}, ["statistics", "label"])
+    return Seen(statistics, label)
+
+
+def _corrupted(names: Sequence[str], data: Dataset) -> Pixels:
+    """Fit pictures, each corrupted in one of these ways, as many as there are of them."""
+    parts = np.array_split(data.fit.x, len(names))
+    return np.concatenate(
+        [
+            corruptions.corrupt(name, part, data.levels)
+            for name, part in zip(names, parts, strict=True)
+        ]
+    )
+
+
+def _columns(widths: Mapping[str, int]) -> dict[str, npt.NDArray[np.int64]]:
+    """Where each statistic's numbers stand."""
+    ends = np.cumsum(list(widths.values()))
+    return {
+        name: np.arange(end - width, end)
+        for (name, width), end in zip(widths.items(), ends, strict=True)
+    }
+
+
+def _evidence(conditional: Session, part: Split) -> Array:
+    """log p_e(x|y) of a part, (n, experts, labels)."""
+    feeds: dict[str, Array] = {"x": part.x}
+    if (eps := conditional.spec.input("eps")) is not None:
+        feeds["eps"] = noise.common(eps.array_shape(len(part)))
+    if conditional.spec.output("evidence") is None:
+        return passes.rows(conditional, feeds, ["log_pxy"])[0][:, None]
+    return passes.rows(conditional, feeds, ["evidence"])[0]

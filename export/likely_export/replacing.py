@@ -1,0 +1,77 @@
+"""A bundle's folder changes at once: a new one, filled beside it, takes its place when whole."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from likely.bundle import MANIFEST
+from likely.bundle.signing import SIGNATURE
+from likely.errors import BundleError
+
+
+@contextmanager
+def rewriting(bundle: Path) -> Iterator[Path]:
+    """A whole copy of a bundle, to be written to, that takes its place once all has gone well.
+
+    Raises:
+        BundleError: the bundle is signed.
+    """
+    check_unsigned(bundle)
+    with replacing(bundle) as folder:
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
+        yield folder
+
+
+def check_unsigned(bundle: Path) -> None:
+    """Returns if no signature would cease to hold with a change of the bundle.
+
+    Raises:
+        BundleError: it is signed.
+    """
+    if (bundle / SIGNATURE).exists():
+        raise BundleError(
+            f"{bundle} is signed, and {SIGNATURE} would not hold for what is written to it: "
+            "take the signature away first, and sign it again afterwards",
+            "signature",
+        )
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `out` once all has gone well.
+
+    The old one is set aside beside it until the new one stands, so that no end of this process
+    leaves neither.
+
+    Raises:
+        BundleError: `out` holds something other than a bundle.
+    """
+    if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
+        raise BundleError(f"{out} exists and is no bundle; it is not replaced")
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    staging.chmod(0o755)
+    try:
+        yield staging
+        _exchange(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Puts a folder in the place of another, if there is one; where that fails, that one stays."""
+    aside = new.with_name(f"{new.name}-old")
+    if old.exists():
+        old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        if aside.exists():
+            aside.rename(old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
