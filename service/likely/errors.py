@@ -5,7 +5,7 @@
     ├── ModelNotFound         no such model or version is served
     ├── NotAnswered           the model has no graph for this question
     ├── Overloaded            try again later; carries a delay where one is known
-    ├── Unavailable           the server cannot be reached or is going away
+    ├── Unavailable           the server cannot be reached or is going away; likewise
     ├── DeadlineExceeded      no answer in time
     ├── AccessDenied          a valid token that does not allow this
     │   └── Unauthenticated   no token, or none that is valid; carries the reason
@@ -79,7 +79,15 @@ class Overloaded(LikelyError):
 
 
 class Unavailable(LikelyError, ConnectionError):
-    """The server cannot be reached or is going away."""
+    """The server cannot be reached or is going away.
+
+    Attributes:
+        retry_after: seconds after which a retry makes sense, where the server said so.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DeadlineExceeded(LikelyError, TimeoutError):

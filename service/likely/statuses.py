@@ -56,10 +56,13 @@ _CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
 }
 _PLAIN: dict[grpc.StatusCode, type[errors.LikelyError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: errors.NotAnswered,
-    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.PERMISSION_DENIED: errors.AccessDenied,
     grpc.StatusCode.UNIMPLEMENTED: errors.MethodUnknown,
+}
+_AGAIN: dict[grpc.StatusCode, type[errors.Overloaded | errors.Unavailable]] = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
 }
 _INTERNAL = (grpc.StatusCode.INTERNAL, "INTERNAL")
 _NUMBERS = {code.value[0]: code for code in grpc.StatusCode}
@@ -149,10 +152,9 @@ def _error(
     if code is grpc.StatusCode.NOT_FOUND:
         resource = _detail(rich, details_pb2.ResourceInfo)
         return errors.ModelNotFound(resource.resource_name if resource else "", message)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+    if again := _AGAIN.get(code):
         retry = _detail(rich, details_pb2.RetryInfo)
-        delay = retry.retry_delay.ToTimedelta().total_seconds() if retry else None
-        return errors.Overloaded(message, delay)
+        return again(message, retry.retry_delay.ToTimedelta().total_seconds() if retry else None)
     if code is grpc.StatusCode.UNAUTHENTICATED:
         info = _detail(rich, details_pb2.ErrorInfo)
         return errors.Unauthenticated(message, info.reason if info else "TOKEN_INVALID")
@@ -183,9 +185,9 @@ def _details(error: Exception) -> list[Message]:
 
 
 def _delay(error: Exception) -> float | None:
-    if isinstance(error, errors.Overloaded):
-        return RETRY_SECONDS if error.retry_after is None else error.retry_after
-    return RETRY_SECONDS if isinstance(error, errors.Unavailable) else None
+    if not isinstance(error, errors.Overloaded | errors.Unavailable):
+        return None
+    return RETRY_SECONDS if error.retry_after is None else error.retry_after
 
 
 def _rich(failure: Failure) -> status_pb2.Status | None:

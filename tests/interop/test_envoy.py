@@ -76,6 +76,7 @@ def configuration(port: int, replicas: list[str]) -> dict[str, Any]:
             {
                 "timeout": "30s",
                 "interval": "0.25s",
+                "no_traffic_interval": "0.25s",  # or a cluster's second check comes after 60 s
                 "unhealthy_threshold": 1,
                 "healthy_threshold": 1,
                 "grpc_health_check": {},

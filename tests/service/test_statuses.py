@@ -33,7 +33,7 @@ TOLD = [
     errors.ModelNotFound("a@2", "no a@2"),
     errors.NotAnswered("no encode graph"),
     errors.Overloaded("queue is full", 0.25),
-    errors.Unavailable("loading"),
+    errors.Unavailable("loading", 2.5),
     errors.DeadlineExceeded("too late"),
     errors.AccessDenied("the token lacks the scope score"),
     errors.Unauthenticated("no token", "TOKEN_MISSING"),

@@ -51,8 +51,7 @@ class _Patience:
         if self._breaks >= BREAKS or not isinstance(failure, Unavailable | Overloaded):
             raise failure
         seconds = delay(self._breaks) * random.uniform(0.8, 1.2)  # noqa: S311
-        named = failure.retry_after if isinstance(failure, Overloaded) else None
-        return max(seconds, min(named or 0.0, LONGEST_DELAY))
+        return max(seconds, min(failure.retry_after or 0.0, LONGEST_DELAY))
 
 
 def _late(timeout: float) -> DeadlineExceeded:

@@ -125,15 +125,14 @@ class Ledger(Generic[A]):
 
     def _failed(self, item: _Item, error: LikelyError, now: float) -> None:
         """Keeps the error, unless the item is worth another attempt within its time."""
-        seconds = delay(item.attempts)
-        if isinstance(error, Overloaded) and error.retry_after is not None:
-            seconds = error.retry_after
-        again = isinstance(error, Overloaded | Unavailable)
-        if again and now + seconds < item.first + self._timeout:
-            self._quiet = max(self._quiet, now + seconds)
-            self._unsent.appendleft(item)
-        else:
-            item.outcome = error
+        if isinstance(error, Overloaded | Unavailable):
+            named = error.retry_after
+            again = now + (delay(item.attempts) if named is None else named)
+            if again < item.first + self._timeout:
+                self._quiet = max(self._quiet, again)
+                self._unsent.appendleft(item)
+                return
+        item.outcome = error
 
 
 def delay(attempts: int) -> float:

@@ -303,7 +303,7 @@ class Remote:
             try:
                 return ask()
             except (Overloaded, Unavailable, DeadlineExceeded) as error:
-                wished = error.retry_after if isinstance(error, Overloaded) else None
+                wished = None if isinstance(error, DeadlineExceeded) else error.retry_after
                 pause = max(pause, wished or 0.0)
                 if time.monotonic() + pause > end:
                     raise
