@@ -246,7 +246,7 @@ def features(bundle: Path, source: str | None, as_json: bool) -> None:
         report("evaluate")
         figures = worth.evaluate(bundle, data)
     if as_json:
-        click.echo(json.dumps(figures))
+        click.echo(json.dumps(figures, allow_nan=False))
         return
     _show(figures)
 
@@ -273,7 +273,7 @@ def compare(bundles: tuple[Path, ...], source: str | None, out: Path) -> None:
         data = recipe.data.load()
         found = compare.compare(bundles, data, recipe.others(data.levels))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(found.figures, indent=1) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(found.figures, indent=1, allow_nan=False) + "\n")
     family.write(out, found.figures, found.drawn, found.outside, found.levels)
     click.echo(f"{out} and {out.with_suffix('.json')}")
 

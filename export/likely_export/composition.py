@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from likely.answers import Acceptance, Doubles, Draws, LabelRule, Labels, Pixels, Verdict
 from likely.engine import Engine
@@ -42,8 +41,8 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
     own, composed = answer.log_pxy, answer.composed
     return {
         "pictures": len(part),
-        "spearman_of_pictures": float(
-            spearmanr(own[rows, part.y], composed[rows, part.y]).statistic
+        "spearman_of_pictures": measures.rank_correlation(
+            own[rows, part.y], composed[rows, part.y]
         ),
         "spearman_of_labels": measures.mean(_row_correlations(own, composed)),
         "spearman_of_other_labels": measures.mean(
@@ -148,7 +147,7 @@ def _judged(engine: Engine, judge: Judge, drawn: list[list[Draws]]) -> dict[str,
     names = [label.name for label in engine.manifest.labels]
     return {
         "faithfulness": measures.mean(np.concatenate(shown)),
-        "faithfulness_by_label": {n: float(s.mean()) for n, s in zip(names, shown, strict=True)},
+        "faithfulness_by_label": {n: measures.share(s) for n, s in zip(names, shown, strict=True)},
         "kept": sum(map(len, shown)),
         "draws_a_picture": measures.mean(np.concatenate(draws)),
         "draws_by_label": {n: measures.mean(d) for n, d in zip(names, draws, strict=True)},
@@ -163,4 +162,4 @@ def _others(values: Doubles, y: Labels) -> Doubles:
 
 def _row_correlations(a: Doubles, b: Doubles) -> Doubles:
     """Spearman's rank correlation within each row, (n,)."""
-    return np.array([spearmanr(*pair).statistic for pair in zip(a, b, strict=True)])
+    return np.array([measures.rank_correlation(*pair) for pair in zip(a, b, strict=True)])

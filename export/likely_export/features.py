@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
@@ -25,7 +24,7 @@ from likely.bundle import Bundle
 from likely.engine import Engine
 from likely.graphs import Device
 from likely.latent import Drawing
-from likely_export import judge
+from likely_export import judge, measures
 from likely_export.attributes import measured
 from likely_export.data import Dataset
 from likely_export.judge import Judge
@@ -121,7 +120,7 @@ def traversal(
     flat = drawn.reshape(-1, *drawn.shape[3:])
     levels = engine.manifest.levels
     values = measured(attribute, flat, levels).reshape(n, steps, each).mean(2)
-    ranks = np.array([float(spearmanr(points, row).statistic) for row in values])
+    ranks = np.array([measures.rank_correlation(points, row) for row in values])
     own = judged.posterior(x).argmax(1)
     found = judged.posterior(flat).argmax(1).reshape(n, steps * each)
     return {

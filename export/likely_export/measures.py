@@ -1,4 +1,4 @@
-"""What decisions are judged by; pure numpy."""
+"""What decisions are judged by: functions of arrays, no model behind them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import betabinom
+from scipy.stats import betabinom, spearmanr
 from sklearn.metrics import roc_auc_score
 
 from likely.answers import Accepted, Doubles, Labels
@@ -25,6 +25,11 @@ def mean(values: npt.NDArray[Any]) -> dict[str, float]:
 def share(values: Accepted) -> float | None:
     """How many of these are true, as a share; None of none at all."""
     return float(np.mean(values)) if len(values) else None
+
+
+def rank_correlation(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+    """Spearman's rank correlation (n,) with (n,); 0 where one of the two is all the same."""
+    return float(spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
 def separation(inliers: Doubles, outliers: Doubles) -> dict[str, float]:

@@ -116,7 +116,7 @@ EXPORT = {
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise data judge "
         "material measures numpy"
     ),
-    "composition": "likely.answers likely.engine data judge measures numpy scipy",
+    "composition": "likely.answers likely.engine data judge measures numpy",
     "attribution": "likely.answers likely.graphs likely.noise generated numpy",
     "evaluate": (
         "likely.answers likely.bundle likely.engine likely.graphs attribution baselines "
@@ -124,7 +124,7 @@ EXPORT = {
     ),
     "features": (
         "likely.answers likely.bundle likely.engine likely.graphs likely.latent attributes data "
-        "judge measures numpy scipy sklearn"
+        "judge measures numpy sklearn"
     ),
     "compare": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.errors likely.graphs "

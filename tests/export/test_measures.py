@@ -20,6 +20,14 @@ def test_separation_of_what_is_apart_and_what_is_not() -> None:
     assert measures.separation(inliers, inliers - 1000) == {"auroc": 0.0, "fpr95": 1.0}
 
 
+def test_rank_correlation_of_what_is_all_the_same_is_none() -> None:
+    rising = np.arange(5.0)
+    assert measures.rank_correlation(rising, rising**3) == pytest.approx(1)
+    assert measures.rank_correlation(rising, -rising) == pytest.approx(-1)
+    assert measures.rank_correlation(rising, np.full(5, 2.0)) == 0
+    assert measures.rank_correlation(np.zeros(1), np.ones(1)) == 0
+
+
 @pytest.mark.parametrize("alpha", [0.01, 0.05, 0.1])
 def test_rates_of_valid_p_values_lie_in_their_band(alpha: float) -> None:
     rng = np.random.default_rng(0)
