@@ -28,13 +28,13 @@ from pydantic import (
 from likely.answers import Pixels
 from likely.bundle import Name, Role
 from likely.errors import InvalidInput
-from likely_export import data
+from likely_export import data, sources
 from likely_export.attributes import ATTRIBUTES
 from likely_export.calibrate import FOLDS, PartConfig
 from likely_export.corruptions import CHOOSING
-from likely_export.data import Source
 from likely_export.families import GIVEN_BY_DATA, family
 from likely_export.optimisers import Precision, Training
+from likely_export.sources import Source
 from likely_export.statistics import STATISTICS
 
 
@@ -302,9 +302,9 @@ class Recipe(_Table):
         found: dict[str, Pixels] = {}
         if not (there or without):
             return found
-        own = data.read(self.data.source)
+        own = sources.read(self.data.source)
         for name, path in there.items():
-            raw = data.read(path)
+            raw = sources.read(path)
             if raw.x.shape[1:] != own.x.shape[1:]:
                 raise InvalidInput(
                     f"evaluation.others.{name}",
@@ -313,9 +313,9 @@ class Recipe(_Table):
                 )
             found[name] = self._taught(raw.x if raw.test is None else raw.test[0], raw, levels)
         if without:
-            raw = data.named(own, self.data.labels)
+            raw = sources.named(own, self.data.labels)
             name = f"held_out_{'_'.join(without)}"
-            found[name] = self._taught(data.held_out(raw, without), raw, levels)
+            found[name] = self._taught(sources.held_out(raw, without), raw, levels)
         return found
 
     def _taught(self, x: Pixels, raw: Source, levels: int) -> Pixels:

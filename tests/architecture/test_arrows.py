@@ -63,7 +63,8 @@ SERVICE = {
     "__main__": "cli",
 }
 EXPORT = {
-    "data": "likely.answers likely.errors numpy PIL sklearn",
+    "sources": "likely.answers likely.errors numpy PIL sklearn",
+    "data": "likely.answers likely.errors sources numpy",
     "heads": "torch",
     "corruptions": "likely.answers numpy scipy",
     "material": "likely.answers",
@@ -94,7 +95,7 @@ EXPORT = {
     "directions": "likely.answers numpy",
     "recipes": (
         "likely.answers likely.bundle likely.errors attributes calibrate corruptions data families "
-        "statistics optimisers numpy pydantic tomli_w"
+        "optimisers sources statistics numpy pydantic tomli_w"
     ),
     "runs": "likely.errors families recipes train torch",
     "progress": "train rich",

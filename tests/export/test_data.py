@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from likely.errors import InvalidInput
-from likely_export import data
+from likely_export import data, sources
 from likely_export.data import PARTS, Sizes, Split
 
 SIZES = Sizes(fit=4, calibrate=5, validate=3, test=6)
@@ -35,7 +35,7 @@ def rows(split: Split) -> set[bytes]:
 
 
 def test_the_digits_are_divided_into_five_disjoint_parts() -> None:
-    whole = data.read("digits")
+    whole = sources.read("digits")
     found = data.load("digits", Sizes(160, 260, 120, 300))
     sizes = [len(getattr(found, part)) for part in PARTS]
     assert sizes == [957, 160, 260, 120, 300] and sum(sizes) == len(whole.x)
@@ -108,7 +108,7 @@ def test_npz_files_with_a_test_part_keep_it_whole_and_in_order(tmp_path: Path) -
 def test_colour_comes_channels_first(tmp_path: Path) -> None:
     x = pictures(20, (6, 5, 3))
     np.savez(tmp_path / "set.npz", x=x, y=np.zeros(20, int))
-    assert np.array_equal(data.read(tmp_path / "set.npz").x, x.transpose(0, 3, 1, 2))
+    assert np.array_equal(sources.read(tmp_path / "set.npz").x, x.transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -121,8 +121,8 @@ def test_idx_files_are_read_plain_and_gzipped(tmp_path: Path, packed: bool) -> N
         (tmp_path / name.replace("train", "t10k")).write_bytes(
             gzip.compress(content) if packed else content
         )
-    folder = data.read(tmp_path)
-    single = data.read(next(tmp_path.glob("train-images*")))
+    folder = sources.read(tmp_path)
+    single = sources.read(next(tmp_path.glob("train-images*")))
     assert folder.test is not None and single.test is None
     for found in (folder, single):
         assert np.array_equal(found.x[:, 0], x) and np.array_equal(found.y, y)
@@ -134,7 +134,7 @@ def test_image_folders_hold_a_subfolder_a_label(tmp_path: Path) -> None:
         folder = tmp_path / ("ape", "bee")[i % 2]
         folder.mkdir(exist_ok=True)
         Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{i}.png")
-    found = data.read(tmp_path)
+    found = sources.read(tmp_path)
     assert found.labels == ("ape", "bee") and np.array_equal(found.y, [0, 0, 0, 1, 1, 1])
     assert np.array_equal(found.x, x[[0, 2, 4, 1, 3, 5]])
 
@@ -247,7 +247,7 @@ def no_picture(folder: Path) -> Path:
 )
 def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, make, says: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InvalidInput, match=says) as caught:
-        data.read(make(tmp_path))
+        sources.read(make(tmp_path))
     assert caught.value.field.startswith(str(tmp_path))
 
 

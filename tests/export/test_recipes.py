@@ -10,7 +10,7 @@ import pytest
 
 from likely.bundle import Role
 from likely.errors import InvalidInput
-from likely_export import data, families, recipes
+from likely_export import data, families, recipes, sources
 from likely_export.statistics import STATISTICS
 
 TINY = """
@@ -46,7 +46,7 @@ def test_the_page_on_recipes_shows_a_recipe_and_data_that_are_read(tmp_path: Pat
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     recipe = recipes.parse(text, tmp_path)
-    source = data.read(recipe.data.source)
+    source = sources.read(recipe.data.source)
     assert (source.x.shape, source.levels, len(source.labels)) == ((50, 1, 28, 28), 256, 10)
     for role in recipe.roles:
         assert f"`{role}`" in page

@@ -1,0 +1,254 @@
+"""Labelled pictures as files hold them: scikit-learn's digits, `.npz`, idx, folders of pictures."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from likely.answers import Labels, Pixels
+from likely.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Pictures and labels as a source holds them, before they are divided.
+
+    Attributes:
+        name: what the source calls itself.
+        x: uint8 (n, c, h, w).
+        y: int64 (n,).
+        levels: every pixel is in [0, levels).
+        labels: the labels' names.
+        test: x and y of a test part, where the source brings one.
+    """
+
+    name: str
+    x: Pixels
+    y: Labels
+    levels: int
+    labels: tuple[str, ...]
+    test: tuple[Pixels, Labels] | None = None
+
+
+def read(source: str | Path) -> Source:
+    """Everything that a source holds.
+
+    Raises:
+        InvalidInput: it cannot be read; the field names the file.
+    """
+    if str(source) == "digits":
+        return _digits()
+    path = Path(source)
+    if path.is_dir():
+        return _idx_folder(path) if any(path.glob("*images*idx3*")) else _image_folder(path)
+    if not path.is_file():
+        raise InvalidInput(
+            str(source), "neither `digits` nor a file or folder that exists; --data names another"
+        )
+    if path.suffix == ".npz":
+        return _npz(path)
+    if "idx" in path.name:
+        return _idx(path)
+    raise InvalidInput(str(source), "not an .npz file, an idx file or a folder")
+
+
+def named(raw: Source, labels: tuple[str, ...]) -> Source:
+    """The source with these names for its labels, or its own where there are none.
+
+    Raises:
+        InvalidInput: there are more or fewer labels than names.
+    """
+    if not labels:
+        return raw
+    if len(labels) != len(raw.labels):
+        raise InvalidInput("labels", f"{len(labels)} names for the {len(raw.labels)} of {raw.name}")
+    return Source(raw.name, raw.x, raw.y, raw.levels, labels, raw.test)
+
+
+def held_out(raw: Source, without: tuple[str, ...]) -> Pixels:
+    """The pictures of these labels, uint8 (n, c, h, w); of the test part where there is one."""
+    x, y = (raw.x, raw.y) if raw.test is None else raw.test
+    return x[np.isin(y, [raw.labels.index(name) for name in without])]
+
+
+def kept(raw: Source, without: tuple[str, ...]) -> Source:
+    """The source without these labels; the others move up.
+
+    Raises:
+        InvalidInput: the source has no such label.
+    """
+    if not without:
+        return raw
+    if unknown := [name for name in without if name not in raw.labels]:
+        raise InvalidInput("without", f"{unknown[0]} is none of {', '.join(raw.labels)}")
+    names = tuple(name for name in raw.labels if name not in without)
+    moved = np.array([names.index(name) if name in names else -1 for name in raw.labels])
+
+    def rest(x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
+        rows = moved[y] >= 0
+        return x[rows], moved[y][rows]
+
+    test = None if raw.test is None else rest(*raw.test)
+    return Source(raw.name, *rest(raw.x, raw.y), raw.levels, names, test)
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x = bunch.images.astype(np.uint8)[:, None]
+    return Source("digits", x, bunch.target.astype(np.int64), 17, tuple("0123456789"))
+
+
+def _npz(path: Path) -> Source:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput(str(path), f"not a readable .npz file: {error}") from error
+    keys = ("x_train", "y_train") if "x_train" in arrays else ("x", "y")
+    if missing := [key for key in keys if key not in arrays]:
+        raise InvalidInput(
+            str(path),
+            f"has no array {missing[0]}: expected x_train, y_train, x_test, y_test or x, y",
+        )
+    x, y = _checked(path, *(arrays[key] for key in keys))
+    test = None
+    if "x_test" in arrays and "y_test" in arrays:
+        test = _checked(path, arrays["x_test"], arrays["y_test"])
+    names = arrays.get("class_names")
+    return _source(path, x, y, test, None if names is None else tuple(map(str, names)))
+
+
+def _idx(path: Path, test: Path | None = None) -> Source:
+    x, y = _idx_pair(path)
+    return _source(path, x, y, None if test is None else _idx_pair(test))
+
+
+def _idx_folder(folder: Path) -> Source:
+    """The folder's training and test files, by the names that MNIST gave them."""
+    files = sorted(folder.glob("*images*idx3*"))
+    tests = [file for file in files if "t10k" in file.name or "test" in file.name]
+    trains = [file for file in files if file not in tests]
+    if len(trains) != 1 or len(tests) > 1:
+        raise InvalidInput(
+            str(folder), f"has {len(trains)} training and {len(tests)} test idx files of images"
+        )
+    return _idx(trains[0], *tests)
+
+
+def _idx_pair(images: Path) -> tuple[Pixels, Labels]:
+    labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+    if labels == images or not labels.is_file():
+        raise InvalidInput(str(images), f"its labels are expected in {labels.name} beside it")
+    return _checked(images, read_idx(images), read_idx(labels))
+
+
+def read_idx(path: Path) -> npt.NDArray[np.uint8]:
+    """The uint8 array of an idx file, plain or gzipped (LeCun et al., 1998).
+
+    Raises:
+        InvalidInput: it is no idx file of bytes, or truncated.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise InvalidInput(str(path), f"cannot be read: {error}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise InvalidInput(str(path), "is not an idx file of unsigned bytes")
+    axes = content[3]
+    start = 4 + 4 * axes
+    if len(content) < start:
+        raise InvalidInput(str(path), f"ends within its header of {axes} axes")
+    shape = struct.unpack(f">{axes}I", content[4:start])
+    if len(content) - start != math.prod(shape):
+        raise InvalidInput(str(path), f"has {len(content) - start} bytes for the shape {shape}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _image_folder(folder: Path) -> Source:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not names:
+        raise InvalidInput(str(folder), "has neither idx files nor one subfolder a label")
+    pictures: list[Pixels] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        for file in sorted((folder / name).iterdir()):
+            picture = _picture(file)
+            if pictures and picture.shape != pictures[0].shape:
+                raise InvalidInput(
+                    str(file),
+                    f"is {_size(picture)} where the pictures before it are {_size(pictures[0])}",
+                )
+            pictures.append(picture)
+            labels.append(label)
+    if not pictures:
+        raise InvalidInput(str(folder), "has no pictures in its subfolders")
+    return _source(folder, np.stack(pictures), np.array(labels, np.int64), None, tuple(names))
+
+
+def _picture(file: Path) -> Pixels:
+    """One picture, uint8 (c, h, w): grey or colour, with nothing converted silently."""
+    try:
+        with Image.open(file) as image:
+            if image.mode not in ("L", "RGB"):
+                raise InvalidInput(
+                    str(file), f"has mode {image.mode}; only L (grey) and RGB are read"
+                )
+            pixels = np.asarray(image)
+    except (OSError, UnidentifiedImageError) as error:
+        raise InvalidInput(str(file), f"is not a readable picture: {error}") from error
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _size(picture: Pixels) -> str:
+    c, h, w = picture.shape
+    return f"{h}x{w} with {c} channel{'s' if c > 1 else ''}"
+
+
+def _checked(path: Path, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[Pixels, Labels]:
+    """Pictures as uint8 (n, c, h, w) and labels as int64 (n,)."""
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise InvalidInput(
+            str(path), f"pictures are {x.dtype} {x.shape}; expected uint8 (n, h, w) or (n, c, h, w)"
+        )
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+        raise InvalidInput(
+            str(path), f"labels are {y.dtype} {y.shape}; expected integers ({len(x)},)"
+        )
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.shape[1] > 4 and x.shape[3] <= 4:
+        x = x.transpose(0, 3, 1, 2)
+    if not x.size or y.min() < 0:
+        raise InvalidInput(str(path), "holds no pictures" if not x.size else "a label is negative")
+    return np.ascontiguousarray(x), y.astype(np.int64)
+
+
+def _source(
+    path: Path,
+    x: Pixels,
+    y: Labels,
+    test: tuple[Pixels, Labels] | None,
+    names: tuple[str, ...] | None = None,
+) -> Source:
+    count = 1 + int(max(y.max(), -1 if test is None else test[1].max()))
+    names = names or tuple(map(str, range(count)))
+    if len(names) < count:
+        raise InvalidInput(str(path), f"{len(names)} class names for labels up to {count - 1}")
+    if test is not None and test[0].shape[1:] != x.shape[1:]:
+        raise InvalidInput(
+            str(path), f"test pictures are {test[0].shape[1:]}, training's {x.shape[1:]}"
+        )
+    return Source(path.name.split(".")[0], x, y, 256, names, test)
