@@ -32,6 +32,11 @@ from __future__ import annotations
 class LikelyError(Exception):
     """The root: everything that likely raises on purpose."""
 
+    @property
+    def told(self) -> str:
+        """What callers of a server read of it."""
+        return str(self)
+
 
 class InvalidInput(LikelyError, ValueError):
     """A value outside what is allowed.
@@ -130,16 +135,25 @@ class BundleError(LikelyError):
     """A bundle is incomplete, altered or foreign, and is refused.
 
     Attributes:
+        message: what is wrong, in likely's own words.
         reason: the kind of fault in one word, as metrics count it.
+        beneath: what a library said of it, for the log and the shell.
     """
 
-    def __init__(self, message: str, reason: str = "refused") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, reason: str = "refused", beneath: str = "") -> None:
+        super().__init__(f"{message}: {beneath}" if beneath else message)
+        self.message = message
         self.reason = reason
+        self.beneath = beneath
 
-    def __reduce__(self) -> tuple[type[BundleError], tuple[str, str]]:
-        """Rebuilt from both arguments where it crosses a process."""
-        return type(self), (str(self), self.reason)
+    @property
+    def told(self) -> str:
+        """The message alone: what a library said stays in the log."""
+        return self.message
+
+    def __reduce__(self) -> tuple[type[BundleError], tuple[str, str, str]]:
+        """Rebuilt from all arguments where it crosses a process."""
+        return type(self), (self.message, self.reason, self.beneath)
 
 
 class Refused(LikelyError):

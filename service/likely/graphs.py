@@ -256,8 +256,9 @@ def _open(path: Path, device: Device, threads: int) -> Any:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime raises its own types, one for each status
         raise BundleError(
-            f"{path} is not a graph that ONNX Runtime {ort.__version__} opens: {error}",
+            f"{path} is not a graph that ONNX Runtime {ort.__version__} opens",
             "graph",
+            str(error),
         ) from error
     if device.kind == "cuda" and session.get_providers()[0] != CUDA:
         raise DeviceError(

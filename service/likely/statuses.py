@@ -23,7 +23,7 @@ old to know the method, whereas here another model on the same server may answer
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -91,7 +91,7 @@ class Failure(Protocol):
         """Pairs of key and value."""
 
 
-def is_told(error: Exception) -> bool:
+def is_told(error: Exception) -> TypeGuard[errors.LikelyError]:
     """Whether callers may read the error's text; any other stays in the log."""
     return type(error) in _CODES
 
@@ -130,7 +130,7 @@ def _status(error: Exception, request_id: str) -> status_pb2.Status:
     code, reason = _CODES.get(type(error), _INTERNAL)
     if isinstance(error, errors.Unauthenticated):
         reason = error.reason
-    message = str(error) if is_told(error) else f"internal error, request {request_id}"
+    message = error.told if is_told(error) else f"internal error, request {request_id}"
     rich = status_pb2.Status(code=code.value[0], message=message)
     told = [
         details_pb2.ErrorInfo(reason=reason, domain=DOMAIN),

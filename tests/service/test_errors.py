@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from likely import statuses
-from likely.errors import Unauthenticated
+from likely.errors import BundleError, Unauthenticated, Unavailable
 from likely.serving import access
 
 ROW = re.compile(r"^\| `([A-Z_]+)` \| `([A-Z_]+)` \| \S.* \|.*\|$", re.MULTILINE)
@@ -32,6 +32,12 @@ def test_errors_survive_a_process_border() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert isinstance(again, Unauthenticated)
     assert (str(again), again.reason) == ("no token", "TOKEN_MISSING")
+    refused = BundleError("a.onnx does not open", "graph", "truncated")
+    again = pickle.loads(pickle.dumps(refused))
+    assert isinstance(again, BundleError)
+    assert (str(again), again.told) == (str(refused), "a.onnx does not open")
+    busy = pickle.loads(pickle.dumps(Unavailable("draining", 2.5)))
+    assert isinstance(busy, Unavailable) and busy.retry_after == 2.5
 
 
 def test_the_table_of_scopes_is_the_codes() -> None:

@@ -227,7 +227,10 @@ def test_the_watch_outlives_a_bundle_that_makes_a_library_raise(
         shutil.copytree(toys["2"].path, tmp_path / ".sound")
         (tmp_path / ".sound").rename(tmp_path / "a sound one")
         eventually(lambda: admin.live.server.registry.default("toy") == "2")
-        assert admin.versions()[""].reason == "graph"
+        refused = admin.versions()[""]
+        assert refused.reason == "graph"
+        assert refused.message == f"{tmp_path / 'odd'} cannot be tried"  # the rest is in the log
+        assert "what no error of ours foresees" in admin.live.log.getvalue()
 
 
 def test_what_cannot_be_read_now_has_not_gone(

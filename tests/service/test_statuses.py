@@ -81,6 +81,14 @@ def test_a_fault_tells_the_request_id_alone(error: Exception) -> None:
     assert isinstance(statuses.error(Failed(code, message, metadata)), errors.ServerFault)
 
 
+def test_what_a_library_says_of_a_bundle_stays_in_the_log() -> None:
+    error = errors.BundleError("a.onnx does not open", "graph", "[ONNXRuntimeError] : secret")
+    code, message, metadata = statuses.status(error, "id-1")
+    assert (code, message) == (grpc.StatusCode.FAILED_PRECONDITION, "a.onnx does not open")
+    assert b"secret" not in dict(metadata)[statuses.DETAILS_KEY]
+    assert str(error) == "a.onnx does not open: [ONNXRuntimeError] : secret"
+
+
 def test_a_stream_that_a_proxy_cut_off_may_be_asked_for_again() -> None:
     cut = "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
     found = statuses.error(Failed(grpc.StatusCode.INTERNAL, cut, ()))

@@ -57,8 +57,8 @@ def read(path: Path) -> dict[str, npt.NDArray[Any]]:
                 entry.filename.removesuffix(_ENDING): _array(archive, entry) for entry in entries
             }
     except _BROKEN as error:
-        told = f"{type(error).__name__}: {error}"[:200]
-        raise BundleError(f"{path} is no archive of arrays: {told}", "arrays") from error
+        said = f"{type(error).__name__}: {error}"[:200]
+        raise BundleError(f"{path} is no archive of arrays", "arrays", said) from error
 
 
 def _check(entries: list[zipfile.ZipInfo]) -> None:

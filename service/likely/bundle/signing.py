@@ -76,7 +76,7 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
         raise BundleError(f"{folder} has no {SIGNATURE}, and a signature is asked", "signature")
     if path.stat().st_size > LARGEST_SIGNATURE:
         raise BundleError(f"{path} has more than {LARGEST_SIGNATURE} bytes", "signature")
-    told = []
+    said = []
     for key in trusted:
         config = library.verifying.Config().set_hashing_config(_hashing(library))
         try:
@@ -91,10 +91,10 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
             with contextlib.redirect_stdout(io.StringIO()):  # the library prints its warnings
                 config.verify(folder, path)
         except Exception as error:  # whatever goes wrong, it is no valid signature
-            told.append(f"{key}: {' '.join(str(error).split())[:300] or type(error).__name__}")
+            said.append(f"{key}: {' '.join(str(error).split())[:300] or type(error).__name__}")
         else:
             return
-    raise BundleError(f"{folder} is not signed by a trusted key ({'; '.join(told)})", "signature")
+    raise BundleError(f"{folder} is not signed by a trusted key", "signature", "; ".join(said))
 
 
 def _library() -> Any:

@@ -55,7 +55,7 @@ class Version:
         labels: those that name it.
         is_default: whether it answers requests that name no version.
         reason: why its bundle was refused, in one word.
-        message: the same in one sentence.
+        message: the same in one sentence; what a library said of it is in the log.
     """
 
     state: State
@@ -348,12 +348,13 @@ class Lifecycle:
                 reason = "refused"
             case _:
                 reason, error = "unreadable", BundleError(f"{folder} cannot be read", "unreadable")
+        told = error.told if isinstance(error, LikelyError) else "no memory to load it"
         self._metrics.load_failed(reason)
         self._log.error("refused", folder=str(folder), reason=reason, message=str(error))
         self._failed.pop(folder, None)
-        self._failed[folder] = Version(
-            State.FAILED, folder, reason=reason, message=str(error)
-        )  # the newest last
+        self._failed[folder] = Version(  # the newest last
+            State.FAILED, folder, reason=reason, message=told
+        )
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
         self._metrics.refused(len(self._failed))

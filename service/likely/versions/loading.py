@@ -85,8 +85,8 @@ def _refusing(folder: Path) -> Iterator[None]:
     except (LikelyError, OSError, MemoryError):
         raise
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        raise BundleError(f"{folder} cannot be tried: {told[:500]}", "graph") from error
+        said = f"{type(error).__name__}: {error}"[:500]
+        raise BundleError(f"{folder} cannot be tried", "graph", said) from error
 
 
 def shipped() -> Sequence[Path]:
