@@ -234,6 +234,15 @@ def test_a_token_ends_and_clocks_may_differ(tmp_path: Path) -> None:
     assert issuing(path, leeway=60).admit(SCORING, late)
 
 
+@pytest.mark.parametrize(("exp", "reason"), [(str(1 << 40), ""), (float("inf"), "TOKEN_INVALID")])
+def test_a_token_ends_at_a_whole_number_of_seconds(tmp_path: Path, exp: Any, reason: str) -> None:
+    known = issuing(jwks(tmp_path / "jwks.json", "ES256"))
+    claims = {"iss": "https://issuer", "aud": "likely", "sub": "robot", "scope": "score"}
+    body = json.dumps({**claims, "exp": exp}).encode()
+    token = bearer(jwt.api_jws.encode(body, KEYS["ES256"], "ES256"))
+    assert refused(known, token) == reason if reason else known.admit(SCORING, token)
+
+
 def test_a_remembered_token_ends_as_well(tmp_path: Path) -> None:
     known = issuing(jwks(tmp_path / "jwks.json", "ES256"))
     token = bearer(signed(exp=int(time.time()) + 4))

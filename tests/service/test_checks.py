@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from likely import codec
 from likely.answers import Limits
 from likely.bundle import Bundle, Manifest
 from likely.errors import InvalidInput
@@ -207,3 +209,10 @@ def test_allowed_pictures_come_through(manifest: Manifest) -> None:
     x = np.arange(18, dtype=np.uint8).reshape(2, 1, 3, 3) % 4
     request = ScoreRequest(images=Images(data=x.tobytes(), shape=x.shape))
     assert np.array_equal(checks.pixels(request, manifest, LIMITS), x)
+
+
+def test_more_pictures_than_may_be_drawn_are_named() -> None:
+    request = CompleteRequest(images=codec.images(np.zeros((3, 1, 3, 3), np.uint8)))
+    with pytest.raises(InvalidInput, match="3 pictures") as caught:
+        checks.completions(request, replace(LIMITS, images_per_generation=2))
+    assert caught.value.field == "images.shape[0]"

@@ -363,6 +363,8 @@ def test_a_server_that_will_end_or_whose_models_are_ill_is_not_ready(
         with monkeypatch.context() as patch:
             patch.setattr(Engine, "healthy", False)
             assert ready() == (False, False)
+            listed = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
+            assert {(m.state, m.reason) for m in listed} == {("UNAVAILABLE", "unhealthy")}
         stopping = asyncio.run_coroutine_threadsafe(live.server.stop(delay=30), live.loop)
         while ready() != (False, False):
             time.sleep(0.01)

@@ -6,8 +6,10 @@ import asyncio
 import json
 import math
 import random
+import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from likely import codec, statuses
-from likely.errors import BundleError, SettingsError
+from likely.engine import Engine
+from likely.errors import BundleError, Overloaded, SettingsError
 from likely.serving import tallies
 from likely.v1.generation_pb2 import GenerateRequest
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
@@ -423,6 +426,53 @@ def test_running_requests_end_and_watchers_do_not_hold_the_server(
         live.loop.call_soon_threadsafe(release.set)
         assert len(running_call.result().scores) == 1
         stopping.result(10)
+
+
+def test_who_watches_health_again_and_again_does_not_hold_the_server(running: Running) -> None:
+    with running(drain_seconds=300) as live, grpc.insecure_channel(live.address) as channel:
+        stubs = Stubs(channel)
+        watched, over = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            while not over.is_set():
+                with suppress(grpc.RpcError):
+                    for _ in stubs.health.Watch(health_pb2.HealthCheckRequest()):
+                        watched.set()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            assert watched.wait(30)
+            live.run(live.server.stop())  # raises after a minute
+        finally:
+            over.set()
+            watcher.join()
+
+
+def test_drawing_that_is_refused_for_now_costs_no_quota(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"client_images_per_second": 1e-3, "client_images_at_once": 5}
+    with (
+        running(**limits) as live,
+        grpc.insecure_channel(live.address, (("grpc.enable_retries", 0),)) as channel,
+    ):
+        stubs = Stubs(channel)
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "generate", refusing)
+            for _ in range(3):
+                error = failure(lambda: stubs.ask(drawing(count=5)))
+                assert (error.code(), error.details()) == (
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    "the queue is full",
+                )
+        assert stubs.ask(drawing(count=5))
+        assert "quota" in failure(lambda: stubs.ask(drawing())).details()
+
+
+async def refusing(*_: Any, **__: Any) -> AsyncIterator[Any]:
+    raise Overloaded("the queue is full")
+    yield
 
 
 def scrape(live: Live) -> dict[str, float]:

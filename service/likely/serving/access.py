@@ -189,13 +189,14 @@ class Issuer:
                     "enforce_minimum_key_length": True,
                 },
             )
+            until = int(claims["exp"]) + self._leeway
         except jwt.ExpiredSignatureError:
             raise Unauthenticated("the token has expired", "TOKEN_EXPIRED") from None
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             self._log.info("token refused", reason=f"{type(error).__name__}: {error}"[:200])
             raise _invalid() from None
         name = _UNSAFE.sub("_", claims["sub"])[:64]
-        return Holder(name, _scopes(claims)), claims["exp"] + self._leeway
+        return Holder(name, _scopes(claims)), until
 
 
 class Gate:

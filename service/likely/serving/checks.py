@@ -267,6 +267,11 @@ def completions(request: generation_pb2.CompleteRequest, limits: Limits) -> tupl
     Pictures times completions times proposals are held to the limit of one request.
     """
     n = max(1, codec.shape(request.images)[0])
+    if n > limits.images_per_generation:
+        raise InvalidInput(
+            "images.shape[0]",
+            f"{n} pictures; one request draws at most {limits.images_per_generation}",
+        )
     count = request.completions if request.HasField("completions") else 1
     _within("completions", count, limits.images_per_generation // n)
     given = request.proposals if request.HasField("proposals") else 1

@@ -165,7 +165,8 @@ class Guard:
             for streams in (handler.request_streaming, handler.response_streaming)
         )
         inner: Any = getattr(handler, name)
-        watched = partial(self._watched, service, method, service.startswith(_OURS))
+        lasts = handler.response_streaming
+        watched = partial(self._watched, service, method, service.startswith(_OURS), lasts)
         receive = self._each if handler.request_streaming else self._received
         read = handler.request_deserializer
 
@@ -200,6 +201,7 @@ class Guard:
         service: str,
         method: str,
         is_ours: bool,
+        lasts: bool,
         context: Context,
         work: Callable[[Call], Awaitable[Any]],
     ) -> Any:
@@ -219,11 +221,11 @@ class Guard:
             holder = self._gate.admit(service, metadata)
             call.holder = holder.name if holder else ""
             callers.announce(_caller(call, context, metadata, holder.scopes if holder else None))
-            if not call.is_ours:
-                return await self._endable(call, work)
-            if self.door.closed:
+            if self.door.closed and (lasts or call.is_ours):  # who asks for health once is told it
                 call.accepted = False
                 await self.door.refused()
+            if not call.is_ours:
+                return await self._endable(call, work)
             with self.door.inside():
                 return await work(call)
         except grpc.aio.AbortError:

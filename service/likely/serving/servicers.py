@@ -207,8 +207,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
                 acceptance=acceptance,
             )
             attempts = _attempts(len(engine.manifest.labels), check, acceptance)
-            self._quota.take(callers.current().client, math.ceil(count * attempts))
-            async with aclosing(drawn) as chunks:
+            async with aclosing(self._charged(drawn, math.ceil(count * attempts))) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
@@ -240,10 +239,23 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
                 proposals=proposals,
                 chunk=checks.chunk(engine.manifest, self._limits),
             )
-            self._quota.take(callers.current().client, len(x) * completions * proposals)
-            async with aclosing(drawn) as chunks:
+            rows = len(x) * completions * proposals
+            async with aclosing(self._charged(drawn, rows)) as chunks:
                 async for chunk in chunks:
                     yield chunk
+
+    async def _charged(
+        self, drawn: AsyncGenerator[Draws, None], rows: int
+    ) -> AsyncGenerator[Draws, None]:
+        """The chunks, which count against the quota unless already the first is refused for now."""
+        async with aclosing(drawn) as chunks:
+            with self._quota.charged(callers.current().client, rows):
+                first = await anext(chunks, None)
+            if first is None:
+                return  # of no pictures
+            yield first
+            async for chunk in chunks:
+                yield chunk
 
 
 class Latent(latent_pb2_grpc.LatentServiceServicer):

@@ -193,7 +193,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
             engine, _ = self._found(request.name, request.version)
             keys = [(request.name, engine.manifest.version)]
         else:
-            keys = list(self._listed())
+            keys = [key for key, _ in self._listed()]
         return inference_pb2.ModelStatisticsResponse(
             model_stats=[self._statistics[key].message(*key) for key in keys]
         )
@@ -203,9 +203,12 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> inference_pb2.RepositoryIndexResponse:
         """Every model and version."""
         kind = inference_pb2.RepositoryIndexResponse.ModelIndex
+        states = {True: ("READY", ""), False: ("UNAVAILABLE", "unhealthy")}
         return inference_pb2.RepositoryIndexResponse(
             models=[
-                kind(name=name, version=version, state="READY") for name, version in self._listed()
+                kind(name=name, version=version, state=state, reason=reason)
+                for (name, version), engine in self._listed()
+                for state, reason in [states[engine.healthy]]
             ]
         )
 
@@ -266,11 +269,12 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
             )
         return found
 
-    def _listed(self) -> Iterator[Key]:
-        """Every model and version."""
+    def _listed(self) -> Iterator[tuple[Key, Engine]]:
+        """Every model and version, and what answers for it."""
         for engine in self._registry.engines():
             for operation in operations.offered(engine):
-                yield operations.full(engine.manifest.name, operation), engine.manifest.version
+                name = operations.full(engine.manifest.name, operation)
+                yield (name, engine.manifest.version), engine
 
 
 def _allow(operation: Operation) -> None:
