@@ -109,14 +109,17 @@ def test_callers_ask_again_as_soon_as_they_are_answered(
 def test_a_rate_is_kept_and_what_fails_is_counted(
     echoing: processes.Running, question: Path
 ) -> None:
+    plan = Plan(echoing.address, echo.UNARY, question, rate=50, seconds=2.0, deadline=5.0)
     with processes.loading() as load:
-        paced = load(
-            Plan(echoing.address, echo.UNARY, question, rate=50, seconds=2.0, deadline=5.0)
-        )
+
+        def asked() -> float:
+            paced = load(plan)
+            return float(sum(paced["codes"].values()) / paced["seconds"])
+
+        # Five standard deviations; a machine that stood still at the end may try again.
+        assert any(20 < asked() < 80 for _ in range(3))
         nowhere = load(Plan(echoing.address, "/bench.Echo/No", question, seconds=0.1))
 
-    asked = sum(paced["codes"].values()) / paced["seconds"]
-    assert 20 < asked < 80  # five standard deviations, and some for a machine with other work
     assert set(nowhere["codes"]) == {"UNIMPLEMENTED"}
 
 

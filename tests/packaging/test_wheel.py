@@ -14,6 +14,9 @@ from likely import Client, Verdict
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+PATIENT = ["--retries", "10", "--timeout", "60"]
+
+
 @pytest.fixture(autouse=True)
 def nothing_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what is installed may be found."""
@@ -24,7 +27,7 @@ def nothing_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this tree."""
     out = tmp_path_factory.mktemp("wheel")
-    build = ["pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), "."]
+    build = ["pip", "wheel", "--quiet", *PATIENT, "--no-deps", "--wheel-dir", str(out), "."]
     subprocess.run([sys.executable, "-m", *build], check=True)
     return next(out.glob("likely-*.whl"))
 
@@ -35,7 +38,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = tmp_path_factory.mktemp("environment") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = environment / "bin" / "python"
-    install = ["pip", "install", "--quiet", "--no-compile", "-c", "constraints.txt"]
+    install = ["pip", "install", "--quiet", *PATIENT, "--no-compile", "-c", "constraints.txt"]
     subprocess.run([str(python), "-m", *install, f"{wheel}[cpu]"], check=True)
     return python
 

@@ -22,8 +22,7 @@ def test_labels_are_set_and_taken_back_as_shown(
     )
     bundles = tuple(make_toy("digits", version).path for version in ("1.0", "1.1"))
     with running(bundles=bundles, labels=("digits:stable=1.0",), admin_port=0) as live:
-        code = code.replace("127.0.0.1:50051", live.address)
-        code = code.replace("127.0.0.1:50052", f"127.0.0.1:{live.server.admin_port}")
-        assert "5005" not in code
+        told = {"50051": live.address, "50052": f"127.0.0.1:{live.server.admin_port}"}
+        code = re.sub(r"127\.0\.0\.1:(5005\d)", lambda found: told[found[1]], code)
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.stdout.splitlines() == ["canary 1.1", "stable 1.1", "stable 1.0"], ran.stderr
