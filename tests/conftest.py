@@ -498,16 +498,22 @@ def _settings_of(toy: Toy) -> Callable[..., Settings]:
 
 @pytest.fixture(scope="session")
 def running(toy: Toy) -> Running:
-    """Runs a real server on free ports: `with running(**settings) as live`."""
+    """Runs a real server on free ports: `with running(**settings) as live`.
+
+    `made` are further arguments of the server itself.
+    """
     from likely import logs
     from likely.serving.server import Server
 
     @contextmanager
-    def run(*, load: bool = True, **more: Any) -> Iterator[Live]:
+    def run(
+        *, load: bool = True, made: dict[str, Any] | None = None, **more: Any
+    ) -> Iterator[Live]:
         log = io.StringIO()
 
         async def make() -> Server:
-            return Server(_settings_of(toy)(**more), logs.logger("debug", "json", log))
+            events = logs.logger("debug", "json", log)
+            return Server(_settings_of(toy)(**more), events, **(made or {}))
 
         async def start(server: Server) -> None:
             await server.start()

@@ -234,6 +234,15 @@ def test_a_token_ends_and_clocks_may_differ(tmp_path: Path) -> None:
     assert issuing(path, leeway=60).admit(SCORING, late)
 
 
+def test_who_is_trusted_needs_no_token(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(TOKENS)
+    path.chmod(0o600)
+    known = Gate(Secrets(path, LOG), trusted=frozenset({ADMIN}))
+    assert known.admit(ADMIN, ()) is None
+    assert refused(known, []) == "TOKEN_MISSING"
+
+
 @pytest.mark.parametrize(("exp", "reason"), [(str(1 << 40), ""), (float("inf"), "TOKEN_INVALID")])
 def test_a_token_ends_at_a_whole_number_of_seconds(tmp_path: Path, exp: Any, reason: str) -> None:
     known = issuing(jwks(tmp_path / "jwks.json", "ES256"))

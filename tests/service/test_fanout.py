@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,9 +13,13 @@ import grpc
 import grpc.aio
 import pytest
 
+from likely import logs
 from likely.processes import fanout
 from likely.processes.fanout import Fanout
 from likely.v1 import admin_pb2, admin_pb2_grpc
+
+LOG = logs.logger("debug", "json", io.StringIO())
+SHOWN = (("authorization", "Bearer x"), ("x-request-id", "id-1"))
 
 
 class Worker(admin_pb2_grpc.AdminServiceServicer):
@@ -23,12 +28,14 @@ class Worker(admin_pb2_grpc.AdminServiceServicer):
     def __init__(self, refuses: bool = False) -> None:
         self.refuses = refuses
         self.made = 0
+        self.shown: set[str] = set()
         self.goes_on = asyncio.Event()
         self.goes_on.set()
 
     async def SetLabel(
         self, request: admin_pb2.SetLabelRequest, context: Any
     ) -> admin_pb2.SetLabelResponse:
+        self.shown |= {key for key, _ in context.invocation_metadata()}
         await self.goes_on.wait()
         if self.refuses:
             await context.abort(grpc.StatusCode.NOT_FOUND, "it is not here")
@@ -61,7 +68,8 @@ class Workers:
 
     async def ask(self, seconds: float = 30) -> tuple[grpc.StatusCode, str]:
         try:
-            await self._stub.SetLabel(admin_pb2.SetLabelRequest(), timeout=seconds)
+            request = admin_pb2.SetLabelRequest()
+            await self._stub.SetLabel(request, metadata=SHOWN, timeout=seconds)
         except grpc.aio.AioRpcError as error:
             return error.code(), error.details() or ""
         return grpc.StatusCode.OK, ""
@@ -76,7 +84,7 @@ async def together(folder: Path, *workers: Worker) -> AsyncIterator[Workers]:
         server.add_insecure_port(f"unix:{socket}")
     settled: list[Collection[int]] = []
     strayed: list[int] = []
-    servicer = Fanout(lambda: sockets, lambda _, asked: settled.append(asked), strayed.append)
+    servicer = Fanout(lambda: sockets, lambda _, asked: settled.append(asked), strayed.append, LOG)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, servers[-1])
     port = servers[-1].add_insecure_port("127.0.0.1:0")
     for server in servers:
@@ -95,6 +103,8 @@ def test_a_change_is_made_by_all(tmp_path: Path) -> None:
             assert await workers.ask() == (grpc.StatusCode.OK, "")
             assert workers.made == [1, 1, 1]
             assert (workers.settled, workers.strayed) == ([{0, 1, 2}], [])
+            for worker in workers.workers:  # a token may end before the last one is asked
+                assert worker.shown & {key for key, _ in SHOWN} == {"x-request-id"}
 
     asyncio.run(work())
 
@@ -143,7 +153,7 @@ def test_a_change_goes_on_without_its_caller(slow: int, tmp_path: Path) -> None:
     async def work() -> None:
         async with together(tmp_path, Worker(), Worker()) as workers:
             workers.workers[slow].goes_on.clear()
-            code, _ = await workers.ask(seconds=0.3)
+            code, _ = await workers.ask(seconds=3)
             assert code is grpc.StatusCode.DEADLINE_EXCEEDED
             workers.workers[slow].goes_on.set()
             async with asyncio.timeout(30):

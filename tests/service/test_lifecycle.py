@@ -255,6 +255,76 @@ def test_what_cannot_be_read_now_has_not_gone(
     assert set(scan(tmp_path)) == {tmp_path / "other"}
 
 
+def test_a_bundle_that_is_moved_or_copied_is_served_on(
+    running: Running, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    shutil.copytree(toys["1"].path, tmp_path / "a")
+
+    def folders() -> dict[str, str]:
+        return {version: Path(v.folder).name for version, v in admin.versions().items()}
+
+    with administered(running, bundles=(), watch=tmp_path, watch_seconds=0.05) as admin:
+        admin.label("stable", "1")  # or a version that is loaded later would answer
+        (tmp_path / "a").rename(tmp_path / "b")
+        eventually(lambda: folders() == {"1": "b"})
+        shutil.copytree(tmp_path / "b", tmp_path / ".c")
+        (tmp_path / ".c").rename(tmp_path / "c")
+        time.sleep(0.5)
+        shutil.rmtree(tmp_path / "b")
+        eventually(lambda: folders() == {"1": "c"})
+        shutil.copytree(toys["2"].path, tmp_path / ".d")
+        (tmp_path / ".d").rename(tmp_path / "d")
+        eventually(lambda: folders() == {"1": "c", "2": "d"})
+        (tmp_path / "c").rename(tmp_path / ".c")
+        shutil.copytree(tmp_path / "d", tmp_path / "c")  # what it held is nowhere any more
+        eventually(lambda: set(folders()) == {"2"})
+        assert admin.versions()["2"].labels == ["stable"]
+        assert admin.answers() == "2"
+
+
+def test_a_file_that_is_no_file_hides_nothing(toys: dict[str, Toy], tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        shutil.copytree(toys[version].path, tmp_path / "toy" / version)
+    everything = set(scan(tmp_path))
+    (tmp_path / "toy" / "1" / ".#manifest.json").symlink_to("nowhere")
+    assert set(scan(tmp_path)) == everything
+
+
+def test_what_could_not_be_read_is_tried_again(
+    running: Running, toys: dict[str, Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified, tries = Loader.verified, 0
+
+    def failing(self: Loader, folder: Path) -> Bundle:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return verified(self, folder)
+
+    monkeypatch.setattr(Loader, "verified", failing)
+    shutil.copytree(toys["1"].path, tmp_path / "a")
+    with administered(running, bundles=(), watch=tmp_path, watch_seconds=0.02) as admin:
+        eventually(lambda: set(admin.versions()) == {"1"})
+
+
+def test_what_is_asked_for_too_early_is_no_bundle_refused(
+    running: Running, toys: dict[str, Toy]
+) -> None:
+    with administered(running, load=False) as admin:
+        with pytest.raises(grpc.RpcError) as caught:
+            admin.load(toys["1"].path)
+        error: Any = caught.value
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        admin.live.run(admin.live.server.load())
+        assert "" not in admin.versions()
+
+
+def test_nothing_is_what_is_served_after_all_was_unloaded(running: Running) -> None:
+    with running(bundles=(), made={"settled": True}) as live:
+        assert live.server.registry.engines() == []
+
+
 def test_one_folder_has_one_name(
     running: Running, toys: dict[str, Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +347,7 @@ def test_a_version_is_freed_though_nobody_waits_for_it_any_more(
         admin.live.run(_entered(leased))
         request = admin_pb2.UnloadModelRequest(model_name="toy", model_version="1")
         with pytest.raises(grpc.RpcError) as caught:
-            admin._stub.UnloadModel(request, timeout=0.3)
+            admin._stub.UnloadModel(request, timeout=3)
         error: Any = caught.value
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert admin.versions()["1"].state == admin_pb2.VERSION_STATE_DRAINING

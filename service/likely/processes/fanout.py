@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
 from likely.errors import Unavailable
 from likely.v1 import admin_pb2, admin_pb2_grpc
 
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
 Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = Sequence[tuple[str, str | bytes]]
-HANDED_ON = ("authorization", "x-request-id")
+HANDED_ON = ("x-request-id",)
 LONGEST = 600.0  # seconds of a worker's change, after which others have their turn
 LATE = grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -22,7 +25,8 @@ LATE = grpc.StatusCode.DEADLINE_EXCEEDED
 class Fanout(admin_pb2_grpc.AdminServiceServicer):
     """Hands each change on to the first worker, and what that one makes to all others.
 
-    So a refused change changes nothing; a worker that cannot follow is begun anew. A change once
+    Callers are let in before it; the workers' sockets ask for no token. A refused change changes
+    nothing; a worker that cannot follow is begun anew. A change once
     begun is carried through, whether its caller waits or not.
     """
 
@@ -31,6 +35,7 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
         sockets: Callable[[], Sequence[tuple[int, Path]]],
         settled: Callable[[admin_pb2.ListVersionsResponse, Collection[int]], None],
         strayed: Callable[[int], None],
+        log: FilteringBoundLogger,
     ) -> None:
         """A servicer.
 
@@ -38,10 +43,12 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
             sockets: numbers and admin sockets of the workers that are ready.
             settled: is told after each change what is served now, and which workers were asked.
             strayed: is told of a worker that could not make a change.
+            log: where is told that nobody says what is served after a change.
         """
         self._sockets = sockets
         self._settled = settled
         self._strayed = strayed
+        self._log = log
         self._turn = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
 
@@ -136,6 +143,7 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
                 continue
             self._settled(served, asked)
             return
+        self._log.error("change not remembered")
 
     def _ended(self, change: asyncio.Task[Any]) -> None:
         self._changes.discard(change)

@@ -194,14 +194,15 @@ class Supervisor:
             worker.terminate()
         socket_path, changes = self._socket(index), self._changes
         socket_path.unlink(missing_ok=True)
-        worker.stdin.write(Order(index, str(socket_path), self._alone()).line())
+        worker.stdin.write(Order(index, str(socket_path), self._alone(), changes > 0).line())
         if await worker.stdout.readline() == READY:
+            if changes != self._changes:  # while it loaded, others were asked to change
+                self._strayed(index)
+                return worker
             self._ready.add(index)
             self._together.ready(len(self._ready))
             if len(self._ready) == self._settings.workers:
                 self._begun.set()
-            if changes != self._changes:  # while it loaded, others were asked to change
-                self._strayed(index)
         return worker
 
     def _alone(self) -> dict[str, Any]:
@@ -255,7 +256,7 @@ class Supervisor:
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         served: Any = Guarded(guard, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            Fanout(self._sockets, self._settled, self._strayed), served
+            Fanout(self._sockets, self._settled, self._strayed, self._log), served
         )
         port = ports.listen(server, settings, settings.admin_host, settings.admin_port, self._log)
         self._log.info("admin", host=settings.admin_host, port=port)

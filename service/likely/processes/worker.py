@@ -36,11 +36,13 @@ class Order:
         index: which of the workers it is.
         socket: where it takes the admin RPCs that the supervisor hands on.
         settings: what it serves with, by field.
+        settled: whether these name all bundles, be it none, as after a change.
     """
 
     index: int
     socket: str
     settings: dict[str, Any]
+    settled: bool
 
     def line(self) -> bytes:
         """The order as the worker reads it."""
@@ -67,7 +69,8 @@ def main() -> int:
 async def _work(order: Order, settings: Settings, log: Any) -> None:
     ending = signalled()
     _end_with_the_input(ending)
-    server = Server(settings, log, shared=True, admin_socket=Path(order.socket))
+    socket = Path(order.socket)
+    server = Server(settings, log, shared=True, admin_socket=socket, settled=order.settled)
 
     async def ready() -> None:
         # Only now: the kernel would hand connections to a worker that cannot answer yet.

@@ -202,9 +202,15 @@ class Issuer:
 class Gate:
     """Lets callers in by their tokens; without any kind of token everybody."""
 
-    def __init__(self, secrets: Secrets | None = None, issuer: Issuer | None = None) -> None:
+    def __init__(
+        self,
+        secrets: Secrets | None = None,
+        issuer: Issuer | None = None,
+        trusted: frozenset[str] = frozenset(),
+    ) -> None:
         self._secrets = secrets
         self._issuer = issuer
+        self._open = OPEN | trusted
 
     @property
     def is_open(self) -> bool:
@@ -222,7 +228,7 @@ class Gate:
             Unauthenticated: no token, or none that is valid.
             AccessDenied: a valid token without the scope that the service asks for.
         """
-        if self.is_open or service in OPEN:
+        if self.is_open or service in self._open:
             return None
         holder = self._caller(_bearer(metadata))
         scope = SCOPES.get(service, Scope.ADMIN)
@@ -238,8 +244,15 @@ class Gate:
         raise _invalid()
 
 
-def gate(settings: Settings, log: FilteringBoundLogger) -> Gate:
+def gate(
+    settings: Settings, log: FilteringBoundLogger, trusted: frozenset[str] = frozenset()
+) -> Gate:
     """What lets callers in.
+
+    Args:
+        settings: name the files of tokens and keys.
+        log: where refused tokens are told.
+        trusted: services whose callers need no token.
 
     Raises:
         SettingsError: a file cannot be used, a setting lacks its other half, or tokens would
@@ -262,7 +275,7 @@ def gate(settings: Settings, log: FilteringBoundLogger) -> Gate:
             algorithms=settings.jwt_algorithms,
             leeway=settings.jwt_leeway,
         )
-    made = Gate(secrets, issuer)
+    made = Gate(secrets, issuer, trusted)
     encrypted = settings.tls_certificate is not None or settings.plaintext_tokens
     admin = [] if settings.admin_port == "off" else [settings.admin_host]
     if made.is_open and not all(map(is_local, admin)):

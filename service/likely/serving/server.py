@@ -25,6 +25,7 @@ from likely.settings import Settings
 from likely.telemetry.metrics import Exporter, Metrics
 from likely.tracing import Tracing
 from likely.v1 import (
+    admin_pb2,
     admin_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
@@ -50,6 +51,7 @@ SERVICES = (
     models_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
+_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 _STATUS = health_pb2.HealthCheckResponse
 
 
@@ -77,6 +79,7 @@ class Server:
         *,
         shared: bool = False,
         admin_socket: Path | None = None,
+        settled: bool = False,
     ) -> None:
         """A server, to be made where the event loop runs.
 
@@ -84,7 +87,10 @@ class Server:
             settings: what it runs with.
             log: where it tells what it does.
             shared: whether other processes listen on the same port.
-            admin_socket: where the admin RPCs listen, in place of the settings' port.
+            admin_socket: where the admin RPCs listen, in place of the settings' port; private, as
+                it asks for no token.
+            settled: whether the settings name all bundles, be it none; else none stands for those
+                that the package ships.
 
         Raises:
             SettingsError: settings that exclude each other, or need an extra that is missing.
@@ -110,12 +116,14 @@ class Server:
         self._models: set[str] = set()  # that health has been told of
         self._quiet = False
         self._admin_socket = admin_socket
+        self._settled = settled
         self._health = health_aio.HealthServicer()
         self._guard = Guard(
             self.registry,
             self._metrics,
             log,
-            access.gate(settings, log),
+            # Whoever reaches the socket has been let in already, by the supervisor.
+            access.gate(settings, log, frozenset({_ADMIN} if admin_socket else ())),
             slow_reader_seconds=settings.slow_reader_seconds,
             tracing=self._tracing,
             lost=self._lose,
@@ -162,7 +170,8 @@ class Server:
             SettingsError: a bundle cannot promise the default alpha.
         """
         settings = self._settings
-        await self.lifecycle.begin(settings.bundles or (() if settings.watch else shipped()))
+        empty = settings.watch is not None or self._settled
+        await self.lifecycle.begin(settings.bundles or (() if empty else shipped()))
         if self._watcher:
             try:
                 await self._watcher.begin()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from likely.bundle import MANIFEST, Bundle
 from likely.errors import (
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from likely.engine import Engine
 
 T = TypeVar("T")
+Key: TypeAlias = "tuple[str, str]"  # name and version
 REMEMBERED = 100  # refused folders, and former versions of a model
 
 
@@ -100,7 +101,7 @@ class Lifecycle:
         self._changed = changed
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._folders: dict[tuple[str, str], Path] = {}
+        self._folders: dict[Key, list[Path]] = {}  # all that hold a version that is served
         self._loading: Path | None = None
         self._draining: dict[Held, Version] = {}
         self._failed: dict[Path, Version] = {}
@@ -118,7 +119,7 @@ class Lifecycle:
         engines = await asyncio.to_thread(self._open_all, folders)
         self._registry.fill(engines)
         for engine, folder in zip(engines, folders, strict=True):
-            self._folders[_key(engine)] = folder
+            self._folders[_key(engine)] = [folder]
             self._told("model", engine)
         await self._tell()
 
@@ -137,10 +138,12 @@ class Lifecycle:
     async def load(self, folder: Path) -> Version:
         """Serves the bundle in that folder, once it has proved itself.
 
-        What the folder held before is served until then, and afterwards no more; its labels
-        go over. A bundle that is served already is left as it is.
+        What the folder held before is served until then, and afterwards no more, unless another
+        folder holds it too; its labels go over. A bundle that is served already is left as it
+        is, and is served as long as one of its folders holds it.
 
         Raises:
+            Unavailable: the server's first bundles are still being loaded.
             BundleError: it is refused; what was served is served still.
             DeviceError: the device asked for is not really there.
         """
@@ -162,10 +165,7 @@ class Lifecycle:
         Raises:
             Refused: a label names it.
         """
-        folder = absolute(folder)
-        if key := self._key_of(folder):
-            await self._in_turn(self._unload(*key))
-        self._forget(folder)
+        await self._in_turn(self._vacated(absolute(folder)))
 
     async def set_label(self, name: str, label: str, version: str) -> None:
         """Lets a label name a version; none if that is empty.
@@ -204,10 +204,6 @@ class Lifecycle:
         loading = [Version(State.LOADING, self._loading)] if self._loading else []
         return [*served, *loading, *self._draining.values(), *self._failed.values()]
 
-    def folder(self, name: str, version: str) -> Path | None:
-        """Where a version that is served came from."""
-        return self._folders.get((name, version))
-
     async def close(self) -> None:
         """Waits for the changes that run, and ends all engines; for when no request runs."""
         while self._tasks:
@@ -226,11 +222,13 @@ class Lifecycle:
         return engines
 
     async def _load(self, folder: Path) -> Version:
+        self._registry.engines()  # there are some already, or the bundle is not to blame
         self._loading = folder
         try:
             bundle = await asyncio.to_thread(self._loader.verified, folder)
             if self._serves(bundle):
                 engine = self._registry.find(bundle.manifest.name, bundle.manifest.version)
+                await self._found(engine, folder)
             else:
                 engine = await asyncio.to_thread(self._loader.proved, bundle)
                 await self._admit(engine, folder)
@@ -258,24 +256,42 @@ class Lifecycle:
         return bool(served)
 
     async def _admit(self, engine: Engine, folder: Path) -> None:
-        name = engine.manifest.name
-        before = self._default(name)
-        replaced = self._key_of(folder)
-        labels = self._registry.labels(*replaced) if replaced else ()
+        before = self._default(engine.manifest.name)
         try:
             self._registry.add(engine)
         except BaseException:
             await asyncio.to_thread(engine.close)
             raise
-        if replaced and replaced[0] == name:
-            for label in labels:
-                self._registry.set_label(name, label, engine.manifest.version)
-        self._folders[_key(engine)] = folder
         self._told("loaded", engine)
+        await self._settle(engine, folder, before)
+
+    async def _found(self, engine: Engine, folder: Path) -> None:
+        """What is served already lies in that folder too, or there now."""
+        if folder not in self._folders[_key(engine)]:
+            await self._settle(engine, folder, self._default(engine.manifest.name))
+
+    async def _settle(self, engine: Engine, folder: Path, before: Version | None) -> None:
+        """Puts a version in the place of what its folder held."""
+        name, version = _key(engine)
+        replaced = self._key_of(folder)
+        self._folders.setdefault((name, version), []).append(folder)
         if replaced:
-            self._retire(*replaced)
+            self._folders[replaced].remove(folder)
+            if not self._folders[replaced]:
+                if replaced[0] == name:
+                    for label in self._registry.labels(*replaced):
+                        self._registry.set_label(name, label, version)
+                self._retire(*replaced, folder)
         self._remember(name, before)
         await self._tell()
+
+    async def _vacated(self, folder: Path) -> None:
+        if key := self._key_of(folder):
+            if self._folders[key] == [folder]:
+                await self._unload(*key)
+            else:
+                self._folders[key].remove(folder)
+        self._forget(folder)
 
     async def _unload(self, name: str, version: str) -> asyncio.Task[None]:
         check_name("model_name", name)
@@ -285,7 +301,7 @@ class Lifecycle:
         if labels := self._registry.labels(name, version):
             raise Refused(f"{name}@{version} is {' and '.join(labels)}; move the label first")
         before = self._default(name)
-        drained = self._retire(name, version)
+        drained = self._retire(name, version, self._folders[name, version][0])
         self._remember(name, before)
         await self._tell()
         return drained
@@ -319,10 +335,10 @@ class Lifecycle:
         await self._tell()
         return self._described(self._registry.find(name, target.version))
 
-    def _retire(self, name: str, version: str) -> asyncio.Task[None]:
+    def _retire(self, name: str, version: str, folder: Path) -> asyncio.Task[None]:
         """Takes a version from the registry, and closes it when its requests have ended."""
         engine = self._registry.find(name, version)
-        folder = self._folders.pop((name, version))
+        del self._folders[name, version]
         held = self._registry.remove(name, version)
         self._draining[held] = Version(State.DRAINING, folder, name, version, engine.digest)
         return self._task(self._drain(held))
@@ -334,7 +350,7 @@ class Lifecycle:
         name, version = _key(held.engine)
         self._log.info("unloaded", name=name, version=version)
 
-    def _refused(self, folder: Path, error: Exception) -> Exception:
+    def _refused(self, folder: Path, error: LikelyError | OSError | MemoryError) -> LikelyError:
         match error:
             case BundleError():
                 reason = error.reason
@@ -344,16 +360,16 @@ class Lifecycle:
                 reason, error = "settings", BundleError(str(error), "settings")
             case MemoryError():
                 reason = "memory"
+                error = BundleError(f"there was no memory to load {folder}", reason)
             case LikelyError():
                 reason = "refused"
             case _:
                 reason, error = "unreadable", BundleError(f"{folder} cannot be read", "unreadable")
-        told = error.told if isinstance(error, LikelyError) else "no memory to load it"
         self._metrics.load_failed(reason)
         self._log.error("refused", folder=str(folder), reason=reason, message=str(error))
         self._failed.pop(folder, None)
         self._failed[folder] = Version(  # the newest last
-            State.FAILED, folder, reason=reason, message=told
+            State.FAILED, folder, reason=reason, message=error.told
         )
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
@@ -377,7 +393,7 @@ class Lifecycle:
         name, version = _key(engine)
         return Version(
             State.SERVING,
-            self._folders[name, version],
+            self._folders[name, version][0],
             name,
             version,
             engine.digest,
@@ -385,8 +401,8 @@ class Lifecycle:
             version == self._registry.default(name),
         )
 
-    def _key_of(self, folder: Path) -> tuple[str, str] | None:
-        return next((key for key, path in self._folders.items() if path == folder), None)
+    def _key_of(self, folder: Path) -> Key | None:
+        return next((key for key, folders in self._folders.items() if folder in folders), None)
 
     def _told(self, event: str, engine: Engine) -> None:
         name, version = _key(engine)
@@ -438,5 +454,5 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def _key(engine: Engine) -> tuple[str, str]:
+def _key(engine: Engine) -> Key:
     return engine.manifest.name, engine.manifest.version

@@ -7,7 +7,9 @@ through the links by which a cluster's volumes are switched.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -86,8 +88,9 @@ class Watcher:
                 continue
             try:
                 await self._lifecycle.load(path)
-            except BundleError:
-                self._done[path] = mark  # refused for what it is: once is enough
+            except BundleError as error:
+                if error.reason != "unreadable":  # which may pass
+                    self._done[path] = mark  # refused for what it is: once is enough
             except LikelyError:
                 continue
             else:
@@ -120,13 +123,19 @@ def scan(folder: Path, before: Mapping[Path, Mark] = MappingProxyType({})) -> di
     for path in _folders(folder):
         try:
             bundles = [path] if is_bundle(path) else _folders(path)
-            for bundle in bundles:
-                if is_bundle(bundle):
-                    found[bundle] = _mark(bundle)
         except (FileNotFoundError, NotADirectoryError):
             continue  # it went while it was looked at
         except OSError:
             found |= {known: before[known] for known in before if path in (known, known.parent)}
+            continue
+        for bundle in bundles:
+            try:
+                if is_bundle(bundle):
+                    found[bundle] = _mark(bundle)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError:
+                found |= {bundle: before[bundle]} if bundle in before else {}
     return found
 
 
@@ -138,6 +147,9 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _mark(bundle: Path) -> Mark:
-    status = [(path.name, path.stat()) for path in sorted(bundle.iterdir())]
+    status: list[tuple[str, os.stat_result]] = []
+    for path in sorted(bundle.iterdir()):
+        with suppress(FileNotFoundError):  # an editor's file, gone again
+            status.append((path.name, path.lstat()))
     # The last tells of permissions too: what could not be read may be readable now.
     return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in status)
