@@ -779,6 +779,31 @@ def test_who_is_in_a_hurry_goes_before_bulk_that_is_ready(count: int, ended: set
     run(work())
 
 
+@pytest.mark.parametrize(("count", "at"), [(2, [0, 8]), (3, [0, 8, 16])])
+def test_bulk_that_is_ready_has_an_eighth_too(count: int, at: list[int]) -> None:
+    async def work() -> None:
+        graph, order = Gated(), list[Priority]()
+        async with opened(graph, best={Role.DENSITY: Best(1)}) as lanes:
+            graph.hold()
+            bulk = going(ask(lanes, *range(count), client="b", priority=Priority.BULK))
+            await graph.arrived()
+            await settled()
+            assert lanes.ready == 1
+            hurried = [going(ask(lanes, 10 + i, client="h")) for i in range(20)]
+            await settled()
+            while lanes._running:  # one after another, in the order in which they began
+                batch = next(iter(lanes._running))
+                order.append(batch.priority)
+                ((member, start, _),) = batch.spans
+                graph.let.add(int(member.feed(start, start + 1)["x"][0]))
+                while batch in lanes._running:
+                    await asyncio.sleep(0.001)
+            await asyncio.gather(bulk, *hurried)
+        assert [i for i, priority in enumerate(order) if priority is Priority.BULK] == at
+
+    run(work())
+
+
 def test_a_deadline_counts_what_is_ready() -> None:
     async def work() -> None:
         graph = Doubler()

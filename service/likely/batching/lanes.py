@@ -97,7 +97,7 @@ class Lanes:
         self._running: dict[Batch, Role] = {}
         self._ready: Ready = deque()  # for lanes to take as they end, all of one priority
         self._hurried = False  # interactive rows wait: no lane takes bulk by itself
-        self._passed = 0  # interactive batches that went before waiting bulk
+        self._passed = 0  # interactive batches that went before bulk that waits or is ready
         self._woken = False
         self._alarm: asyncio.TimerHandle | None = None  # when those wake that wait for others
         self._closed = False
@@ -272,6 +272,8 @@ class Lanes:
     def _began(self, role: Role, batch: Batch) -> None:
         self._running[batch] = role
         self._batchers[role].began(batch)
+        if batch.priority is Priority.BULK:
+            self._passed = 0
 
     def _next(self, free: int) -> tuple[Role, Batch] | None:
         """The batch whose turn it is, if one of so many free lanes, or the express, is for it."""
@@ -317,10 +319,16 @@ class Lanes:
         return any(batcher.waiting(priority) for batcher in self._batchers.values())
 
     def _turned(self, role: Role, priority: Priority) -> None:
-        """Lets other graphs, and waiting bulk, have their turns after a batch."""
+        """Lets other graphs, and bulk, have their turns after a batch."""
         self._batchers[role] = self._batchers.pop(role)
-        passed = priority is Priority.INTERACTIVE and self._waits(Priority.BULK)
-        self._passed = self._passed + 1 if passed else 0
+        if priority is Priority.INTERACTIVE:
+            passed = self._waits(Priority.BULK) or self._bulk_is_ready()
+            self._passed = self._passed + 1 if passed else 0
+
+    def _bulk_is_ready(self) -> bool:
+        return bool(self._ready) and any(
+            batch.priority is Priority.BULK for _, batch in tuple(self._ready)
+        )
 
     def _is_worth_a_lane(self, role: Role, priority: Priority) -> bool:
         """Whether what waits is enough for a lane, or would wait long for one that is at it."""
