@@ -81,8 +81,8 @@ class Terms:
     Attributes:
         lanes: runs at once; 0 to find how many are best.
         bounds: how much may wait for each graph.
-        patience: answers withheld in a row, as not finite, until the version counts as
-            unhealthy; 0 for any number.
+        patience: answers withheld in a row of one graph, as not finite, until the version
+            counts as unhealthy; 0 for any number.
         seen: is told by which method of which engine pictures were scored.
     """
 
@@ -314,7 +314,7 @@ class Engine:
             posterior = own if priors is None else self._posterior(evidence, priors)
             label_p_values = self.detector.label_p_values(scores.unusualness, own)
         if (discriminative := found.get(Role.DISCRIMINATE)) is not None:
-            self._trust.check(*discriminative.values())
+            self._trust.check(Role.DISCRIMINATE, *discriminative.values())
             log_pyx, learnt = discriminative["log_pyx"].astype(np.float64), self.manifest.priors
             composed = bayes.composed(log_pyx, scores.log_px, learnt)
             if rule == LabelRule.DISCRIMINATIVE:
@@ -361,7 +361,7 @@ class Engine:
             feeds["y"] = label
         outputs = [spec.name for spec in graph.outputs]
         arrays = await self._lanes.run(Role.ENCODE, feeds, outputs)
-        self._trust.check(*arrays.values())
+        self._trust.check(Role.ENCODE, *arrays.values())
         return Features(
             mean=arrays["mean"],
             log_variance=arrays.get("log_variance"),
@@ -556,7 +556,7 @@ class Engine:
     async def _p_label(self, x: Pixels, labels: Labels) -> Doubles:
         """p(y|x) of a label for each picture, as the discriminative model says, float64 (n,)."""
         found = await self._lanes.run(Role.DISCRIMINATE, {"x": x}, ["log_pyx"])
-        self._trust.check(*found.values())
+        self._trust.check(Role.DISCRIMINATE, *found.values())
         p: Doubles = np.exp(found["log_pyx"][np.arange(len(x)), labels].astype(np.float64))
         return p
 
@@ -566,7 +566,7 @@ class Engine:
 
     def _check_redrawn(self, found: Redrawings) -> None:
         deviation = () if found.deviation is None else (found.deviation,)
-        self._trust.check(found.mean, *deviation)
+        self._trust.check(Role.DECODE, found.mean, *deviation)
 
     async def _surprise(self, x: Pixels) -> Floats:
         return (await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"]))["surprise"]
@@ -576,7 +576,7 @@ class Engine:
         return bayes.posterior(evidence, prior, self.manifest.calibrated.temperature)
 
     def _scores(self, arrays: Mapping[str, Array], alpha: float, guarantee: Guarantee) -> Scores:
-        self._trust.check(*arrays.values())
+        self._trust.check(Role.DENSITY, *arrays.values())
         log_px, bits_per_dim, unusualness, p_value = arrays[RANKED].T
         if guarantee is not Guarantee.MARGINAL:
             p_value = self.detector.p_value(unusualness, guarantee)
@@ -593,7 +593,7 @@ class Engine:
 
     def _evidence(self, conditional: Mapping[str, Array]) -> Doubles:
         """What speaks for each label (n, labels): log p(x|y), pooled where there are experts."""
-        self._trust.check(*conditional.values())
+        self._trust.check(Role.CONDITIONAL, *conditional.values())
         if "evidence" not in conditional:
             return conditional["log_pxy"].astype(np.float64)
         weights = np.array(self.manifest.calibrated.weights)

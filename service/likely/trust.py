@@ -19,7 +19,7 @@ class Trust:
     """How far one model version can be believed.
 
     Attributes:
-        healthy: false once so many answers in a row had to be withheld.
+        healthy: false once so many answers in a row of one graph had to be withheld.
         lost: called when that happens.
     """
 
@@ -28,7 +28,8 @@ class Trust:
 
         Args:
             name: of the model.
-            patience: answers withheld in a row until the version is unhealthy; 0 for any number.
+            patience: answers withheld in a row of one graph, until the version is unhealthy;
+                0 for any number.
             traffic: is told of them.
         """
         self.healthy = True
@@ -37,7 +38,7 @@ class Trust:
         self._patience = patience
         self._withheld = traffic.withheld.labels(name)
         self._unhealthy = traffic.unhealthy.labels(name)
-        self._in_a_row = 0
+        self._in_a_row: dict[str, int] = {}  # by graph: where others are well, it is still ill
 
     def require(self) -> None:
         """Returns while the version is healthy.
@@ -47,12 +48,12 @@ class Trust:
         """
         if not self.healthy:
             raise Unavailable(
-                f"this version of model {self._name} gave {self._in_a_row} answers in a row "
+                f"this version of model {self._name} gave {self._patience} answers in a row "
                 "that were not finite, and answers no more"
             )
 
-    def check(self, *arrays: Array) -> None:
-        """Returns if all values of an answer are finite.
+    def check(self, graph: str, *arrays: Array) -> None:
+        """Returns if all values of a graph's answer are finite.
 
         Raises:
             ServerFault: one is not; it must not leave the service.
@@ -61,11 +62,12 @@ class Trust:
             if not np.isfinite(values).all():
                 break
         else:
-            self._in_a_row = 0
+            if self._in_a_row:
+                self._in_a_row.pop(graph, None)
             return
         self._withheld.inc()
-        self._in_a_row += 1
-        if self.healthy and self._patience and self._in_a_row >= self._patience:
+        in_a_row = self._in_a_row[graph] = self._in_a_row.get(graph, 0) + 1
+        if self.healthy and self._patience and in_a_row >= self._patience:
             self.healthy = False
             self._unhealthy.inc()
             self.lost()

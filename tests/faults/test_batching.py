@@ -234,6 +234,25 @@ def test_what_is_not_a_number_is_withheld_and_ends_the_version(running: Running)
         )
 
 
+@pytest.mark.fault(3)
+def test_a_version_of_which_one_graph_alone_gives_no_numbers_ends_too(running: Running) -> None:
+    with running(withheld_answers=3) as live, grpc.insecure_channel(live.address) as channel:
+        stub, rigged = ScoringServiceStub(channel), rig(live, Role.CONDITIONAL)
+
+        def spoil(_: Any, found: dict[str, Array]) -> None:
+            found["log_pxy"] = found["log_pxy"] * np.nan
+
+        rigged.change = spoil
+        classify = ClassifyRequest(model_name="toy", images=score().images)
+        for _ in range(3):
+            assert stub.Score(score(), timeout=SECONDS).scores
+            call = stub.Classify.future(classify, timeout=SECONDS)
+            assert failed(call) is grpc.StatusCode.INTERNAL
+        assert not live.server.registry.find("toy").healthy
+        call = stub.Classify.future(classify, timeout=SECONDS)
+        assert failed(call) is grpc.StatusCode.UNAVAILABLE
+
+
 @pytest.mark.fault(13)
 def test_where_every_class_underflows_the_posterior_sums_to_one(live: Live, stub: Any) -> None:
     finest = live.server.registry.find("toy").detector.finest_alpha
