@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from likely.batching import callers, gathering, tuning
 from likely.batching.admission import Bounds, Quota
 from likely.batching.batcher import HEADROOM, Batcher
+from likely.batching.batches import rows_of
 from likely.batching.callers import Caller, Priority
 from likely.batching.lanes import Ask, Lanes
 from likely.batching.traffic import Traffic
@@ -887,32 +888,62 @@ def test_closed_lanes_refuse() -> None:
     run(work())
 
 
-def test_where_one_ask_fails_the_other_is_given_up() -> None:
+ASKED = (Role.DENSITY, Role.CONDITIONAL, Role.DISCRIMINATE)
+
+
+@pytest.mark.parametrize("failing", ASKED)
+@pytest.mark.parametrize("done", [False, True])
+def test_as_soon_as_one_ask_fails_the_others_are_given_up(failing: Role, done: bool) -> None:
     async def work() -> None:
-        graph, other = Doubler(), Doubler()
-        both = {Role.DENSITY: graph, Role.CONDITIONAL: other}
-        lanes = Lanes("fake", both, lanes=2, best=dict.fromkeys(both, Best(4)))
-        graph.hold()
-        other.hold()
+        graphs = {role: Doubler() for role in ASKED}
+        first, *others = (graph for role, graph in graphs.items() if role is not failing)
+        lanes = Lanes("fake", graphs, lanes=3, best=dict.fromkeys(graphs, Best(4)))
+        for graph in graphs.values():
+            graph.hold()
 
-        def feed(start: int, stop: int) -> Mapping[str, Array]:
-            return {"x": np.full(stop - start, POISON)}
+        def asks(role: Role) -> Ask:
+            x = POISON if role is failing else 1
+            return Ask(role, 1, lambda start, stop: {"x": np.full(stop - start, x)}, ("y",))
 
-        asked = asyncio.create_task(
-            lanes.run_all(
-                *(Ask(role, 1, feed, ("y",)) for role in (Role.DENSITY, Role.CONDITIONAL))
-            )
-        )
-        # Both run before one fails: an ask that never began would not be stopped but dropped.
-        await graph.arrived()
-        await other.arrived()
-        graph.release()
+        asked = asyncio.create_task(lanes.run_all(*map(asks, graphs)))
+        # All run before one fails: an ask that never began would not be stopped but dropped.
+        for graph in graphs.values():
+            await graph.arrived()
+        if done:
+            first.release()
+            while len(lanes._running) == len(graphs):
+                await asyncio.sleep(0.001)
+        else:
+            others.append(first)
+        graphs[failing].release()
         with pytest.raises(RuntimeError, match="poison"):
             await asked
-        while not other.stopped:
+        while not all(other.stopped for other in others):
             await asyncio.sleep(0.001)
         with pytest.raises(NotAnswered):
             await lanes.run(Role.ENCODE, {"x": np.zeros(1)}, ["y"])
+        await asyncio.to_thread(lanes.close)
+
+    run(work())
+
+
+def test_who_leaves_gives_up_all_asks() -> None:
+    async def work() -> None:
+        graphs, traffic = {Role.DENSITY: Doubler(), Role.CONDITIONAL: Doubler()}, Traffic()
+        best = dict.fromkeys(graphs, Best(4))
+        lanes = Lanes("fake", graphs, lanes=2, best=best, traffic=traffic)
+        for graph in graphs.values():
+            graph.hold()
+        feed = rows_of({"x": np.arange(1)})
+        asked = asyncio.create_task(lanes.run_all(*(Ask(role, 1, feed, ("y",)) for role in graphs)))
+        for graph in graphs.values():
+            await graph.arrived()
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        while not all(graph.stopped for graph in graphs.values()):
+            await asyncio.sleep(0.001)
+        assert gauge(traffic, "dropped") == 2
         await asyncio.to_thread(lanes.close)
 
     run(work())

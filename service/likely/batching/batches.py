@@ -89,6 +89,11 @@ class Member(Waiting):
             batch.leave()
         self.batches.clear()
 
+    def fail_with(self, other: asyncio.Future[Arrays]) -> None:
+        """Fails, where another ask of its request has."""
+        if not self.dead and not other.cancelled() and (error := other.exception()):
+            self.future.set_exception(error)
+
     def take(self, start: int, stop: int, outcome: Outcome) -> None:
         """Keeps the outcome of those rows; answers with the last of them, fails with the first."""
         if self.dead:

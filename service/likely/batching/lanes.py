@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from likely.batching import callers
@@ -132,12 +133,14 @@ class Lanes:
         return (await self.run_all(Ask(role, rows, rows_of(feeds), tuple(outputs))))[0]
 
     async def run_all(self, *asks: Ask) -> list[dict[str, Array]]:
-        """The outputs of each ask; where one fails, the others are given up.
+        """The outputs of each ask; as soon as one fails, the others are given up.
 
         Raises:
             As `run`.
         """
         members, found = self._admitted(asks), []
+        for before, member in pairwise(members):  # they are awaited in order
+            member.future.add_done_callback(before.fail_with)
         try:
             for member in members:
                 found.append(await member.future)  # noqa: PERF401  that would be a coroutine more
