@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from likely.batching import callers
 from likely.batching.admission import Bounds
@@ -149,10 +149,6 @@ class Lanes:
             for member, ask in zip(members, asks, strict=True):
                 self._abandon(member, ask.role)
             raise
-
-    def run_once(self, role: Role, feeds: Mapping[str, Array], outputs: Sequence[str]) -> Any:
-        """One run in the calling thread, undivided."""
-        return self._batcher(role).runner.run(feeds, outputs)
 
     def close(self) -> None:
         """Refuses what waits, lets running graphs end and frees the threads."""
