@@ -848,6 +848,17 @@ def test_a_run_of_nobodys_rows_teaches_no_pace() -> None:
     assert batcher.pace == 1.0
 
 
+@pytest.mark.parametrize("seconds", [(9.0, 1.0), (1.0, 9.0)])
+def test_one_run_that_stood_still_begins_no_pace(seconds: tuple[float, float]) -> None:
+    batcher = Batcher("fake", Doubler(), Best(4), Bounds(), Traffic(), "density")
+    batcher.ran(2, 2 * seconds[0])
+    assert batcher.pace == 0
+    batcher.ran(1, seconds[1])
+    assert batcher.pace == 1.0
+    batcher.ran(1, 2.0)
+    assert batcher.pace == pytest.approx(1.1)
+
+
 def test_what_nobody_waits_for_any_more_is_ready_in_vain() -> None:
     async def work() -> None:
         graph, traffic = Doubler(), Traffic()

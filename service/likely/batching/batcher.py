@@ -27,7 +27,7 @@ class Batcher:
 
     Attributes:
         runner: what runs the graph.
-        pace: seconds that one row takes a lane, as of late.
+        pace: seconds that one row takes a lane, as of late; 0 while that is not known.
         at_once: the most rows that need no lane.
         grain: the fewest rows that are worth a lane while others run.
         wide: runs what has all lanes to itself; None where a lane does as well.
@@ -49,6 +49,7 @@ class Batcher:
         specs = (*runner.spec.inputs, *runner.spec.outputs)
         self.runner = runner
         self.pace = best.pace
+        self._first_pace = 0.0  # of the first run, where the warm-up measured none
         self.at_once = best.at_once
         self.wide = best.wide
         self.row_bytes = sum(
@@ -215,7 +216,12 @@ class Batcher:
         if not rows:
             return
         pace = seconds / rows
-        self.pace += (pace - self.pace) * (_SMOOTHING if self.pace else 1)
+        if self.pace:
+            self.pace += (pace - self.pace) * _SMOOTHING
+        elif self._first_pace:  # one run alone may have stood still for want of a core
+            self.pace = min(self._first_pace, pace)
+        else:
+            self._first_pace = pace
 
     def tell(self) -> None:
         """Tells how many rows wait."""
