@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,19 @@ import pytest
 
 from likely import AsyncClient, Client, LikelyError, Scores
 from likely.answers import Classifications
-from likely.client import feeds
+from likely.client import feeds, plans
+from likely.client.feeds import AsyncFeed, BlockingFeed
 from likely.client.ledger import WINDOW
 from likely.errors import DeadlineExceeded, InvalidInput, NotAnswered, Overloaded, Unavailable
+from likely.v1.scoring_pb2 import (
+    ScoreOutcome,
+    ScoreRequest,
+    ScoreResponse,
+    ScoreStreamRequest,
+    ScoreStreamResponse,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tests.conftest import Live, Running, Toy
 
 
@@ -108,6 +114,82 @@ def test_answers_do_not_wait_for_the_next_item(live: Live, client: Client, x: An
             return count
 
     assert live.run(ask()) == 5
+
+
+class CutError(grpc.RpcError):
+    """How a stream breaks."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "not now"
+
+    def trailing_metadata(self) -> Any:
+        return ()
+
+
+class Stream:
+    """A stream that gives these answers."""
+
+    def __init__(self, answers: Any) -> None:
+        self._answers = answers
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._answers)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return aiter(self._answers)
+
+    def cancel(self) -> None:
+        pass
+
+
+def questions(read: Callable[[Any, Any], Any] = lambda answer, _: answer) -> plans.Questions[Any]:
+    """Questions whose answers are read so."""
+    ask = lambda _, version: ScoreRequest(model_version=version)  # noqa: E731
+    return plans.Questions(ask, read, stream=ScoreStreamRequest)
+
+
+def answer(message: Any) -> Any:
+    """What answers that message."""
+    outcome = ScoreOutcome(sequence_id=message.sequence_id, response=ScoreResponse())
+    return ScoreStreamResponse(outcomes=[outcome])
+
+
+def test_a_stream_that_is_gone_takes_nothing_from_the_new_one(
+    x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "delay", lambda _: 0.0)
+    streams, late = list[Any](), list[Any]()
+
+    def answers(messages: Iterator[Any]) -> Iterator[Any]:
+        streams.append(messages)
+        if len(streams) == 1:
+            next(messages)
+            raise CutError
+        late.append(next(streams[0], None))
+        yield from map(answer, messages)
+
+    feed = BlockingFeed(lambda messages: Stream(answers(messages)), questions(), 30)
+    assert len(list(feed.outcomes([*x[:3, None]]))) == 3
+
+    async def async_answers(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        streams.append(messages)
+        if len(streams) == 1:
+            await anext(messages)
+            raise CutError
+        late.append(await anext(streams[0], None))
+        async for message in messages:
+            yield answer(message)
+
+    async def ask() -> int:
+        feed = AsyncFeed(lambda messages: Stream(async_answers(messages)), questions(), 30)
+        return len([outcome async for outcome in feed.outcomes([*x[:3, None]])])
+
+    streams.clear()
+    assert asyncio.run(ask()) == 3
+    assert late == [None, None]
 
 
 class Breaking(grpc.GenericRpcHandler):

@@ -159,15 +159,20 @@ class BlockingFeed(Generic[A]):
             self._changed.notify_all()
 
     def _messages(self, stream: int) -> Iterator[Any]:
-        while True:
-            with self._changed:
-                while (message := self._ledger.next(time.monotonic())) is None:
-                    if self._drained and not self._ledger:
-                        return
-                    self._changed.wait(self._ledger.wait(time.monotonic()))
-                    if self._over or stream != self._stream or self._failure:
-                        return
+        while (message := self._message(stream)) is not None:
             yield message
+
+    def _message(self, stream: int) -> Any:
+        """What that stream is to send next, waited for; None where that is nothing any more."""
+        with self._changed:
+            # gRPC may ask late, for a stream that is gone: what it took, the new one would miss.
+            while not (self._over or stream != self._stream or self._failure):
+                if (message := self._ledger.next(time.monotonic())) is not None:
+                    return message
+                if self._drained and not self._ledger:
+                    return None
+                self._changed.wait(self._ledger.wait(time.monotonic()))
+        return None
 
     def _read(self, call: Any, stream: int) -> None:
         failure: LikelyError = _cut()
@@ -278,17 +283,16 @@ class AsyncFeed(Generic[A]):
         self._stirred.set()
 
     async def _messages(self, stream: int) -> AsyncIterator[Any]:
-        while True:
-            while (message := self._ledger.next(time.monotonic())) is None:
-                if self._drained and not self._ledger:
-                    return
-                self._work.clear()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._ledger.wait(time.monotonic())):
-                        await self._work.wait()
-                if stream != self._stream:
-                    return
-            yield message
+        while stream == self._stream and not self._failure:
+            if (message := self._ledger.next(time.monotonic())) is not None:
+                yield message
+                continue
+            if self._drained and not self._ledger:
+                return
+            self._work.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._ledger.wait(time.monotonic())):
+                    await self._work.wait()
 
     async def _read(self, call: Any) -> None:
         failure: LikelyError = _cut()
