@@ -82,6 +82,19 @@ def test_an_error_has_its_items_place(live: Live, client: Client, x: Any) -> Non
         assert failed == named
 
 
+def test_what_is_larger_than_a_request_is_refused_alone(running: Running, x: Any) -> None:
+    items = [x[:n] for n in (1, *range(90, 130), 400, 1)]
+    limits = {"request_bytes": 1024, "images_per_request": 1000}
+    with running(**limits) as live, Client(live.address, timeout=30) as client:
+        for method in ("score_stream", "classify_stream"):
+            for outcomes in both(live, client, method, items):
+                refused = [isinstance(outcome, InvalidInput) for outcome in outcomes]
+                fitting = refused.index(True)
+                assert 900 < items[fitting].nbytes < 1024  # the rest is what is asked
+                assert refused == [False] * fitting + [True] * (42 - fitting) + [False]
+                assert "the server takes 1024" in str(outcomes[fitting])
+
+
 def test_a_feed_of_nothing_ends(live: Live, client: Client) -> None:
     assert both(live, client, "score_stream", []) == [[], []]
 

@@ -9,9 +9,10 @@ from typing import Any, Generic
 import numpy.typing as npt
 
 from likely import statuses
+from likely.answers import Pixels
 from likely.client import plans
 from likely.client.plans import A
-from likely.errors import LikelyError, Overloaded, Unavailable
+from likely.errors import InvalidInput, LikelyError, Overloaded, Unavailable
 
 WINDOW = 128  # messages that have no answer yet
 FIRST_DELAY, DELAY_GROWTH, LONGEST_DELAY = 0.2, 2.0, 5.0  # seconds before one more attempt
@@ -63,17 +64,16 @@ class Ledger(Generic[A]):
         return len(self._open) < self._window
 
     def add(self, images: npt.ArrayLike) -> None:
-        """Adds the next item; one that is no pictures has its outcome already."""
+        """Adds the next item; one that is no pictures, or too large, has its outcome already."""
         item = _Item(self._count)
         self._count += 1
         self._open[item.number] = item
         try:
             x = plans.pixels(images)
-            request = self._questions.ask(x, self._questions.version)
+            item.message = self._message(x, item.number)
         except LikelyError as error:
             item.outcome = error
             return
-        item.message = self._questions.stream(sequence_id=item.number, request=request)
         item.shape = x.shape
         self._unsent.append(item)
 
@@ -122,6 +122,18 @@ class Ledger(Generic[A]):
         if not self._sent:
             return self._timeout
         return next(iter(self._sent.values())).last + self._timeout - now
+
+    def _message(self, x: Pixels, number: int) -> Any:
+        request = self._questions.ask(x, self._questions.version)
+        message = self._questions.stream(sequence_id=number, request=request)
+        # The server would end the whole stream for it.
+        if self._questions.most is not None and message.ByteSize() > self._questions.most:
+            raise InvalidInput(
+                "images",
+                f"{message.ByteSize()} bytes with what is asked about them; the server takes "
+                f"{self._questions.most} at a time",
+            )
+        return message
 
     def _failed(self, item: _Item, error: LikelyError, now: float) -> None:
         """Keeps the error, unless the item is worth another attempt within its time."""

@@ -103,12 +103,14 @@ class Questions(Generic[A]):
         read: the answer to it, from the response and the pictures' shape.
         version: that was asked for.
         stream: the type of message that brings such a request in a stream; None for none.
+        most: bytes of such a message that the server takes; None for any.
     """
 
     ask: Callable[[Pixels, str], Request]
     read: Callable[[Any, tuple[int, ...]], A]
     version: str = ""
     stream: Any = None
+    most: int | None = None
 
 
 def score_questions(
@@ -135,7 +137,8 @@ def score_questions(
     def read(answer: scoring_pb2.ScoreResponse, shape: tuple[int, ...]) -> Scores:
         return codec.scores(answer, shape if surprise else None)
 
-    return Questions(ask, read, version or "", scoring_pb2.ScoreStreamRequest)
+    most = info.limits.request_bytes
+    return Questions(ask, read, version or "", scoring_pb2.ScoreStreamRequest, most)
 
 
 def classify_questions(
@@ -169,7 +172,8 @@ def classify_questions(
     def read(answer: scoring_pb2.ClassifyResponse, _: tuple[int, ...]) -> Classifications:
         return codec.classifications(answer, len(info.labels))
 
-    return Questions(ask, read, version or "", scoring_pb2.ClassifyStreamRequest)
+    most = info.limits.request_bytes
+    return Questions(ask, read, version or "", scoring_pb2.ClassifyStreamRequest, most)
 
 
 def score(
