@@ -6,6 +6,8 @@ import asyncio
 import re
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from likely import (
     SettingsError,
     Unavailable,
 )
+from likely.bundle import Bundle, write_manifest
 from likely.client import plans
 
 if TYPE_CHECKING:
@@ -215,6 +218,111 @@ def test_labels_may_be_given_by_name(client: Client, x: Any) -> None:
     assert by_name.label.tolist() == [2, 0]
     with pytest.raises(InvalidInput, match="'seven' is none of label-0, label-1, label-2"):
         client.generate(1, label="seven")
+
+
+@pytest.fixture(scope="module")
+def renamed(make_toy: Callable[..., Toy]) -> Toy:
+    """A newer version with the labels in another order, one renamed."""
+    newer = make_toy("toy", "1.1")
+    manifest = Bundle.open(newer.path).manifest.model_dump(mode="json", exclude={"files"})
+    for label, name in zip(manifest["labels"], ("label-2", "new", "label-0"), strict=True):
+        label["name"] = name
+    write_manifest(newer.path, manifest)
+    return newer
+
+
+OPEN = np.zeros((3, 3), bool)
+NAMED: list[tuple[Callable[[Any, Any, Any], Any], str, int]] = [
+    (lambda c, x, label: c.generate(60, label=label, seed=1), "label-0", 2),
+    (lambda c, x, label: c.generate(1, label=label, seed=1), "new", 1),
+    (lambda c, x, label: c.complete(x, OPEN, label=label, seed=1), "label-0", 2),
+    (lambda c, x, label: c.encode(x, labels=[label] * len(x)), "label-0", 2),
+    (lambda c, x, label: c.encode(x, labels=[label] * len(x)), "new", 1),
+    (lambda c, x, label: c.decode(np.eye(2), labels=[label] * 2, draws=2, seed=1), "label-0", 2),
+    (lambda c, x, label: c.traverse(x, "brightness", [0], labels=[label] * len(x)), "label-0", 2),
+    (
+        lambda c, x, label: c.interpolate(x, x, [0], labels=[label] * len(x), seed=1),
+        "label-0",
+        2,
+    ),
+    (
+        lambda c, x, label: c.interpolate(x, x, [0], other_labels=[label] * len(x), seed=1),
+        "label-0",
+        2,
+    ),
+]
+
+
+def test_a_labels_name_is_that_of_the_version_that_answers(
+    running: Running, renamed: Toy, x: Any
+) -> None:
+    """After a rollout too, with the description of the version before it."""
+    with running() as live, Client(live.address, timeout=30) as current:
+        clients = [Client(live.address, timeout=30) for _ in NAMED]
+        assert {client.model().version for client in clients} == {"1.0"}
+
+        async def roll_out() -> list[Any]:
+            others = [AsyncClient(live.address, timeout=30) for _ in NAMED]
+            assert {(await other.model()).version for other in others} == {"1.0"}
+            await live.server.lifecycle.load(renamed.path)
+            asked = zip(others, NAMED, strict=True)
+            found = [await ask(other, x[:120], name) for other, (ask, name, _) in asked]
+            await asyncio.gather(*(other.close() for other in others))
+            return found
+
+        found = live.run(roll_out())
+        for client, other, (ask, name, index) in zip(clients, found, NAMED, strict=True):
+            expected = ask(current, x[:120], index)
+            with client:
+                for answer in (other, ask(client, x[:120], name)):
+                    assert answer.model_version == expected.model_version == "1.1"
+                    for column in ("images", "label", "mean"):
+                        if hasattr(answer, column):
+                            same = getattr(answer, column) == getattr(expected, column)
+                            assert np.all(same), (ask, name)
+
+
+def test_versions_that_answer_in_turn_answer_by_name_too(
+    running: Running, renamed: Toy, x: Any
+) -> None:
+    labels = ["label-0"] * 3
+    with (
+        running() as older,
+        running(bundles=(renamed.path,)) as newer,
+        Client([older.address, newer.address], timeout=30) as client,
+    ):
+        versions = set[str]()
+        while len(versions) < 2:
+            found = client.encode(x[:3], labels=labels)
+            versions.add(found.model_version)
+            assert found.label.tolist() == [0 if found.model_version == "1.0" else 2] * 3
+
+
+def test_a_labels_name_that_never_holds_is_told_in_the_end(client: Client, x: Any) -> None:
+    info, versions = client.model(), count()
+
+    class Restless(plans.Catalogue):
+        """Describes another version each time."""
+
+        def model(self, name: str | None, version: str | None) -> plans.Plan[Any]:
+            return replace(info, version=f"0.{next(versions)}")
+            yield
+
+    with pytest.raises(Unavailable, match="number the labels otherwise"):
+        plan = plans.encode(Restless(), x[:1], ["label-0"], None, None)
+        client._follow(plan)
+
+
+def test_what_a_refused_question_went_by_is_asked_anew(
+    running: Running, renamed: Toy, x: Any
+) -> None:
+    with running() as live, Client(live.address, timeout=30) as client:
+        assert client.model().version == "1.0"
+        live.run(live.server.lifecycle.load(renamed.path))
+        assert client.model().version == "1.0"
+        with pytest.raises(InvalidInput):
+            client.generate(1, label=7)
+        assert client.model().version == "1.1"
 
 
 def test_a_deadline_ends_the_wait(client: Client, live: Live, monkeypatch: Any, x: Any) -> None:

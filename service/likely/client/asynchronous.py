@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
 from functools import partial
 from types import TracebackType
@@ -29,6 +29,7 @@ from likely.client.feeds import AsyncFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, positive
 from likely.client.plans import A, Held, Label, Rule
 from likely.errors import LikelyError
+from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
 T = TypeVar("T")
 
@@ -55,7 +56,9 @@ class AsyncClient:
         self._timeout = positive(timeout)
         self._catalogue = plans.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
-        self._line = Line(partial(self._route.aio_channel, once=not retries), address)
+        self._line = Line(
+            partial(self._route.aio_channel, once=not retries), address, self._catalogue
+        )
 
     async def score(
         self,
@@ -255,20 +258,23 @@ class AsyncClient:
         version: str | None = None,
     ) -> AsyncIterator[Draws]:
         """As `Client.generate_stream`."""
-        info = await self.model(model, version)
-        last: Draws | None = None
         check = plans.self_check(self_check, alpha, max_draws)
         kept = plans.acceptance(acceptance, max_draws)
-        for request in plans.generations(
-            info, version, label, count, seed, first_index, temperature, check, kept
-        ):
-            plans.pin(request, last)
+
+        def divide(info: ModelInfo) -> Iterator[GenerateRequest]:
+            return plans.generations(
+                info, version, label, count, seed, first_index, temperature, check, kept
+            )
+
+        parts = plans.Parts(self._catalogue, model, version, label, divide)
+        while (request := await self._follow(parts.next())) is not None:
             call = self._ask(request)
             try:
                 with self._line.told():
                     async for message in call:
-                        last = codec.draws(message)
-                        yield last
+                        if not parts.takes(message):
+                            break
+                        yield codec.draws(message)
             finally:
                 call.cancel()
 
@@ -287,16 +293,20 @@ class AsyncClient:
         version: str | None = None,
     ) -> Completions:
         """As `Client.complete`."""
-        info = await self.model(model, version)
-        x = plans.pixels(images)
-        parts: list[Completions] = []
-        for request in plans.completions(
-            info, version, x, mask, label, completions, seed, first_index, temperature, proposals
-        ):
-            plans.pin(request, parts[-1] if parts else None)
+        x, how = plans.pixels(images), (temperature, proposals)
+
+        def divide(info: ModelInfo) -> Iterator[CompleteRequest]:
+            return plans.completions(
+                info, version, x, mask, label, completions, seed, first_index, *how
+            )
+
+        parts = plans.Parts(self._catalogue, model, version, label, divide)
+        found: list[Completions] = []
+        while (request := await self._follow(parts.next())) is not None:
             with self._line.told():
-                parts += [codec.completions(message) async for message in self._ask(request)]
-        return plans.completed(parts, x, completions, info)
+                answers = [message async for message in self._ask(request)]
+            found += [codec.completions(answer) for answer in answers if parts.takes(answer)]
+        return plans.completed(found, x, completions, parts.info)
 
     async def models(self) -> list[ModelInfo]:
         """As `Client.models`."""

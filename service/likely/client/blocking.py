@@ -28,6 +28,7 @@ from likely.client.feeds import BlockingFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, positive
 from likely.client.plans import A, Held, Label, Rule
 from likely.errors import LikelyError
+from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
 T = TypeVar("T")
 
@@ -73,7 +74,8 @@ class Client:
         self._timeout = positive(timeout)
         self._catalogue = plans.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
-        self._line = Line(partial(self._route.channel, once=not retries), address)
+        opening = partial(self._route.channel, once=not retries)
+        self._line = Line(opening, address, self._catalogue)
 
     def score(
         self,
@@ -410,20 +412,23 @@ class Client:
         version: str | None = None,
     ) -> Iterator[Draws]:
         """The pictures of `generate`, chunk by chunk as they are drawn."""
-        info = self.model(model, version)
-        last: Draws | None = None
         check = plans.self_check(self_check, alpha, max_draws)
         kept = plans.acceptance(acceptance, max_draws)
-        for request in plans.generations(
-            info, version, label, count, seed, first_index, temperature, check, kept
-        ):
-            plans.pin(request, last)
+
+        def divide(info: ModelInfo) -> Iterator[GenerateRequest]:
+            return plans.generations(
+                info, version, label, count, seed, first_index, temperature, check, kept
+            )
+
+        parts = plans.Parts(self._catalogue, model, version, label, divide)
+        while (request := self._follow(parts.next())) is not None:
             call = self._ask(request)
             try:
                 with self._line.told():
                     for message in call:
-                        last = codec.draws(message)
-                        yield last
+                        if not parts.takes(message):
+                            break
+                        yield codec.draws(message)
             finally:
                 call.cancel()  # of a reader that left; ended calls do not mind
 
@@ -459,16 +464,20 @@ class Client:
         Raises:
             LikelyError: as `score`.
         """
-        info = self.model(model, version)
-        x = plans.pixels(images)
-        parts: list[Completions] = []
-        for request in plans.completions(
-            info, version, x, mask, label, completions, seed, first_index, temperature, proposals
-        ):
-            plans.pin(request, parts[-1] if parts else None)
+        x, how = plans.pixels(images), (temperature, proposals)
+
+        def divide(info: ModelInfo) -> Iterator[CompleteRequest]:
+            return plans.completions(
+                info, version, x, mask, label, completions, seed, first_index, *how
+            )
+
+        parts = plans.Parts(self._catalogue, model, version, label, divide)
+        found: list[Completions] = []
+        while (request := self._follow(parts.next())) is not None:
             with self._line.told():
-                parts += [codec.completions(message) for message in self._ask(request)]
-        return plans.completed(parts, x, completions, info)
+                answers = list(self._ask(request))
+            found += [codec.completions(answer) for answer in answers if parts.takes(answer)]
+        return plans.completed(found, x, completions, parts.info)
 
     def models(self) -> list[ModelInfo]:
         """Every version that is served, sorted by name.
@@ -479,7 +488,7 @@ class Client:
         return self._follow(plans.models())
 
     def model(self, model: str | None = None, version: str | None = None) -> ModelInfo:
-        """What one model version takes, gives and promises; asked for once.
+        """What one model version takes, gives and promises; asked for once, until it is old.
 
         Raises:
             LikelyError: as `score`.

@@ -13,7 +13,7 @@ import grpc
 from likely import statuses
 from likely.client import plans
 from likely.client.channels import Address
-from likely.errors import Forked, LikelyError, SettingsError, Unavailable
+from likely.errors import Forked, InvalidInput, LikelyError, SettingsError, Unavailable
 from likely.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -45,8 +45,11 @@ class Line:
     gRPC's threads do not survive a fork, so that a channel is of the process that opened it.
     """
 
-    def __init__(self, open_channel: Callable[[], Any], address: Address) -> None:
+    def __init__(
+        self, open_channel: Callable[[], Any], address: Address, catalogue: plans.Catalogue
+    ) -> None:
         self._open = open_channel
+        self._catalogue = catalogue
         self._where = address if isinstance(address, str) else ", ".join(address)
         self._closed = False
         self._channel: Any = None
@@ -90,6 +93,8 @@ class Line:
             yield
         except grpc.RpcError as failure:
             error = statuses.error(failure)
+            if isinstance(error, InvalidInput):  # it may have been asked by what is old
+                self._catalogue.clear()
             if isinstance(error, Unavailable) and str(error).startswith(_UNREACHED):
                 error = unreached(self._where, str(error))
             raise error from failure

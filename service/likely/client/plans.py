@@ -31,7 +31,7 @@ from likely.answers import (
     Scores,
     Traversal,
 )
-from likely.errors import InvalidInput
+from likely.errors import InvalidInput, Unavailable
 from likely.v1 import generation_pb2, latent_pb2, models_pb2, scoring_pb2
 
 Request = (
@@ -45,22 +45,25 @@ Request = (
     | models_pb2.GetModelRequest
 )
 T = TypeVar("T")
+G = TypeVar("G", generation_pb2.GenerateRequest, generation_pb2.CompleteRequest)
 M = TypeVar("M")
 E = TypeVar("E", bound=IntEnum)
 Held: TypeAlias = Guarantee | Literal["marginal", "pac"]
 Rule: TypeAlias = LabelRule | Literal["generative", "discriminative"]
 Label: TypeAlias = int | str
+Drawn: TypeAlias = generation_pb2.GenerateResponse | generation_pb2.CompleteResponse
 A = TypeVar("A", Scores, Classifications, Features, Draws, Redrawings, Traversal)
 # A request goes out and its own answer comes in: a pairing that Generator cannot type.
 Plan = Generator[Request, Any, T]
 
 # What a request carries beside its pictures: names, priors, tags and lengths.
 OVERHEAD_BYTES = 16 << 10
+TURNS = 8  # of a question whose answers come of other versions than the one described
 NO_LABEL = -1  # what Encode tells of a model whose features depend on no label
 
 
 class Catalogue:
-    """What a client has learnt of the server's models; asked for once."""
+    """What a client has learnt of the server's models; asked for once, until it turns out old."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str | None, str | None], ModelInfo] = {}
@@ -71,14 +74,123 @@ class Catalogue:
         Raises:
             InvalidInput: no name is given and the server has several models, or none.
         """
-        if (name, version) not in self._known:
-            asked = name if name is not None else (yield from _only())
-            answer: models_pb2.GetModelResponse = yield _message(
-                models_pb2.GetModelRequest, model_name=asked, model_version=version or ""
+        if info := self._known.get((name, version)):
+            return info
+        asked = name if name is not None else (yield from _only())
+        answer: models_pb2.GetModelResponse = yield _message(
+            models_pb2.GetModelRequest, model_name=asked, model_version=version or ""
+        )
+        info = codec.model_info(answer.model)
+        self._known[name, version] = self._known[info.name, info.version] = info
+        return info
+
+    def moved(self, name: str | None, version: str | None, known: ModelInfo) -> None:
+        """Takes that description for the one of this name and version from now on."""
+        self._known[name, version] = known
+
+    def forget(self, name: str | None, version: str | None) -> None:
+        """Has the description asked for anew when it is wanted next."""
+        self._known.pop((name, version), None)
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._known.clear()
+
+    def version(self, name: str, version: str) -> ModelInfo | None:
+        """The description of exactly that version, if it has been asked for."""
+        return self._known.get((name, version))
+
+
+class Naming:
+    """What labels that are given by name mean to the version that answers.
+
+    A name is sent as its index in the version that was described. Where another one answers, which
+    may number its labels otherwise, the question is put anew.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        model: str | None,
+        version: str | None,
+        meant: Callable[[ModelInfo], Any] | None,
+    ) -> None:
+        """The naming of one question.
+
+        Args:
+            catalogue: where descriptions come from.
+            model: its name, as the caller gave it.
+            version: its version, likewise.
+            meant: what is sent for the labels to a model so described; None where no label
+                is given by name.
+        """
+        self._catalogue = catalogue
+        self._model, self._version = model, version
+        self._meant = meant
+        self._turns = 0
+        self._met: str | None = None  # the version that is to be described, once it has answered
+
+    def begin(self) -> Plan[ModelInfo]:
+        """The description to put the question by, at first or anew.
+
+        Raises:
+            Unavailable: versions that number the labels otherwise have answered each turn.
+        """
+        self._turns += 1
+        if self._turns > TURNS:
+            raise Unavailable(
+                "versions that number the labels otherwise answer in turn; name one, or give the "
+                "label's index"
             )
-            info = codec.model_info(answer.model)
-            self._known[name, version] = self._known[info.name, info.version] = info
-        return self._known[name, version]
+        info = yield from self._catalogue.model(self._model, self._version)
+        if self._means(info) is None:  # a newer version may have such labels
+            info = yield from self._anew()
+        for _ in range(TURNS):  # replicas of several versions answer in turn
+            if self._met in (None, info.version):
+                break
+            info = yield from self._anew()
+        self._met = None
+        return info
+
+    def holds(self, info: ModelInfo, answered: str) -> bool:
+        """Whether the version that answered was asked what the caller meant."""
+        if self._meant is None or answered == info.version:
+            return True
+        other = self._catalogue.version(info.name, answered)
+        if other and self._means(other) == self._means(info):
+            return True
+        # Every other time the same is asked again: of two replicas in turn, the other one answers.
+        if self._turns % 2:
+            self._met = answered
+            if other:
+                self._catalogue.moved(self._model, self._version, other)
+        return False
+
+    def _anew(self) -> Plan[ModelInfo]:
+        self._catalogue.forget(self._model, self._version)
+        return (yield from self._catalogue.model(self._model, self._version))
+
+    def follow(self, plan: Callable[[ModelInfo], Plan[T]]) -> Plan[T]:
+        """What a plan gives that pins all its requests to the version of its first answer."""
+        while True:
+            info = yield from self.begin()
+            asking = plan(info)
+            answer = yield next(asking)
+            if self.holds(info, answer.model_version):
+                break
+        try:
+            while True:
+                answer = yield asking.send(answer)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def _means(self, info: ModelInfo) -> tuple[Any, ...] | None:
+        """What the labels are in that version; None if it has no such labels."""
+        try:
+            return (self._meant(info),) if self._meant else ()
+        except InvalidInput:
+            return None
 
 
 def models() -> Plan[list[ModelInfo]]:
@@ -219,23 +331,27 @@ def encode(
     version: str | None,
 ) -> Plan[Features]:
     """The latent features of all pictures."""
-    info = yield from catalogue.model(model, version)
     x = pixels(images)
-    left = _labels(labels, len(x), info) if labels is not None else []
 
-    def ask(part: Pixels, version: str) -> Request:
-        return _message(
-            scoring_pb2.EncodeRequest,
-            model_name=info.name,
-            model_version=version,
-            images=codec.images(part),
-            labels=[left.pop(0) for _ in part] if left else (),
-        )
+    def plan(info: ModelInfo) -> Plan[Features]:
+        left = _labels(labels, len(x), info) or []
+
+        def ask(part: Pixels, version: str) -> Request:
+            return _message(
+                scoring_pb2.EncodeRequest,
+                model_name=info.name,
+                model_version=version,
+                images=codec.images(part),
+                labels=[left.pop(0) for _ in part] if left else (),
+            )
+
+        return (yield from _divided(x, info, Questions(ask, read, version or "")))
 
     def read(answer: scoring_pb2.EncodeResponse, _: tuple[int, ...]) -> Features:
         return codec.features(answer)
 
-    return (yield from _divided(x, info, Questions(ask, read, version or "")))
+    naming = _naming(catalogue, model, version, len(x), labels)
+    return (yield from naming.follow(plan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,24 +413,28 @@ def decode(
     model: str | None,
 ) -> Plan[Redrawings]:
     """What all features stand for."""
-    info = yield from catalogue.model(model, how.version)
     z: npt.NDArray[Any] = _array("features", features, np.float32)
     if z.ndim != 2:
         raise InvalidInput("features", f"shape {z.shape}; (n, z) is asked")
-    given = None if labels is None else _labels(labels, len(z), info)
-    if given == [NO_LABEL] * len(z):
-        given = None
-    step, parts = how.step(info, 1, z[:1].nbytes), list[Redrawings]()
-    for at in range(0, max(len(z), 1), step):
-        message = _message(
-            latent_pb2.DecodeRequest,
-            features=np.ascontiguousarray(z[at : at + step], "<f4").tobytes(),
-            labels=given and given[at : at + step],
-            **how.fields(info, at, parts[-1] if parts else None),
-        )
-        answer: latent_pb2.DecodeResponse = yield message
-        parts.append(codec.redrawn(answer, how.draws))
-    return joined(parts)
+
+    def plan(info: ModelInfo) -> Plan[Redrawings]:
+        given = _labels(labels, len(z), info)
+        if given == [NO_LABEL] * len(z):
+            given = None
+        step, parts = how.step(info, 1, z[:1].nbytes), list[Redrawings]()
+        for at in range(0, max(len(z), 1), step):
+            message = _message(
+                latent_pb2.DecodeRequest,
+                features=np.ascontiguousarray(z[at : at + step], "<f4").tobytes(),
+                labels=given and given[at : at + step],
+                **how.fields(info, at, parts[-1] if parts else None),
+            )
+            answer: latent_pb2.DecodeResponse = yield message
+            parts.append(codec.redrawn(answer, how.draws))
+        return joined(parts)
+
+    naming = _naming(catalogue, model, how.version, len(z), labels)
+    return (yield from naming.follow(plan))
 
 
 def traverse(
@@ -327,22 +447,26 @@ def traverse(
     model: str | None,
 ) -> Plan[Traversal]:
     """All pictures along a direction."""
-    info = yield from catalogue.model(model, how.version)
     x, places = pixels(images), _places(points)
-    given = None if labels is None else _labels(labels, len(x), info)
-    step, parts = how.step(info, len(places), x[:1].nbytes), list[Traversal]()
-    for at in range(0, max(len(x), 1), step):
-        message = _message(
-            latent_pb2.TraverseRequest,
-            images=codec.images(x[at : at + step]),
-            direction=direction,
-            points=places,
-            labels=given and given[at : at + step],
-            **how.fields(info, at, parts[-1] if parts else None),
-        )
-        answer: latent_pb2.TraverseResponse = yield message
-        parts.append(codec.traversal(answer, how.draws, (len(places),)))
-    return joined(parts)
+
+    def plan(info: ModelInfo) -> Plan[Traversal]:
+        given = _labels(labels, len(x), info)
+        step, parts = how.step(info, len(places), x[:1].nbytes), list[Traversal]()
+        for at in range(0, max(len(x), 1), step):
+            message = _message(
+                latent_pb2.TraverseRequest,
+                images=codec.images(x[at : at + step]),
+                direction=direction,
+                points=places,
+                labels=given and given[at : at + step],
+                **how.fields(info, at, parts[-1] if parts else None),
+            )
+            answer: latent_pb2.TraverseResponse = yield message
+            parts.append(codec.traversal(answer, how.draws, (len(places),)))
+        return joined(parts)
+
+    naming = _naming(catalogue, model, how.version, len(x), labels)
+    return (yield from naming.follow(plan))
 
 
 def interpolate(
@@ -356,27 +480,31 @@ def interpolate(
     model: str | None,
 ) -> Plan[Redrawings]:
     """All pictures on the way to as many others."""
-    info = yield from catalogue.model(model, how.version)
     x, far, places = pixels(images), pixels(others), _places(points)
     if len(x) != len(far):
         raise InvalidInput("others", f"{len(far)} pictures for {len(x)} images; as many are asked")
-    given = None if labels is None else _labels(labels, len(x), info)
-    others_given = None if other_labels is None else _labels(other_labels, len(x), info)
-    step = how.step(info, len(places), x[:1].nbytes + far[:1].nbytes)
-    parts: list[Redrawings] = []
-    for at in range(0, max(len(x), 1), step):
-        message = _message(
-            latent_pb2.InterpolateRequest,
-            images=codec.images(x[at : at + step]),
-            others=codec.images(far[at : at + step]),
-            points=places,
-            labels=given and given[at : at + step],
-            other_labels=others_given and others_given[at : at + step],
-            **how.fields(info, at, parts[-1] if parts else None),
-        )
-        answer: latent_pb2.InterpolateResponse = yield message
-        parts.append(codec.redrawn(answer, how.draws, (len(places),)))
-    return joined(parts)
+
+    def plan(info: ModelInfo) -> Plan[Redrawings]:
+        given = _labels(labels, len(x), info)
+        others_given = _labels(other_labels, len(x), info)
+        step = how.step(info, len(places), x[:1].nbytes + far[:1].nbytes)
+        parts: list[Redrawings] = []
+        for at in range(0, max(len(x), 1), step):
+            message = _message(
+                latent_pb2.InterpolateRequest,
+                images=codec.images(x[at : at + step]),
+                others=codec.images(far[at : at + step]),
+                points=places,
+                labels=given and given[at : at + step],
+                other_labels=others_given and others_given[at : at + step],
+                **how.fields(info, at, parts[-1] if parts else None),
+            )
+            answer: latent_pb2.InterpolateResponse = yield message
+            parts.append(codec.redrawn(answer, how.draws, (len(places),)))
+        return joined(parts)
+
+    naming = _naming(catalogue, model, how.version, len(x), labels, other_labels)
+    return (yield from naming.follow(plan))
 
 
 def _places(points: npt.ArrayLike) -> list[float]:
@@ -400,7 +528,7 @@ def generations(
 ) -> Iterator[generation_pb2.GenerateRequest]:
     """The requests that draw `count` pictures, none of them above the server's limit.
 
-    All but the first need `pin`: the server picks what the caller leaves open.
+    The server picks what the caller leaves open, which `Parts` then pins.
     """
     most = info.limits.images_per_generation
     count, first = whole("count", count), whole("first_index", first_index)
@@ -445,10 +573,7 @@ def completions(
     temperature: float | None,
     proposals: int,
 ) -> Iterator[generation_pb2.CompleteRequest]:
-    """The requests that complete pictures x, none of them above the server's limits.
-
-    All but the first need `pin`.
-    """
+    """The requests that complete pictures x, none of them above the server's limits."""
     count, first = whole("completions", count), whole("first_index", first_index)
     known = _array("mask", mask, np.bool_)
     known = known[:, None] if known.ndim == 3 else known
@@ -484,14 +609,59 @@ def completed(parts: Sequence[Completions], x: Pixels, count: int, info: ModelIn
     return replace(first, images=rows.reshape(len(x), count, *x.shape[1:]))
 
 
-def pin(
-    request: generation_pb2.GenerateRequest | generation_pb2.CompleteRequest,
-    last: Draws | Completions | None,
-) -> None:
-    """Ties a request to the seed and version that the one before it was answered with."""
-    if last is not None:
-        request.seed = last.seed
-        request.model_version = last.model_version
+class Parts(Generic[G]):
+    """The requests that one question with a label is divided into, as their answers need them.
+
+    The first answer settles version and seed of all others.
+
+    Attributes:
+        info: the model's description, once a request is asked for.
+    """
+
+    info: ModelInfo
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        model: str | None,
+        version: str | None,
+        label: Label | None,
+        divide: Callable[[ModelInfo], Iterator[G]],
+    ) -> None:
+        """The parts of a question.
+
+        Args:
+            catalogue: where descriptions come from.
+            model: its name.
+            version: its version.
+            label: its name or index.
+            divide: the requests to a model so described.
+        """
+        named = isinstance(label, str)
+        meant = (lambda info: index_of(label, info.labels)) if named else None
+        self._naming = Naming(catalogue, model, version, meant)
+        self._divide: Callable[[ModelInfo], Iterator[G]] = divide
+        self._requests: Iterator[G] | None = None
+        self._settled: tuple[str, int] | None = None
+
+    def next(self) -> Plan[G | None]:
+        """The next request, which may be the first again; None where there is no more."""
+        if self._requests is None:
+            self.info = yield from self._naming.begin()
+            self._requests = self._divide(self.info)
+        request = next(self._requests, None)
+        if request is not None and self._settled:
+            request.model_version, request.seed = self._settled
+        return request
+
+    def takes(self, answer: Drawn) -> bool:
+        """Whether an answer is to the question; after one that is not, all are asked anew."""
+        if self._requests is not None and not self._settled:
+            if self._naming.holds(self.info, answer.model_version):
+                self._settled = answer.model_version, answer.seed
+            else:
+                self._requests = None
+        return self._requests is not None
 
 
 def pixels(images: npt.ArrayLike, name: str = "images") -> Pixels:
@@ -590,8 +760,26 @@ def _array(field: str, values: npt.ArrayLike, dtype: Any = None) -> npt.NDArray[
         raise InvalidInput(field, f"not to be read as {asked}: {error}") from error
 
 
-def _labels(labels: npt.ArrayLike, n: int, info: ModelInfo) -> list[int]:
-    """The index of the label of each of n pictures, given by name or index."""
+def _naming(
+    catalogue: Catalogue,
+    model: str | None,
+    version: str | None,
+    n: int,
+    *labels: npt.ArrayLike | None,
+) -> Naming:
+    """The naming of a question about n pictures, with labels of each."""
+
+    def meant(info: ModelInfo) -> list[list[int] | None]:
+        return [_labels(each, n, info) for each in labels]
+
+    named = any(_array("labels", each).dtype.kind == "U" for each in labels if each is not None)
+    return Naming(catalogue, model, version, meant if named else None)
+
+
+def _labels(labels: npt.ArrayLike | None, n: int, info: ModelInfo) -> list[int] | None:
+    """The index of the label of each of n pictures, given by name or index; None for none."""
+    if labels is None:
+        return None
     given = _array("labels", labels)
     if given.shape != (n,):
         raise InvalidInput("labels", f"shape {given.shape} for {n} pictures; one label each")
