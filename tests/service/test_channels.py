@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import socket
 import time
 import warnings
 from collections import Counter
@@ -60,6 +62,26 @@ def test_a_token_goes_unencrypted_to_no_other_machine_of_several() -> None:
     for addresses in (["127.0.0.1:1", "10.0.0.1:2"], "dns:///models.example.org:1"):
         with pytest.raises(SettingsError, match="unencrypted"):
             Route(addresses, token="secret")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:PORT", "localhost:PORT", ["127.0.0.1:PORT"]])
+def test_no_proxy_hears_what_goes_to_this_machine(
+    live: Live, address: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        filled = json.loads(json.dumps(address).replace("PORT", str(live.server.port)))
+        with Client(filled, token="secret", timeout=30) as client:
+            described = client.model()
+
+        async def ask() -> None:
+            async with AsyncClient(filled, token="secret", timeout=30) as other:
+                assert await other.model() == described
+
+        live.run(ask())
 
 
 def counted(live: Live, monkeypatch: pytest.MonkeyPatch, tally: Counter[int], name: int) -> None:

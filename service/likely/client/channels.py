@@ -62,7 +62,8 @@ _FLEET = {
 class Route:
     """The way to one server or its replicas, and what is shown on it.
 
-    A token goes over an encrypted connection, or to an address of this machine; nowhere else.
+    A token goes over an encrypted connection, or to an address of this machine; nowhere else. To an
+    address of this machine no proxy is asked the way, whatever `http_proxy` says.
     """
 
     def __init__(
@@ -103,9 +104,12 @@ class Route:
             ("grpc.max_send_message_length", -1),
             ("grpc.per_rpc_retry_buffer_size", LARGEST),
         )
+        local = all(map(is_local, several))
+        if local:
+            self._options += (("grpc.enable_http_proxy", 0),)
         self._token = token
         self._secure = tls or ca is not None or certificate is not None
-        if token is not None and not self._secure and not all(map(is_local, several)):
+        if token is not None and not self._secure and not local:
             raise SettingsError(
                 f"a token would go unencrypted to {self._target}; give tls=True, or ca= for the "
                 "authority that vouches for the server"
