@@ -46,7 +46,9 @@ def judged(
     arrays, weights, temperature = _calibrate(recipe, exported, data, folder)
     np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
     report("compare decisions")
-    compared, changed = _decisions(recipe, exported, data, folder, arrays, weights, temperature)
+    compared, changed, apart = _decisions(
+        recipe, exported, data, folder, arrays, weights, temperature
+    )
     return {
         "calibration": {
             "file": CALIBRATION,
@@ -57,6 +59,7 @@ def judged(
         },
         "decisions_compared": compared,
         "decisions_changed": changed,
+        "test_parity_nats": apart,
     }
 
 
@@ -97,20 +100,22 @@ def _decisions(
     arrays: Mapping[str, Array],
     weights: tuple[float, ...],
     temperature: float,
-) -> tuple[int, int]:
-    """How many test pictures torch and ONNX Runtime judged, and how many they judge otherwise."""
+) -> tuple[int, int, float]:
+    """How many test pictures torch and ONNX Runtime judged, and how many they judge otherwise.
+
+    And by how many nats they differ about log p(x) at most.
+    """
     detector = Detector(arrays)
     x = data.test.x[:COMPARED]
-    found = _seen(passes.session(folder, exported[Role.DENSITY]), x)
+    density = passes.session(folder, exported[Role.DENSITY])
+    names = [name for name in ("log_px", "statistics", "label") if density.spec.output(name)]
+    log_px, *found = passes.rows(density, {"x": x}, names)
     module = exported[Role.DENSITY].source.module
     with torch.no_grad():
         parts = [module(part) for part in torch.from_numpy(x).split(passes.BATCH)]
-    statistics = np.concatenate([part[2].numpy() for part in parts])
-    label = np.concatenate([part[3].numpy() for part in parts]) if len(parts[0]) > 3 else None
-    ours, torchs = (
-        detector.p_value(detector.score(s, y))
-        for s, y in ((found.statistics, found.label), (statistics, label))
-    )
+    expected, _, *torch_found = (np.concatenate(column) for column in zip(*parts, strict=True))
+    apart = float(np.abs(log_px - expected).max())
+    ours, torchs = (detector.p_value(detector.score(*each)) for each in (found, torch_found))
     changed = np.zeros(len(x), bool)
     for alpha in recipe.calibration.alphas:
         changed |= (ours <= alpha) != (torchs <= alpha)
@@ -135,7 +140,7 @@ def _decisions(
         changed |= torchs_label != ours_label
     if Role.DISCRIMINATE in exported:
         changed |= _relabelled(exported[Role.DISCRIMINATE], folder, x)
-    return len(x), int(changed.sum())
+    return len(x), int(changed.sum()), apart
 
 
 def _taken(

@@ -161,7 +161,8 @@ class Manifest(_Entry):
     calibration: Calibration | None = None
     latent: Latent | None = None
     golden: FileName
-    parity_nats: float = Field(ge=0, allow_inf_nan=False)
+    parity_nats: float = Field(ge=0, allow_inf_nan=False)  # of every graph, on random pictures
+    test_parity_nats: float | None = Field(None, ge=0, allow_inf_nan=False)  # of log p(x)
     decisions_compared: int = Field(0, ge=0)
     decisions_changed: int = Field(0, ge=0)
     recipe: dict[str, Any] = {}
