@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from likely.answers import Classifications, Doubles, Pixels, Scores, Verdict
+from likely.answers import Accepted, Classifications, Doubles, Pixels, Scores, Verdict
 from likely.bundle import Bundle, Kind, Manifest, Role, write_manifest
 from likely.engine import Engine
 from likely.graphs import Device, Session
@@ -116,12 +116,13 @@ class _Evaluation:
         sets |= await self._outside()
         figures |= self._separations(sets)
         figures["parity_nats"] = self.manifest.parity_nats
+        figures["test_parity_nats"] = self.manifest.test_parity_nats
         figures["decisions"] = {
             "compared_with_torch": self.manifest.decisions_compared,
             "changed": self.manifest.decisions_changed,
         }
         figures["baselines"] = baselines.evaluate(self.data)
-        figures |= costs.measure(self.bundle, self.some)
+        figures |= costs.measure(self.bundle, self.engine.detector, self.some)
         taken = None
         labelled = None
         judge = None
@@ -177,31 +178,28 @@ class _Evaluation:
         """AUROC and the like for every set outside, by our score and by likelihood alone."""
         inside = sets[INLIERS]
         ours: dict[str, Any] = {}
-        likelihood, aurocs = {}, {}
+        likelihood: dict[str, Any] = {}
         for name, outside in sets.items():
             if name == INLIERS:
                 continue
             apart = measures.separation(inside.unusualness, outside.unusualness)
-            aurocs[name] = apart["auroc"]
+            accepted = {f"{alpha:g}": outside.p_value > alpha for alpha in self.alphas}
             ours[name] = apart | {
                 "size": len(outside.p_value),
-                "accepted": {
-                    f"{alpha:g}": float(np.mean(outside.p_value > alpha)) for alpha in self.alphas
+                "accepted": {alpha: float(np.mean(one)) for alpha, one in accepted.items()},
+                "accepted_standard_error": {
+                    alpha: measures.error(one) for alpha, one in accepted.items()
                 },
             }
             likelihood[name] = measures.separation(inside.nats, outside.nats)
-        panel = [aurocs[name] for name in corruptions.PANEL]
-        return {
-            "outliers": ours,
-            "likelihood_only": likelihood,
-            "panel": {"auroc_min": min(panel), "auroc_mean": float(np.mean(panel))},
-        }
+        return {"outliers": ours, "likelihood_only": likelihood, "panel": _panel(sets, ours)}
 
     def _false_rejection(self, p_value: Doubles, alpha: float) -> dict[str, Any]:
         size, n = self.manifest.calibrated.size, len(p_value)
         names = [label.name for label in self.manifest.labels]
         found: dict[str, Any] = {
             "overall": float(np.mean(p_value <= alpha)),
+            "overall_standard_error": measures.error(p_value <= alpha),
             "band": measures.rejection_band(alpha, size, n),
         }
         if names:
@@ -209,24 +207,33 @@ class _Evaluation:
             # been ranked alone, among its share of the calibration split, to read its rate by.
             counts = np.bincount(self.test.y, minlength=len(names))
             bands = [measures.rejection_band(alpha, round(size * c / n), int(c)) for c in counts]
-            found["by_label"] = {
-                name: measures.share(p_value[self.test.y == y] <= alpha)
-                for y, name in enumerate(names)
-            }
+            found |= self._by_label("by_label", p_value <= alpha)
             found["band_by_label"] = dict(zip(names, bands, strict=True))
         return found
 
+    def _by_label(self, name: str, values: Accepted) -> dict[str, Any]:
+        """The share of the test part's values (n,) that are true, by label, with its error."""
+        return measures.by_label(
+            name, values, self.test.y, [label.name for label in self.manifest.labels]
+        )
+
     def _labels(self, taken: Classifications) -> dict[str, Any]:
         y, rows = self.test.y, np.arange(len(self.test))
-        kept = taken.verdict == Verdict.ACCEPTED
-        doubt = -taken.posterior.max(1)
+        n, kept = len(y), taken.verdict == Verdict.ACCEPTED
+        doubt, wrong = -taken.posterior.max(1), taken.label != y
         return {
             "conditional_nll_nats": measures.mean(-taken.log_pxy[rows, y]),
             "accuracy": measures.mean(taken.label == y),
             "accuracy_of_accepted": measures.mean((taken.label == y)[kept]) if kept.any() else None,
             "label_nll_nats": measures.mean(-np.log(np.maximum(taken.posterior[rows, y], 1e-300))),
             "ece": measures.calibration_error(taken.posterior, y),
-            "aurc": measures.selective_risk(doubt, taken.label != y),
+            "ece_standard_error": measures.bootstrap_error(
+                lambda at: measures.calibration_error(taken.posterior[at], y[at]), n
+            ),
+            "aurc": measures.selective_risk(doubt, wrong),
+            "aurc_standard_error": measures.bootstrap_error(
+                lambda at: measures.selective_risk(doubt[at], wrong[at]), n
+            ),
             "label_set": {
                 f"{alpha:g}": self._label_set(taken.label_p_values, alpha) for alpha in self.alphas
             },
@@ -238,15 +245,14 @@ class _Evaluation:
         counts = self.engine.detector.label_counts
         return {
             "coverage": float(covered.mean()),
-            "coverage_by_label": {
-                label.name: measures.share(covered[self.test.y == y])
-                for y, label in enumerate(self.manifest.labels)
-            },
+            "coverage_standard_error": measures.error(covered),
+            **self._by_label("coverage_by_label", covered),
             "least_by_label": {
                 label.name: self._least_coverage(alpha, y, int(counts[y]))
                 for y, label in enumerate(self.manifest.labels)
             },
             "mean_size": float(members.sum(1).mean()),
+            "mean_size_standard_error": measures.error(members.sum(1)),
         }
 
     def _least_coverage(self, alpha: float, y: int, calibration: int) -> float | None:
@@ -298,30 +304,37 @@ class _Evaluation:
         Beside the bundle, the largest softmax of a convolutional network that learnt from
         the same pictures.
         """
-        own = judge.posterior(self.test.x)
-        right = own.argmax(1) == self.test.y
+        y, own = self.test.y, judge.posterior(self.test.x)
+        right, sure = own.argmax(1) == y, own.max(1)
         found: dict[str, Any] = {
             "cnn": {
                 "accuracy": float(np.mean(right)),
-                "aurc": measures.selective_risk(-own.max(1), ~right),
-                "ece": measures.calibration_error(own, self.test.y),
+                "accuracy_standard_error": measures.error(right),
+                "aurc": measures.selective_risk(-sure, ~right),
+                "aurc_standard_error": measures.bootstrap_error(
+                    lambda at: measures.selective_risk(-sure[at], ~right[at]), len(y)
+                ),
+                "ece": measures.calibration_error(own, y),
+                "ece_standard_error": measures.bootstrap_error(
+                    lambda at: measures.calibration_error(own[at], y[at]), len(y)
+                ),
             },
             "mixed": {},
         }
         for name, x in self.others.items():
             rows = np.linspace(0, len(self.test) - 1, len(x)).astype(int)
             outside = await self._classify(x)
-            wrong = np.concatenate([(taken.label != self.test.y)[rows], np.ones(len(x), bool)])
-            doubt = np.concatenate([self._doubt(taken)[rows], self._doubt(outside)])
-            theirs = np.concatenate([~right[rows], np.ones(len(x), bool)])
-            softmax = np.concatenate([own[rows].max(1), judge.posterior(x).max(1)])
+            ours = measures.open_set(
+                self._doubt(taken)[rows], (taken.label == y)[rows], self._doubt(outside)
+            )
+            softmax = -judge.posterior(x).max(1)
+            theirs = measures.open_set(-sure[rows], right[rows], softmax)
+            apart = measures.paired(*measures.placements(-sure[rows], softmax))
+            theirs |= {"auroc": apart["mean"], "auroc_standard_error": apart["standard_error"]}
             found["mixed"][name] = {
                 "size": len(x),
-                "aurc": measures.selective_risk(doubt, wrong),
-                "cnn_max_softmax_aurc": measures.selective_risk(-softmax, theirs),
-                "cnn_max_softmax_auroc": measures.separation(
-                    -softmax[: len(rows)], -softmax[len(rows) :]
-                )["auroc"],
+                **ours,
+                **{f"cnn_max_softmax_{key}": one for key, one in theirs.items()},
             }
         return found
 
@@ -352,6 +365,20 @@ class _Evaluation:
         typical = np.median(some, 0).astype(np.uint8)
         ratios, found = attribution.by_occlusion(session, x, pair, typical)
         return Explained(x, surprise, Compared(pair, ratios, found, attribution.PATCH))
+
+
+def _panel(sets: Mapping[str, Sets], outliers: Mapping[str, Any]) -> dict[str, float]:
+    """The least AUROC of the panel and the mean; its sets are the same pictures, corrupted."""
+    least = outliers[min(corruptions.PANEL, key=lambda name: float(outliers[name]["auroc"]))]
+    scores = [(sets[INLIERS].unusualness, sets[name].unusualness) for name in corruptions.PANEL]
+    over, under = zip(*(measures.placements(*pair) for pair in scores), strict=True)
+    mean = measures.paired(np.mean(over, 0), np.mean(under, 0))
+    return {
+        "auroc_min": least["auroc"],
+        "auroc_min_standard_error": least["auroc_standard_error"],
+        "auroc_mean": mean["mean"],
+        "auroc_mean_standard_error": mean["standard_error"],
+    }
 
 
 def _set(x: Pixels, scores: Scores, examples: int) -> Sets:

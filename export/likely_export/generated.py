@@ -117,10 +117,14 @@ class Drawing:
         """Whether draws show their label, and whether they teach it."""
         if self.judge is None or not self.sizes.drawn:
             return {}
-        labels = len(self.manifest.labels)
-        pupil = taught(x, y, self.manifest.levels, labels, steps=self.sizes.steps)
+        names = [label.name for label in self.manifest.labels]
+        pupil = taught(x, y, self.manifest.levels, len(names), steps=self.sizes.steps)
         learnt = pupil.posterior(self.test.x).argmax(1) == self.test.y
-        return {**self._faithful(x, y), "train_on_draws_accuracy": measures.mean(learnt)}
+        return {
+            **self._faithful(x, y),
+            "train_on_draws_accuracy": measures.mean(learnt),
+            **measures.by_label("train_on_draws_accuracy_by_label", learnt, self.test.y, names),
+        }
 
     async def _checked(self, check: SelfCheck) -> dict[str, Any]:
         """The same of draws that check themselves, and what that costs."""
@@ -138,12 +142,10 @@ class Drawing:
     def _faithful(self, x: Pixels, y: Labels) -> dict[str, Any]:
         assert self.judge is not None
         shown = self.judge.posterior(x).argmax(1) == y
+        names = [label.name for label in self.manifest.labels]
         return {
             "faithfulness": measures.mean(shown),
-            "faithfulness_by_label": {
-                label.name: float(shown[y == k].mean())
-                for k, label in enumerate(self.manifest.labels)
-            },
+            **measures.by_label("faithfulness_by_label", shown, y, names),
         }
 
     def _own_surprise(self, most: int) -> dict[str, Any]:
@@ -192,6 +194,9 @@ class Drawing:
             "distance_of_draws": measures.mean(distance),
             "distance_of_test": measures.mean(usual),
             "nearer_than_1_percent_of_test": float(np.mean(distance < np.quantile(usual, 0.01))),
+            "nearer_than_1_percent_of_test_standard_error": measures.error_below_quantile(
+                distance, usual, 0.01
+            ),
         }
 
 

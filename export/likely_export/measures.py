@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import betabinom, spearmanr
-from sklearn.metrics import roc_auc_score
+from scipy.stats import beta, betabinom, spearmanr
 
 from likely.answers import Accepted, Doubles, Labels
 
 BINS = 15
 BAND = 0.99
+KEPT = 0.95  # of inliers, where FPR95 is read
+SAMPLES = 200  # bootstrap samples
+SEED = 20261122
 
 
 def mean(values: npt.NDArray[Any]) -> dict[str, float]:
@@ -32,13 +35,129 @@ def rank_correlation(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return float(spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
-def separation(inliers: Doubles, outliers: Doubles) -> dict[str, float]:
-    """AUROC, and the share of outliers accepted where 95 % of inliers are; large is unusual."""
-    truth = np.repeat([0, 1], [len(inliers), len(outliers)])
+def error(values: npt.NDArray[Any]) -> float | None:
+    """The standard error of a mean or a share; None of none at all."""
+    return mean(values)["standard_error"] if len(values) else None
+
+
+def by_label(name: str, values: Accepted, y: Labels, labels: Sequence[str]) -> dict[str, Any]:
+    """The share of each label's values that are true under that name, and its standard error."""
+    own = {label: values[y == k] for k, label in enumerate(labels)}
     return {
-        "auroc": float(roc_auc_score(truth, np.concatenate([inliers, outliers]))),
-        "fpr95": float(np.mean(outliers <= np.quantile(inliers, 0.95))),
+        name: {label: share(one) for label, one in own.items()},
+        f"{name}_standard_error": {label: error(one) for label, one in own.items()},
     }
+
+
+def separation(inliers: Doubles, outliers: Doubles) -> dict[str, float]:
+    """AUROC, the share of outliers accepted where 95 % of inliers are, and AUPR; large is unusual.
+
+    Each with its standard error, which is 0 of sets that do not overlap at all. AUPR has outliers
+    as positives, so it depends on how many there are of either.
+    """
+    auroc = paired(*placements(inliers, outliers))
+    return {
+        "auroc": auroc["mean"],
+        "auroc_standard_error": auroc["standard_error"],
+        "fpr95": float(np.mean(outliers <= np.quantile(inliers, KEPT))),
+        "fpr95_standard_error": error_below_quantile(outliers, inliers, KEPT),
+        "aupr": average_precision(inliers, outliers),
+        "aupr_standard_error": bootstrap_error(
+            lambda a, b: average_precision(inliers[a], outliers[b]), len(inliers), len(outliers)
+        ),
+    }
+
+
+def placements(
+    inliers: Doubles, outliers: Doubles, counted: Accepted | None = None
+) -> tuple[Doubles, Doubles]:
+    """For each inlier the share of outliers above it, for each outlier that of inliers below it.
+
+    Ties count half.
+
+    Args:
+        inliers: (n,), large is unusual.
+        outliers: (m,).
+        counted: (n,), where false, no outlier counts as above that inlier.
+    """
+    kept = np.ones(len(inliers), bool) if counted is None else counted
+    over = kept * _share_below(-inliers, -outliers)
+    return over, np.mean(kept) * _share_below(outliers, inliers[kept])
+
+
+def paired(over: Doubles, under: Doubles) -> dict[str, float]:
+    """The mean of placements, as AUROC is, and its standard error (DeLong et al., 1988)."""
+    inside, outside = (mean(each)["standard_error"] for each in (over, under))
+    return {"mean": float(np.mean(over)), "standard_error": float(np.hypot(inside, outside))}
+
+
+def open_set_rate(doubt: Doubles, right: Accepted, outliers: Doubles) -> dict[str, float]:
+    """OSCR: the area under the share labelled rightly over the share of outliers accepted.
+
+    Dhamija et al., 2018. It is how often a picture is both labelled rightly and less doubtful than
+    an outlier; with the standard error.
+
+    Args:
+        doubt: (n,), of pictures that have a label.
+        right: (n,), whether that was given.
+        outliers: (m,), their doubt.
+    """
+    return paired(*placements(doubt, outliers, right))
+
+
+def open_set(doubt: Doubles, right: Accepted, outliers: Doubles) -> dict[str, float]:
+    """AURC, where to accept an outlier is an error, and OSCR, with their standard errors.
+
+    Args:
+        doubt: (n,), of pictures that have a label.
+        right: (n,), whether that was given.
+        outliers: (m,), their doubt.
+    """
+
+    def risk(inside: npt.NDArray[np.intp], outside: npt.NDArray[np.intp]) -> float:
+        wrong = np.concatenate([~right[inside], np.ones(len(outside), bool)])
+        return selective_risk(np.concatenate([doubt[inside], outliers[outside]]), wrong)
+
+    rate, sizes = open_set_rate(doubt, right, outliers), (len(doubt), len(outliers))
+    return {
+        "aurc": risk(*map(np.arange, sizes)),
+        "aurc_standard_error": bootstrap_error(risk, *sizes),
+        "oscr": rate["mean"],
+        "oscr_standard_error": rate["standard_error"],
+    }
+
+
+def average_precision(inliers: Doubles, outliers: Doubles) -> float:
+    """AUPR: the mean, over outliers, of the share of outliers among all that are as unusual."""
+    caught, lost = (
+        len(each) - np.searchsorted(np.sort(each), outliers, "left") for each in (outliers, inliers)
+    )
+    return float(np.mean(caught / (caught + lost)))
+
+
+def error_below_quantile(values: Doubles, of: Doubles, level: float) -> float:
+    """The standard error of the share of values that lie below a quantile of others.
+
+    By the bootstrap, without drawing: the rank of a sample's quantile is beta-distributed, and
+    given the quantile the share is binomial.
+    """
+    n, k = len(of), level * (len(of) + 1)
+    ranks = beta.ppf((np.arange(1000) + 0.5) / 1000, k, n + 1 - k)
+    thresholds = np.quantile(of, ranks)
+    shares = np.searchsorted(np.sort(values), thresholds, "right") / len(values)
+    return float(np.sqrt(np.var(shares) + np.mean(shares * (1 - shares)) / len(values)))
+
+
+def bootstrap_error(figure: Callable[..., float], *sizes: int) -> float:
+    """The standard error of a figure: its deviation over samples drawn with replacement.
+
+    Args:
+        figure: of the rows (n,) drawn from each group; those of a picture are drawn together.
+        sizes: of the groups.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[SEED, 0]))
+    found = [figure(*(generator.integers(0, n, n) for n in sizes)) for _ in range(SAMPLES)]
+    return float(np.std(found, ddof=1))
 
 
 def rejection_band(alpha: float, calibration: int, test: int) -> tuple[float, float] | None:
@@ -78,3 +197,10 @@ def selective_risk(doubt: Doubles, wrong: Accepted) -> float:
     error = np.bincount(group, weights=wrong) / np.bincount(group)
     errors = np.cumsum(error[np.sort(group)])
     return float(np.mean(errors / np.arange(1, len(doubt) + 1)))
+
+
+def _share_below(values: Doubles, among: Doubles) -> Doubles:
+    """For each value the share of others below it (n,); equal ones count half."""
+    ordered = np.sort(among)
+    twice = sum(np.searchsorted(ordered, values, side) for side in ("left", "right"))
+    return np.asarray(twice / max(1, 2 * len(among)))

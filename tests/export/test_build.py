@@ -154,6 +154,7 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     assert (manifest.decisions_compared, manifest.decisions_changed) == (100, 0)
     assert manifest.calibrated.finest_alpha == pytest.approx(0.01)
     assert manifest.parity_nats <= 1e-3 and "weights.bin" in manifest.files
+    assert manifest.test_parity_nats is not None and manifest.test_parity_nats <= 1e-3
     recipe = recipes.parse(RECIPE)
     data, others = recipe.data.load(), {"upside": x[:, :, ::-1].copy()}
     figures, material = evaluate.evaluate(
@@ -167,6 +168,12 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     assert told["statistics_cost"] > 0.5 and told["classification_cost"] > 1
     wanted = {"accuracy", "ece", "aurc", "false_rejection", "faithfulness", "self_entropy"}
     assert {*wanted, "train_on_draws_accuracy", "label_set", "memorisation"} <= set(told)
+    assert told["test_parity_nats"] == manifest.test_parity_nats
+    assert told["statistics_cost"] > told["combination_cost"] > 0
+    mixed = told["mixed"]["upside"]
+    assert {"oscr", "oscr_standard_error", "cnn_max_softmax_oscr"} <= set(mixed)
+    assert set(told["train_on_draws_accuracy_by_label"]) == set("0123456789")
+    assert told["outliers"]["upside"]["auroc_standard_error"] > 0
     assert told["self_checked"]["draws_a_picture"]["mean"] >= 1
     assert (tmp_path / "bundle" / "report.html").stat().st_size > 10_000
     assert material.explained is not None

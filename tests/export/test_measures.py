@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from likely_export import measures
 
@@ -14,10 +15,86 @@ def test_error_of_the_mean() -> None:
 
 def test_separation_of_what_is_apart_and_what_is_not() -> None:
     inliers = np.arange(1000.0)
-    assert measures.separation(inliers, inliers + 1000) == {"auroc": 1.0, "fpr95": 0.0}
+    errors = dict.fromkeys(("auroc_standard_error", "fpr95_standard_error"), 0.0)
+    apart = measures.separation(inliers, inliers + 1000)
+    assert apart == {"auroc": 1, "fpr95": 0, "aupr": 1, "aupr_standard_error": 0, **errors}
     same = measures.separation(inliers, inliers)
     assert same["auroc"] == pytest.approx(0.5) and same["fpr95"] == pytest.approx(0.95)
-    assert measures.separation(inliers, inliers - 1000) == {"auroc": 0.0, "fpr95": 1.0}
+    under = measures.separation(inliers, inliers - 1000)
+    assert (under["auroc"], under["fpr95"]) == (0.0, 1.0) and errors.items() <= under.items()
+    assert under["aupr"] == pytest.approx(np.mean(np.arange(1, 1001) / np.arange(1001, 2001)))
+
+
+def test_areas_are_those_of_others_and_ties_count_half() -> None:
+    rng = np.random.default_rng(5)
+    inliers, outliers = rng.poisson(4, 300).astype(float), rng.poisson(6, 200).astype(float)
+    found, truth = measures.separation(inliers, outliers), np.repeat([0, 1], [300, 200])
+    scores = np.concatenate([inliers, outliers])
+    assert found["auroc"] == pytest.approx(roc_auc_score(truth, scores))
+    assert found["aupr"] == pytest.approx(average_precision_score(truth, scores))
+
+
+def test_standard_errors_of_a_separation_are_those_of_new_pictures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measures, "SAMPLES", 20)  # each is rough, and their mean is not
+    rng = np.random.default_rng(6)
+    found = [
+        measures.separation(rng.normal(size=400), rng.normal(1.5, 1.2, 150)) for _ in range(300)
+    ]
+    for name in ("auroc", "fpr95", "aupr"):
+        told = np.mean([one[f"{name}_standard_error"] for one in found])
+        assert told == pytest.approx(np.std([one[name] for one in found]), rel=0.15), name
+
+
+def test_a_single_outlier_has_a_separation() -> None:
+    found = measures.separation(np.arange(100.0), np.array([49.5]))
+    assert found["auroc"] == 0.5 and np.all(np.isfinite(list(found.values())))
+
+
+def test_open_set_rate_counts_what_is_right_and_less_doubtful_than_outliers() -> None:
+    doubt, right = np.array([0.0, 1, 2, 3]), np.array([True, False, True, True])
+    found = measures.open_set_rate(doubt, right, np.array([0.5, 2.0]))
+    assert found["mean"] == pytest.approx((2 + 0.5 + 0) / (4 * 2))
+    rng = np.random.default_rng(7)
+    inliers, outliers = rng.normal(size=300), rng.normal(1, 1, 200)
+    every = measures.open_set_rate(inliers, np.ones(300, bool), outliers)
+    apart = measures.separation(inliers, outliers)
+    assert list(every.values()) == [apart["auroc"], apart["auroc_standard_error"]]
+    assert measures.open_set_rate(inliers, np.zeros(300, bool), outliers)["mean"] == 0
+    # The area itself, by the trapezoids of every threshold.
+    right = rng.random(300) < 0.8
+    thresholds = np.sort(np.concatenate([[-9], inliers, outliers]))
+    rate = (right[:, None] & (inliers[:, None] <= thresholds)).mean(0)
+    accepted = (outliers[:, None] <= thresholds).mean(0)
+    area = measures.open_set_rate(inliers, right, outliers)["mean"]
+    assert area == pytest.approx(np.trapezoid(rate, accepted))
+
+
+def test_the_error_of_an_open_set_rate_is_that_of_new_pictures() -> None:
+    rng = np.random.default_rng(8)
+    found = [
+        measures.open_set_rate(rng.normal(size=300), rng.random(300) < 0.8, rng.normal(1, 1, 100))
+        for _ in range(1000)
+    ]
+    told = np.mean([one["standard_error"] for one in found])
+    assert told == pytest.approx(np.std([one["mean"] for one in found]), rel=0.1)
+
+
+def test_bootstrap_error_of_a_mean_is_the_known_one_and_the_same_again() -> None:
+    values = np.random.default_rng(9).normal(size=500)
+    errors = [measures.bootstrap_error(lambda rows: float(values[rows].mean()), 500) for _ in "ab"]
+    assert errors[0] == errors[1]
+    assert errors[0] == pytest.approx(measures.mean(values)["standard_error"], rel=0.15)
+    halves = measures.bootstrap_error(
+        lambda a, b: float(values[:250][a].mean() - values[250:][b].mean()), 250, 250
+    )
+    assert halves == pytest.approx(2 * errors[0], rel=0.2)
+
+
+def test_the_error_of_none_at_all_is_none() -> None:
+    assert measures.error(np.zeros(0, bool)) is None
+    assert measures.error(np.arange(100) < 20) == pytest.approx(0.04, rel=0.01)
 
 
 def test_rank_correlation_of_what_is_all_the_same_is_none() -> None:
