@@ -509,6 +509,65 @@ def test_in_a_full_queue_the_greediest_client_gives_way(leaves: bool) -> None:
     run(work())
 
 
+@pytest.mark.parametrize(("rows", "left"), [(49, [52, 48]), (30, [35, 35]), (1, [51, 48])])
+def test_nobody_gives_way_for_who_does_not_fit_in_the_end(rows: int, left: list[int]) -> None:
+    async def work() -> None:
+        graph, traffic = Doubler(), Traffic()
+        options = {"best": {Role.DENSITY: Best(1000)}, "bounds": Bounds(rows=100)}
+        async with opened(graph, traffic=traffic, **options) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            asked = [
+                [going(ask(lanes, 1, client=c)) for _ in range(n)]
+                for c, n in zip("ab", (52, 48), strict=True)
+            ]
+            await settled()
+            newcomer = going(ask(lanes, *range(rows), client="c"))
+            await settled()
+            fits = left != [52, 48]
+            assert newcomer.done() is not fits
+            assert [sum(not task.done() for task in tasks) for tasks in asked] == left
+            assert gauge(traffic, "shed") == (100 - sum(left) if fits else 1)
+            graph.release()
+            await asyncio.gather(first, newcomer, *asked[0], *asked[1], return_exceptions=True)
+            assert isinstance(newcomer.exception(), type(None) if fits else Overloaded)
+
+    run(work())
+
+
+def test_nobody_gives_way_for_who_finds_no_room_at_another_graph() -> None:
+    async def work() -> None:
+        graphs = {Role.DENSITY: Doubler(), Role.CONDITIONAL: Doubler()}
+        best, bounds = dict.fromkeys(graphs, Best(1)), Bounds(rows=2)
+        lanes = Lanes("fake", graphs, lanes=1, best=best, bounds=bounds)
+
+        async def both(client: str) -> list[int]:
+            callers.announce(Caller(client))
+            feed = rows_of({"x": np.arange(1)})
+            await lanes.run_all(*(Ask(role, 1, feed, ("y",)) for role in graphs))
+            return []
+
+        async def one(client: str, role: Role) -> list[int]:
+            callers.announce(Caller(client))
+            await lanes.run(role, {"x": np.arange(1)}, ["y"])
+            return []
+
+        graphs[Role.DENSITY].hold()
+        running = going(one("a", Role.DENSITY))
+        await graphs[Role.DENSITY].arrived()
+        greedy = [going(one("a", Role.DENSITY)) for _ in range(2)]
+        alike = [going(one(client, Role.CONDITIONAL)) for client in "ab"]
+        await settled()
+        with pytest.raises(Overloaded, match="wait already"):
+            await going(both("c"))
+        graphs[Role.DENSITY].release()
+        await asyncio.gather(running, *greedy, *alike)
+        await asyncio.to_thread(lanes.close)
+
+    run(work())
+
+
 def test_what_was_let_in_is_not_refused_later() -> None:
     async def work() -> None:
         graph = Doubler()

@@ -90,8 +90,8 @@ class Batcher:
             return self.rows
         return self._turns[priority].rows + self._ready
 
-    def check(self, member: Member, wait: Callable[[Priority, float], float]) -> None:
-        """Returns if there is room for a member, where need be for one of a greedier client's.
+    def check(self, member: Member, wait: Callable[[Priority, float], float]) -> Sequence[Member]:
+        """Whom a member takes the place of: requests of greedier clients, where there is no room.
 
         Args:
             member: does not wait yet.
@@ -99,10 +99,10 @@ class Batcher:
                 where so many seconds of work go before it beside all that waits.
 
         Raises:
-            Overloaded: there is none, or its deadline comes before it would be answered.
+            Overloaded: not enough may give way, or its deadline comes before it would be answered.
         """
         if not self.rows:
-            return
+            return ()
         if member.deadline is not None:
             seconds, batch = wait(member.priority, 0.0), min(member.rows, self._most)
             # Its last batch runs when all before it have run, its own others too.
@@ -113,15 +113,21 @@ class Batcher:
                     f"an answer would take about {answered:.3g} s, longer than the deadline allows",
                     patience(seconds),
                 )
-        while self._full(member):
-            greedy = self._greedier(member)
-            if greedy is None:
-                self._shed("queue")
-                raise Overloaded(
-                    f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
-                    f"pictures and {self._bounds.nbytes} bytes",
-                    patience(wait(member.priority, 0.0)),
-                )
+        if not self._full(member):
+            return ()
+        greedier = self._greedier(member)
+        if not greedier:
+            self._shed("queue")
+            raise Overloaded(
+                f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
+                f"pictures and {self._bounds.nbytes} bytes",
+                patience(wait(member.priority, 0.0)),
+            )
+        return greedier
+
+    def refuse(self, members: Sequence[Member], wait: Callable[[Priority, float], float]) -> None:
+        """Lets members give way to one of a client who asks for less; `wait` is as above."""
+        for greedy in members:
             self._turns[greedy.priority].remove(greedy)
             if greedy.dead:  # its caller left, and the loop has not come to that yet
                 continue
@@ -235,28 +241,32 @@ class Batcher:
         self._ready = 0
         return [member for turns in self._turns for member in turns.clear()]
 
-    def _full(self, member: Member) -> bool:
-        rows = self.rows
+    def _full(self, member: Member, less_rows: int = 0, less_bytes: int = 0) -> bool:
+        """Whether there is no room for a member, where so much less waits."""
+        rows = self.rows - less_rows
         if not rows:
             return False
         if rows + member.rows > self._bounds.rows:
             return True
         interactive, bulk = self._turns
-        nbytes = interactive.nbytes + bulk.nbytes + self._ready * member.row_bytes
+        nbytes = interactive.nbytes + bulk.nbytes + self._ready * member.row_bytes - less_bytes
         return nbytes + member.rows * member.row_bytes > self._bounds.nbytes
 
-    def _greedier(self, member: Member) -> Member | None:
-        """The latest request of the client with most rows waiting, if that is to give way."""
+    def _greedier(self, member: Member) -> Sequence[Member]:
+        """The latest requests of clients with most rows waiting; none if they are too few."""
+        found: list[Member] = []
+        rows = nbytes = 0
+        most = member.rows + sum(turns.held(member.client) for turns in self._turns)
         for turns in (self._turns[p] for p in reversed(Priority) if p >= member.priority):
-            if not turns.rows:
-                continue
-            client = turns.heaviest()
-            latest = turns.latest(client)
-            held = sum(t.held(member.client) for t in self._turns)
-            may_go = client != member.client and latest.guest and not latest.taken
-            if may_go and turns.held(client) > held + member.rows:
-                return latest
-        return None
+            for latest in turns.above(most):
+                if not latest.guest or latest.taken:
+                    break
+                found.append(latest)
+                rows += latest.left
+                nbytes += latest.left * latest.row_bytes
+                if not self._full(member, rows, nbytes):
+                    return found
+        return ()
 
     def _shed(self, reason: str) -> None:
         self._traffic.shed.labels(self._name, reason).inc()

@@ -172,8 +172,11 @@ class Lanes:
             (ask.role, member) for ask, member in zip(asks, members, strict=True) if ask.rows
         ]
         if not caller.admitted:
-            for role, member in waiting:
-                self._batchers[role].check(member, self._wait)
+            # Nobody gives way for a request that another graph has no room for.
+            greedier = [self._batchers[role].check(member, self._wait) for role, member in waiting]
+            for (role, _), greedy in zip(waiting, greedier, strict=True):
+                if greedy:
+                    self._batchers[role].refuse(greedy, self._wait)
             caller.admitted = True
         for role, member in waiting:
             self._batchers[role].add(member)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -90,17 +91,24 @@ class Turns(Generic[W]):
         """How many rows of that client wait."""
         return self._held.get(client, 0)
 
-    def heaviest(self) -> str:
-        """The client with most rows waiting; there must be one."""
-        return max(self._held, key=self._held.__getitem__)
+    def above(self, most: int) -> Iterator[W]:
+        """The latest member of the client with most rows waiting, and so on without it.
+
+        It ends where nobody would have more than so many rows; all of them still wait.
+        """
+        held, passed = dict(self._held), dict.fromkeys(self._held, 0)
+        while held:
+            client = max(held, key=held.__getitem__)
+            if held[client] <= most:
+                return
+            passed[client] += 1
+            member = self._lines[client][-passed[client]]
+            held[client] -= member.left
+            yield member
 
     def first(self) -> W:
         """The member whose turn is next; there must be one."""
         return next(iter(self._lines.values()))[0]
-
-    def latest(self, client: str) -> W:
-        """The member of that client that came last; there must be one."""
-        return self._lines[client][-1]
 
     def clear(self) -> list[W]:
         """All members that waited; none waits any more."""
