@@ -442,6 +442,8 @@ class Engine:
             other_label: of `other`, likewise.
         """
         self.require("Interpolate")
+        if other_label is not None and self._lanes.graph(Role.ENCODE).input("y") is None:
+            raise InvalidInput("other_labels", "the model's features depend on no label")
         first, last = await self.encode(x, label), await self.encode(other, other_label)
         t = points[:, None]
         z = (1 - t) * first.mean[:, None] + t * last.mean[:, None]
