@@ -102,6 +102,15 @@ def test_drawing_is_divided_and_joined(client: Client) -> None:
     assert np.array_equal(np.concatenate([chunk.images for chunk in chunks]), drawn.images)
 
 
+def test_proposals_divide_what_is_completed(client: Client, x: Any) -> None:
+    known = np.zeros((3, 3), bool)
+    known[2] = True  # what follows open pixels
+    found = client.complete(x[:30], known, completions=2, proposals=4, seed=3)  # 50 at once
+    assert found.images.shape == (30, 2, 1, 3, 3)
+    alone = client.complete(x[20:21], known, completions=2, proposals=4, seed=3, first_index=20)
+    assert np.array_equal(found.images[20:21], alone.images)
+
+
 def test_a_seed_that_the_server_picked_holds_for_all_parts(client: Client) -> None:
     drawn = client.generate(60)
     assert np.array_equal(client.generate(60, seed=drawn.seed).images, drawn.images)
@@ -174,6 +183,7 @@ CALLS: list[tuple[str, Callable[[Any, Any], Any]]] = [
     ("label", lambda c, x: c.generate(1, label="--1")),
     ("max_draws", lambda c, x: c.generate(1, self_check=True, max_draws=2.5)),
     ("completions", lambda c, x: c.complete(x, np.ones((3, 3), bool), completions="2")),
+    ("proposals", lambda c, x: c.complete(x, np.ones((3, 3), bool), proposals="2")),
     ("labels", lambda c, x: c.encode(x, labels=["label-1", "other"])),
     ("draws", lambda c, x: c.decode(np.zeros((1, 2)), draws=1.5)),
 ]

@@ -575,6 +575,7 @@ def completions(
 ) -> Iterator[generation_pb2.CompleteRequest]:
     """The requests that complete pictures x, none of them above the server's limits."""
     count, first = whole("completions", count), whole("first_index", first_index)
+    drawn = max(1, count) * max(1, whole("proposals", proposals))  # of each picture
     known = _array("mask", mask, np.bool_)
     known = known[:, None] if known.ndim == 3 else known
     try:
@@ -583,8 +584,8 @@ def completions(
         message = f"shape {known.shape} for pictures of shape {x.shape}"
         raise InvalidInput("mask", message) from error
     fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, 2 * x[:1].nbytes)
-    drawn = info.limits.images_per_generation // max(1, count)
-    step = max(1, min(info.limits.images_per_request, fitting, drawn))
+    most = info.limits.images_per_generation // drawn
+    step = max(1, min(info.limits.images_per_request, fitting, most))
     for at in range(0, max(len(x), 1), step):
         part = x[at : at + step]
         yield _message(
