@@ -205,6 +205,29 @@ def test_a_stream_that_is_gone_takes_nothing_from_the_new_one(
     assert late == [None, None]
 
 
+def test_an_answer_that_cannot_be_read_ends_a_feed_at_once(x: Any) -> None:
+    class UnreadableError(Exception):
+        pass
+
+    def read(response: Any, _: tuple[int, ...]) -> Any:
+        raise UnreadableError
+
+    async def answers(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for message in messages:
+            yield answer(message)
+
+    async def ask() -> None:
+        feed = AsyncFeed(lambda messages: Stream(answers(messages)), questions(read), 30)
+        async for _ in feed.outcomes([x[:1]]):
+            pass
+
+    with pytest.raises(UnreadableError):
+        asyncio.run(ask())
+    feed = BlockingFeed(lambda messages: Stream(map(answer, messages)), questions(read), 30)
+    with pytest.raises(UnreadableError):
+        list(feed.outcomes([x[:1]]))
+
+
 class Breaking(grpc.GenericRpcHandler):
     """Breaks every stream, and has another server answer all else.
 

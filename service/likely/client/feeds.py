@@ -41,11 +41,11 @@ class _Patience:
         """There was an answer."""
         self._breaks = 0
 
-    def delay(self, failure: LikelyError) -> float:
+    def delay(self, failure: Exception) -> float:
         """Seconds before a new stream is begun.
 
         Raises:
-            LikelyError: the failure, if another attempt is not worth it.
+            Exception: the failure, if another attempt is not worth it.
         """
         self._breaks += 1
         if self._breaks >= BREAKS or not isinstance(failure, Unavailable | Overloaded):
@@ -84,7 +84,7 @@ class BlockingFeed(Generic[A]):
         self._changed = threading.Condition()  # guards all that follows, and the ledger
         self._call: Any = None
         self._stream = 0  # counts them
-        self._failure: LikelyError | None = None
+        self._failure: Exception | None = None
         self._fault: BaseException | None = None  # of the items' source
         self._drained = False  # the source has no more
         self._over = False
@@ -114,7 +114,7 @@ class BlockingFeed(Generic[A]):
                 self._changed.notify_all()
             self._call.cancel()
 
-    def _wait(self) -> tuple[list[A | LikelyError], LikelyError | None]:
+    def _wait(self) -> tuple[list[A | LikelyError], Exception | None]:
         """The next outcomes, or why the stream broke, or neither when all is over."""
         with self._changed:
             while True:
@@ -175,7 +175,7 @@ class BlockingFeed(Generic[A]):
         return None
 
     def _read(self, call: Any, stream: int) -> None:
-        failure: LikelyError = _cut()
+        failure: Exception = _cut()
         try:
             for response in call:
                 with self._changed:
@@ -183,6 +183,8 @@ class BlockingFeed(Generic[A]):
                     self._changed.notify_all()
         except grpc.RpcError as error:
             failure = statuses.error(error)
+        except Exception as error:  # of an answer that cannot be read
+            failure = error
         with self._changed:
             if stream == self._stream:
                 self._failure = failure
@@ -207,7 +209,7 @@ class AsyncFeed(Generic[A]):
         self._work = asyncio.Event()  # there may be something to send, or nothing any more
         self._call: Any = None
         self._stream = 0  # counts them
-        self._failure: LikelyError | None = None
+        self._failure: Exception | None = None
         self._fault: BaseException | None = None
         self._drained = False
 
@@ -240,7 +242,7 @@ class AsyncFeed(Generic[A]):
                 task.cancel()
             await asyncio.gather(puller, reader, return_exceptions=True)
 
-    async def _wait(self) -> tuple[list[A | LikelyError], LikelyError | None]:
+    async def _wait(self) -> tuple[list[A | LikelyError], Exception | None]:
         while True:
             self._stirred.clear()
             if found := self._ledger.take():
@@ -295,7 +297,7 @@ class AsyncFeed(Generic[A]):
                     await self._work.wait()
 
     async def _read(self, call: Any) -> None:
-        failure: LikelyError = _cut()
+        failure: Exception = _cut()
         try:
             async for response in call:
                 self._ledger.answered(response, time.monotonic())
@@ -303,6 +305,8 @@ class AsyncFeed(Generic[A]):
                 self._stirred.set()
         except grpc.RpcError as error:
             failure = statuses.error(error)
+        except Exception as error:  # of an answer that cannot be read
+            failure = error
         self._failure = failure
         self._stirred.set()
 
