@@ -335,6 +335,36 @@ def test_what_stays_refused_is_told_in_the_end(
     assert isinstance(found[2], Overloaded)
 
 
+def test_a_client_without_retries_leaves_a_feed_at_what_is_refused(
+    running: Running, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(_: int) -> float:
+        raise AssertionError
+
+    monkeypatch.setattr(feeds, "delay", forbidden)
+    streams = 0
+
+    def broken(_: Any) -> Iterator[Any]:
+        nonlocal streams
+        streams += 1
+        raise CutError
+        yield
+
+    feed = BlockingFeed(lambda each: Stream(broken(each)), questions(), 30, retries=False)
+    with pytest.raises(Unavailable, match="not now"):
+        list(feed.outcomes([x[:1]]))
+    limits = {"client_images_per_second": 0.2, "client_images_at_once": 2}
+    with running(**limits) as live, Client(live.address, timeout=30, retries=False) as client:
+
+        async def ask() -> list[Any]:
+            async with AsyncClient(live.address, timeout=30, retries=False) as other:
+                return [outcome async for outcome in other.score_stream([*x[:5, None]])]
+
+        for outcomes in (list(client.score_stream([*x[:5, None]])), live.run(ask())):
+            assert any(isinstance(outcome, Overloaded) for outcome in outcomes)
+    assert streams == 1
+
+
 def test_a_broken_stream_is_begun_anew_and_nothing_is_lost(
     running: Running, toy: Toy, x: Any
 ) -> None:

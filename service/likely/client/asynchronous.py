@@ -54,6 +54,7 @@ class AsyncClient:
     ) -> None:
         """A client of one server, as `Client`."""
         self._timeout = positive(timeout)
+        self._retries = retries
         self._catalogue = plans.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
         self._line = Line(
@@ -356,4 +357,4 @@ class AsyncClient:
             call = self._line.call(questions.stream)
             return call(messages, metadata=self._route.metadata())
 
-        return AsyncFeed(begin, questions, self._timeout).outcomes(images)
+        return AsyncFeed(begin, questions, self._timeout, self._retries).outcomes(images)

@@ -59,7 +59,8 @@ class Client:
                 their IP addresses, or `dns:///name:port` for all that the name stands for
                 (`likely.client.channels`).
             timeout: seconds that one request may take, retries included.
-            retries: whether what is refused for now is asked again before it is an error.
+            retries: whether what is refused for now is asked again before it is an error, and a
+                feed's stream that breaks is begun anew.
             token: a bearer token, or what gives one for each request.
             tls: whether to encrypt; `ca` and `certificate` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
@@ -72,6 +73,7 @@ class Client:
                 to another machine.
         """
         self._timeout = positive(timeout)
+        self._retries = retries
         self._catalogue = plans.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
         opening = partial(self._route.channel, once=not retries)
@@ -163,7 +165,8 @@ class Client:
 
         One stream carries what would be many requests, for about half the work. What the
         server refuses comes back as the error, in its item's place, and the feed goes on;
-        where the stream breaks, what has no answer is asked again on a new one.
+        where the stream breaks, what has no answer is asked again on a new one, unless the
+        client is one without retries.
 
         Args:
             images: each item as `score` takes it, at most as large as one request
@@ -532,4 +535,4 @@ class Client:
             call = self._line.call(questions.stream)
             return call(messages, metadata=self._route.metadata())
 
-        return BlockingFeed(begin, questions, self._timeout).outcomes(images)
+        return BlockingFeed(begin, questions, self._timeout, self._retries).outcomes(images)

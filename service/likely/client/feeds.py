@@ -34,7 +34,8 @@ ENDING = 5.0  # seconds in which a stream may end by itself when all is answered
 class _Patience:
     """How often a stream may break between two answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, retries: bool) -> None:
+        self._most = BREAKS if retries else 1
         self._breaks = 0
 
     def reset(self) -> None:
@@ -48,7 +49,7 @@ class _Patience:
             Exception: the failure, if another attempt is not worth it.
         """
         self._breaks += 1
-        if self._breaks >= BREAKS or not isinstance(failure, Unavailable | Overloaded):
+        if self._breaks >= self._most or not isinstance(failure, Unavailable | Overloaded):
             raise failure
         seconds = delay(self._breaks) * random.uniform(0.8, 1.2)  # noqa: S311
         return max(seconds, min(failure.retry_after or 0.0, LONGEST_DELAY))
@@ -70,6 +71,7 @@ class BlockingFeed(Generic[A]):
         begin: Callable[[Iterator[Any]], Any],
         questions: plans.Questions[A],
         timeout: float,
+        retries: bool = True,
     ) -> None:
         """A feed.
 
@@ -77,10 +79,13 @@ class BlockingFeed(Generic[A]):
             begin: begins a stream with these messages, and gives its answers.
             questions: how an item is asked about.
             timeout: seconds that an answer may take.
+            retries: whether what is refused for now, and what a broken stream leaves, is asked
+                again.
         """
         self._begin = begin
-        self._ledger: Ledger[A] = Ledger(questions, timeout)
+        self._ledger: Ledger[A] = Ledger(questions, timeout, retries=retries)
         self._timeout = timeout
+        self._retries = retries
         self._changed = threading.Condition()  # guards all that follows, and the ledger
         self._call: Any = None
         self._stream = 0  # counts them
@@ -91,7 +96,7 @@ class BlockingFeed(Generic[A]):
 
     def outcomes(self, items: Iterable[npt.ArrayLike]) -> Generator[A | LikelyError, None, None]:
         """What came of each item, in the items' order."""
-        patience = _Patience()
+        patience = _Patience(self._retries)
         reader = self._open()
         threading.Thread(target=self._pull, args=(items,), daemon=True, name="feed").start()
         try:
@@ -199,11 +204,13 @@ class AsyncFeed(Generic[A]):
         begin: Callable[[AsyncIterator[Any]], Any],
         questions: plans.Questions[A],
         timeout: float,
+        retries: bool = True,
     ) -> None:
         """A feed, as `BlockingFeed`."""
         self._begin = begin
-        self._ledger: Ledger[A] = Ledger(questions, timeout)
+        self._ledger: Ledger[A] = Ledger(questions, timeout, retries=retries)
         self._timeout = timeout
+        self._retries = retries
         self._stirred = asyncio.Event()  # there may be an outcome, or none any more
         self._room = asyncio.Event()
         self._work = asyncio.Event()  # there may be something to send, or nothing any more
@@ -217,7 +224,7 @@ class AsyncFeed(Generic[A]):
         self, items: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike]
     ) -> AsyncGenerator[A | LikelyError, None]:
         """What came of each item, in the items' order."""
-        patience = _Patience()
+        patience = _Patience(self._retries)
         reader = self._open()
         puller = asyncio.create_task(self._pull(items))
         try:

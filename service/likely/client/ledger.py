@@ -37,16 +37,25 @@ class Ledger(Generic[A]):
     Times are seconds of one clock that only grows.
     """
 
-    def __init__(self, questions: plans.Questions[A], timeout: float, window: int = WINDOW) -> None:
+    def __init__(
+        self,
+        questions: plans.Questions[A],
+        timeout: float,
+        *,
+        retries: bool = True,
+        window: int = WINDOW,
+    ) -> None:
         """An empty ledger.
 
         Args:
             questions: how an item is asked about.
             timeout: seconds that an answer may take.
+            retries: whether an item that is refused for now is asked again.
             window: messages that may be without an answer.
         """
         self._questions: plans.Questions[A] = questions
         self._timeout = timeout
+        self._retries = retries
         self._window = window
         self._count = 0
         self._open: dict[int, _Item] = {}  # in their order
@@ -137,7 +146,7 @@ class Ledger(Generic[A]):
 
     def _failed(self, item: _Item, error: LikelyError, now: float) -> None:
         """Keeps the error, unless the item is worth another attempt within its time."""
-        if isinstance(error, Overloaded | Unavailable):
+        if self._retries and isinstance(error, Overloaded | Unavailable):
             named = error.retry_after
             again = now + (delay(item.attempts) if named is None else named)
             if again < item.first + self._timeout:
