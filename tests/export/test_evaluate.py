@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from likely.answers import Verdict
+from likely.answers import Doubles, Labels, Verdict
 from likely.bundle import Bundle
 from likely.engine import Engine
 from likely.graphs import Device
-from likely_export import recipes
+from likely.outliers import Detector
+from likely_export import costs, recipes
+from likely_export.corruptions import PANEL
 from likely_export.data import Dataset
 from likely_export.evaluate import _Evaluation
 from likely_export.generated import Sizes
+from likely_export.material import INLIERS, Sets
 
 FOLDER = Path("bundles/digits")
 
@@ -66,3 +71,43 @@ def test_alphas_that_are_too_fine_are_named(engine: Engine, data: Dataset) -> No
     assert (none.alphas, none.left_out) == ([], [0.001, 0.002])
     scores = asyncio.run(none._score(none.some))
     assert len(scores.p_value) == len(none.some)
+
+
+def test_what_combines_statistics_is_part_of_their_cost(engine: Engine, data: Dataset) -> None:
+    class Slow(Detector):
+        def score(
+            self, statistics: npt.NDArray[np.floating], label: Labels | None = None
+        ) -> Doubles:
+            began = time.process_time()
+            while time.process_time() < began + 0.2:  # many plain passes
+                pass
+            return super().score(statistics, label)
+
+    bundle = Bundle.open(FOLDER)
+    found = costs.measure(bundle, Slow(bundle.calibration()), data.test.x[:16])
+    assert found["statistics_cost"] > found["combination_cost"] > 5
+
+
+def test_the_figures_of_sets_have_errors_and_the_panel_those_of_its_own(
+    engine: Engine, data: Dataset
+) -> None:
+    made = evaluation(engine, data, (0.1,))
+    names = [INLIERS, *PANEL]
+    sets = {
+        name: Sets(made.some[:1], *np.random.default_rng(at).normal(at / 9, 1, (3, 10)))
+        for at, name in enumerate(names)
+    }
+    found = made._separations(sets)
+    panel, least = found["panel"], min(PANEL, key=lambda name: found["outliers"][name]["auroc"])
+    assert panel["auroc_min"] == found["outliers"][least]["auroc"]
+    assert panel["auroc_min_standard_error"] == found["outliers"][least]["auroc_standard_error"]
+    aurocs, errors = (
+        [found["outliers"][name][key] for name in PANEL]
+        for key in ("auroc", "auroc_standard_error")
+    )
+    assert panel["auroc_mean"] == pytest.approx(np.mean(aurocs))
+    # The sets share the test part, and are otherwise independent here.
+    assert np.mean(errors) / np.sqrt(len(PANEL)) < panel["auroc_mean_standard_error"]
+    assert panel["auroc_mean_standard_error"] < np.mean(errors)
+    accepted = found["outliers"][least]["accepted_standard_error"]
+    assert accepted.keys() == {"0.1"} and accepted["0.1"] > 0

@@ -1,6 +1,8 @@
 import base64
 import dataclasses
+import functools
 import io
+import json
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from likely.answers import Doubles, Pixels
-from likely.bundle import Manifest, Role
+from likely.bundle import Bundle, Manifest, Role
 from likely_export import corruptions, measures, recipes, report
 from likely_export.material import INLIERS, Compared, Completed, Explained, Labelled, Material, Sets
 from likely_export.report import charts, pictures, text
@@ -107,42 +109,64 @@ def material(channels: int = 1, levels: int = 256, patch: int | None = None) -> 
     )
 
 
+@functools.cache
+def apart(name: str) -> tuple[dict[str, float], dict[str, float]]:
+    """How well a set is told from the test part, by its score and by its nats."""
+    inliers, one = (material().sets[each] for each in (INLIERS, name))
+    return (
+        measures.separation(inliers.unusualness, one.unusualness),
+        measures.separation(inliers.nats, one.nats),
+    )
+
+
 def figures(shown: Material) -> dict[str, Any]:
-    inliers = shown.sets[INLIERS]
-    outliers = {name: one for name, one in shown.sets.items() if name != INLIERS}
+    outliers = [name for name in shown.sets if name != INLIERS]
     rates = {"overall": 0.0475, "band": [0.02, 0.09]}
     by_label = {"by_label": dict.fromkeys(LABELS, 0.0525), "band_by_label": {"0": [0.2, 0.3]}}
+    rates |= {"overall_standard_error": 0.0106}
+    by_label |= {"by_label_standard_error": dict.fromkeys(LABELS, 0.0193)}
     return {
         "name": "shapes",
         "test_size": N,
         "nll_nats": {"mean": 80.123, "standard_error": 0.25},
         "accuracy": {"mean": 0.9925, "standard_error": 0.0009},
         "ece": 0.00321,
+        "ece_standard_error": 0.00042,
         "decisions": {"compared_with_torch": 10000, "changed": 0},
         "false_rejection": {"0.05": rates | by_label, "0.1": rates | by_label},
         "label_set": {
             "0.05": {
                 "coverage_by_label": {"0": 0.8125},
+                "coverage_by_label_standard_error": {"0": 0.0338},
                 "least_by_label": {"0": 0.9375},
                 "mean_size": 1.0375,
             }
         },
-        "cnn": {"accuracy": 0.9765},
-        "mixed": {"other_data": {"aurc": 0.2515, "cnn_max_softmax_aurc": 0.3525}},
+        "cnn": {"accuracy": 0.9765, "accuracy_standard_error": 0.0076},
+        "mixed": {
+            "other_data": {
+                "aurc": 0.2515,
+                "cnn_max_softmax_aurc": 0.3525,
+                "oscr": 0.8617,
+                "oscr_standard_error": 0.0123,
+            }
+        },
         "marginal_nll_nats": {"mean": 77.7, "standard_error": 0.1, "by_draw": [77.6, 77.7, 77.8]},
         "outliers": {
             name: {
-                **measures.separation(inliers.unusualness, one.unusualness),
+                **apart(name)[0],
                 "accepted": {"0.05": 0.125},
+                "accepted_standard_error": {"0.05": 0.0166},
                 "size": N,
             }
-            for name, one in outliers.items()
+            for name in outliers
         },
-        "likelihood_only": {
-            name: measures.separation(inliers.nats, one.nats) for name, one in outliers.items()
-        },
+        "likelihood_only": {name: apart(name)[1] for name in outliers},
         "faithfulness": 0.9834,
         "faithfulness_by_label": {"0": 0.9712},
+        "faithfulness_by_label_standard_error": {"0": 0.0053},
+        "train_on_draws_accuracy_by_label": {"0": 0.9412},
+        "panel": {"auroc_mean": 0.9, "auroc_mean_standard_error": 0.0031},
         "self_checked": {
             "faithfulness": {"mean": 0.9934, "standard_error": 0.0004},
             "draws_a_picture": {"mean": 1.25, "standard_error": 0.01},
@@ -172,6 +196,8 @@ def manifest(channels: int = 1, labels: tuple[str, ...] = LABELS) -> Manifest:
             "calibration": {"file": "calibration.npz", "size": CALIBRATION},
             "golden": "golden.npz",
             "parity_nats": 1e-4,
+            "test_parity_nats": 2.5e-3,
+            "decisions_compared": 777,
             "recipe": recipes.load("digits").published(),
             "data_digest": "a1" * 32,
             "files": {name: {"size": 10, "sha256": "0" * 64} for name in names},
@@ -223,6 +249,7 @@ def test_every_set_and_every_figure_is_told(whole: str) -> None:
         "± 0.25",
         "99.25",
         "0.00321",
+        "± 0.00042",
         "81.3",
         "PixelCNN, 2016",
         "0.875",
@@ -235,6 +262,60 @@ def test_every_set_and_every_figure_is_told(whole: str) -> None:
     assert "of 400 pictures; by likelihood alone" in headline
     assert "400 pictures" in table
     assert {"12.50 %", "0.2515"} <= {*page.sections["separation"], *page.sections["classification"]}
+
+
+def test_standard_errors_are_told_beside_their_figures(whole: str) -> None:
+    found, sections = figures(material()), Page(whole).sections
+    table = " ".join(sections["separation"])
+    for name in ("blank", "other_data"):
+        for one in (found["outliers"][name], found["likelihood_only"][name]):
+            assert f"{one['auroc']:.4f} ± {one['auroc_standard_error']:.4f}" in table
+            assert f"{one['fpr95']:.4f} ± {one['fpr95_standard_error']:.4f}" in table
+        blank = found["outliers"][name]
+        assert f"{blank['aupr']:.4f} ± {blank['aupr_standard_error']:.4f}" in table
+    assert "12.50 % ± 1.66 %" in table and "400 test pictures" in table
+    rates = sections["promises"]
+    assert {"4.8 ± 1.1\u00a0%", "5.2 ± 1.9\u00a0%", "81.2 ± 3.4\u00a0%"} <= set(rates)
+    assert "0.862 ± 0.012" in sections["classification"]
+    assert {"97.12 ± 0.53\u00a0%", "94.12\u00a0%"} <= set(sections["draws"])
+    headline = " ".join(sections["headline"])
+    assert "97.65 ± 0.76" in headline and "± 0.0031" in headline
+    other = found["outliers"]["other_data"]
+    assert f"{other['auroc']:.4f} ± {other['auroc_standard_error']:.4f}" in headline
+
+
+def test_the_card_says_what_was_compared_and_what_chose(whole: str) -> None:
+    card = " ".join(Page(whole).sections["card"])
+    assert "0.0001 nats on random pixels, log p(x) by at most 0.0025 nats on 777 test" in card
+    assert "no training, fitting or calibration saw them" in card
+    assert "fitted to" not in card and "shifted 3" in card
+    fitted = {"parts": [{"kind": "contrast"}], "contrast": ["chimera", "shifted_3"]}
+    changed = {"recipe": {**manifest().recipe, "calibration": fitted}, "test_parity_nats": None}
+    shown = material()
+    page = report.page(manifest().model_copy(update=changed), figures(shown), shown)
+    card = " ".join(Page(page).sections["card"])
+    assert "fitted to pictures that are chimera, shifted 3." in card and "on 777 test" not in card
+
+
+@pytest.mark.parametrize("folder", ["bundles/digits", "bundles/fashion_mnist"])
+def test_evaluations_without_standard_errors_still_have_a_report(folder: str) -> None:
+    told = json.loads((Path(folder) / "evaluation.json").read_text())
+    found = without_errors(told)
+    names = [label.name for label in Bundle.open(Path(folder)).manifest.labels]
+    shown = dataclasses.replace(material(), labels=tuple(names), drawn=None, labelled=None)
+    page = report.page(Bundle.open(Path(folder)).manifest, found, shown)
+    sections = Page(page).sections
+    assert {"headline", "separation", "promises", "card", "every_figure"} <= set(sections)
+    assert ">None<" not in page and "AUPR" not in page
+    assert f"{found['outliers']['blank']['auroc']:.4f}" in " ".join(sections["separation"])
+
+
+def without_errors(found: Any) -> Any:
+    """The figures as they were before standard errors and AUPR stood beside them."""
+    if not isinstance(found, Mapping):
+        return found
+    later = ("_standard_error", "aupr", "oscr")
+    return {k: without_errors(v) for k, v in found.items() if not k.endswith(later)}
 
 
 def test_what_could_not_be_measured_is_told_as_such() -> None:
@@ -387,6 +468,8 @@ def test_completions_show_what_was_given_and_what_was_drawn() -> None:
         ({"a_b": 1.5}, "plain", "a b 1.5"),
         ({"mean": 2.0, "standard_error": 0.5, "n": 3}, "plain", "2.00 ± 0.50 (n 3)"),
         ("none", "plain", "none"),
+        (text.measured({"a": 0.25, "a_standard_error": 0.5}, "a"), "plain", "0.25 ± 0.50"),
+        (text.measured({"a": "b", "a_standard_error": None}, "a"), "plain", "b"),
     ],
 )
 def test_figures_are_told_with_the_digits_they_have(
@@ -401,6 +484,13 @@ def test_figures_are_found_by_paths_whose_names_have_dots() -> None:
     assert text.find(tree, "a.0.5") == 3 and text.find(tree, "b") == 4
     assert text.find(tree, "a.0.05") == {"all": 1}
     assert text.find(tree, "a.0.1") is None and text.find(tree, "c.d") is None
+
+
+def test_a_standard_error_is_no_figure_of_its_own() -> None:
+    tree = {"a": {"x": 0.5, "y": 0.25}, "a_standard_error": {"x": 0.125}, "b_standard_error": 2}
+    measured = {"mean": 0.5, "standard_error": 0.125}
+    expected = [(("a", "x"), measured), (("a", "y"), 0.25), (("b_standard_error",), 2)]
+    assert list(text.flat(tree)) == expected
 
 
 def test_charts_take_their_colours_from_the_page_and_keep_their_digits() -> None:

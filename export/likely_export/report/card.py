@@ -51,6 +51,7 @@ def card(subject: Subject) -> View:
         ],
         "statistics": recipe.get("calibration", {}).get("statistics", ()),
         "choosing": list(corruptions.CHOOSING),
+        "contrast": _contrast(recipe.get("calibration", {})),
         "finest": f"{calibration.finest_alpha:.2g}",
         "calibration": calibration,
         "hard": hard(subject),
@@ -79,6 +80,12 @@ def _kind(graph: Graph) -> str:
         Kind.IWAE: f"a lower bound (IWAE-{graph.importance_samples})",
     }
     return bounds[graph.kind]
+
+
+def _contrast(calibration: dict[str, Any]) -> list[str]:
+    """The corruptions that a part of the detector was fitted to."""
+    fitted = any(part.get("kind") == "contrast" for part in calibration.get("parts", ()))
+    return list(calibration.get("contrast", ())) if fitted else []
 
 
 def _training(training: dict[str, Any]) -> str:

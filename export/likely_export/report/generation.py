@@ -25,12 +25,16 @@ def draws(subject: Subject) -> View:
         name = labels[at] if named else ""
         alt = f"{len(x[:most])} draws" + (f" of the label {name}" if named else "")
         shown = sheet(tiles(x[:most], subject.material.levels), alt, COLUMNS)
-        rate = subject.table("faithfulness_by_label").get(name)
-        rows.append({"name": name, "sheet": shown, "rate": "" if rate is None else _share(rate)})
+        rate, taught = (
+            (subject.measured(f"{figure}_by_label") or {}).get(name)
+            for figure in ("faithfulness", "train_on_draws_accuracy")
+        )
+        rows.append({"name": name, "sheet": shown, "rate": _share(rate), "taught": _share(taught)})
     return {
         "rows": rows,
         "named": named,
         "rated": any(row["rate"] for row in rows),
+        "taught": any(row["taught"] for row in rows),
         "faithfulness": _share(subject.figure("faithfulness")),
         "checked": _share(subject.figure("self_checked.faithfulness")),
         "draws_a_picture": _plain(subject.figure("self_checked.draws_a_picture")),

@@ -12,6 +12,7 @@ from likely_export.report.text import MEASURED, PER_CENT, Kind, flat, told, valu
 
 Anchors = dict[str, list[dict[str, str]]]
 
+_AUROC_ERROR = "auroc_standard_error"
 CNN = "a small convolutional network of the same pictures"
 
 
@@ -73,9 +74,22 @@ HEADLINES = (
         "on the test part",
         "share",
     ),
-    Headline("parity_nats", "torch against ONNX Runtime", "largest difference of log p, in nats"),
+    Headline(
+        "parity_nats",
+        "torch against ONNX Runtime",
+        "largest difference of log p, in nats, on random pixels",
+    ),
+    Headline(
+        "test_parity_nats",
+        "the same on test pictures",
+        "largest difference of log p(x), in nats",
+    ),
     Headline("decisions", "decisions in torch and ONNX Runtime", "how many came out differently"),
-    Headline("statistics_cost", "cost of all outlier statistics", "in plain log-likelihood passes"),
+    Headline(
+        "statistics_cost",
+        "cost of the outlier decision",
+        "all statistics and what combines them, in plain log-likelihood passes",
+    ),
     Headline("classification_cost", "cost of classifying", "in plain log-likelihood passes"),
 )  # fmt: skip
 
@@ -110,9 +124,9 @@ def every_figure(subject: Subject) -> View:
 
 def _rows(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
     for one in HEADLINES:
-        found = subject.figure(one.path)
+        found = subject.measured(one.path)
         beside = anchors.get(one.path, [])
-        if (cnn := subject.figure(f"cnn.{one.path}")) is not None:
+        if (cnn := subject.measured(f"cnn.{one.path}")) is not None:
             beside = [*beside, {"value": value(cnn, one.kind), "source": CNN}]
         if found is not None or beside:
             yield {
@@ -128,24 +142,25 @@ def _separations(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]
     """The sets of other data one by one, the corruptions together."""
     outliers = subject.table("outliers")
     for name in _whole_sets(subject):
-        shown = f"{outliers[name]['auroc']:.4f}"
+        shown, error = f"{outliers[name]['auroc']:.4f}", _error(outliers[name].get(_AUROC_ERROR))
         alone = subject.figure(f"likelihood_only.{name}.auroc")
         yield {
             "title": f"AUROC, {words(name)} as outliers",
             "note": "; ".join(_notes(outliers[name].get("size"), alone)),
-            "value": shown,
-            "tile": (shown, ""),
+            "value": f"{shown} ± {error}" if error else shown,
+            "tile": (shown, error),
             "anchors": anchors.get(_auroc(name), []),
         }
     panel = {n: one["auroc"] for n, one in outliers.items() if n in PANEL and "auroc" in one}
     if panel:
         worst = min(panel, key=lambda name: float(panel[name]))
         shown = f"{sum(panel.values()) / len(panel):.4f}"
+        error = _error(subject.figure("panel.auroc_mean_standard_error"))
         yield {
             "title": f"mean AUROC of {len(panel)} corruptions",
             "note": f"the smallest is {panel[worst]:.4f}, of “{words(worst)}”",
-            "value": shown,
-            "tile": (shown, ""),
+            "value": f"{shown} ± {error}" if error else shown,
+            "tile": (shown, error),
             "anchors": [],
         }
 
@@ -156,6 +171,11 @@ def _notes(size: int | None, alone: float | None) -> Iterator[str]:
         yield f"of {value(size)} pictures"
     if alone is not None:
         yield f"by likelihood alone {alone:.4f}"
+
+
+def _error(found: float | None) -> str:
+    """A standard error of an AUROC, to as many digits."""
+    return "" if found is None else f"{found:.4f}"
 
 
 def _whole_sets(subject: Subject) -> list[str]:

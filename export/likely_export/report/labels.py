@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from likely_export.report import charts
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import value, words
+from likely_export.report.text import measured, value, words
 
 MOST_LABELS = 30  # of a table that can be read
 MOST_MISTAKES = 8
+MIXED = {
+    "aurc": "this bundle: AURC",
+    "cnn_max_softmax_aurc": "network: AURC",
+    "oscr": "this bundle: OSCR",
+    "cnn_max_softmax_oscr": "network: OSCR",
+    "cnn_max_softmax_auroc": "network: AUROC",
+}
 MISTAKE, HIT = "213,94,0", "0,114,178"
 
 
@@ -25,6 +33,8 @@ def classification(subject: Subject) -> View:
     np.add.at(counts, (labelled.y, labelled.posterior.argmax(1)), 1)
     wrong = counts * (1 - np.eye(k, dtype=np.int64))
     order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_MISTAKES]
+    mixed = subject.table("mixed").values()
+    columns = {key: title for key, title in MIXED.items() if any(key in one for one in mixed)}
     mistakes = [(int(at) // k, int(at) % k) for at in order if wrong.flat[at]]
     return {
         "labels": labels,
@@ -34,17 +44,17 @@ def classification(subject: Subject) -> View:
         ],
         "reliability": charts.reliability(labelled),
         "kept": charts.accuracy_of_kept(labelled),
-        "mixed": _mixed(subject),
+        "mixed": _mixed(subject, columns),
+        "columns": columns.values(),
         "n": len(labelled.y),
         "right": int(np.trace(counts)),
     }
 
 
-def _mixed(subject: Subject) -> list[tuple[str, list[str]]]:
+def _mixed(subject: Subject, columns: Iterable[str]) -> list[tuple[str, list[str]]]:
     """Sets of outliers that were mixed in, and what that does to us and to a plain classifier."""
-    names = ("aurc", "cnn_max_softmax_aurc", "cnn_max_softmax_auroc")
     return [
-        (words(name), [value(one[key]) if key in one else "" for key in names])
+        (words(name), [value(measured(one, key)) if key in one else "" for key in columns])
         for name, one in subject.table("mixed").items()
     ]
 

@@ -9,7 +9,7 @@ from likely_export import corruptions
 from likely_export.report import charts
 from likely_export.report.pictures import sheet, tiles
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import value, words
+from likely_export.report.text import ERROR, joined, measured, value, words
 
 FAILS = 0.5  # an AUROC below it calls outliers more usual than test pictures
 SHOWN = "0.05"  # the alpha whose shares are told, where it was checked
@@ -31,6 +31,8 @@ def separation(subject: Subject) -> View:
         "alone": any(row["alone_auroc"] is not None for row in rows),
         "pictured": any(row["picture"] for row in rows),
         "failing": _failing(alone),
+        "precise": any(row["aupr"] is not None for row in rows),
+        "test_size": value(subject.figures["test_size"]) if "test_size" in subject.figures else "",
     }
     if subject.inliers is not None and sets:
         aurocs = {name: float(one["auroc"]) for name, one in found.items() if "auroc" in one}
@@ -66,13 +68,11 @@ def promises(subject: Subject) -> View:
 
 def hard(subject: Subject) -> list[tuple[str, str]]:
     """Sets that are not told apart well, with their AUROC."""
-    found = {
-        name: one["auroc"] for name, one in subject.table("outliers").items() if "auroc" in one
-    }
+    found = {name: one for name, one in subject.table("outliers").items() if "auroc" in one}
     return [
-        (words(name), f"{auroc:.3f}")
-        for name, auroc in sorted(found.items(), key=lambda item: float(item[1]))
-        if auroc < 0.9 or name in NEAR
+        (words(name), value(measured(one, "auroc")))
+        for name, one in sorted(found.items(), key=lambda item: float(item[1]["auroc"]))
+        if one["auroc"] < 0.9 or name in NEAR
     ]
 
 
@@ -91,14 +91,17 @@ def _row(subject: Subject, name: str, alpha: str) -> dict[str, Any]:
         "name": words(name),
         "what": (made.__doc__ or "").split("\n")[0] if made else "",
         "near": name in NEAR,
-        "size": figures.get("size"),
+        "size": value(figures["size"]) if "size" in figures else "",
         "picture": _example(subject, name) if one is not None and len(one.examples) else None,
-        "auroc": figures.get("auroc"),
-        "fpr95": figures.get("fpr95"),
+        **{key: figures.get(key) for key in _with_errors("auroc", "fpr95", "aupr")},
         "accepted": figures.get("accepted", {}).get(alpha),
-        "alone_auroc": alone.get("auroc"),
-        "alone_fpr95": alone.get("fpr95"),
+        "accepted_standard_error": figures.get("accepted_standard_error", {}).get(alpha),
+        **{f"alone_{key}": alone.get(key) for key in _with_errors("auroc", "fpr95")},
     }
+
+
+def _with_errors(*names: str) -> list[str]:
+    return [*names, *(f"{name}{ERROR}" for name in names)]
 
 
 def _example(subject: Subject, name: str) -> Any:
@@ -110,7 +113,10 @@ def _rates(rates: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, 
     rows = [
         {
             "name": "all",
-            "cells": [_cell(one.get("overall"), one.get("band")) for one in rates.values()],
+            "cells": [
+                _cell(one.get("overall"), one.get("band"), one.get("overall_standard_error"))
+                for one in rates.values()
+            ],
         }
     ]
     for label in labels:
@@ -125,16 +131,17 @@ def _alone(rates: Mapping[str, Any], label: str) -> dict[str, Any] | None:
 
     So nothing is promised of it, and none is marked.
     """
-    cell = _cell(rates.get("by_label", {}).get(label), rates.get("band_by_label", {}).get(label))
+    told = ("by_label", "band_by_label", "by_label_standard_error")
+    cell = _cell(*(rates.get(name, {}).get(label) for name in told))
     return cell and {**cell, "inside": None}
 
 
-def _cell(rate: Any, band: Any) -> dict[str, Any] | None:
+def _cell(rate: Any, band: Any, error: Any) -> dict[str, Any] | None:
     if rate is None:
         return None
     inside = band[0] <= rate <= band[1] if band else None
     shown = f"{100 * band[0]:.2f} to {100 * band[1]:.2f}" if band else ""
-    return {"rate": value(rate, "share"), "band": shown, "inside": inside}
+    return {"rate": value(joined(rate, error), "share"), "band": shown, "inside": inside}
 
 
 def _rates_by_name(found: Mapping[str, Any]) -> dict[str, charts.Rate]:
@@ -147,28 +154,25 @@ def _rates_by_name(found: Mapping[str, Any]) -> dict[str, charts.Rate]:
 
 def _sets(sets: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, Any]]:
     sizes: list[Any] = [
-        {"rate": value(one["mean_size"])} for one in sets.values() if "mean_size" in one
+        {"rate": value(measured(one, "mean_size"))} for one in sets.values() if "mean_size" in one
     ]
     rows = [{"name": "mean size of the set", "cells": sizes}] if len(sizes) == len(sets) else []
+    told = ("coverage_by_label", "least_by_label", "coverage_by_label_standard_error")
     for label in labels:
         cells = [
-            _covered(
-                one.get("coverage_by_label", {}).get(label),
-                one.get("least_by_label", {}).get(label),
-            )
-            for one in sets.values()
+            _covered(*(one.get(name, {}).get(label) for name in told)) for one in sets.values()
         ]
         if any(cells):
             rows.append({"name": f"coverage of {label}", "cells": cells})
     return rows
 
 
-def _covered(rate: Any, least: Any) -> dict[str, Any] | None:
+def _covered(rate: Any, least: Any, error: Any) -> dict[str, Any] | None:
     if rate is None:
         return None
     shown = f"at least {100 * least:.2f}" if least is not None else ""
     return {
-        "rate": value(rate, "share"),
+        "rate": value(joined(rate, error), "share"),
         "band": shown,
         "inside": None if least is None else rate >= least,
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from likely.bundle import Manifest
 from likely_export.material import INLIERS, Material, Sets
-from likely_export.report.text import find
+from likely_export.report.text import ERROR, find, joined
 
 # What a section's template is given; a section without anything to show is None.
 View = dict[str, Any] | None
@@ -25,6 +25,10 @@ class Subject:
     def figure(self, path: str) -> Any:
         """The figure at that path, None where there is none."""
         return find(self.figures, path)
+
+    def measured(self, path: str) -> Any:
+        """The same, with its standard error where that is told."""
+        return joined(self.figure(path), self.figure(f"{path}{ERROR}"))
 
     def table(self, name: str) -> Mapping[str, Any]:
         """The figures of that name, none where they are absent."""

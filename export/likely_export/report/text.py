@@ -9,6 +9,7 @@ from typing import Any, Literal
 Kind = Literal["plain", "share"]
 PER_CENT = "\u00a0%"
 MEASURED = ("mean", "standard_error")
+ERROR = "_standard_error"  # ends the name of what stands beside a figure
 
 
 def value(found: Any, kind: Kind = "plain") -> str:
@@ -36,6 +37,22 @@ def value(found: Any, kind: Kind = "plain") -> str:
     return f"{found:,}".replace(",", "\u202f") if isinstance(found, int) else f"{found:.4g}"
 
 
+def measured(figures: Mapping[str, Any], name: str) -> Any:
+    """The figure of that name, with the standard error that may stand beside it."""
+    return joined(figures.get(name), figures.get(f"{name}{ERROR}"))
+
+
+def joined(found: Any, error: Any) -> Any:
+    """A figure as a mean with its standard error; item by item where there are several."""
+    if isinstance(found, Mapping) and isinstance(error, Mapping):
+        return {key: joined(item, error.get(key)) for key, item in found.items()}
+    return (
+        found
+        if found is None or error is None
+        else dict(zip(MEASURED, (found, error), strict=True))
+    )
+
+
 def words(name: str) -> str:
     """A key of the figures without its underscores."""
     return name.replace("_", " ")
@@ -44,8 +61,11 @@ def words(name: str) -> str:
 def flat(
     figures: Mapping[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every figure with the path to it; a mean and its standard error are one figure."""
-    for name, found in figures.items():
+    """Every figure with the path to it; one and its standard error are one figure."""
+    for name in figures:
+        if name.endswith(ERROR) and name.removesuffix(ERROR) in figures:
+            continue
+        found = measured(figures, name)
         if isinstance(found, Mapping) and not set(MEASURED) <= found.keys():
             yield from flat(found, (*path, name))
         else:
