@@ -14,14 +14,13 @@ from likely import noise
 from likely.answers import Pixels
 from likely.bundle import Bundle, Graph, Role
 from likely.graphs import Array, Device, Session
-from likely.outliers import Detector
 from likely_export.graphs import cut
 
 BATCH = 16
 ROUNDS = 7
 
 
-def measure(bundle: Bundle, detector: Detector, x: Pixels) -> dict[str, float]:
+def measure(bundle: Bundle, decide: Callable[..., object], x: Pixels) -> dict[str, float]:
     """The least times over interleaved rounds, each as a multiple of the plain pass.
 
     `statistics_cost` is the density graph with all its outlier statistics, and what makes p-values
@@ -30,20 +29,21 @@ def measure(bundle: Bundle, detector: Detector, x: Pixels) -> dict[str, float]:
 
     Args:
         bundle: verified.
-        detector: the bundle's.
+        decide: makes p-values of what the density graph says: statistics, and labels taken for
+            where it gives them.
         x: uint8 (n, c, h, w), pictures to spend.
     """
     density = bundle.manifest.graphs[Role.DENSITY]
     part = {"x": np.ascontiguousarray(x[:BATCH])}
     with tempfile.TemporaryDirectory() as folder:
         plain = _plain(bundle.graph(Role.DENSITY), density, Path(folder) / "plain.onnx")
-    seen = Session(bundle.graph(Role.DENSITY), density, Device("cpu"))
+    session = Session(bundle.graph(Role.DENSITY), density, Device("cpu"))
     given = [name for name in ("statistics", "label") if density.output(name) is not None]
-    decided = seen.run(part, given)
+    seen = session.run(part, given)
     runs: dict[str, Callable[[], object]] = {
         "plain": partial(_pass, plain, part),
-        "graph": partial(_pass, seen, part),
-        "combination_cost": lambda: detector.p_value(detector.score(*decided)),
+        "graph": partial(_pass, session, part),
+        "combination_cost": partial(decide, *seen),
     }
     if (spec := bundle.manifest.graphs.get(Role.CONDITIONAL)) is not None:
         feeds: dict[str, Array] = dict(part)

@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from likely.answers import Accepted, Classifications, Doubles, Pixels, Scores, Verdict
+from likely.answers import (
+    Accepted,
+    Classifications,
+    Doubles,
+    Floats,
+    Labels,
+    Pixels,
+    Scores,
+    Verdict,
+)
 from likely.bundle import Bundle, Kind, Manifest, Role, write_manifest
 from likely.engine import Engine
 from likely.graphs import Device, Session
@@ -122,7 +131,7 @@ class _Evaluation:
             "changed": self.manifest.decisions_changed,
         }
         figures["baselines"] = baselines.evaluate(self.data)
-        figures |= costs.measure(self.bundle, self.engine.detector, self.some)
+        figures |= costs.measure(self.bundle, self._p_value, self.some)
         taken = None
         labelled = None
         judge = None
@@ -162,6 +171,10 @@ class _Evaluation:
 
     async def _classify(self, x: Pixels) -> Classifications:
         return await self.engine.classify(x, self.largest)
+
+    def _p_value(self, statistics: Floats, label: Labels | None = None) -> Doubles:
+        detector = self.engine.detector
+        return detector.p_value(detector.score(statistics, label))
 
     async def _outside(self) -> dict[str, Sets]:
         levels = self.manifest.levels

@@ -10,14 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
-from likely.answers import Doubles, Labels, Verdict
+from likely.answers import Doubles, Floats, Labels, Verdict
 from likely.bundle import Bundle
 from likely.engine import Engine
 from likely.graphs import Device
-from likely.outliers import Detector
 from likely_export import costs, recipes
 from likely_export.corruptions import PANEL
 from likely_export.data import Dataset
@@ -74,17 +72,15 @@ def test_alphas_that_are_too_fine_are_named(engine: Engine, data: Dataset) -> No
 
 
 def test_what_combines_statistics_is_part_of_their_cost(engine: Engine, data: Dataset) -> None:
-    class Slow(Detector):
-        def score(
-            self, statistics: npt.NDArray[np.floating], label: Labels | None = None
-        ) -> Doubles:
-            began = time.process_time()
-            while time.process_time() < began + 0.2:  # many plain passes
-                pass
-            return super().score(statistics, label)
+    made = evaluation(engine, data, (0.1,))
 
-    bundle = Bundle.open(FOLDER)
-    found = costs.measure(bundle, Slow(bundle.calibration()), data.test.x[:16])
+    def slow(statistics: Floats, label: Labels | None = None) -> Doubles:
+        began = time.process_time()
+        while time.process_time() < began + 0.2:  # many plain passes
+            pass
+        return made._p_value(statistics, label)
+
+    found = costs.measure(Bundle.open(FOLDER), slow, data.test.x[:16])
     assert found["statistics_cost"] > found["combination_cost"] > 5
 
 
