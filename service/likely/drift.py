@@ -111,13 +111,14 @@ class Martingale:
 
         Args:
             reference: what is compared with.
-            seed: of the numbers that break ties.
+            seed: of the numbers that break ties. They are others than the calibration's,
+                whatever the seed: the urn is the law of ranks only where both are independent.
         """
         self.log = 0.0
         self.highest = 0.0
         self.pictures = 0
         self._reference = reference
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
         bins = len(reference.cells)
         self._urn = reference.cells.copy()
         self._recent = np.zeros((2, bins))  # counts of the last whole memory, and of this one

@@ -134,6 +134,14 @@ def test_ties_are_fair() -> None:
     assert np.mean(np.array(highest) >= -math.log(0.05)) <= 0.12
 
 
+@pytest.mark.parametrize("n", [200, 300, 500])
+def test_ties_of_served_pictures_are_broken_by_other_numbers_than_the_calibrations(n: int) -> None:
+    # All scores are one: broken by the same numbers, the served ranks would be the calibration's.
+    test = Martingale(Reference(np.zeros(n)))
+    test.bet(np.zeros(2 * n))
+    assert test.highest < math.log(3)
+
+
 def test_bins_hold_the_ranks_that_they_say() -> None:
     rng = np.random.default_rng(6)
     calibration = rng.normal(size=999)
