@@ -38,6 +38,7 @@ DOMAIN = "likely"
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 RETRY_SECONDS = 1.0
+OWN = ("Channel closed", "Locally cancelled")  # what gRPC says of what its caller ended
 CUT = "RST_STREAM"  # in what gRPC says of a stream that was cut off
 
 _CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
@@ -160,8 +161,10 @@ def _error(
         return errors.Unauthenticated(message, info.reason if info else "TOKEN_INVALID")
     if kind := _PLAIN.get(code):
         return kind(message)
-    if rich is None and CUT in message:
-        # A proxy lost its server: not our server's word, which has details.
+    cancelled = code is grpc.StatusCode.CANCELLED and not message.startswith(OWN)
+    if rich is None and (cancelled or CUT in message):
+        # A proxy lost its server, or gRPC ended what came as it stopped: not our server's word,
+        # which has details.
         return errors.Unavailable(message)
     return errors.ServerFault(message if code is grpc.StatusCode.INTERNAL else f"{code}: {message}")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import os
 import socket
+import threading
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -17,7 +20,7 @@ import pytest
 
 from likely import AsyncClient, Client, SettingsError, codec
 from likely.client.channels import Route
-from likely.errors import Overloaded
+from likely.errors import Overloaded, ServerFault
 from likely.v1.scoring_pb2 import ScoreRequest
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
 
@@ -157,6 +160,89 @@ def test_a_refused_request_comes_again_when_the_server_said(
         came.clear()
         assert len(client.score(large).log_px) == len(large)
         assert len(came) == 3
+
+
+class Stopping(grpc.GenericRpcHandler):
+    """Cancels the first request of each, as a server that stops, and has another server answer."""
+
+    def __init__(self, others: grpc.Channel) -> None:
+        self.asked: Counter[str] = Counter()
+        self._others = others
+
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        method = handler_call_details.method
+        self.asked[method] += 1
+        first = self.asked[method] == 1
+
+        def answer(request: Any, context: grpc.ServicerContext) -> Any:
+            if first:
+                context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+            forwarded: Any = self._others.unary_unary(method)
+            return forwarded(request)
+
+        def answers(messages: Any, context: grpc.ServicerContext) -> Any:
+            if first:
+                context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+            forwarded: Any = self._others.stream_stream(method)
+            yield from forwarded(messages)
+
+        if method.endswith("Stream"):
+            return grpc.stream_stream_rpc_method_handler(answers)
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+def test_what_a_server_cancelled_is_asked_again(live: Live, x: Any) -> None:
+    async def ask(address: str) -> None:
+        async with AsyncClient(address, timeout=30) as other:
+            assert len((await other.score(x)).log_px) == len(x)
+            assert len([each async for each in other.score_stream([x])]) == 1
+
+    with grpc.insecure_channel(live.address) as others:
+        for turn in range(2):
+            stopping, server = Stopping(others), grpc.server(ThreadPoolExecutor(4))
+            server.add_generic_rpc_handlers((stopping,))
+            address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+            server.start()
+            try:
+                if turn:
+                    live.run(ask(address))
+                else:
+                    with Client(address, timeout=30) as client:
+                        assert len(client.score(x).log_px) == len(x)
+                        assert len(list(client.score_stream([x]))) == 1
+            finally:
+                server.stop(None).wait()
+            assert set(stopping.asked.values()) == {2}
+
+
+def test_what_its_caller_cancels_ends_at_once(
+    live: Live, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Semaphore(0)
+
+    async def stuck(*_: Any, **__: Any) -> None:
+        asked.release()
+        await asyncio.sleep(60)
+
+    async def ask() -> None:
+        async with AsyncClient(live.address, timeout=50) as other:
+            task = asyncio.create_task(other.score(x[:1]))
+            while not asked.acquire(blocking=False):
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    with Client(live.address, timeout=50) as client, ThreadPoolExecutor(1) as aside:
+        client.model()
+        monkeypatch.setattr(live.server.registry.find("toy"), "score", stuck)
+        live.run(ask())
+        waiting = aside.submit(client.score, x[:1])
+        assert asked.acquire(timeout=30)
+        client.close()
+        with pytest.raises(ServerFault, match="Channel closed"):
+            waiting.result(30)
+    assert not asked.acquire(blocking=False)
 
 
 def test_a_client_after_a_fork_says_so(live: Live, x: Any) -> None:

@@ -98,6 +98,21 @@ def test_a_stream_that_a_proxy_cut_off_may_be_asked_for_again() -> None:
 
 
 @pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("CANCELLED", errors.Unavailable),
+        ("", errors.Unavailable),
+        ("Channel closed!", errors.ServerFault),
+        ("Locally cancelled by application!", errors.ServerFault),
+    ],
+)
+def test_what_a_server_that_stops_cancelled_may_be_asked_again(
+    message: str, kind: type[errors.LikelyError]
+) -> None:
+    assert type(statuses.error(Failed(grpc.StatusCode.CANCELLED, message, ()))) is kind
+
+
+@pytest.mark.parametrize(
     ("code", "kind"),
     [
         (grpc.StatusCode.INVALID_ARGUMENT, errors.InvalidInput),

@@ -8,7 +8,8 @@
 
 Health is what `grpc.health.v1` says of each replica, watched on every connection: one that
 drains, still loads or is gone gets no requests. What a server refuses for now (UNAVAILABLE,
-RESOURCE_EXHAUSTED), gRPC asks again, after the delay that the server names, where it names one.
+RESOURCE_EXHAUSTED), gRPC asks again, after the delay that the server names, where it names one;
+so it does with what a server cancelled (CANCELLED), as one that stops does with late newcomers.
 Streams that ask are begun anew by their feed, and by nobody else.
 """
 
@@ -39,7 +40,7 @@ _RETRY = {
     "initialBackoff": "0.2s",
     "maxBackoff": "5s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
 }
 _SCORING = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"]
 # gRPC is not to ask a feed again: what it sends anew of a stream may never be answered, and a feed
