@@ -26,6 +26,7 @@ from likely.settings import Settings
 
 READY = b"ready\n"
 REFUSED, LOST = 1, 3  # exit codes: nothing can be served; the device is gone
+HEARD = 0.1  # seconds in which the loop hears of a signal that came before the input's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def _end_with_the_input(ending: asyncio.Future[signal.Signals]) -> None:
     def wait() -> None:
         while os.read(sys.stdin.fileno(), 1 << 10):  # holds no lock that the end would want
             pass
-        loop.call_soon_threadsafe(end)
+        loop.call_soon_threadsafe(loop.call_later, HEARD, end)
 
     threading.Thread(target=wait, daemon=True).start()
 
