@@ -31,8 +31,11 @@ def posterior(
         priors: p(y) (labels,), not negative, with a positive sum.
         temperature: above 1 flattens: sums over pixels are over-confident.
     """
+    wide = log_pxy.astype(np.float64) / temperature
+    # Taken off first: beside 1e30 nats, priors and the number of labels would be lost.
+    peak = np.max(wide, axis=-1, keepdims=True, where=priors > 0, initial=-np.inf)
     with np.errstate(divide="ignore"):
-        joint = log_pxy.astype(np.float64) / temperature + np.log(priors)
+        joint = wide - np.where(np.isfinite(peak), peak, 0.0) + np.log(priors)
     normalised: Doubles = np.exp(joint - logsumexp(joint)[:, None])
     return normalised
 

@@ -48,9 +48,12 @@ def test_a_label_that_cannot_be_gets_nothing(log_pxy: np.ndarray) -> None:
     assert np.array_equal(posterior, np.broadcast_to(priors, log_pxy.shape))
 
 
-def test_equal_likelihoods_leave_the_priors() -> None:
+@pytest.mark.parametrize("nats", [123.0, 1e5, 1e30, float(np.finfo(np.float32).max)])
+def test_equal_likelihoods_leave_the_priors(nats: float) -> None:
     priors = np.array([0.7, 0.2, 0.1])
-    assert np.allclose(bayes.posterior(np.full((4, 3), -123.0), priors), priors)
+    assert np.allclose(bayes.posterior(np.full((4, 3), -nats), priors), priors)
+    impossible = np.array([[0.0, -nats, -nats]])
+    assert np.allclose(bayes.posterior(impossible, np.array([0, 0.75, 0.25])), [0, 0.75, 0.25])
 
 
 @pytest.mark.parametrize(
