@@ -35,11 +35,16 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 # ONNX Runtime tells these apart by their text alone.
 _STOPPED = re.compile(r"terminate flag")
+# The last two are of an arena that has come to its limit.
 _NO_MEMORY = re.compile(
-    r"[Ff]ailed to allocate|bad_alloc|out of memory|MEMORY_ALLOC|ALLOC_FAILED|bad allocation"
+    r"[Ff]ailed to allocate|bad_alloc|out of memory|MEMORY_ALLOC|ALLOC(?:ATION)?_FAILED|"
+    r"bad allocation|Available memory of \d+ is smaller|[Ff]ailed to find a free memory block"
 )
 # Errors that leave the process's CUDA context unusable (cudaError_t in the CUDA runtime's manual).
-_LOST = re.compile(r"CUDA (?:failure|error) (?:46|100|7(?:00|02|09|1[04-9])|999)\b")
+# Those of cuDNN and cuBLAS tell nothing of it: where it is gone, the next run fails with one.
+_LOST = re.compile(
+    r"CUDA (?:failure|error) (?:46|100|214|226|7(?:00|02|09|1[04-9]|21)|810|911|999)\b"
+)
 
 
 @dataclass(frozen=True, slots=True)
