@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,10 +97,23 @@ def bad_field(call: Callable[[], Any]) -> tuple[str, str]:
 
 def detail(failure: Any, kind: Any) -> Any:
     """The detail of that kind which a failure carries."""
-    packed = dict(failure.trailing_metadata())[statuses.DETAILS_KEY]
+    return detail_of(dict(failure.trailing_metadata()), kind)
+
+
+def detail_of(trailing: Mapping[str, Any], kind: Any) -> Any:
+    """The detail of that kind among what a failed call ended with."""
     message = kind()
-    assert any(part.Unpack(message) for part in status_pb2.Status.FromString(packed).details)
+    rich = status_pb2.Status.FromString(trailing[statuses.DETAILS_KEY])
+    assert any(packed.Unpack(message) for packed in rich.details)
     return message
+
+
+def told_to_come_again(trailing: Mapping[str, Any]) -> None:
+    """Returns if both the details and the header that clients obey say when."""
+    retry = detail_of(trailing, error_details_pb2.RetryInfo)
+    delay = retry.retry_delay.ToTimedelta().total_seconds()
+    assert delay > 0
+    assert int(trailing[statuses.PUSHBACK_KEY]) == round(1000 * delay)
 
 
 def is_well(live: Live) -> None:
@@ -109,6 +122,11 @@ def is_well(live: Live) -> None:
         check = caller.health.Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
         assert check.status == health_pb2.HealthCheckResponse.SERVING
         assert len(caller.ask(on_toy(ScoreRequest)).scores) == 1
+    comes_to_rest(live)
+
+
+def comes_to_rest(live: Live) -> None:
+    """Returns once nothing waits, runs or is in flight."""
     end = time.monotonic() + SECONDS
     while busy := {name: value for name, value in gauges(live).items() if value}:
         assert time.monotonic() < end, busy

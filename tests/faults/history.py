@@ -5,7 +5,7 @@ A client notes when it begins a request and every outcome that it is given. Afte
 
 - a request has no outcome, or more than one;
 - an answer is not what the version that it names answers to that question;
-- a request failed in a way that does not invite another try;
+- a request failed in a way that does not invite another try, or the server did not say when;
 - the server accepted a request, as its own log says, and the client got no answer;
 - the server answered a request twice.
 
@@ -23,6 +23,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from likely.serving.guard import REQUEST_ID
+from tests.faults.alive import told_to_come_again
+
 RETRYABLE = frozenset({"UNAVAILABLE"})
 
 
@@ -34,12 +37,14 @@ class Outcome:
         code: OK, or the name of its status.
         version: the model's version that the answer names.
         answer: what was answered, in a form that compares exactly.
+        trailing: what a failure ended with; holds a request's id if the server told of it.
         at: seconds of a clock that only grows.
     """
 
     code: str
     version: str = ""
     answer: object = None
+    trailing: Mapping[str, str | bytes] = field(default_factory=dict)
     at: float = field(default_factory=time.monotonic)
 
 
@@ -121,7 +126,17 @@ def violations(
                 found.append(f"{name}: {outcome.version} does not answer so")
         elif outcome.code not in retryable:
             found.append(f"{name} failed with {outcome.code}")
+        elif REQUEST_ID in outcome.trailing and not _is_told_when(outcome.trailing):
+            found.append(f"{name} failed and was not told when to come again")
     return found + (_lost(history, log) if log is not None else [])
+
+
+def _is_told_when(trailing: Mapping[str, str | bytes]) -> bool:
+    try:
+        told_to_come_again(trailing)
+    except (AssertionError, KeyError):
+        return False
+    return True
 
 
 def _lost(history: History, log: Iterable[Mapping[str, object]]) -> list[str]:

@@ -142,7 +142,8 @@ class Questions:
                 )
             return draw(channel, key, "", metadata)
         except grpc.RpcError as error:
-            return Outcome(error.code().name)
+            trailing: Any = error.trailing_metadata() or ()
+            return Outcome(error.code().name, trailing=dict(trailing))
 
 
 def draw(channel: grpc.Channel, seed: int, version: str = "", metadata: Metadata = ()) -> Outcome:

@@ -29,7 +29,7 @@ from likely.errors import AccessDenied, SettingsError, Unauthenticated
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
 from likely.v1.scoring_pb2 import ScoreRequest
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
-from tests.faults.alive import SECONDS, drawing, on_toy, refused, scrape
+from tests.faults.alive import SECONDS, comes_to_rest, drawing, on_toy, refused, scrape
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running
@@ -136,9 +136,9 @@ def signed(issuer: Any, **claims: Any) -> str:
     return jwt.encode({**told, **ends, **claims}, issuer, "ES256", headers={"kid": "k"})
 
 
-def asks(live: Live, authority: Authority, token: str | None) -> Any:
+def asks(live: Live, authority: Authority, token: str | None, **shown: Any) -> Any:
     """Score, over TLS, with that token."""
-    route = Route(live.address, ca=authority.ca, token=token)
+    route = Route(live.address, ca=authority.ca, token=token, **shown)
     with route.channel() as channel:
         scoring = ScoringServiceStub(channel)
         return scoring.Score(on_toy(ScoreRequest), timeout=SECONDS, metadata=route.metadata())
@@ -151,15 +151,14 @@ def does_not_connect(channel: grpc.Channel) -> None:
     refused(lambda: scoring.Score(request, timeout=SECONDS), grpc.StatusCode.UNAVAILABLE)
 
 
-def well(live: Live, authority: Authority) -> None:
+def well(live: Live, authority: Authority, token: str | None = SECRET, **shown: Any) -> None:
     """Health says SERVING without a token; a good request with one is answered; all at rest."""
-    with Route(live.address, ca=authority.ca).channel() as channel:
+    with Route(live.address, ca=authority.ca, **shown).channel() as channel:
         health = health_pb2_grpc.HealthStub(channel)
         check = health.Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
     assert check.status == health_pb2.HealthCheckResponse.SERVING
-    assert len(asks(live, authority, SECRET).scores) == 1
-    idle = {n: v for n, v in scrape(live).items() if n.startswith("likely_requests_in_flight")}
-    assert not any(idle.values())
+    assert len(asks(live, authority, token, **shown).scores) == 1
+    comes_to_rest(live)
 
 
 @pytest.mark.fault(38)
@@ -169,6 +168,7 @@ def test_tokens_let_in_whom_they_should(guarded: Live, authority: Authority, iss
     holders = [json.loads(line).get("holder") for line in guarded.log.getvalue().splitlines()]
     assert {"reader", "maker", "robot"} <= set(holders)
     assert SECRET not in guarded.log.getvalue()
+    well(guarded, authority)
 
 
 @pytest.mark.fault(38)
@@ -241,6 +241,7 @@ def test_reflection_and_unknown_methods_ask_for_a_token(
             iter([request]), timeout=SECONDS, metadata=route.metadata()
         )
         assert len(list(told)) == 1
+    well(guarded, authority)
 
 
 @pytest.mark.fault(38)
@@ -265,6 +266,8 @@ def test_an_expired_certificate_does_not_connect(running: Running, authority: Au
         Route(live.address, ca=authority.ca).channel(once=True) as channel,
     ):
         does_not_connect(channel)
+        comes_to_rest(live)  # more cannot be asked: to our clients it is no server
+        assert scrape(live)["likely_ready"] == 1
 
 
 @pytest.mark.fault(38)
@@ -284,6 +287,7 @@ def test_clients_show_a_certificate_where_it_is_asked(
         key = mine.with_suffix(".key")
         with Client(live.address, ca=authority.ca, certificate=mine, key=key) as client:
             assert len(client.score(X).log_px) == 1
+        well(live, authority, None, certificate=mine, key=key)
 
 
 def serial(live: Live, authority: Authority) -> int:
@@ -325,6 +329,7 @@ def test_a_certificate_is_exchanged_while_serving(running: Running, authority: A
         told = [json.loads(line)["event"] for line in live.log.getvalue().splitlines()]
         assert told.count("not reloaded") == 1
         assert told.count("reloaded") == 1
+        well(live, authority, None)
 
 
 @pytest.mark.fault(38)
@@ -350,6 +355,7 @@ def test_our_clients_tell_what_was_denied(guarded: Live, authority: Authority) -
             return len((await client.score(X)).log_px)
 
     assert guarded.run(asked()) == 1
+    well(guarded, authority)
 
 
 @pytest.mark.fault(38)
@@ -382,3 +388,4 @@ def test_the_command_line_shows_a_token_and_asks_for_health_without(
     assert bad.exit_code == 1
     assert "bearer token" in bad.stderr
     assert run(main, ["health", *there]).stdout == "SERVING\n"
+    well(guarded, authority)

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from likely import statuses
+from likely.errors import Unavailable
+from likely.serving.guard import REQUEST_ID
 from tests.faults.history import History, Outcome, events, violations
 
 
@@ -23,7 +26,8 @@ def well() -> tuple[History, list[dict[str, object]]]:
     first, second, third = (history.begin(f"question {i}") for i in range(3))
     history.end(second, Outcome("OK", "2", "question 1 by 2"))
     history.end(first, Outcome("OK", "1", "question 0 by 1"))
-    history.end(third, Outcome("UNAVAILABLE"))
+    _, _, trailing = statuses.status(Unavailable("ending"), third)
+    history.end(third, Outcome("UNAVAILABLE", trailing=dict(trailing) | {REQUEST_ID: third}))
     return history, [told(first), told(second), told(third, "UNAVAILABLE", accepted=False)]
 
 
@@ -56,6 +60,19 @@ def final(history: History, log: list[dict[str, object]]) -> None:
     history.end(history.begin("question 3"), Outcome("INTERNAL"))
 
 
+def untold(history: History, log: list[dict[str, object]]) -> None:
+    name = history.begin("question 3")
+    history.end(name, Outcome("UNAVAILABLE", trailing={REQUEST_ID: name}))
+
+
+def headless(history: History, log: list[dict[str, object]]) -> None:
+    name = history.begin("question 3")
+    _, _, trailing = statuses.status(Unavailable("ending"), name)
+    told = {REQUEST_ID: name, **dict(trailing)}
+    del told[statuses.PUSHBACK_KEY]
+    history.end(name, Outcome("UNAVAILABLE", trailing=told))
+
+
 def lost(history: History, log: list[dict[str, object]]) -> None:
     log.append(told(history.begin("question 3")))
     history.end("request-3", Outcome("UNAVAILABLE"))
@@ -86,6 +103,8 @@ def early(history: History, log: list[dict[str, object]]) -> None:
         (wrong, "request-3: 1 does not answer so"),
         (misnamed, "request-3: 1 does not answer so"),
         (final, "request-3 failed with INTERNAL"),
+        (untold, "request-3 failed and was not told when to come again"),
+        (headless, "request-3 failed and was not told when to come again"),
         (lost, "request-3 was accepted and answered, and the client saw ['UNAVAILABLE']"),
         (cut, "request-3 was accepted and ended with UNAVAILABLE"),
         (repeated, "request-0 was answered 2 times"),

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -31,13 +32,15 @@ from likely import statuses
 from likely.bundle import MANIFEST, write_manifest
 from likely.errors import DeviceLost
 from likely.graphs import Session
+from likely.serving import server as serving
 from likely.v1 import admin_pb2
 from likely.v1.admin_pb2_grpc import AdminServiceStub
 from likely.v1.images_pb2 import Images
 from likely.v1.scoring_pb2 import ScoreRequest
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
-from tests.faults.history import History, violations
-from tests.faults.served import COMMAND, Load, Questions, Served, draw, served, wait_until
+from tests.faults.alive import told_to_come_again
+from tests.faults.history import History, Outcome, events, violations
+from tests.faults.served import ALONE, COMMAND, Load, Questions, Served, draw, served, wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running, Toy
@@ -325,34 +328,39 @@ def test_loads_and_unloads_at_once_are_one_after_the_other(
 def test_a_lost_device_ends_the_server_in_error(
     running: Running, monkeypatch: pytest.MonkeyPatch, toys: dict[str, Toy], questions: Questions
 ) -> None:
-    with running(bundles=(toys["1"].path,)) as live:
-        engine = live.server.registry.find("toy")
+    """The fault is what ONNX Runtime raises, so that all that decides of it is ours."""
+    import onnxruntime
 
-        async def lost(*_: Any, **__: Any) -> None:
-            raise DeviceLost("CUDA failure 700: an illegal memory access was encountered")
+    def lost(*_: Any) -> None:
+        raise RuntimeError("CUDA failure 700: an illegal memory access was encountered ; GPU=0")
 
-        with grpc.insecure_channel(live.address) as channel:
-            watch = health_pb2_grpc.HealthStub(channel).Watch(
-                health_pb2.HealthCheckRequest(), timeout=30
-            )
-            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-            monkeypatch.setattr(engine, "score", lost)
-            outcome = questions.ask(channel, ("score", (0,)), "lost")
-            assert outcome.code == "UNAVAILABLE"
-            wait_until(live.server.lost.done)
-            assert "CUDA" in str(live.server.lost.result())
-            assert next(watch).status == NOT_SERVING
+    with (
+        running(bundles=(toys["1"].path,)) as live,
+        grpc.insecure_channel(live.address) as channel,
+    ):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(), timeout=30
+        )
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        monkeypatch.setattr(onnxruntime.InferenceSession, "run", lost)
+        outcome = questions.ask(channel, ("score", (0,)), "lost")
+        assert outcome.code == "UNAVAILABLE"
+        told_to_come_again(outcome.trailing)
+        wait_until(live.server.lost.done)
+        assert isinstance(live.server.lost.result(), DeviceLost)
+        assert "CUDA" in str(live.server.lost.result())
+        assert next(watch).status == NOT_SERVING
 
 
 LOSE = """
-import asyncio
-from likely import engine
-from likely.errors import DeviceLost
-async def lost(*_, **__):
-    raise DeviceLost("the device is lost: CUDA failure 700")
-engine.Engine.score = lost
-from likely.cli import main
-main()
+import os
+import onnxruntime
+run = onnxruntime.InferenceSession.run
+def lost(*asked):
+    if os.path.exists(os.environ["CARD_LOST"]):
+        raise RuntimeError("CUDA failure 719: unspecified launch failure ; GPU=0")
+    return run(*asked)
+onnxruntime.InferenceSession.run = lost
 """
 
 
@@ -361,16 +369,19 @@ main()
 def test_and_its_process_says_so(
     workers: int, toys: dict[str, Toy], questions: Questions, tmp_path: Path
 ) -> None:
-    # A worker imports its own engine, so the fault is put into all by a module of the path.
-    (tmp_path / "sitecustomize.py").write_text(LOSE.partition("from likely.cli")[0])
-    path = {"PYTHONPATH": str(tmp_path)}
+    # A worker imports its own runtime, so the fault is put into all by a module of the path.
+    (tmp_path / "sitecustomize.py").write_text(LOSE)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    there = {"PYTHONPATH": path, "CARD_LOST": str(tmp_path / "lost")}
     flags = ("--bundle", toys["1"].path, "--port", 0, "--workers", workers)
-    with served(tmp_path, *flags, environment=path) as server:
+    with served(tmp_path, *flags, environment=there) as server:
         address = server.address(workers)
+        (tmp_path / "lost").touch()
         with grpc.insecure_channel(address) as channel:
             assert questions.ask(channel, ("score", (0,)), "lost").code == "UNAVAILABLE"
         assert server.process.wait(30) == 1
-        assert "device" in server.path.read_text().splitlines()[-1]
+        last = server.path.read_text().splitlines()[-1]
+        assert last.startswith("Error: ") and "lost" in last
 
 
 @pytest.mark.fault(31)
@@ -382,6 +393,33 @@ def test_a_device_that_is_not_there_fails_loudly(toys: dict[str, Toy], tmp_path:
     )  # fmt: skip
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1].startswith("Error: device cuda:99 was asked for, but")
+
+
+FALL_BACK = """
+import onnxruntime
+from likely import graphs
+opened = onnxruntime.InferenceSession
+def fallen(path, options, providers):
+    return opened(path, options, providers=[graphs.CPU])
+onnxruntime.InferenceSession = fallen
+onnxruntime.get_available_providers = lambda: [graphs.CUDA, graphs.CPU]
+onnxruntime.preload_dlls = lambda: None
+graphs.cuda_devices = lambda: 1
+from likely.cli import main
+main()
+"""
+
+
+@pytest.mark.fault(31)
+def test_a_silent_fall_back_to_the_cpu_fails_loudly(toys: dict[str, Toy]) -> None:
+    flags = ["serve", "--bundle", toys["1"].path, "--port", 0, "--device", "cuda"]
+    ran = subprocess.run(
+        [sys.executable, "-c", FALL_BACK, *map(str, flags), "--metrics-port", "off"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 1, ran.stderr
+    said = ran.stderr.splitlines()[-1]
+    assert said.startswith("Error: device cuda:0 was asked for, but the session runs on CPU")
 
 
 def told_to_end(seed: int, toys: dict[str, Toy], questions: Questions, folder: Path) -> None:
@@ -520,6 +558,25 @@ def test_a_second_signal_ends_now(toys: dict[str, Toy], tmp_path: Path) -> None:
             wait_until(partial(refused, where))
 
 
+@pytest.mark.fault(36)
+def test_a_worker_that_hears_of_both_signals_at_once_ends_now(
+    toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    flags = ("--bundle", toys["1"].path, "--port", 0, "--drain-delay", 60, "--workers", 2)
+    with served(tmp_path, *flags) as server:
+        where = server.address(2)
+        slow, _ = children(server)
+        os.kill(slow, signal.SIGSTOP)
+        try:
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("draining")
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(20) == -signal.SIGTERM
+        finally:
+            os.kill(slow, signal.SIGCONT)
+        wait_until(partial(refused, where))
+
+
 def refused(address: str) -> bool:
     host, _, port = address.partition(":")
     with socket.socket() as probe:
@@ -572,23 +629,34 @@ def inside(live: Live) -> int:
 def test_what_does_not_end_in_time_is_told_to_come_again(
     toys: dict[str, Toy], running: Running, questions: Questions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """So is who comes when the end has begun."""
+
     async def stuck(*_: Any, **__: Any) -> None:
         await asyncio.sleep(60)
 
+    monkeypatch.setattr(serving, "CUT_OFF", 30.0)  # what is told may come late, but it comes
     with running(bundles=(toys["1"].path,)) as live:
         monkeypatch.setattr(live.server.registry.find("toy"), "score", stuck)
-        outcomes: list[str] = []
+        outcomes: list[Outcome] = []
 
         def ask() -> None:
-            with grpc.insecure_channel(live.address, options=(("grpc.enable_retries", 0),)) as ch:
-                outcomes.append(questions.ask(ch, ("score", (0,)), "stuck").code)
+            with grpc.insecure_channel(live.address, options=ALONE) as channel:
+                outcomes.append(questions.ask(channel, ("score", (0,)), "stuck"))
 
-        thread = threading.Thread(target=ask)
-        thread.start()
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        threads[0].start()
         wait_until(lambda: inside(live) == 1)
+        live.loop.call_soon_threadsafe(live.server._guard.door.close)
+        threads[1].start()
+        wait_until(lambda: inside(live) == 2)
         live.run(live.server.stop(0.1))
-        thread.join()
-        assert outcomes == ["UNAVAILABLE"]
+        for thread in threads:
+            thread.join()
+        assert [outcome.code for outcome in outcomes] == ["UNAVAILABLE"] * 2
+        for outcome in outcomes:
+            told_to_come_again(outcome.trailing)
+        ended = [e for e in events(live.log.getvalue()) if e.get("request_id") == "stuck"]
+        assert sorted(bool(e.get("accepted", True)) for e in ended) == [False, True]
 
 
 @pytest.mark.fault(37)

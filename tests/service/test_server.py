@@ -392,6 +392,7 @@ def test_until_models_are_loaded_the_server_is_not_ready(running: Running) -> No
         error = failure(lambda: stubs.ask(on_toy(ScoreRequest)))
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert detail(error, error_details_pb2.RetryInfo).retry_delay.seconds == 1
+        assert dict(error.trailing_metadata())[statuses.PUSHBACK_KEY] == "1000"
         watch = stubs.health.Watch(health_pb2.HealthCheckRequest(), timeout=30)
         assert next(watch).status == NOT_SERVING
         live.run(live.server.load())
