@@ -27,7 +27,7 @@ from likely import (
     Unavailable,
 )
 from likely.bundle import Bundle, write_manifest
-from likely.client import plans
+from likely.client import catalogue, plans
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running, Toy
@@ -311,10 +311,10 @@ def test_versions_that_answer_in_turn_answer_by_name_too(
 def test_a_labels_name_that_never_holds_is_told_in_the_end(client: Client, x: Any) -> None:
     info, versions = client.model(), count()
 
-    class Restless(plans.Catalogue):
+    class Restless(catalogue.Catalogue):
         """Describes another version each time."""
 
-        def model(self, name: str | None, version: str | None) -> plans.Plan[Any]:
+        def model(self, name: str | None, version: str | None) -> catalogue.Plan[Any]:
             return replace(info, version=f"0.{next(versions)}")
             yield
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from likely import levels
 from likely.answers import Draws, Floats, ModelInfo, Pixels, Redrawings
-from likely.client.plans import pixels
+from likely.client.values import pixels
 from likely.errors import InvalidInput
 from likely.levels import brightness
 

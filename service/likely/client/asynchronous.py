@@ -23,11 +23,12 @@ from likely.answers import (
     Scores,
     Traversal,
 )
-from likely.client import plans
+from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import AsyncFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, positive
-from likely.client.plans import A, Held, Label, Rule
+from likely.client.plans import A, Held, Rule
+from likely.client.values import Label
 from likely.errors import LikelyError
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
@@ -55,7 +56,7 @@ class AsyncClient:
         """A client of one server, as `Client`."""
         self._timeout = positive(timeout)
         self._retries = retries
-        self._catalogue = plans.Catalogue()
+        self._catalogue = catalogue.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
         self._line = Line(
             partial(self._route.aio_channel, once=not retries), address, self._catalogue
@@ -267,7 +268,7 @@ class AsyncClient:
                 info, version, label, count, seed, first_index, temperature, check, kept
             )
 
-        parts = plans.Parts(self._catalogue, model, version, label, divide)
+        parts = catalogue.Parts(self._catalogue, model, version, label, divide)
         while (request := await self._follow(parts.next())) is not None:
             call = self._ask(request)
             try:
@@ -294,14 +295,14 @@ class AsyncClient:
         version: str | None = None,
     ) -> Completions:
         """As `Client.complete`."""
-        x, how = plans.pixels(images), (temperature, proposals)
+        x, how = values.pixels(images), (temperature, proposals)
 
         def divide(info: ModelInfo) -> Iterator[CompleteRequest]:
             return plans.completions(
                 info, version, x, mask, label, completions, seed, first_index, *how
             )
 
-        parts = plans.Parts(self._catalogue, model, version, label, divide)
+        parts = catalogue.Parts(self._catalogue, model, version, label, divide)
         found: list[Completions] = []
         while (request := await self._follow(parts.next())) is not None:
             with self._line.told():
@@ -311,7 +312,7 @@ class AsyncClient:
 
     async def models(self) -> list[ModelInfo]:
         """As `Client.models`."""
-        return await self._follow(plans.models())
+        return await self._follow(catalogue.models())
 
     async def model(self, model: str | None = None, version: str | None = None) -> ModelInfo:
         """As `Client.model`."""
@@ -333,7 +334,7 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _follow(self, plan: plans.Plan[T]) -> T:
+    async def _follow(self, plan: catalogue.Plan[T]) -> T:
         answer: Any = None
         while True:
             try:

@@ -22,11 +22,12 @@ from likely.answers import (
     Scores,
     Traversal,
 )
-from likely.client import plans
+from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import BlockingFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, positive
-from likely.client.plans import A, Held, Label, Rule
+from likely.client.plans import A, Held, Rule
+from likely.client.values import Label
 from likely.errors import LikelyError
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
@@ -74,7 +75,7 @@ class Client:
         """
         self._timeout = positive(timeout)
         self._retries = retries
-        self._catalogue = plans.Catalogue()
+        self._catalogue = catalogue.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
         opening = partial(self._route.channel, once=not retries)
         self._line = Line(opening, address, self._catalogue)
@@ -423,7 +424,7 @@ class Client:
                 info, version, label, count, seed, first_index, temperature, check, kept
             )
 
-        parts = plans.Parts(self._catalogue, model, version, label, divide)
+        parts = catalogue.Parts(self._catalogue, model, version, label, divide)
         while (request := self._follow(parts.next())) is not None:
             call = self._ask(request)
             try:
@@ -467,14 +468,14 @@ class Client:
         Raises:
             LikelyError: as `score`.
         """
-        x, how = plans.pixels(images), (temperature, proposals)
+        x, how = values.pixels(images), (temperature, proposals)
 
         def divide(info: ModelInfo) -> Iterator[CompleteRequest]:
             return plans.completions(
                 info, version, x, mask, label, completions, seed, first_index, *how
             )
 
-        parts = plans.Parts(self._catalogue, model, version, label, divide)
+        parts = catalogue.Parts(self._catalogue, model, version, label, divide)
         found: list[Completions] = []
         while (request := self._follow(parts.next())) is not None:
             with self._line.told():
@@ -488,7 +489,7 @@ class Client:
         Raises:
             LikelyError: as `score`.
         """
-        return self._follow(plans.models())
+        return self._follow(catalogue.models())
 
     def model(self, model: str | None = None, version: str | None = None) -> ModelInfo:
         """What one model version takes, gives and promises; asked for once, until it is old.
@@ -513,7 +514,7 @@ class Client:
     ) -> None:
         self.close()
 
-    def _follow(self, plan: plans.Plan[T]) -> T:
+    def _follow(self, plan: catalogue.Plan[T]) -> T:
         answer: Any = None
         while True:
             try:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from likely import statuses
 from likely.answers import Pixels
-from likely.client import plans
+from likely.client import plans, values
 from likely.client.plans import A
 from likely.errors import InvalidInput, LikelyError, Overloaded, Unavailable
 
@@ -78,7 +78,7 @@ class Ledger(Generic[A]):
         self._count += 1
         self._open[item.number] = item
         try:
-            x = plans.pixels(images)
+            x = values.pixels(images)
             item.message = self._message(x, item.number)
         except LikelyError as error:
             item.outcome = error

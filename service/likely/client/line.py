@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from likely import statuses
-from likely.client import plans
+from likely.client.catalogue import Catalogue, Request
 from likely.client.channels import Address
 from likely.errors import Forked, InvalidInput, LikelyError, SettingsError, Unavailable
 from likely.v1 import (
@@ -31,7 +31,7 @@ TIMEOUT = 60.0
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
 
 Kind: TypeAlias = type[
-    plans.Request
+    Request
     | generation_pb2.GenerateRequest
     | generation_pb2.CompleteRequest
     | scoring_pb2.ScoreStreamRequest
@@ -46,7 +46,7 @@ class Line:
     """
 
     def __init__(
-        self, open_channel: Callable[[], Any], address: Address, catalogue: plans.Catalogue
+        self, open_channel: Callable[[], Any], address: Address, catalogue: Catalogue
     ) -> None:
         self._open = open_channel
         self._catalogue = catalogue

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from likely import levels
 from likely.answers import Pixels
-from likely.client.plans import pixels
+from likely.client.values import pixels
 from likely.errors import InvalidInput
 
 USUAL = ("image", "images", "x", "picture", "pixels")

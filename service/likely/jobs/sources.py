@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from likely import levels
 from likely.answers import Pixels
-from likely.client.plans import pixels
+from likely.client.values import pixels
 from likely.errors import InvalidInput, JobError
 from likely.jobs import files
 from likely.jobs.columns import Geometry, check_levels, chosen, pictures

@@ -1,0 +1,125 @@
+"""From what callers give to what messages hold: arrays, numbers, labels, enumerations."""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from likely.answers import Pixels
+from likely.errors import InvalidInput
+
+M = TypeVar("M")
+E = TypeVar("E", bound=IntEnum)
+Label: TypeAlias = int | str
+
+
+def pixels(images: npt.ArrayLike, name: str = "images") -> Pixels:
+    """Pictures as uint8 (n, c, h, w).
+
+    Args:
+        images: (n, c, h, w), or (n, h, w) for pictures of one channel; of any
+            integer type whose values are those of uint8.
+        name: what to call them in an error.
+
+    Raises:
+        InvalidInput: another number of axes, another type, or a value outside 0 to 255.
+    """
+    x = array(name, images)
+    if x.ndim not in (3, 4):
+        raise InvalidInput(name, f"shape {x.shape}; (n, c, h, w) or (n, h, w) is asked")
+    if not np.issubdtype(x.dtype, np.integer):
+        how = ": multiply by the top level and round" if x.dtype.kind == "f" else ""
+        raise InvalidInput(name, f"type {x.dtype}; integers from 0 to 255 are asked{how}")
+    if x.dtype != np.uint8 and x.size and (x.min() < 0 or x.max() > 255):
+        raise InvalidInput(name, f"values {x.min()} to {x.max()}; 0 to 255 are asked")
+    return x.astype(np.uint8, copy=False).reshape(x.shape if x.ndim == 4 else _one_channel(x.shape))
+
+
+def index_of(label: Label | None, names: Sequence[str], field: str = "label") -> int | None:
+    """The index of a label that is given by its name or its index.
+
+    Raises:
+        InvalidInput: no label has that name.
+    """
+    if not isinstance(label, str):
+        return label
+    if label in names:
+        return names.index(label)
+    if label.removeprefix("-").isdecimal():
+        return int(label)
+    raise InvalidInput(field, f"{label!r} is none of {', '.join(names) or 'none'}")
+
+
+def whole(field: str, value: Any) -> int:
+    """The same number, if it is a whole one.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidInput(field, f"{value!r} is no whole number") from None
+
+
+def member(field: str, kind: type[E], given: E | str) -> E:
+    """The member of an enumeration that is given, or that has that name.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    try:
+        return kind[given.upper()] if isinstance(given, str) else kind(given)
+    except (KeyError, ValueError):
+        names = ", ".join(each.name.lower() for each in kind)
+        raise InvalidInput(field, f"{given!r} is none of {names}") from None
+
+
+def built(kind: Callable[..., M], **fields: Any) -> M:
+    """The message with these fields.
+
+    Raises:
+        InvalidInput: one of them is of a type or size that the message cannot hold.
+    """
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise _unsendable(kind, fields, error) from error
+
+
+def _unsendable(kind: Any, fields: dict[str, Any], error: Exception) -> InvalidInput:
+    """What says which of the fields a message cannot hold."""
+    for name, value in fields.items():
+        try:
+            kind(**{name: value})
+        except (TypeError, ValueError) as own:
+            field = kind.DESCRIPTOR.fields_by_name[name]
+            bits = {field.TYPE_INT32: 31, field.TYPE_INT64: 63}.get(field.type)
+            if isinstance(value, int) and bits:
+                return InvalidInput(name, f"{value} is not in [-2**{bits}, 2**{bits})")
+            return InvalidInput(name, f"{reprlib.repr(value)} cannot be sent: {own}")
+    return InvalidInput("", f"a value cannot be sent: {error}")
+
+
+def array(field: str, values: npt.ArrayLike, dtype: Any = None) -> npt.NDArray[Any]:
+    """The values as an array.
+
+    Raises:
+        InvalidInput: they are none, or none of that type.
+    """
+    try:
+        return np.asarray(values, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        asked = "an array" if dtype is None else np.dtype(dtype)
+        raise InvalidInput(field, f"not to be read as {asked}: {error}") from error
+
+
+def _one_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    n, h, w = shape
+    return n, 1, h, w
