@@ -69,7 +69,10 @@ def pixels(message: images_pb2.Images) -> Pixels:
         raise InvalidInput(
             "images.data", f"{len(message.data)} bytes; the shape {claimed} asks for {expected}"
         )
-    return np.frombuffer(message.data, dtype=np.uint8).reshape(claimed)
+    try:
+        return np.frombuffer(message.data, dtype=np.uint8).reshape(claimed)
+    except ValueError as error:  # one length is 0, and numpy multiplies the others
+        raise InvalidInput("images.shape", f"{claimed} is too large for an array") from error
 
 
 def score_response(scores: Scores) -> scoring_pb2.ScoreResponse:

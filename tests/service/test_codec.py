@@ -54,6 +54,12 @@ def test_nothing_but_invalid_input_comes_of_any_images(data: bytes, shape: list[
         assert x.tobytes() == data
 
 
+@pytest.mark.parametrize("shape", [(0, 1, 3, 2**63 - 1), (2**62, 2**62, 0, 3)])
+def test_no_pictures_of_a_size_that_cannot_be_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match=r"images\.shape: .* is too large for an array"):
+        codec.pixels(Images(shape=shape))
+
+
 @pytest.mark.parametrize("n", [0, 1, 3])
 @pytest.mark.parametrize("surprise", [True, False])
 def test_scores(n: int, surprise: bool) -> None:

@@ -250,6 +250,8 @@ BAD: list[tuple[pb.ModelInferRequest, str]] = [
     (broken(raw_input_contents=[bytes(8)]), "raw_input_contents[0]"),
     (broken(raw_input_contents=[bytes(9), b""]), "raw_input_contents"),
     (broken(shape=[2**62, 2, 3, 3]), "raw_input_contents[0]"),
+    (broken(shape=[0, 1, 3, 2**63 - 1], raw_input_contents=[b""]), "images.shape"),
+    (broken(shape=[0, 1, 3, 2**63 - 1], raw_input_contents=[]), "images.shape"),
     (broken(shape=[-1, 1, 3, 3]), "images.shape[0]"),
     (broken(shape=[9]), "images.shape"),
     (broken(shape=[1, 1, 9, 1]), "images.shape[2]"),

@@ -155,7 +155,7 @@ def _of_bytes(data: bytes, tensor: Tensor, shape: tuple[int, ...], field: str) -
         )
     if tensor.datatype == "BOOL" and data.strip(b"\0\1"):
         raise InvalidInput(field, f"a byte of {tensor.name} is neither 0 nor 1")
-    return np.frombuffer(data, dtype).reshape(shape)
+    return _shaped(np.frombuffer(data, dtype), tensor, shape)
 
 
 def _of_contents(
@@ -177,4 +177,11 @@ def _of_contents(
         limits = np.iinfo(dtype)
         if min(values) < limits.min or max(values) > limits.max:
             raise InvalidInput(f"{tensor.name}.contents", f"a value is no {tensor.datatype}")
-    return np.array(values, dtype).reshape(shape)
+    return _shaped(np.array(values, dtype), tensor, shape)
+
+
+def _shaped(values: Array, tensor: Tensor, shape: tuple[int, ...]) -> Array:
+    try:
+        return values.reshape(shape)
+    except ValueError as error:  # one length is 0, and numpy multiplies the others
+        raise InvalidInput(f"{tensor.name}.shape", f"{shape} is too large for an array") from error
