@@ -38,6 +38,7 @@ DOMAIN = "likely"
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 RETRY_SECONDS = 1.0
+LONGEST = 1000  # bytes of a text: clients refuse an answer with more than 8 KiB of metadata
 OWN = ("Channel closed", "Locally cancelled")  # what gRPC says of what its caller ended
 CUT = "RST_STREAM"  # in what gRPC says of a stream that was cut off
 
@@ -131,7 +132,7 @@ def _status(error: Exception, request_id: str) -> status_pb2.Status:
     code, reason = _CODES.get(type(error), _INTERNAL)
     if isinstance(error, errors.Unauthenticated):
         reason = error.reason
-    message = error.told if is_told(error) else f"internal error, request {request_id}"
+    message = _short(error.told) if is_told(error) else f"internal error, request {request_id}"
     rich = status_pb2.Status(code=code.value[0], message=message)
     told = [
         details_pb2.ErrorInfo(reason=reason, domain=DOMAIN),
@@ -172,12 +173,14 @@ def _error(
 def _details(error: Exception) -> list[Message]:
     if isinstance(error, errors.InvalidInput):
         violation = details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.description
+            field=_short(error.field), description=_short(error.description)
         )
         return [details_pb2.BadRequest(field_violations=[violation])]
     if isinstance(error, errors.ModelNotFound):
         resource = details_pb2.ResourceInfo(
-            resource_type="likely.v1.Model", resource_name=error.resource, description=str(error)
+            resource_type="likely.v1.Model",
+            resource_name=_short(error.resource),
+            description=_short(str(error)),
         )
         return [resource]
     if (delay := _delay(error)) is not None:
@@ -185,6 +188,12 @@ def _details(error: Exception) -> list[Message]:
         duration.FromMilliseconds(round(delay * 1000))
         return [details_pb2.RetryInfo(retry_delay=duration)]
     return []
+
+
+def _short(text: str) -> str:
+    """A text, or its beginning."""
+    data = text.encode(errors="replace")
+    return f"{data[:LONGEST].decode(errors='ignore')}…" if len(data) > LONGEST else data.decode()
 
 
 def _delay(error: Exception) -> float | None:

@@ -181,6 +181,19 @@ def test_no_folder_no_bundle(running: Running, toys: dict[str, Toy], folder: str
         assert code is grpc.StatusCode[wanted]
 
 
+def test_a_long_text_is_refused_and_the_caller_told_so(
+    running: Running, toys: dict[str, Toy]
+) -> None:
+    with administered(running, bundles=(toys["1"].path,)) as admin:
+        for change, code in (
+            (partial(admin.label, "é" * 10_000, "1"), "INVALID_ARGUMENT"),
+            (partial(admin.label, "stable", "é" * 10_000), "NOT_FOUND"),
+            (partial(admin.load, "/" + "é" * 2000), "FAILED_PRECONDITION"),
+            (partial(admin.load, "/" + "é" * 2048), "INVALID_ARGUMENT"),
+        ):
+            assert refusal(change) is grpc.StatusCode[code]
+
+
 def test_a_watched_folder_is_followed(
     running: Running, toys: dict[str, Toy], tmp_path: Path
 ) -> None:

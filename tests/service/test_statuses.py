@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -61,6 +63,20 @@ def test_each_carries_its_reason_and_the_request(error: errors.LikelyError) -> N
     request = error_details_pb2.RequestInfo()
     assert rich.details[1].Unpack(request)
     assert request.request_id == "id-1"
+
+
+@pytest.mark.parametrize("text", ["x", "é", "\N{BAR CHART}", "\0", "\ud800"])
+@pytest.mark.parametrize(
+    "made", [errors.BundleError, errors.Overloaded, lambda text: errors.ModelNotFound(text, text),
+             lambda text: errors.InvalidInput(text, text)],
+)  # fmt: skip
+def test_however_long_a_text_the_caller_is_told(made: Any, text: str) -> None:
+    _, message, metadata = statuses.status(made(10_000 * text), "i" * 64)
+    assert message.endswith("…")
+    rich = dict(metadata)[statuses.DETAILS_KEY]
+    assert isinstance(rich, bytes)
+    # Of 8192 bytes, of which a few small headers have some.
+    assert len(quote(message)) + len(base64.b64encode(rich)) < 7900
 
 
 @pytest.mark.parametrize("error", [errors.Overloaded("full", 0.25), errors.Unavailable("no")])

@@ -13,6 +13,7 @@ from likely.versions.lifecycle import Lifecycle, State, Version
 from likely.versions.registry import check_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
+LONGEST = 4095  # bytes of a path, as Linux has it
 
 _STATES = {
     State.LOADING: admin_pb2.VERSION_STATE_LOADING,
@@ -42,6 +43,8 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         folder = Path(request.folder)
         if not folder.is_absolute() or "\0" in request.folder:
             raise InvalidInput("folder", f"{request.folder[:200]!r} is not an absolute path")
+        if (nbytes := len(request.folder.encode())) > LONGEST:
+            raise InvalidInput("folder", f"{nbytes} bytes; a path has at most {LONGEST}")
         version = await self._lifecycle.load(folder)
         return admin_pb2.LoadModelResponse(version=message(version))
 
