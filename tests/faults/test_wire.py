@@ -40,6 +40,7 @@ from tests.faults.alive import (
     refused,
     scrape,
 )
+from tests.faults.rpcs import ADMIN, OURS, THEIRS, Rpc, listed
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running
@@ -332,31 +333,39 @@ def test_an_answer_above_four_mebibytes_comes_to_our_client(running: Running) ->
         is_well(live)
 
 
-METHODS = (
-    "/likely.v1.ScoringService/Score",
-    "/likely.v1.ScoringService/Classify",
-    "/likely.v1.ScoringService/Encode",
-    "/likely.v1.GenerationService/Generate",
-    "/likely.v1.GenerationService/Complete",
-    "/likely.v1.LatentService/Decode",
-    "/likely.v1.LatentService/Traverse",
-    "/likely.v1.LatentService/Interpolate",
-    "/likely.v1.ModelService/GetModel",
-    "/grpc.health.v1.Health/Check",
-    "/grpc.health.v1.Health/Watch",
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-)
+NO_MESSAGE = (b"\xff" * 40, b"\x0a\x05ab", b"\0")
+NO_TEXT = b"\x0a\x02\xff\xfe"  # where no text is the first field, it may be a message
+
+
+def garbage(rpc: Rpc) -> tuple[bytes, ...]:
+    """What is no message of the RPC's type."""
+    first = rpc.method.input_type.fields_by_number.get(1)
+    return (*NO_MESSAGE, NO_TEXT) if first and first.type == first.TYPE_STRING else NO_MESSAGE
+
+
+@pytest.fixture(scope="module")
+def administered(running: Running) -> Iterator[Live]:
+    """A server whose admin RPCs are on."""
+    with running(admin_port=0) as live:
+        yield live
 
 
 @pytest.mark.fault(18)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("garbage", [b"\xff" * 40, b"\x0a\x05ab", b"\x0a\x02\xff\xfe", b"\0"])
-def test_garbage_is_an_invalid_argument(caller: Caller, method: str, garbage: bytes) -> None:
-    call: Any = caller.channel.stream_stream(method)
-    failure = refused(
-        lambda: list(call(iter([garbage]), timeout=SECONDS)), INVALID, "INVALID_INPUT"
-    )
-    assert failure.details() == "the request's bytes are no message of the RPC's type"
+@pytest.mark.parametrize("rpc", [*OURS, *THEIRS], ids=str)
+def test_garbage_is_an_invalid_argument(administered: Live, rpc: Rpc) -> None:
+    server = administered.server
+    port = server.admin_port if rpc.service == ADMIN else server.port
+    with calling(f"127.0.0.1:{port}") as caller:
+        for data in garbage(rpc):
+            ask = partial(rpc.ask_bytes, caller.channel, data)
+            failure = refused(ask, INVALID, "INVALID_INPUT")
+            assert failure.details() == "the request's bytes are no message of the RPC's type"
+    is_well(administered)
+
+
+@pytest.mark.fault(18)
+def test_no_service_is_spared_the_garbage(caller: Caller) -> None:
+    assert listed(caller.channel) == {rpc.service for rpc in (*OURS, *THEIRS)}
 
 
 @pytest.mark.fault(19)
