@@ -1,7 +1,8 @@
 """Coverage-guided fuzzing of what reads foreign bytes: `python decoders.py TARGET [OPTIONS]`.
 
-Targets: `images` (a request's pictures), `graph` (an ONNX file), `arrays` (an archive), `manifest`.
-Each may refuse with the error that is its own; anything else is a finding.
+Targets: `images` (a request's pictures), `tensors` (those of the Open Inference Protocol), `graph`
+(an ONNX file), `arrays` (an archive), `manifest`. Each may refuse with the error that is its own;
+anything else is a finding.
 """
 
 from __future__ import annotations
@@ -17,9 +18,17 @@ with atheris.instrument_imports(include=["likely", "zipfile", "numpy.lib"]):
     from likely import codec
     from likely.bundle import MANIFEST, Bundle, arrays, scan
     from likely.errors import BundleError, InvalidInput
+    from likely.inference.inference_pb2 import DataType, ModelInferRequest, ModelInferResponse
+    from likely.serving.openinference import tensors
+    from likely.serving.openinference.tensors import Tensor
     from likely.v1.images_pb2 import Images
 
 FOLDER = Path(tempfile.mkdtemp())
+TYPES = [name.removeprefix("TYPE_") for name, number in DataType.items() if number]
+WANTED = {
+    "images": Tensor("images", "UINT8", (-1, 1, 3, 3), optional=True),
+    **{name: Tensor(name, name, (-1, 2), optional=True) for name in TYPES},
+}
 
 
 def images(data: bytes) -> None:
@@ -33,6 +42,26 @@ def images(data: bytes) -> None:
         return
     assert x.shape == tuple(message.shape)
     assert x.tobytes() == message.data
+
+
+def inputs(data: bytes) -> None:
+    """The decoder of the Open Inference Protocol: what it reads is written as it came."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        message = ModelInferRequest.FromString(data)
+        found = tensors.read(message, list(WANTED.values()))
+    except (DecodeError, InvalidInput):
+        return
+    truths = [array.tobytes() for array in found.values() if array.dtype.kind == "b"]
+    assert not b"".join(truths).strip(b"\0\1")
+    again, raw = ModelInferResponse(), list(message.raw_input_contents)
+    tensors.write(again, [(WANTED[name], array) for name, array in found.items()], bool(raw))
+    assert list(again.raw_output_contents) == raw
+    for given, written in zip(message.inputs, again.outputs, strict=True):
+        assert (written.name, list(written.shape)) == (given.name, list(given.shape))
+        # As text, in which a NaN is equal to itself.
+        assert raw or str(written.contents) == str(given.contents)
 
 
 def graph(data: bytes) -> None:
@@ -70,6 +99,7 @@ def manifest(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "images": images,
+    "tensors": inputs,
     "graph": graph,
     "arrays": archive,
     "manifest": manifest,
