@@ -632,7 +632,7 @@ def test_a_flood_does_not_drown_a_small_client(running: Running, tmp_path: Path)
                             codes["OK"] += 1
                         except grpc.aio.AioRpcError as error:
                             codes[error.code().name] += 1
-                            await asyncio.sleep(0.1)
+                            await asyncio.sleep(0.5)  # 40 a second keep the queue full
 
                 async def calm() -> list[float]:
                     took = []

@@ -111,6 +111,7 @@ def test_a_folder_that_cannot_be_written_is_told(toy: Toy, tmp_path: Path) -> No
     assert "Permission denied" in failed(command)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.fault(37)
 def test_a_job_outlives_its_server(tmp_path: Path) -> None:
     asked: list[object] = ["generate", "--each", 20, "--seed", 1, "--shard", 10, "--out"]
@@ -126,14 +127,14 @@ def test_a_job_outlives_its_server(tmp_path: Path) -> None:
         )
         stack.callback(job.wait)
         stack.callback(job.kill)
-        wait_until(lambda: shards_of(out) >= 2)
+        wait_until(lambda: shards_of(out) >= 2, 120)
         first.process.kill()
         first.process.wait()
         assert shards_of(out) < 20
         # While the job goes on asking, the server is begun anew.
         second = stack.enter_context(served(tmp_path, *flags))
         second.address()
-        assert job.wait(120) == 0
+        assert job.wait(400) == 0
     assert same(tmp_path / "whole", out)
 
 

@@ -117,7 +117,8 @@ def test_fifty_swaps_under_load(
 ) -> None:
     put(toys["1"].path, watched / "toy")
     # What is best under a load is not searched for fifty times.
-    with running(bundles=(), watch=watched, watch_seconds=0.02, lanes=1, max_batch=8) as live:
+    # Between two looks, a process that stands still within `put` is long enough away.
+    with running(bundles=(), watch=watched, watch_seconds=0.1, lanes=1, max_batch=8) as live:
         with Load(live.address, questions, 32, 4) as history:
             for swap in range(50):
                 version = "21"[swap % 2]
@@ -149,8 +150,12 @@ def test_an_unloaded_version_is_really_freed(
             admin.UnloadModel(
                 admin_pb2.UnloadModelRequest(model_name="toy", model_version="2"), timeout=30
             )
-        gc.collect()
-        assert [ref() for ref in gone] == [None] * len(gone)
+
+        def freed() -> bool:  # a thread that closed it may hold it for a moment yet
+            gc.collect()
+            return not any(ref() for ref in gone)
+
+        wait_until(freed)
         assert violations(history, questions.right, retryable=frozenset()) == []
 
 
@@ -303,7 +308,7 @@ def test_loads_and_unloads_at_once_are_one_after_the_other(
     toys: dict[str, Toy], running: Running, questions: Questions
 ) -> None:
     with (
-        running(bundles=(toys["1"].path,), admin_port=0) as live,
+        running(bundles=(toys["1"].path,), admin_port=0, lanes=1, max_batch=8) as live,
         grpc.insecure_channel(f"127.0.0.1:{live.server.admin_port}") as channel,
     ):
         admin: Any = AdminServiceStub(channel)
@@ -427,7 +432,7 @@ def told_to_end(seed: int, toys: dict[str, Toy], questions: Questions, folder: P
     rng = random.Random(seed)
     heedful = bool(seed % 2)
     # Long enough for every client to be told, also where none of them gets the processor at once.
-    delay = rng.choice((1.5, 2)) if heedful else rng.choice((0, 0, 0.1))
+    delay = rng.choice((2.5, 3)) if heedful else rng.choice((0, 0, 0.1))
     flags = ("--bundle", toys["1"].path, "--port", 0, "--drain-delay", delay)
     with served(folder, *flags) as server:
         address = server.address()
@@ -437,7 +442,8 @@ def told_to_end(seed: int, toys: dict[str, Toy], questions: Questions, folder: P
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(40) == 0
         # Who heeds health loses nothing at all; others are told to come again.
-        retryable = frozenset() if heedful else frozenset({"UNAVAILABLE"})
+        # gRPC itself cancels what comes after it stopped: nobody had accepted that.
+        retryable = frozenset(() if heedful else {"UNAVAILABLE", "CANCELLED"})
         assert violations(history, questions.right, server.log(), retryable) == []
         order = [e["event"] for e in server.log() if e["event"] != "rpc"]
         assert order[-2:] == ["draining", "ended"]
@@ -528,7 +534,7 @@ def test_seeded_kills(
 def changing(toys: dict[str, Toy], running: Running) -> Iterator[tuple[Any, str]]:
     """A server whose versions are changed; its admin and its address."""
     with (
-        running(bundles=(toys["1"].path,), admin_port=0) as live,
+        running(bundles=(toys["1"].path,), admin_port=0, lanes=1, max_batch=8) as live,
         grpc.insecure_channel(f"127.0.0.1:{live.server.admin_port}") as channel,
     ):
         yield AdminServiceStub(channel), live.address
