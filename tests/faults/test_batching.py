@@ -35,7 +35,7 @@ from likely.v1.generation_pb2_grpc import GenerationServiceStub
 from likely.v1.scoring_pb2 import ClassifyRequest, ScoreRequest, ScoreResponse, Verdict
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
 from tests.faults import http2
-from tests.faults.alive import detail, told_to_come_again
+from tests.faults.alive import detail, flat_memory, told_to_come_again
 
 if TYPE_CHECKING:
     from likely.batching.batches import Runner
@@ -736,6 +736,89 @@ def test_without_memory_half_a_batch_is_tried_and_then_refused(live: Live, stub:
     told_to_come_again(dict(error.trailing_metadata()))
     most = 4
     assert same(stub.Score(score(4), timeout=SECONDS), whole)  # never for good
+
+
+MANY = 1 << 15  # pictures of a request that would be missed if they were kept
+
+
+@pytest.fixture(scope="module")
+def wide(running: Running) -> Iterator[Live]:
+    with running(max_batch=4096, images_per_request=MANY, queued_images=MANY) as live:
+        yield live
+
+
+def cancelled(live: Live, stub: Any, rigged: Rigged) -> None:
+    with rigged.held():
+        call = stub.Score.future(score(MANY), timeout=SECONDS)
+        rigged.begun()  # some of it is in a batch, and the rest waits
+        call.cancel()
+        until(lambda: bool(rigged.stopped))
+
+
+def shed(live: Live, stub: Any, rigged: Rigged) -> None:
+    with rigged.held():
+        first = stub.Score.future(score(MANY), timeout=SECONDS)
+        rigged.begun()
+        call = stub.Score.future(score(MANY), timeout=SECONDS)
+        assert failed(call) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        first.cancel()
+        until(lambda: bool(rigged.stopped))
+
+
+def raising(live: Live, stub: Any, rigged: Rigged) -> None:
+    rigged.fails = broken
+    assert failed(stub.Score.future(score(MANY), timeout=SECONDS)) is grpc.StatusCode.INTERNAL
+
+
+def queue_broken(live: Live, stub: Any, rigged: Rigged) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Turns, "take", broken)
+        call = stub.Score.future(score(MANY), timeout=SECONDS)
+        assert failed(call) is grpc.StatusCode.UNAVAILABLE
+
+
+def starved(live: Live, stub: Any, rigged: Rigged) -> None:
+    def allocate(_: Any) -> None:
+        raise OutOfMemory("Failed to allocate memory for requested buffer of size 1")
+
+    rigged.fails = allocate
+    call = stub.Score.future(score(MANY), timeout=SECONDS)
+    assert failed(call) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def broken(*_: Any) -> Any:
+    raise RuntimeError("the secret of the house")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(cancelled, marks=pytest.mark.fault(22)),
+        pytest.param(shed, marks=pytest.mark.fault(25)),
+        pytest.param(raising, marks=pytest.mark.fault(27)),
+        pytest.param(queue_broken, marks=pytest.mark.fault(28)),
+        pytest.param(starved, marks=pytest.mark.fault(29)),
+    ],
+)
+def test_however_a_request_ends_nothing_of_it_is_kept(
+    wide: Live, end: Callable[[Live, Any, Rigged], None]
+) -> None:
+    batcher = wide.server.registry.find("toy")._lanes._batchers[Role.DENSITY]
+    runner, told = batcher.runner, wide.loop.get_exception_handler()
+    wide.loop.call_soon_threadsafe(wide.loop.set_exception_handler, lambda *_: None)
+    with grpc.insecure_channel(wide.address) as channel:
+        stub = ScoringServiceStub(channel)
+
+        def again(times: int) -> None:
+            for _ in range(times):
+                end(wide, stub, rig(wide))
+                batcher.runner = runner
+
+        again(20)  # until the runtime's arena and the allocator have what they need
+        with flat_memory(48):
+            again(300)
+    wide.loop.call_soon_threadsafe(wide.loop.set_exception_handler, told)
+    alive(wide)
 
 
 STARVED = """

@@ -117,8 +117,9 @@ def test_fifty_swaps_under_load(
 ) -> None:
     put(toys["1"].path, watched / "toy")
     # What is best under a load is not searched for fifty times.
-    # Between two looks, a process that stands still within `put` is long enough away.
+    # A process that stands still within `put` must not leave the folder empty for two looks.
     with running(bundles=(), watch=watched, watch_seconds=0.1, lanes=1, max_batch=8) as live:
+        engines: list[weakref.ref[Any]] = []
         with Load(live.address, questions, 32, 4) as history:
             for swap in range(50):
                 version = "21"[swap % 2]
@@ -126,9 +127,11 @@ def test_fifty_swaps_under_load(
                 before = history.versions()[version]
                 wait_until(partial(is_default, live, version))
                 wait_until(partial(more, history, before, version))
+                engines.append(weakref.ref(live.server.registry.find("toy")))
         assert violations(history, questions.right, retryable=frozenset()) == []
         assert min(history.versions()[version] for version in toys) > 50
         wait_until(lambda: len(live.server.lifecycle.versions()) == 1)
+        wait_until(lambda: gc.collect() >= 0 and sum(ref() is not None for ref in engines) == 1)
         alive(live, history)
 
 
