@@ -53,6 +53,43 @@ class Worker(admin_pb2_grpc.AdminServiceServicer):
         return admin_pb2.ListVersionsResponse()
 
 
+class Past(Worker):
+    """A worker that serves these versions, and of its own past would go back to that one."""
+
+    def __init__(self, served: Collection[str], former: str) -> None:
+        super().__init__()
+        self.served = set(served)
+        self.former = former
+        self.refusal: grpc.StatusCode | None = None
+        self.asked: list[str] = []
+
+    async def Rollback(
+        self, request: admin_pb2.RollbackRequest, context: Any
+    ) -> admin_pb2.RollbackResponse:
+        self.asked.append("back")
+        version = admin_pb2.ModelVersion(
+            model_name="toy", model_version=self.former, folder=f"/{self.former}"
+        )
+        return admin_pb2.RollbackResponse(version=version)
+
+    async def LoadModel(
+        self, request: admin_pb2.LoadModelRequest, context: Any
+    ) -> admin_pb2.LoadModelResponse:
+        self.asked.append(f"load {request.folder}")
+        if self.refusal:
+            await context.abort(self.refusal, "it is not loaded")
+        self.served.add(request.folder.strip("/"))
+        return admin_pb2.LoadModelResponse()
+
+    async def SetLabel(
+        self, request: admin_pb2.SetLabelRequest, context: Any
+    ) -> admin_pb2.SetLabelResponse:
+        self.asked.append(f"{request.model_name}:{request.label}={request.model_version}")
+        if request.model_version not in self.served:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "it is not here")
+        return admin_pb2.SetLabelResponse()
+
+
 class Workers:
     """Several workers, the RPC that asks them all, and what the supervisor is told."""
 
@@ -73,6 +110,11 @@ class Workers:
         except grpc.aio.AioRpcError as error:
             return error.code(), error.details() or ""
         return grpc.StatusCode.OK, ""
+
+    async def roll_back(self) -> str:
+        request = admin_pb2.RollbackRequest(model_name="toy")
+        answer = await self._stub.Rollback(request, timeout=30)
+        return str(answer.version.model_version)
 
 
 @asynccontextmanager
@@ -161,5 +203,32 @@ def test_a_change_goes_on_without_its_caller(slow: int, tmp_path: Path) -> None:
                     await asyncio.sleep(0.01)
             assert workers.made == [1, 1]
             assert workers.strayed == []
+
+    asyncio.run(work())
+
+
+def test_all_go_back_to_where_the_first_does(tmp_path: Path) -> None:
+    async def work() -> None:
+        first, other, bare = Past("123", "2"), Past("123", "1"), Past("3", "1")
+        async with together(tmp_path, first, other, bare) as workers:
+            assert await workers.roll_back() == "2"
+            assert first.asked == ["back"]
+            assert other.asked == ["toy:stable=2"]
+            assert bare.asked == ["toy:stable=2", "load /2", "toy:stable=2"]
+            assert (workers.settled, workers.strayed) == ([{0, 1, 2}], [])
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    "refusal", [grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED]
+)
+def test_who_cannot_go_back_is_told_of(refusal: grpc.StatusCode, tmp_path: Path) -> None:
+    async def work() -> None:
+        bare = Past("3", "1")
+        bare.refusal = refusal
+        async with together(tmp_path, Past("123", "2"), bare) as workers:
+            assert await workers.roll_back() == "2"
+            assert (workers.settled, workers.strayed) == ([{0, 1}], [1])
 
     asyncio.run(work())

@@ -26,8 +26,8 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
     """Hands each change on to the first worker, and what that one makes to all others.
 
     Callers are let in before it; the workers' sockets ask for no token. A refused change changes
-    nothing; a worker that cannot follow is begun anew. A change once
-    begun is carried through, whether its caller waits or not.
+    nothing, and all go back to where the first one does; a worker that cannot follow is begun
+    anew. A change once begun is carried through, whether its caller waits or not.
     """
 
     def __init__(
@@ -118,7 +118,11 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
                 if error.code() is not LATE:
                     raise
                 late = error  # as of a drain: it goes on there, and so it shall elsewhere
-            following = [_ask(socket, method, request, metadata, LONGEST) for _, socket in others]
+            if isinstance(answer, admin_pb2.RollbackResponse):
+                # With another past, a step back leads elsewhere: they are told where it led.
+                following = [_make_stable(socket, answer.version, metadata) for _, socket in others]
+            else:
+                following = [_ask(each, method, request, metadata, LONGEST) for _, each in others]
             followed = await asyncio.gather(*following, return_exceptions=True)
             sockets = [first]
             for (index, socket), outcome in zip(others, followed, strict=True):
@@ -158,6 +162,33 @@ async def _ask(
         stub = admin_pb2_grpc.AdminServiceStub(channel)
         call: Awaitable[Any] = getattr(stub, method)(request, metadata=metadata, timeout=seconds)
         return await call
+
+
+async def _make_stable(socket: Path, version: admin_pb2.ModelVersion, metadata: Metadata) -> None:
+    """Lets a worker make that version stable, and load it first if it does not serve it.
+
+    Raises:
+        AioRpcError: it cannot.
+        TimeoutError: it loads for too long.
+    """
+    label = admin_pb2.SetLabelRequest(
+        model_name=version.model_name, label="stable", model_version=version.model_version
+    )
+    try:
+        await _ask(socket, "SetLabel", label, metadata, LONGEST)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.NOT_FOUND:
+            raise
+    else:
+        return
+    load = admin_pb2.LoadModelRequest(folder=version.folder)
+    try:
+        await _ask(socket, "LoadModel", load, metadata, LONGEST)
+    except grpc.aio.AioRpcError as error:
+        if _is_late(error):  # which for a change is well, but here another follows
+            raise TimeoutError from error
+        raise
+    await _ask(socket, "SetLabel", label, metadata, LONGEST)
 
 
 def _is_late(outcome: Exception) -> bool:
