@@ -295,32 +295,6 @@ def test_a_bundle_that_is_moved_or_copied_is_served_on(
         assert admin.answers() == "2"
 
 
-def test_a_file_that_is_no_file_hides_nothing(toys: dict[str, Toy], tmp_path: Path) -> None:
-    for version in ("1", "2"):
-        shutil.copytree(toys[version].path, tmp_path / "toy" / version)
-    everything = set(scan(tmp_path))
-    (tmp_path / "toy" / "1" / ".#manifest.json").symlink_to("nowhere")
-    assert set(scan(tmp_path)) == everything
-
-
-def test_what_could_not_be_read_is_tried_again(
-    running: Running, toys: dict[str, Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    verified, tries = Loader.verified, 0
-
-    def failing(self: Loader, folder: Path) -> Bundle:
-        nonlocal tries
-        tries += 1
-        if tries < 3:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return verified(self, folder)
-
-    monkeypatch.setattr(Loader, "verified", failing)
-    shutil.copytree(toys["1"].path, tmp_path / "a")
-    with administered(running, bundles=(), watch=tmp_path, watch_seconds=0.02) as admin:
-        eventually(lambda: set(admin.versions()) == {"1"})
-
-
 def test_what_is_asked_for_too_early_is_no_bundle_refused(
     running: Running, toys: dict[str, Toy]
 ) -> None:

@@ -101,7 +101,7 @@ class Lifecycle:
         self._changed = changed
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._folders: dict[Key, list[Path]] = {}  # all that hold a version that is served
+        self._folders: dict[Key, list[Path]] = {}  # that hold each version, the newest last
         self._loading: Path | None = None
         self._draining: dict[Held, Version] = {}
         self._failed: dict[Path, Version] = {}
@@ -301,7 +301,7 @@ class Lifecycle:
         if labels := self._registry.labels(name, version):
             raise Refused(f"{name}@{version} is {' and '.join(labels)}; move the label first")
         before = self._default(name)
-        drained = self._retire(name, version, self._folders[name, version][0])
+        drained = self._retire(name, version, self._folders[name, version][-1])
         self._remember(name, before)
         await self._tell()
         return drained
@@ -393,7 +393,7 @@ class Lifecycle:
         name, version = _key(engine)
         return Version(
             State.SERVING,
-            self._folders[name, version][0],
+            self._folders[name, version][-1],
             name,
             version,
             engine.digest,

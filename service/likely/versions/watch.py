@@ -90,7 +90,7 @@ class Watcher:
                 await self._lifecycle.load(path)
             except BundleError as error:
                 if error.reason != "unreadable":  # which may pass
-                    self._done[path] = mark  # refused for what it is: once is enough
+                    self._done[path] = mark  # refused for what it is, or takes: once is enough
             except LikelyError:
                 continue
             else:

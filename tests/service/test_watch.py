@@ -1,0 +1,269 @@
+"""What is served follows a folder: looked at step by step, with bundles of one line."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from likely import logs
+from likely.bundle import MANIFEST
+from likely.errors import BundleError, DeviceError, OutOfMemory, Unavailable
+from likely.telemetry.metrics import Metrics
+from likely.versions import watch
+from likely.versions.lifecycle import Lifecycle, State, Version
+from likely.versions.registry import Registry
+from likely.versions.watch import Watcher, scan
+
+
+class Engine:
+    """Serves nothing, but can be served."""
+
+    providers = ("none",)
+    arrangement: dict[str, Any] = {}  # noqa: RUF012
+    healthy = True
+
+    def __init__(self, bundle: Any) -> None:
+        self.manifest = bundle.manifest
+        self.digest = bundle.digest
+
+    def when_unhealthy(self, told: Any) -> None:
+        pass
+
+    def answers(self, method: str) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+class Loader:
+    """Reads manifests that are a version and a digest, and raises what it is told to."""
+
+    def __init__(self) -> None:
+        self.raises: dict[Path, Exception] = {}
+
+    def verified(self, folder: Path) -> Any:
+        if error := self.raises.get(folder):
+            raise error
+        version, digest = (folder / MANIFEST).read_text().split()
+        manifest = SimpleNamespace(name="toy", version=version)
+        return SimpleNamespace(manifest=manifest, digest=digest, path=folder)
+
+    def proved(self, bundle: Any) -> Engine:
+        return Engine(bundle)
+
+
+class Watched:
+    """A folder that is followed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.loader = Loader()
+        self.metrics = Metrics()
+        log = logs.logger("error")
+        loader: Any = self.loader
+        self.lifecycle = Lifecycle(Registry(), loader, self.metrics, log, self._changed)
+        self.watcher = Watcher(folder, 1.0, self.lifecycle, log)
+
+    async def look(self, times: int = 1) -> dict[str, str]:
+        """The folders' names of the versions that are served after so many looks."""
+        for _ in range(times):
+            await self.watcher._look()
+        return self.served()
+
+    def served(self) -> dict[str, str]:
+        return {version.version: version.folder.name for version in self._serving()}
+
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        return {version.version: version.labels for version in self._serving()}
+
+    def _serving(self) -> list[Version]:
+        return [v for v in self.lifecycle.versions() if v.state is State.SERVING]
+
+    async def _changed(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def watched(folder: Path, **bundles: str) -> AsyncIterator[Watched]:
+    """Bundles by folder, each with that version, that are served."""
+    for name, version in bundles.items():
+        put(folder / name, version)
+    found = Watched(folder)
+    await found.lifecycle.begin(())
+    await found.watcher.begin()
+    yield found
+    await found.lifecycle.close()
+
+
+def put(folder: Path, version: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / "new"  # not in place, which within a tick of the clock nobody sees
+    new.write_text(f"{version} digest-of-{version}")
+    new.rename(folder / MANIFEST)
+
+
+def test_a_bundle_that_is_renamed_is_served_on(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with watched(tmp_path, old="1") as follower:
+            await follower.lifecycle.set_label("toy", "stable", "1")
+            (tmp_path / "old").rename(tmp_path / "new")
+            for _ in range(4):
+                assert list(await follower.look()) == ["1"]
+            assert follower.served() == {"1": "new"}
+            await follower.lifecycle.set_label("toy", "stable", "")
+            shutil.rmtree(tmp_path / "new")
+            assert await follower.look(2) == {}
+
+    asyncio.run(work())
+
+
+def test_a_version_is_served_as_long_as_one_folder_holds_it(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with watched(tmp_path, one="1") as follower:
+            for copy in ("two", "three"):
+                shutil.copytree(tmp_path / "one", tmp_path / copy)
+                assert await follower.look(2) == {"1": copy}
+            shutil.rmtree(tmp_path / "three")
+            assert await follower.look(2) == {"1": "two"}
+            put(tmp_path / "one", "1.1")
+            assert await follower.look(2) == {"1": "two", "1.1": "one"}
+            shutil.rmtree(tmp_path / "two")
+            assert await follower.look(2) == {"1.1": "one"}
+
+    asyncio.run(work())
+
+
+def test_a_folder_that_comes_to_hold_what_another_does_holds_nothing_else(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with watched(tmp_path, one="1", two="2") as follower:
+            await follower.lifecycle.set_label("toy", "stable", "1")
+            put(tmp_path / "one", "2")
+            assert await follower.look(2) == {"2": "one"}
+            assert follower.labels() == {"2": ("stable",)}
+            await follower.lifecycle.set_label("toy", "stable", "")
+            shutil.rmtree(tmp_path / "one")
+            assert await follower.look(2) == {"2": "two"}
+
+    asyncio.run(work())
+
+
+def test_labels_stay_on_a_version_that_stays(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with watched(tmp_path, one="1") as follower:
+            await follower.lifecycle.set_label("toy", "stable", "1")
+            shutil.copytree(tmp_path / "one", tmp_path / "copy")
+            await follower.look(2)
+            put(tmp_path / "copy", "2")
+            assert await follower.look(2) == {"1": "one", "2": "copy"}
+            assert follower.labels() == {"1": ("stable",), "2": ()}
+
+    asyncio.run(work())
+
+
+def test_a_link_that_leads_nowhere_hides_nothing(tmp_path: Path) -> None:
+    put(tmp_path / "toy" / "1", "1")
+    put(tmp_path / "toy" / "2", "2")
+    before = scan(tmp_path)
+    (tmp_path / "toy" / "1" / f".#{MANIFEST}").symlink_to("nowhere")  # as Emacs makes
+    (tmp_path / "toy" / "1" / "itself").symlink_to("itself")
+    after = scan(tmp_path, before)
+    assert set(after) == set(before) == {tmp_path / "toy" / "1", tmp_path / "toy" / "2"}
+    assert {path for path in before if before[path] != after[path]} == {tmp_path / "toy" / "1"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])
+def test_what_fails_in_one_bundle_hides_no_other(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "toy" / "1", tmp_path / "toy" / "2"
+    put(first, "1")
+    put(second, "2")
+    before = scan(tmp_path)
+    put(second, "2.1")
+    mark = watch._mark
+
+    def failing(bundle: Path) -> watch.Mark:
+        if bundle == first:
+            raise OSError(number, os.strerror(number))
+        return mark(bundle)
+
+    monkeypatch.setattr(watch, "_mark", failing)
+    after = scan(tmp_path, before)
+    assert after.get(first) == (before[first] if number == errno.EIO else None)
+    assert after[second] != before[second]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "unreadable"),
+        (BundleError("a file cannot be read", "unreadable"), "unreadable"),
+        (DeviceError("it is not there"), "device"),
+    ],
+)
+def test_what_passes_is_tried_again(error: Exception, reason: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        put(tmp_path / "one", "1")
+        put(tmp_path / "two", "2")
+        follower = Watched(tmp_path)
+        follower.loader.raises[tmp_path / "one"] = error
+        await follower.lifecycle.begin(())
+        await follower.watcher.begin()
+        assert follower.served() == {"2": "two"}
+        assert [v.reason for v in follower.lifecycle.versions()] == ["", reason]
+        assert await follower.look(2) == {"2": "two"}
+        del follower.loader.raises[tmp_path / "one"]
+        assert await follower.look() == {"1": "one", "2": "two"}
+        assert [v.reason for v in follower.lifecycle.versions()] == ["", ""]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (BundleError("it is altered", "digest"), "digest"),
+        (MemoryError(), "memory"),  # to try again and again might end the server
+        (OutOfMemory("no memory for the run"), "memory"),
+    ],
+)
+def test_what_would_be_refused_again_is_tried_once(
+    error: Exception, reason: str, tmp_path: Path
+) -> None:
+    async def work() -> None:
+        async with watched(tmp_path) as follower:
+            put(tmp_path / "one", "1")
+            follower.loader.raises[tmp_path / "one"] = error
+            await follower.look(4)
+            counted = {"reason": reason}
+            failures = follower.metrics.registry.get_sample_value(
+                "likely_load_failures_total", counted
+            )
+            assert failures == 1
+
+    asyncio.run(work())
+
+
+def test_what_comes_too_early_is_not_refused(tmp_path: Path) -> None:
+    async def work() -> None:
+        put(tmp_path / "one", "1")
+        follower = Watched(tmp_path)
+        with pytest.raises(Unavailable):
+            await follower.lifecycle.load(tmp_path / "one")
+        await follower.lifecycle.begin(())
+        assert follower.lifecycle.versions() == []
+        assert not follower.metrics.registry.get_sample_value("likely_refused_bundles")
+        await follower.lifecycle.load(tmp_path / "one")
+        assert follower.served() == {"1": "one"}
+
+    asyncio.run(work())
