@@ -227,7 +227,7 @@ def test_features_alone_are_a_model_too(plain: Toy, running: Running) -> None:
             client.encode(X, labels=Y)
         with pytest.raises(InvalidInput, match="no label") as caught:
             client.interpolate(X, X, [0], other_labels=Y)
-        assert caught.value.field == "other_labels"
+        assert caught.value.field == "other_labels[0]"
 
 
 def test_a_model_without_a_decoder_says_so(make_toy: Callable[..., Toy]) -> None:
