@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ def killed_worker(words: Sequence[object], out: Path) -> bool:
     end, hit = time.monotonic() + SECONDS, False
     while job.poll() is None and time.monotonic() < end:
         if not hit and shards_of(out) >= 2 and (found := actors(job.pid)):
-            os.kill(found[0], signal.SIGKILL)
-            hit = True
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(found[0], signal.SIGKILL)
+                hit = True
         time.sleep(0.02)
     if job.wait(SECONDS):
         raise RuntimeError(f"the job ended with {job.returncode}")
