@@ -360,7 +360,7 @@ class Lifecycle:
                 reason, error = "settings", BundleError(str(error), "settings")
             case MemoryError():
                 reason = "memory"
-                error = BundleError(f"there was no memory to load {folder}", reason)
+                error = BundleError(f"there was no memory to load {folder}", reason, str(error))
             case LikelyError():
                 reason = "refused"
             case _:
