@@ -17,12 +17,14 @@ from likely.answers import (
     LabelRule,
     Limits,
     ModelInfo,
+    ModelVersion,
     Redrawings,
     Scores,
     Traversal,
     Verdict,
+    VersionState,
 )
-from likely.client import AsyncClient, Client
+from likely.client import AdminClient, AsyncClient, Client
 from likely.errors import (
     AccessDenied,
     BundleError,
@@ -34,6 +36,7 @@ from likely.errors import (
     ModelNotFound,
     NotAnswered,
     Overloaded,
+    Refused,
     RuntimeMissing,
     ServerFault,
     SettingsError,
@@ -43,6 +46,7 @@ from likely.outliers import benjamini_hochberg
 
 __all__ = [
     "AccessDenied",
+    "AdminClient",
     "AsyncClient",
     "BundleError",
     "Classifications",
@@ -60,9 +64,11 @@ __all__ = [
     "Limits",
     "ModelInfo",
     "ModelNotFound",
+    "ModelVersion",
     "NotAnswered",
     "Overloaded",
     "Redrawings",
+    "Refused",
     "RuntimeMissing",
     "Scores",
     "ServerFault",
@@ -70,5 +76,6 @@ __all__ = [
     "Traversal",
     "Unavailable",
     "Verdict",
+    "VersionState",
     "benjamini_hochberg",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -278,6 +279,42 @@ class ModelInfo:
     discriminative: bool = False
     directions: tuple[Direction, ...] = ()
     deterministic: bool = False
+
+
+class VersionState(StrEnum):
+    """How far a model's version has come."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVersion:
+    """One version of a model, or a bundle that was to become one.
+
+    Attributes:
+        state: how far it has come.
+        folder: of its bundle, as the server sees it.
+        name: of the model; empty where the bundle does not tell.
+        version: of the model; empty where the bundle does not tell.
+        digest: SHA-256 of the bundle's manifest, hexadecimal.
+        labels: those that name it.
+        is_default: whether it answers requests that name no version.
+        reason: why its bundle was refused, in one word.
+        message: the same in one sentence; what a library said of it is in the server's log.
+    """
+
+    state: VersionState
+    folder: Path
+    name: str = ""
+    version: str = ""
+    digest: str = ""
+    labels: tuple[str, ...] = ()
+    is_default: bool = False
+    reason: str = ""
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,25 @@ from likely.answers import (
     LabelRule,
     Limits,
     ModelInfo,
+    ModelVersion,
     Pixels,
     Redrawings,
     Scores,
     Traversal,
+    VersionState,
 )
 from likely.errors import InvalidInput
-from likely.v1 import generation_pb2, images_pb2, latent_pb2, models_pb2, scoring_pb2
+from likely.v1 import admin_pb2, generation_pb2, images_pb2, latent_pb2, models_pb2, scoring_pb2
 
 _FLOAT = np.dtype("<f4")
 _RULES = {rule: scoring_pb2.LabelRule.ValueType(rule) for rule in LabelRule}
+_STATES = {
+    VersionState.LOADING: admin_pb2.VERSION_STATE_LOADING,
+    VersionState.SERVING: admin_pb2.VERSION_STATE_SERVING,
+    VersionState.DRAINING: admin_pb2.VERSION_STATE_DRAINING,
+    VersionState.FAILED: admin_pb2.VERSION_STATE_FAILED,
+}
+_STATES_BACK = {number: state for state, number in _STATES.items()}
 
 
 def images(x: Pixels) -> images_pb2.Images:
@@ -377,6 +387,36 @@ def model_info(message: models_pb2.Model) -> ModelInfo:
             for each in message.directions
         ),
         deterministic=message.deterministic,
+    )
+
+
+def version(told: ModelVersion) -> admin_pb2.ModelVersion:
+    """What became of a model's version, as a message."""
+    return admin_pb2.ModelVersion(
+        model_name=told.name,
+        model_version=told.version,
+        state=_STATES[told.state],
+        folder=str(told.folder),
+        digest=told.digest,
+        labels=told.labels,
+        is_default=told.is_default,
+        reason=told.reason,
+        message=told.message,
+    )
+
+
+def model_version(message: admin_pb2.ModelVersion) -> ModelVersion:
+    """What a message says of a model's version."""
+    return ModelVersion(
+        state=_STATES_BACK[message.state],
+        folder=Path(message.folder),
+        name=message.model_name,
+        version=message.model_version,
+        digest=message.digest,
+        labels=tuple(message.labels),
+        is_default=message.is_default,
+        reason=message.reason,
+        message=message.message,
     )
 
 

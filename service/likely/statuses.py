@@ -62,6 +62,10 @@ _PLAIN: dict[grpc.StatusCode, type[errors.LikelyError]] = {
     grpc.StatusCode.PERMISSION_DENIED: errors.AccessDenied,
     grpc.StatusCode.UNIMPLEMENTED: errors.MethodUnknown,
 }
+# What only an admin RPC answers, by its reason.
+_CHANGES: dict[str, type[errors.LikelyError]] = {
+    _CODES[kind][1]: kind for kind in (errors.BundleError, errors.DeviceError, errors.Refused)
+}
 _AGAIN: dict[grpc.StatusCode, type[errors.Overloaded | errors.Unavailable]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
@@ -158,9 +162,8 @@ def _error(
         retry = _detail(rich, details_pb2.RetryInfo)
         return again(message, retry.retry_delay.ToTimedelta().total_seconds() if retry else None)
     if code is grpc.StatusCode.UNAUTHENTICATED:
-        info = _detail(rich, details_pb2.ErrorInfo)
-        return errors.Unauthenticated(message, info.reason if info else "TOKEN_INVALID")
-    if kind := _PLAIN.get(code):
+        return errors.Unauthenticated(message, _reason(rich) or "TOKEN_INVALID")
+    if kind := _CHANGES.get(_reason(rich)) or _PLAIN.get(code):
         return kind(message)
     cancelled = code is grpc.StatusCode.CANCELLED and not message.startswith(OWN)
     if rich is None and (cancelled or CUT in message):
@@ -210,6 +213,12 @@ def _rich(failure: Failure) -> status_pb2.Status | None:
             except DecodeError:
                 return None  # not our server's: the code and the message still stand
     return None
+
+
+def _reason(rich: status_pb2.Status | None) -> str:
+    """Of our own server; empty where there is none."""
+    info = _detail(rich, details_pb2.ErrorInfo)
+    return info.reason if info else ""
 
 
 def _detail(rich: status_pb2.Status | None, kind: type[M]) -> M | None:

@@ -206,11 +206,12 @@ WITHIN = {
         "catalogue": "values",
         "plans": "catalogue values",
         "line": "catalogue channels",
+        "admin": "channels line",
         "ledger": "plans values",
         "feeds": "ledger plans",
         "blocking": "catalogue channels feeds line plans values",
         "asynchronous": "catalogue channels feeds line plans values",
-        "__init__": "asynchronous blocking line",
+        "__init__": "admin asynchronous blocking line",
     },
     "batching": {
         "callers": "",

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from likely import logs
+from likely.answers import ModelVersion, VersionState
 from likely.bundle import MANIFEST
 from likely.errors import BundleError, DeviceError, OutOfMemory, Unavailable
 from likely.telemetry.metrics import Metrics
 from likely.versions import watch
-from likely.versions.lifecycle import Lifecycle, State, Version
+from likely.versions.lifecycle import Lifecycle
 from likely.versions.registry import Registry
 from likely.versions.watch import Watcher, scan
 
@@ -86,8 +87,8 @@ class Watched:
     def labels(self) -> dict[str, tuple[str, ...]]:
         return {version.version: version.labels for version in self._serving()}
 
-    def _serving(self) -> list[Version]:
-        return [v for v in self.lifecycle.versions() if v.state is State.SERVING]
+    def _serving(self) -> list[ModelVersion]:
+        return [v for v in self.lifecycle.versions() if v.state is VersionState.SERVING]
 
     async def _changed(self) -> None:
         pass

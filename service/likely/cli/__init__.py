@@ -24,6 +24,7 @@ MODULES: Final = {
     "interpolate": "redraw",
     "batch": "batch",
     "models": "ask",
+    "admin": "admin",
     "health": "health",
     "doctor": "doctor",
     "verify": "verify",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from likely.client import ADDRESS, TIMEOUT, Client
+from likely.client import ADDRESS, TIMEOUT, AdminClient, Client
 from likely.client.channels import Route
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,25 +30,31 @@ class Connection:
 
     def client(self) -> Client:
         """A client of that server."""
-        return Client(
-            self.address,
-            timeout=self.timeout,
-            token=self.token,
-            tls=self.tls,
-            ca=self.ca,
-            certificate=self.certificate,
-            key=self.key,
+        return Client(self.address, timeout=self.timeout, token=self.token, **self._encryption())
+
+    def admin(self) -> AdminClient:
+        """A client of that server's admin port."""
+        return AdminClient(
+            self.address, timeout=self.timeout, token=self.token, **self._encryption()
         )
 
     def route(self) -> Route:
         """The way to that server, without a token."""
-        return Route(
-            self.address, tls=self.tls, ca=self.ca, certificate=self.certificate, key=self.key
-        )
+        return Route(self.address, **self._encryption())
+
+    def _encryption(self) -> dict[str, Any]:
+        return {
+            "tls": self.tls, "ca": self.ca, "certificate": self.certificate, "key": self.key
+        }  # fmt: skip
 
 
 def connected(
-    timeout: float = TIMEOUT, *, optional: bool = False, token: bool = True
+    timeout: float = TIMEOUT,
+    *,
+    optional: bool = False,
+    token: bool = True,
+    address: str = ADDRESS,
+    variable: str = "LIKELY_ADDRESS",
 ) -> Callable[[F], F]:
     """Adds the options, and gives the command its `server: Connection`.
 
@@ -57,6 +63,8 @@ def connected(
         optional: whether the command can do without a server: then `server` is None where
             neither the command line nor the environment names an address.
         token: whether the command shows one.
+        address: of the server, where none is named.
+        variable: of the environment that may name it.
     """
 
     def decorate(command: F) -> F:
@@ -68,14 +76,16 @@ def connected(
 
         # click fills the options in by name, so that the two need not have one signature.
         decorated = cast("F", run)
-        for option in _options(timeout, optional, token):
+        for option in _options(timeout, None if optional else address, variable, token):
             decorated = option(decorated)
         return decorated
 
     return decorate
 
 
-def _options(timeout: float, optional: bool, token: bool) -> tuple[Callable[[F], F], ...]:
+def _options(
+    timeout: float, address: str | None, variable: str, token: bool
+) -> tuple[Callable[[F], F], ...]:
     file = click.Path(dir_okay=False, path_type=Path)
     return (
         click.option("--key", type=file, envvar="LIKELY_KEY", help="PEM file, its key."),
@@ -97,12 +107,7 @@ def _options(timeout: float, optional: bool, token: bool) -> tuple[Callable[[F],
             show_default=True, help="Seconds a request.",
         ),
         click.option(
-            "--address", envvar="LIKELY_ADDRESS", show_envvar=True,
-            help="A server to ask, in place of a bundle.",
-        )
-        if optional
-        else click.option(
-            "--address", envvar="LIKELY_ADDRESS", default=ADDRESS, show_default=True,
-            show_envvar=True, help="The server.",
+            "--address", envvar=variable, default=address, show_default=True, show_envvar=True,
+            help="The server." if address else "A server to ask, in place of a bundle.",
         ),
     )  # fmt: skip

@@ -73,6 +73,7 @@ FLAGS = {
 # Variables of the commands that ask a server or sign a bundle: a server may run beside them.
 OTHERS = (
     "LIKELY_ADDRESS",
+    "LIKELY_ADMIN_ADDRESS",
     "LIKELY_TOKEN",
     "LIKELY_CA",
     "LIKELY_CERTIFICATE",

@@ -92,18 +92,30 @@ class Line:
         try:
             yield
         except grpc.RpcError as failure:
-            error = statuses.error(failure)
+            error = told(failure, self._where)
             if isinstance(error, InvalidInput):  # it may have been asked by what is old
                 self._catalogue.clear()
-            if isinstance(error, Unavailable) and str(error).startswith(_UNREACHED):
-                error = unreached(self._where, str(error))
             raise error from failure
 
 
-def unreached(address: str, words: str) -> Unavailable:
+def told(failure: Any, address: str, start: str = "likely serve") -> LikelyError:
+    """The error that a failed call tells of, be it that nobody answers there.
+
+    Args:
+        failure: as grpc raises it.
+        address: that was asked.
+        start: the command that would start what was asked.
+    """
+    error = statuses.error(failure)
+    if isinstance(error, Unavailable) and str(error).startswith(_UNREACHED):
+        return unreached(address, str(error), start)
+    return error
+
+
+def unreached(address: str, words: str, start: str = "likely serve") -> Unavailable:
     """What says that nobody answers there, before gRPC's own words."""
     return Unavailable(
-        f"no likely server answers at {address}; `likely serve` starts one. gRPC says: {words}"
+        f"no likely server answers at {address}; `{start}` starts one. gRPC says: {words}"
     )
 
 

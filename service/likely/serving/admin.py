@@ -7,20 +7,14 @@ from typing import Any
 
 import grpc.aio
 
+from likely import codec
 from likely.errors import InvalidInput
 from likely.v1 import admin_pb2, admin_pb2_grpc
-from likely.versions.lifecycle import Lifecycle, State, Version
+from likely.versions.lifecycle import Lifecycle
 from likely.versions.registry import check_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
 LONGEST = 4095  # bytes of a path, as Linux has it
-
-_STATES = {
-    State.LOADING: admin_pb2.VERSION_STATE_LOADING,
-    State.SERVING: admin_pb2.VERSION_STATE_SERVING,
-    State.DRAINING: admin_pb2.VERSION_STATE_DRAINING,
-    State.FAILED: admin_pb2.VERSION_STATE_FAILED,
-}
 
 
 class Admin(admin_pb2_grpc.AdminServiceServicer):
@@ -34,7 +28,9 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ListVersionsResponse:
         """Every version, and every bundle that was refused."""
         found = self._lifecycle.versions()
-        return admin_pb2.ListVersionsResponse(versions=[message(version) for version in found])
+        return admin_pb2.ListVersionsResponse(
+            versions=[codec.version(version) for version in found]
+        )
 
     async def LoadModel(
         self, request: admin_pb2.LoadModelRequest, context: Context
@@ -46,7 +42,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         if (nbytes := len(request.folder.encode())) > LONGEST:
             raise InvalidInput("folder", f"{nbytes} bytes; a path has at most {LONGEST}")
         version = await self._lifecycle.load(folder)
-        return admin_pb2.LoadModelResponse(version=message(version))
+        return admin_pb2.LoadModelResponse(version=codec.version(version))
 
     async def UnloadModel(
         self, request: admin_pb2.UnloadModelRequest, context: Context
@@ -68,7 +64,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.RollbackResponse:
         """Makes the previous version the stable one."""
         version = await self._lifecycle.rollback(request.model_name)
-        return admin_pb2.RollbackResponse(version=message(version))
+        return admin_pb2.RollbackResponse(version=codec.version(version))
 
     async def ResetDrift(
         self, request: admin_pb2.ResetDriftRequest, context: Context
@@ -76,18 +72,3 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         """Begins the test for drift anew."""
         version = await self._lifecycle.reset_drift(request.model_name, request.model_version)
         return admin_pb2.ResetDriftResponse(model_version=version)
-
-
-def message(version: Version) -> admin_pb2.ModelVersion:
-    """What became of a version, as a message."""
-    return admin_pb2.ModelVersion(
-        model_name=version.name,
-        model_version=version.version,
-        state=_STATES[version.state],
-        folder=str(version.folder),
-        digest=version.digest,
-        labels=version.labels,
-        is_default=version.is_default,
-        reason=version.reason,
-        message=version.message,
-    )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from likely.answers import ModelVersion, VersionState
 from likely.bundle import MANIFEST, Bundle
 from likely.errors import (
     BundleError,
@@ -32,42 +31,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Key: TypeAlias = "tuple[str, str]"  # name and version
 REMEMBERED = 100  # refused folders, and former versions of a model
-
-
-class State(StrEnum):
-    """How far a version has come."""
-
-    LOADING = "loading"
-    SERVING = "serving"
-    DRAINING = "draining"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One version of a model, or a bundle that was to become one.
-
-    Attributes:
-        state: how far it has come.
-        folder: of its bundle.
-        name: of the model; empty where the bundle does not tell.
-        version: of the model; empty where the bundle does not tell.
-        digest: SHA-256 of the bundle's manifest, hexadecimal.
-        labels: those that name it.
-        is_default: whether it answers requests that name no version.
-        reason: why its bundle was refused, in one word.
-        message: the same in one sentence; what a library said of it is in the log.
-    """
-
-    state: State
-    folder: Path
-    name: str = ""
-    version: str = ""
-    digest: str = ""
-    labels: tuple[str, ...] = ()
-    is_default: bool = False
-    reason: str = ""
-    message: str = ""
 
 
 class Lifecycle:
@@ -103,9 +66,9 @@ class Lifecycle:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._folders: dict[Key, list[Path]] = {}  # that hold each version, the newest last
         self._loading: Path | None = None
-        self._draining: dict[Held, Version] = {}
-        self._failed: dict[Path, Version] = {}
-        self._former: dict[str, list[Version]] = {}
+        self._draining: dict[Held, ModelVersion] = {}
+        self._failed: dict[Path, ModelVersion] = {}
+        self._former: dict[str, list[ModelVersion]] = {}
 
     async def begin(self, folders: Sequence[Path]) -> None:
         """Serves the bundles of these folders, all or none.
@@ -135,7 +98,7 @@ class Lifecycle:
             except LikelyError as error:
                 raise SettingsError(f"labels names {name}:{label}={version}; {error}") from error
 
-    async def load(self, folder: Path) -> Version:
+    async def load(self, folder: Path) -> ModelVersion:
         """Serves the bundle in that folder, once it has proved itself.
 
         What the folder held before is served until then, and afterwards no more, unless another
@@ -176,7 +139,7 @@ class Lifecycle:
         """
         await self._in_turn(self._set_label(name, label, version))
 
-    async def rollback(self, name: str) -> Version:
+    async def rollback(self, name: str) -> ModelVersion:
         """The version that answered by default before the last change, which is stable now.
 
         Raises:
@@ -198,10 +161,10 @@ class Lifecycle:
         self._log.info("drift reset", name=name, version=engine.manifest.version)
         return engine.manifest.version
 
-    def versions(self) -> list[Version]:
+    def versions(self) -> list[ModelVersion]:
         """Those that are served, then those on their way in or out, then those refused."""
         served = [self._described(engine) for engine in self._registry.engines()]
-        loading = [Version(State.LOADING, self._loading)] if self._loading else []
+        loading = [ModelVersion(VersionState.LOADING, self._loading)] if self._loading else []
         return [*served, *loading, *self._draining.values(), *self._failed.values()]
 
     async def close(self) -> None:
@@ -221,7 +184,7 @@ class Lifecycle:
             raise
         return engines
 
-    async def _load(self, folder: Path) -> Version:
+    async def _load(self, folder: Path) -> ModelVersion:
         self._registry.engines()  # there are some already, or the bundle is not to blame
         self._loading = folder
         try:
@@ -270,7 +233,7 @@ class Lifecycle:
         if folder not in self._folders[_key(engine)]:
             await self._settle(engine, folder, self._default(engine.manifest.name))
 
-    async def _settle(self, engine: Engine, folder: Path, before: Version | None) -> None:
+    async def _settle(self, engine: Engine, folder: Path, before: ModelVersion | None) -> None:
         """Puts a version in the place of what its folder held."""
         name, version = _key(engine)
         replaced = self._key_of(folder)
@@ -314,7 +277,7 @@ class Lifecycle:
         self._log.info("label", name=name, label=label, version=version)
         await self._tell()
 
-    async def _rollback(self, name: str) -> Version:
+    async def _rollback(self, name: str) -> ModelVersion:
         self._registry.find(name)
         former = self._former.get(name)
         if not former:
@@ -340,7 +303,9 @@ class Lifecycle:
         engine = self._registry.find(name, version)
         del self._folders[name, version]
         held = self._registry.remove(name, version)
-        self._draining[held] = Version(State.DRAINING, folder, name, version, engine.digest)
+        self._draining[held] = ModelVersion(
+            VersionState.DRAINING, folder, name, version, engine.digest
+        )
         return self._task(self._drain(held))
 
     async def _drain(self, held: Held) -> None:
@@ -368,8 +333,8 @@ class Lifecycle:
         self._metrics.load_failed(reason)
         self._log.error("refused", folder=str(folder), reason=reason, message=str(error))
         self._failed.pop(folder, None)
-        self._failed[folder] = Version(  # the newest last
-            State.FAILED, folder, reason=reason, message=error.told
+        self._failed[folder] = ModelVersion(  # the newest last
+            VersionState.FAILED, folder, reason=reason, message=error.told
         )
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
@@ -381,18 +346,18 @@ class Lifecycle:
         self._failed.pop(folder, None)
         self._metrics.refused(len(self._failed))
 
-    def _default(self, name: str) -> Version | None:
+    def _default(self, name: str) -> ModelVersion | None:
         version = self._registry.default(name)
         return self._described(self._registry.find(name, version)) if version else None
 
-    def _remember(self, name: str, before: Version | None) -> None:
+    def _remember(self, name: str, before: ModelVersion | None) -> None:
         if before and before.version != self._registry.default(name):
             self._former[name] = [*self._former.get(name, ()), before][-REMEMBERED:]
 
-    def _described(self, engine: Engine) -> Version:
+    def _described(self, engine: Engine) -> ModelVersion:
         name, version = _key(engine)
-        return Version(
-            State.SERVING,
+        return ModelVersion(
+            VersionState.SERVING,
             self._folders[name, version][-1],
             name,
             version,
