@@ -152,6 +152,8 @@ class Settings(BaseSettings):
     """The least grave event that is logged."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """How events are logged; auto is console on a terminal and json elsewhere."""
+    connection_seconds: float = Field(0.0, ge=0, le=86_400 * 7, allow_inf_nan=False)
+    """How old a connection grows before its client is sent to make a new one; 0 is no limit."""
     slow_reader_seconds: float = Field(60.0, gt=0, le=3600, allow_inf_nan=False)
     """How long a stream waits for a caller that does not read before it is cut off."""
     reflection: bool = True

@@ -28,7 +28,7 @@ def shown() -> Callable[[str], str]:
 
     def find(language: str) -> str:
         (code,) = re.findall(rf"^```{language}\n(.*?)^```$", page, re.M | re.S)
-        return code
+        return str(code)
 
     return find
 

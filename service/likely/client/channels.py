@@ -33,6 +33,8 @@ Token: TypeAlias = str | Callable[[], str]
 File: TypeAlias = str | PathLike[str]
 Address: TypeAlias = str | Sequence[str]
 
+SILENCE = 30.0  # seconds that a server may say nothing to a request before it is asked for a sign
+ANSWER = 20.0  # seconds that it has to give one
 LARGEST = 1 << 30  # bytes of a request that is asked again; gRPC would stop at 256 KiB
 
 _RETRY = {
@@ -104,6 +106,11 @@ class Route:
             ("grpc.max_receive_message_length", -1),  # bounded by what was asked
             ("grpc.max_send_message_length", -1),
             ("grpc.per_rpc_retry_buffer_size", LARGEST),
+            # A peer that a network lost would keep its requests until their deadlines.
+            ("grpc.keepalive_time_ms", round(1000 * SILENCE)),
+            ("grpc.keepalive_timeout_ms", round(1000 * ANSWER)),
+            ("grpc.http2.ping_timeout_ms", round(1000 * ANSWER)),
+            ("grpc.http2.max_pings_without_data", 0),  # no limit to how often it is asked
         )
         local = all(map(is_local, several))
         if local:

@@ -1,8 +1,8 @@
-"""A port to listen on: encrypted where the settings name a certificate."""
+"""What a server listens on: its connections' rules, and a port, encrypted where so set."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
@@ -11,6 +11,35 @@ from likely.settings import Settings
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
+
+
+SILENCE = 60.0  # seconds without a word, after which a client is asked whether it is there
+ANSWER = 20.0  # seconds that it has to say so
+PINGS = 10.0  # seconds that clients leave between their own such questions, at least
+
+
+def options(settings: Settings, shared: bool) -> list[tuple[str, Any]]:
+    """gRPC's options of a server.
+
+    Args:
+        settings: what it runs with.
+        shared: whether other processes listen on the same port.
+    """
+    aged = [("grpc.max_connection_age_ms", round(1000 * settings.connection_seconds))]
+    return [
+        ("grpc.max_receive_message_length", settings.request_bytes),
+        ("grpc.max_send_message_length", -1),  # bounded by what a request may ask
+        # A taken port is an error, not a second server, unless that is the wish.
+        ("grpc.so_reuseport", int(shared)),
+        # Where a machine or a network is gone, nothing tells: its requests would wait for hours.
+        ("grpc.keepalive_time_ms", round(1000 * SILENCE)),
+        ("grpc.keepalive_timeout_ms", round(1000 * ANSWER)),
+        ("grpc.http2.ping_timeout_ms", round(1000 * ANSWER)),  # of gRPC's own pings, of which one
+        # that is on its way stands for the one that would be sent
+        ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * PINGS)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        *(aged if settings.connection_seconds else []),
+    ]
 
 
 def listen(

@@ -218,14 +218,7 @@ class Server:
         await asyncio.gather(*stopping)
 
     def _server(self, shared: bool) -> grpc.aio.Server:
-        return grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", self._settings.request_bytes),
-                ("grpc.max_send_message_length", -1),  # bounded by what a request may ask
-                # A taken port is an error, not a second server, unless that is the wish.
-                ("grpc.so_reuseport", int(shared)),
-            ],
-        )
+        return grpc.aio.server(options=ports.options(self._settings, shared))
 
     def _add_services(self, served: Any) -> None:
         limits, alpha = self._settings.limits, self._settings.default_alpha
