@@ -571,7 +571,9 @@ class Engine:
         self._trust.check(Role.DECODE, found.mean, *deviation)
 
     async def _surprise(self, x: Pixels) -> Floats:
-        return (await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"]))["surprise"]
+        found = await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"])
+        self._trust.check(Role.DENSITY, found["surprise"])
+        return found["surprise"]
 
     def _posterior(self, evidence: Doubles, priors: Doubles | None = None) -> Doubles:
         prior = self.manifest.priors if priors is None else priors

@@ -30,7 +30,7 @@ from likely.bundle import Role
 from likely.errors import OutOfMemory, RunStopped
 from likely.graphs import Array, Stop
 from likely.ranking import Ranked
-from likely.v1.generation_pb2 import Acceptance, GenerateRequest, SelfCheck
+from likely.v1.generation_pb2 import Acceptance, CompleteRequest, GenerateRequest, SelfCheck
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
 from likely.v1.scoring_pb2 import ClassifyRequest, ScoreRequest, ScoreResponse, Verdict
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
@@ -256,6 +256,26 @@ def test_a_version_of_which_one_graph_alone_gives_no_numbers_ends_too(running: R
         assert not live.server.registry.find("toy").healthy
         call = stub.Classify.future(classify, timeout=SECONDS)
         assert failed(call) is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.fault(3)
+def test_nothing_is_chosen_by_what_is_not_a_number(running: Running) -> None:
+    request = CompleteRequest(
+        model_name="toy", images=score().images, mask=bytes([1] * 4 + [0] * 5), proposals=4, seed=1
+    )
+    with running() as live, grpc.insecure_channel(live.address) as channel:
+        stub, rigged = GenerationServiceStub(channel), rig_beneath(live)
+        assert len(list(stub.Complete(request, timeout=SECONDS))) == 1
+
+        def spoil(_: Any, found: dict[str, Array]) -> None:
+            found["surprise"] = found["surprise"] * np.nan
+
+        rigged.change = spoil
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Complete(request, timeout=SECONDS))
+        failure: Any = caught.value
+        assert failure.code() is grpc.StatusCode.INTERNAL
+        assert samples(live, "likely_withheld_total", model="toy") == 1
 
 
 @pytest.mark.fault(13)
