@@ -11,7 +11,9 @@ import threading
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -20,7 +22,8 @@ import pytest
 
 from likely import AsyncClient, Client, SettingsError, codec
 from likely.client.channels import Route
-from likely.errors import Overloaded, ServerFault
+from likely.errors import Overloaded, ServerFault, Unavailable
+from likely.v1.generation_pb2 import GenerateRequest
 from likely.v1.scoring_pb2 import ScoreRequest
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
 
@@ -213,6 +216,85 @@ def test_what_a_server_cancelled_is_asked_again(live: Live, x: Any) -> None:
             finally:
                 server.stop(None).wait()
             assert set(stopping.asked.values()) == {2}
+
+
+class Breaking(grpc.GenericRpcHandler):
+    """Has another server answer, and breaks each stream of draws off after so many chunks."""
+
+    def __init__(self, others: grpc.Channel, chunks: int) -> None:
+        self.asked: list[GenerateRequest] = []
+        self._others = others
+        self._chunks = chunks
+
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        method = handler_call_details.method
+
+        def answers(request: bytes, context: grpc.ServicerContext) -> Any:
+            self.asked.append(GenerateRequest.FromString(request))
+            drawing: Any = self._others.unary_stream(method)(request)
+            for chunk, message in enumerate(drawing, 1):
+                yield message
+                if chunk == self._chunks:
+                    drawing.cancel()
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+
+        if method.endswith("/Generate"):
+            return grpc.unary_stream_rpc_method_handler(answers)
+        forwarded: Any = self._others.unary_unary(method)
+        return grpc.unary_unary_rpc_method_handler(lambda request, _: forwarded(request))
+
+
+@pytest.fixture
+def breaking(running: Running) -> Iterator[Callable[[int], AbstractContextManager[Any]]]:
+    """What stands before a server that draws in chunks of 2, in requests of 10."""
+
+    @contextmanager
+    def begin(chunks: int) -> Iterator[tuple[Breaking, str, str]]:
+        breaking, server = Breaking(others, chunks), grpc.server(ThreadPoolExecutor(4))
+        server.add_generic_rpc_handlers((breaking,))
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        try:
+            yield breaking, address, live.address
+        finally:
+            server.stop(None).wait()
+
+    with (
+        running(images_per_chunk=2, images_per_generation=10) as live,
+        grpc.insecure_channel(live.address) as others,
+    ):
+        yield begin
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_draws_go_on_where_their_stream_broke_off(
+    breaking: Callable[[int], AbstractContextManager[Any]], seed: int | None
+) -> None:
+    async def generate(address: str, seed: int) -> Any:
+        async with AsyncClient(address) as client:
+            return await client.generate(15, seed=seed)
+
+    with breaking(2) as (between, address, there):
+        with Client(address) as client, Client(there) as direct:
+            drawn = client.generate(15, seed=seed)
+            again = direct.generate(15, seed=drawn.seed)
+        parts = [(request.first_index, request.count) for request in between.asked]
+        # Ten in three streams; of the last five, the third stream has the last one.
+        assert parts == [(0, 10), (4, 6), (8, 2), (10, 5), (14, 1)]
+        assert {request.seed for request in between.asked[1:]} == {drawn.seed}
+        other = asyncio.run(generate(address, drawn.seed))
+    for each in (again, other):
+        assert np.array_equal(drawn.images, each.images)
+        assert np.array_equal(drawn.label, each.label)
+
+
+def test_draws_that_break_off_at_once_or_shall_not_be_asked_again_fail(
+    breaking: Callable[[int], AbstractContextManager[Any]],
+) -> None:
+    with breaking(1) as (between, address, _):
+        with Client(address, retries=False) as client, pytest.raises(Unavailable):
+            client.generate(4, seed=1)
+        assert len(between.asked) == 1
 
 
 def test_what_its_caller_cancels_ends_at_once(

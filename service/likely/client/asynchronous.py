@@ -29,7 +29,7 @@ from likely.client.feeds import AsyncFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, positive
 from likely.client.plans import A, Held, Rule
 from likely.client.values import Label
-from likely.errors import LikelyError
+from likely.errors import LikelyError, Unavailable
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
 T = TypeVar("T")
@@ -277,6 +277,9 @@ class AsyncClient:
                         if not parts.takes(message):
                             break
                         yield codec.draws(message)
+            except Unavailable:
+                if not (self._retries and parts.resumes()):
+                    raise
             finally:
                 call.cancel()
 

@@ -28,7 +28,7 @@ from likely.client.feeds import BlockingFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, positive
 from likely.client.plans import A, Held, Rule
 from likely.client.values import Label
-from likely.errors import LikelyError
+from likely.errors import LikelyError, Unavailable
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
 T = TypeVar("T")
@@ -433,6 +433,9 @@ class Client:
                         if not parts.takes(message):
                             break
                         yield codec.draws(message)
+            except Unavailable:
+                if not (self._retries and parts.resumes()):
+                    raise
             finally:
                 call.cancel()  # of a reader that left; ended calls do not mind
 

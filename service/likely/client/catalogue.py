@@ -181,7 +181,8 @@ def _only() -> Plan[str]:
 class Parts(Generic[G]):
     """The requests that one question with a label is divided into, as their answers need them.
 
-    The first answer settles version and seed of all others.
+    The first answer settles version and seed of all others, and of what is left of a request whose
+    stream broke off.
 
     Attributes:
         info: the model's description, once a request is asked for.
@@ -212,15 +213,19 @@ class Parts(Generic[G]):
         self._divide: Callable[[ModelInfo], Iterator[G]] = divide
         self._requests: Iterator[G] | None = None
         self._settled: tuple[str, int] | None = None
+        self._asked: G | None = None
+        self._came = 0  # pictures of what was asked last
+        self._rest: G | None = None
 
     def next(self) -> Plan[G | None]:
         """The next request, which may be the first again; None where there is no more."""
         if self._requests is None:
             self.info = yield from self._naming.begin()
             self._requests = self._divide(self.info)
-        request = next(self._requests, None)
+        request, self._rest = self._rest or next(self._requests, None), None
         if request is not None and self._settled:
             request.model_version, request.seed = self._settled
+        self._asked, self._came = request, 0
         return request
 
     def takes(self, answer: Drawn) -> bool:
@@ -230,4 +235,21 @@ class Parts(Generic[G]):
                 self._settled = answer.model_version, answer.seed
             else:
                 self._requests = None
-        return self._requests is not None
+        if self._requests is None:
+            return False
+        self._came += answer.images.shape[0]
+        return True
+
+    def resumes(self) -> bool:
+        """Whether a stream of draws that broke off had brought some; then the others come next.
+
+        The same seed gives the pictures that were still to come, whoever draws them.
+        """
+        asked = self._asked
+        if not self._came or not isinstance(asked, generation_pb2.GenerateRequest):
+            return False
+        if self._came < asked.count:
+            asked.count -= self._came
+            asked.first_index += self._came
+            self._rest = asked
+        return True
