@@ -231,7 +231,8 @@ class Breaking(grpc.GenericRpcHandler):
 
         def answers(request: bytes, context: grpc.ServicerContext) -> Any:
             self.asked.append(GenerateRequest.FromString(request))
-            drawing: Any = self._others.unary_stream(method)(request)
+            asking: Any = self._others.unary_stream(method)
+            drawing = asking(request)
             for chunk, message in enumerate(drawing, 1):
                 yield message
                 if chunk == self._chunks:
