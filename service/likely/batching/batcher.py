@@ -15,6 +15,7 @@ from likely.batching.gathering import Gathering
 from likely.batching.traffic import Traffic
 from likely.batching.tuning import Best
 from likely.batching.turns import Turns
+from likely.batching.width import Width
 from likely.errors import DeadlineExceeded, Overloaded
 
 BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs
@@ -30,7 +31,7 @@ class Batcher:
         pace: seconds that one row takes a lane, as of late; 0 while that is not known.
         at_once: the most rows that need no lane.
         grain: the fewest rows that are worth a lane while others run.
-        wide: runs what has all lanes to itself; None where a lane does as well.
+        width: what runs that which has all lanes to itself.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Batcher:
         self.pace = best.pace
         self._first_pace = 0.0  # of the first run, where the warm-up measured none
         self.at_once = best.at_once
-        self.wide = best.wide
+        self.width = Width(best)
         self.row_bytes = sum(
             math.prod(spec.array_shape(1)) * np.dtype(spec.dtype).itemsize for spec in specs
         )

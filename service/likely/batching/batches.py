@@ -123,11 +123,13 @@ class Batch:
         priority: that of every member.
         began: when its run began, by the monotonic clock; 0 until then.
         ready: rows that wait in it for a lane to end; who leaves takes theirs along.
-        wide: whether it has all cores to itself, and tells nothing of the pace of a lane.
+        alone: whether it was all there was when it began.
+        wide: whether it then runs on all cores, and tells nothing of the pace of a lane.
     """
 
     began = 0.0
     ready = 0
+    alone = False
     wide = False
 
     def __init__(self, runner: Runner, spans: list[Span]) -> None:

@@ -263,8 +263,10 @@ class Lanes:
         if self._is_short(role, batch):
             self._ended(batch, *batch.timed())
             return
-        if (wide := self._batchers[role].wide) and self._is_alone():
-            batch.widen(wide)
+        if self._is_alone():
+            batch.alone = True
+            if wide := self._batchers[role].width.choose():
+                batch.widen(wide)
         try:
             self._threads.submit(self._work, batch, self._ready, asyncio.get_running_loop())
         except RuntimeError:  # the threads are freed already
@@ -403,10 +405,13 @@ class Lanes:
         self._batchers[role].ended()
         try:
             failed = any(isinstance(outcome, Exception) for _, outcome in outcomes)
-            if not failed and not batch.wide:
+            if not failed:
                 # Who left before the run cost nothing, and teaches nothing.
                 ran = sum(stop - start for (_, start, stop), _ in outcomes)
-                self._batchers[role].ran(ran, seconds)
+                if batch.alone:
+                    self._batchers[role].width.ran(ran, seconds, batch.wide)
+                if not batch.wide:
+                    self._batchers[role].ran(ran, seconds)
             for (member, start, stop), outcome in outcomes:
                 member.ran(role, batch, seconds, start, stop)
                 member.batches.discard(batch)
