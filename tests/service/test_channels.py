@@ -70,6 +70,21 @@ def test_a_token_goes_unencrypted_to_no_other_machine_of_several() -> None:
             Route(addresses, token="secret")
 
 
+def test_a_name_is_looked_up_and_a_replica_tried_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, Any]] = []
+    for module in (grpc, grpc.aio):
+        monkeypatch.setattr(
+            module, "insecure_channel", lambda _, options: opened.append(dict(options))
+        )
+    route = Route("dns:///models.example.org:1")
+    route.channel()
+    route.aio_channel()
+    for options in opened:
+        assert options["grpc.dns_min_time_between_resolutions_ms"] == 1000  # of 30000
+        assert options["grpc.max_reconnect_backoff_ms"] == 2000  # of 120000
+    assert len(opened) == 2
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:PORT", "localhost:PORT", ["127.0.0.1:PORT"]])
 def test_no_proxy_hears_what_goes_to_this_machine(
     live: Live, address: Any, monkeypatch: pytest.MonkeyPatch
@@ -231,8 +246,8 @@ class Breaking(grpc.GenericRpcHandler):
 
         def answers(request: bytes, context: grpc.ServicerContext) -> Any:
             self.asked.append(GenerateRequest.FromString(request))
-            asking: Any = self._others.unary_stream(method)
-            drawing = asking(request)
+            forwarded: Any = self._others.unary_stream(method)
+            drawing = forwarded(request)
             for chunk, message in enumerate(drawing, 1):
                 yield message
                 if chunk == self._chunks:

@@ -35,6 +35,8 @@ Address: TypeAlias = str | Sequence[str]
 
 SILENCE = 30.0  # seconds that a server may say nothing to a request before it is asked for a sign
 ANSWER = 20.0  # seconds that it has to give one
+LOOKUP = 1.0  # seconds between two look-ups of a name; gRPC's 30 outlast a rolling update
+RECONNECT = 2.0  # seconds between two attempts to reach a replica; gRPC would go up to 120
 LARGEST = 1 << 30  # bytes of a request that is asked again; gRPC would stop at 256 KiB
 
 _RETRY = {
@@ -106,6 +108,8 @@ class Route:
             ("grpc.max_receive_message_length", -1),  # bounded by what was asked
             ("grpc.max_send_message_length", -1),
             ("grpc.per_rpc_retry_buffer_size", LARGEST),
+            ("grpc.dns_min_time_between_resolutions_ms", round(1000 * LOOKUP)),
+            ("grpc.max_reconnect_backoff_ms", round(1000 * RECONNECT)),
             # A peer that a network lost would keep its requests until their deadlines.
             ("grpc.keepalive_time_ms", round(1000 * SILENCE)),
             ("grpc.keepalive_timeout_ms", round(1000 * ANSWER)),
