@@ -28,6 +28,7 @@ from likely import (
 )
 from likely.bundle import Bundle, write_manifest
 from likely.client import catalogue, plans
+from likely.v1.scoring_pb2 import ScoreRequest
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running, Toy
@@ -306,6 +307,77 @@ def test_versions_that_answer_in_turn_answer_by_name_too(
             found = client.encode(x[:3], labels=labels)
             versions.add(found.model_version)
             assert found.label.tolist() == [0 if found.model_version == "1.0" else 2] * 3
+
+
+DIVIDED: list[Callable[[Any, Any, str | None], Any]] = [
+    lambda c, x, version: c.score(x, version=version),
+    lambda c, x, version: c.classify(x, version=version),
+    lambda c, x, version: c.encode(x, version=version),
+    lambda c, x, version: c.decode(np.zeros((120, 2)), labels=[0] * 120, version=version),
+    lambda c, x, version: c.traverse(x, "brightness", [0], version=version),
+    lambda c, x, version: c.generate(120, version=version),
+    lambda c, x, version: c.complete(x[:120], OPEN, version=version),
+    lambda c, x, version: c.model("toy", version),
+]
+
+
+def test_a_version_is_found_where_only_some_replicas_have_it(
+    running: Running, renamed: Toy, x: Any
+) -> None:
+    async def ask(addresses: list[str]) -> None:
+        async with AsyncClient(addresses, timeout=30) as client:
+            while {(await client.score(x[:1])).model_version for _ in range(2)} != versions:
+                pass
+            for each in DIVIDED:
+                for version in (None, "1.0", "1.1"):
+                    await each(client, x, version)
+            with pytest.raises(ModelNotFound):
+                await client.score(x, version="77")
+
+    versions = {"1.0", "1.1"}
+    with running() as older, running(bundles=(renamed.path,)) as newer:
+        addresses = [older.address, newer.address]
+        with Client(addresses, timeout=30) as client:
+            while {client.score(x[:1]).model_version for _ in range(2)} != versions:
+                pass
+            for each in DIVIDED:
+                for version in (None, "1.0", "1.1"):
+                    found = each(client, x, version)
+                    if version and each is not DIVIDED[-1]:
+                        assert found.model_version == version
+            for each in DIVIDED:
+                with pytest.raises(ModelNotFound):
+                    each(client, x, "77")
+        with (
+            Client(addresses, timeout=30, retries=False) as client,
+            pytest.raises(ModelNotFound),
+        ):
+            for version in ("1.0", "1.0", "1.0"):
+                client.score(x[:1], version=version)
+        older.run(ask(addresses))
+
+
+def test_a_question_whose_version_goes_away_is_put_anew(
+    client: Client, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, losses, ask = list[str](), 1, client._ask
+    client.model()
+
+    def losing(request: Any) -> Any:
+        if isinstance(request, ScoreRequest):
+            asked.append(request.model_version)
+            if request.model_version and asked.count("") <= losses:
+                raise ModelNotFound("toy@1.0", "gone")
+        return ask(request)
+
+    monkeypatch.setattr(client, "_ask", losing)
+    assert len(client.score(x).log_px) == len(x)
+    assert asked == ["", "1.0", "", "1.0", "1.0"]
+    asked.clear()
+    losses = catalogue.ROUNDS
+    with pytest.raises(ModelNotFound):
+        client.score(x)
+    assert asked == ["", "1.0"] * catalogue.ROUNDS
 
 
 def test_a_labels_name_that_never_holds_is_told_in_the_end(client: Client, x: Any) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+)
 from contextlib import aclosing
 from functools import partial
 from types import TracebackType
@@ -29,7 +36,7 @@ from likely.client.feeds import AsyncFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, positive
 from likely.client.plans import A, Held, Rule
 from likely.client.values import Label
-from likely.errors import LikelyError, Unavailable
+from likely.errors import LikelyError, ModelNotFound, Unavailable
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
 T = TypeVar("T")
@@ -58,6 +65,7 @@ class AsyncClient:
         self._retries = retries
         self._catalogue = catalogue.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
+        self._replicas = catalogue.REPLICAS if self._route.fleet and retries else 1
         self._line = Line(
             partial(self._route.aio_channel, once=not retries), address, self._catalogue
         )
@@ -268,7 +276,7 @@ class AsyncClient:
                 info, version, label, count, seed, first_index, temperature, check, kept
             )
 
-        parts = catalogue.Parts(self._catalogue, model, version, label, divide)
+        parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
         while (request := await self._follow(parts.next())) is not None:
             call = self._ask(request)
             try:
@@ -279,6 +287,9 @@ class AsyncClient:
                         yield codec.draws(message)
             except Unavailable:
                 if not (self._retries and parts.resumes()):
+                    raise
+            except ModelNotFound:
+                if not parts.seeks():
                     raise
             finally:
                 call.cancel()
@@ -305,11 +316,16 @@ class AsyncClient:
                 info, version, x, mask, label, completions, seed, first_index, *how
             )
 
-        parts = catalogue.Parts(self._catalogue, model, version, label, divide)
+        parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
         found: list[Completions] = []
         while (request := await self._follow(parts.next())) is not None:
-            with self._line.told():
-                answers = [message async for message in self._ask(request)]
+            try:
+                with self._line.told():
+                    answers = [message async for message in self._ask(request)]
+            except ModelNotFound:
+                if not parts.seeks():
+                    raise
+                continue
             found += [codec.completions(answer) for answer in answers if parts.takes(answer)]
         return plans.completed(found, x, completions, parts.info)
 
@@ -338,15 +354,19 @@ class AsyncClient:
         await self.close()
 
     async def _follow(self, plan: catalogue.Plan[T]) -> T:
-        answer: Any = None
+        plan = catalogue.seeking(plan, self._replicas)
+        step: Callable[[], catalogue.Request] = partial(next, plan)
         while True:
             try:
-                request = plan.send(answer)
+                request = step()
             except StopIteration as end:
                 result: T = end.value
                 return result
-            with self._line.told():
-                answer = await self._ask(request)
+            try:
+                with self._line.told():
+                    step = partial(plan.send, await self._ask(request))
+            except ModelNotFound as error:
+                step = partial(plan.throw, error)
 
     def _ask(self, request: Any) -> Any:
         call = self._line.call(type(request))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -28,7 +28,7 @@ from likely.client.feeds import BlockingFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, positive
 from likely.client.plans import A, Held, Rule
 from likely.client.values import Label
-from likely.errors import LikelyError, Unavailable
+from likely.errors import LikelyError, ModelNotFound, Unavailable
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
 T = TypeVar("T")
@@ -77,6 +77,7 @@ class Client:
         self._retries = retries
         self._catalogue = catalogue.Catalogue()
         self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
+        self._replicas = catalogue.REPLICAS if self._route.fleet and retries else 1
         opening = partial(self._route.channel, once=not retries)
         self._line = Line(opening, address, self._catalogue)
 
@@ -424,7 +425,7 @@ class Client:
                 info, version, label, count, seed, first_index, temperature, check, kept
             )
 
-        parts = catalogue.Parts(self._catalogue, model, version, label, divide)
+        parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
         while (request := self._follow(parts.next())) is not None:
             call = self._ask(request)
             try:
@@ -435,6 +436,9 @@ class Client:
                         yield codec.draws(message)
             except Unavailable:
                 if not (self._retries and parts.resumes()):
+                    raise
+            except ModelNotFound:
+                if not parts.seeks():
                     raise
             finally:
                 call.cancel()  # of a reader that left; ended calls do not mind
@@ -478,11 +482,16 @@ class Client:
                 info, version, x, mask, label, completions, seed, first_index, *how
             )
 
-        parts = catalogue.Parts(self._catalogue, model, version, label, divide)
+        parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
         found: list[Completions] = []
         while (request := self._follow(parts.next())) is not None:
-            with self._line.told():
-                answers = list(self._ask(request))
+            try:
+                with self._line.told():
+                    answers = list(self._ask(request))
+            except ModelNotFound:
+                if not parts.seeks():
+                    raise
+                continue
             found += [codec.completions(answer) for answer in answers if parts.takes(answer)]
         return plans.completed(found, x, completions, parts.info)
 
@@ -518,15 +527,19 @@ class Client:
         self.close()
 
     def _follow(self, plan: catalogue.Plan[T]) -> T:
-        answer: Any = None
+        plan = catalogue.seeking(plan, self._replicas)
+        step: Callable[[], catalogue.Request] = partial(next, plan)
         while True:
             try:
-                request = plan.send(answer)
+                request = step()
             except StopIteration as end:
                 result: T = end.value
                 return result
-            with self._line.told():
-                answer = self._ask(request)
+            try:
+                with self._line.told():
+                    step = partial(plan.send, self._ask(request))
+            except ModelNotFound as error:
+                step = partial(plan.throw, error)
 
     def _ask(self, request: Any) -> Any:
         call = self._line.call(type(request))

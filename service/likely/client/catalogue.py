@@ -7,12 +7,13 @@ asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from likely import codec
 from likely.answers import ModelInfo
 from likely.client.values import Label, built, index_of
-from likely.errors import InvalidInput, Unavailable
+from likely.errors import InvalidInput, ModelNotFound, Unavailable
 from likely.v1 import generation_pb2, latent_pb2, models_pb2, scoring_pb2
 
 Request = (
@@ -32,6 +33,8 @@ Drawn: TypeAlias = generation_pb2.GenerateResponse | generation_pb2.CompleteResp
 Plan = Generator[Request, Any, T]
 
 TURNS = 8  # of a question whose answers come of other versions than the one described
+REPLICAS = 16  # that are asked for a version, one after another, until it is found nowhere
+ROUNDS = 3  # of a question whose version goes away before all of its parts are answered
 
 
 class Catalogue:
@@ -77,7 +80,8 @@ class Naming:
     """What labels that are given by name mean to the version that answers.
 
     A name is sent as its index in the version that was described. Where another one answers, which
-    may number its labels otherwise, the question is put anew.
+    may number its labels otherwise, the question is put anew. So it is where the version that
+    answered first is found no more.
     """
 
     def __init__(
@@ -144,18 +148,29 @@ class Naming:
 
     def follow(self, plan: Callable[[ModelInfo], Plan[T]]) -> Plan[T]:
         """What a plan gives that pins all its requests to the version of its first answer."""
+        rounds = 0
+        while True:
+            asking, answer = yield from self._first(plan)
+            try:
+                while True:
+                    answer = yield asking.send(answer)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            except ModelNotFound:
+                rounds += 1
+                if rounds == ROUNDS:
+                    raise
+                self._catalogue.forget(self._model, self._version)
+
+    def _first(self, plan: Callable[[ModelInfo], Plan[T]]) -> Plan[tuple[Plan[T], Any]]:
+        """A plan begun, and the first answer that holds."""
         while True:
             info = yield from self.begin()
             asking = plan(info)
             answer = yield next(asking)
             if self.holds(info, answer.model_version):
-                break
-        try:
-            while True:
-                answer = yield asking.send(answer)
-        except StopIteration as end:
-            result: T = end.value
-            return result
+                return asking, answer
 
     def _means(self, info: ModelInfo) -> tuple[Any, ...] | None:
         """What the labels are in that version; None if it has no such labels."""
@@ -163,6 +178,24 @@ class Naming:
             return (self._meant(info),) if self._meant else ()
         except InvalidInput:
             return None
+
+
+def seeking(plan: Plan[T], replicas: int) -> Plan[T]:
+    """The same plan; what one replica does not find, up to so many are asked for in turn."""
+    step: Callable[[], Request] = partial(next, plan)
+    while True:
+        try:
+            request = step()
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        for left in reversed(range(replicas)):
+            try:
+                step = partial(plan.send, (yield request))
+                break
+            except ModelNotFound as error:
+                if not left:
+                    step = partial(plan.throw, error)
 
 
 def models() -> Plan[list[ModelInfo]]:
@@ -197,6 +230,7 @@ class Parts(Generic[G]):
         version: str | None,
         label: Label | None,
         divide: Callable[[ModelInfo], Iterator[G]],
+        replicas: int = 1,
     ) -> None:
         """The parts of a question.
 
@@ -206,6 +240,7 @@ class Parts(Generic[G]):
             version: its version.
             label: its name or index.
             divide: the requests to a model so described.
+            replicas: that are asked in turn where one does not find the version.
         """
         named = isinstance(label, str)
         meant = (lambda info: index_of(label, info.labels)) if named else None
@@ -216,6 +251,7 @@ class Parts(Generic[G]):
         self._asked: G | None = None
         self._came = 0  # pictures of what was asked last
         self._rest: G | None = None
+        self._replicas = self._left = replicas
 
     def next(self) -> Plan[G | None]:
         """The next request, which may be the first again; None where there is no more."""
@@ -238,7 +274,14 @@ class Parts(Generic[G]):
         if self._requests is None:
             return False
         self._came += answer.images.shape[0]
+        self._left = self._replicas
         return True
+
+    def seeks(self) -> bool:
+        """Whether another replica is to be asked for what one did not find; then it comes next."""
+        self._left -= 1
+        self._rest = self._asked
+        return self._left > 0 and not self._came
 
     def resumes(self) -> bool:
         """Whether a stream of draws that broke off had brought some; then the others come next.

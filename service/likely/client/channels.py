@@ -10,6 +10,7 @@ Health is what `grpc.health.v1` says of each replica, watched on every connectio
 drains, still loads or is gone gets no requests. What a server refuses for now (UNAVAILABLE,
 RESOURCE_EXHAUSTED), gRPC asks again, after the delay that the server names, where it names one;
 so it does with what a server cancelled (CANCELLED), as one that stops does with late newcomers.
+What one of several does not find (NOT_FOUND), the client itself asks the next ones for at once.
 Streams that ask are begun anew by their feed, and by nobody else.
 """
 
@@ -69,6 +70,9 @@ class Route:
 
     A token goes over an encrypted connection, or to an address of this machine; nowhere else. To an
     address of this machine no proxy is asked the way, whatever `http_proxy` says.
+
+    Attributes:
+        fleet: whether several may answer, each request another one.
     """
 
     def __init__(
@@ -102,9 +106,9 @@ class Route:
         if (certificate is None) != (key is None):
             raise SettingsError("certificate and key are given together, or neither")
         self._target = address if isinstance(address, str) else _target(several)
-        fleet = not isinstance(address, str) or address.startswith("dns:")
+        self.fleet = not isinstance(address, str) or address.startswith("dns:")
         self._options: tuple[tuple[str, Any], ...] = (
-            ("grpc.service_config", json.dumps(_FLEET if fleet else _SERVICE)),
+            ("grpc.service_config", json.dumps(_FLEET if self.fleet else _SERVICE)),
             ("grpc.max_receive_message_length", -1),  # bounded by what was asked
             ("grpc.max_send_message_length", -1),
             ("grpc.per_rpc_retry_buffer_size", LARGEST),

@@ -135,9 +135,13 @@ def score(
     version: str | None,
 ) -> Plan[Scores]:
     """The scores of all pictures."""
-    info = yield from catalogue.model(model, version)
-    questions = score_questions(info, alpha, surprise, guarantee, version)
-    return (yield from _divided(pixels(images), info, questions))
+    x = pixels(images)
+
+    def plan(info: ModelInfo) -> Plan[Scores]:
+        questions = score_questions(info, alpha, surprise, guarantee, version)
+        return (yield from _divided(x, info, questions))
+
+    return (yield from Naming(catalogue, model, version, None).follow(plan))
 
 
 def classify(
@@ -153,11 +157,15 @@ def classify(
     version: str | None,
 ) -> Plan[Classifications]:
     """The classifications of all pictures."""
-    info = yield from catalogue.model(model, version)
-    questions = classify_questions(
-        info, alpha, priors, min_posterior, guarantee, rule, both, version
-    )
-    return (yield from _divided(pixels(images), info, questions))
+    x = pixels(images)
+
+    def plan(info: ModelInfo) -> Plan[Classifications]:
+        questions = classify_questions(
+            info, alpha, priors, min_posterior, guarantee, rule, both, version
+        )
+        return (yield from _divided(x, info, questions))
+
+    return (yield from Naming(catalogue, model, version, None).follow(plan))
 
 
 def encode(
