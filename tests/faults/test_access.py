@@ -60,17 +60,27 @@ class Authority:
     def ca(self) -> Path:
         return self.folder / "ca.crt"
 
-    def issue(self, file: str, *, ends: datetime.timedelta = HOUR, name: str = "") -> Path:
-        """A certificate for 127.0.0.1, its key beside it as .key."""
+    def issue(
+        self, file: str, *, ends: datetime.timedelta = HOUR, name: str = "", host: str = ""
+    ) -> Path:
+        """A certificate for 127.0.0.1, or that host alone, its key beside it as .key."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name or file)])
-        return self.sign(file, key, subject, ca=False, ends=ends)
+        return self.sign(file, key, subject, ca=False, ends=ends, host=host)
 
     def sign(
-        self, file: str, key: Any, subject: x509.Name, *, ca: bool, ends: datetime.timedelta = HOUR
+        self,
+        file: str,
+        key: Any,
+        subject: x509.Name,
+        *,
+        ca: bool,
+        ends: datetime.timedelta = HOUR,
+        host: str = "",
     ) -> Path:
         now = datetime.datetime.now(datetime.UTC)
-        here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        local = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        here = x509.SubjectAlternativeName([x509.DNSName(host) if host else local])
         made = (
             x509.CertificateBuilder(self.name, subject, key.public_key())
             .serial_number(x509.random_serial_number())
@@ -288,6 +298,45 @@ def test_clients_show_a_certificate_where_it_is_asked(
         with Client(live.address, ca=authority.ca, certificate=mine, key=key) as client:
             assert len(client.score(X).log_px) == 1
         well(live, authority, None, certificate=mine, key=key)
+
+
+@pytest.mark.fault(38)
+def test_a_certificate_may_bear_a_name_that_is_not_the_address(
+    running: Running, authority: Authority
+) -> None:
+    from click.testing import CliRunner
+
+    from likely.cli import main
+
+    certificate, name = authority.issue("named", host="likely.prod.svc"), "likely.prod.svc"
+    shown: dict[str, Any] = {
+        "tls_certificate": certificate,
+        "tls_key": certificate.with_suffix(".key"),
+    }
+
+    async def asked(address: str | list[str]) -> int:
+        async with AsyncClient(address, ca=authority.ca, server_name=name) as client:
+            return len((await client.score(X)).log_px)
+
+    with running(**shown) as live, running(**shown) as other:
+        both = [live.address, other.address]
+        for address in (live.address, both, f"ipv4:{','.join(both)}"):
+            with Client(address, ca=authority.ca, server_name=name) as client:
+                assert len(client.score(X).log_px) == 1
+            assert live.run(asked(address)) == 1
+            for wrong in ("likely.test.svc", None):
+                if wrong is None and address != live.address:
+                    with pytest.raises(SettingsError, match="server_name="):
+                        Client(address, ca=authority.ca)
+                else:
+                    route = Route(address, ca=authority.ca, server_name=wrong)
+                    with route.channel(once=True) as channel:
+                        does_not_connect(channel)
+        there = {"LIKELY_ADDRESS": live.address, "LIKELY_CA": str(authority.ca)}
+        run = CliRunner().invoke
+        assert run(main, ["health"], env={**there, "LIKELY_SERVER_NAME": name}).exit_code == 0
+        assert run(main, ["health"], env=there).exit_code == 1
+        well(live, authority, None, server_name=name)
 
 
 def serial(live: Live, authority: Authority) -> int:

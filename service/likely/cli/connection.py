@@ -27,6 +27,7 @@ class Connection:
     ca: Path | None
     certificate: Path | None
     key: Path | None
+    server_name: str | None
 
     def client(self) -> Client:
         """A client of that server."""
@@ -44,7 +45,8 @@ class Connection:
 
     def _encryption(self) -> dict[str, Any]:
         return {
-            "tls": self.tls, "ca": self.ca, "certificate": self.certificate, "key": self.key
+            "tls": self.tls, "ca": self.ca, "certificate": self.certificate, "key": self.key,
+            "server_name": self.server_name,
         }  # fmt: skip
 
 
@@ -88,6 +90,10 @@ def _options(
 ) -> tuple[Callable[[F], F], ...]:
     file = click.Path(dir_okay=False, path_type=Path)
     return (
+        click.option(
+            "--server-name", envvar="LIKELY_SERVER_NAME", show_envvar=True,
+            help="What the server's certificate has to bear, if not the address.",
+        ),
         click.option("--key", type=file, envvar="LIKELY_KEY", help="PEM file, its key."),
         click.option(
             "--certificate", type=file, envvar="LIKELY_CERTIFICATE",
@@ -97,7 +103,10 @@ def _options(
             "--ca", type=file, envvar="LIKELY_CA", show_envvar=True,
             help="PEM file of who vouches for the server.",
         ),
-        click.option("--tls", is_flag=True, help="Encrypt; --ca and --certificate imply it."),
+        click.option(
+            "--tls", is_flag=True,
+            help="Encrypt; --ca, --certificate and --server-name imply it.",
+        ),
         click.option(
             "--token", envvar="LIKELY_TOKEN", show_envvar=True, hidden=not token,
             help="A bearer token; others can see the options of a command, not its environment.",

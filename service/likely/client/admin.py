@@ -37,6 +37,7 @@ class AdminClient:
         ca: File | None = None,
         certificate: File | None = None,
         key: File | None = None,
+        server_name: str | None = None,
     ) -> None:
         """A client; connects at the first question.
 
@@ -44,17 +45,26 @@ class AdminClient:
             address: host:port of the admin RPCs, which is not that of all others.
             timeout: seconds that one request may take.
             token: a bearer token of the scope `admin`, or what gives one for each request.
-            tls: whether to encrypt; `ca` and `certificate` imply it.
+            tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
             certificate: PEM file that this client shows of itself.
             key: PEM file of that certificate's key.
+            server_name: that the server's certificate has to bear; None for the address's own.
 
         Raises:
             SettingsError: as `likely.Client`.
         """
         self._timeout = positive(timeout)
         self._address = address if isinstance(address, str) else ", ".join(address)
-        self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
+        self._route = Route(
+            address,
+            token=token,
+            tls=tls,
+            ca=ca,
+            certificate=certificate,
+            key=key,
+            server_name=server_name,
+        )
         self._channel = self._route.channel(once=True)
         self._stub: Any = AdminServiceStub(self._channel)
 

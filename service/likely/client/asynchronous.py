@@ -59,12 +59,21 @@ class AsyncClient:
         ca: File | None = None,
         certificate: File | None = None,
         key: File | None = None,
+        server_name: str | None = None,
     ) -> None:
         """A client of one server, as `Client`."""
         self._timeout = positive(timeout)
         self._retries = retries
         self._catalogue = catalogue.Catalogue()
-        self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
+        self._route = Route(
+            address,
+            token=token,
+            tls=tls,
+            ca=ca,
+            certificate=certificate,
+            key=key,
+            server_name=server_name,
+        )
         self._replicas = catalogue.REPLICAS if self._route.fleet and retries else 1
         self._line = Line(
             partial(self._route.aio_channel, once=not retries), address, self._catalogue

@@ -52,6 +52,7 @@ class Client:
         ca: File | None = None,
         certificate: File | None = None,
         key: File | None = None,
+        server_name: str | None = None,
     ) -> None:
         """A client of one server; connects at the first question.
 
@@ -63,20 +64,29 @@ class Client:
             retries: whether what is refused for now is asked again before it is an error, and a
                 feed's stream that breaks is begun anew.
             token: a bearer token, or what gives one for each request.
-            tls: whether to encrypt; `ca` and `certificate` imply it.
+            tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
             certificate: PEM file that this client shows of itself.
             key: PEM file of that certificate's key.
+            server_name: that the server's certificate has to bear; None for the address's own.
 
         Raises:
             SettingsError: that is no address, the timeout is not positive, a file cannot be
-                read, one of certificate and key is missing, or the token would go unencrypted
-                to another machine.
+                read, one of certificate and key is missing, several addresses are encrypted
+                and have no server name, or the token would go unencrypted to another machine.
         """
         self._timeout = positive(timeout)
         self._retries = retries
         self._catalogue = catalogue.Catalogue()
-        self._route = Route(address, token=token, tls=tls, ca=ca, certificate=certificate, key=key)
+        self._route = Route(
+            address,
+            token=token,
+            tls=tls,
+            ca=ca,
+            certificate=certificate,
+            key=key,
+            server_name=server_name,
+        )
         self._replicas = catalogue.REPLICAS if self._route.fleet and retries else 1
         opening = partial(self._route.channel, once=not retries)
         self._line = Line(opening, address, self._catalogue)

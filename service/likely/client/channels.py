@@ -84,6 +84,7 @@ class Route:
         ca: File | None = None,
         certificate: File | None = None,
         key: File | None = None,
+        server_name: str | None = None,
     ) -> None:
         """A route.
 
@@ -91,15 +92,16 @@ class Route:
             address: host:port, or any name that gRPC resolves; or the IP addresses of
                 several replicas.
             token: a bearer token, or what gives one for each request.
-            tls: whether to encrypt; `ca` and `certificate` imply it.
+            tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
             certificate: PEM file that this client shows of itself.
             key: PEM file of that certificate's key.
+            server_name: that the server's certificate has to bear; None for the address's own.
 
         Raises:
             SettingsError: a file cannot be read, one of certificate and key is missing, one
-                of several addresses is no IP address, or the token would go unencrypted to
-                another machine.
+                of several addresses is no IP address, several are encrypted and have no
+                server name, or the token would go unencrypted to another machine.
         """
         check_address(address)
         several = [address] if isinstance(address, str) else list(address)
@@ -124,7 +126,14 @@ class Route:
         if local:
             self._options += (("grpc.enable_http_proxy", 0),)
         self._token = token
-        self._secure = tls or ca is not None or certificate is not None
+        self._secure = tls or any(each is not None for each in (ca, certificate, server_name))
+        if server_name is not None:
+            self._options += (("grpc.default_authority", server_name),)
+        elif self._secure and "," in self._target:
+            raise SettingsError(
+                "several addresses have no one name that a certificate could bear; give it as "
+                "server_name="
+            )
         if token is not None and not self._secure and not local:
             raise SettingsError(
                 f"a token would go unencrypted to {self._target}; give tls=True, or ca= for the "
