@@ -412,12 +412,28 @@ def test_no_token_goes_out_unencrypted(tmp_path: Path) -> None:
     for address in ("example.org:1", "10.0.0.1:1"):
         with pytest.raises(SettingsError, match="unencrypted"):
             Client(address, token=SECRET)
+        Client(address, token=SECRET, plaintext_token=True).close()
     with pytest.raises(SettingsError, match="together"):
         Client(certificate=tmp_path / "x")
     with pytest.raises(SettingsError, match="cannot be read"):
         Client(ca=tmp_path / "x")
     Client("127.0.0.1:1", token=SECRET).close()
     Client("example.org:1", token=SECRET, tls=True).close()
+
+
+@pytest.mark.fault(38)
+def test_the_command_line_may_show_a_token_unencrypted() -> None:
+    from click.testing import CliRunner
+
+    from likely.cli import main
+
+    asked = ["--address", "0.0.0.0:1", "--token", SECRET, "--timeout", "0.1"]
+    for command in (["models"], ["admin", "versions"]):
+        kept = CliRunner().invoke(main, [*command, *asked])
+        assert "a token would go unencrypted" in kept.stderr
+        shown = CliRunner().invoke(main, [*command, *asked, "--plaintext-token"])
+        assert shown.exit_code == 1
+        assert "unencrypted" not in shown.stderr
 
 
 @pytest.mark.fault(38)

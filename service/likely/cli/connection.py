@@ -23,6 +23,7 @@ class Connection:
     address: str
     timeout: float
     token: str | None
+    plaintext_token: bool
     tls: bool
     ca: Path | None
     certificate: Path | None
@@ -31,17 +32,20 @@ class Connection:
 
     def client(self) -> Client:
         """A client of that server."""
-        return Client(self.address, timeout=self.timeout, token=self.token, **self._encryption())
+        return Client(self.address, timeout=self.timeout, **self._token(), **self._encryption())
 
     def admin(self) -> AdminClient:
         """A client of that server's admin port."""
         return AdminClient(
-            self.address, timeout=self.timeout, token=self.token, **self._encryption()
+            self.address, timeout=self.timeout, **self._token(), **self._encryption()
         )
 
     def route(self) -> Route:
         """The way to that server, without a token."""
         return Route(self.address, **self._encryption())
+
+    def _token(self) -> dict[str, Any]:
+        return {"token": self.token, "plaintext_token": self.plaintext_token}
 
     def _encryption(self) -> dict[str, Any]:
         return {
@@ -106,6 +110,10 @@ def _options(
         click.option(
             "--tls", is_flag=True,
             help="Encrypt; --ca, --certificate and --server-name imply it.",
+        ),
+        click.option(
+            "--plaintext-token", is_flag=True, hidden=not token,
+            help="Show the token unencrypted, as to a proxy that has TLS.",
         ),
         click.option(
             "--token", envvar="LIKELY_TOKEN", show_envvar=True, hidden=not token,

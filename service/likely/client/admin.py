@@ -33,6 +33,7 @@ class AdminClient:
         *,
         timeout: float = TIMEOUT,
         token: Token | None = None,
+        plaintext_token: bool = False,
         tls: bool = False,
         ca: File | None = None,
         certificate: File | None = None,
@@ -45,6 +46,7 @@ class AdminClient:
             address: host:port of the admin RPCs, which is not that of all others.
             timeout: seconds that one request may take.
             token: a bearer token of the scope `admin`, or what gives one for each request.
+            plaintext_token: whether it may go out unencrypted, as to a proxy that has TLS.
             tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
             certificate: PEM file that this client shows of itself.
@@ -59,6 +61,7 @@ class AdminClient:
         self._route = Route(
             address,
             token=token,
+            plaintext_token=plaintext_token,
             tls=tls,
             ca=ca,
             certificate=certificate,

@@ -55,6 +55,7 @@ class AsyncClient:
         timeout: float = TIMEOUT,
         retries: bool = True,
         token: Token | None = None,
+        plaintext_token: bool = False,
         tls: bool = False,
         ca: File | None = None,
         certificate: File | None = None,
@@ -68,6 +69,7 @@ class AsyncClient:
         self._route = Route(
             address,
             token=token,
+            plaintext_token=plaintext_token,
             tls=tls,
             ca=ca,
             certificate=certificate,

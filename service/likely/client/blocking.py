@@ -48,6 +48,7 @@ class Client:
         timeout: float = TIMEOUT,
         retries: bool = True,
         token: Token | None = None,
+        plaintext_token: bool = False,
         tls: bool = False,
         ca: File | None = None,
         certificate: File | None = None,
@@ -64,6 +65,7 @@ class Client:
             retries: whether what is refused for now is asked again before it is an error, and a
                 feed's stream that breaks is begun anew.
             token: a bearer token, or what gives one for each request.
+            plaintext_token: whether it may go out unencrypted, as to a proxy that has TLS.
             tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
             certificate: PEM file that this client shows of itself.
@@ -81,6 +83,7 @@ class Client:
         self._route = Route(
             address,
             token=token,
+            plaintext_token=plaintext_token,
             tls=tls,
             ca=ca,
             certificate=certificate,

@@ -68,8 +68,9 @@ _FLEET = {
 class Route:
     """The way to one server or its replicas, and what is shown on it.
 
-    A token goes over an encrypted connection, or to an address of this machine; nowhere else. To an
-    address of this machine no proxy is asked the way, whatever `http_proxy` says.
+    A token goes over an encrypted connection, or to an address of this machine; elsewhere only by
+    `plaintext_token`. To an address of this machine no proxy is asked the way, whatever
+    `http_proxy` says.
 
     Attributes:
         fleet: whether several may answer, each request another one.
@@ -80,6 +81,7 @@ class Route:
         address: Address,
         *,
         token: Token | None = None,
+        plaintext_token: bool = False,
         tls: bool = False,
         ca: File | None = None,
         certificate: File | None = None,
@@ -92,6 +94,7 @@ class Route:
             address: host:port, or any name that gRPC resolves; or the IP addresses of
                 several replicas.
             token: a bearer token, or what gives one for each request.
+            plaintext_token: whether it may go out unencrypted, as to a proxy that has TLS.
             tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
             certificate: PEM file that this client shows of itself.
@@ -134,10 +137,10 @@ class Route:
                 "several addresses have no one name that a certificate could bear; give it as "
                 "server_name="
             )
-        if token is not None and not self._secure and not local:
+        if token is not None and not (self._secure or local or plaintext_token):
             raise SettingsError(
                 f"a token would go unencrypted to {self._target}; give tls=True, or ca= for the "
-                "authority that vouches for the server"
+                "authority that vouches for the server, or plaintext_token where a proxy has TLS"
             )
         self._roots, self._key, self._certificate = (_pem(file) for file in (ca, key, certificate))
 
