@@ -201,7 +201,8 @@ WITHIN = {
         "__init__": "manifest",
     },
     "client": {
-        "channels": "",
+        "credentials": "",
+        "channels": "credentials",
         "values": "",
         "catalogue": "values",
         "plans": "catalogue values",

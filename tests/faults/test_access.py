@@ -8,7 +8,7 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from likely import AsyncClient, Client
+from likely import AdminClient, AsyncClient, Client
+from likely.client import credentials
 from likely.client.channels import Route
-from likely.errors import AccessDenied, SettingsError, Unauthenticated
+from likely.errors import AccessDenied, SettingsError, Unauthenticated, Unavailable
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
 from likely.v1.scoring_pb2 import ScoreRequest
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
@@ -337,6 +338,77 @@ def test_a_certificate_may_bear_a_name_that_is_not_the_address(
         assert run(main, ["health"], env={**there, "LIKELY_SERVER_NAME": name}).exit_code == 0
         assert run(main, ["health"], env=there).exit_code == 1
         well(live, authority, None, server_name=name)
+
+
+@pytest.mark.fault(38)
+def test_a_client_shows_and_believes_what_its_files_hold_now(
+    running: Running,
+    authority: Authority,
+    stranger: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(credentials, "LOOK", 0.0)
+    certificate, key, ca = (tmp_path / name for name in ("tls.crt", "tls.key", "ca.crt"))
+    old, new, newer = stranger.issue("old"), authority.issue("new"), authority.issue("newer")
+
+    def exchange(issued: Path) -> None:
+        key.write_bytes(issued.with_suffix(".key").read_bytes())
+        certificate.write_bytes(issued.read_bytes())
+
+    def shown(client: Callable[..., Any], address: str, **more: Any) -> Any:
+        return client(address, ca=ca, certificate=certificate, key=key, **more)
+
+    async def goes_on() -> None:
+        ca.write_bytes(stranger.ca.read_bytes())
+        exchange(old)
+        async with shown(AsyncClient, live.address, retries=False) as client:
+            with pytest.raises(Unavailable):
+                await client.score(X)
+            ca.write_bytes(authority.ca.read_bytes())
+            exchange(new)
+            stream = client.generate_stream(50, seed=1)
+            first = await anext(stream)
+            exchange(newer)
+            assert len((await client.score(X)).log_px) == 1
+            rest = [len(chunk.images) async for chunk in stream]
+            assert len(first.images) + sum(rest) == 50
+
+    server = authority.issue("rotating")
+    with running(
+        tls_certificate=server,
+        tls_key=server.with_suffix(".key"),
+        tls_client_ca=authority.ca,
+        admin_port=0,
+    ) as live:
+        ca.write_bytes(stranger.ca.read_bytes())
+        exchange(old)
+        with (
+            shown(Client, live.address, retries=False) as client,
+            shown(AdminClient, f"127.0.0.1:{live.server.admin_port}") as admin,
+        ):
+            for ask in (admin.versions, client.models):
+                with pytest.raises(Unavailable):
+                    ask()
+            ca.write_bytes(authority.ca.read_bytes())
+            exchange(new)
+            assert len(admin.versions()) == len(client.models()) == 1
+            stream = client.generate_stream(50, seed=1)
+            first = next(stream)
+            key.unlink()  # half an exchange is none
+            channel = client._line._channel
+            assert len(client.score(X).log_px) == 1
+            key.write_bytes(newer.with_suffix(".key").read_bytes())
+            assert len(client.score(X).log_px) == 1
+            assert client._line._channel is channel
+            exchange(newer)
+            assert len(client.score(X).log_px) == 1
+            assert client._line._channel is not channel
+            del channel
+            assert len(first.images) + sum(len(chunk.images) for chunk in stream) == 50
+        live.run(goes_on())
+        mine = new.with_suffix(".key")
+        well(live, authority, None, certificate=new, key=mine)
 
 
 def serial(live: Live, authority: Authority) -> int:

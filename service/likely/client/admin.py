@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike, fspath
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,6 +50,7 @@ class AdminClient:
             plaintext_token: whether it may go out unencrypted, as to a proxy that has TLS.
             tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
+                It is read again when it changes, and so are the next two.
             certificate: PEM file that this client shows of itself.
             key: PEM file of that certificate's key.
             server_name: that the server's certificate has to bear; None for the address's own.
@@ -68,8 +70,8 @@ class AdminClient:
             key=key,
             server_name=server_name,
         )
-        self._channel = self._route.channel(once=True)
-        self._stub: Any = AdminServiceStub(self._channel)
+        self._opening = Lock()
+        self._open(self._route.edition())
 
     def versions(self) -> list[ModelVersion]:
         """Those that are served, then those on their way in or out, then refused bundles.
@@ -151,6 +153,19 @@ class AdminClient:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def _stub(self) -> Any:
+        """The RPCs, over a channel that shows what the files hold."""
+        with self._opening:
+            edition = self._route.edition()
+            if edition > self._opened:
+                self._open(edition)
+            return self._rpcs
+
+    def _open(self, edition: int) -> None:
+        self._channel, self._opened = self._route.channel(once=True), edition
+        self._rpcs: Any = AdminServiceStub(self._channel)
 
     def _ask(self, call: Any, request: Any) -> Any:
         try:

@@ -77,9 +77,8 @@ class AsyncClient:
             server_name=server_name,
         )
         self._replicas = catalogue.REPLICAS if self._route.fleet and retries else 1
-        self._line = Line(
-            partial(self._route.aio_channel, once=not retries), address, self._catalogue
-        )
+        opening = partial(self._route.aio_channel, once=not retries)
+        self._line = Line(opening, self._route.edition, address, self._catalogue)
 
     async def score(
         self,

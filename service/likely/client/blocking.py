@@ -68,6 +68,7 @@ class Client:
             plaintext_token: whether it may go out unencrypted, as to a proxy that has TLS.
             tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
+                It is read again when it changes, and so are the next two.
             certificate: PEM file that this client shows of itself.
             key: PEM file of that certificate's key.
             server_name: that the server's certificate has to bear; None for the address's own.
@@ -92,7 +93,7 @@ class Client:
         )
         self._replicas = catalogue.REPLICAS if self._route.fleet and retries else 1
         opening = partial(self._route.channel, once=not retries)
-        self._line = Line(opening, address, self._catalogue)
+        self._line = Line(opening, self._route.edition, address, self._catalogue)
 
     def score(
         self,

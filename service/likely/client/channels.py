@@ -19,19 +19,18 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Callable, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 
 from likely.addresses import check_address, is_local
+from likely.client import credentials
 from likely.errors import SettingsError
 from likely.v1 import scoring_pb2
 
 Token: TypeAlias = str | Callable[[], str]
-File: TypeAlias = str | PathLike[str]
+File: TypeAlias = credentials.File
 Address: TypeAlias = str | Sequence[str]
 
 SILENCE = 30.0  # seconds that a server may say nothing to a request before it is asked for a sign
@@ -142,7 +141,7 @@ class Route:
                 f"a token would go unencrypted to {self._target}; give tls=True, or ca= for the "
                 "authority that vouches for the server, or plaintext_token where a proxy has TLS"
             )
-        self._roots, self._key, self._certificate = (_pem(file) for file in (ca, key, certificate))
+        self._credentials = credentials.Credentials(ca, certificate, key)
 
     def channel(self, *, once: bool = False) -> grpc.Channel:
         """A channel; connects when it is first used.
@@ -153,14 +152,20 @@ class Route:
         options = (*self._options, ("grpc.enable_retries", int(not once)))
         if not self._secure:
             return grpc.insecure_channel(self._target, options=options)
-        return grpc.secure_channel(self._target, self._credentials(), options=options)
+        return grpc.secure_channel(self._target, self._credentials.of_channel(), options=options)
 
     def aio_channel(self, *, once: bool = False) -> grpc.aio.Channel:
         """A channel of the running event loop, as `channel`."""
         options = (*self._options, ("grpc.enable_retries", int(not once)))
         if not self._secure:
             return grpc.aio.insecure_channel(self._target, options=options)
-        return grpc.aio.secure_channel(self._target, self._credentials(), options=options)
+        return grpc.aio.secure_channel(
+            self._target, self._credentials.of_channel(), options=options
+        )
+
+    def edition(self) -> int:
+        """Grows when the files hold something else, which a new channel shows and believes."""
+        return self._credentials.edition()
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes with the next request."""
@@ -168,9 +173,6 @@ class Route:
             return ()
         token = self._token if isinstance(self._token, str) else self._token()
         return (("authorization", f"Bearer {token}"),)
-
-    def _credentials(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(self._roots, self._key, self._certificate)
 
 
 def _target(addresses: Sequence[str]) -> str:
@@ -193,12 +195,3 @@ def _target(addresses: Sequence[str]) -> str:
     if len(kinds) != 1:
         raise SettingsError("several addresses are all IPv4 or all IPv6, and one at least")
     return f"ipv{kinds.pop()}:{','.join(addresses)}"
-
-
-def _pem(file: File | None) -> bytes | None:
-    if file is None:
-        return None
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{file} cannot be read: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""What both clients ask over: one channel, opened at the first question, in one process."""
+"""What both clients ask over: a channel, opened at the first question, in one process."""
 
 from __future__ import annotations
 
@@ -42,13 +42,21 @@ Kind: TypeAlias = type[
 class Line:
     """The RPCs of one server, over a channel that is opened when the first is asked for.
 
-    gRPC's threads do not survive a fork, so that a channel is of the process that opened it.
+    Another takes its place when the files of its certificates change; what runs on the former one
+    ends there, undisturbed. gRPC's threads do not survive a fork, so that a channel is of the
+    process that opened it.
     """
 
     def __init__(
-        self, open_channel: Callable[[], Any], address: Address, catalogue: Catalogue
+        self,
+        open_channel: Callable[[], Any],
+        edition: Callable[[], int],
+        address: Address,
+        catalogue: Catalogue,
     ) -> None:
         self._open = open_channel
+        self._edition = edition
+        self._opened = 0  # the edition that the channel is of
         self._catalogue = catalogue
         self._where = address if isinstance(address, str) else ", ".join(address)
         self._closed = False
@@ -66,17 +74,19 @@ class Line:
         """
         if self._closed:
             raise LikelyError("this client is closed; make another one to ask on")
-        if not self._calls:
-            with self._opening:  # or a second thread would open a second channel
-                if not self._calls:
-                    self._channel = self._open()
-                    self._process = os.getpid()
-                    self._calls = _calls(self._channel)
-        if self._process != os.getpid():
+        if self._calls and self._process != os.getpid():
             raise Forked(
                 f"this client was used in process {self._process}, which then forked this one; "
                 "make a client in each process, or start processes by spawn"
             )
+        edition = self._edition()
+        if edition > self._opened:
+            with self._opening:  # or a second thread would open a second channel
+                if edition > self._opened:
+                    self._channel = self._open()
+                    self._process = os.getpid()
+                    self._calls = _calls(self._channel)
+                    self._opened = edition
         return self._calls[kind]
 
     def close(self) -> Any:

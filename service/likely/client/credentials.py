@@ -1,0 +1,105 @@
+"""What a client shows of itself and whom it believes, read again when the files change."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from os import PathLike
+from pathlib import Path
+from threading import Lock
+from typing import TypeAlias
+
+import grpc
+
+from likely.errors import SettingsError
+
+File: TypeAlias = str | PathLike[str]
+_Mark: TypeAlias = tuple[int, int, int, int] | None
+
+LOOK = 1.0  # seconds between two looks at the files
+
+
+class Credentials:
+    """The PEM files of a route; a channel keeps what they held when it was opened."""
+
+    def __init__(self, ca: File | None, certificate: File | None, key: File | None) -> None:
+        """What the files hold now.
+
+        Args:
+            ca: of the authorities that may vouch for the server; None for gRPC's own.
+            certificate: that this client shows of itself.
+            key: of that certificate.
+
+        Raises:
+            SettingsError: a file cannot be read.
+        """
+        self._files = (ca, key, certificate)
+        self._looking = Lock()
+        self._next = time.monotonic() + LOOK
+        self._seen = self._marks()
+        self._held = self._read()
+        self._edition = 1
+
+    def edition(self) -> int:
+        """Grows when the files hold something else; they are looked at once a second.
+
+        Files that cannot be used leave what was read before.
+        """
+        with self._looking:
+            if time.monotonic() >= self._next:
+                self._next = time.monotonic() + LOOK
+                self._look()
+            return self._edition
+
+    def of_channel(self) -> grpc.ChannelCredentials:
+        """What a channel that is opened now shows and believes."""
+        return grpc.ssl_channel_credentials(*self._held)
+
+    def _look(self) -> None:
+        # Marked before it is read: a file written meanwhile differs at the next look.
+        marks = self._marks()
+        if marks == self._seen:
+            return
+        self._seen = marks
+        try:
+            held = self._read()
+            self._check()
+        except (OSError, SettingsError):
+            return
+        if held != self._held:
+            self._held = held
+            self._edition += 1
+
+    def _marks(self) -> tuple[_Mark, ...]:
+        return tuple(_mark(file) for file in self._files)
+
+    def _read(self) -> tuple[bytes | None, ...]:
+        return tuple(_pem(file) for file in self._files)
+
+    def _check(self) -> None:
+        """Raises OSError if the files are no PEM, or certificate and key no pair."""
+        ca, key, certificate = self._files
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if ca is not None:
+            context.load_verify_locations(ca)
+        if certificate is not None:
+            context.load_cert_chain(certificate, key, password="")
+
+
+def _mark(file: File | None) -> _Mark:
+    if file is None:
+        return None
+    try:
+        found = Path(file).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+
+def _pem(file: File | None) -> bytes | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be read: {error.strerror}") from error
