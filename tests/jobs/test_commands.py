@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,6 +15,8 @@ from click.testing import CliRunner, Result
 
 from likely.answers import LabelRule
 from likely.cli import main, show
+from likely.errors import Unavailable
+from likely.jobs import backends
 from tests.jobs.conftest import contents, table
 
 if TYPE_CHECKING:
@@ -45,6 +47,26 @@ def test_programs_and_people_are_told_the_same(batch: Batch, tmp_path: Path) -> 
     shown = batch("generate", *words).stdout
     assert "model toy, version 1.0" in shown
     assert table(tmp_path / "out")["label"].to_pylist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_all_options_of_the_connection_reach_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def noted(*args: Any, **more: Any) -> Any:
+        made.append((args, more))
+        raise Unavailable("enough")
+
+    monkeypatch.setattr(backends, "Client", noted)
+    given = {"address": "there:1", "timeout": 7.0, "token": "secret", "server_name": "other"}
+    files = {name: tmp_path / name for name in ("ca", "certificate", "key")}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in {**given, **files}.items()]
+    flags = ["--tls", "--plaintext-token", "--count=1", f"--out={tmp_path / 'out'}"]
+    assert CliRunner().invoke(main, ["batch", "generate", *words, *flags]).exit_code == 1
+    ((address,), shown) = made[0]
+    assert address == given.pop("address")
+    assert shown == {**given, **files, "tls": True, "plaintext_token": True, "retries": False}
 
 
 def test_all_options_reach_the_job(batch: Batch, toy: Toy, tmp_path: Path) -> None:

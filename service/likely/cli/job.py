@@ -108,10 +108,12 @@ class Job:
             server.timeout,
             self.patience,
             server.token,
+            server.plaintext_token,
             server.tls,
             server.ca,
             server.certificate,
             server.key,
+            server.server_name,
         )
 
 

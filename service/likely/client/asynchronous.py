@@ -76,7 +76,7 @@ class AsyncClient:
             key=key,
             server_name=server_name,
         )
-        self._replicas = catalogue.REPLICAS if self._route.fleet and retries else 1
+        self._replicas = catalogue.REPLICAS if self._route.fleet else 1
         opening = partial(self._route.aio_channel, once=not retries)
         self._line = Line(opening, self._route.edition, address, self._catalogue)
 

@@ -199,7 +199,7 @@ class Served:
         version: its version; None for the default one.
         timeout: seconds that one request may take.
         patience: seconds to go on asking a server that refuses or does not answer.
-        token, tls, ca, certificate, key: as `Client` takes them.
+        token, plaintext_token, tls, ca, certificate, key, server_name: as `Client` takes them.
     """
 
     address: str
@@ -208,10 +208,12 @@ class Served:
     timeout: float = TIMEOUT
     patience: float = 300.0
     token: str | None = None
+    plaintext_token: bool = False
     tls: bool = False
     ca: File | None = None
     certificate: File | None = None
     key: File | None = None
+    server_name: str | None = None
 
     def open(self) -> Remote:
         """A client of it.
@@ -224,10 +226,12 @@ class Served:
             timeout=self.timeout,
             retries=False,  # a job has more patience than gRPC, and asks again itself
             token=self.token,
+            plaintext_token=self.plaintext_token,
             tls=self.tls,
             ca=self.ca,
             certificate=self.certificate,
             key=self.key,
+            server_name=self.server_name,
         )
         return Remote(client, self)
 
