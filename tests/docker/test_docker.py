@@ -143,6 +143,7 @@ def test_compose_publishes_the_default_port_on_loopback_only() -> None:
 def test_compose_hardens_the_server_and_lets_it_drain() -> None:
     likely = compose()["likely"]
     assert likely["read_only"] is True
+    assert likely["tmpfs"] == ["/tmp"]
     assert likely["cap_drop"] == ["ALL"]
     assert int(likely["stop_grace_period"].removesuffix("s")) > DEFAULTS.drain_seconds
 

@@ -91,13 +91,28 @@ class Watch:
             assert time.monotonic() < end, f"{metric} of {port} is not scraped"
             time.sleep(0.1)
 
-    def wait_for(self, name: str, status: str, during: Callable[[], object] | None = None) -> Any:
-        """The first notification of that alert and status; `during` is done while waiting."""
+    def wait_for(
+        self,
+        name: str,
+        status: str,
+        during: Callable[[], object] | None = None,
+        instance: str | None = None,
+    ) -> Any:
+        """The first notification of that alert and status; `during` is done while waiting.
+
+        Args:
+            name: the alert's.
+            status: firing or resolved.
+            during: what to do.
+            instance: that it is about; None for any, empty for none.
+        """
         end = time.monotonic() + SECONDS
         while True:
             with self._news:
                 for alert in self._told:
-                    if alert["labels"]["alertname"] == name and alert["status"] == status:
+                    about = alert["labels"].get("instance", "")
+                    meant = instance is None or about == instance
+                    if (alert["labels"]["alertname"], alert["status"]) == (name, status) and meant:
                         return alert
                 self._news.wait(0.05)
             assert time.monotonic() < end, f"{name} is not {status}; told was {self._told}"

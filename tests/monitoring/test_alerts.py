@@ -41,14 +41,18 @@ class Fault:
         self._watch = watch
         self._name = name
 
-    def fires(self, during: Callable[[], object] | None = None) -> dict[str, Any]:
-        """What it says, once it fires; `during` is done all the while."""
-        alert: dict[str, Any] = self._watch.wait_for(self._name, "firing", during)
+    def fires(
+        self, during: Callable[[], object] | None = None, about: str | None = None
+    ) -> dict[str, Any]:
+        """What it says, once it fires about that instance; `during` is done all the while."""
+        alert: dict[str, Any] = self._watch.wait_for(self._name, "firing", during, about)
         return alert
 
-    def is_resolved(self, during: Callable[[], object] | None = None) -> None:
+    def is_resolved(
+        self, during: Callable[[], object] | None = None, about: str | None = None
+    ) -> None:
         """Returns once it does not fire any more."""
-        self._watch.wait_for(self._name, "resolved", during)
+        self._watch.wait_for(self._name, "resolved", during, about)
 
 
 @pytest.fixture
@@ -112,9 +116,13 @@ def flood(live: Live, x: Any, clients: int) -> Iterator[None]:
 def test_down(running: Running, watch: Watch, alert: Callable[[str], Fault]) -> None:
     port = free_port()
     with watch.of(port):
-        assert alert("LikelyDown").fires()["labels"]["instance"] == f"127.0.0.1:{port}"
+        alert("LikelyDown").fires(about=f"127.0.0.1:{port}")
         with running(metrics_port=port):
-            alert("LikelyDown").is_resolved()
+            alert("LikelyDown").is_resolved(about=f"127.0.0.1:{port}")
+    with watch.of():
+        alert("LikelyDown").fires(about="")
+    with watch.of(port):
+        alert("LikelyDown").is_resolved(about="")
 
 
 def test_not_ready(running: Running, watch: Watch, alert: Callable[[str], Fault]) -> None:
@@ -167,6 +175,8 @@ def test_a_lost_worker(
             watch.knows("likely_worker_restarts_total", told["metrics"])
             children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
             os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+            alert("LikelyWorkersMissing").fires()
+            alert("LikelyWorkersMissing").is_resolved()
             alert("LikelyWorkerLost").fires()
             alert("LikelyWorkerLost").is_resolved()
 

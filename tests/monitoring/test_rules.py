@@ -43,7 +43,7 @@ def families(
 ) -> dict[str, tuple[str, set[str]]]:
     """Type and labels of every metric, those of a supervisor included."""
     told = list(text_string_to_metric_families(page))
-    told += Together(tmp_path_factory.mktemp("workers")).registry.collect()
+    told += Together(tmp_path_factory.mktemp("workers"), 2).registry.collect()
     found: dict[str, tuple[str, set[str]]] = {}
     for family in told:
         if family.name.endswith("_created"):  # when a series began: the format's own

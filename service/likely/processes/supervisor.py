@@ -10,7 +10,8 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from likely import graphs, logs, machine
 from likely.errors import DeviceLost, LikelyError, SettingsError
 from likely.processes import process
 from likely.processes.fanout import Fanout
-from likely.processes.together import Together
+from likely.processes.together import MEBIBYTES, Together
 from likely.processes.worker import LOST, READY, Order
 from likely.serving import access, ports
 from likely.serving.guard import Guard, Guarded
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 SOONEST, LATEST = 0.1, 30.0  # seconds before a worker is begun anew
 STEADY = 60.0  # seconds that a worker has lived when its next death counts as its first
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the folder in it is private
 MARGIN = 10.0  # seconds beyond its drain that a worker may take to end
 
 
@@ -52,9 +54,34 @@ def serve(settings: Settings) -> None:
     graphs.require_runtime()
     log = logs.logger(settings.log_level, settings.log_format)
     logs.adopt_stdlib(settings.log_format)
-    with tempfile.TemporaryDirectory(prefix="likely-") as folder, reserved(settings) as port:
+    with private(count) as (folder, together), reserved(settings) as port:
         fixed = settings.model_copy(update={"port": port, "workers": count})
-        asyncio.run(Supervisor(fixed, log, Path(folder)).run())
+        asyncio.run(Supervisor(fixed, log, folder, together).run())
+
+
+@contextmanager
+def private(workers: int) -> Iterator[tuple[Path, Together]]:
+    """A folder for sockets and metrics, and these: the usual temporary one, or in shared memory.
+
+    Raises:
+        SettingsError: neither can be written, or has room.
+    """
+    reason = ""
+    for place in (None, SHARED_MEMORY):
+        with ExitStack() as stack:
+            try:
+                made = tempfile.TemporaryDirectory(prefix="likely-", dir=place)
+                folder = Path(stack.enter_context(made))
+                found = folder, Together(folder, workers)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                continue
+            yield found
+            return
+    raise SettingsError(
+        f"workers = {workers} needs a folder that can be written, with {workers * MEBIBYTES} MiB "
+        f"free: neither the temporary one (TMPDIR) nor {SHARED_MEMORY} is such ({reason})"
+    )
 
 
 class reserved(socket.socket):  # noqa: N801
@@ -90,18 +117,21 @@ class reserved(socket.socket):  # noqa: N801
 class Supervisor:
     """Keeps the workers of one server alive."""
 
-    def __init__(self, settings: Settings, log: FilteringBoundLogger, folder: Path) -> None:
+    def __init__(
+        self, settings: Settings, log: FilteringBoundLogger, folder: Path, together: Together
+    ) -> None:
         """A supervisor.
 
         Args:
             settings: with the port and the number of workers decided.
             log: where it tells of workers that end.
-            folder: private to this server, for sockets and metrics.
+            folder: private to this server, for sockets.
+            together: the workers' metrics.
         """
         self._settings = settings
         self._log = log
         self._folder = folder
-        self._together = Together(folder)
+        self._together = together
         self._running: dict[int, Process] = {}
         self._ready: set[int] = set()
         self._begun = asyncio.Event()

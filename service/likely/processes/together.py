@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, values
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from likely.telemetry.metrics import READY, READY_MEANS
+
+ROOM = 1 << 18  # bytes of a worker's metrics of one kind: those of about eight versions
+_LIVING = ("gauge_livemax", "gauge_livesum")  # told by those that live
+_KINDS = ("counter", "histogram", *_LIVING)
+MEBIBYTES = ROOM * len(_KINDS) >> 20  # of a worker
+_NOTHING = struct.pack("i", 0)  # how a file begins of which nothing is used
 
 
 def count_as(index: int) -> None:
@@ -20,17 +32,35 @@ def count_as(index: int) -> None:
 class Together:
     """The metrics of all workers.
 
+    Their files are mapped into memory, and a process that writes where the disk has no room left
+    is killed for it: so they have their room before a worker begins.
+
     Attributes:
         registry: what a scrape gives.
         environment: variables that a worker needs to write its metrics.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Metrics read from a folder that is private to this server."""
-        self._folder = str(folder)
-        self.environment = {"PROMETHEUS_MULTIPROC_DIR": self._folder}
+    def __init__(self, folder: Path, workers: int) -> None:
+        """Metrics read from a folder that is private to this server.
+
+        Args:
+            folder: empty.
+            workers: how many there shall be.
+
+        Raises:
+            OSError: the folder has no room.
+        """
+        self._folder = folder
+        for index in range(workers):
+            for kind in _KINDS:
+                self._path(kind, index).write_bytes(bytes(ROOM))
+        self.environment = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
         self.registry = CollectorRegistry()
-        MultiProcessCollector(self.registry, self._folder)  # type: ignore[no-untyped-call]
+        self.registry.register(_Workers(folder))
+        wanted = Gauge(
+            "likely_workers_wanted", "Workers that there shall be.", registry=self.registry
+        )
+        wanted.set(workers)
         self._workers = Gauge(
             "likely_workers", "Workers that take requests.", registry=self.registry
         )
@@ -48,4 +78,25 @@ class Together:
 
     def ended(self, index: int) -> None:
         """That worker runs no more: what it counted stays, what was in flight is gone."""
-        mark_process_dead(index, self._folder)  # type: ignore[no-untyped-call]
+        for kind in _LIVING:
+            with self._path(kind, index).open("r+b") as file:
+                file.write(_NOTHING)  # and keeps its room
+
+    def _path(self, kind: str, index: int) -> Path:
+        return self._folder / f"{kind}_{index}.db"
+
+
+class _Workers(MultiProcessCollector):
+    """What the workers wrote; the server is not ready where none of them lives to say so."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(None, str(folder))  # type: ignore[no-untyped-call]
+
+    def collect(self) -> Iterator[Metric]:
+        told: Any = super().collect()  # type: ignore[no-untyped-call]
+        names = set()
+        for metric in told:
+            names.add(metric.name)
+            yield metric
+        if READY not in names:
+            yield GaugeMetricFamily(READY, READY_MEANS, value=0)

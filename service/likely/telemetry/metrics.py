@@ -31,6 +31,8 @@ METHODS = (
 )  # fmt: skip
 JUDGING = ("Score", "Classify")
 CODES = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")
+READY = "likely_ready"
+READY_MEANS = "1 while requests are taken, as health says; of several workers the largest."
 _VERDICTS = {int(verdict): verdict.name.lower() for verdict in Verdict}
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -130,8 +132,8 @@ class Metrics:
         )
         self._served: set[tuple[str, ...]] = set()
         self._ready = Gauge(
-            "likely_ready",
-            "1 while requests are taken, as health says; of several workers the largest.",
+            READY,
+            READY_MEANS,
             multiprocess_mode="livemax",
             registry=self.registry,
         )

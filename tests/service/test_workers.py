@@ -1,0 +1,100 @@
+"""What several workers share: a folder, and metrics as of one server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from likely.errors import SettingsError
+from likely.processes import supervisor
+from likely.processes.together import ROOM, Together
+
+WORKER = """
+import sys
+from likely.processes import together
+together.count_as(int(sys.argv[1]))
+from likely.telemetry.metrics import Metrics
+Metrics().ready(True)
+"""
+
+
+def work(shared: Together, index: int) -> None:
+    """A worker that is ready, and then dies."""
+    code = [sys.executable, "-c", WORKER, str(index)]
+    subprocess.run(code, env={"PYTHONPATH": ":".join(sys.path), **shared.environment}, check=True)
+
+
+def told(registry: CollectorRegistry) -> dict[str, str]:
+    """The samples of a scrape, by name and labels."""
+    lines = generate_latest(registry).decode().splitlines()
+    return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+
+
+def test_a_server_without_a_worker_is_not_ready_and_wants_some(tmp_path: Path) -> None:
+    shared = Together(tmp_path, 2)
+    assert told(shared.registry)["likely_workers_wanted"] == "2.0"
+    for live in (True, False):
+        if live:
+            work(shared, 1)
+        else:
+            shared.ended(1)
+        assert told(shared.registry)["likely_ready"] == f"{live:.1f}"
+
+
+def test_metrics_have_their_room_before_a_worker_writes_them(tmp_path: Path) -> None:
+    shared = Together(tmp_path, 2)
+    for _ in range(2):
+        for index in (0, 1):
+            work(shared, index)
+        sizes = {path.name: path.stat() for path in tmp_path.iterdir()}
+        assert len(sizes) == 8
+        for status in sizes.values():
+            assert status.st_size == ROOM
+            assert status.st_blocks * 512 >= ROOM
+        shared.ended(0)
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The temporary folder and shared memory, which are not there yet."""
+    usual, memory = tmp_path / "usual", tmp_path / "memory"
+    monkeypatch.setattr(tempfile, "tempdir", str(usual))
+    monkeypatch.setattr(supervisor, "SHARED_MEMORY", memory)
+    return usual, memory
+
+
+@pytest.mark.parametrize(("there", "taken"), [((0, 1), 0), ((0,), 0), ((1,), 1)])
+def test_the_folder_is_the_temporary_one_or_else_in_shared_memory(
+    places: tuple[Path, Path], there: tuple[int, ...], taken: int
+) -> None:
+    for place in there:
+        places[place].mkdir()
+    with supervisor.private(2) as (folder, _):
+        assert folder.parent == places[taken]
+    assert not list(places[taken].iterdir())
+
+
+def test_workers_without_a_folder_are_refused_in_a_sentence(places: tuple[Path, Path]) -> None:
+    with pytest.raises(SettingsError, match=r"workers = 2 needs a folder .* 2 MiB"):
+        supervisor.private(2).__enter__()
+
+
+def test_a_folder_without_room_is_left(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, data: bytes) -> int:
+        if places[0] in path.parents:
+            raise OSError(28, "No space left on device")
+        return len(data)
+
+    for place in places:
+        place.mkdir()
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with supervisor.private(2) as (folder, _):
+        assert folder.parent == places[1]
+    assert not list(places[0].iterdir())
