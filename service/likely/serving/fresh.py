@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 INTERVAL = 1.0
-_Mark = tuple[tuple[int, int, int] | None, ...]
+_Stat = tuple[int, int, int, int]
+_Mark = tuple[_Stat | None, ...]
 
 
 class Fresh(Generic[T]):
-    """What files say; files that cannot be used any more leave the last value in force."""
+    """What files say; files that cannot be used leave the last value in force until they can."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Fresh(Generic[T]):
         self._log = log
         self._interval = interval
         self._seen = self._mark()
+        self._told: tuple[_Mark, str] | None = None
         self._next = time.monotonic() + interval
         self._value = read()
 
@@ -55,22 +57,25 @@ class Fresh(Generic[T]):
         mark = self._mark()
         if mark == self._seen:
             return
-        self._seen = mark
         files = [str(path) for path in self._paths]
         try:
             self._value = self._read()
-        except (LikelyError, OSError) as error:
-            self._log.error("not reloaded", files=files, reason=str(error))
+        except (LikelyError, OSError) as error:  # tried again at every look
+            if self._told != (mark, str(error)):
+                self._log.error("not reloaded", files=files, reason=str(error))
+            self._told = mark, str(error)
         else:
+            self._seen = mark
             self._log.info("reloaded", files=files)
 
     def _mark(self) -> _Mark:
         return tuple(_stat(path) for path in self._paths)
 
 
-def _stat(path: Path) -> tuple[int, int, int] | None:
+def _stat(path: Path) -> _Stat | None:
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    # The last tells of permissions too: what could not be read may be readable now.
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
