@@ -23,6 +23,7 @@ from likely.answers import Limits
 from likely.errors import SettingsError
 
 PREFIX = "LIKELY_"
+_LINK = re.compile(r"(tcp|udp|sctp)://")
 
 
 def _words(value: Any) -> Any:
@@ -169,9 +170,10 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then environment, then the TOML file that one of them names."""
-        path = init_settings().get("config") or env_settings().get("config")
+        given = {k: v for k, v in env_settings().items() if not is_link(k, v)}
+        path = init_settings().get("config") or given.get("config")
         file = InitSettingsSource(settings_cls, _file(Path(path)) if path else {})
-        return init_settings, env_settings, file
+        return init_settings, InitSettingsSource(settings_cls, given), file
 
     @property
     def version_labels(self) -> dict[tuple[str, str], str]:
@@ -197,6 +199,11 @@ class Settings(BaseSettings):
     def toml(self) -> str:
         """The settings as the TOML file that would give them."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude={"config"}, exclude_none=True))
+
+
+def is_link(name: str, value: Any) -> bool:
+    """Whether Kubernetes set a variable for a Service of such a name: LIKELY_PORT=tcp://..."""
+    return name.lower().endswith("port") and bool(_LINK.match(str(value)))
 
 
 def load(flags: Mapping[str, Any]) -> Settings:

@@ -352,6 +352,29 @@ def test_a_variable_that_is_no_setting_is_told_at_the_start(
     ]  # fmt: skip
 
 
+def test_what_kubernetes_sets_for_a_service_is_no_setting(
+    likely: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for service in ("LIKELY", "LIKELY_METRICS", "LIKELY_ADMIN", "LIKELY_X"):
+        link = "tcp://10.0.0.1:9464"
+        for name, value in {
+            "SERVICE_HOST": "10.0.0.1",
+            "SERVICE_PORT": "9464",
+            "SERVICE_PORT_GRPC": "9464",
+            "PORT": link,
+            "PORT_9464_TCP": link,
+            "PORT_9464_TCP_PORT": "9464",
+        }.items():
+            monkeypatch.setenv(f"{service}_{name}", value)
+    monkeypatch.setattr("likely.processes.supervisor.serve", lambda settings: None)
+    told = likely("serve", "--log-format", "json")
+    assert told.exit_code == 0, told.output
+    (event,) = (json.loads(line) for line in told.stderr.splitlines())
+    assert event["variables"] == ["LIKELY_ADMIN_PORT", "LIKELY_METRICS_PORT", "LIKELY_PORT"]
+    printed = likely("serve", "--print-config").stdout
+    assert "\nport = 50051" in printed and "\nmetrics_port = 9464" in printed
+
+
 def test_a_label_of_no_version_is_told_with_an_example(likely: Callable[..., Result]) -> None:
     told = failed(likely("serve", "--labels", "digits=3", "--print-config"))
     assert "it should be MODEL:stable=VERSION or" in told and "digits:stable=1.0" in told

@@ -84,8 +84,8 @@ OTHERS = (
 )
 
 
-# What Kubernetes sets in every container for a Service that is named `likely`.
-LINKS = re.compile(r"SERVICE_(HOST|PORT)|PORT_\d+_")
+# What Kubernetes sets in every container for a Service that is named `likely` or `likely-...`.
+LINKS = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT)|PORT_\d+_)")
 
 
 def flags(command: F) -> F:
@@ -137,7 +137,10 @@ def _warn_of_unknown(chosen: Settings) -> None:
 
     known = [name.upper() for name in settings.Settings.model_fields]
     log = logs.logger(chosen.log_level, chosen.log_format)
-    for variable in sorted(set(os.environ) - {*OTHERS}):
+    links = {name for name, value in os.environ.items() if settings.is_link(name, value)}
+    if ignored := sorted(links & {f"{settings.PREFIX}{name}" for name in known}):
+        log.warning("links of Services ignored", variables=ignored)
+    for variable in sorted(set(os.environ) - {*OTHERS} - links):
         name = variable.removeprefix(settings.PREFIX)
         if name != variable and name not in known and not LINKS.match(name):
             near = [f"{settings.PREFIX}{each}" for each in get_close_matches(name, known, 1)]
