@@ -164,7 +164,7 @@ def load(
     elif levels:
         train = _quantised(train, raw, levels)
         test = None if test is None else _quantised(test, raw, levels)
-    parts = _divide(raw.name, train, test, sizes, seed)
+    parts = _divide(raw.name, raw.labels, train, test, sizes, seed)
     count = 2 if binarise else levels or raw.levels
     return Dataset(raw.name, count, raw.labels, **parts, digest=_digest(parts))
 
@@ -192,7 +192,12 @@ def _quantised(split: Split, raw: Source, levels: int) -> Split:
 
 
 def _divide(
-    name: str, train: Split, test: Split | None, sizes: Sizes, seed: int
+    name: str,
+    labels: tuple[str, ...],
+    train: Split,
+    test: Split | None,
+    sizes: Sizes,
+    seed: int,
 ) -> dict[str, Split]:
     if test is not None and sizes.test:
         raise InvalidInput(name, "brings a test part of its own: leave splits.test out")
@@ -213,24 +218,32 @@ def _divide(
     else:
         chosen = np.split(generator.permutation(len(train)), cuts)
     parts = dict(zip(PARTS, map(train.take, chosen), strict=True))
-    _require_all_labels(name, parts, train.y, sizes)
+    _require_all_labels(name, labels, parts, train.y, sizes)
     return parts if test is None else {**parts, "test": test}
 
 
-def _require_all_labels(name: str, parts: dict[str, Split], y: Labels, sizes: Sizes) -> None:
+def _require_all_labels(
+    name: str, labels: tuple[str, ...], parts: dict[str, Split], y: Labels, sizes: Sizes
+) -> None:
     """Returns if every label is learnt and ranked: one without ranks would be in every label set.
 
     Raises:
-        InvalidInput: a part has no picture of a label.
+        InvalidInput: there is a label without a picture to train on, or a part has none of it.
     """
+    for label in np.setdiff1d(np.arange(len(labels)), y):
+        raise InvalidInput(
+            name,
+            f"of label {labels[label]} there is no picture to train on: number labels from 0 "
+            "without a gap, or hold that one out (data.without)",
+        )
     for part in ("train", "fit", "calibrate"):
-        if len(missing := np.setdiff1d(y, parts[part].y)):
+        for label in np.setdiff1d(y, parts[part].y):
             way = (
                 "what is sorted by label cannot be divided by stretches"
                 if sizes.stretches
                 else "make that part larger, or hold the label out (data.without)"
             )
-            raise InvalidInput(name, f"of label {missing[0]} no picture falls to {part}: {way}")
+            raise InvalidInput(name, f"of label {labels[label]} no picture falls to {part}: {way}")
 
 
 def _digest(parts: dict[str, Split]) -> str:

@@ -314,8 +314,9 @@ class Recipe(_Table):
             found[name] = self._taught(raw.x if raw.test is None else raw.test[0], raw, levels)
         if without:
             raw = sources.named(own, self.data.labels)
-            name = f"held_out_{'_'.join(without)}"
-            found[name] = self._taught(sources.held_out(raw, without), raw, levels)
+            if len(outside := sources.held_out(raw, without)):
+                name = f"held_out_{'_'.join(without)}"
+                found[name] = self._taught(outside, raw, levels)
         return found
 
     def _taught(self, x: Pixels, raw: Source, levels: int) -> Pixels:

@@ -178,13 +178,17 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _image_folder(folder: Path) -> Source:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    folders = [entry for entry in folder.iterdir() if entry.is_dir()]
+    names = sorted(entry.name for entry in folders if not entry.name.startswith("."))
     if not names:
         raise InvalidInput(str(folder), "has neither idx files nor one subfolder a label")
     pictures: list[Pixels] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        for file in sorted((folder / name).iterdir()):
+        files = sorted((folder / name).iterdir())
+        if not files:
+            raise InvalidInput(str(folder / name), "holds no pictures, though it names a label")
+        for file in files:
             picture = _picture(file)
             if pictures and picture.shape != pictures[0].shape:
                 raise InvalidInput(
@@ -193,8 +197,6 @@ def _image_folder(folder: Path) -> Source:
                 )
             pictures.append(picture)
             labels.append(label)
-    if not pictures:
-        raise InvalidInput(str(folder), "has no pictures in its subfolders")
     return _source(folder, np.stack(pictures), np.array(labels, np.int64), None, tuple(names))
 
 

@@ -1,6 +1,7 @@
 import gzip
 import itertools
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +91,44 @@ def test_a_label_that_would_not_be_ranked_is_refused(tmp_path: Path) -> None:
         data.load(tmp_path / "set.npz", SIZES)
 
 
+def counted_from_one(folder: Path) -> Path:
+    np.savez(folder / "set.npz", x=pictures(60), y=1 + np.arange(60) % 2)
+    return folder / "set.npz"
+
+
+def named_but_not_there(folder: Path) -> Path:
+    np.savez(folder / "set.npz", x=pictures(60), y=np.arange(60) % 2, class_names=["a", "b", "c"])
+    return folder / "set.npz"
+
+
+def only_in_the_test_part(folder: Path) -> Path:
+    x, y = pictures(60), np.arange(60) % 3
+    np.savez(folder / "set.npz", x_train=x, y_train=y % 2, x_test=x, y_test=y)
+    return folder / "set.npz"
+
+
+@pytest.mark.parametrize(
+    ("make", "label", "sizes"),
+    [
+        (counted_from_one, "0", SIZES),
+        (named_but_not_there, "c", SIZES),
+        (only_in_the_test_part, "2", NO_TEST),
+    ],
+)
+def test_a_label_without_pictures_to_train_on_is_refused_or_held_out(
+    tmp_path: Path,
+    make: Callable[[Path], Path],
+    label: str,
+    sizes: Sizes,
+) -> None:
+    source = make(tmp_path)
+    with pytest.raises(InvalidInput, match=f"of label {label} there is no picture to train on"):
+        data.load(source, sizes)
+    found = data.load(source, sizes, without=(label,))
+    assert len(found.labels) == 2 and label not in found.labels
+    assert set(found.train.y) == set(found.test.y) == {0, 1}
+
+
 def test_npz_files_with_a_test_part_keep_it_whole_and_in_order(tmp_path: Path) -> None:
     arrays = {
         "x_train": pictures(30, (4, 4)),
@@ -130,6 +169,7 @@ def test_idx_files_are_read_plain_and_gzipped(tmp_path: Path, packed: bool) -> N
 
 def test_image_folders_hold_a_subfolder_a_label(tmp_path: Path) -> None:
     x = pictures(6, (3, 5, 4))
+    (tmp_path / ".cache").mkdir()
     for i, picture in enumerate(x):
         folder = tmp_path / ("ape", "bee")[i % 2]
         folder.mkdir(exist_ok=True)
@@ -227,6 +267,13 @@ def no_picture(folder: Path) -> Path:
     return folder
 
 
+def empty_subfolder(folder: Path) -> Path:
+    (folder / "b").mkdir()
+    (folder / "a").mkdir()
+    Image.new("L", (4, 4)).save(folder / "a" / "0.png")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -241,6 +288,7 @@ def no_picture(folder: Path) -> Path:
         (two_sizes, "4x5"),
         (palette, "mode P"),
         (no_picture, "not a readable picture"),
+        (empty_subfolder, "b: holds no pictures"),
         (lambda folder: folder / "absent.npz", "exists"),
         (lambda folder: folder, "subfolder a label"),
     ],

@@ -128,6 +128,12 @@ def test_a_label_held_out_is_another_set_to_report_against() -> None:
         recipes.load("digits").without(("ten",)).data.load()
 
 
+def test_a_label_without_pictures_that_is_held_out_is_no_other_set(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", x=np.zeros((2, 4, 4), np.uint8), y=[1, 2])
+    (tmp_path / "mine.toml").write_text(TINY)
+    assert recipes.load(tmp_path / "mine.toml").without(("0",)).others(4) == {}
+
+
 def test_other_sets_are_of_the_same_shape_or_refused(tmp_path: Path) -> None:
     for name, side in (("set", 4), ("same", 4), ("odd", 5)):
         np.savez(tmp_path / name, x=np.zeros((2, side, side), np.uint8), y=[0, 1])
