@@ -145,25 +145,34 @@ def load(
         source: `digits` (scikit-learn's, 8x8, 17 levels), an `.npz` file, an idx
             file or a folder of them, or a folder with one subfolder a label.
         sizes: how many pictures each part takes.
-        levels: quantise to so many levels, evenly; 0 keeps the source's.
+        levels: quantise to so many levels, evenly, what does not have so few already; 0 keeps
+            the source's.
         binarise: two levels, 1 with probability x / (levels - 1): held-out parts
-            are drawn once by Philox(key=(20261122, k)), training afresh each time.
+            are drawn once by Philox(key=(20261122, k)), training afresh each time. Zeros and
+            ones stay.
         labels: names to use in place of the source's.
         without: labels whose pictures are left out everywhere.
         seed: of the division.
 
     Raises:
-        InvalidInput: the source cannot be read or cannot be divided so, or of a label no picture
-            falls to what is trained, fitted or calibrated on; the field names the file.
+        InvalidInput: the source cannot be read or cannot be divided or quantised so, or of a label
+            no picture falls to what is trained, fitted or calibrated on; the field names the file.
     """
-    raw = sources.kept(sources.named(sources.read(source), labels), without)
+    if binarise and levels:
+        raise InvalidInput("levels", f"{levels} do not go with binarise, which makes two")
+    whole = sources.named(sources.read(source), labels)
+    if levels and not 2 <= levels <= whole.levels:
+        raise InvalidInput(
+            "levels", f"{levels} is not in [2, {whole.levels}], those of {whole.name}"
+        )
+    raw = sources.kept(whole, without)
     train, test = Split(raw.x, raw.y), None if raw.test is None else Split(*raw.test)
     if binarise:
-        train = binarised(train, raw.levels, HELD_BACK)
-        test = None if test is None else binarised(test, raw.levels, 0)
+        train = binarised(train, whole, HELD_BACK)
+        test = None if test is None else binarised(test, whole, 0)
     elif levels:
-        train = _quantised(train, raw, levels)
-        test = None if test is None else _quantised(test, raw, levels)
+        train = Split(quantised(train.x, whole, levels), train.y)
+        test = None if test is None else Split(quantised(test.x, whole, levels), test.y)
     parts = _divide(raw.name, raw.labels, train, test, sizes, seed)
     count = 2 if binarise else levels or raw.levels
     return Dataset(raw.name, count, raw.labels, **parts, digest=_digest(parts))
@@ -174,21 +183,41 @@ def bernoulli(grey: Pixels, peak: int, generator: np.random.Generator) -> Pixels
     return (generator.random(grey.shape) * peak < grey).astype(np.uint8)
 
 
-def binarised(split: Split, levels: int, draw: int) -> Split:
-    """The split drawn once by Philox(key=(20261122, draw)), ready to be redrawn."""
+def binarised(split: Split, whole: Source, draw: int) -> Split:
+    """The split drawn once by Philox(key=(20261122, draw)), ready to be redrawn.
+
+    Zeros and ones stay as they are.
+
+    Raises:
+        InvalidInput: the source that it is of does not span its levels.
+    """
+    if whole.peak <= 1:
+        return split
+    _require_span(whole)
+    peak = whole.levels - 1
     generator = np.random.Generator(np.random.Philox(key=[BINARISATION, draw]))
-    return Split(bernoulli(split.x, levels - 1, generator), split.y, split.x, levels - 1)
+    return Split(bernoulli(split.x, peak, generator), split.y, split.x, peak)
 
 
-def quantised(x: Pixels, levels: int, fewer: int) -> Pixels:
-    """Pictures of so many levels in fewer, evenly wide ones."""
-    return (x.astype(np.int64) * fewer // levels).astype(np.uint8)
+def quantised(x: Pixels, whole: Source, levels: int) -> Pixels:
+    """Pictures of a source in so many levels, evenly wide; as they are if it has no others.
+
+    Raises:
+        InvalidInput: the source does not span its levels.
+    """
+    if whole.peak < levels:
+        return x
+    _require_span(whole)
+    return (x.astype(np.int64) * levels // whole.levels).astype(np.uint8)
 
 
-def _quantised(split: Split, raw: Source, levels: int) -> Split:
-    if not 2 <= levels <= raw.levels:
-        raise InvalidInput("levels", f"{levels} is not in [2, {raw.levels}], those of {raw.name}")
-    return Split(quantised(split.x, raw.levels, levels), split.y)
+def _require_span(whole: Source) -> None:
+    if whole.peak < whole.levels // 2:
+        raise InvalidInput(
+            whole.name,
+            f"its pixels reach {whole.peak} where white is {whole.levels - 1}: stretch them, or "
+            f"give levels = {whole.peak + 1} to take them as levels",
+        )
 
 
 def _divide(

@@ -323,8 +323,8 @@ class Recipe(_Table):
         """Pictures of a source in so many levels, as the models are taught them."""
         if self.data.binarise:
             none = np.zeros(len(x), np.int64)
-            return data.binarised(data.Split(x, none), raw.levels, 0).x
-        return data.quantised(x, raw.levels, levels)
+            return data.binarised(data.Split(x, none), raw, 0).x
+        return data.quantised(x, raw, levels)
 
     def published(self) -> dict[str, Any]:
         """The recipe as plain values, without the folders of this machine."""

@@ -39,6 +39,11 @@ class Source:
     labels: tuple[str, ...]
     test: tuple[Pixels, Labels] | None = None
 
+    @property
+    def peak(self) -> int:
+        """The largest value that a pixel has, test part included."""
+        return max(int(x.max()) for x in (self.x, *(self.test or ())[:1]))
+
 
 def read(source: str | Path) -> Source:
     """Everything that a source holds.

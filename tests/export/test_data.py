@@ -4,6 +4,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -186,6 +187,30 @@ def test_fewer_levels_are_evenly_wide() -> None:
     assert np.array_equal(found.test.x, raw.test.x.astype(int) * 4 // 17)
 
 
+@pytest.mark.parametrize(
+    ("peak", "options"), [(1, {"levels": 2}), (16, {"levels": 17}), (1, {"binarise": True})]
+)
+def test_what_has_so_few_levels_already_stays(
+    tmp_path: Path, peak: int, options: dict[str, Any]
+) -> None:
+    x = pictures(40) % (peak + 1)
+    y = np.zeros(40, int)
+    np.savez(tmp_path / "set.npz", x_train=x, y_train=y, x_test=x // 2, y_test=y)
+    found = data.load(tmp_path / "set.npz", NO_TEST, **options)
+    assert found.levels == peak + 1 and found.train.grey is None
+    assert np.array_equal(found.test.x, x // 2)
+    assert rows(found.train) <= {picture.tobytes() for picture in x}
+
+
+@pytest.mark.parametrize("options", [{"levels": 16}, {"levels": 2}, {"binarise": True}])
+def test_what_reaches_less_than_half_of_white_is_not_taken_for_grey(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    np.savez(tmp_path / "set.npz", x=pictures(40) % 17, y=np.zeros(40, int))
+    with pytest.raises(InvalidInput, match=r"set: its pixels reach 16 .* levels = 17"):
+        data.load(tmp_path / "set.npz", SIZES, **options)
+
+
 def test_binarisation_is_published_for_held_out_parts_and_fresh_in_training(
     tmp_path: Path,
 ) -> None:
@@ -308,6 +333,8 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
         Sizes(fit=0, calibrate=1, validate=1)
     with pytest.raises(InvalidInput, match=r"not in \[2, 17\]"):
         data.load("digits", SIZES, levels=18)
+    with pytest.raises(InvalidInput, match="4 do not go with binarise"):
+        data.load("digits", SIZES, levels=4, binarise=True)
     with pytest.raises(InvalidInput, match="2 names for the 10"):
         data.load("digits", SIZES, labels=("a", "b"))
     x = pictures(20)
