@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from likely.answers import Acceptance, Doubles, Draws, LabelRule, Labels, Pixels, Verdict
+from likely.bundle import Kind, Role
 from likely.engine import Engine
 from likely_export import measures
 from likely_export.data import Split
@@ -33,12 +34,18 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
     Returns:
         Spearman's rank correlation of log p(x|y) between the two, over pictures under their
         own label, over all labels of a picture, and over all but its own (means over pictures);
-        accuracy, label NLL in nats and calibration error by either rule, of all pictures;
-        how often the two assign one label; the rate of false rejections.
+        accuracy, label NLL in nats, calibration error and log p(x|y) in nats, exact or a bound,
+        by either rule, of all pictures; how often the two assign one label; the rate of false
+        rejections.
     """
     rules = {rule: await engine.classify(part.x, alpha, rule=rule, both=True) for rule in LabelRule}
     answer, rows = rules[LabelRule.GENERATIVE], np.arange(len(part))
     own, composed = answer.log_pxy, answer.composed
+    graphs = engine.manifest.graphs
+    kinds = (
+        "exact" if graphs[role].kind == Kind.EXACT else "bound"
+        for role in (Role.CONDITIONAL, Role.DENSITY)
+    )
     return {
         "pictures": len(part),
         "spearman_of_pictures": measures.rank_correlation(
@@ -55,9 +62,11 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
                     -np.log(np.maximum(found.posterior[rows, part.y], 1e-300))
                 ),
                 "ece": measures.calibration_error(found.posterior, part.y),
-                "log_pxy_nats": measures.mean(values[rows, part.y]),
+                "log_pxy_nats": measures.mean(values[rows, part.y]) | {"kind": kind},
             }
-            for (rule, found), values in zip(rules.items(), (own, composed), strict=True)
+            for (rule, found), values, kind in zip(
+                rules.items(), (own, composed), kinds, strict=True
+            )
         },
         "agree": measures.mean(
             rules[LabelRule.GENERATIVE].label == rules[LabelRule.DISCRIMINATIVE].label

@@ -235,7 +235,7 @@ class _Evaluation:
         n, kept = len(y), taken.verdict == Verdict.ACCEPTED
         doubt, wrong = -taken.posterior.max(1), taken.label != y
         return {
-            "conditional_nll_nats": measures.mean(-taken.log_pxy[rows, y]),
+            "conditional_nll_nats": measures.mean(-taken.log_pxy[rows, y]) | self._kind(),
             "accuracy": measures.mean(taken.label == y),
             "accuracy_of_accepted": measures.mean((taken.label == y)[kept]) if kept.any() else None,
             "label_nll_nats": measures.mean(-np.log(np.maximum(taken.posterior[rows, y], 1e-300))),
@@ -251,6 +251,12 @@ class _Evaluation:
                 f"{alpha:g}": self._label_set(taken.label_p_values, alpha) for alpha in self.alphas
             },
         }
+
+    def _kind(self) -> dict[str, Any]:
+        """What the conditional graph's log p(x|y) is."""
+        graph = self.manifest.graphs[Role.CONDITIONAL]
+        samples = {"importance_samples": graph.importance_samples}
+        return {"kind": graph.kind} | (samples if graph.kind == Kind.IWAE else {})
 
     def _label_set(self, p_values: Doubles, alpha: float) -> dict[str, Any]:
         members = p_values > alpha

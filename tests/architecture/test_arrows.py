@@ -117,7 +117,7 @@ EXPORT = {
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise data judge "
         "material measures numpy"
     ),
-    "composition": "likely.answers likely.engine data judge measures numpy",
+    "composition": "likely.answers likely.bundle likely.engine data judge measures numpy",
     "attribution": "likely.answers likely.graphs likely.noise generated numpy",
     "evaluate": (
         "likely.answers likely.bundle likely.engine likely.graphs attribution baselines "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -98,6 +99,8 @@ def test_bayes_rule_is_compared_where_both_directions_are_known(found: Compariso
     # What a picture's likelihood is in all decides either way; twenty steps teach labels little.
     assert told["spearman_of_pictures"] > 0.5
     assert told["by"]["generative"]["accuracy"]["mean"] > 0.8
+    kinds = {rule: by["log_pxy_nats"]["kind"] for rule, by in told["by"].items()}
+    assert kinds == {"generative": "bound", "discriminative": "exact"}
     drawings = digits["composition"]["drawings"]
     assert set(drawings) == {"acceptance", "own"}
     assert drawings["own"]["draws_a_picture"]["mean"] == 1
@@ -159,3 +162,5 @@ def test_the_page_needs_nothing_else(found: Comparison, tmp_path: Path) -> None:
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
     for name in figures["members"]:
         assert f">{name}<" in path.read_text()
+    own, composed = re.findall(r'<tr><th scope="row">(?:its own|p\(y).*', path.read_text())
+    assert "<small>bound</small>" in own and "bound" not in composed

@@ -71,6 +71,12 @@ def test_alphas_that_are_too_fine_are_named(engine: Engine, data: Dataset) -> No
     assert len(scores.p_value) == len(none.some)
 
 
+def test_what_is_given_the_label_says_which_bound_it_is(engine: Engine, data: Dataset) -> None:
+    made = evaluation(engine, data, (0.1,))
+    told = made._labels(asyncio.run(made._classify(made.test.x)))["conditional_nll_nats"]
+    assert (told["kind"], told["importance_samples"]) == ("iwae", 32)
+
+
 def test_what_combines_statistics_is_part_of_their_cost(engine: Engine, data: Dataset) -> None:
     made = evaluation(engine, data, (0.1,))
 

@@ -284,6 +284,27 @@ def test_standard_errors_are_told_beside_their_figures(whole: str) -> None:
     assert f"{other['auroc']:.4f} ± {other['auroc_standard_error']:.4f}" in headline
 
 
+@pytest.mark.parametrize(
+    ("kind", "samples", "says"),
+    [("exact", 0, ""), ("elbo", 1, "an ELBO"), ("iwae", 4, "an IWAE bound of 4 samples")],
+)
+def test_a_bound_given_the_label_is_told_as_one(kind: str, samples: int, says: str) -> None:
+    graph = {"file": "c.onnx", "inputs": (), "outputs": (), "kind": kind}
+    fields = manifest().model_dump()
+    fields["graphs"]["conditional"] = graph | {"importance_samples": samples}
+    fields["files"]["c.onnx"] = fields["files"]["density.onnx"]
+    shown = material()
+    found = figures(shown) | {
+        "conditional_nll_nats": {"mean": 85.5, "standard_error": 0.25},
+        "conditional_bits_per_dim": {"mean": 2.5, "standard_error": 0.1, "importance_samples": 64},
+    }
+    page = report.page(Manifest.model_validate(fields), found, shown)
+    told = " ".join(Page(page).sections["headline"])
+    assert ("nats given the label, at most" in told) == bool(says)
+    assert f"p(x|y); lower is better{says and '; '}{says} 85.50 ± 0.25" in told
+    assert ("IWAE bound of 64 samples" in told) == bool(says)
+
+
 def test_the_card_says_what_was_compared_and_what_chose(whole: str) -> None:
     card = " ".join(Page(whole).sections["card"])
     assert "0.0001 nats on random pixels, log p(x) by at most 0.0025 nats on 777 test" in card

@@ -113,8 +113,9 @@ def _composed(figures: Mapping[str, Any]) -> View:
                             "cells": [
                                 value(by["accuracy"], "share"),
                                 value(by["label_nll_nats"]),
-                                value(by["log_pxy_nats"]),
                             ],
+                            "nats": value(_measured(by["log_pxy_nats"])),
+                            "kind": by["log_pxy_nats"]["kind"],
                         }
                         for rule, by in told["by"].items()
                     ],

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from likely.bundle import Kind as Likelihood
+from likely.bundle import Role
 from likely_export.corruptions import HARD, PANEL
 from likely_export.report.subject import Subject, View
 from likely_export.report.text import MEASURED, PER_CENT, Kind, flat, told, value, words
@@ -43,7 +45,10 @@ HEADLINES = (
         tile=True,
     ),
     Headline("conditional_nll_nats", "nats given the label", "−log p(x|y); lower is better"),
-    Headline("conditional_bits_per_dim", "bits per dimension given the label", "lower is better"),
+    Headline(
+        "conditional_bits_per_dim", "bits per dimension given the label",
+        "−log₂ p(x|y) a pixel; lower is better",
+    ),
     Headline("accuracy", "accuracy by Bayes' rule", "of the test part", "share", tile=True),
     Headline(
         "accuracy_of_accepted", "accuracy of what is accepted", "at the largest alpha", "share"
@@ -129,13 +134,25 @@ def _rows(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
         if (cnn := subject.measured(f"cnn.{one.path}")) is not None:
             beside = [*beside, {"value": value(cnn, one.kind), "source": CNN}]
         if found is not None or beside:
+            bound = _bound(subject, one.path)
             yield {
-                "title": one.title,
-                "note": one.note,
+                "title": f"{one.title}, at most" if bound else one.title,
+                "note": f"{one.note}; an {bound}" if bound else one.note,
                 "value": "" if found is None else value(found, one.kind),
                 "tile": _tile(found, one.kind) if one.tile and found is not None else None,
                 "anchors": beside,
             }
+
+
+def _bound(subject: Subject, path: str) -> str:
+    """Which bound a figure given the label is; nothing where it is exact, or another figure."""
+    graph = subject.manifest.graphs.get(Role.CONDITIONAL)
+    if graph is None or not path.startswith("conditional_"):
+        return ""
+    if graph.kind in (None, Likelihood.EXACT):
+        return ""
+    found = subject.figure(f"{path}.importance_samples") or graph.importance_samples
+    return f"IWAE bound of {found} samples" if found > 1 else "ELBO"
 
 
 def _separations(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
