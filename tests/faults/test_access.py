@@ -341,6 +341,26 @@ def test_a_certificate_may_bear_a_name_that_is_not_the_address(
 
 
 @pytest.mark.fault(38)
+def test_a_clients_file_that_could_not_be_read_once_is_read_later(
+    authority: Authority, stranger: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(credentials, "LOOK", 0.0)
+    ca = tmp_path / "ca.crt"
+    ca.write_bytes(stranger.ca.read_bytes())
+    held = credentials.Credentials(ca, None, None)
+    before = held.edition()
+    ca.write_bytes(authority.ca.read_bytes() + b"\n")
+
+    def hindered(path: Path) -> bytes:
+        raise OSError(f"{path}: too many open files")
+
+    with monkeypatch.context() as hindrance:
+        hindrance.setattr(Path, "read_bytes", hindered)
+        assert held.edition() == before
+    assert held.edition() == before + 1
+
+
+@pytest.mark.fault(38)
 def test_a_client_shows_and_believes_what_its_files_hold_now(
     running: Running,
     authority: Authority,

@@ -12,7 +12,7 @@ import grpc
 from likely import codec
 from likely.answers import ModelVersion
 from likely.client.channels import Address, File, Route, Token
-from likely.client.line import positive, told
+from likely.client.line import as_error, positive
 from likely.v1 import admin_pb2
 from likely.v1.admin_pb2_grpc import AdminServiceStub
 
@@ -171,4 +171,4 @@ class AdminClient:
         try:
             return call(request, timeout=self._timeout, metadata=self._route.metadata())
         except grpc.RpcError as failure:
-            raise told(failure, self._address, _START) from failure
+            raise as_error(failure, self._address, _START) from failure

@@ -43,7 +43,7 @@ class Credentials:
     def edition(self) -> int:
         """Grows when the files hold something else; they are looked at once a second.
 
-        Files that cannot be used leave what was read before.
+        Files that cannot be used leave what was read before, until they can.
         """
         with self._looking:
             if time.monotonic() >= self._next:
@@ -60,12 +60,12 @@ class Credentials:
         marks = self._marks()
         if marks == self._seen:
             return
-        self._seen = marks
         try:
             held = self._read()
             self._check()
-        except (OSError, SettingsError):
+        except (OSError, SettingsError):  # tried again at every look
             return
+        self._seen = marks
         if held != self._held:
             self._held = held
             self._edition += 1

@@ -102,13 +102,13 @@ class Line:
         try:
             yield
         except grpc.RpcError as failure:
-            error = told(failure, self._where)
+            error = as_error(failure, self._where)
             if isinstance(error, InvalidInput):  # it may have been asked by what is old
                 self._catalogue.clear()
             raise error from failure
 
 
-def told(failure: Any, address: str, start: str = "likely serve") -> LikelyError:
+def as_error(failure: Any, address: str, start: str = "likely serve") -> LikelyError:
     """The error that a failed call tells of, be it that nobody answers there.
 
     Args:

@@ -34,8 +34,8 @@ def options(settings: Settings, shared: bool) -> list[tuple[str, Any]]:
         # Where a machine or a network is gone, nothing tells: its requests would wait for hours.
         ("grpc.keepalive_time_ms", round(1000 * SILENCE)),
         ("grpc.keepalive_timeout_ms", round(1000 * ANSWER)),
-        ("grpc.http2.ping_timeout_ms", round(1000 * ANSWER)),  # of gRPC's own pings, of which one
-        # that is on its way stands for the one that would be sent
+        # Where a ping of gRPC's own is on its way, no other is sent: it has to be as quick.
+        ("grpc.http2.ping_timeout_ms", round(1000 * ANSWER)),
         ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * PINGS)),
         ("grpc.keepalive_permit_without_calls", 1),
         *(aged if settings.connection_seconds else []),
