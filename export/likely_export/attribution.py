@@ -7,7 +7,7 @@ import numpy as np
 from likely import noise
 from likely.answers import Doubles, Floats, Labels, Pixels
 from likely.graphs import Array, Session
-from likely_export.generated import batched
+from likely_export import passes
 
 PATCH, STRIDE = 4, 2
 
@@ -20,7 +20,7 @@ def by_pixel(session: Session, x: Pixels, pair: Labels) -> Floats:
         x: uint8 (n, c, h, w).
         pair: int64 (n, 2), the first label and the second.
     """
-    maps, each = batched(session, _feeds(session, x), "surprise"), np.arange(len(x))
+    maps, each = passes.column(session, _feeds(session, x), "surprise"), np.arange(len(x))
     found: Floats = maps[each, pair[:, 1]] - maps[each, pair[:, 0]]
     return found
 
@@ -63,7 +63,7 @@ def by_occlusion(
 
 
 def _log_ratio(session: Session, x: Pixels, pair: Labels) -> Doubles:
-    log_pxy = batched(session, _feeds(session, x), "log_pxy").astype(np.float64)
+    log_pxy = passes.column(session, _feeds(session, x), "log_pxy").astype(np.float64)
     found: Doubles = np.subtract(*np.take_along_axis(log_pxy, pair, 1).T)
     return found
 

@@ -25,13 +25,14 @@ from likely.bundle import Bundle, Manifest, Role
 from likely.engine import Engine
 from likely.errors import InvalidInput
 from likely.graphs import Device, Session
-from likely_export import composition, families, features, measures
+from likely_export import composition, families, features, measures, passes
 from likely_export.composition import SURE, noise_pictures
-from likely_export.data import Dataset, Split
+from likely_export.data import Dataset, Split, spread
 from likely_export.evaluate import BOUND, EVALUATION
-from likely_export.generated import BATCH, SEED, batched
+from likely_export.generated import SEED, drawing_graphs, labels_drawn
 from likely_export.graphs import example
 from likely_export.judge import Judge, taught
+from likely_export.passes import BATCH
 from likely_export.train import Model
 
 Inputs = npt.NDArray[np.floating]
@@ -106,8 +107,7 @@ def compare(
     _require_alike(opened, data)
     judge = taught(data.train.x, data.train.y, data.levels, len(data.labels), steps=sizes.steps)
     outside = _outside(data, others or {}, sizes.outside)
-    # Every k-th picture, not the first: files need not be in random order.
-    test = data.test.take(np.arange(0, len(data.test), max(1, len(data.test) // sizes.test)))
+    test = data.test.some(sizes.test)
     members: dict[str, Any] = {}
     drawn: dict[str, Pixels] = {}
     for bundle in opened:
@@ -142,7 +142,7 @@ def _outside(data: Dataset, others: Mapping[str, Pixels], most: int) -> dict[str
     """Pictures that no label of the data fits."""
     noise = noise_pictures(data.shape, data.levels, most)["uniform"]
     made = {"noise": noise, "blank": np.zeros((1, *data.shape), np.uint8)}
-    return made | {name: x[:: max(1, len(x) // most)][:most] for name, x in others.items()}
+    return made | {name: x[spread(len(x), most)] for name, x in others.items()}
 
 
 class _Member:
@@ -212,7 +212,7 @@ class _Member:
             found[GENERATIVE] = (await engine.classify(x, ALPHA)).posterior
         if Role.DISCRIMINATE in self.manifest.graphs:
             session = self._session(Role.DISCRIMINATE)
-            log_pyx = batched(session, {"x": x}, "log_pyx").astype(np.float64)
+            log_pyx = passes.column(session, {"x": x}, "log_pyx").astype(np.float64)
             found[DISCRIMINATIVE] = bayes.posterior(log_pyx, np.ones(log_pyx.shape[1]))
         return found
 
@@ -230,11 +230,9 @@ class _Member:
         return found
 
     async def _draws(self, engine: Engine) -> dict[str, Any]:
-        graphs = self.manifest.graphs
-        graph = graphs.get(Role.SAMPLE) or graphs.get(Role.GENERATE)
-        if graph is None:
+        if not drawing_graphs(self.manifest):
             return {"draws": "nothing"}
-        labels = len(self.manifest.labels) if graph.input("y") is not None else 0
+        labels = labels_drawn(self.manifest)
         each = self.sizes.drawn // max(1, labels)
         x, y = [], []
         for label in range(labels) if labels else (None,):
@@ -257,8 +255,7 @@ class _Member:
         graphs = self.manifest.graphs
         found: dict[str, Any] = {}
         if {Role.DENSITY, Role.CONDITIONAL, Role.DISCRIMINATE} <= set(graphs):
-            most = min(len(self.test), self.sizes.composed)
-            part = self.test.take(np.linspace(0, len(self.test) - 1, most).astype(int))
+            part = self.test.some(self.sizes.composed)
             found["likelihoods"] = await composition.likelihoods(engine, part, ALPHA)
         if {Role.SAMPLE, Role.DISCRIMINATE} <= set(graphs):
             each = max(1, self.sizes.accepted // len(self.manifest.labels))
@@ -320,11 +317,10 @@ class _Member:
 def learns(manifest: Manifest) -> list[str]:
     """The distributions that a bundle gives, as one writes them, and whether it has features."""
     graphs = manifest.graphs
-    labelled = [graphs[role].input("y") for role in (Role.SAMPLE, Role.GENERATE) if role in graphs]
-    drawn_by_label = any(spec is not None for spec in labelled)
+    by_label, draws = labels_drawn(manifest) > 0, len(drawing_graphs(manifest)) > 0
     return [
-        *(["p(x)"] if Role.DENSITY in graphs or (labelled and not drawn_by_label) else []),
-        *(["p(x|y)"] if Role.CONDITIONAL in graphs or drawn_by_label else []),
+        *(["p(x)"] if Role.DENSITY in graphs or (draws and not by_label) else []),
+        *(["p(x|y)"] if Role.CONDITIONAL in graphs or by_label else []),
         *(["p(y|x)"] if Role.DISCRIMINATE in graphs else []),
         *(["features"] if Role.ENCODE in graphs else []),
     ]

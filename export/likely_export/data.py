@@ -29,6 +29,15 @@ BINARISATION = 20261122
 HELD_BACK = 1 << 32  # streams of the training part, far from the draws of the test part
 
 
+def spread(n: int, most: int) -> npt.NDArray[np.int64]:
+    """The places of at most so many of n, evenly far apart, int64 (min(n, most),).
+
+    The first ones would be no sample: files need not be in random order.
+    """
+    size = min(n, most)
+    return np.arange(size) * n // max(1, size)
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """One part of a data set.
@@ -53,6 +62,10 @@ class Split:
         """The pictures of those rows, in that order."""
         grey = None if self.grey is None else self.grey[rows]
         return Split(self.x[rows], self.y[rows], grey, self.peak)
+
+    def some(self, most: int) -> Split:
+        """At most so many pictures, from all over this part."""
+        return self.take(spread(len(self), most))
 
     def redraw(self, rows: npt.NDArray[np.integer], generator: np.random.Generator) -> Pixels:
         """Pictures uint8 (len(rows), c, h, w), binarised afresh where `x` is a draw."""

@@ -27,16 +27,18 @@ from likely.answers import (
 from likely.bundle import Bundle, Kind, Manifest, Role, write_manifest
 from likely.engine import Engine
 from likely.graphs import Device, Session
-from likely_export import attribution, baselines, corruptions, costs, measures, report
-from likely_export.data import Dataset, bernoulli
-from likely_export.generated import BATCH, SEED, Drawing, Sizes, batched
+from likely_export import attribution, baselines, corruptions, costs, measures, passes, report
+from likely_export.data import Dataset, bernoulli, spread
+from likely_export.generated import SEED, Drawing, Sizes
 from likely_export.judge import Judge, taught
 from likely_export.material import INLIERS, Compared, Explained, Labelled, Material, Sets
+from likely_export.passes import BATCH
 
 EVALUATION, REPORT = "evaluation.json", "report.html"
 BOUND = "bound_nats"  # of a model whose bundle has no graph that gives log p(x)
 BINARISATIONS = 3
 BOUND_SAMPLES = 64
+TYPICAL = 1000  # training pictures whose median a patch is replaced by
 
 
 def evaluate(
@@ -101,15 +103,9 @@ class _Evaluation:
         self.alphas = [alpha for alpha in alphas if alpha >= finest]
         self.left_out = [alpha for alpha in alphas if alpha < finest]
         self.largest = max(self.alphas, default=finest)
-        # Every k-th picture, not the first: files need not be in random order.
-        step = max(1, len(data.test) // sizes.test)
-        self.test = data.test.take(np.arange(0, len(data.test), step))
-        every = max(1, len(self.test) // sizes.outliers)
-        self.some = self.test.x[::every]
-        self.others = {
-            name: pictures[:: max(1, len(pictures) // sizes.outliers)][: sizes.outliers]
-            for name, pictures in others.items()
-        }
+        self.test = data.test.some(sizes.test)
+        self.some = self.test.some(sizes.outliers).x
+        self.others = {name: x[spread(len(x), sizes.outliers)] for name, x in others.items()}
 
     async def run(self) -> tuple[dict[str, Any], Material]:
         """Everything, in the order of the report."""
@@ -303,15 +299,15 @@ class _Evaluation:
         if eps is None:
             return {}
         session = Session(self.bundle.graph(Role.CONDITIONAL), graph, Device("cpu"))
-        every = max(1, len(self.test) // self.sizes.bound)
-        part = self.test.take(np.arange(0, len(self.test), every))
+        part = self.test.some(self.sizes.bound)
         calls = max(1, BOUND_SAMPLES // graph.importance_samples)
         rows = np.arange(len(part))
         bounds = []
         for call in range(calls):
             generator = np.random.Generator(np.random.Philox(key=[SEED, call]))
             noises = generator.standard_normal(eps.array_shape(len(part)), dtype=np.float32)
-            bounds.append(batched(session, {"x": part.x, "eps": noises}, "log_pxy")[rows, part.y])
+            log_pxy = passes.column(session, {"x": part.x, "eps": noises}, "log_pxy")
+            bounds.append(log_pxy[rows, part.y])
         bound = np.logaddexp.reduce(np.array(bounds, np.float64), axis=0) - np.log(calls)
         bits = -bound / (self.manifest.dimensions * np.log(2))
         told = {"importance_samples": calls * graph.importance_samples, "test_size": len(part)}
@@ -320,8 +316,8 @@ class _Evaluation:
     async def _mixed(self, judge: Judge, taken: Classifications) -> dict[str, Any]:
         """Classification with as many outliers mixed in; to accept one is an error.
 
-        Beside the bundle, the largest softmax of a convolutional network that learnt from
-        the same pictures.
+        Of a larger set as many pictures are taken as the test part has. Beside the bundle, the
+        largest softmax of a convolutional network that learnt from the same pictures.
         """
         y, own = self.test.y, judge.posterior(self.test.x)
         right, sure = own.argmax(1) == y, own.max(1)
@@ -341,7 +337,8 @@ class _Evaluation:
             "mixed": {},
         }
         for name, x in self.others.items():
-            rows = np.linspace(0, len(self.test) - 1, len(x)).astype(int)
+            rows = spread(len(self.test), len(x))
+            x = x[spread(len(x), len(rows))]
             outside = await self._classify(x)
             ours = measures.open_set(
                 self._doubt(taken)[rows], (taken.label == y)[rows], self._doubt(outside)
@@ -363,7 +360,7 @@ class _Evaluation:
 
     async def _explained(self, taken: Classifications | None) -> Explained | None:
         """Where two labels come closest, there is most to explain; else pictures of all kinds."""
-        rows = np.linspace(0, len(self.test) - 1, self.sizes.examples).astype(int)
+        rows = spread(len(self.test), self.sizes.examples)
         compared = taken is not None and taken.posterior.shape[1] > 1
         if taken is not None and compared:
             closest = np.sort(taken.posterior, 1)
@@ -380,8 +377,7 @@ class _Evaluation:
             found = attribution.by_pixel(session, x, pair)
             sums = found.sum((1, 2, 3), dtype=np.float64)
             return Explained(x, surprise, Compared(pair, sums, found))
-        some = self.data.train.x[:: max(1, len(self.data.train) // 1000)]
-        typical = np.median(some, 0).astype(np.uint8)
+        typical = np.median(self.data.train.some(TYPICAL).x, 0).astype(np.uint8)
         ratios, found = attribution.by_occlusion(session, x, pair, typical)
         return Explained(x, surprise, Compared(pair, ratios, found, attribution.PATCH))
 
@@ -401,5 +397,4 @@ def _panel(sets: Mapping[str, Sets], outliers: Mapping[str, Any]) -> dict[str, f
 
 
 def _set(x: Pixels, scores: Scores, examples: int) -> Sets:
-    shown = np.linspace(0, len(x) - 1, min(examples, len(x))).astype(int)
-    return Sets(x[shown], -scores.log_px, scores.unusualness, scores.p_value)
+    return Sets(x[spread(len(x), examples)], -scores.log_px, scores.unusualness, scores.p_value)

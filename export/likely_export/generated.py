@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,14 @@ import numpy as np
 
 from likely import noise
 from likely.answers import Doubles, Labels, Pixels, SelfCheck
-from likely.bundle import Bundle, Graph, Role
+from likely.bundle import Bundle, Graph, Manifest, Role
 from likely.engine import Engine
 from likely.graphs import Array, Device, Session
-from likely_export import measures
-from likely_export.data import Dataset, Split
+from likely_export import measures, passes
+from likely_export.data import Dataset, Split, spread
 from likely_export.judge import Judge, taught
 from likely_export.material import Completed
 
-BATCH = 16
 SEED = 20261122
 COMPLETED = 6
 MOST_DRAWS = 8  # of a picture that checks itself
@@ -46,10 +45,23 @@ class Sizes:
     examples: int = 12
 
 
+def drawing_graphs(manifest: Manifest) -> list[Graph]:
+    """The graphs that pictures are drawn with; none of a bundle that draws nothing."""
+    graphs = manifest.graphs
+    return [graphs[role] for role in (Role.SAMPLE, Role.GENERATE) if role in graphs]
+
+
+def labels_drawn(manifest: Manifest) -> int:
+    """How many labels a picture can be drawn of; 0 where all are drawn from p(x)."""
+    takes_label = any(graph.input("y") is not None for graph in drawing_graphs(manifest))
+    return len(manifest.labels) if takes_label else 0
+
+
 class Drawing:
     """What a bundle draws, and what it is worth.
 
     Attributes:
+        labels: how many can be asked for.
         examples: uint8 (labels, k, c, h, w), a few draws of each label; None before `figures`,
             or if the bundle draws nothing.
         nearest: uint8 (k, 2, c, h, w), draws beside their nearest training pictures; likewise.
@@ -67,28 +79,32 @@ class Drawing:
         """What `engine` draws from `bundle`; `judge` names labels independently."""
         self.bundle, self.engine, self.data, self.test = bundle, engine, data, test
         self.manifest, self.sizes, self.judge = bundle.manifest, sizes, judge
+        self.labels = labels_drawn(self.manifest)
         self.examples: Pixels | None = None
         self.nearest: Pixels | None = None
 
     async def figures(self, alphas: Sequence[float]) -> dict[str, Any]:
         """Everything about draws, for JSON; nothing where the bundle draws nothing."""
-        if not {Role.SAMPLE, Role.GENERATE} & set(self.manifest.graphs):
+        if not drawing_graphs(self.manifest):
             return {}
         x, y, _ = await self._draw(None)
-        labels = range(int(y.max()) + 1)
-        self.examples = np.stack([x[y == label][: self.sizes.examples] for label in labels])
-        found = self._taught(x, y)
-        if self.judge is not None and Role.CONDITIONAL in self.manifest.graphs and alphas:
-            found |= await self._checked(SelfCheck(alpha=min(alphas), max_draws=MOST_DRAWS))
+        groups = [x[y == label] for label in range(int(y.max()) + 1)]
+        self.examples = np.stack([group[: self.sizes.examples] for group in groups])
+        found: dict[str, Any] = {}
+        if self.labels and self.judge is not None and self.sizes.drawn:
+            found |= self._taught(self.judge, x, y)
+            if Role.CONDITIONAL in self.manifest.graphs and alphas:
+                check = SelfCheck(alpha=min(alphas), max_draws=MOST_DRAWS)
+                found |= await self._checked(self.judge, check)
         found |= self._own_surprise(len(x))
-        self.nearest, found["memorisation"] = self._memorised(x)
+        self.nearest, found["memorisation"] = self._memorised(groups)
         return found
 
     async def completed(self) -> Completed | None:
         """A few test pictures with a part hidden, and drawn again."""
         if Role.SAMPLE not in self.manifest.graphs:
             return None
-        x = self.test.x[:: max(1, len(self.test) // COMPLETED)][:COMPLETED]
+        x = self.test.some(COMPLETED).x
         known = np.zeros(x.shape, bool)
         h = x.shape[2]
         known[::2, :, : h // 2] = True  # the upper half is given, or the upper two thirds
@@ -99,49 +115,42 @@ class Drawing:
 
     async def _draw(self, check: SelfCheck | None) -> tuple[Pixels, Labels, Labels]:
         """Pictures in turn of every label, or of none; their labels, and draws each took."""
-        labels = max(1, len(self.manifest.labels))
-        each = max(self.sizes.examples, self.sizes.drawn // labels)
+        asked: list[int] | list[None] = list(range(self.labels)) or [None]
+        each = max(self.sizes.examples, self.sizes.drawn // len(asked))
         pictures, named, draws = [], [], []
-        for y in range(labels):
-            label = y if self.manifest.labels else None
-            first = y * each
+        for y, label in enumerate(asked):
             async for chunk in self.engine.generate(
-                label, each, SEED, first_index=first, check=check
+                label, each, SEED, first_index=y * each, check=check
             ):
                 pictures.append(chunk.images)
                 named.append(np.full(len(chunk.images), y))
                 draws.append(chunk.draws)
         return np.concatenate(pictures), np.concatenate(named), np.concatenate(draws)
 
-    def _taught(self, x: Pixels, y: Labels) -> dict[str, Any]:
+    def _taught(self, judge: Judge, x: Pixels, y: Labels) -> dict[str, Any]:
         """Whether draws show their label, and whether they teach it."""
-        if self.judge is None or not self.sizes.drawn:
-            return {}
         names = [label.name for label in self.manifest.labels]
         pupil = taught(x, y, self.manifest.levels, len(names), steps=self.sizes.steps)
         learnt = pupil.posterior(self.test.x).argmax(1) == self.test.y
         return {
-            **self._faithful(x, y),
+            **self._faithful(judge, x, y),
             "train_on_draws_accuracy": measures.mean(learnt),
             **measures.by_label("train_on_draws_accuracy_by_label", learnt, self.test.y, names),
         }
 
-    async def _checked(self, check: SelfCheck) -> dict[str, Any]:
-        """The same of draws that check themselves, and what that costs."""
-        if not self.sizes.drawn:
-            return {}
+    async def _checked(self, judge: Judge, check: SelfCheck) -> dict[str, Any]:
+        """Whether draws that check themselves show their label, and what that costs."""
         x, y, draws = await self._draw(check)
         return {
             "self_checked": {
                 "alpha": check.alpha,
-                **self._faithful(x, y),
+                **self._faithful(judge, x, y),
                 "draws_a_picture": measures.mean(draws),
             }
         }
 
-    def _faithful(self, x: Pixels, y: Labels) -> dict[str, Any]:
-        assert self.judge is not None
-        shown = self.judge.posterior(x).argmax(1) == y
+    def _faithful(self, judge: Judge, x: Pixels, y: Labels) -> dict[str, Any]:
+        shown = judge.posterior(x).argmax(1) == y
         names = [label.name for label in self.manifest.labels]
         return {
             "faithfulness": measures.mean(shown),
@@ -164,10 +173,10 @@ class Drawing:
         }
         if spec.input("y") is not None:
             feeds["y"] = np.full(n, len(self.manifest.labels), np.int64)
-        drawn = batched(session, feeds, "x")
+        drawn = passes.column(session, feeds, "x")
         density = self.manifest.graphs[Role.DENSITY]
         seen = Session(self.bundle.graph(Role.DENSITY), density, Device("cpu"))
-        statistics = batched(seen, {"x": drawn}, "statistics").astype(np.float64)
+        statistics = passes.column(seen, {"x": drawn}, "statistics").astype(np.float64)
         ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
         surprise = statistics[:, ends["surprise"] - 1]
         entropy = statistics[:, ends["entropy"] - 1]
@@ -180,16 +189,19 @@ class Drawing:
             }
         }
 
-    def _memorised(self, x: Pixels) -> tuple[Pixels, dict[str, Any]]:
-        """Draws beside their nearest training pictures, and whether they lie too near."""
-        rows = np.linspace(0, len(x) - 1, min(len(x), COMPARED)).astype(int)
-        held = self.test.x[np.linspace(0, len(self.test) - 1, len(rows)).astype(int)]
-        near, distance = _nearest(x[rows], self.data.train.x)
+    def _memorised(self, groups: Sequence[Pixels]) -> tuple[Pixels, dict[str, Any]]:
+        """Draws beside their nearest training pictures, and whether they lie too near.
+
+        Of each label as many test pictures are compared with as draws: some labels' pictures
+        lie nearer to each other than others'.
+        """
+        drawn, held = self._compared(groups)
+        near, distance = _nearest(drawn, self.data.train.x)
         _, usual = _nearest(held, self.data.train.x)
-        shown = np.linspace(0, len(rows) - 1, self.sizes.examples).astype(int)
-        pairs = np.stack([x[rows][shown], self.data.train.x[near[shown]]], 1)
+        shown = spread(len(drawn), self.sizes.examples)
+        pairs = np.stack([drawn[shown], self.data.train.x[near[shown]]], 1)
         return pairs, {
-            "draws": len(rows),
+            "draws": len(drawn),
             "test_size": len(held),
             "distance_of_draws": measures.mean(distance),
             "distance_of_test": measures.mean(usual),
@@ -199,15 +211,18 @@ class Drawing:
             ),
         }
 
-
-def batched(session: Session, feeds: Mapping[str, Array], output: str) -> Array:
-    """One output of a graph for all rows of its inputs, a small batch at a time."""
-    n = len(next(iter(feeds.values())))
-    parts = [
-        {name: np.ascontiguousarray(feed[at : at + BATCH]) for name, feed in feeds.items()}
-        for at in range(0, n, BATCH)
-    ]
-    return np.concatenate([session.run(part, [output])[0] for part in parts])
+    def _compared(self, groups: Sequence[Pixels]) -> tuple[Pixels, Pixels]:
+        """Draws and test pictures, as many of each label, or of all where draws have none."""
+        y = self.test.y
+        own = [self.test.x[y == label] for label in range(len(groups))]
+        if not self.labels:
+            own = [self.test.x]
+        drawn, held = [], []
+        for ours, theirs in zip(groups, own, strict=True):
+            size = min(len(ours), len(theirs), max(1, COMPARED // len(groups)))
+            drawn.append(ours[spread(len(ours), size)])
+            held.append(theirs[spread(len(theirs), size)])
+        return np.concatenate(drawn), np.concatenate(held)
 
 
 def _nearest(x: Pixels, among: Pixels) -> tuple[Labels, Doubles]:

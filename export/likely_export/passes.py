@@ -20,7 +20,7 @@ def session(folder: Path, exported: Exported) -> Session:
 
 def rows(session: Session, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
     """These outputs, each of all rows of the feeds (n, ...)."""
-    n = len(feeds["x"])
+    n = len(next(iter(feeds.values())))
     parts = [
         session.run(
             {name: np.ascontiguousarray(feed[at : at + BATCH]) for name, feed in feeds.items()},
@@ -29,3 +29,9 @@ def rows(session: Session, feeds: Mapping[str, Array], outputs: Sequence[str]) -
         for at in range(0, n, BATCH)
     ]
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+
+
+def column(session: Session, feeds: Mapping[str, Array], output: str) -> Array:
+    """One output of all rows of the feeds (n, ...)."""
+    (found,) = rows(session, feeds, [output])
+    return found

@@ -31,8 +31,9 @@ from likely.errors import InvalidInput
 from likely_export import data, sources
 from likely_export.attributes import ATTRIBUTES
 from likely_export.calibrate import FOLDS, PartConfig
-from likely_export.corruptions import CHOOSING
+from likely_export.corruptions import CHOOSING, HARD, PANEL
 from likely_export.families import GIVEN_BY_DATA, family
+from likely_export.material import INLIERS
 from likely_export.optimisers import Precision, Training
 from likely_export.sources import Source
 from likely_export.statistics import STATISTICS
@@ -185,6 +186,13 @@ class Evaluation(_Table):
 
     others: dict[Name, str] = {}
     anchors: tuple[Anchor, ...] = ()
+
+    @field_validator("others")
+    @classmethod
+    def _named_like_no_set_of_ours(cls, others: dict[Name, str]) -> dict[Name, str]:
+        if taken := [name for name in others if name in {INLIERS, *PANEL, *HARD}]:
+            raise ValueError(f"{taken[0]} is the name of a set of every report: choose another")
+        return others
 
 
 class Recipe(_Table):
