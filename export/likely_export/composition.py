@@ -33,7 +33,8 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
 
     Returns:
         Spearman's rank correlation of log p(x|y) between the two, over pictures under their
-        own label, over all labels of a picture, and over all but its own (means over pictures);
+        own label, over all labels of a picture, and over all but its own (means over pictures;
+        None of fewer than two);
         accuracy, label NLL in nats, calibration error and log p(x|y) in nats, exact or a bound,
         by either rule, of all pictures; how often the two assign one label; the rate of false
         rejections.
@@ -51,9 +52,9 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
         "spearman_of_pictures": measures.rank_correlation(
             own[rows, part.y], composed[rows, part.y]
         ),
-        "spearman_of_labels": measures.mean(_row_correlations(own, composed)),
-        "spearman_of_other_labels": measures.mean(
-            _row_correlations(_others(own, part.y), _others(composed, part.y))
+        "spearman_of_labels": _row_correlation(own, composed),
+        "spearman_of_other_labels": _row_correlation(
+            _others(own, part.y), _others(composed, part.y)
         ),
         "by": {
             rule.name.lower(): {
@@ -169,6 +170,9 @@ def _others(values: Doubles, y: Labels) -> Doubles:
     return values[np.arange(labels) != y[:, None]].reshape(n, labels - 1)
 
 
-def _row_correlations(a: Doubles, b: Doubles) -> Doubles:
-    """Spearman's rank correlation within each row, (n,)."""
-    return np.array([measures.rank_correlation(*pair) for pair in zip(a, b, strict=True)])
+def _row_correlation(a: Doubles, b: Doubles) -> dict[str, float] | None:
+    """Spearman's rank correlation within rows, their mean; None where one value has no order."""
+    if a.shape[1] < 2:
+        return None
+    pairs = zip(a, b, strict=True)
+    return measures.mean(np.array([measures.rank_correlation(*pair) for pair in pairs]))

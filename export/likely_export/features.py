@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.base import ClassifierMixin
 from sklearn.decomposition import PCA
+from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 
 from likely.answers import Labels, Pixels
@@ -210,8 +212,10 @@ def _traversed(
     return np.concatenate(asyncio.run(all_of_them()))
 
 
-def _fitted(z: npt.NDArray[np.floating], y: Labels, strength: float) -> LogisticRegression:
-    return LogisticRegression(C=strength, max_iter=300, tol=1e-3).fit(z, y)
+def _fitted(z: npt.NDArray[np.floating], y: Labels, strength: float) -> ClassifierMixin:
+    one = len(np.unique(y)) == 1  # then a regression has nothing to tell apart
+    model = DummyClassifier() if one else LogisticRegression(C=strength, max_iter=300, tol=1e-3)
+    return model.fit(z, y)
 
 
 def flat(x: Pixels) -> npt.NDArray[np.float32]:

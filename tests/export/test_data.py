@@ -13,7 +13,7 @@ from PIL import Image
 
 from likely.errors import InvalidInput
 from likely_export import data, sources
-from likely_export.data import PARTS, Sizes, Split
+from likely_export.data import PARTS, Sizes, Split, spread
 
 SIZES = Sizes(fit=4, calibrate=5, validate=3, test=6)
 NO_TEST = Sizes(fit=4, calibrate=5, validate=3)
@@ -34,6 +34,12 @@ def idx(array: npt.NDArray[np.uint8]) -> bytes:
 
 def rows(split: Split) -> set[bytes]:
     return {picture.tobytes() for picture in split.x}
+
+
+def test_some_of_many_are_taken_from_all_over_them() -> None:
+    assert spread(10_000, 2_000).tolist() == list(range(0, 10_000, 5))
+    assert spread(3_000, 2_000).max() >= 2_998 and len(set(spread(3_000, 2_000))) == 2_000
+    assert spread(3, 5).tolist() == [0, 1, 2] and not len(spread(0, 5))
 
 
 def test_the_digits_are_divided_into_five_disjoint_parts() -> None:

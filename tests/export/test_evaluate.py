@@ -21,6 +21,7 @@ from likely_export.corruptions import PANEL
 from likely_export.data import Dataset
 from likely_export.evaluate import _Evaluation
 from likely_export.generated import Sizes
+from likely_export.judge import Judge
 from likely_export.material import INLIERS, Sets
 
 FOLDER = Path("bundles/digits")
@@ -88,6 +89,17 @@ def test_what_combines_statistics_is_part_of_their_cost(engine: Engine, data: Da
 
     found = costs.measure(Bundle.open(FOLDER), slow, data.test.x[:16])
     assert found["statistics_cost"] > found["combination_cost"] > 5
+
+
+def test_of_a_larger_set_as_many_are_mixed_in_as_there_are_test_pictures(
+    engine: Engine, data: Dataset
+) -> None:
+    x = data.train.x[:100, :, ::-1].copy()
+    sizes = Sizes(test=60, outliers=100)
+    made = _Evaluation(Bundle.open(FOLDER), engine, data, (0.1,), {"turned": x}, sizes)
+    judge = Judge(data.shape, data.levels, len(data.labels))
+    found = asyncio.run(made._mixed(judge, asyncio.run(made._classify(made.test.x))))
+    assert found["mixed"]["turned"]["size"] == 60
 
 
 def test_the_figures_of_sets_have_errors_and_the_panel_those_of_its_own(
