@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
 
 from likely.bundle import Bundle
 from likely.errors import InvalidInput
-from likely.outliers import Detector, benjamini_hochberg
+from likely.outliers import Detector, Mixture, Neighbours, benjamini_hochberg
 
 if TYPE_CHECKING:
     from tests.conftest import Toy
@@ -64,6 +66,36 @@ def test_a_score_has_the_same_bits_in_whatever_company(bundle: str) -> None:
         parts = np.split(np.arange(67), range(size, 67, size))
         apart = np.concatenate([detector.score(statistics[i], label[i]) for i in parts])
         assert np.array_equal(apart, together)
+
+
+@pytest.mark.parametrize("bank", [3, 40, 85, 4000])
+def test_neighbours_are_the_nearest_of_the_whole_bank(bank: int) -> None:
+    rng, count = np.random.default_rng(5), 3
+    centre, whitening, known = (
+        rng.normal(size=4),
+        rng.normal(size=(4, 4)),
+        rng.normal(size=(bank, 4)),
+    )
+    known[bank // 2 :] = known[: bank - bank // 2]  # and ties
+    part = Neighbours(np.arange(4.0)[::-1], centre, whitening, known, np.array(count))
+    normal = rng.normal(size=(21, 4))
+    v = (normal[:, ::-1] - centre) @ whitening
+    apart = np.sort(np.linalg.norm(v[:, None] - known, axis=2), 1)[:, :count].mean(1)
+    assert part(normal, np.zeros(21, np.int64)) == pytest.approx(apart, rel=1e-9)
+
+
+def test_a_mixture_gives_minus_its_log_density() -> None:
+    rng, terms, r = np.random.default_rng(6), 5, 3
+    roots = rng.normal(size=(terms, r, r)) + 2 * np.eye(r)
+    means, weights = rng.normal(size=(terms, r)), rng.dirichlet(np.ones(terms))
+    offsets = np.log(weights) + np.linalg.slogdet(roots)[1] - r / 2 * np.log(2 * np.pi)
+    part = Mixture(np.arange(3.0), np.zeros(r), np.eye(r), means, roots, offsets)
+    normal = rng.normal(size=(11, r))
+    each = [
+        np.log(weight) + multivariate_normal(mean, np.linalg.inv(root @ root.T)).logpdf(normal)
+        for weight, mean, root in zip(weights, means, roots, strict=True)
+    ]
+    assert part(normal, np.zeros(11, np.int64)) == pytest.approx(-logsumexp(each, axis=0))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 2.0, 0.0049, float("nan"), float("inf")])
