@@ -16,6 +16,8 @@ Labels = npt.NDArray[np.int64]
 Verdicts = npt.NDArray[np.int8]
 Accepted = npt.NDArray[np.bool_]
 
+VERSION_LABELS = ("stable", "canary")  # which name versions, and are none themselves
+
 
 class Verdict(IntEnum):
     """What is decided about one picture; the numbers are those of the wire contract."""

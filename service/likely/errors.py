@@ -66,6 +66,10 @@ class ModelNotFound(LikelyError, LookupError):
         super().__init__(message)
         self.resource = resource
 
+    def __reduce__(self) -> tuple[type[ModelNotFound], tuple[str, str]]:
+        """Rebuilt from both arguments where it crosses a process."""
+        return type(self), (self.resource, str(self))
+
 
 class NotAnswered(LikelyError):
     """The model has no graph for this question."""

@@ -212,7 +212,7 @@ WITHIN = {
         "feeds": "ledger plans",
         "blocking": "catalogue channels feeds line plans values",
         "asynchronous": "catalogue channels feeds line plans values",
-        "__init__": "admin asynchronous blocking line",
+        "__init__": "admin asynchronous blocking credentials line",
     },
     "batching": {
         "callers": "",

@@ -69,6 +69,24 @@ def test_all_options_of_the_connection_reach_the_job(
     assert shown == {**given, **files, "tls": True, "plaintext_token": True, "retries": False}
 
 
+def test_a_file_may_hold_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+
+    def noted(*args: Any, **more: Any) -> Any:
+        shown.append(more["token"]())
+        raise Unavailable("enough")
+
+    monkeypatch.setattr(backends, "Client", noted)
+    (tmp_path / "token").write_text("secret\n")
+    words = ["batch", "generate", "--address=127.0.0.1:1", f"--token-file={tmp_path / 'token'}"]
+    words += ["--count=1", f"--out={tmp_path / 'out'}"]
+    assert CliRunner().invoke(main, words).exit_code == 1
+    assert shown == ["secret"]
+    told = CliRunner().invoke(main, [*words, "--token=other"])
+    assert told.exit_code == 2
+    assert "either --token or --token-file" in " ".join(told.stderr.replace("│", " ").split())
+
+
 def test_all_options_reach_the_job(batch: Batch, toy: Toy, tmp_path: Path) -> None:
     np.save(tmp_path / "in.npy", toy.draw(np.random.default_rng(0), 30))
     told = batch(

@@ -67,10 +67,12 @@ def test_a_job_that_is_done_makes_nothing(
     draw: Job, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Counted(monkeypatch)
+    before = (tmp_path / "whole" / MANIFEST).stat()
     told = draw(tmp_path / "whole", *RUNS, rows=20)
     assert told == json.loads(whole[MANIFEST])["summary"]
     assert counted.shards == []
     assert contents(tmp_path / "whole") == whole
+    assert (tmp_path / "whole" / MANIFEST).stat() == before
 
 
 def test_shards_that_are_not_as_recorded_are_made_again(

@@ -7,14 +7,13 @@ from typing import Any
 
 import click
 
-from likely.answers import ModelVersion, VersionState
+from likely.answers import VERSION_LABELS, ModelVersion, VersionState
 from likely.cli import show
 from likely.cli.connection import Connection, connected
 from likely.client.admin import ADDRESS, TIMEOUT
 
 ASKED = connected(TIMEOUT, address=ADDRESS, variable="LIKELY_ADMIN_ADDRESS")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="For programs.")
-LABELS = click.Choice(["stable", "canary"])
 
 
 @click.group()
@@ -60,7 +59,7 @@ def unload(server: Connection, model: str, version: str) -> None:
 
 @admin.command()
 @click.argument("model")
-@click.argument("label", type=LABELS)
+@click.argument("label", type=click.Choice(VERSION_LABELS))
 @click.argument("version", required=False)
 @ASKED
 def label(server: Connection, model: str, label: str, version: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from likely.client import ADDRESS, TIMEOUT, AdminClient, Client
+from likely.client import ADDRESS, TIMEOUT, AdminClient, Client, TokenFile
 from likely.client.channels import Route
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,6 +23,7 @@ class Connection:
     address: str
     timeout: float
     token: str | None
+    token_file: Path | None
     plaintext_token: bool
     tls: bool
     ca: Path | None
@@ -45,7 +46,8 @@ class Connection:
         return Route(self.address, **self._encryption())
 
     def _token(self) -> dict[str, Any]:
-        return {"token": self.token, "plaintext_token": self.plaintext_token}
+        token = TokenFile(self.token_file) if self.token_file else self.token
+        return {"token": token, "plaintext_token": self.plaintext_token}
 
     def _encryption(self) -> dict[str, Any]:
         return {
@@ -78,6 +80,8 @@ def connected(
         def run(**given: Any) -> None:
             names = Connection.__dataclass_fields__
             connection = Connection(**{name: given.pop(name) for name in names})
+            if connection.token and connection.token_file:
+                raise click.UsageError("either --token or --token-file (or their variables)")
             command(server=connection if connection.address else None, **given)
 
         # click fills the options in by name, so that the two need not have one signature.
@@ -114,6 +118,10 @@ def _options(
         click.option(
             "--plaintext-token", is_flag=True, hidden=not token,
             help="Show the token unencrypted, as to a proxy that has TLS.",
+        ),
+        click.option(
+            "--token-file", type=file, envvar="LIKELY_TOKEN_FILE", show_envvar=True,
+            hidden=not token, help="A file that holds one, read again when it changes.",
         ),
         click.option(
             "--token", envvar="LIKELY_TOKEN", show_envvar=True, hidden=not token,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from likely.answers import ModelInfo
+from likely.answers import VERSION_LABELS, ModelInfo
 from likely.cli import show
 from likely.cli.connection import Connection, connected
 from likely.errors import JobError
@@ -57,6 +57,7 @@ class Job:
             LikelyError: it cannot be done as it is asked for, or not now.
             OSError: something cannot be read or written.
         """
+        from likely.jobs import ledger
         from likely.jobs.columns import Geometry
         from likely.jobs.making import Maker, Plan
         from likely.jobs.ray_workers import ray_workers
@@ -64,14 +65,17 @@ class Job:
         from likely.jobs.running import WORKERS, run, threads
         from likely.jobs.sources import Pictures
 
-        opener = self._opener()
+        opener, out = self._opener(), self.out.absolute()
+        begun = ledger.begun(out)
+        if begun and self._may_mean(*begun):
+            opener = opener.pinned(*begun)
         backend = opener.open()
         try:
             info = backend.info
             pictures = Pictures(given, Geometry(info.shape, info.levels)) if given else None
             request = Request.of(ask(info, pictures), info, Format(self.form), self.shard)
             backend.require(request.task)
-            plan = Plan(request, self.out.absolute(), opener, given, self.batch)
+            plan = Plan(request, out, opener.pinned(info.name, info.version), given, self.batch)
             maker = Maker(plan, backend, pictures)
             if self.engine == "ray":
                 cards = 1 if self.device.startswith("cuda") else 0
@@ -84,6 +88,10 @@ class Job:
         row = {"out": str(self.out), **_flat(found)}
         lines = [row] if self.as_json else [{"of": k, "found": row[k]} for k in row]
         show.rows(lines, self.as_json, {"model": info.name, "version": info.version})
+
+    def _may_mean(self, model: str, version: str) -> bool:
+        """Whether the options leave room for that version; a label may have named it once."""
+        return self.model in (None, model) and self.version in (None, version, *VERSION_LABELS)
 
     def _opener(self) -> Opener:
         from likely.jobs.backends import Bundled, Served
@@ -114,6 +122,7 @@ class Job:
             server.certificate,
             server.key,
             server.server_name,
+            server.token_file and server.token_file.absolute(),
         )
 
 

@@ -7,6 +7,7 @@ itself retries what a busy or restarting server refuses. `AdminClient` asks the 
 from likely.client.admin import AdminClient
 from likely.client.asynchronous import AsyncClient
 from likely.client.blocking import Client
+from likely.client.credentials import TokenFile
 from likely.client.line import ADDRESS, TIMEOUT
 
-__all__ = ["ADDRESS", "TIMEOUT", "AdminClient", "AsyncClient", "Client"]
+__all__ = ["ADDRESS", "TIMEOUT", "AdminClient", "AsyncClient", "Client", "TokenFile"]

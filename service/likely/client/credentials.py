@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ssl
 import time
+from abc import ABC, abstractmethod
 from os import PathLike
 from pathlib import Path
 from threading import Lock
-from typing import TypeAlias
+from typing import Generic, TypeAlias, TypeVar
 
 import grpc
 
@@ -15,25 +16,16 @@ from likely.errors import SettingsError
 
 File: TypeAlias = str | PathLike[str]
 _Mark: TypeAlias = tuple[int, int, int, int] | None
+T = TypeVar("T")
 
 LOOK = 1.0  # seconds between two looks at the files
 
 
-class Credentials:
-    """The PEM files of a route; a channel keeps what they held when it was opened."""
+class _Files(ABC, Generic[T]):
+    """What files hold; those that cannot be used leave what was read before, until they can."""
 
-    def __init__(self, ca: File | None, certificate: File | None, key: File | None) -> None:
-        """What the files hold now.
-
-        Args:
-            ca: of the authorities that may vouch for the server; None for gRPC's own.
-            certificate: that this client shows of itself.
-            key: of that certificate.
-
-        Raises:
-            SettingsError: a file cannot be read.
-        """
-        self._files = (ca, key, certificate)
+    def __init__(self, *files: File | None) -> None:
+        self._files = files
         self._looking = Lock()
         self._next = time.monotonic() + LOOK
         self._seen = self._marks()
@@ -41,19 +33,12 @@ class Credentials:
         self._edition = 1
 
     def edition(self) -> int:
-        """Grows when the files hold something else; they are looked at once a second.
-
-        Files that cannot be used leave what was read before, until they can.
-        """
+        """Grows when the files hold something else; they are looked at once a second."""
         with self._looking:
             if time.monotonic() >= self._next:
                 self._next = time.monotonic() + LOOK
                 self._look()
             return self._edition
-
-    def of_channel(self) -> grpc.ChannelCredentials:
-        """What a channel that is opened now shows and believes."""
-        return grpc.ssl_channel_credentials(*self._held)
 
     def _look(self) -> None:
         # Marked before it is read: a file written meanwhile differs at the next look.
@@ -73,8 +58,67 @@ class Credentials:
     def _marks(self) -> tuple[_Mark, ...]:
         return tuple(_mark(file) for file in self._files)
 
+    @abstractmethod
+    def _read(self) -> T:
+        """What they hold now.
+
+        Raises:
+            SettingsError: a file cannot be read.
+        """
+
+    def _check(self) -> None:
+        """Raises OSError if what was read again cannot be used."""
+
+
+class TokenFile(_Files[str]):
+    """A bearer token in a file, as Kubernetes or an agent renews it; gives the newest one."""
+
+    def __init__(self, file: File) -> None:
+        """The token that the file holds now.
+
+        Args:
+            file: holds it, and nothing else but blanks round it.
+
+        Raises:
+            SettingsError: it cannot be read, or holds no token.
+        """
+        super().__init__(file)
+
+    def __call__(self) -> str:
+        """The token for the next request."""
+        self.edition()
+        return self._held
+
+    def _read(self) -> str:
+        (file,) = self._files
+        words = (_bytes(file) or b"").split()
+        if len(words) != 1 or not words[0].isascii():
+            raise SettingsError(f"{file} holds no token: one word of ASCII characters")
+        return words[0].decode("ascii")
+
+
+class Credentials(_Files[tuple[bytes | None, ...]]):
+    """The PEM files of a route; a channel keeps what they held when it was opened."""
+
+    def __init__(self, ca: File | None, certificate: File | None, key: File | None) -> None:
+        """What the files hold now.
+
+        Args:
+            ca: of the authorities that may vouch for the server; None for gRPC's own.
+            certificate: that this client shows of itself.
+            key: of that certificate.
+
+        Raises:
+            SettingsError: a file cannot be read.
+        """
+        super().__init__(ca, key, certificate)
+
+    def of_channel(self) -> grpc.ChannelCredentials:
+        """What a channel that is opened now shows and believes."""
+        return grpc.ssl_channel_credentials(*self._held)
+
     def _read(self) -> tuple[bytes | None, ...]:
-        return tuple(_pem(file) for file in self._files)
+        return tuple(map(_bytes, self._files))
 
     def _check(self) -> None:
         """Raises OSError if the files are no PEM, or certificate and key no pair."""
@@ -96,7 +140,7 @@ def _mark(file: File | None) -> _Mark:
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
-def _pem(file: File | None) -> bytes | None:
+def _bytes(file: File | None) -> bytes | None:
     if file is None:
         return None
     try:

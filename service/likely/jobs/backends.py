@@ -7,16 +7,25 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from likely.answers import Classifications, Draws, Limits, ModelInfo, Pixels, Scores, SelfCheck
-from likely.client import TIMEOUT, Client, plans
+from likely.client import TIMEOUT, Client, TokenFile, plans
 from likely.client.channels import File
-from likely.errors import BundleError, DeadlineExceeded, JobError, Overloaded, Unavailable
+from likely.errors import (
+    BundleError,
+    DeadlineExceeded,
+    JobError,
+    LikelyError,
+    ModelNotFound,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+)
 from likely.jobs.requests import Generation, Judgement, Task
 from likely.jobs.steadiness import steady
 
@@ -28,6 +37,7 @@ ALPHA = 0.05  # where none is named
 CHUNK = 256  # pictures that are drawn at once
 UNLIMITED = Limits(1 << 40, 1 << 40, CHUNK, 1 << 60)  # a job is its engine's only caller
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+_PASSING = (Overloaded, Unavailable, DeadlineExceeded)
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
@@ -62,6 +72,9 @@ class Opener(Protocol):
 
     def open(self) -> Backend:
         """The backend."""
+
+    def pinned(self, model: str, version: str) -> Opener:
+        """The same of that very version, which a job has begun with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +124,10 @@ class Bundled:
             engine.close()
             raise BundleError(f"{bundle.path} changed while it was opened", "changed")
         return Local(engine)
+
+    def pinned(self, model: str, version: str) -> Bundled:  # noqa: ARG002
+        """The same: its bundle's folder is of one version, whichever that is."""
+        return self
 
     def _engine(self, bundle: Bundle, max_batch: int) -> Engine:
         from likely import machine
@@ -200,6 +217,9 @@ class Served:
         timeout: seconds that one request may take.
         patience: seconds to go on asking a server that refuses or does not answer.
         token, plaintext_token, tls, ca, certificate, key, server_name: as `Client` takes them.
+        token_file: holds the token in place of `token`, and is read again when it changes.
+        begun: whether a job has begun with that version, so that it is waited for where it is
+            not found.
     """
 
     address: str
@@ -214,18 +234,21 @@ class Served:
     certificate: File | None = None
     key: File | None = None
     server_name: str | None = None
+    token_file: File | None = None
+    begun: bool = False
 
     def open(self) -> Remote:
         """A client of it.
 
         Raises:
             LikelyError: the server does not answer, or has no such model.
+            JobError: it has the version no more that the job began with.
         """
         client = Client(
             self.address,
             timeout=self.timeout,
             retries=False,  # a job has more patience than gRPC, and asks again itself
-            token=self.token,
+            token=self.token if self.token_file is None else TokenFile(self.token_file),
             plaintext_token=self.plaintext_token,
             tls=self.tls,
             ca=self.ca,
@@ -235,14 +258,29 @@ class Served:
         )
         return Remote(client, self)
 
+    def pinned(self, model: str, version: str) -> Served:
+        """The same server, held to that version."""
+        return replace(self, model=model, version=version, begun=True)
+
 
 class Remote:
     """A server's model, of the one version that it had at the beginning."""
 
     def __init__(self, client: Client, served: Served) -> None:
         self._client = client
-        self._patience = served.patience
-        self.info = self._patient(lambda: client.model(served.model, served.version))
+        self._served = served
+        self._passing: tuple[type[LikelyError], ...] = _PASSING
+        if served.begun:
+            self._passing += (ModelNotFound,)
+        try:
+            self.info = self._patient(lambda: client.model(served.model, served.version))
+        except BaseException:
+            client.close()
+            raise
+        self._served = served.pinned(self.info.name, self.info.version)
+        self._passing = (*_PASSING, ModelNotFound)
+        if served.token_file is not None:  # it had a good one; the next may come late
+            self._passing += (Unauthenticated,)
 
     def require(self, task: Task) -> None:
         """As `Backend.require`."""
@@ -301,18 +339,36 @@ class Remote:
         self._client.close()
 
     def _patient(self, ask: Callable[[], T]) -> T:
-        """What asking gives, however often a server that is busy or restarts has to be asked."""
-        end, pause = time.monotonic() + self._patience, FIRST_PAUSE
+        """What asking gives, however often a server that is busy or restarts has to be asked.
+
+        A version that the job began with may be missing for a while too: of replicas that are
+        replaced, those that have it may be gone already, and others load it yet.
+        """
+        patience, waits = self._served.patience, False
+        end, pause = time.monotonic() + patience, FIRST_PAUSE
         while True:
             try:
                 return ask()
-            except (Overloaded, Unavailable, DeadlineExceeded) as error:
-                wished = None if isinstance(error, DeadlineExceeded) else error.retry_after
+            except self._passing as error:
+                wished = error.retry_after if isinstance(error, Overloaded | Unavailable) else None
                 pause = max(pause, wished or 0.0)
                 if time.monotonic() + pause > end:
+                    if isinstance(error, ModelNotFound):
+                        raise self._gone() from error
                     raise
+                if not waits and isinstance(error, ModelNotFound | Unauthenticated):
+                    _LOG.warning("asked again for up to %g s: %s", patience, error)
+                    waits = True
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _gone(self) -> JobError:
+        served = self._served
+        return JobError(
+            f"{served.address} has {served.model}@{served.version} no more, which this job began "
+            "with; have it served again and ask for the job once more, or begin another in "
+            "another folder"
+        )
 
 
 async def _all(stream: AsyncIterator[Draws]) -> list[Draws]:

@@ -75,7 +75,8 @@ class Ledger:
                 self.summary = None
             elif self.summary is not None:
                 self._forget()
-            self._write()
+            if self._told() != told:  # one that is done stays untouched
+                self._write()
         except BaseException:
             os.close(self._lock)
             raise
@@ -126,13 +127,16 @@ class Ledger:
         shutil.rmtree(self.folder / STAGE, ignore_errors=True)
 
     def _write(self) -> None:
+        files.write(self.folder / MANIFEST, json.dumps(self._told(), indent=1).encode() + b"\n")
+
+    def _told(self) -> dict[str, Any]:
         told: dict[str, Any] = {"format": FORMAT, "request": self.request.told()}
         if self._measured:
             told["measured"] = _records(self._measured)
         told["shards"] = _records(self._done)
         if self.summary is not None:
             told["summary"] = self.summary
-        files.write(self.folder / MANIFEST, json.dumps(told, indent=1).encode() + b"\n")
+        return told
 
     def _whole(self, told: dict[str, Any] | None, key: str, measured: bool) -> dict[int, Record]:
         """The recorded shards that lie there, byte for byte."""
@@ -144,6 +148,21 @@ class Ledger:
             if record and path.is_file() and files.digest(path) == record.sha256:
                 found[shard] = record
         return found
+
+
+def begun(folder: Path) -> tuple[str, str] | None:
+    """Name and version of the model that the folder's job began with; None where there is no job.
+
+    Raises:
+        JobError: the folder holds something else.
+        OSError: it cannot be read.
+    """
+    told = _read(folder) if folder.exists() else None
+    request = told["request"] if told else None
+    if not isinstance(request, dict):
+        return None
+    name, version = request.get("model"), request.get("version")
+    return (name, version) if isinstance(name, str) and isinstance(version, str) else None
 
 
 def place(folder: Path, request: Request, shard: int, measured: bool) -> Path:

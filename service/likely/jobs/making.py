@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from likely.answers import Classifications, Scores
 from likely.client import plans
+from likely.errors import JobError
 from likely.jobs import files, shards, tables
 from likely.jobs.backends import Backend, Opener
 from likely.jobs.columns import Geometry
@@ -67,9 +68,22 @@ class Maker:
 
     @classmethod
     def opened(cls, plan: Plan) -> Maker:
-        """A maker with a backend of its own."""
-        backend = plan.opener.open()
-        geometry = Geometry(backend.info.shape, backend.info.levels)
+        """A maker with a backend of its own.
+
+        Raises:
+            JobError: it is not of the version that the job began with.
+            LikelyError: there is none.
+        """
+        backend, request = plan.opener.open(), plan.request
+        info = backend.info
+        here = info.name, info.version, info.digest
+        if here != (request.model, request.version, request.digest):
+            backend.close()
+            raise JobError(
+                f"a worker has {info.name}@{info.version} with the digest {info.digest[:12]}, and "
+                f"the job began with {request.model}@{request.version}, {request.digest[:12]}"
+            )
+        geometry = Geometry(info.shape, info.levels)
         return cls(plan, backend, Pictures(plan.given, geometry) if plan.given else None)
 
     def make(self, shard: int, advance: Advance) -> Record:

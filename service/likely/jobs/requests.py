@@ -211,7 +211,8 @@ class Request:
             JobError: it is another one; names the first difference.
         """
         here, there = _flat(self.told()), _flat(other)
-        for key in sorted(here.keys() | there.keys()):
+        # The digest last: of another version it differs too, and says less.
+        for key in sorted(here.keys() | there.keys(), key=lambda key: (key == "digest", key)):
             if here.get(key) != there.get(key):
                 raise JobError(
                     f"the folder holds another job: its {key} is {json.dumps(there.get(key))}, "

@@ -6,9 +6,9 @@ import asyncio
 import re
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-from likely.answers import Direction, Limits, ModelInfo
+from likely.answers import VERSION_LABELS, Direction, Limits, ModelInfo
 from likely.bundle import Role
 from likely.errors import BundleError, InvalidInput, ModelNotFound, Unavailable
 
@@ -28,8 +28,6 @@ METHODS = {
 }
 
 Policy = Literal["newest", "oldest"]
-Label = Literal["stable", "canary"]
-LABELS: tuple[Label, ...] = get_args(Label)
 
 
 class Held:
@@ -98,7 +96,7 @@ class Registry:
                 as a label is.
         """
         name, version = engine.manifest.name, engine.manifest.version
-        if version in LABELS:
+        if version in VERSION_LABELS:
             raise BundleError(
                 f"{name}@{version} is called as a label is; requests could mean either", "version"
             )
@@ -165,8 +163,8 @@ class Registry:
             InvalidInput: there is no such label.
             ModelNotFound: no such version is served.
         """
-        if label not in LABELS:
-            raise InvalidInput("label", f"{label!r} is none of {', '.join(LABELS)}")
+        if label not in VERSION_LABELS:
+            raise InvalidInput("label", f"{label!r} is none of {', '.join(VERSION_LABELS)}")
         if version is None:
             self._labels.get(name, {}).pop(label, None)
             return

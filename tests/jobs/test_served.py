@@ -1,0 +1,173 @@
+"""Jobs on a server whose versions and tokens change while they run."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from likely.cli import main
+from likely.errors import JobError, ModelNotFound, Unauthenticated
+from likely.jobs import backends, ray_workers
+from likely.jobs.backends import Served
+from likely.jobs.making import Maker
+from likely.jobs.requests import Format, Generation, Request
+from tests.jobs.conftest import contents, table
+
+if TYPE_CHECKING:
+    from tests.conftest import Live, Running, Toy
+
+OLD, NEW = "correct-horse-battery", "staple-of-the-house"
+
+
+@pytest.fixture(scope="module")
+def toys(make_toy: Callable[..., Toy]) -> dict[str, Toy]:
+    return {version: make_toy(version=version, seed=int(version)) for version in ("1", "2")}
+
+
+@pytest.fixture
+def first(running: Running, toys: dict[str, Toy]) -> Iterator[Live]:
+    """A server of version 1."""
+    with running(bundles=(toys["1"].path,)) as live:
+        yield live
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(backends, "LONGEST_PAUSE", 0.05)
+
+
+def load(live: Live, toy: Toy) -> None:
+    live.run(live.server.lifecycle.load(toy.path))
+
+
+def unload(live: Live, version: str) -> None:
+    live.run(live.server.lifecycle.unload("toy", version))
+
+
+def drawing(live: Live, out: Path, *words: str) -> Result:
+    asked = ["batch", "generate", "--each=20", "--shard=20", f"--address={live.address}"]
+    return CliRunner().invoke(main, [*asked, f"--out={out}", "--patience=0.3", *words])
+
+
+def ended(out: Path, *shards: int) -> None:
+    """Makes the folder one of a job that was ended when it had these shards yet to make."""
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    del manifest["summary"]
+    for shard in shards:
+        (out / f"part-{shard:05d}.parquet").unlink()
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_job_is_resumed_with_the_version_that_it_began_with(
+    first: Live, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    assert drawing(first, tmp_path).exit_code == 0
+    whole = contents(tmp_path)
+    load(first, toys["2"])  # which is the default from now on
+    for words in ((), ("--model=toy",), ("--model-version=stable",), ("--model-version=1",)):
+        ended(tmp_path, 1)
+        told = drawing(first, tmp_path, *words)
+        assert told.exit_code == 0, told.output
+        assert contents(tmp_path) == whole
+    assert len(table(tmp_path)) == 60
+    other = drawing(first, tmp_path, "--model-version=2")
+    assert other.exit_code == 1
+    assert 'its version is "1", and "2" is asked' in other.stderr
+
+
+def test_a_version_that_is_gone_for_good_is_named(
+    first: Live, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    assert drawing(first, tmp_path).exit_code == 0
+    ended(tmp_path, 1)
+    before = contents(tmp_path)
+    load(first, toys["2"])
+    unload(first, "1")
+    told = drawing(first, tmp_path)
+    assert told.exit_code == 1
+    assert f"{first.address} has toy@1 no more, which this job began with" in told.stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_version_that_is_missing_for_a_while_is_waited_for(
+    first: Live, toys: dict[str, Toy]
+) -> None:
+    load(first, toys["2"])
+    remote = Served(first.address, version="1", patience=30).open()
+    unload(first, "1")
+    threading.Timer(0.3, load, (first, toys["1"])).start()
+    began = time.monotonic()
+    assert remote.generate(0, 0, 3, Generation(((0, 3),))).model_version == "1"
+    assert time.monotonic() - began > 0.2
+    remote.close()
+    with pytest.raises(ModelNotFound):  # no job has begun with what was never there
+        Served(first.address, version="3", patience=30).open()
+
+
+def test_other_processes_ask_for_the_version_of_the_job(
+    first: Live, toys: dict[str, Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def actors(plan: Any, *_: object) -> Any:
+        load(first, toys["2"])
+
+        def made(missing: list[int], advance: Callable[[int], object]) -> Iterator[Any]:
+            maker = Maker.opened(plan)
+            for shard in missing:
+                yield shard, maker.make(shard, advance)
+
+        return made
+
+    monkeypatch.setattr(ray_workers, "ray_workers", actors)
+    told = drawing(first, tmp_path / "ray", "--engine=ray")
+    assert told.exit_code == 0, told.output
+    assert drawing(first, tmp_path / "threads", "--model-version=1").exit_code == 0
+    assert contents(tmp_path / "ray") == contents(tmp_path / "threads")
+
+
+def test_a_worker_with_another_version_makes_nothing(
+    first: Live, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    from likely.jobs.making import Plan
+
+    opener = Served(first.address)
+    backend = opener.open()
+    request = Request.of(Generation(((0, 9),)), backend.info, Format.PARQUET, 20)
+    backend.close()
+    load(first, toys["2"])
+    with pytest.raises(JobError, match=r"a worker has toy@2 .*began with toy@1"):
+        Maker.opened(Plan(request, tmp_path, opener))
+
+
+def test_a_token_that_expires_is_read_again(
+    running: Running, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    tokens, token = tmp_path / "tokens.toml", tmp_path / "token"
+
+    def allow(secret: str) -> None:
+        tokens.write_text(f'[[token]]\nname = "a"\nscopes = ["generate"]\nsecret = "{secret}"\n')
+
+    allow(OLD)
+    token.write_text(OLD)
+    with running(bundles=(toys["1"].path,), tokens=tokens) as live:
+        task = Generation(((0, 3),))
+        remote = Served(live.address, patience=30, token_file=token).open()
+        unwarned = Served(live.address, patience=30, token=OLD).open()
+        allow(NEW)
+        time.sleep(1.1)
+        with pytest.raises(Unauthenticated):
+            unwarned.generate(0, 0, 3, task)
+        threading.Timer(0.5, token.write_text, (NEW + "\n",)).start()  # later than it should be
+        assert remote.generate(0, 0, 3, task).model_version == "1"
+        remote.close()
+        unwarned.close()
+        token.write_text("wrong")
+        with pytest.raises(Unauthenticated):  # at once: it was never good
+            Served(live.address, patience=30, token_file=token).open()
