@@ -13,6 +13,7 @@ SERVICE = {
     "inference": "google grpc",
     "errors": "",
     "machine": "",
+    "signals": "",
     "addresses": "errors",
     "answers": "numpy",
     "drift": "answers numpy",
@@ -49,7 +50,7 @@ SERVICE = {
         "cryptography google grpc grpc_health grpc_reflection jwt numpy pydantic structlog"
     ),
     "processes": (
-        "errors graphs logs machine serving settings telemetry v1 versions "
+        "errors graphs logs machine serving settings signals telemetry v1 versions "
         "grpc prometheus_client structlog"
     ),
     "jobs": (
@@ -58,7 +59,7 @@ SERVICE = {
     ),
     "cli": (
         "answers bundle client engine errors graphs jobs levels logs machine processes settings "
-        "versions click grpc numpy onnxruntime PIL rich"
+        "signals versions click grpc numpy onnxruntime PIL rich"
     ),
     "__main__": "cli",
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from likely import codec
@@ -75,13 +77,19 @@ class Served:
 
 @contextmanager
 def served(
-    folder: Path, *flags: object, environment: Mapping[str, str] | None = None
+    folder: Path,
+    *flags: object,
+    environment: Mapping[str, str] | None = None,
+    before: Sequence[str] = (),
 ) -> Iterator[Served]:
-    """A server with these flags and variables, killed in the end if it still runs."""
+    """A server with these flags and variables, killed in the end if it still runs.
+
+    `before` is the command that begins it, if another one does.
+    """
     path = folder / f"log-{time.monotonic_ns()}"
     with path.open("wb") as log:
         process = subprocess.Popen(
-            [*COMMAND, *QUIET, *map(str, flags)],
+            [*before, *COMMAND, *QUIET, *map(str, flags)],
             stderr=log,
             stdout=subprocess.DEVNULL,
             env={**os.environ, **(environment or {})},
@@ -223,6 +231,14 @@ class Load:
 
         threading.Thread(target=watch, daemon=True).start()
         return told.is_set
+
+
+def first_process() -> list[str]:
+    """What comes before a command that shall be the first process of its own PID namespace."""
+    words = ["unshare", "--pid", "--fork", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*words, "true"]).returncode:
+        pytest.skip("no PID namespace can be made here")
+    return words
 
 
 def wait_until(reached: Callable[[], bool], seconds: float = 30) -> None:

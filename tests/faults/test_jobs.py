@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ import pytest
 from bench.jobs import LIKELY, done, killed, killed_worker, same, shards_of
 from likely.errors import Unavailable
 from likely.jobs.backends import Served
-from tests.faults.served import served, wait_until
+from tests.faults.served import first_process, served, wait_until
 from tests.jobs.conftest import contents
 
 if TYPE_CHECKING:
@@ -72,6 +74,39 @@ def test_a_job_on_ray_survives_its_worker(toy: Toy, tmp_path: Path) -> None:
     else:
         pytest.fail("no worker was killed")
     assert same(tmp_path / "whole", tmp_path / "ray")
+
+
+def told_to_end(toy: Toy, tmp_path: Path, *before: str) -> int:
+    """The exit code of a job that hears SIGTERM; then it is resumed to the same bytes."""
+    out = tmp_path / "out"
+    command = [*before, *LIKELY, *map(str, words(toy)), str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: shards_of(out) >= 2, 120)
+    job = process.pid
+    if before:
+        (job,) = map(int, Path(f"/proc/{job}/task/{job}/children").read_text().split())
+    began = time.monotonic()
+    os.kill(job, signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert "ended by SIGTERM" in told
+    assert "Traceback" not in told
+    assert 2 <= shards_of(out) < 60
+    assert not list(out.glob(".*.part"))
+    done(*words(toy), out)
+    done(*words(toy), tmp_path / "whole")
+    assert same(tmp_path / "whole", out)
+    return process.returncode
+
+
+@pytest.mark.fault(37)
+def test_a_job_that_is_told_to_end_does_so_and_is_resumed(toy: Toy, tmp_path: Path) -> None:
+    assert told_to_end(toy, tmp_path) == -signal.SIGTERM
+
+
+@pytest.mark.fault(37)
+def test_so_does_the_first_process_of_a_container(toy: Toy, tmp_path: Path) -> None:
+    assert told_to_end(toy, tmp_path, *first_process()) == 128 + signal.SIGTERM
 
 
 def failed(command: list[object]) -> str:

@@ -40,7 +40,17 @@ from likely.v1.scoring_pb2 import ScoreRequest
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
 from tests.faults.alive import told_to_come_again
 from tests.faults.history import History, Outcome, events, violations
-from tests.faults.served import ALONE, COMMAND, Load, Questions, Served, draw, served, wait_until
+from tests.faults.served import (
+    ALONE,
+    COMMAND,
+    Load,
+    Questions,
+    Served,
+    draw,
+    first_process,
+    served,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running, Toy
@@ -565,6 +575,20 @@ def test_a_second_signal_ends_now(toys: dict[str, Toy], tmp_path: Path) -> None:
             assert time.monotonic() - began < 20
             where = server.address(workers)
             wait_until(partial(refused, where))
+
+
+@pytest.mark.fault(36)
+def test_so_it_does_as_the_first_process_of_a_container(
+    toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    flags = ("--bundle", toys["1"].path, "--port", 0, "--drain-delay", 60)
+    with served(tmp_path, *flags, before=first_process()) as server:
+        server.address()
+        (first,) = children(server)
+        os.kill(first, signal.SIGTERM)
+        server.wait_for("draining")
+        os.kill(first, signal.SIGTERM)
+        assert server.process.wait(20) == 128 + signal.SIGTERM
 
 
 @pytest.mark.fault(36)

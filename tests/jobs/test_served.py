@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from likely.cli import main
-from likely.errors import JobError, ModelNotFound, Unauthenticated
+from likely.errors import JobError, LikelyError, ModelNotFound, Unauthenticated
 from likely.jobs import backends, ray_workers
-from likely.jobs.backends import Served
+from likely.jobs.backends import Bundled, Served
 from likely.jobs.making import Maker
 from likely.jobs.requests import Format, Generation, Request
 from tests.jobs.conftest import contents, table
@@ -171,3 +173,42 @@ def test_a_token_that_expires_is_read_again(
         token.write_text("wrong")
         with pytest.raises(Unauthenticated):  # at once: it was never good
             Served(live.address, patience=30, token_file=token).open()
+
+
+def test_who_is_told_to_stop_waits_no_more(first: Live, toys: dict[str, Toy]) -> None:
+    load(first, toys["2"])
+    remote = Served(first.address, version="1", patience=60).open()
+    unload(first, "1")
+    task, failed = Generation(((0, 3),)), threading.Event()
+
+    def ask() -> None:
+        with pytest.raises(LikelyError):
+            remote.generate(0, 0, 3, task)
+        failed.set()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert not failed.wait(0.3)
+    remote.stop()
+    assert failed.wait(10)
+    asking.join()
+    remote.close()
+
+
+def test_a_run_is_broken_off(toy: Toy) -> None:
+    local = Bundled(toy.path, "cpu", 1, max_batch=16).open()
+    failed = threading.Event()
+
+    def ask() -> None:
+        with pytest.raises(CancelledError):
+            local._run(asyncio.sleep(60))
+        failed.set()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert not failed.wait(0.3)
+    local.stop()
+    assert failed.wait(10)
+    asking.join()
+    assert len(local.generate(0, 0, 3, Generation(((0, 3),))).images) == 3
+    local.close()

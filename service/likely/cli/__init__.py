@@ -1,16 +1,19 @@
 """The command line: `likely` serves, asks a server, and says how it and a bundle are.
 
-Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage.
+Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage. SIGTERM ends every
+command, as what it is to others: by that signal, or in a container by the code 143.
 """
 
 from __future__ import annotations
 
+import signal
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Final
 
 import click
 
+from likely import signals
 from likely.errors import LikelyError
 
 # In the module of this package that has it. A server starts sooner without what only others
@@ -63,7 +66,11 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
         try:
-            return super().invoke(ctx)
+            with signals.ending():
+                return super().invoke(ctx)
+        except signals.Told:
+            click.echo("ended by SIGTERM", err=True)
+            signals.end(signal.SIGTERM)
         except BrokenPipeError:
             raise  # who reads has enough, as `head` does: click ends without a word
         except (LikelyError, OSError) as error:

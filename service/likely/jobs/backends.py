@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -62,6 +63,9 @@ class Backend(Protocol):
 
     def generate(self, label: int | None, first: int, count: int, task: Generation) -> Draws:
         """Pictures first to first + count - 1."""
+
+    def stop(self) -> None:
+        """Lets what other threads ask of it now end soon, in an error."""
 
     def close(self) -> None:
         """Frees it."""
@@ -155,6 +159,7 @@ class Local:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
+        self._asked: set[Future[Any]] = set()
 
     def require(self, task: Task) -> None:
         """As `Backend.require`."""
@@ -195,6 +200,11 @@ class Local:
         )
         return plans.joined(self._run(_all(stream)))
 
+    def stop(self) -> None:
+        """As `Backend.stop`: what nobody waits for is not run on."""
+        for asked in tuple(self._asked):
+            asked.cancel()
+
     def close(self) -> None:
         """As `Backend.close`."""
         self._engine.close()
@@ -203,7 +213,12 @@ class Local:
         self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        asked = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._asked.add(asked)
+        try:
+            return asked.result()
+        finally:
+            self._asked.discard(asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +284,7 @@ class Remote:
     def __init__(self, client: Client, served: Served) -> None:
         self._client = client
         self._served = served
+        self._stopped = threading.Event()
         self._passing: tuple[type[LikelyError], ...] = _PASSING
         if served.begun:
             self._passing += (ModelNotFound,)
@@ -334,6 +350,11 @@ class Remote:
             )
         )
 
+    def stop(self) -> None:
+        """As `Backend.stop`; asks nothing more either."""
+        self._stopped.set()
+        self._client.close()
+
     def close(self) -> None:
         """As `Backend.close`."""
         self._client.close()
@@ -352,14 +373,14 @@ class Remote:
             except self._passing as error:
                 wished = error.retry_after if isinstance(error, Overloaded | Unavailable) else None
                 pause = max(pause, wished or 0.0)
-                if time.monotonic() + pause > end:
+                if self._stopped.is_set() or time.monotonic() + pause > end:
                     if isinstance(error, ModelNotFound):
                         raise self._gone() from error
                     raise
                 if not waits and isinstance(error, ModelNotFound | Unauthenticated):
                     _LOG.warning("asked again for up to %g s: %s", patience, error)
                     waits = True
-            time.sleep(pause)
+            self._stopped.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _gone(self) -> JobError:

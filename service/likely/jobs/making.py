@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class Maker:
         self._backend = backend
         self._pictures = pictures
         task = plan.request.task
+        self._stopped = threading.Event()
         self._later = isinstance(task, Judgement) and task.finished_later
         self.info = backend.info
         self._schema = tables.schema(plan.request, backend.info, measured=self._later)
@@ -94,7 +96,7 @@ class Maker:
             advance: is told of every so many pictures.
 
         Raises:
-            LikelyError: the backend does not answer, or a picture does not fit.
+            LikelyError: the backend does not answer, or a picture does not fit; or all shall end.
             OSError: it cannot be read or written.
         """
         request = self._plan.request
@@ -107,10 +109,16 @@ class Maker:
         form = Format.PARQUET if self._later else request.format
         return write(path, table, form, self._backend.info.levels)
 
+    def stop(self) -> None:
+        """Lets the shards that are being made fail soon, as those that are begun afterwards."""
+        self._stopped.set()
+        self._backend.stop()
+
     def _drawn(self, task: Generation, start: int, stop: int, advance: Advance) -> pa.Table:
         parts = []
         for label, first, count in task.between(start, stop):
             for at in range(first, first + count, self._plan.batch):
+                self._go_on()
                 n = min(self._plan.batch, first + count - at)
                 parts.append(self._backend.generate(label, at, n, task))
                 advance(n)
@@ -122,9 +130,14 @@ class Maker:
         ask = self._backend.score if task.kind == "score" else self._backend.classify
         parts: list[Scores | Classifications] = []
         for at in range(0, len(x), self._plan.batch):
+            self._go_on()
             parts.append(ask(x[at : at + self._plan.batch], task))
             advance(min(self._plan.batch, len(x) - at))
         return tables.judged(plans.joined(parts), start, keys, self._schema)  # type: ignore[type-var]
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise JobError("the job ends")
 
 
 def write(path: Path, table: pa.Table, form: Format, levels: int) -> Record:

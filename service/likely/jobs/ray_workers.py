@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict
 from typing import Any
 
@@ -54,7 +54,7 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
     except ModuleNotFoundError as error:
         raise JobError("Ray is not installed; pip install 'likely[ray]'") from error
 
-    def made(missing: list[int], advance: Advance) -> Iterator[Made]:
+    def made(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
         if not missing:
             return
         own = not ray.is_initialized()
@@ -68,7 +68,7 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
             if own:
                 ray.shutdown()
 
-    def _made(missing: list[int], advance: Advance) -> Iterator[Made]:
+    def _made(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)

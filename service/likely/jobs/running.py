@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 from likely.jobs.finishing import finish
@@ -15,7 +15,7 @@ from likely.jobs.requests import Judgement
 WORKERS = 2  # one writes and reads while the other's pictures are looked at
 Made = tuple[int, Record]
 Bar = Callable[[int, int], AbstractContextManager[Advance]]
-Workers = Callable[[list[int], Advance], Iterator[Made]]
+Workers = Callable[[list[int], Advance], Generator[Made, None, None]]
 
 
 def run(plan: Plan, maker: Maker, workers: Workers, bar: Bar) -> dict[str, Any]:
@@ -42,16 +42,19 @@ def run(plan: Plan, maker: Maker, workers: Workers, bar: Bar) -> dict[str, Any]:
             return ledger.summary
         missing = ledger.missing(measured=later) if ledger.missing() else []
         left = sum(stop - start for start, stop in map(request.span, missing))
-        with bar(request.task.total, request.task.total - left) as advance:
-            for shard, record in workers(missing, advance):
+        with (
+            bar(request.task.total, request.task.total - left) as advance,
+            closing(workers(missing, advance)) as made,
+        ):
+            for shard, record in made:
                 ledger.add(shard, record, measured=later)
         return ledger.end(**(finish(ledger, maker.info) if later else {}))
 
 
 def threads(maker: Maker, count: int = WORKERS) -> Workers:
-    """Workers that are threads of this process."""
+    """Workers that are threads of this process; once one has failed, the others end soon."""
 
-    def made(missing: list[int], advance: Advance) -> Iterator[Made]:
+    def made(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
         with ThreadPoolExecutor(count) as pool:
             waiting: dict[Future[Record], int] = {}
             left = iter(missing)
@@ -65,6 +68,9 @@ def threads(maker: Maker, count: int = WORKERS) -> Workers:
                         return
                     for done in wait(waiting, return_when=FIRST_COMPLETED).done:
                         yield waiting.pop(done), done.result()
+            except BaseException:
+                maker.stop()
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from likely import graphs, logs
+from likely import graphs, logs, signals
 from likely.serving.server import Server
 from likely.settings import Settings
 
@@ -97,13 +97,14 @@ async def first(*awaited: asyncio.Future[Any]) -> None:
 
 
 def signalled() -> asyncio.Future[signal.Signals]:
-    """Done at the first SIGTERM or SIGINT; the second one has its ordinary effect."""
+    """Done at the first SIGTERM or SIGINT; the second one has its ordinary effect at once."""
     loop = asyncio.get_running_loop()
     ending: asyncio.Future[signal.Signals] = loop.create_future()
 
     def end(number: signal.Signals) -> None:
         for one in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(one)
+        signal.signal(signal.SIGTERM, signals.end)  # whose default is none in a container
         ending.set_result(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
