@@ -164,6 +164,20 @@ def test_a_refused_bundle(
         alert("LikelyBundleRefused").is_resolved()
 
 
+def test_a_lost_folder(
+    running: Running, watch: Watch, toy: Toy, tmp_path: Path, alert: Callable[[str], Fault]
+) -> None:
+    shutil.copytree(toy.path, tmp_path / "bundle")
+    with (
+        running(bundles=(), watch=tmp_path, watch_seconds=0.1) as live,
+        watch.of(live.server.metrics_port),
+    ):
+        (tmp_path / "bundle").rename(tmp_path / ".bundle")
+        alert("LikelyWatchLost").fires()
+        (tmp_path / ".bundle").rename(tmp_path / "bundle")
+        alert("LikelyWatchLost").is_resolved()
+
+
 def test_a_lost_worker(
     watch: Watch, toy: Toy, tmp_path: Path, alert: Callable[[str], Fault]
 ) -> None:

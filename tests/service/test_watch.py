@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -73,7 +74,7 @@ class Watched:
         log = logs.logger("error")
         loader: Any = self.loader
         self.lifecycle = Lifecycle(Registry(), loader, self.metrics, log, self._changed)
-        self.watcher = Watcher(folder, 1.0, self.lifecycle, log)
+        self.watcher = Watcher(folder, 1.0, self.lifecycle, self.metrics, log)
 
     async def look(self, times: int = 1) -> dict[str, str]:
         """The folders' names of the versions that are served after so many looks."""
@@ -83,6 +84,9 @@ class Watched:
 
     def served(self) -> dict[str, str]:
         return {version.version: version.folder.name for version in self._serving()}
+
+    def counted(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
 
     def labels(self) -> dict[str, tuple[str, ...]]:
         return {version.version: version.labels for version in self._serving()}
@@ -121,9 +125,54 @@ def test_a_bundle_that_is_renamed_is_served_on(tmp_path: Path) -> None:
             for _ in range(4):
                 assert list(await follower.look()) == ["1"]
             assert follower.served() == {"1": "new"}
+            put(tmp_path / "other", "2")
             await follower.lifecycle.set_label("toy", "stable", "")
             shutil.rmtree(tmp_path / "new")
+            assert await follower.look(2) == {"2": "other"}
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_folder_that_is_lost_unloads_nothing(whole: bool, tmp_path: Path) -> None:
+    async def work() -> None:
+        folder, away = tmp_path / "watched", tmp_path / "away"
+        async with watched(folder, one="1", two="2") as follower:
+            both = {"1": "one", "2": "two"}
+            assert await follower.look(2) == both
+            folder.rename(away)
+            if not whole:  # as the place where a volume was mounted
+                (folder / "lost+found").mkdir(parents=True)
+            for _ in range(4):
+                assert await follower.look() == both
+                assert follower.counted("likely_watch_lost") == 1
+            shutil.rmtree(folder, ignore_errors=True)
+            away.rename(folder)
+            assert await follower.look(2) == both
+            assert follower.counted("likely_watch_lost") == 0
+            shutil.rmtree(folder / "two")  # and what goes now goes for good
+            assert await follower.look(2) == {"1": "one"}
+            shutil.rmtree(folder / "one")
+            put(folder / "three", "3")
+            assert await follower.look(2) == {"3": "three"}
+
+    asyncio.run(work())
+
+
+def test_a_folder_is_not_lost_of_which_nothing_is_served(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with watched(tmp_path) as follower:
             assert await follower.look(2) == {}
+            put(tmp_path / "one", "1")
+            put(tmp_path / "two", "2")
+            follower.loader.raises[tmp_path / "two"] = BundleError("it is altered", "digest")
+            assert await follower.look(2) == {"1": "one"}
+            await follower.lifecycle.unload("toy", "1")
+            for name in ("one", "two"):
+                shutil.rmtree(tmp_path / name)
+            assert await follower.look(2) == {}
+            assert follower.counted("likely_watch_lost") == 0
+            assert follower.counted("likely_refused_bundles") == 0
 
     asyncio.run(work())
 
@@ -234,7 +283,7 @@ def test_what_passes_is_tried_again(error: Exception, reason: str, tmp_path: Pat
     ("error", "reason"),
     [
         (BundleError("it is altered", "digest"), "digest"),
-        (MemoryError(), "memory"),  # to try again and again might end the server
+        (MemoryError(), "memory"),  # which is soon: to try again and again might end the server
         (OutOfMemory("no memory for the run"), "memory"),
     ],
 )
@@ -246,11 +295,55 @@ def test_what_would_be_refused_again_is_tried_once(
             put(tmp_path / "one", "1")
             follower.loader.raises[tmp_path / "one"] = error
             await follower.look(4)
-            counted = {"reason": reason}
-            failures = follower.metrics.registry.get_sample_value(
-                "likely_load_failures_total", counted
-            )
-            assert failures == 1
+            assert follower.counted("likely_load_failures_total", reason=reason) == 1
+
+    asyncio.run(work())
+
+
+def test_what_had_no_memory_is_tried_again_once_some_is_freed(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with watched(tmp_path, one="1", two="2") as follower:
+            put(tmp_path / "large", "3")
+            follower.loader.raises[tmp_path / "large"] = MemoryError()
+            await follower.look(4)
+            await follower.lifecycle.unload("toy", "1")
+            await follower.look(4)
+            assert follower.counted("likely_load_failures_total", reason="memory") == 2
+            del follower.loader.raises[tmp_path / "large"]
+            assert await follower.look(4) == {"2": "two"}
+            await follower.lifecycle.unload("toy", "2")
+            assert await follower.look() == {"3": "large"}
+            assert follower.counted("likely_refused_bundles") == 0
+
+    asyncio.run(work())
+
+
+def test_what_had_no_memory_is_tried_again_more_and_more_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def work() -> None:
+        nonlocal now
+        async with watched(tmp_path) as follower:
+            put(tmp_path / "large", "1")
+            follower.loader.raises[tmp_path / "large"] = MemoryError()
+            tried = []
+            while now < 5 * watch.LATEST:
+                before = follower.counted("likely_load_failures_total", reason="memory")
+                await follower.look()
+                if follower.counted("likely_load_failures_total", reason="memory") != before:
+                    tried.append(now)
+                now += 10
+            pauses = [after - before for before, after in itertools.pairwise(tried)]
+            assert pauses[:3] == [watch.SOONEST, 2 * watch.SOONEST, 4 * watch.SOONEST]
+            assert pauses == sorted(pauses) and pauses[-1] == watch.LATEST
+            put(tmp_path / "large", "1.1")  # another one
+            await follower.look(2)
+            del follower.loader.raises[tmp_path / "large"]
+            now += watch.SOONEST
+            assert await follower.look() == {"1.1": "large"}
 
     asyncio.run(work())
 

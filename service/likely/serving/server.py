@@ -109,7 +109,9 @@ class Server:
         self.lifecycle = Lifecycle(self.registry, loader, self._metrics, log, self._tell)
         self._watcher: Watcher | None = None
         if settings.watch:
-            self._watcher = Watcher(settings.watch, settings.watch_seconds, self.lifecycle, log)
+            self._watcher = Watcher(
+                settings.watch, settings.watch_seconds, self.lifecycle, self._metrics, log
+            )
         self._watching: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
         self._loaded = False

@@ -146,6 +146,12 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=self.registry,
         )
+        self._watch_lost = Gauge(
+            "likely_watch_lost",
+            "1 while the watched folder cannot be read, or has no bundle left of those served.",
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
         self._refused = Counter(
             "likely_load_failures",
             "Bundles refused while serving; what was served before was served on.",
@@ -220,6 +226,10 @@ class Metrics:
     def refused(self, count: int) -> None:
         """So many bundles are refused."""
         self._refusals.set(count)
+
+    def watch_lost(self, lost: bool) -> None:
+        """The watched folder is lost, or is not any more."""
+        self._watch_lost.set(lost)
 
     def load_failed(self, reason: str) -> None:
         """A bundle has been refused while serving."""

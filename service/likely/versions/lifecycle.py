@@ -38,6 +38,9 @@ class Lifecycle:
 
     A change once begun is carried through, whether its caller waits or not. Changes follow one
     another; what they replace drains beside them.
+
+    Attributes:
+        freed: versions that have been unloaded and freed so far.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Lifecycle:
         self._metrics = metrics
         self._log = log
         self._changed = changed
+        self.freed = 0
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._folders: dict[Key, list[Path]] = {}  # that hold each version, the newest last
@@ -166,6 +170,10 @@ class Lifecycle:
         served = [self._described(engine) for engine in self._registry.engines()]
         loading = [ModelVersion(VersionState.LOADING, self._loading)] if self._loading else []
         return [*served, *loading, *self._draining.values(), *self._failed.values()]
+
+    def holds(self, folder: Path) -> bool:
+        """Whether a version is served that lies, or lay, in that folder."""
+        return self._key_of(absolute(folder)) is not None
 
     async def close(self) -> None:
         """Waits for the changes that run, and ends all engines; for when no request runs."""
@@ -311,6 +319,7 @@ class Lifecycle:
     async def _drain(self, held: Held) -> None:
         await held.unused()
         await asyncio.to_thread(held.engine.close)
+        self.freed += 1
         del self._draining[held]
         name, version = _key(held.engine)
         self._log.info("unloaded", name=name, version=version)

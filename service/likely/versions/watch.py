@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -20,7 +22,25 @@ from likely.versions.lifecycle import Lifecycle, is_bundle
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+    from likely.telemetry.metrics import Metrics
+
 Mark = tuple[tuple[str, int, int, int, int], ...]
+SOONEST, LATEST = 60.0, 3600.0  # seconds before what had no memory is tried again
+
+
+@dataclass(frozen=True, slots=True)
+class _Short:
+    """A bundle that there was no memory for.
+
+    Attributes:
+        freed: how many versions had been freed by then.
+        pause: seconds to wait.
+        until: when they are over.
+    """
+
+    freed: int
+    pause: float
+    until: float
 
 
 class Watcher:
@@ -28,10 +48,17 @@ class Watcher:
 
     A folder without a manifest is no bundle yet. One with a manifest is loaded once it has
     been the same for two looks in a row: whoever copies a bundle may write its manifest first.
+    A folder that cannot be read, or where no bundle is left of those that are served from it, is
+    taken for an unmounted volume or a copy that failed: nothing is unloaded until one is there.
     """
 
     def __init__(
-        self, folder: Path, seconds: float, lifecycle: Lifecycle, log: FilteringBoundLogger
+        self,
+        folder: Path,
+        seconds: float,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
     ) -> None:
         """A watcher.
 
@@ -39,16 +66,19 @@ class Watcher:
             folder: holds `<bundle>` or `<model>/<version>` folders.
             seconds: between two looks.
             lifecycle: loads and unloads.
-            log: where is told that the folder cannot be read.
+            metrics: are told whether the folder is lost.
+            log: where is told the same.
         """
         self._folder = folder
         self._seconds = seconds
         self._lifecycle = lifecycle
+        self._metrics = metrics
         self._log = log
         self._seen: dict[Path, Mark] = {}
         self._done: dict[Path, Mark] = {}
+        self._short: dict[Path, _Short] = {}
         self._kept: set[Path] = set()
-        self._blind = False
+        self._lost = ""
 
     async def begin(self) -> None:
         """Loads what is there now; what is refused is counted and told, and tried again later."""
@@ -66,35 +96,63 @@ class Watcher:
 
     async def _look(self) -> None:
         try:
-            before, self._seen = self._seen, await self._scan()
+            found = await self._scan()
         except OSError as error:
-            # An unmounted volume is no wish to unload everything.
-            if not self._blind:
-                self._log.error("unreadable", folder=str(self._folder), error=error.strerror)
-            self._blind = True
+            self._lose(error.strerror or str(error))
             return
-        self._blind = False
+        if not found and any(map(self._lifecycle.holds, self._done)):
+            self._lose("no bundle is left in it")
+            return
+        self._lose("")
+        before, self._seen = self._seen, found
         await self._follow(
             {path: mark for path, mark in self._seen.items() if before.get(path) == mark}
         )
         await self._leave(set(self._done) - set(before) - set(self._seen))
+
+    def _lose(self, reason: str) -> None:
+        """Tells that the folder is lost, for this reason; for none, that it is not."""
+        self._metrics.watch_lost(bool(reason))
+        if reason and reason != self._lost:
+            self._log.error("watched folder lost", folder=str(self._folder), reason=reason)
+        elif self._lost and not reason:
+            self._log.info("watched folder found", folder=str(self._folder))
+        self._lost = reason
 
     async def _scan(self) -> dict[Path, Mark]:
         return await asyncio.to_thread(scan, self._folder, self._seen)
 
     async def _follow(self, settled: dict[Path, Mark]) -> None:
         for path, mark in settled.items():
-            if self._done.get(path) == mark:
+            if self._done.get(path) == mark and not self._has_memory(path):
                 continue
             try:
                 await self._lifecycle.load(path)
             except BundleError as error:
+                if error.reason == "memory":
+                    self._wait(path, self._done.get(path) == mark)
+                else:
+                    self._short.pop(path, None)
                 if error.reason != "unreadable":  # which may pass
-                    self._done[path] = mark  # refused for what it is, or takes: once is enough
+                    self._done[path] = mark  # refused for what it is: once is enough
             except LikelyError:
                 continue
             else:
                 self._done[path] = mark
+                self._short.pop(path, None)
+
+    def _has_memory(self, path: Path) -> bool:
+        """Whether there may be memory now for a bundle that there was none for."""
+        short = self._short.get(path)
+        if short is None:
+            return False
+        return self._lifecycle.freed > short.freed or time.monotonic() >= short.until
+
+    def _wait(self, path: Path, again: bool) -> None:
+        # Seldom: what takes all the memory there is may end the server, and not only fail.
+        short = self._short.get(path) if again else None
+        pause = min(2 * short.pause, LATEST) if short else SOONEST
+        self._short[path] = _Short(self._lifecycle.freed, pause, time.monotonic() + pause)
 
     async def _leave(self, gone: set[Path]) -> None:
         for path in gone:
@@ -106,6 +164,7 @@ class Watcher:
                 self._kept.add(path)
             else:
                 del self._done[path]
+                self._short.pop(path, None)
                 self._kept.discard(path)
 
 
