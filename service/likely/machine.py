@@ -13,18 +13,26 @@ INSTALL = (
     "install one: pip install 'likely[cpu]' (CPU), 'likely[gpu]' (a GPU whose CUDA and cuDNN "
     "are installed) or 'likely[cuda]' (a GPU, bringing CUDA and cuDNN)"
 )
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_GROUPS = Path("/sys/fs/cgroup")
+_QUOTAS = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")  # of cgroup v2, of v1
 
 
-def cores(quota: Path = _QUOTA) -> int:
+def cores(groups: Path = _GROUPS) -> int:
     """CPU cores that this process may use: its affinity, and its container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        share, period = quota.read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return count or 1
-    allowed = math.inf if share == "max" else math.ceil(int(share) / int(period))
-    return int(min(count or 1, max(1, allowed)))
+    return math.ceil(min(count or 1, max(1.0, _quota(groups))))
+
+
+def _quota(groups: Path) -> float:
+    """The cores that a container may use, as its control group says; infinite for any."""
+    for files in _QUOTAS:
+        try:
+            words = " ".join((groups / file).read_text(encoding="ascii") for file in files).split()
+            share, period = (math.inf if word == "max" else int(word) for word in words)
+        except (OSError, ValueError):
+            continue
+        return share / period if share > 0 < period else math.inf
+    return math.inf
 
 
 def version(distribution: str) -> str | None:
