@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -108,22 +110,41 @@ def parsed(words: list[str]) -> dict[str, Any]:
     return command.make_context(words[2], words[3:]).params
 
 
-def test_the_cron_job_is_one() -> None:
+def test_the_cron_job_is_one(tmp_path: Path) -> None:
     told = yaml.safe_load((DEPLOY / "cronjob.yaml").read_text())
     assert (told["apiVersion"], told["kind"]) == ("batch/v1", "CronJob")
     assert told["spec"]["concurrencyPolicy"] == "Forbid"
     pod = told["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "OnFailure"
+    assert told["spec"]["timeZone"] == "Etc/UTC"
     (container,) = pod["containers"]
-    found = parsed([*container["command"], *container["args"]])
-    assert found["fdr"] == 0.05
-    assert str(found["out"]) == "/data/scores/$(JOB)"
     (variable,) = container["env"]
     assert variable["name"] == "JOB"
     # The same for every pod of a job, and another for the next.
     assert "batch.kubernetes.io/job-name" in variable["valueFrom"]["fieldRef"]["fieldPath"]
-    mounts = {mount["name"] for mount in container["volumeMounts"]}
-    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert set(mounts.values()) == {volume["name"] for volume in pod["volumes"]}
+    (tmp_path / "likely").write_text('#!/bin/sh\nprintf "%s\\n" $PPID "$@"\n')
+    (tmp_path / "likely").chmod(0o755)
+
+    def ran(name: str) -> subprocess.CompletedProcess[str]:
+        """What the container runs in a job of that name."""
+        environment = {"JOB": name, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        words = [*container["command"], *container["args"]]
+        return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+
+    scheduled = int(datetime(2026, 3, 1, 2, 15, tzinfo=UTC).timestamp()) // 60
+    for _ in range(2):  # tried again, whenever that is
+        parent, *words = ran(f"{told['metadata']['name']}-{scheduled}").stdout.splitlines()
+        assert int(parent) == os.getpid()  # no shell stands between: signals reach the job
+        found = parsed(["likely", *words])
+        assert [str(path) for path in found["inputs"]] == ["/data/incoming/2026-02-28"]
+        assert str(found["out"]) == "/data/scores/2026-02-28"
+        assert found["fdr"] == 0.05
+        for path in (*found["inputs"], found["out"], found["bundle"]):
+            assert any(path.is_relative_to(mount) for mount in mounts)
+    extras = re.search(r"--build-arg EXTRAS=(\S+)", (DEPLOY / "cronjob.yaml").read_text())
+    assert extras and {"cpu", "jobs"} <= set(extras[1].split(","))
 
 
 def test_the_service_runs_a_job() -> None:
