@@ -1,6 +1,7 @@
-"""How a command ends by SIGTERM, the first process of a container too.
+"""How a process ends: by SIGTERM, the first one of a container too, and whatever its threads do.
 
-The kernel gives that one no default handlers: what it does not handle itself, it never hears of.
+The kernel gives the first one no default handlers, so that it hears of no signal that it does not
+handle itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 
 class Told(SystemExit):
@@ -44,9 +46,19 @@ def ending() -> Iterator[None]:
 
 def end(number: int, frame: FrameType | None = None) -> None:  # noqa: ARG001  Python's
     """Ends the process by a signal, at once; the first one of a container by its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
+    _flush()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with that code, at once, whatever its threads do."""
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()

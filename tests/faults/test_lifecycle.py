@@ -18,6 +18,8 @@ import urllib.request
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -575,6 +577,58 @@ def test_a_second_signal_ends_now(toys: dict[str, Toy], tmp_path: Path) -> None:
             assert time.monotonic() - began < 20
             where = server.address(workers)
             wait_until(partial(refused, where))
+
+
+SLOW = """
+import os
+import time
+import onnxruntime
+opened = onnxruntime.InferenceSession.__init__
+def slowly(self, *given, **more):
+    if os.path.exists(os.environ["SLOW"]):
+        open(os.environ["SLOW"] + ".begun", "w").close()
+        time.sleep(120)
+    opened(self, *given, **more)
+onnxruntime.InferenceSession.__init__ = slowly
+"""
+
+
+@pytest.mark.fault(36)
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_load_does_not_hold_up_the_end(
+    first: bool, workers: int, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    slow, begun = tmp_path / "slow", tmp_path / "slow.begun"
+    there = {"PYTHONPATH": path, "SLOW": str(slow)}
+    flags = ("--bundle", toys["1"].path, "--port", 0, "--workers", workers, "--admin-port", 0)
+    with (
+        served(tmp_path, *flags, environment=there) as server,
+        ThreadPoolExecutor() as pool,
+        ExitStack() as stack,
+    ):
+        if first:
+            slow.touch()
+        else:
+            server.address(workers)
+            slow.touch()
+            event = "admin" if workers > 1 else "listening"
+            port = server.wait_for(event)["port" if workers > 1 else "admin"]
+            channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}"))
+            load = admin_pb2.LoadModelRequest(folder=str(toys["2"].path))
+            asked = pool.submit(AdminServiceStub(channel).LoadModel, load, timeout=60)
+        wait_until(begun.exists)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - began < 15
+        assert server.log()[-1]["event"] == "ended"
+        if not first:
+            with pytest.raises(grpc.RpcError) as caught:
+                asked.result()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.mark.fault(36)

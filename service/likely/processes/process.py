@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 LOST_SECONDS = 1.0  # to end requests in, where the device is gone
+LOAD_SECONDS = 0.5  # to end loads in, once all requests have ended
 
 
 def serve(settings: Settings) -> None:
@@ -55,7 +56,7 @@ async def run(
     ending: asyncio.Future[signal.Signals],
     ready: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Loads, serves until the signal comes, and drains.
+    """Loads, serves until the signal comes, and drains; ends the process if it loads even then.
 
     Args:
         server: whose ports are open, or opened by `ready`.
@@ -69,8 +70,8 @@ async def run(
         DeviceLost: why it was given up.
     """
     delay, grace = 0.0, settings.drain_seconds
+    loading, closed = asyncio.create_task(server.load()), False
     try:
-        loading = asyncio.create_task(server.load())
         await first(loading, ending)
         if loading.done():
             await loading
@@ -85,10 +86,12 @@ async def run(
             delay, grace = 0.0, LOST_SECONDS
         log.info("draining", seconds=grace, delay=delay)
     finally:
-        await server.stop(grace, delay)
+        closed = await server.stop(grace, delay, LOAD_SECONDS)
     if server.lost.done():
         raise server.lost.result()
     log.info("ended")
+    if not (closed and loading.done()):
+        signals.leave(0)  # a thread that opens a bundle cannot be stopped, and has nothing to lose
 
 
 async def first(*awaited: asyncio.Future[Any]) -> None:

@@ -184,26 +184,35 @@ class Server:
         self._loaded = True
         await self._tell()
 
-    async def stop(self, drain_seconds: float | None = None, delay: float = 0.0) -> None:
+    async def stop(
+        self,
+        drain_seconds: float | None = None,
+        delay: float = 0.0,
+        load_seconds: float | None = None,
+    ) -> bool:
         """Says NOT_SERVING, takes requests for the delay, answers what it took, closes everything.
+
+        True if it did; false where bundles are still being loaded, and nothing waits for that.
 
         Args:
             drain_seconds: that requests may take; those that take longer are cut off.
             delay: seconds in which whoever looks at health finds other servers.
+            load_seconds: that loads may take to end after all that; None for as long as they take.
         """
         grace = self._settings.drain_seconds if drain_seconds is None else drain_seconds
         self._go_quiet()
         await self._health.enter_graceful_shutdown()
-        await asyncio.sleep(delay)
         if self._watching:
             self._watching.cancel()
+        await asyncio.sleep(delay)
+        self.lifecycle.end()
         await self._drain(grace)
         self._metrics.monitor.tell()
         if self._exporter:
             await asyncio.to_thread(self._exporter.close)
         if self._tracing:
             await asyncio.to_thread(self._tracing.close)
-        await self.lifecycle.close()
+        return await self.lifecycle.close(load_seconds)
 
     async def _drain(self, grace: float) -> None:
         # gRPC's own stop cancels what arrives while the connections are being told to go

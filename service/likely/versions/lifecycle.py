@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from likely.errors import (
     ModelNotFound,
     Refused,
     SettingsError,
+    Unavailable,
 )
 from likely.telemetry.metrics import Metrics
 from likely.versions.loading import Loader
@@ -67,6 +69,7 @@ class Lifecycle:
         self._changed = changed
         self.freed = 0
         self._turn = asyncio.Lock()
+        self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._folders: dict[Key, list[Path]] = {}  # that hold each version, the newest last
         self._loading: Path | None = None
@@ -175,11 +178,27 @@ class Lifecycle:
         """Whether a version is served that lies, or lay, in that folder."""
         return self._key_of(absolute(folder)) is not None
 
-    async def close(self) -> None:
-        """Waits for the changes that run, and ends all engines; for when no request runs."""
+    def end(self) -> None:
+        """Makes no changes from now on; who waits for one, or for its turn, waits no more."""
+        if not self._ending.done():
+            self._ending.set_result(None)
+
+    async def close(self, seconds: float | None = None) -> bool:
+        """Ends all engines, for when no request runs; true if it did.
+
+        Args:
+            seconds: that changes may take to end which run yet; None for as long as they take.
+                After that everything is left as it is, for the end of the process.
+        """
+        self.end()
+        until = None if seconds is None else time.monotonic() + seconds
         while self._tasks:
-            await asyncio.wait(self._tasks)
+            left = None if until is None else until - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            await asyncio.wait(self._tasks, timeout=left)
         await asyncio.to_thread(self._registry.close)
+        return True
 
     def _open_all(self, folders: Sequence[Path]) -> list[Engine]:
         engines: list[Engine] = []
@@ -402,9 +421,17 @@ class Lifecycle:
     async def _in_turn(self, change: Coroutine[Any, Any, T]) -> T:
         async def turn() -> T:
             async with self._turn:
+                if self._ending.done():
+                    change.close()
+                    raise Unavailable("the server ends")
                 return await change
 
-        return await asyncio.shield(self._task(turn()))
+        made = self._task(turn())
+        # Whoever waits is not what carries the change through, and may go.
+        await asyncio.wait((made, self._ending), return_when=asyncio.FIRST_COMPLETED)
+        if not made.done():
+            raise Unavailable("the server ends")
+        return made.result()
 
     def _task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
