@@ -801,6 +801,50 @@ def test_a_worker_that_is_begun_anew_serves_what_all_others_do(
         assert set(versions) == {"2"}
 
 
+@pytest.mark.fault(37)
+def test_a_worker_that_is_begun_anew_follows_the_watched_folder_as_the_others_do(
+    toys: dict[str, Toy], watched: Path, tmp_path: Path
+) -> None:
+    for version, toy in toys.items():
+        put(toy.path, watched / version)
+    flags = ("--watch", watched, "--watch-seconds", 0.1, "--port", 0, "--workers", 2)
+    with served(tmp_path, *flags, "--admin-port", 0, "--metrics-port", 0) as server:
+        address = server.address(2)
+        metrics = f"http://127.0.0.1:{server.wait_for('serving', workers=2)['metrics']}/metrics"
+
+        def begun_anew() -> bool:
+            return "likely_workers 2.0" in read(metrics)
+
+        def kill() -> None:
+            os.kill(children(server)[0], signal.SIGKILL)
+            wait_until(lambda: not begun_anew())
+
+        with grpc.insecure_channel(f"127.0.0.1:{server.wait_for('admin')['port']}") as channel:
+            unload = admin_pb2.UnloadModelRequest(model_name="toy", model_version="2")
+            AdminServiceStub(channel).UnloadModel(unload, timeout=60)
+        kill()
+        wait_until(begun_anew)
+        assert {version_of(address) for _ in range(30)} == {"1"}
+        # The volume goes: a new worker would have nothing to serve.
+        watched.rename(tmp_path / "away")
+        watched.mkdir()
+        kill()
+        server.wait_for("worker waits for the watched folder")
+        assert {version_of(address) for _ in range(10)} == {"1"}
+        watched.rmdir()
+        (tmp_path / "away").rename(watched)
+        wait_until(begun_anew)
+        assert {version_of(address) for _ in range(30)} == {"1"}
+        # Put there anew, it is served by all, those begun later too.
+        shutil.rmtree(watched / "2")
+        time.sleep(0.5)
+        put(toys["2"].path, watched / "2")
+        wait_until(lambda: {version_of(address) for _ in range(30)} == {"2"})
+        kill()
+        wait_until(begun_anew)
+        assert {version_of(address) for _ in range(30)} == {"2"}
+
+
 def version_of(address: str) -> str:
     """The version that answers on a connection of its own."""
     options = (("grpc.use_local_subchannel_pool", 1),)

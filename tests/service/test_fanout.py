@@ -126,7 +126,9 @@ async def together(folder: Path, *workers: Worker) -> AsyncIterator[Workers]:
         server.add_insecure_port(f"unix:{socket}")
     settled: list[Collection[int]] = []
     strayed: list[int] = []
-    servicer = Fanout(lambda: sockets, lambda _, asked: settled.append(asked), strayed.append, LOG)
+    servicer = Fanout(
+        lambda: sockets, lambda _, asked, __: settled.append(asked), strayed.append, LOG
+    )
     admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, servers[-1])
     port = servers[-1].add_insecure_port("127.0.0.1:0")
     for server in servers:

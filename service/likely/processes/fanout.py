@@ -19,7 +19,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = Sequence[tuple[str, str | bytes]]
 HANDED_ON = ("x-request-id",)
 LONGEST = 600.0  # seconds of a worker's change, after which others have their turn
+SOON = 10.0  # seconds in which a worker says what it serves
 LATE = grpc.StatusCode.DEADLINE_EXCEEDED
+Version = tuple[str, str]  # name and version
 
 
 class Fanout(admin_pb2_grpc.AdminServiceServicer):
@@ -33,7 +35,7 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
     def __init__(
         self,
         sockets: Callable[[], Sequence[tuple[int, Path]]],
-        settled: Callable[[admin_pb2.ListVersionsResponse, Collection[int]], None],
+        settled: Callable[[admin_pb2.ListVersionsResponse, Collection[int], Version | None], None],
         strayed: Callable[[int], None],
         log: FilteringBoundLogger,
     ) -> None:
@@ -41,7 +43,8 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
 
         Args:
             sockets: numbers and admin sockets of the workers that are ready.
-            settled: is told after each change what is served now, and which workers were asked.
+            settled: is told after each change what is served now, which workers were asked, and
+                which version was unloaded, if one was.
             strayed: is told of a worker that could not make a change.
             log: where is told that nobody says what is served after a change.
         """
@@ -130,29 +133,36 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
                     self._strayed(index)
                 else:
                     sockets.append(socket)
-            await self._settle(sockets, metadata, {index for index, _ in asked})
+            if (served := await served_by(sockets, metadata)) is None:
+                self._log.error("change not remembered")
+            else:
+                unloads = isinstance(request, admin_pb2.UnloadModelRequest)
+                unloaded = (request.model_name, request.model_version) if unloads else None
+                self._settled(served, {index for index, _ in asked}, unloaded)
             if late:
                 raise late
             return answer
-
-    async def _settle(
-        self, sockets: Sequence[Path], metadata: Metadata, asked: Collection[int]
-    ) -> None:
-        """Tells what is served, as the first of those workers says that still lives."""
-        everything = admin_pb2.ListVersionsRequest()
-        for socket in sockets:
-            try:
-                served = await _ask(socket, "ListVersions", everything, metadata)
-            except grpc.aio.AioRpcError:
-                continue
-            self._settled(served, asked)
-            return
-        self._log.error("change not remembered")
 
     def _ended(self, change: asyncio.Task[Any]) -> None:
         self._changes.discard(change)
         if not change.cancelled():
             change.exception()  # seen, should its caller be gone
+
+
+async def served_by(
+    sockets: Sequence[Path], metadata: Metadata = ()
+) -> admin_pb2.ListVersionsResponse | None:
+    """What is served, as the first of those workers says that still lives; None if none does."""
+    everything = admin_pb2.ListVersionsRequest()
+    for socket in sockets:
+        try:
+            served: admin_pb2.ListVersionsResponse = await _ask(
+                socket, "ListVersions", everything, metadata, SOON
+            )
+        except grpc.aio.AioRpcError:
+            continue
+        return served
+    return None
 
 
 async def _ask(

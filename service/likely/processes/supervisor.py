@@ -20,7 +20,7 @@ import grpc.aio
 from likely import graphs, logs, machine
 from likely.errors import DeviceLost, LikelyError, SettingsError
 from likely.processes import process
-from likely.processes.fanout import Fanout
+from likely.processes.fanout import Fanout, Version, served_by
 from likely.processes.together import MEBIBYTES, Together
 from likely.processes.worker import LOST, READY, Order
 from likely.serving import access, ports
@@ -30,6 +30,7 @@ from likely.telemetry.metrics import Exporter, Metrics
 from likely.v1 import admin_pb2, admin_pb2_grpc
 from likely.versions.lifecycle import absolute, is_bundle
 from likely.versions.registry import Registry
+from likely.versions.watch import scan
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -139,6 +140,7 @@ class Supervisor:
         self._serving: frozenset[int] = frozenset()
         self._changes = 0
         self._folders: dict[str, Path] = {}
+        self._unloaded: set[Version] = set()  # by RPC, though the watched folder may hold them
 
     async def run(self) -> None:
         """Serves until it is told to end.
@@ -207,6 +209,34 @@ class Supervisor:
             self._together.restarted()
             await asyncio.sleep(wait)
             wait = min(2 * wait, LATEST)
+            await self._until_found(index)
+
+    async def _until_found(self, index: int) -> None:
+        """Returns when the watched folder is not lost, which a new worker would know nothing of."""
+        told = False
+        while not self._ending and await self._is_lost():
+            if not told:
+                self._log.error("worker waits for the watched folder", worker=index)
+            told = True
+            await asyncio.sleep(self._settings.watch_seconds)
+
+    async def _is_lost(self) -> bool:
+        """Whether no bundle can be found in the watched folder, though some worker has such."""
+        watched = self._settings.watch and absolute(self._settings.watch)
+        if not watched:
+            return False
+        folders = [Path(version.folder) for version in await self._serving_now()]
+        if not any(folder.is_relative_to(watched) for folder in folders):
+            return False
+        try:
+            return not await asyncio.to_thread(scan, watched)
+        except OSError:
+            return True
+
+    async def _serving_now(self) -> list[admin_pb2.ModelVersion]:
+        """What the workers serve, as one of them says; nothing where none is ready."""
+        served = await served_by([path for _, path in self._sockets()])
+        return _serving(served) if served else []
 
     async def _begin(self, index: int) -> Process:
         surroundings = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
@@ -222,9 +252,13 @@ class Supervisor:
         self._running[index] = worker
         if self._ending:
             worker.terminate()
+        if self._unloaded:  # what has come to the folder anew since then is served
+            serving = await self._serving_now()
+            self._unloaded -= _versions(serving)
         socket_path, changes = self._socket(index), self._changes
         socket_path.unlink(missing_ok=True)
-        worker.stdin.write(Order(index, str(socket_path), self._alone(), changes > 0).line())
+        order = Order(index, str(socket_path), self._alone(), changes > 0, sorted(self._unloaded))
+        worker.stdin.write(order.line())
         if await worker.stdout.readline() == READY:
             if changes != self._changes:  # while it loaded, others were asked to change
                 self._strayed(index)
@@ -297,9 +331,14 @@ class Supervisor:
             return []
         return [(index, self._socket(index)) for index in sorted(self._ready)]
 
-    def _settled(self, served: admin_pb2.ListVersionsResponse, asked: Collection[int]) -> None:
-        """Remembers what is served, for workers that are begun anew."""
-        serving = [v for v in served.versions if v.state == admin_pb2.VERSION_STATE_SERVING]
+    def _settled(
+        self,
+        served: admin_pb2.ListVersionsResponse,
+        asked: Collection[int],
+        unloaded: Version | None,
+    ) -> None:
+        """Remembers what is served, and what is not any more, for workers that are begun anew."""
+        serving = _serving(served)
         watched = self._settings.watch and absolute(self._settings.watch)
         self._folders = {
             f"{v.model_name}:{label}={v.model_version}": Path(v.folder)
@@ -316,8 +355,9 @@ class Supervisor:
                 "labels": tuple(self._folders),
             }
         )
-        if settled != self._settings:
-            self._settings = settled
+        left = (self._unloaded | ({unloaded} if unloaded else set())) - _versions(serving)
+        if (settled, left) != (self._settings, self._unloaded):
+            self._settings, self._unloaded = settled, left
             self._changes += 1
             for index in self._ready - set(asked):  # became ready meanwhile
                 self._strayed(index)
@@ -329,3 +369,11 @@ class Supervisor:
         self._together.ready(len(self._ready))
         if self._running[index].returncode is None:
             self._running[index].terminate()
+
+
+def _serving(served: admin_pb2.ListVersionsResponse) -> list[admin_pb2.ModelVersion]:
+    return [each for each in served.versions if each.state == admin_pb2.VERSION_STATE_SERVING]
+
+
+def _versions(serving: Collection[admin_pb2.ModelVersion]) -> set[Version]:
+    return {(each.model_name, each.model_version) for each in serving}

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ class Order:
         socket: where it takes the admin RPCs that the supervisor hands on.
         settings: what it serves with, by field.
         settled: whether these name all bundles, be it none, as after a change.
+        unloaded: names and versions that the others have unloaded, wherever they lie.
     """
 
     index: int
     socket: str
     settings: dict[str, Any]
     settled: bool
+    unloaded: Sequence[Sequence[str]]
 
     def line(self) -> bytes:
         """The order as the worker reads it."""
@@ -71,7 +74,14 @@ async def _work(order: Order, settings: Settings, log: Any) -> None:
     ending = signalled()
     _end_with_the_input(ending)
     socket = Path(order.socket)
-    server = Server(settings, log, shared=True, admin_socket=socket, settled=order.settled)
+    server = Server(
+        settings,
+        log,
+        shared=True,
+        admin_socket=socket,
+        settled=order.settled,
+        unloaded=[(name, version) for name, version in order.unloaded],
+    )
 
     async def ready() -> None:
         # Only now: the kernel would hand connections to a worker that cannot answer yet.

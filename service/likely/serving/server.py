@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from likely.batching.admission import Quota
-from likely.errors import DeviceLost, SettingsError
+from likely.errors import DeviceLost, ModelNotFound, SettingsError
 from likely.inference import inference_pb2, inference_pb2_grpc
 from likely.serving import access, ports
 from likely.serving.admin import Admin
@@ -80,6 +82,7 @@ class Server:
         shared: bool = False,
         admin_socket: Path | None = None,
         settled: bool = False,
+        unloaded: Sequence[tuple[str, str]] = (),
     ) -> None:
         """A server, to be made where the event loop runs.
 
@@ -91,6 +94,7 @@ class Server:
                 it asks for no token.
             settled: whether the settings name all bundles, be it none; else none stands for those
                 that the package ships.
+            unloaded: names and versions that are not served, though the watched folder holds them.
 
         Raises:
             SettingsError: settings that exclude each other, or need an extra that is missing.
@@ -119,6 +123,7 @@ class Server:
         self._quiet = False
         self._admin_socket = admin_socket
         self._settled = settled
+        self._unloaded = unloaded
         self._health = health_aio.HealthServicer()
         self._guard = Guard(
             self.registry,
@@ -179,6 +184,9 @@ class Server:
                 await self._watcher.begin()
             except OSError as error:
                 raise SettingsError(f"{settings.watch} cannot be read: {error.strerror}") from error
+            for name, version in self._unloaded:
+                with suppress(ModelNotFound):
+                    await self.lifecycle.unload(name, version)
             self._watching = asyncio.create_task(self._watcher.run())
         self.lifecycle.pin(settings.version_labels)
         self._loaded = True
