@@ -18,6 +18,7 @@ from likely import machine
         ({"cpu.max": "10000 100000"}, 1),
         ({"cpu.max": "1600000 100000"}, 8),
         ({"cpu.max": ""}, 8),
+        ({"cpu.max": "x"}, 8),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
         ({"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, 2),
         ({"cpu/cpu.cfs_quota_us": "150000"}, 8),

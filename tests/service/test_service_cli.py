@@ -287,18 +287,6 @@ def test_doctor_tells_what_is_broken(
     assert likely("doctor").exit_code == 1  # the server's packages are there, no runtime is
 
 
-def test_cores_heed_the_quota(tmp_path: Path) -> None:
-    quota = tmp_path / "cpu.max"
-    for text, most in (
-        ("max 100000", None),
-        ("50000 100000", 1),
-        ("100000 100000", 1),
-        ("x", None),
-    ):
-        quota.write_text(text)
-        assert machine.cores(quota) == (most or machine.cores(tmp_path / "none"))
-
-
 def test_every_setting_is_a_flag() -> None:
     assert {*FLAGS, "bundles", "reflection", "tracing"} == set(Settings.model_fields)
 
