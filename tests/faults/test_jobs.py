@@ -76,10 +76,10 @@ def test_a_job_on_ray_survives_its_worker(toy: Toy, tmp_path: Path) -> None:
     assert same(tmp_path / "whole", tmp_path / "ray")
 
 
-def told_to_end(toy: Toy, tmp_path: Path, *before: str) -> int:
+def told_to_end(toy: Toy, tmp_path: Path, *before: str, more: tuple[object, ...] = ()) -> int:
     """The exit code of a job that hears SIGTERM; then it is resumed to the same bytes."""
     out = tmp_path / "out"
-    command = [*before, *LIKELY, *map(str, words(toy)), str(out)]
+    command = [*before, *LIKELY, *map(str, words(toy, *more)), str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: shards_of(out) >= 2, 120)
     job = process.pid
@@ -102,6 +102,13 @@ def told_to_end(toy: Toy, tmp_path: Path, *before: str) -> int:
 @pytest.mark.fault(37)
 def test_a_job_that_is_told_to_end_does_so_and_is_resumed(toy: Toy, tmp_path: Path) -> None:
     assert told_to_end(toy, tmp_path) == -signal.SIGTERM
+
+
+@pytest.mark.fault(37)
+@pytest.mark.slow
+def test_so_does_one_on_ray(toy: Toy, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    assert told_to_end(toy, tmp_path, more=("--engine", "ray", "--workers", "1")) == -15
 
 
 @pytest.mark.fault(37)

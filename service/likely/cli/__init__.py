@@ -1,7 +1,7 @@
 """The command line: `likely` serves, asks a server, and says how it and a bundle are.
 
-Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage. SIGTERM ends every
-command, as what it is to others: by that signal, or in a container by the code 143.
+Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage. SIGTERM ends a
+command by that signal; as the first process of a container, with the code 143.
 """
 
 from __future__ import annotations

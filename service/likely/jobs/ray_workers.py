@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Generator
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -59,7 +62,8 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
             return
         own = not ray.is_initialized()
         if own:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            with _handling_sigterm():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         try:
             yield from _made(missing, advance)
         except ray.exceptions.RayError as error:
@@ -90,6 +94,15 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
             yield int(row["shard"]), record
 
     return made
+
+
+@contextmanager
+def _handling_sigterm() -> Iterator[None]:
+    """Keeps this process's handler: Ray puts its own in the place, which prints a stack."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _sentence(error: Exception) -> str:
