@@ -1,16 +1,19 @@
-"""An Airflow DAG (Airflow 3): every day's pictures are classified, their priors estimated.
+"""An Airflow DAG (Airflow 3): every night the day before is classified, its priors estimated.
 
-A retry has the same date, so the same folder, and goes on where the last one ended.
+Its pictures lie in a folder of that date and change no more. A retry has the same date, so the
+same folders, and goes on where the last one ended.
 """
 
 from datetime import datetime, timedelta
 
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
+from airflow.timetables.interval import CronDataIntervalTimetable
 
 with DAG(
     "likely_classify",
-    schedule="@daily",
+    # Of a plain cron expression, Airflow 3 would give the date of the run, and not of its pictures.
+    schedule=CronDataIntervalTimetable("15 2 * * *", timezone="UTC"),
     start_date=datetime(2026, 1, 1),
     catchup=False,
     max_active_runs=1,
