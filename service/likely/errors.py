@@ -22,8 +22,9 @@
     ├── JobError              a batch job that cannot be done, or resumed, as it was asked for
     └── SettingsError         settings that cannot be used
 
-The engine raises the first three; the client raises all up to ServerFault, as
-the server's status says; the others end `likely serve` before it says that it serves.
+The engine raises the first three. The client raises all up to ServerFault, as the server's
+status says, and `AdminClient` BundleError, Refused and DeviceError too. OutOfMemory and
+RunStopped stay within a server, JobError within a job; the others end `likely serve`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -30,15 +29,13 @@ def commands() -> str:
     # The last one would serve for ever; here it says what it would serve with.
     script = script.replace("likely serve --tracing", "likely serve --print-config --tracing")
     (port,) = re.findall(r"health --address 127.0.0.1:(\d+)", script)
-    (admin,) = re.findall(r"http://127.0.0.1:(\d+)/likely", script)
+    (admin,) = re.findall(r"reset-drift mnist --address 127.0.0.1:(\d+)", script)
     return f"set -euo pipefail\nexport LIKELY_PORT={port} LIKELY_ADMIN_PORT={admin}\n{END}{script}"
 
 
 @pytest.mark.slow
 def test_the_commands_do_what_they_say() -> None:
     tool("promtool")
-    if not shutil.which("buf"):
-        pytest.skip("buf is not installed")
     path = [str(Path(sys.executable).parent), str(UNPACKED.resolve()), os.environ["PATH"]]
     done = subprocess.run(
         ["bash", "-c", commands()],

@@ -36,7 +36,7 @@ def asks(command: F) -> F:
     return command
 
 
-@click.command(epilog=show.FILES_HELP)
+@click.command(epilog=show.FOLDERS_HELP)
 @_FILES
 @asks
 @_ALPHA
@@ -88,7 +88,7 @@ def score(
     show.rows(rows, as_json, _about(info.name, answer))
 
 
-@click.command(epilog=show.FILES_HELP)
+@click.command(epilog=show.FOLDERS_HELP)
 @_FILES
 @asks
 @_ALPHA

@@ -102,9 +102,11 @@ def _options(
             "--server-name", envvar="LIKELY_SERVER_NAME", show_envvar=True,
             help="What the server's certificate has to bear, if not the address.",
         ),
-        click.option("--key", type=file, envvar="LIKELY_KEY", help="PEM file, its key."),
         click.option(
-            "--certificate", type=file, envvar="LIKELY_CERTIFICATE",
+            "--key", type=file, envvar="LIKELY_KEY", show_envvar=True, help="PEM file, its key."
+        ),
+        click.option(
+            "--certificate", type=file, envvar="LIKELY_CERTIFICATE", show_envvar=True,
             help="PEM file that the client shows of itself.",
         ),
         click.option(

@@ -185,7 +185,7 @@ def _options() -> tuple[Callable[[F], F], ...]:
         click.option("--model", help="Of the server's, by name. [its only one]"),
         click.option(
             "--public-key", "keys", multiple=True, type=file,
-            help="PEM file of a key, one of which must have signed the bundle.",
+            help="PEM file of a key or of an authority's certificates: one must have signed.",
         ),
         click.option(
             "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."

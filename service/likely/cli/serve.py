@@ -43,7 +43,7 @@ FLAGS = {
     "jwt_algorithms": "What they may be signed with. [ES256,EdDSA,RS256,PS256]",
     "jwt_leeway": "Seconds that the issuer's clock may differ. [30]",
     "plaintext_tokens": "true where a proxy that has TLS passes tokens on. [false]",
-    "require_signature": "PEM file of a key that must have signed every bundle.",
+    "require_signature": "PEM files of keys or authorities: one must have signed each bundle.",
     "device": "auto, cpu, cuda or cuda:N. [auto]",
     "gpu_memory": "MiB of a card that each graph may take; 0 is no limit. [0]",
     "workers": "Processes that serve on one port; 0 takes as many as there are cores. [1]",

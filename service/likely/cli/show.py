@@ -24,9 +24,10 @@ from rich.text import Text
 
 FILES_HELP = (
     "FILES are images, whose brightness becomes levels, or arrays of levels: .npy, or .npz "
-    "with the key x, images, or else its first one; (n, c, h, w), or (n, h, w) for one "
-    "channel; or folders of these. Nothing is resized, cropped or inverted."
+    "with the key x, images or image, or else its first one; (n, c, h, w), or (n, h, w) for one "
+    "channel. Nothing is resized, cropped or inverted."
 )
+FOLDERS_HELP = FILES_HELP.replace("FILES are", "FILES are folders, or")
 TOLD_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 NONE = "\N{EN DASH}"  # in a table, where there is nothing to say
 _COLOURS = {"accepted": "green", "outlier": "red", "ambiguous": "yellow"}
