@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from likely.errors import InvalidInput
 from likely_export import mixture
 
 
@@ -51,6 +52,11 @@ class AutoregressiveConfig:
     logistics: int = 0
     label_dropout: float = 0.1
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("label_dropout", "dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidInput(name, f"{getattr(self, name)} is not in [0, 1]")
 
 
 class Autoregressive(nn.Module):

@@ -21,6 +21,7 @@ from likely_export import (
     graphs,
     measures,
     passes,
+    plan,
     roles,
 )
 from likely_export.classifier import Classifier, fit_temperature
@@ -33,7 +34,6 @@ from likely_export.runs import Run
 from likely_export.vae import VAE
 
 LATENT = "latent.npz"
-GOLDEN = "golden.npz"
 WEIGHTS = "weights.bin"
 
 Report = Callable[[str], None]
@@ -68,26 +68,16 @@ def build(run: Path, out: Path, report: Report = print) -> Manifest:
             for role, each in exported.items()
             for name, array in each.golden.items()
         }
-        np.savez_compressed(folder / GOLDEN, **golden)  # type: ignore[arg-type]
+        np.savez_compressed(folder / plan.GOLDEN, **golden)  # type: ignore[arg-type]
         if (bound := _bound(opened, data)) is not None:
             (folder / EVALUATION).write_text(
                 json.dumps({BOUND: bound}, indent=1, allow_nan=False) + "\n"
             )
-        fields = {
-            "name": opened.recipe.name,
-            "version": opened.recipe.version,
-            "description": opened.recipe.description,
-            "shape": data.shape,
-            "levels": data.levels,
-            "labels": _labels(data) if _knows_labels(exported) else [],
-            "graphs": {role: each.graph.model_dump() for role, each in exported.items()},
-            **made,
-            "golden": GOLDEN,
-            "parity_nats": max(each.parity for each in exported.values()),
-            "recipe": opened.recipe.published(),
-            "data_digest": data.digest,
-        }
-        return write_manifest(folder, fields)
+        fields = plan.fields(
+            opened.recipe, data, {role: each.graph for role, each in exported.items()}
+        )
+        parity = max(each.parity for each in exported.values())
+        return write_manifest(folder, {**fields, **made, "parity_nats": parity})
 
 
 def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
@@ -182,13 +172,6 @@ def _directions(
     return {"latent": {"file": LATENT, "directions": entries}}
 
 
-def _knows_labels(exported: Mapping[Role, Exported]) -> bool:
-    """Whether a graph takes a label, or stands where labels may be judged."""
-    return Role.DENSITY in exported or any(
-        each.graph.input("y") is not None for each in exported.values()
-    )
-
-
 def _export(
     run: Run, data: Dataset, folder: Path, report: Report
 ) -> Iterator[tuple[Role, Exported]]:
@@ -204,10 +187,3 @@ def _exported(run: Run, role: Role, data: Dataset, folder: Path) -> Exported:
             fit_temperature(model, data.fit)
     source = roles.source(role, models, run.recipe.calibration.statistics)
     return graphs.export(source, folder / f"{role}.onnx", data.levels, len(data.labels))
-
-
-def _labels(data: Dataset) -> list[dict[str, object]]:
-    return [
-        {"name": name, "prior": prior}
-        for name, prior in zip(data.labels, data.priors.tolist(), strict=True)
-    ]

@@ -6,6 +6,7 @@ the ranks taken on the *calibrate* split, once; neither split trained a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -20,6 +21,7 @@ from sklearn.mixture import GaussianMixture
 
 from likely import bayes
 from likely.answers import Doubles, Labels
+from likely.errors import InvalidInput
 from likely.outliers import (
     Combination,
     Contrast,
@@ -61,6 +63,14 @@ class PartConfig:
     neighbours: int = 5
     strength: float = 0.03
 
+    def __post_init__(self) -> None:
+        for name in ("weight", "strength"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidInput(name, f"{getattr(self, name)} is not above 0, and finite")
+        for name in ("dimensions", "components", "neighbours"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(name, f"{getattr(self, name)}; at least 1 is needed")
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -76,6 +86,15 @@ class Seen:
 
     def __len__(self) -> int:
         return len(self.label)
+
+
+def places(widths: Mapping[str, int]) -> dict[str, npt.NDArray[np.int64]]:
+    """Where each statistic's numbers stand, of how many each gives."""
+    ends = np.cumsum(list(widths.values()))
+    return {
+        name: np.arange(end - width, end)
+        for (name, width), end in zip(widths.items(), ends, strict=True)
+    }
 
 
 def combination(
@@ -244,7 +263,7 @@ def _mahalanobis(columns: Doubles, v: Doubles, label: Labels, labels: int) -> Ma
 
 def _mixture(config: PartConfig, columns: Doubles, v: Doubles) -> Mixture:
     centre = v.mean(0)
-    values, vectors = np.linalg.eigh(np.cov((v - centre).T))
+    values, vectors = np.linalg.eigh(np.atleast_2d(np.cov((v - centre).T)))
     largest = np.argsort(-values)[: config.dimensions]
     whitening = vectors[:, largest] / np.sqrt(np.maximum(values[largest], 1e-6))
     mixture = GaussianMixture(config.components, reg_covar=0.05, random_state=0)

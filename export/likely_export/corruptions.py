@@ -205,7 +205,7 @@ def sharpened(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: 
 def occluded(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
     """A square of a third of the frame erased, somewhere near the middle."""
     out = x.copy()
-    h, w = x.shape[2] // 3, x.shape[3] // 3
+    h, w = (max(1, side // 3) for side in x.shape[2:])
     for picture in out:
         i, j = generator.integers(h // 2, 2 * h), generator.integers(w // 2, 2 * w)
         picture[:, i : i + h, j : j + w] = 0

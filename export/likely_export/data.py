@@ -245,6 +245,8 @@ def _divide(
         raise InvalidInput(name, "brings a test part of its own: leave splits.test out")
     if test is None and not sizes.test:
         raise InvalidInput(name, "brings no test part: splits.test must say how many to keep")
+    if test is not None and not len(test):
+        raise InvalidInput(name, "of the labels that are not held out its test part has no picture")
     wanted = {part: getattr(sizes, part) for part in PARTS[1:]}
     left = len(train) - sum(wanted.values())
     if left < 1:

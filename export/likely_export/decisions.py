@@ -18,9 +18,9 @@ from likely_export import calibrate, corruptions, passes
 from likely_export.calibrate import Seen
 from likely_export.data import Dataset, Split
 from likely_export.graphs import Exported
+from likely_export.plan import CALIBRATION
 from likely_export.recipes import Recipe
 
-CALIBRATION = "calibration.npz"
 COMPARED = 10_000
 
 
@@ -72,7 +72,7 @@ def _calibrate(
     corrupted = None
     if any(part.kind == "contrast" for part in parts):
         corrupted = _seen(density, _corrupted(recipe.calibration.contrast, data))
-    columns = _columns(exported[Role.DENSITY].source.widths)
+    columns = calibrate.places(exported[Role.DENSITY].source.widths)
     labels = len(data.labels) if density.spec.output("label") else 1
     learnt = calibrate.combination(_seen(density, data.fit.x), parts, columns, corrupted, labels)
     ranked = _seen(density, data.calibrate.x)
@@ -178,15 +178,6 @@ def _corrupted(names: Sequence[str], data: Dataset) -> Pixels:
             for name, part in zip(names, parts, strict=True)
         ]
     )
-
-
-def _columns(widths: Mapping[str, int]) -> dict[str, npt.NDArray[np.int64]]:
-    """Where each statistic's numbers stand."""
-    ends = np.cumsum(list(widths.values()))
-    return {
-        name: np.arange(end - width, end)
-        for (name, width), end in zip(widths.items(), ends, strict=True)
-    }
 
 
 def _evidence(conditional: Session, part: Split) -> Array:

@@ -66,13 +66,7 @@ def export(source: GraphSource, path: Path, levels: int, labels: int) -> Exporte
             and a millionth of its size), or breaks a rule of `hygiene`.
     """
     write(source, path, levels, labels)
-    graph = Graph(
-        file=path.name,
-        inputs=source.inputs,
-        outputs=source.outputs,
-        kind=source.kind,
-        importance_samples=source.importance_samples,
-    )
+    graph = source.graph(path.name)
     session = Session(path, graph, Device("cpu"))
     parity = max(_difference(source, session, levels, labels, n) for n in BATCHES)
     return Exported(graph, parity, golden(session, levels, labels), source)

@@ -112,8 +112,10 @@ class Calibration(_Table):
         alphas: rates of false rejections to check on the test part.
     """
 
-    statistics: tuple[str, ...] = tuple(n for n, s in STATISTICS.items() if s.needs is None)
-    parts: tuple[PartConfig, ...] = (PartConfig(),)
+    statistics: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(
+        n for n, s in STATISTICS.items() if s.needs is None
+    )
+    parts: Annotated[tuple[PartConfig, ...], Field(min_length=1)] = (PartConfig(),)
     contrast: tuple[str, ...] = tuple(CHOOSING)
     alphas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.01, 0.05, 0.1)
 
@@ -122,7 +124,7 @@ class Calibration(_Table):
     def _known_statistics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := [name for name in names if name not in STATISTICS]:
             raise ValueError(f"{unknown[0]} is none of {', '.join(STATISTICS)}")
-        return names
+        return _unique(names)
 
     @field_validator("parts", mode="before")
     @classmethod
@@ -141,6 +143,8 @@ class Calibration(_Table):
         for part in self.parts:
             if unknown := [name for name in part.statistics if name not in self.statistics]:
                 raise ValueError(f"parts: {unknown[0]} is not among the statistics")
+            if part.kind == "contrast" and not self.contrast:
+                raise ValueError("contrast: a part learns from corruptions, and none are named")
         return self
 
 
@@ -158,7 +162,7 @@ class Latent(_Table):
     def _known_attributes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := [name for name in names if name not in ATTRIBUTES]:
             raise ValueError(f"{unknown[0]} is none of {', '.join(ATTRIBUTES)}")
-        return names
+        return _unique(names)
 
 
 class Anchor(_Table):
@@ -236,6 +240,11 @@ class Recipe(_Table):
             raise ValueError(
                 f"calibration.alphas: {sizes.calibrate} calibration pictures promise no alpha "
                 f"below {1 / (sizes.calibrate + 1):.4g}, and all of these are"
+            )
+        if sizes.fit < FOLDS:
+            raise ValueError(
+                f"data.splits.fit: {sizes.fit} pictures; to combine statistics, at least {FOLDS} "
+                "are needed"
             )
         # Parts are fitted by cross-fitting too, without a fold of the split.
         least = sizes.fit - -(-sizes.fit // FOLDS)
@@ -416,10 +425,14 @@ def from_table(table: Mapping[str, Any], source: str | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise InvalidInput(where, _sentence(first)) from error
+        raise refusal(error, "recipe") from error
     return _relocated(recipe, source) if source else recipe
+
+
+def refusal(error: ValidationError, whole: str) -> InvalidInput:
+    """The first thing that pydantic refuses, under the name `whole` where it is of no one field."""
+    first = error.errors()[0]
+    return InvalidInput(".".join(map(str, first["loc"])) or whole, _sentence(first))
 
 
 def _merged(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -433,6 +446,12 @@ def _merged(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any
 
 def _relocated(recipe: Recipe, source: str) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+
+
+def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is named twice")
+    return names
 
 
 def _sentence(error: Any) -> str:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from likely.bundle import Kind, Role, TensorSpec
+from likely.bundle import Graph, Kind, Role, TensorSpec
 from likely.errors import InvalidInput
 from likely_export import autoencoder, vae
 from likely_export.autoencoder import Autoencoder
@@ -45,6 +45,16 @@ class GraphSource:
     kind: Kind | None = None
     importance_samples: int = 0
     widths: Mapping[str, int] = field(default_factory=dict)
+
+    def graph(self, file: str) -> Graph:
+        """Its entry in a manifest, as an ONNX file of that name."""
+        return Graph(
+            file=file,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            kind=self.kind,
+            importance_samples=self.importance_samples,
+        )
 
 
 class Density(nn.Module):

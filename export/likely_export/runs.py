@@ -27,7 +27,8 @@ import torch
 from torch import nn
 
 from likely.errors import InvalidInput, LikelyError
-from likely_export import families, recipes, train
+from likely_export import families, plan, recipes, train
+from likely_export.data import Dataset
 from likely_export.recipes import Recipe
 from likely_export.train import Hardware, Progress, Trained
 
@@ -91,21 +92,13 @@ class Job:
         torch.set_num_threads(self.threads)
         data = self.recipe.data.load()
         return train.fit(
-            cast(train.Model, self.model(data.shape, data.levels, len(data.labels))),
+            cast(train.Model, _untrained(self.recipe, self.name, data)),
             data,
             self.recipe.models[self.name].training,
             self.folder,
             resume=self.resume,
             hardware=self.hardware,
             report=_seldom(partial(report, self.name)) if report else None,
-        )
-
-    def model(self, shape: tuple[int, int, int], levels: int, labels: int) -> nn.Module:
-        """The model, untrained, for pictures (c, h, w) of so many levels and labels."""
-        chosen = self.recipe.models[self.name]
-        seed = chosen.training.seed
-        return families.create(
-            chosen.family, chosen.options, shape=shape, levels=levels, labels=labels, seed=seed
         )
 
 
@@ -133,7 +126,7 @@ def train_all(
 
     Raises:
         InvalidInput: no such model, a model or a set to report against does not go with the data,
-            or the folder is of another recipe.
+            no bundle could be built of the models, or the folder is of another recipe.
         LikelyError: a training failed.
     """
     names = list(only) or list(recipe.models)
@@ -143,7 +136,7 @@ def train_all(
     hardware = hardware or Hardware()
     recipe = recipe.computed(hardware.arithmetic)  # the run, and all that is told of it, says so
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
-    _check(recipe, jobs)
+    _check(recipe)
     if hardware.devices > 1:
         # From here on one process a device runs this very code; the first keeps the folder.
         fabric = hardware.fabric()
@@ -158,17 +151,38 @@ def train_all(
     return _side_by_side(jobs, report)
 
 
-def _check(recipe: Recipe, jobs: Sequence[Job]) -> None:
-    """Returns if what would only fail in a training, or after it, goes with the data.
+def _untrained(recipe: Recipe, name: str, data: Dataset) -> nn.Module:
+    """The model of that name for the data; its weights are a function of the recipe's seed.
 
     Raises:
-        InvalidInput: a model cannot be made for the data, or a set to report against is of
-            another shape.
+        InvalidInput: its options do not go with each other or the data.
+    """
+    chosen = recipe.models[name]
+    try:
+        return families.create(
+            chosen.family,
+            chosen.options,
+            shape=data.shape,
+            levels=data.levels,
+            labels=len(data.labels),
+            seed=chosen.training.seed,
+        )
+    except InvalidInput as error:
+        raise InvalidInput(f"models.{name}", str(error)) from error
+
+
+def _check(recipe: Recipe) -> None:
+    """Returns if what would only fail in a training, or after it, goes with the data.
+
+    All models are asked of, also those that are not to be trained now: a bundle needs them.
+
+    Raises:
+        InvalidInput: a model cannot be made for the data, no bundle can be built of the models
+            (`plan.check`), or a set to report against is of another shape.
     """
     data = recipe.data.load()
     recipe.others(data.levels)
-    for job in jobs:
-        job.model(data.shape, data.levels, len(data.labels))
+    plan.check(recipe, data, {name: _untrained(recipe, name, data) for name in recipe.models})
 
 
 def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool) -> None:

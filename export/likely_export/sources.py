@@ -71,8 +71,11 @@ def named(raw: Source, labels: tuple[str, ...]) -> Source:
     """The source with these names for its labels, or its own where there are none.
 
     Raises:
-        InvalidInput: there are more or fewer labels than names.
+        InvalidInput: there are more or fewer labels than names, or two of one name.
     """
+    names = labels or raw.labels
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InvalidInput("labels", f"two labels of {raw.name} are named {twice[0]}")
     if not labels:
         return raw
     if len(labels) != len(raw.labels):

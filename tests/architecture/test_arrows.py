@@ -73,7 +73,7 @@ EXPORT = {
     "logistic": "torch",
     "mixture": "heads logistic torch",
     "local": "mixture torch",
-    "autoregressive": "mixture torch",
+    "autoregressive": "likely.errors mixture torch",
     "drawing": "heads mixture torch",
     "pixelcnn": "autoregressive torch",
     "pixelrnn": "autoregressive torch",
@@ -86,7 +86,7 @@ EXPORT = {
     "cvae": "likely.errors logistic moves trunks torch",
     "vae": "cvae logistic torch",
     "autoencoder": "likely.errors moves trunks torch",
-    "calibrate": "likely.answers likely.bayes likely.outliers numpy scipy sklearn",
+    "calibrate": "likely.answers likely.bayes likely.errors likely.outliers numpy scipy sklearn",
     "classifier": "likely.errors calibrate data moves numpy torch",
     "families": "likely.errors autoencoder classifier cvae local pixelcnn pixelrnn vae torch",
     "optimisers": "likely.errors torch",
@@ -98,12 +98,13 @@ EXPORT = {
         "likely.answers likely.bundle likely.errors attributes calibrate corruptions data families "
         "optimisers sources statistics numpy pydantic tomli_w"
     ),
-    "runs": "likely.errors families recipes train torch",
-    "progress": "train rich",
     "roles": (
         "likely.bundle likely.errors autoencoder autoregressive classifier cvae local pixelcnn "
         "pixelrnn raster rnn_sampler sampler statistics vae numpy torch"
     ),
+    "plan": "likely.bundle likely.errors calibrate data recipes roles numpy pydantic torch",
+    "runs": "likely.errors data families plan recipes train torch",
+    "progress": "train rich",
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
     "graphs": "likely.bundle likely.errors likely.graphs hygiene roles numpy onnx torch",
@@ -137,11 +138,12 @@ EXPORT = {
     "passes": "likely.graphs graphs numpy",
     "decisions": (
         "likely.answers likely.bayes likely.bundle likely.graphs likely.noise likely.outliers "
-        "calibrate corruptions data graphs passes recipes numpy torch"
+        "calibrate corruptions data graphs passes plan recipes numpy torch"
     ),
     "build": (
         "likely.bundle likely.errors likely.graphs attributes classifier data decisions "
-        "directions evaluate graphs measures passes recipes replacing roles runs vae numpy torch"
+        "directions evaluate graphs measures passes plan recipes replacing roles runs vae numpy "
+        "torch"
     ),
     "__init__": "",
     "cli": (

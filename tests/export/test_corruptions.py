@@ -45,6 +45,14 @@ def test_pictures_stay_pictures(name: str, levels: int, shape: tuple[int, int, i
     assert not np.array_equal(found, x)
 
 
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 5), (3, 4, 2)])
+def test_the_smallest_pictures_are_corrupted_too(name: str, shape: tuple[int, int, int]) -> None:
+    for n in (0, 1, 3):
+        x = np.full((n, *shape), 3, np.uint8)
+        assert corrupt(name, x, 4).shape == x.shape
+
+
 def test_some_do_exactly_this() -> None:
     x = shapes(256, (1, 28, 28))
     assert not corrupt("blank", x, 256).any()

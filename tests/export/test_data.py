@@ -151,6 +151,13 @@ def test_npz_files_with_a_test_part_keep_it_whole_and_in_order(tmp_path: Path) -
     assert found.test.y.dtype == np.int64 and len(found.train) == 30 - 12
 
 
+def test_a_test_part_of_held_out_labels_alone_is_refused(tmp_path: Path) -> None:
+    x, y = np.zeros((20, 2, 2), np.uint8), np.arange(20) % 2
+    np.savez(tmp_path / "set.npz", x_train=x, y_train=y, x_test=x[:2], y_test=[0, 0])
+    with pytest.raises(InvalidInput, match="its test part has no picture"):
+        data.load(tmp_path / "set.npz", Sizes(4, 4, 2), without=("0",))
+
+
 def test_colour_comes_channels_first(tmp_path: Path) -> None:
     x = pictures(20, (6, 5, 3))
     np.savez(tmp_path / "set.npz", x=x, y=np.zeros(20, int))

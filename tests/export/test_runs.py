@@ -112,6 +112,61 @@ def test_what_does_not_go_with_the_data_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+OTHERS = """
+[models.wide]
+family = "cvae"
+latent = 3
+training.steps = 1
+[models.vae]
+family = "vae"
+latent = 2
+training.steps = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('density = "b"', 'density = "a"', r"roles\.density: a CVAE has no such graph"),
+        ('density = "b"', 'density = "b"\nencode = "b"', r"roles\.encode: a PixelCNN has no such"),
+        ('density = "b"', 'density = ["b", "vae"]', "a VAE has no place beside a density"),
+        (
+            'density = "b"',
+            'density = "b"\nencode = "wide"\ndecode = "a"',
+            r"roles\.decode: takes 2 features where encode gives 3",
+        ),
+        ('density = "b"', 'density = "b"\nencode = "vae"\ndecode = "a"', "encodes under them"),
+        ("layers = 1", "layers = 1\nlabel_dropout = 1.5", r"models\.b: label_dropout: 1\.5 is not"),
+        ("[data]", f'[data]\nlabels = ["a", "{65 * "b"}"]', r"labels\.1\.name: .* at most 64"),
+        ("[data]", '[data]\nlabels = ["a", "a"]', "two labels of set are named a"),
+    ],
+)
+def test_what_no_bundle_can_be_built_of_is_refused_before_anything_is_trained(
+    recipe: Recipe, tmp_path: Path, old: str, new: str, says: str
+) -> None:
+    assert old in RECIPE and recipe.roles
+    (tmp_path / "tiny.toml").write_text(RECIPE.replace(old, new, 1) + OTHERS)
+    with pytest.raises(InvalidInput, match=says):
+        runs.train_all(recipes.load(tmp_path / "tiny.toml"), tmp_path / "run", only=["b"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_statistics_that_cannot_be_combined_are_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    # A picture a label: about the centres of what each is taken for, nothing varies.
+    x = np.random.default_rng(0).integers(0, 256, (64, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "set.npz", x=x, y=np.arange(64) % 4)
+    told = RECIPE.replace("fit = 5", "fit = 4\nstretches = true").replace(
+        "calibrate = 5", "calibrate = 8"
+    )
+    (tmp_path / "tiny.toml").write_text(told)
+    runs._check(recipes.load(tmp_path / "tiny.toml"))
+    (tmp_path / "tiny.toml").write_text(told.replace('density = "b"', 'density = ["b", "a"]'))
+    with pytest.raises(InvalidInput, match=r"splits\.fit: 4 pictures are too few"):
+        runs._check(recipes.load(tmp_path / "tiny.toml"))
+
+
 def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path: Path) -> None:
     runs.train_all(recipe, tmp_path / "run", only=["b"])
     longer = recipe._with_training(lambda own: replace(own, more_epochs=(1,)))

@@ -107,6 +107,16 @@ def test_calibrated_p_values_are_valid_for_dependent_statistics(
     assert np.all((sure >= p) & (sure <= 1))
 
 
+def test_a_statistic_of_one_number_may_be_all_that_a_mixture_looks_at() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 1))
+    seen = Seen(values, np.zeros(40, np.int64))
+    learnt = calibrate.combination(
+        seen, [PartConfig("mixture", components=1)], calibrate.places({"excess": 1})
+    )
+    scores = learnt(seen.statistics, seen.label)
+    assert scores.argmax() in (values.argmax(), values.argmin())
+
+
 def test_the_temperature_is_found_again() -> None:
     rng = np.random.default_rng(1)
     log_pxy = rng.normal(size=(20000, 5)) * 3
