@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +104,10 @@ def train(
     # With several devices Fabric runs this command once for each; only the first speaks.
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
     try:
-        with Display(models or chosen.models, Console(stderr=True, quiet=quiet)) as display:
+        with (
+            _terminable(),
+            Display(models or chosen.models, Console(stderr=True, quiet=quiet)) as display,
+        ):
             trained = runs.train_all(
                 chosen,
                 folder,
@@ -125,6 +129,16 @@ def train(
         table.add_row(name, *numbers)
     Console().print(table)
     click.echo(_what_next(chosen, folder))
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is an interruption as Ctrl-C is, so that processes begun within end with this one."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _what_next(recipe: Recipe, folder: Path) -> str:

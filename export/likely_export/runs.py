@@ -15,7 +15,10 @@ import multiprocessing
 import os
 import queue
 import shutil
+import signal
+import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -256,6 +259,7 @@ def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Train
     finally:
         for process in running.values():
             process.terminate()
+        for process in running.values():
             process.join()
     return {job.name: trained[job.name] for job in jobs}
 
@@ -274,10 +278,23 @@ def _next(told: Any, running: Mapping[str, BaseProcess]) -> tuple[str, Progress 
 
 
 def _work(job: Job, told: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all; the parent ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         told.put((job.name, job.run(lambda name, now: told.put((name, now)))))
     except LikelyError as error:
         told.put((job.name, str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        told.put((job.name, f"{type(error).__name__}: {error}"))
+
+
+def _end_with_parent() -> None:
+    """Ends this process once its parent is gone, however that was; files are written by rename."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _processors() -> int:

@@ -1,6 +1,11 @@
 import io
 import math
 import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,6 +248,60 @@ def test_a_failure_in_one_process_ends_all_with_its_sentence(
     with pytest.raises(LikelyError, match=r"training of a failed: .*diverged"):
         runs.train_all(broken, tmp_path / "run")
     assert not (tmp_path / "run" / "a" / train.WEIGHTS).exists()
+
+
+def test_a_fault_in_one_process_is_told_by_its_name_and_where_it_was(
+    recipe: Recipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").touch()
+    with pytest.raises(LikelyError, match=r"training of a failed: FileExistsError: .*run/a"):
+        runs.train_all(recipe, tmp_path / "run")
+    assert "Traceback" in capfd.readouterr().err
+
+
+def running(pid: int) -> bool:
+    """Whether there is such a process, and not only its exit code that nobody asked for."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are listed in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_began_them(
+    recipe: Recipe, tmp_path: Path, number: signal.Signals
+) -> None:
+    long = recipe._with_training(lambda own: replace(own, steps=10**5, validations=10**4))
+    long.write(tmp_path / "long.toml")
+    program = Path(sys.executable).with_name("likely-export")
+    words = ("train", "--recipe", tmp_path / "long.toml", "--out", tmp_path / "run")
+    checkpoints = [tmp_path / "run" / name / train.CHECKPOINT for name in recipe.models]
+    with subprocess.Popen([program, *words, "--device", "cpu"], stderr=subprocess.PIPE) as process:
+        try:
+            wait_until(lambda: all(path.is_file() for path in checkpoints))
+            listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            workers = [int(pid) for pid in listed.split()]
+            assert len(workers) >= 2
+        finally:
+            process.send_signal(number)
+        assert process.stderr is not None
+        told = process.stderr.read().decode()  # whose other ends the workers hold
+    wait_until(lambda: not any(map(running, workers)))
+    if number == signal.SIGTERM:
+        assert process.returncode == 1 and "goes on from the last checkpoint" in told
+    for path in checkpoints:
+        assert torch.load(path, weights_only=True)["step"] > 0
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Returns as soon as that is true, and fails where it is not in time."""
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.1)
 
 
 class Ended:
