@@ -129,7 +129,8 @@ def train_all(
 
     Raises:
         InvalidInput: no such model, a model or a set to report against does not go with the data,
-            no bundle could be built of the models, or the folder is of another recipe.
+            no bundle could be built of the models, a training does not go with so many devices,
+            or the folder is of another recipe.
         LikelyError: a training failed.
     """
     names = list(only) or list(recipe.models)
@@ -137,6 +138,8 @@ def train_all(
         if name not in recipe.models:
             raise InvalidInput("model", f"{name} is none of {', '.join(recipe.models)}")
     hardware = hardware or Hardware()
+    for name in names:
+        hardware.check(recipe.models[name].training)
     recipe = recipe.computed(hardware.arithmetic)  # the run, and all that is told of it, says so
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
     _check(recipe)

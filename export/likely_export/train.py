@@ -78,6 +78,19 @@ class Hardware:
         fabric.launch()
         return fabric
 
+    def check(self, training: Training) -> None:
+        """Returns if a training can be divided among so many devices.
+
+        Raises:
+            InvalidInput: it ends by the clock, and each device has its own.
+        """
+        if self.devices > 1 and training.budget_seconds:
+            raise InvalidInput(
+                "training.budget_seconds",
+                f"{training.budget_seconds:g} seconds are over at another step on each of "
+                f"{self.devices} devices: give steps or epochs, or train on one",
+            )
+
     def arithmetic(self, precision: Precision) -> Precision:
         """The precision chosen; without a choice that one, but bfloat16 only in hardware.
 
@@ -150,12 +163,15 @@ def fit(
         report: called after every step, if given.
 
     Raises:
-        InvalidInput: the checkpoint is of another model or another training.
+        InvalidInput: the checkpoint is of another model or another training, or this one does not
+            go with so many devices.
         DeviceError: the device asked for is not there.
         LikelyError: the objective is no longer finite.
     """
+    hardware = hardware or Hardware()
+    hardware.check(training)
     folder.mkdir(parents=True, exist_ok=True)
-    loop = _Loop((hardware or Hardware()).fabric(training.precision), model, data, training, folder)
+    loop = _Loop(hardware.fabric(training.precision), model, data, training, folder)
     if not (resume and loop.restore()):
         loop.start()
     while not loop.finished:

@@ -20,7 +20,7 @@ from likely_export import recipes, runs, train
 from likely_export.build import build
 from likely_export.progress import Display
 from likely_export.recipes import Recipe
-from likely_export.train import Progress
+from likely_export.train import Hardware, Progress
 
 RECIPE = """
 name = "tiny"
@@ -170,6 +170,13 @@ def test_statistics_that_cannot_be_combined_are_refused_before_anything_is_train
     (tmp_path / "tiny.toml").write_text(told.replace('density = "b"', 'density = ["b", "a"]'))
     with pytest.raises(InvalidInput, match=r"splits\.fit: 4 pictures are too few"):
         runs._check(recipes.load(tmp_path / "tiny.toml"))
+
+
+def test_a_budget_of_seconds_is_one_devices(recipe: Recipe, tmp_path: Path) -> None:
+    timed = recipe._with_training(lambda own: replace(own, steps=0, budget_seconds=9.5))
+    with pytest.raises(InvalidInput, match=r"budget_seconds: 9\.5 .* on each of 2 devices"):
+        runs.train_all(timed, tmp_path / "run", hardware=Hardware("cpu", devices=2))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path: Path) -> None:
