@@ -39,20 +39,21 @@ WEIGHTS = "weights.bin"
 Report = Callable[[str], None]
 
 
-def build(run: Path, out: Path, report: Report = print) -> Manifest:
+def build(run: Path, out: Path, report: Report = print, *, source: str | None = None) -> Manifest:
     """The manifest of the bundle that a trained run becomes.
 
     Args:
         run: a folder that `likely-export train` filled.
         out: where the bundle shall lie; an older bundle there is replaced.
         report: told what is being done.
+        source: where the run's data lie now, if not where they lay in training.
 
     Raises:
         InvalidInput: the run is not complete, or a model's weights are of another training or
             other data than its recipe says.
         BundleError: a graph differs from its model, or `out` holds something else.
     """
-    opened = Run.open(run)
+    opened = Run.open(run, source)
     data = opened.recipe.data.load()
     with replacing(out) as folder:
         exported = dict(_export(opened, data, folder, report))
@@ -96,7 +97,13 @@ def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
 
 
 def extend(
-    bundle: Path, run: Path, out: Path, report: Report = print, version: str | None = None
+    bundle: Path,
+    run: Path,
+    out: Path,
+    report: Report = print,
+    version: str | None = None,
+    *,
+    source: str | None = None,
 ) -> Manifest:
     """The manifest of a bundle that also has the discriminative model of a run.
 
@@ -109,13 +116,14 @@ def extend(
         out: where the new bundle shall lie; an older bundle there is replaced.
         report: told what is being done.
         version: of the new bundle; None for the old one's.
+        source: where the run's data lie now, if not where they lay in training.
 
     Raises:
         InvalidInput: the run is of other data, or has no such model, or its weights are of
             another training; the bundle has no labels.
         BundleError: the graph differs from its model, or `out` holds something else.
     """
-    opened, given = Run.open(run), Bundle.open(bundle)
+    opened, given = Run.open(run, source), Bundle.open(bundle)
     if Role.DISCRIMINATE not in opened.recipe.roles:
         raise InvalidInput(str(run), "its recipe has no model of the role discriminate")
     data = opened.recipe.data.load()

@@ -23,6 +23,8 @@ _OUT = click.option(
     help="The new bundle's folder; an older bundle there is replaced.",
 )
 
+_DATA = click.option("--data", "source", help="Where the run's data lie now, if they were moved.")
+
 if TYPE_CHECKING:
     from likely.bundle import Manifest
     from likely_export.recipes import Recipe
@@ -156,6 +158,7 @@ def _what_next(recipe: Recipe, folder: Path) -> str:
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@_DATA
 @_OUT
 @click.option(
     "--evaluate/--no-evaluate",
@@ -164,18 +167,18 @@ def _what_next(recipe: Recipe, folder: Path) -> str:
     show_default=True,
     help="Put figures and a report into the bundle.",
 )
-def build(run: Path, out: Path, evaluated: bool) -> None:
+def build(run: Path, source: str | None, out: Path, evaluated: bool) -> None:
     """Export a trained RUN, calibrate it, write the bundle and tell its figures."""
     from likely.bundle import Role
     from likely_export.build import build as build_bundle
     from likely_export.runs import Run
 
     with _steps() as report:
-        manifest = build_bundle(run, out, report)
+        manifest = build_bundle(run, out, report, source=source)
         evaluated = evaluated and Role.DENSITY in manifest.graphs
         if evaluated:
             report("evaluate")
-            figures, manifest = _evaluated(out, Run.open(run).recipe)
+            figures, manifest = _evaluated(out, Run.open(run, source).recipe)
     if evaluated:
         _show(figures)
     size = sum(record.size for record in manifest.files.values())
@@ -203,20 +206,21 @@ def _named_version(_: click.Context, __: click.Parameter, version: str | None) -
 @click.option(
     "--run", type=click.Path(path_type=Path), required=True, help="Where the model was trained."
 )
+@_DATA
 @_OUT
 @click.option(
     "--version",
     callback=_named_version,
     help="Of the new bundle, to be served beside the old one  [default: the old one's]",
 )
-def extend(bundle: Path, run: Path, out: Path, version: str | None) -> None:
+def extend(bundle: Path, run: Path, source: str | None, out: Path, version: str | None) -> None:
     """Add a run's discriminative model to a BUNDLE of the same data; all else stays."""
     from likely_export.build import extend as extend_bundle
 
     if out.exists() and out.resolve() == bundle.resolve():
         raise click.UsageError("--out is BUNDLE itself; name another folder")
     with _steps() as report:
-        manifest = extend_bundle(bundle, run, out, report, version)
+        manifest = extend_bundle(bundle, run, out, report, version, source=source)
     size = sum(record.size for record in manifest.files.values())
     click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
 

@@ -274,13 +274,14 @@ class Recipe(_Table):
     def continues(self, earlier: Recipe) -> bool:
         """Whether a run of another recipe is the beginning of one of this; see `Training`.
 
-        Where this one's training is longer, its version and description may be others.
+        Where this one's training is longer, its version and description may be others. The data may
+        lie anywhere: what a model was trained on, its files tell (`train.check_data`).
         """
         if self.models.keys() != earlier.models.keys():
             return False
         trainings = {name: model.training for name, model in earlier.models.items()}
-        shorter = self._with_trainings(trainings)
-        if shorter != self:
+        shorter = _relocated(self._with_trainings(trainings), earlier.data.source)
+        if any(model.training != trainings[name] for name, model in self.models.items()):
             told = {"version": earlier.version, "description": earlier.description}
             shorter = shorter.model_copy(update=told)
         return shorter == earlier and all(

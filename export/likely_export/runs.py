@@ -49,15 +49,19 @@ class Run:
     recipe: Recipe
 
     @classmethod
-    def open(cls, folder: Path) -> Run:
+    def open(cls, folder: Path, source: str | None = None) -> Run:
         """The run in that folder.
+
+        Args:
+            folder: that `train_all` filled.
+            source: where its data lie now, if not where they lay in training.
 
         Raises:
             InvalidInput: it holds no recipe.
         """
         if not (folder / RECIPE).is_file():
             raise InvalidInput(str(folder), f"holds no {RECIPE}, so it is no training run")
-        return cls(folder, recipes.load(folder / RECIPE))
+        return cls(folder, recipes.load(folder / RECIPE, source))
 
     def model(self, name: str, digest: str = "") -> nn.Module:
         """The trained model of that name, in evaluation mode on the CPU.
@@ -73,7 +77,7 @@ class Run:
         weights, chosen = self.folder / name / train.WEIGHTS, self.recipe.models[name]
         model = families.restore(weights)
         if digest:
-            train.check_data(weights, digest)
+            train.check_data(self.folder / name, digest)
         train.check_trained(weights, chosen.training)
         _check_made(weights, model, chosen)
         return model
@@ -120,7 +124,7 @@ def train_all(
     Args:
         recipe: what to train.
         folder: the run; a folder of the same recipe, or of one with fewer stretches of
-            training, is gone on with.
+            training, is gone on with, wherever its data lie now.
         only: names of models; all by default.
         resume: go on from checkpoints; otherwise these models start afresh.
         hardware: on what.
@@ -130,7 +134,7 @@ def train_all(
     Raises:
         InvalidInput: no such model, a model or a set to report against does not go with the data,
             no bundle could be built of the models, a training does not go with so many devices,
-            or the folder is of another recipe.
+            or the folder is of another recipe or other data.
         LikelyError: a training failed.
     """
     names = list(only) or list(recipe.models)
@@ -142,16 +146,16 @@ def train_all(
         hardware.check(recipe.models[name].training)
     recipe = recipe.computed(hardware.arithmetic)  # the run, and all that is told of it, says so
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
-    _check(recipe)
+    digest = _check(recipe).digest
     if hardware.devices > 1:
         # From here on one process a device runs this very code; the first keeps the folder.
         fabric = hardware.fabric()
         if fabric.is_global_zero:
-            _prepare(recipe, folder, names, resume)
+            _prepare(recipe, folder, names, resume, digest)
         fabric.barrier()
         report = report if fabric.is_global_zero else None
     else:
-        _prepare(recipe, folder, names, resume)
+        _prepare(recipe, folder, names, resume, digest)
     if len(jobs) == 1 or hardware.devices > 1:
         return {job.name: job.run(report) for job in jobs}
     return _side_by_side(jobs, report)
@@ -177,8 +181,8 @@ def _untrained(recipe: Recipe, name: str, data: Dataset) -> nn.Module:
         raise InvalidInput(f"models.{name}", str(error)) from error
 
 
-def _check(recipe: Recipe) -> None:
-    """Returns if what would only fail in a training, or after it, goes with the data.
+def _check(recipe: Recipe) -> Dataset:
+    """The recipe's data, if what would only fail in a training, or after it, goes with them.
 
     All models are asked of, also those that are not to be trained now: a bundle needs them.
 
@@ -189,15 +193,19 @@ def _check(recipe: Recipe) -> None:
     data = recipe.data.load()
     recipe.others(data.levels)
     plan.check(recipe, data, {name: _untrained(recipe, name, data) for name in recipe.models})
+    return data
 
 
-def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool) -> None:
+def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool, digest: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RECIPE
-    if path.is_file() and resume and not recipe.continues(recipes.load(path)):
-        raise InvalidInput(
-            str(folder), "was trained by another recipe: choose another folder or train afresh"
-        )
+    if path.is_file() and resume:
+        if not recipe.continues(recipes.load(path)):
+            raise InvalidInput(
+                str(folder), "was trained by another recipe: choose another folder or train afresh"
+            )
+        for name in recipe.models:
+            train.check_data(folder / name, digest)
     recipe.write(path)
     if not resume:
         for name in names:

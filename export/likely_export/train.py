@@ -218,24 +218,29 @@ def check_trained(weights: Path, training: Training) -> None:
             )
 
 
-def check_data(weights: Path, digest: str) -> None:
-    """Returns if a `weights.pt` was trained on this data, divided likewise, as far as it is told.
+def check_data(folder: Path, digest: str) -> None:
+    """Returns if a model was trained on this data, divided likewise, as far as its files tell.
 
-    Older files do not say it themselves; the checkpoint beside them does.
+    Older weights do not say it themselves; the checkpoint beside them does.
+
+    Args:
+        folder: the model's, whose weights and checkpoint may not be there yet.
+        digest: of the data.
 
     Raises:
         InvalidInput: it was trained on other data, or other parts of it.
     """
-    told = torch.load(weights, map_location="cpu", weights_only=True)
-    checkpoint = weights.with_name(CHECKPOINT)
-    if "data" not in told and checkpoint.is_file():
-        told = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if told.get("data", digest) != digest:
-        raise InvalidInput(
-            str(weights),
-            "was trained on other data, or on another division of it, so it may have seen what is "
-            "held out here: train this model afresh",
-        )
+    for file in filter(Path.is_file, (folder / WEIGHTS, folder / CHECKPOINT)):
+        told = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if "data" not in told:
+            continue
+        if told["data"] != digest:
+            raise InvalidInput(
+                str(file),
+                "was trained on other data, or on another division of it, so it may have seen "
+                "what is held out here: train this model afresh",
+            )
+        return
 
 
 class _Loop:

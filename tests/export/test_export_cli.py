@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from likely.bundle import Bundle, Manifest, Role
 from likely_export import recipes, runs
 from likely_export.cli import main
 from likely_export.material import Material
+from likely_export.recipes import Recipe
 from likely_export.runs import Run
 
 
@@ -147,20 +149,28 @@ def test_build_reports_its_steps_and_its_bundle(
 ) -> None:
     from likely_export import build, cli
 
+    moved = str(tmp_path / "moved.npz")
     fields = {"name": "tiny", "version": "3", "files": {}, "graphs": {Role.DENSITY: None}}
     manifest = Manifest.model_construct(**fields)  # type: ignore[arg-type]
 
-    def built(run: Path, out: Path, report: object) -> Manifest:
+    def built(run: Path, out: Path, report: object, source: str | None) -> Manifest:
+        assert source == moved
         report("export density")  # type: ignore[operator]
         return manifest
 
     monkeypatch.setattr(build, "build", built)
     figures = {"nll_nats": {"mean": 77.5}}
-    monkeypatch.setattr(cli, "_evaluated", lambda bundle, recipe: (figures, manifest))
+
+    def figured(bundle: Path, recipe: Recipe) -> tuple[dict[str, Any], Manifest]:
+        assert recipe.data.source == moved
+        return figures, manifest
+
+    monkeypatch.setattr(cli, "_evaluated", figured)
     (tmp_path / "run").mkdir()
     recipes.load(recipe).write(tmp_path / "run" / "recipe.toml")
     more = [] if evaluated else ["--no-evaluate"]
-    result = call("build", tmp_path / "run", "--out", tmp_path / "bundle", *more)
+    words = ("build", tmp_path / "run", "--data", moved, "--out", tmp_path / "bundle")
+    result = call(*words, *more)
     assert result.exit_code == 0 and "export density" in result.stderr
     assert "tiny 3" in result.stdout
     assert ("evaluate" in result.stderr) == ("nll_nats.mean" in result.stdout) == evaluated

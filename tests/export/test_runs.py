@@ -199,6 +199,26 @@ def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path
         runs.train_all(recipe, tmp_path / "run", only=["b"])
 
 
+def test_a_run_is_gone_on_with_where_its_data_are_now(recipe: Recipe, tmp_path: Path) -> None:
+    folder, moved = tmp_path / "run", str(tmp_path / "moved" / "pictures.npz")
+    runs.train_all(recipe, folder, only=["b"])
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "set.npz").rename(moved)
+    there = recipes.load(tmp_path / "tiny.toml", moved)
+    assert there.continues(recipe)
+    opened = runs.Run.open(folder, moved)
+    assert opened.recipe == there
+    assert opened.model("b", opened.recipe.data.load().digest) is not None
+    told: list[str] = []
+    runs.train_all(there, folder, report=lambda name, _: told.append(name))
+    assert set(told) == {"a"} and runs.Run.open(folder).recipe == there
+
+    x = np.random.default_rng(1).integers(0, 256, (60, 4, 3)).astype(np.uint8)
+    np.savez(moved, x=x, y=np.arange(60) % 2)
+    with pytest.raises(InvalidInput, match=r"a/weights\.pt: was trained on other data"):
+        runs.train_all(there, folder, only=["b"])
+
+
 def test_weights_of_other_data_or_another_division_are_not_built(
     recipe: Recipe, tmp_path: Path
 ) -> None:
