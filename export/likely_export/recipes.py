@@ -302,8 +302,9 @@ class Recipe(_Table):
         return self.model_copy(update={"models": models})
 
     def without(self, labels: tuple[str, ...]) -> Self:
-        """The same recipe with the pictures of these labels held out, to be told from the rest."""
-        return self.model_copy(update={"data": self.data.model_copy(update={"without": labels})})
+        """The same recipe with these labels' pictures held out too, to be told from the rest."""
+        every = tuple(dict.fromkeys((*self.data.without, *labels)))
+        return self.model_copy(update={"data": self.data.model_copy(update={"without": every})})
 
     def others(self, levels: int) -> dict[str, Pixels]:
         """The other data sets to report against that are there, uint8 (n, c, h, w).

@@ -128,6 +128,11 @@ def test_a_label_held_out_is_another_set_to_report_against() -> None:
         recipes.load("digits").without(("ten",)).data.load()
 
 
+def test_labels_are_held_out_beside_those_of_the_recipe() -> None:
+    recipe = recipes.load("digits").without(("4",))
+    assert recipe.without(("9", "4", "9")).data.without == ("4", "9")
+
+
 def test_a_label_without_pictures_that_is_held_out_is_no_other_set(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", x=np.zeros((2, 4, 4), np.uint8), y=[1, 2])
     (tmp_path / "mine.toml").write_text(TINY)
