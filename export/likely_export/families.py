@@ -62,6 +62,19 @@ def family(name: str) -> Family:
     return FAMILIES[name]
 
 
+def config(
+    name: str, options: Mapping[str, Any], *, shape: tuple[int, int, int], levels: int, labels: int
+) -> Any:
+    """The config of a model of that family for such data, of defaults where no option is given.
+
+    Raises:
+        InvalidInput: there is no such family, or its options do not go with each other or the data.
+    """
+    chosen = family(name)
+    told = labels if chosen.labelled else 0
+    return chosen.config(shape=shape, levels=levels, labels=told, **options)
+
+
 def create(
     name: str,
     options: Mapping[str, Any],
@@ -79,10 +92,10 @@ def create(
     chosen = family(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        told = labels if chosen.labelled else 0
         try:
-            config = chosen.config(shape=shape, levels=levels, labels=told, **options)
-            model: nn.Module = chosen.model(config)
+            model: nn.Module = chosen.model(
+                config(name, options, shape=shape, levels=levels, labels=labels)
+            )
         except InvalidInput:
             raise
         except ValueError as error:  # modules of torch alone know no other errors

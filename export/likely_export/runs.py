@@ -11,6 +11,7 @@ thread to itself, and as many run at once as there are processors.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import queue
@@ -213,7 +214,7 @@ def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool, d
 
 
 def _check_made(weights: Path, model: nn.Module, chosen: recipes.Model) -> None:
-    """Returns if a model is of the family and has the options that a recipe gives it.
+    """Returns if a model is of the family and has the options that a recipe gives or leaves to it.
 
     Raises:
         InvalidInput: it is another one; names the first thing that differs.
@@ -224,11 +225,20 @@ def _check_made(weights: Path, model: nn.Module, chosen: recipes.Model) -> None:
             f"holds a {type(model).__name__} where the recipe says {chosen.family}: "
             "train this model afresh",
         )
-    for key, wanted in chosen.options.items():
-        if (given := getattr(model.config, key)) != wanted:
+    given: Any = model.config
+    wanted = families.config(
+        chosen.family,
+        chosen.options,
+        shape=given.shape,
+        levels=given.levels,
+        labels=given.labels,
+    )
+    for key in (field.name for field in dataclasses.fields(wanted)):
+        if (its := getattr(given, key)) != (told := getattr(wanted, key)):
+            default = "" if key in chosen.options else ", by default,"
             raise InvalidInput(
                 str(weights),
-                f"was trained with {key} {given} where the recipe says {wanted}: "
+                f"was trained with {key} {its} where the recipe says{default} {told}: "
                 "train this model afresh",
             )
 

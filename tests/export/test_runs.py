@@ -254,6 +254,7 @@ def test_weights_of_another_training_are_not_those_of_the_recipe(
     for change, says in (
         ({"training": replace(b.training, seed=1)}, "trained with seed 0 where the recipe says 1"),
         ({"options": {**b.options, "channels": 8}}, "trained with channels 4 where"),
+        ({"options": {"channels": 4, "layers": 1}}, "head 4 where the recipe says, by default, 64"),
         (
             {"family": "local", "options": {"layers": 1}},
             "holds a PixelCNN where the recipe says local",
