@@ -124,16 +124,16 @@ def _npz(path: Path) -> Source:
             arrays = dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InvalidInput(str(path), f"not a readable .npz file: {error}") from error
-    keys = ("x_train", "y_train") if "x_train" in arrays else ("x", "y")
-    if missing := [key for key in keys if key not in arrays]:
+    tests = ("x_test", "y_test")
+    keys = ("x_train", "y_train") if arrays.keys() & {"x_train", "y_train"} else ("x", "y")
+    has_test = bool(arrays.keys() & {*tests})
+    if missing := [key for key in (*keys, *(tests if has_test else ())) if key not in arrays]:
         raise InvalidInput(
             str(path),
             f"has no array {missing[0]}: expected x_train, y_train, x_test, y_test or x, y",
         )
     x, y = _checked(path, *(arrays[key] for key in keys))
-    test = None
-    if "x_test" in arrays and "y_test" in arrays:
-        test = _checked(path, arrays["x_test"], arrays["y_test"])
+    test = _checked(path, *(arrays[key] for key in tests)) if has_test else None
     names = arrays.get("class_names")
     return _source(path, x, y, test, None if names is None else tuple(map(str, names)))
 

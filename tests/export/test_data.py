@@ -337,6 +337,15 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, make, says: str)
     assert caught.value.field.startswith(str(tmp_path))
 
 
+@pytest.mark.parametrize("absent", ["x_train", "y_train", "x_test", "y_test"])
+def test_an_npz_file_with_half_a_pair_is_refused(tmp_path: Path, absent: str) -> None:
+    arrays = {f"x_{part}": pictures(6) for part in ("train", "test")}
+    arrays |= {f"y_{part}": np.zeros(6, np.int64) for part in ("train", "test")}
+    np.savez(tmp_path / "set.npz", **{key: a for key, a in arrays.items() if key != absent})  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=f"has no array {absent}: expected"):
+        sources.read(tmp_path / "set.npz")
+
+
 def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="1797 pictures cannot give"):
         data.load("digits", Sizes(600, 600, 300, 300))
