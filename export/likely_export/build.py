@@ -26,7 +26,7 @@ from likely_export import (
 )
 from likely_export.classifier import Classifier, fit_temperature
 from likely_export.data import Dataset
-from likely_export.evaluate import BOUND, EVALUATION
+from likely_export.evaluate import BOUND, EVALUATION, REPORT
 from likely_export.graphs import Exported
 from likely_export.recipes import Recipe
 from likely_export.replacing import replacing
@@ -107,8 +107,9 @@ def extend(
 ) -> Manifest:
     """The manifest of a bundle that also has the discriminative model of a run.
 
-    All else stays to the byte: what the bundle answered, it answers as before. Decisions were
-    compared with torch's where the bundle was built; the new labels are not among them.
+    All else stays to the byte: what the bundle answered, it answers as before. Figures and report
+    name the version that they are of, and are left out of another. Decisions were compared with
+    torch's where the bundle was built; the new labels are not among them.
 
     Args:
         bundle: of the same data, divided likewise.
@@ -131,16 +132,19 @@ def extend(
         raise InvalidInput(opened.recipe.data.source, "is not what the bundle was made with")
     if not given.manifest.labels:
         raise InvalidInput(str(bundle), "has no labels, so there are none to tell apart")
+    version = version or given.manifest.version
+    stale = () if version == given.manifest.version else (EVALUATION, REPORT)
     with replacing(out) as folder:
         for name in given.manifest.files:
-            shutil.copyfile(bundle / name, folder / name)
+            if name not in stale:
+                shutil.copyfile(bundle / name, folder / name)
         report(f"export {Role.DISCRIMINATE}")
         exported = _exported(opened, Role.DISCRIMINATE, data, folder)
         golden = given.golden()
         golden |= {f"{Role.DISCRIMINATE}/{name}": a for name, a in exported.golden.items()}
         np.savez_compressed(folder / given.manifest.golden, **golden)  # type: ignore[arg-type]
         fields = _extended(given.manifest, opened.recipe, exported)
-        return write_manifest(folder, fields | {"version": version or given.manifest.version})
+        return write_manifest(folder, fields | {"version": version})
 
 
 def _extended(manifest: Manifest, recipe: Recipe, exported: Exported) -> dict[str, Any]:

@@ -214,8 +214,13 @@ def _named_version(_: click.Context, __: click.Parameter, version: str | None) -
     help="Of the new bundle, to be served beside the old one  [default: the old one's]",
 )
 def extend(bundle: Path, run: Path, source: str | None, out: Path, version: str | None) -> None:
-    """Add a run's discriminative model to a BUNDLE of the same data; all else stays."""
+    """Add a run's discriminative model to a BUNDLE of the same data; all else stays.
+
+    Figures and report name the version that they are of, and are left out of another.
+    """
+    from likely.bundle import Role
     from likely_export.build import extend as extend_bundle
+    from likely_export.evaluate import EVALUATION
 
     if out.exists() and out.resolve() == bundle.resolve():
         raise click.UsageError("--out is BUNDLE itself; name another folder")
@@ -223,6 +228,10 @@ def extend(bundle: Path, run: Path, source: str | None, out: Path, version: str 
         manifest = extend_bundle(bundle, run, out, report, version, source=source)
     size = sum(record.size for record in manifest.files.values())
     click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
+    if Role.DENSITY in manifest.graphs and EVALUATION not in manifest.files:
+        click.echo(
+            f"It has no figures of its own version. Now: likely-export evaluate {out} --write"
+        )
 
 
 @main.command()

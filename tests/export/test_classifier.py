@@ -126,6 +126,7 @@ def test_an_extended_bundle_is_the_old_one_and_more(bundle: Path, tmp_path: Path
     assert (new.name, new.version) == (old.name, "1.1")
     changed = {name for name, record in new.files.items() if old.files.get(name) != record}
     assert changed == {"discriminate.onnx", old.golden}
+    assert set(old.files) - set(new.files) == {"evaluation.json", "report.html"}  # of old.version
     assert new.recipe["roles"] == {**old.recipe["roles"], "discriminate": "classifier"}
     assert recipes.from_table(new.recipe).models_of(Role.DISCRIMINATE) == ("classifier",)
     other = shortened(1)

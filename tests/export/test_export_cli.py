@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from likely.bundle import Bundle, Manifest, Role
+from likely.bundle.manifest import FileRecord
 from likely_export import recipes, runs
 from likely_export.cli import main
 from likely_export.material import Material
@@ -71,6 +72,21 @@ def test_a_bundle_is_not_extended_onto_itself_nor_under_no_version(tmp_path: Pat
     words = ("extend", tmp_path, "--run", tmp_path)
     assert "is BUNDLE itself" in call(*words, "--out", tmp_path).stderr
     assert "'A B'" in call(*words, "--out", tmp_path / "new", "--version", "A B").stderr
+
+
+@pytest.mark.parametrize("files", [{}, {"evaluation.json": FileRecord(size=9, sha256=64 * "0")}])
+def test_a_bundle_extended_without_its_figures_says_how_to_make_them(
+    files: dict[str, FileRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from likely_export import build
+
+    fields = {"name": "tiny", "version": "2", "files": files, "graphs": {Role.DENSITY: None}}
+    made = Manifest.model_construct(**fields)  # type: ignore[arg-type]
+    monkeypatch.setattr(build, "extend", lambda *_, **__: made)
+    words = ("extend", tmp_path / "old", "--run", tmp_path, "--out", tmp_path / "new")
+    result = call(*words, "--version", "2")
+    assert result.exit_code == 0 and "tiny 2" in result.stdout
+    assert ("evaluate" in result.stdout) != bool(files)
 
 
 def test_two_devices_train_what_one_does_on_half_of_every_batch_each(
