@@ -39,6 +39,8 @@ KNOTS = 257
 FOLDS = 4
 SMOOTHING = 0.02  # standard deviations
 CONFIDENCE = 0.95
+SMALLEST_VARIANCE = 1e-6  # of normal scores
+ALIKE = 1e-9  # normal scores that deviate by no more are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +267,7 @@ def _mixture(config: PartConfig, columns: Doubles, v: Doubles) -> Mixture:
     centre = v.mean(0)
     values, vectors = np.linalg.eigh(np.atleast_2d(np.cov((v - centre).T)))
     largest = np.argsort(-values)[: config.dimensions]
-    whitening = vectors[:, largest] / np.sqrt(np.maximum(values[largest], 1e-6))
+    whitening = vectors[:, largest] / np.sqrt(np.maximum(values[largest], SMALLEST_VARIANCE))
     mixture = GaussianMixture(config.components, reg_covar=0.05, random_state=0)
     mixture.fit((v - centre) @ whitening)
     roots = mixture.precisions_cholesky_
@@ -289,16 +291,29 @@ def _contrast(config: PartConfig, columns: Doubles, v: Doubles, odd: Doubles) ->
 
 
 def _whitening(v: Doubles) -> tuple[Doubles, Doubles]:
-    """The mean, and the root of the inverse covariance, shrunk (Ledoit and Wolf, 2004)."""
+    """The mean, and the root of the inverse covariance, shrunk (Ledoit and Wolf, 2004).
+
+    Where nothing varies, or shrinkage leaves ways in which nothing does, all variances are a little
+    larger.
+    """
     covariance = LedoitWolf().fit(v)
-    return covariance.location_, np.linalg.cholesky(covariance.precision_)
+    try:
+        return covariance.location_, np.linalg.cholesky(covariance.precision_)
+    except np.linalg.LinAlgError:
+        floored = covariance.covariance_ + SMALLEST_VARIANCE * np.eye(v.shape[1])
+        return covariance.location_, np.linalg.cholesky(np.linalg.inv(floored))
 
 
 def _usual(average: Doubles, label: Labels, labels: int) -> Doubles:
-    """Mean and deviation of the average for each label taken for, (labels, 2)."""
-    overall = [average.mean(), average.std()]
+    """Mean and deviation of the average for each label taken for, (labels, 2).
+
+    Where a label's pictures are too few or all alike, those of all pictures; 1 where all are.
+    """
+    overall = [average.mean(), average.std() if average.std() > ALIKE else 1.0]
     of_label = [average[label == k] for k in range(labels)]
-    return np.array([[own.mean(), own.std()] if len(own) > 1 else overall for own in of_label])
+    return np.array(
+        [[own.mean(), own.std()] if own.size and own.std() > ALIKE else overall for own in of_label]
+    )
 
 
 def _single(part: _Kept) -> _Kept:

@@ -22,6 +22,8 @@ from likely.answers import Doubles, Floats, Labels
 
 KEPT = 0.5  # of the explained variance, for which the constraint is worth its price
 RIDGE = 1e-3  # of the mean variance, so that features that stand still divide nothing
+ALIKE = 1e-9  # of attributes or features: what differs by no more is the same
+STILL = 1e-30  # a mean variance of features of which all stand still
 
 
 def found(
@@ -29,7 +31,8 @@ def found(
 ) -> tuple[list[dict[str, str]], dict[str, Doubles]]:
     """The directions' entries in the manifest, and the arrays of `likely.latent`.
 
-    None of either where there is no attribute, and one label alone.
+    None of either where there is no attribute, and one label alone; none of what does not vary
+    with the features.
 
     Args:
         features: (n, z).
@@ -42,7 +45,7 @@ def found(
     means = {int(label): z[y == label].mean(0) for label in present}
     within = z - np.stack([means[int(label)] for label in y])
     covariance = within.T @ within / len(z)
-    covariance += np.eye(z.shape[1]) * RIDGE * np.trace(covariance) / z.shape[1]
+    covariance += np.eye(z.shape[1]) * RIDGE * max(np.trace(covariance) / z.shape[1], STILL)
     apart = np.stack(list(means.values())) - z.mean(0)
     entries: list[dict[str, str]] = []
     ways: list[tuple[Doubles, Doubles, float]] = []
@@ -54,7 +57,9 @@ def found(
             ]
         )
         slope = _regression(covariance, within.T @ centred / len(z), apart)
-        probe = slope / max(float(centred.std()), 1e-9)
+        if not (float(centred.std()) > ALIKE and slope @ covariance @ slope > 0):
+            continue
+        probe = slope / float(centred.std())
         shift = covariance @ probe
         entries.append({"name": name, "kind": "attribute"})
         ways.append((shift / (probe @ shift), probe, -float(probe @ z.mean(0))))
@@ -62,6 +67,8 @@ def found(
         for label, mean in means.items():
             others = z[y != label].mean(0)
             step = mean - others
+            if not np.abs(step).max() > ALIKE:
+                continue
             probe = np.linalg.solve(covariance, step)
             probe /= probe @ step
             entries.append({"name": f"label {names[label]}", "kind": "label"})

@@ -90,3 +90,15 @@ def test_a_direction_that_labels_leave_no_room_for_is_not_kept_apart() -> None:
     z = np.stack([4.0 * y + a, rng.normal(size=3000)], 1) + 0.1 * rng.normal(size=(3000, 2))
     _, arrays = directions.found(z.astype(np.float32), y, ("p", "q", "r"), {"a": a})
     assert arrays["steps"][0, 0] == pytest.approx(1, abs=0.1)
+
+
+def test_nothing_is_found_of_what_stands_still() -> None:
+    rng = np.random.default_rng(0)
+    y, moving = np.arange(20) % 2, rng.normal(size=(20, 3)).astype(np.float32)
+    still, a = np.full((20, 3), np.float32(0.1)), rng.normal(size=20)
+    assert directions.found(still, y, ("p", "q"), {"a": a}) == ([], {})
+    entries, _ = directions.found(moving, y, ("p", "q"), {"a": np.full(20, 0.3), "b": a})
+    assert [entry["name"] for entry in entries] == ["b", "label p", "label q"]
+    entries, arrays = directions.found(moving[:2], y[:2], ("p", "q"), {"a": a[:2]})  # one of each
+    assert [entry["name"] for entry in entries] == ["label p", "label q"]
+    assert all(np.isfinite(array).all() for array in arrays.values())

@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import autoregressive
 import numpy as np
@@ -115,6 +116,24 @@ def test_a_statistic_of_one_number_may_be_all_that_a_mixture_looks_at() -> None:
     )
     scores = learnt(seen.statistics, seen.label)
     assert scores.argmax() in (values.argmax(), values.argmin())
+
+
+@pytest.mark.parametrize("kind", ["mahalanobis", "mixture", "neighbours", "contrast"])
+@pytest.mark.parametrize("case", ["alike", "alone", "two"])
+def test_what_does_not_vary_is_combined_too(
+    kind: Literal["mahalanobis", "mixture", "neighbours", "contrast"], case: str
+) -> None:
+    # All pictures alike; each alone with its label, none of which differs from its centre; or of
+    # two kinds, as many of each.
+    values = {
+        "alike": np.full((8, 3), 0.1),
+        "alone": np.random.default_rng(0).normal(size=(8, 3)),
+        "two": np.tile([[0.1, 0.7, 3.0], [0.3, 0.1, 3.0]], (4, 1)),
+    }[case]
+    seen = Seen(values, np.arange(8) if case == "alone" else np.zeros(8, np.int64))
+    part = PartConfig(kind, components=1, neighbours=1)
+    learnt = calibrate.combination(seen, [part], calibrate.places({"all": 3}), seen, labels=8)
+    assert np.isfinite(learnt(seen.statistics, seen.label)).all()
 
 
 def test_the_temperature_is_found_again() -> None:
