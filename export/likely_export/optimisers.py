@@ -73,8 +73,10 @@ class Training:
             given = ", ".join(f"{name} = {length:g}" for name, length in lengths.items())
             raise InvalidInput("training", f"{given}; exactly one must be above 0")
         for name in ("batch", "clip", "validations", "learning_rate", "muon_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise InvalidInput(f"training.{name}", f"{getattr(self, name)} is not above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidInput(
+                    f"training.{name}", f"{getattr(self, name)} is not above 0, and finite"
+                )
         if self.budget_seconds and self.more_epochs:
             raise InvalidInput("training.more_epochs", "does not go with budget_seconds")
         if not all(0 < epochs < math.inf for epochs in self.more_epochs):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
-import numpy as np
 from pydantic import ValidationError
 from torch import nn
 
 from likely.bundle import Graph, Manifest, Role
 from likely.errors import InvalidInput
-from likely_export import calibrate, roles
-from likely_export.calibrate import Seen
+from likely_export import roles
 from likely_export.data import Dataset
-from likely_export.recipes import Recipe, refusal
+from likely_export.recipes import Recipe, from_table, refusal
 from likely_export.roles import GraphSource
 
 GOLDEN = "golden.npz"
 CALIBRATION = "calibration.npz"
-FEW = 256  # fit pictures; with more, no combination fails for their number
 
 
 def fields(recipe: Recipe, data: Dataset, graphs: Mapping[Role, Graph]) -> dict[str, object]:
@@ -54,7 +50,7 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
 
     Raises:
         InvalidInput: models cannot play their roles, or not together; a manifest cannot say what
-            the bundle would be; the fit split is too small to combine statistics on.
+            the bundle would be, or not so that its recipe is read from it again.
     """
     statistics = recipe.calibration.statistics
     made = {
@@ -62,13 +58,12 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
         for role in recipe.roles
     }
     manifest = _manifest(recipe, data, made)
+    from_table(manifest.model_dump(mode="json")["recipe"])  # which evaluations read it from
     features, taken = (manifest.latent_dimensions(role) for role in (Role.ENCODE, Role.DECODE))
     if features and taken and features != taken:
         raise InvalidInput(
             f"roles.{Role.DECODE}", f"takes {taken} features where {Role.ENCODE} gives {features}"
         )
-    if Role.DENSITY in made and len(data.fit) <= FEW:
-        _check_combination(recipe, data, made[Role.DENSITY])
 
 
 def _manifest(recipe: Recipe, data: Dataset, made: Mapping[Role, GraphSource]) -> Manifest:
@@ -100,36 +95,6 @@ def _weights(conditional: Graph | None) -> tuple[float, ...]:
     evidence = conditional.output("evidence") if conditional else None
     experts = int(evidence.shape[1]) if evidence else 0
     return (1 / experts,) * experts if experts else ()
-
-
-def _check_combination(recipe: Recipe, data: Dataset, density: GraphSource) -> None:
-    """Returns if random statistics of the fit split can be combined as the recipe says.
-
-    Raises:
-        InvalidInput: they cannot; there are too few of them.
-    """
-    n, widths = len(data.fit), density.widths
-    told = any(output.name == "label" for output in density.outputs)
-    generator = np.random.Generator(np.random.Philox(key=[0, n]))
-
-    def seen() -> Seen:
-        label = data.fit.y if told else np.zeros(n, np.int64)
-        return Seen(generator.standard_normal((n, sum(widths.values()))), label)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # noise fits no mixture well
-            calibrate.combination(
-                seen(),
-                recipe.calibration.parts,
-                calibrate.places(widths),
-                seen(),
-                len(data.labels) if told else 1,
-            )
-    except ValueError as error:  # numpy's LinAlgError is one, too
-        raise InvalidInput(
-            "splits.fit", f"{n} pictures are too few to combine statistics on: {error}"
-        ) from error
 
 
 def _knows_labels(graphs: Mapping[Role, Graph]) -> bool:

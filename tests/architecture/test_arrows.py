@@ -102,7 +102,7 @@ EXPORT = {
         "likely.bundle likely.errors autoencoder autoregressive classifier cvae local pixelcnn "
         "pixelrnn raster rnn_sampler sampler statistics vae numpy torch"
     ),
-    "plan": "likely.bundle likely.errors calibrate data recipes roles numpy pydantic torch",
+    "plan": "likely.bundle likely.errors data recipes roles pydantic torch",
     "runs": "likely.errors data families plan recipes train torch",
     "progress": "train rich",
     "cuda_kernels": "",

@@ -143,6 +143,11 @@ training.steps = 1
         ('density = "b"', 'density = "b"\nencode = "vae"\ndecode = "a"', "encodes under them"),
         ("layers = 1", "layers = 1\nlabel_dropout = 1.5", r"models\.b: label_dropout: 1\.5 is not"),
         ("[data]", f'[data]\nlabels = ["a", "{65 * "b"}"]', r"labels\.1\.name: .* at most 64"),
+        (
+            "[roles]",
+            '[[evaluation.anchors]]\nfigure = "nll"\nvalue = inf\nsource = "x"\n[roles]',
+            r"anchors\.0\.value",
+        ),
         ("[data]", '[data]\nlabels = ["a", "a"]', "two labels of set are named a"),
     ],
 )
@@ -154,22 +159,6 @@ def test_what_no_bundle_can_be_built_of_is_refused_before_anything_is_trained(
     with pytest.raises(InvalidInput, match=says):
         runs.train_all(recipes.load(tmp_path / "tiny.toml"), tmp_path / "run", only=["b"])
     assert not (tmp_path / "run").exists()
-
-
-def test_statistics_that_cannot_be_combined_are_refused_before_anything_is_trained(
-    tmp_path: Path,
-) -> None:
-    # A picture a label: about the centres of what each is taken for, nothing varies.
-    x = np.random.default_rng(0).integers(0, 256, (64, 4, 3)).astype(np.uint8)
-    np.savez(tmp_path / "set.npz", x=x, y=np.arange(64) % 4)
-    told = RECIPE.replace("fit = 5", "fit = 4\nstretches = true").replace(
-        "calibrate = 5", "calibrate = 8"
-    )
-    (tmp_path / "tiny.toml").write_text(told)
-    runs._check(recipes.load(tmp_path / "tiny.toml"))
-    (tmp_path / "tiny.toml").write_text(told.replace('density = "b"', 'density = ["b", "a"]'))
-    with pytest.raises(InvalidInput, match=r"splits\.fit: 4 pictures are too few"):
-        runs._check(recipes.load(tmp_path / "tiny.toml"))
 
 
 def test_a_budget_of_seconds_is_one_devices(recipe: Recipe, tmp_path: Path) -> None:

@@ -267,6 +267,7 @@ def test_rates_rise_anew_to_half_their_peaks() -> None:
         {"steps": 1, "epochs": 1},
         {"steps": -1},
         {"steps": 1, "batch": 0},
+        {"steps": 1, "clip": float("inf")},
         {"steps": 1, "more_epochs": (1, 0)},
         {"steps": 1, "more_epochs": (float("inf"),)},
         {"budget_seconds": 1, "more_epochs": (1,)},
