@@ -229,9 +229,7 @@ def extend(bundle: Path, run: Path, source: str | None, out: Path, version: str 
     size = sum(record.size for record in manifest.files.values())
     click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
     if Role.DENSITY in manifest.graphs and EVALUATION not in manifest.files:
-        click.echo(
-            f"It has no figures of its own version. Now: likely-export evaluate {out} --write"
-        )
+        click.echo(f"It has no figures. Now: likely-export evaluate {out} --write")
 
 
 @main.command()

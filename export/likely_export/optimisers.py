@@ -23,8 +23,8 @@ class Training:
     Attributes:
         steps: updates of the weights.
         epochs: passes over the training part.
-        budget_seconds: processor time of this process (wall time on a GPU); the
-            schedule follows the clock, so such a run is not repeatable to the bit.
+        budget_seconds: processor time of this process (wall time on a GPU), on one device;
+            the schedule follows the clock, so such a run is not repeatable to the bit.
         batch: pictures a step, over all devices.
         optimiser: `adamw`, or `muon` for the matrices with AdamW for the rest
             (Jordan et al., 2024).
