@@ -254,6 +254,7 @@ def _levels(values: npt.NDArray[np.floating], levels: int) -> Pixels:
     return np.rint(values).clip(0, levels - 1).astype(np.uint8)
 
 
+INLIERS = "test"  # the pictures that these are made of, as they are
 PANEL: Mapping[str, Corruption] = MappingProxyType(
     {
         "blank": blank,

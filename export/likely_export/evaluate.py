@@ -31,7 +31,7 @@ from likely_export import attribution, baselines, corruptions, costs, measures, 
 from likely_export.data import Dataset, bernoulli, spread
 from likely_export.generated import SEED, Drawing, Sizes
 from likely_export.judge import Judge, taught
-from likely_export.material import INLIERS, Compared, Explained, Labelled, Material, Sets
+from likely_export.material import Compared, Explained, Labelled, Material, Sets
 from likely_export.passes import BATCH
 
 EVALUATION, REPORT = "evaluation.json", "report.html"
@@ -117,7 +117,7 @@ class _Evaluation:
             "bits_per_dim": measures.mean(scores.bits_per_dim),
             "nll_nats": measures.mean(-scores.log_px),
         }
-        sets = {INLIERS: _set(self.test.x, scores, self.sizes.examples)}
+        sets = {corruptions.INLIERS: _set(self.test.x, scores, self.sizes.examples)}
         sets |= await self._outside()
         figures |= self._separations(sets)
         figures["parity_nats"] = self.manifest.parity_nats
@@ -185,11 +185,11 @@ class _Evaluation:
 
     def _separations(self, sets: Mapping[str, Sets]) -> dict[str, Any]:
         """AUROC and the like for every set outside, by our score and by likelihood alone."""
-        inside = sets[INLIERS]
+        inside = sets[corruptions.INLIERS]
         ours: dict[str, Any] = {}
         likelihood: dict[str, Any] = {}
         for name, outside in sets.items():
-            if name == INLIERS:
+            if name == corruptions.INLIERS:
                 continue
             apart = measures.separation(inside.unusualness, outside.unusualness)
             accepted = {f"{alpha:g}": outside.p_value > alpha for alpha in self.alphas}
@@ -385,7 +385,10 @@ class _Evaluation:
 def _panel(sets: Mapping[str, Sets], outliers: Mapping[str, Any]) -> dict[str, float]:
     """The least AUROC of the panel and the mean; its sets are the same pictures, corrupted."""
     least = outliers[min(corruptions.PANEL, key=lambda name: float(outliers[name]["auroc"]))]
-    scores = [(sets[INLIERS].unusualness, sets[name].unusualness) for name in corruptions.PANEL]
+    scores = [
+        (sets[corruptions.INLIERS].unusualness, sets[name].unusualness)
+        for name in corruptions.PANEL
+    ]
     over, under = zip(*(measures.placements(*pair) for pair in scores), strict=True)
     mean = measures.paired(np.mean(over, 0), np.mean(under, 0))
     return {

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from likely.answers import Accepted, Doubles, Floats, Labels, Pixels
 
-INLIERS = "test"
-
 
 @dataclass(frozen=True, slots=True)
 class Sets:
@@ -99,7 +97,7 @@ class Material:
     Attributes:
         levels: of a pixel.
         labels: their names.
-        sets: by name; `INLIERS` is the test part.
+        sets: by name; `corruptions.INLIERS` is the test part.
         labelled: where the bundle classifies.
         drawn: uint8 (labels, k, c, h, w), draws by label; (1, k, c, h, w) without labels;
             None where the bundle draws nothing.

@@ -31,9 +31,8 @@ from likely.errors import InvalidInput
 from likely_export import data, sources
 from likely_export.attributes import ATTRIBUTES
 from likely_export.calibrate import FOLDS, PartConfig
-from likely_export.corruptions import CHOOSING, HARD, PANEL
+from likely_export.corruptions import CHOOSING, HARD, INLIERS, PANEL
 from likely_export.families import GIVEN_BY_DATA, family
-from likely_export.material import INLIERS
 from likely_export.optimisers import Precision, Training
 from likely_export.sources import Source
 from likely_export.statistics import STATISTICS

@@ -108,6 +108,7 @@ EXPORT = {
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
     "graphs": "likely.bundle likely.errors likely.graphs hygiene roles numpy onnx torch",
+    "passes": "likely.graphs graphs numpy",
     "baselines": "likely.answers data numpy PIL scipy sklearn",
     "judge": "likely.answers numpy torch",
     "costs": "likely.answers likely.bundle likely.graphs likely.noise graphs numpy",
@@ -117,13 +118,13 @@ EXPORT = {
     ),
     "generated": (
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise data judge "
-        "material measures numpy"
+        "material measures passes numpy"
     ),
     "composition": "likely.answers likely.bundle likely.engine data judge measures numpy",
-    "attribution": "likely.answers likely.graphs likely.noise generated numpy",
+    "attribution": "likely.answers likely.graphs likely.noise passes numpy",
     "evaluate": (
         "likely.answers likely.bundle likely.engine likely.graphs attribution baselines "
-        "corruptions costs data generated judge material measures report numpy"
+        "corruptions costs data generated judge material measures passes report numpy"
     ),
     "features": (
         "likely.answers likely.bundle likely.engine likely.graphs likely.latent attributes data "
@@ -131,11 +132,10 @@ EXPORT = {
     ),
     "compare": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.errors likely.graphs "
-        "composition data evaluate families features generated graphs judge measures train "
-        "numpy sklearn torch"
+        "composition data evaluate families features generated graphs judge measures passes "
+        "train numpy sklearn torch"
     ),
     "replacing": "likely.bundle likely.errors",
-    "passes": "likely.graphs graphs numpy",
     "decisions": (
         "likely.answers likely.bayes likely.bundle likely.graphs likely.noise likely.outliers "
         "calibrate corruptions data graphs passes plan recipes numpy torch"

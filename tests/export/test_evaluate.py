@@ -17,12 +17,12 @@ from likely.bundle import Bundle
 from likely.engine import Engine
 from likely.graphs import Device
 from likely_export import costs, recipes
-from likely_export.corruptions import PANEL
+from likely_export.corruptions import INLIERS, PANEL
 from likely_export.data import Dataset
 from likely_export.evaluate import _Evaluation
 from likely_export.generated import Sizes
 from likely_export.judge import Judge
-from likely_export.material import INLIERS, Sets
+from likely_export.material import Sets
 
 FOLDER = Path("bundles/digits")
 

@@ -16,7 +16,8 @@ from PIL import Image
 from likely.answers import Doubles, Pixels
 from likely.bundle import Bundle, Manifest, Role
 from likely_export import corruptions, measures, recipes, report
-from likely_export.material import INLIERS, Compared, Completed, Explained, Labelled, Material, Sets
+from likely_export.corruptions import INLIERS
+from likely_export.material import Compared, Completed, Explained, Labelled, Material, Sets
 from likely_export.report import charts, pictures, text
 from likely_export.report.card import ANSWERS
 from likely_export.report.subject import Subject

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from likely.bundle import Manifest
-from likely_export.material import INLIERS, Material, Sets
+from likely_export.corruptions import INLIERS
+from likely_export.material import Material, Sets
 from likely_export.report.text import ERROR, find, joined
 
 # What a section's template is given; a section without anything to show is None.
