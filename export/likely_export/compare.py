@@ -265,7 +265,7 @@ class _Member:
 
     def _features(self, engine: Engine) -> dict[str, Any]:
         """What a linear probe reads from them, beside as many principal components."""
-        if Role.ENCODE not in self.manifest.graphs:
+        if not features.of_pictures_alone(self.manifest):
             return {}
         train = self.data.train.x[: max(self.sizes.labelled)]
         z, z_test = (features.encoded(engine, x) for x in (train, self.test.x))

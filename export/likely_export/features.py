@@ -22,7 +22,7 @@ from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 
 from likely.answers import Labels, Pixels
-from likely.bundle import Bundle
+from likely.bundle import Bundle, Manifest, Role
 from likely.engine import Engine
 from likely.graphs import Device
 from likely.latent import Drawing
@@ -181,6 +181,14 @@ def _evaluated(engine: Engine, data: Dataset, sizes: Sizes) -> dict[str, Any]:
             name: traversal(engine, moved, name, judged, draws=sizes.draws) for name in names
         }
     return figures
+
+
+def of_pictures_alone(manifest: Manifest) -> bool:
+    """Whether a bundle encodes pictures whose labels nobody tells it."""
+    graphs = manifest.graphs
+    if Role.ENCODE not in graphs:
+        return False
+    return graphs[Role.ENCODE].input("y") is None or Role.CONDITIONAL in graphs
 
 
 def encoded(engine: Engine, x: Pixels) -> npt.NDArray[np.float32]:

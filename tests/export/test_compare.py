@@ -57,6 +57,9 @@ discriminate = "labels"
 """
 
 
+CVAE = VAE.replace('"vae"', '"cvae"').replace("features", "given_labels").replace(".vae]", ".cvae]")
+
+
 @pytest.fixture(scope="module")
 def data() -> Dataset:
     return recipes.parse(VAE).data.load()
@@ -67,9 +70,11 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("family")
     runs.train_all(recipes.parse(VAE), folder / "vae")
     runs.train_all(recipes.parse(LABELS), folder / "labels", only=("labels",))
+    runs.train_all(recipes.parse(CVAE), folder / "cvae")
     build(folder / "vae", folder / "features")
+    build(folder / "cvae", folder / "given_labels")
     extend(Path("bundles/digits"), folder / "labels", folder / "digits")
-    return [folder / "digits", folder / "features"]
+    return [folder / "digits", folder / "features", folder / "given_labels"]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +94,12 @@ def test_each_member_answers_what_it_has_a_graph_for(found: Comparison) -> None:
     assert digits["outside"]["noise"]["rejected"] == 1
     assert digits["outside"]["dark"] == digits["outside"]["blank"]
     assert (digits["draws"], features["draws"]) == ("by label", "pictures")
+
+
+def test_features_that_need_a_label_are_none_of_a_picture_alone(found: Comparison) -> None:
+    given_labels = found.figures["members"]["given_labels"]
+    assert given_labels["learns"] == ["p(x|y)", "features"]
+    assert "features" not in given_labels and given_labels["draws"] == "by label"
 
 
 def test_bayes_rule_is_compared_where_both_directions_are_known(found: Comparison) -> None:
