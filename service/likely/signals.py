@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -21,9 +20,10 @@ class Told(SystemExit):
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Within it the first SIGTERM raises `Told` in the main thread, and a second one ends at once.
+    """Within it the first SIGTERM raises `Told` in the main thread.
 
-    Where SIGTERM is handled or ignored already, that is left so.
+    A second one ends at once, be it within or behind: whoever was told has only to end. Where
+    SIGTERM is handled or ignored already, that is left so.
     """
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -41,24 +41,24 @@ def ending() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) is tell:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def end(number: int, frame: FrameType | None = None) -> None:  # noqa: ARG001  Python's
-    """Ends the process by a signal, at once; the first one of a container by its exit code."""
-    _flush()
+    """Ends the process by a signal, at once; the first one of a container by its exit code.
+
+    What a stream still holds is not written: who reads it may stand still, and the signal may
+    have come in the middle of a write.
+    """
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with that code, at once, whatever its threads do."""
-    _flush()
+    """Ends the process with that code, at once, whatever its threads do.
+
+    What was logged is written by then: standard error holds no line back.
+    """
     os._exit(code)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()

@@ -19,7 +19,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -629,6 +629,55 @@ def test_a_load_does_not_hold_up_the_end(
             with pytest.raises(grpc.RpcError) as caught:
                 asked.result()
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@contextmanager
+def loading(
+    toys: dict[str, Toy], watched: Path, folder: Path, workers: int, *flags: object
+) -> Iterator[tuple[Served, str]]:
+    """A server all of whose workers are at a load that takes long, and its address."""
+    (folder / "sitecustomize.py").write_text(SLOW + LOSE)
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    slow, lost = str(folder / "slow"), str(folder / "lost")
+    there = {"PYTHONPATH": path, "SLOW": slow, "CARD_LOST": lost}
+    put(toys["1"].path, watched / "1")
+    flags = ("--watch", watched, "--watch-seconds", 0.1, "--port", 0, "--workers", workers, *flags)
+    with served(folder, *flags, environment=there) as server:
+        address = server.address(workers)
+        Path(slow).touch()
+        put(toys["2"].path, watched / "2")
+        wait_until(Path(f"{slow}.begun").exists)
+        time.sleep(1)  # for the other workers, too
+        yield server, address
+
+
+@pytest.mark.fault(36)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_load_does_not_hold_up_a_second_signal(
+    number: signal.Signals, toys: dict[str, Toy], watched: Path, tmp_path: Path
+) -> None:
+    with loading(toys, watched, tmp_path, 1, "--drain-delay", 60) as (server, _):
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+        server.process.send_signal(number)
+        assert server.process.wait(20) == -number
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_load_does_not_hold_up_who_lost_the_device(
+    workers: int,
+    toys: dict[str, Toy],
+    watched: Path,
+    questions: Questions,
+    tmp_path: Path,
+) -> None:
+    with loading(toys, watched, tmp_path, workers) as (server, address):
+        (tmp_path / "lost").touch()
+        with grpc.insecure_channel(address) as channel:
+            assert questions.ask(channel, ("score", (0,)), "lost").code == "UNAVAILABLE"
+        assert server.process.wait(20) == 1
+        assert "lost" in server.path.read_text().splitlines()[-1]
 
 
 @pytest.mark.fault(36)

@@ -55,6 +55,7 @@ async def run(
     log: FilteringBoundLogger,
     ending: asyncio.Future[signal.Signals],
     ready: Callable[[], Awaitable[None]] | None = None,
+    lost: int = 1,
 ) -> None:
     """Loads, serves until the signal comes, and drains; ends the process if it loads even then.
 
@@ -64,6 +65,7 @@ async def run(
         log: where it tells how far it has come.
         ending: the signal to end at.
         ready: awaited when the models are loaded.
+        lost: the code to end the process with if the device is gone while it loads.
 
     Raises:
         LikelyError: why nothing can be served.
@@ -72,7 +74,7 @@ async def run(
     delay, grace = 0.0, settings.drain_seconds
     loading, closed = asyncio.create_task(server.load()), False
     try:
-        await first(loading, ending)
+        await first(loading, ending, server.lost)
         if loading.done():
             await loading
             if ready:
@@ -87,11 +89,18 @@ async def run(
         log.info("draining", seconds=grace, delay=delay)
     finally:
         closed = await server.stop(grace, delay, LOAD_SECONDS)
+    if loading.done():
+        loading.exception()  # what it came to meanwhile, with all closed round it, says nothing
+    # A thread that opens a bundle cannot be stopped, and has nothing to lose.
+    loads = not (closed and loading.done())
     if server.lost.done():
+        if loads:
+            log.error("ended", message=str(server.lost.result()))
+            signals.leave(lost)
         raise server.lost.result()
     log.info("ended")
-    if not (closed and loading.done()):
-        signals.leave(0)  # a thread that opens a bundle cannot be stopped, and has nothing to lose
+    if loads:
+        signals.leave(0)
 
 
 async def first(*awaited: asyncio.Future[Any]) -> None:
@@ -100,14 +109,16 @@ async def first(*awaited: asyncio.Future[Any]) -> None:
 
 
 def signalled() -> asyncio.Future[signal.Signals]:
-    """Done at the first SIGTERM or SIGINT; the second one has its ordinary effect at once."""
+    """Done at the first SIGTERM or SIGINT; the second one, of either, ends the process at once."""
     loop = asyncio.get_running_loop()
     ending: asyncio.Future[signal.Signals] = loop.create_future()
 
     def end(number: signal.Signals) -> None:
         for one in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(one)
-        signal.signal(signal.SIGTERM, signals.end)  # whose default is none in a container
+            # Not its default: that of SIGTERM is none in a container, and a KeyboardInterrupt
+            # would wait for threads.
+            signal.signal(one, signals.end)
         ending.set_result(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -89,7 +89,7 @@ async def _work(order: Order, settings: Settings, log: Any) -> None:
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
 
-    await run(server, settings, log, ending, ready)
+    await run(server, settings, log, ending, ready, LOST)
 
 
 def _end_with_the_input(ending: asyncio.Future[signal.Signals]) -> None:
