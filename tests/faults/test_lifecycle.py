@@ -871,16 +871,20 @@ def test_a_worker_that_is_begun_anew_follows_the_watched_folder_as_the_others_do
         with grpc.insecure_channel(f"127.0.0.1:{server.wait_for('admin')['port']}") as channel:
             unload = admin_pb2.UnloadModelRequest(model_name="toy", model_version="2")
             AdminServiceStub(channel).UnloadModel(unload, timeout=60)
+        opened = loads(server, "2")
+        assert opened == 2
         kill()
         wait_until(begun_anew)
+        assert loads(server, "2") == opened  # there might be no memory for both
         assert {version_of(address) for _ in range(30)} == {"1"}
         # The volume goes: a new worker would have nothing to serve.
         watched.rename(tmp_path / "away")
-        watched.mkdir()
+        (watched / "refused").mkdir(parents=True)
+        (watched / "refused" / MANIFEST).touch()
         kill()
         server.wait_for("worker waits for the watched folder")
         assert {version_of(address) for _ in range(10)} == {"1"}
-        watched.rmdir()
+        shutil.rmtree(watched)
         (tmp_path / "away").rename(watched)
         wait_until(begun_anew)
         assert {version_of(address) for _ in range(30)} == {"1"}
@@ -892,6 +896,11 @@ def test_a_worker_that_is_begun_anew_follows_the_watched_folder_as_the_others_do
         kill()
         wait_until(begun_anew)
         assert {version_of(address) for _ in range(30)} == {"2"}
+
+
+def loads(server: Served, version: str) -> int:
+    """How often its workers have loaded that version."""
+    return sum(e["event"] == "loaded" and e["version"] == version for e in server.log())
 
 
 def version_of(address: str) -> str:

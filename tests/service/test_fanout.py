@@ -15,7 +15,7 @@ import pytest
 
 from likely import logs
 from likely.processes import fanout
-from likely.processes.fanout import Fanout
+from likely.processes.fanout import Fanout, Version
 from likely.v1 import admin_pb2, admin_pb2_grpc
 
 LOG = logs.logger("debug", "json", io.StringIO())
@@ -42,10 +42,17 @@ class Worker(admin_pb2_grpc.AdminServiceServicer):
         self.made += 1
         return admin_pb2.SetLabelResponse()
 
+    async def UnloadModel(
+        self, request: admin_pb2.UnloadModelRequest, context: Any
+    ) -> admin_pb2.UnloadModelResponse:
+        if self.refuses:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "it is not here")
+        return admin_pb2.UnloadModelResponse()
+
     async def _other(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
-    LoadModel = UnloadModel = Rollback = ResetDrift = _other
+    LoadModel = Rollback = ResetDrift = _other
 
     async def ListVersions(
         self, request: admin_pb2.ListVersionsRequest, context: Any
@@ -96,6 +103,7 @@ class Workers:
     def __init__(self, workers: list[Worker], stub: Any, strayed: list[int]) -> None:
         self.workers = workers
         self.settled: list[Collection[int]] = []
+        self.unloaded: list[Version | None] = []
         self.strayed = strayed
         self._stub = stub
 
@@ -111,6 +119,10 @@ class Workers:
             return error.code(), error.details() or ""
         return grpc.StatusCode.OK, ""
 
+    async def unload(self, version: str) -> None:
+        request = admin_pb2.UnloadModelRequest(model_name="toy", model_version=version)
+        await self._stub.UnloadModel(request, timeout=30)
+
     async def roll_back(self) -> str:
         request = admin_pb2.RollbackRequest(model_name="toy")
         answer = await self._stub.Rollback(request, timeout=30)
@@ -125,17 +137,21 @@ async def together(folder: Path, *workers: Worker) -> AsyncIterator[Workers]:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(worker, server)
         server.add_insecure_port(f"unix:{socket}")
     settled: list[Collection[int]] = []
+    unloaded: list[Version | None] = []
     strayed: list[int] = []
-    servicer = Fanout(
-        lambda: sockets, lambda _, asked, __: settled.append(asked), strayed.append, LOG
-    )
+
+    def told(served: object, asked: Collection[int], version: Version | None) -> None:
+        settled.append(asked)
+        unloaded.append(version)
+
+    servicer = Fanout(lambda: sockets, told, strayed.append, LOG)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, servers[-1])
     port = servers[-1].add_insecure_port("127.0.0.1:0")
     for server in servers:
         await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         found = Workers(list(workers), admin_pb2_grpc.AdminServiceStub(channel), strayed)
-        found.settled = settled
+        found.settled, found.unloaded = settled, unloaded
         yield found
     for server in reversed(servers):
         await server.stop(0)
@@ -149,6 +165,20 @@ def test_a_change_is_made_by_all(tmp_path: Path) -> None:
             assert (workers.settled, workers.strayed) == ([{0, 1, 2}], [])
             for worker in workers.workers:  # a token may end before the last one is asked
                 assert worker.shown & {key for key, _ in SHOWN} == {"x-request-id"}
+
+    asyncio.run(work())
+
+
+def test_what_is_unloaded_is_told(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with together(tmp_path, Worker(), Worker()) as workers:
+            await workers.ask()
+            await workers.unload("2")
+            assert workers.unloaded == [None, ("toy", "2")]
+        async with together(tmp_path, Worker(refuses=True)) as workers:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await workers.unload("2")
+            assert workers.unloaded == []
 
     asyncio.run(work())
 

@@ -52,6 +52,13 @@ class Loader:
 
     def __init__(self) -> None:
         self.raises: dict[Path, Exception] = {}
+        self.proofs: list[str] = []
+
+    def claimed(self, folder: Path) -> tuple[str, str]:
+        text = (folder / MANIFEST).read_text()
+        if not text:
+            raise BundleError("it says nothing", "manifest")
+        return "toy", text.split()[0]
 
     def verified(self, folder: Path) -> Any:
         if error := self.raises.get(folder):
@@ -61,20 +68,21 @@ class Loader:
         return SimpleNamespace(manifest=manifest, digest=digest, path=folder)
 
     def proved(self, bundle: Any) -> Engine:
+        self.proofs.append(bundle.manifest.version)
         return Engine(bundle)
 
 
 class Watched:
     """A folder that is followed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *unloaded: tuple[str, str]) -> None:
         self.folder = folder
         self.loader = Loader()
         self.metrics = Metrics()
         log = logs.logger("error")
         loader: Any = self.loader
         self.lifecycle = Lifecycle(Registry(), loader, self.metrics, log, self._changed)
-        self.watcher = Watcher(folder, 1.0, self.lifecycle, self.metrics, log)
+        self.watcher = Watcher(folder, 1.0, self.lifecycle, self.metrics, log, unloaded)
 
     async def look(self, times: int = 1) -> dict[str, str]:
         """The folders' names of the versions that are served after so many looks."""
@@ -155,6 +163,50 @@ def test_a_folder_that_is_lost_unloads_nothing(whole: bool, tmp_path: Path) -> N
             shutil.rmtree(folder / "one")
             put(folder / "three", "3")
             assert await follower.look(2) == {"3": "three"}
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_what_is_refused_does_not_stand_for_what_is_served(half: bool, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with watched(tmp_path, one="1") as follower:
+            for copied in range(6):
+                if copied == 2:
+                    shutil.rmtree(tmp_path / "one")
+                if half or not copied:  # it is being copied all the time, or is altered
+                    put(tmp_path / "two", "2")
+                    (tmp_path / "two" / f"file-{copied}").touch()
+                    error = BundleError("it is altered", "digest")
+                    follower.loader.raises[tmp_path / "two"] = error
+                assert await follower.look() == {"1": "one"}
+                assert follower.counted("likely_watch_lost") == (copied > 2)
+            put(tmp_path / "three", "3")  # a sound one takes its place
+            assert await follower.look(2) == {"3": "three"}
+            assert follower.counted("likely_watch_lost") == 0
+            shutil.rmtree(tmp_path / "three")
+            assert await follower.look(3) == {"3": "three"}
+            assert follower.counted("likely_watch_lost") == 1
+
+    asyncio.run(work())
+
+
+def test_what_was_unloaded_is_not_even_opened(tmp_path: Path) -> None:
+    async def work() -> None:
+        for version in ("1", "2"):
+            put(tmp_path / version, version)
+        (tmp_path / "3").mkdir()
+        (tmp_path / "3" / MANIFEST).touch()
+        follower = Watched(tmp_path, ("toy", "2"), ("other", "1"))
+        follower.loader.raises[tmp_path / "3"] = BundleError("it says nothing", "manifest")
+        await follower.lifecycle.begin(())
+        await follower.watcher.begin()
+        assert await follower.look(2) == {"1": "1"}
+        assert follower.loader.proofs == ["1"]
+        shutil.rmtree(tmp_path / "2")
+        await follower.look(2)
+        put(tmp_path / "2", "2")  # put there anew, it is wanted
+        assert await follower.look(2) == {"1": "1", "2": "2"}
 
     asyncio.run(work())
 
@@ -344,6 +396,35 @@ def test_what_had_no_memory_is_tried_again_more_and_more_seldom(
             del follower.loader.raises[tmp_path / "large"]
             now += watch.SOONEST
             assert await follower.look() == {"1.1": "large"}
+
+    asyncio.run(work())
+
+
+def test_what_was_tried_as_memory_was_freed_is_not_tried_more_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def work() -> None:
+        nonlocal now
+        async with watched(tmp_path, kept="1") as follower:
+
+            def tried() -> float | None:
+                return follower.counted("likely_load_failures_total", reason="memory")
+
+            put(tmp_path / "large", "2")
+            follower.loader.raises[tmp_path / "large"] = MemoryError()
+            await follower.look(2)
+            for version in ("3", "4", "5"):
+                put(tmp_path / version, version)
+                await follower.look(2)
+                await follower.lifecycle.unload("toy", version)
+                await follower.look()
+            assert tried() == 4
+            now += watch.SOONEST
+            await follower.look()
+            assert tried() == 5
 
     asyncio.run(work())
 

@@ -10,6 +10,7 @@ from likely.bundle.manifest import (
     Name,
     Role,
     TensorSpec,
+    read_manifest,
     write_manifest,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "Name",
     "Role",
     "TensorSpec",
+    "read_manifest",
     "write_manifest",
 ]

@@ -279,15 +279,7 @@ class Bundle:
         if trusted:
             signing.verify(path, trusted)
         text = _manifest_bytes(path)
-        try:
-            manifest = Manifest.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "manifest"
-            raise BundleError(
-                f"{path} is not a bundle that this version reads: {where}: {first['msg']}",
-                "manifest",
-            ) from error
+        manifest = _parsed(path, text)
         sizes = {name: record.size for name, record in manifest.files.items()}
         if (total := sum(sizes.values())) > LARGEST_BUNDLE:
             raise BundleError(
@@ -337,6 +329,15 @@ class Bundle:
         return arrays.read(self.path / name)
 
 
+def read_manifest(path: Path) -> Manifest:
+    """What a folder says of itself; its other files are not looked at.
+
+    Raises:
+        BundleError: it says nothing that can be read.
+    """
+    return _parsed(path, _manifest_bytes(path))
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
     """Records every file of the folder and writes the manifest, last and by rename.
 
@@ -361,6 +362,17 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
     finally:
         temporary.unlink(missing_ok=True)
     return checked
+
+
+def _parsed(path: Path, text: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise BundleError(
+            f"{path} is not a bundle that this version reads: {where}: {first['msg']}", "manifest"
+        ) from error
 
 
 def _manifest_bytes(path: Path) -> bytes:

@@ -221,15 +221,16 @@ class Supervisor:
             await asyncio.sleep(self._settings.watch_seconds)
 
     async def _is_lost(self) -> bool:
-        """Whether no bundle can be found in the watched folder, though some worker has such."""
+        """Whether some worker serves what lay in the watched folder, and nothing of it is there."""
         watched = self._settings.watch and absolute(self._settings.watch)
         if not watched:
             return False
         folders = [Path(version.folder) for version in await self._serving_now()]
-        if not any(folder.is_relative_to(watched) for folder in folders):
+        served = {folder for folder in folders if folder.is_relative_to(watched)}
+        if not served:
             return False
         try:
-            return not await asyncio.to_thread(scan, watched)
+            return served.isdisjoint(await asyncio.to_thread(scan, watched))
         except OSError:
             return True
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from likely.batching.admission import Quota
-from likely.errors import DeviceLost, ModelNotFound, SettingsError
+from likely.errors import DeviceLost, SettingsError
 from likely.inference import inference_pb2, inference_pb2_grpc
 from likely.serving import access, ports
 from likely.serving.admin import Admin
@@ -114,7 +113,7 @@ class Server:
         self._watcher: Watcher | None = None
         if settings.watch:
             self._watcher = Watcher(
-                settings.watch, settings.watch_seconds, self.lifecycle, self._metrics, log
+                settings.watch, settings.watch_seconds, self.lifecycle, self._metrics, log, unloaded
             )
         self._watching: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
@@ -123,7 +122,6 @@ class Server:
         self._quiet = False
         self._admin_socket = admin_socket
         self._settled = settled
-        self._unloaded = unloaded
         self._health = health_aio.HealthServicer()
         self._guard = Guard(
             self.registry,
@@ -184,9 +182,6 @@ class Server:
                 await self._watcher.begin()
             except OSError as error:
                 raise SettingsError(f"{settings.watch} cannot be read: {error.strerror}") from error
-            for name, version in self._unloaded:
-                with suppress(ModelNotFound):
-                    await self.lifecycle.unload(name, version)
             self._watching = asyncio.create_task(self._watcher.run())
         self.lifecycle.pin(settings.version_labels)
         self._loaded = True

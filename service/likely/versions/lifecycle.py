@@ -178,6 +178,13 @@ class Lifecycle:
         """Whether a version is served that lies, or lay, in that folder."""
         return self._key_of(absolute(folder)) is not None
 
+    async def claimed(self, folder: Path) -> Key | None:
+        """Name and version that a folder's manifest tells, served or not; None if it tells none."""
+        try:
+            return await asyncio.to_thread(self._loader.claimed, folder)
+        except (LikelyError, OSError):
+            return None
+
     def end(self) -> None:
         """Makes no changes from now on; who waits for one, or for its turn, waits no more."""
         if not self._ending.done():

@@ -10,7 +10,7 @@ from pathlib import Path
 from likely import graphs, machine
 from likely.batching.admission import Bounds
 from likely.batching.traffic import Traffic
-from likely.bundle import MANIFEST, Bundle
+from likely.bundle import MANIFEST, Bundle, read_manifest
 from likely.engine import Engine, Seen, Terms
 from likely.errors import BundleError, LikelyError, SettingsError
 from likely.settings import Settings
@@ -31,6 +31,16 @@ class Loader:
         self._device = graphs.Device.parse(settings.device, memory=settings.gpu_memory << 20)
         cores = machine.cores()
         self._threads = settings.threads or max(1, cores // (settings.workers or cores))
+
+    def claimed(self, folder: Path) -> tuple[str, str]:
+        """Name and version that a folder's manifest tells, whether the bundle is sound or not.
+
+        Raises:
+            BundleError: it tells none.
+        """
+        with _refusing(folder):
+            manifest = read_manifest(folder)
+        return manifest.name, manifest.version
 
     def verified(self, folder: Path) -> Bundle:
         """The bundle in that folder, checked in all that needs no runtime.

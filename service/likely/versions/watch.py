@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,8 @@ class Watcher:
     A folder without a manifest is no bundle yet. One with a manifest is loaded once it has
     been the same for two looks in a row: whoever copies a bundle may write its manifest first.
     A folder that cannot be read, or where no bundle is left of those that are served from it, is
-    taken for an unmounted volume or a copy that failed: nothing is unloaded until one is there.
+    taken for an unmounted volume or a copy that failed: nothing is unloaded until one that is
+    served is there.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Watcher:
         lifecycle: Lifecycle,
         metrics: Metrics,
         log: FilteringBoundLogger,
+        unloaded: Collection[tuple[str, str]] = (),
     ) -> None:
         """A watcher.
 
@@ -68,12 +70,14 @@ class Watcher:
             lifecycle: loads and unloads.
             metrics: are told whether the folder is lost.
             log: where is told the same.
+            unloaded: names and versions of bundles that are left alone until their files change.
         """
         self._folder = folder
         self._seconds = seconds
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._log = log
+        self._unloaded = unloaded
         self._seen: dict[Path, Mark] = {}
         self._done: dict[Path, Mark] = {}
         self._short: dict[Path, _Short] = {}
@@ -83,6 +87,9 @@ class Watcher:
     async def begin(self) -> None:
         """Loads what is there now; what is refused is counted and told, and tried again later."""
         self._seen = await self._scan()
+        for path, mark in self._seen.items() if self._unloaded else ():
+            if await self._lifecycle.claimed(path) in self._unloaded:
+                self._done[path] = mark
         await self._follow(self._seen)
 
     async def run(self) -> None:
@@ -100,15 +107,23 @@ class Watcher:
         except OSError as error:
             self._lose(error.strerror or str(error))
             return
-        if not found and any(map(self._lifecycle.holds, self._done)):
+        if not found and self._serves(self._done):
             self._lose("no bundle is left in it")
             return
-        self._lose("")
         before, self._seen = self._seen, found
         await self._follow(
             {path: mark for path, mark in self._seen.items() if before.get(path) == mark}
         )
-        await self._leave(set(self._done) - set(before) - set(self._seen))
+        gone = set(self._done) - set(before) - set(found)
+        if self._serves(gone) and not self._serves(found):
+            self._lose("no bundle that is served is left in it")
+            return
+        self._lose("")
+        await self._leave(gone)
+
+    def _serves(self, folders: Iterable[Path]) -> bool:
+        """Whether a version is served that lies, or lay, in one of them."""
+        return any(map(self._lifecycle.holds, folders))
 
     def _lose(self, reason: str) -> None:
         """Tells that the folder is lost, for this reason; for none, that it is not."""
@@ -150,8 +165,11 @@ class Watcher:
 
     def _wait(self, path: Path, again: bool) -> None:
         # Seldom: what takes all the memory there is may end the server, and not only fail.
-        short = self._short.get(path) if again else None
-        pause = min(2 * short.pause, LATEST) if short else SOONEST
+        short, pause = self._short.get(path) if again else None, SOONEST
+        if short:
+            pause = short.pause
+            if self._lifecycle.freed == short.freed:  # it was tried as its time was up
+                pause = min(2 * pause, LATEST)
         self._short[path] = _Short(self._lifecycle.freed, pause, time.monotonic() + pause)
 
     async def _leave(self, gone: set[Path]) -> None:
