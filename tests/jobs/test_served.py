@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -54,6 +55,11 @@ def unload(live: Live, version: str) -> None:
     live.run(live.server.lifecycle.unload("toy", version))
 
 
+def label(live: Live, **versions: str) -> None:
+    for name, version in versions.items():
+        live.run(live.server.lifecycle.set_label("toy", name, version))
+
+
 def drawing(live: Live, out: Path, *words: str) -> Result:
     asked = ["batch", "generate", "--each=20", "--shard=20", f"--address={live.address}"]
     return CliRunner().invoke(main, [*asked, f"--out={out}", "--patience=0.3", *words])
@@ -74,7 +80,7 @@ def test_a_job_is_resumed_with_the_version_that_it_began_with(
     assert drawing(first, tmp_path).exit_code == 0
     whole = contents(tmp_path)
     load(first, toys["2"])  # which is the default from now on
-    for words in ((), ("--model=toy",), ("--model-version=stable",), ("--model-version=1",)):
+    for words in ((), ("--model=toy",), ("--model-version=1",)):
         ended(tmp_path, 1)
         told = drawing(first, tmp_path, *words)
         assert told.exit_code == 0, told.output
@@ -83,6 +89,58 @@ def test_a_job_is_resumed_with_the_version_that_it_began_with(
     other = drawing(first, tmp_path, "--model-version=2")
     assert other.exit_code == 1
     assert 'its version is "1", and "2" is asked' in other.stderr
+
+
+def test_a_label_means_the_version_that_it_named_at_first(
+    first: Live, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    load(first, toys["2"])
+    label(first, stable="1", canary="2")
+    assert drawing(first, tmp_path, "--model-version=stable").exit_code == 0
+    whole = contents(tmp_path)
+    label(first, stable="2", canary="1")
+    for version in ("=stable", "=1", "=canary", None):
+        words = [f"--model-version{version}"] if version else []
+        ended(tmp_path, 1)
+        told = drawing(first, tmp_path, *words)
+        assert told.exit_code == 0, told.output
+        assert contents(tmp_path) == whole
+    label(first, stable="1", canary="2")  # and another label what it names now
+    for done in (True, False):
+        if not done:
+            ended(tmp_path, 1)
+        other = drawing(first, tmp_path, "--model-version=canary")
+        assert other.exit_code == 1
+        assert 'its version is "1", and "2" is asked' in other.stderr
+
+
+def test_a_job_that_is_done_says_so_without_its_version(
+    first: Live, toys: dict[str, Toy], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "in.npy", toys["1"].draw(np.random.default_rng(0), 30))
+    drawn, scored = tmp_path / "drawn", tmp_path / "scored"
+    asked = ["batch", "score", str(tmp_path / "in.npy"), "--fdr=0.2", "--json"]
+
+    def scoring(address: str, *words: str) -> Result:
+        where = [f"--address={address}", f"--out={scored}", "--patience=0.3"]
+        return CliRunner().invoke(main, [*asked, *where, *words])
+
+    before = [drawing(first, drawn, "--json"), scoring(first.address)]
+    assert [told.exit_code for told in before] == [0, 0]
+    whole = contents(tmp_path)
+    load(first, toys["2"])
+    unload(first, "1")
+    assert drawing(first, drawn, "--json").stdout == before[0].stdout
+    for address in (first.address, "127.0.0.1:1"):  # where nobody answers
+        assert scoring(address).stdout == before[1].stdout
+    for other in (drawing(first, drawn, "--seed=1"), scoring(first.address, "--fdr=0.1")):
+        assert other.exit_code == 1
+        assert "the folder holds another job" in other.stderr
+    assert contents(tmp_path) == whole
+    (drawn / "part-00001.parquet").unlink()
+    lacking = drawing(first, drawn)
+    assert lacking.exit_code == 1
+    assert "has toy@1 no more" in lacking.stderr
 
 
 def test_a_version_that_is_gone_for_good_is_named(

@@ -17,7 +17,8 @@ from likely.errors import JobError
 
 if TYPE_CHECKING:
     from likely.jobs.backends import Opener
-    from likely.jobs.requests import Task
+    from likely.jobs.ledger import Begun
+    from likely.jobs.requests import Request, Task
     from likely.jobs.sources import Input, Pictures
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -58,22 +59,25 @@ class Job:
             OSError: something cannot be read or written.
         """
         from likely.jobs import ledger
-        from likely.jobs.columns import Geometry
         from likely.jobs.making import Maker, Plan
         from likely.jobs.ray_workers import ray_workers
-        from likely.jobs.requests import Format, Request
         from likely.jobs.running import WORKERS, run, threads
-        from likely.jobs.sources import Pictures
 
         opener, out = self._opener(), self.out.absolute()
         begun = ledger.begun(out)
-        if begun and self._may_mean(*begun):
-            opener = opener.pinned(*begun)
+        if begun and self._may_mean(begun):
+            opener = opener.pinned(begun.model, begun.version)
+            if begun.done and opener.elsewhere:  # where the version may be gone
+                request, _ = self._request(ask, begun.done, given)
+                with ledger.Ledger(out, request) as folder:
+                    again = folder.summary
+                if again is not None:
+                    self._tell(again, begun.done)
+                    return
         backend = opener.open()
         try:
             info = backend.info
-            pictures = Pictures(given, Geometry(info.shape, info.levels)) if given else None
-            request = Request.of(ask(info, pictures), info, Format(self.form), self.shard)
+            request, pictures = self._request(ask, info, given)
             backend.require(request.task)
             plan = Plan(request, out, opener.pinned(info.name, info.version), given, self.batch)
             maker = Maker(plan, backend, pictures)
@@ -82,16 +86,36 @@ class Job:
                 workers = ray_workers(plan, self.workers, max(1, self.threads), cards)
             else:
                 workers = threads(maker, self.workers or WORKERS)
-            found = run(plan, maker, workers, functools.partial(show.long_bar, what=what))
+            label = self.version if self.version in VERSION_LABELS else None
+            found = run(plan, maker, workers, functools.partial(show.long_bar, what=what), label)
         finally:
             backend.close()
+        self._tell(found, info)
+
+    def _request(
+        self, ask: Ask, info: ModelInfo, given: Input | None
+    ) -> tuple[Request, Pictures | None]:
+        from likely.jobs.columns import Geometry
+        from likely.jobs.requests import Format, Request
+        from likely.jobs.sources import Pictures
+
+        pictures = Pictures(given, Geometry(info.shape, info.levels)) if given else None
+        task = ask(info, pictures)
+        return Request.of(task, info, Format(self.form), self.shard), pictures
+
+    def _tell(self, found: dict[str, Any], info: ModelInfo) -> None:
         row = {"out": str(self.out), **_flat(found)}
         lines = [row] if self.as_json else [{"of": k, "found": row[k]} for k in row]
         show.rows(lines, self.as_json, {"model": info.name, "version": info.version})
 
-    def _may_mean(self, model: str, version: str) -> bool:
-        """Whether the options leave room for that version; a label may have named it once."""
-        return self.model in (None, model) and self.version in (None, version, *VERSION_LABELS)
+    def _may_mean(self, begun: Begun) -> bool:
+        """Whether the options leave room for the version that the job began with.
+
+        The label that it was asked for by may name another one by now; what another label
+        names, the server says.
+        """
+        versions = (None, begun.version, begun.label)
+        return self.model in (None, begun.model) and self.version in versions
 
     def _opener(self) -> Opener:
         from likely.jobs.backends import Bundled, Served

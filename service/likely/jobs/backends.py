@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,14 +27,13 @@ from likely.errors import (
     Unauthenticated,
     Unavailable,
 )
-from likely.jobs.requests import Generation, Judgement, Task
+from likely.jobs.requests import ALPHA, Generation, Judgement, Task
 from likely.jobs.steadiness import steady
 
 if TYPE_CHECKING:
     from likely.bundle import Bundle
     from likely.engine import Engine
 
-ALPHA = 0.05  # where none is named
 CHUNK = 256  # pictures that are drawn at once
 UNLIMITED = Limits(1 << 40, 1 << 40, CHUNK, 1 << 60)  # a job is its engine's only caller
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -72,7 +71,13 @@ class Backend(Protocol):
 
 
 class Opener(Protocol):
-    """How to come by a backend, in this process or in another."""
+    """How to come by a backend, in this process or in another.
+
+    Attributes:
+        elsewhere: whether others decide which versions there are.
+    """
+
+    elsewhere: ClassVar[bool]
 
     def open(self) -> Backend:
         """The backend."""
@@ -98,6 +103,7 @@ class Bundled:
     threads: int = 0
     keys: tuple[Path, ...] = ()
     max_batch: int = 0
+    elsewhere: ClassVar[bool] = False
 
     def open(self) -> Local:
         """The engine, verified and warm; one whose answers depend on the batch runs none.
@@ -251,6 +257,7 @@ class Served:
     server_name: str | None = None
     token_file: File | None = None
     begun: bool = False
+    elsewhere: ClassVar[bool] = True
 
     def open(self) -> Remote:
         """A client of it.

@@ -10,16 +10,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
+from likely.answers import Limits, ModelInfo
 from likely.errors import JobError
 from likely.jobs import files
-from likely.jobs.requests import Format, Request
+from likely.jobs.requests import ALPHA, Format, Request
 
 MANIFEST = "manifest.json"
 STAGE = ".measured"
 FORMAT = 1
+MODEL, LABEL = BESIDE = ("model", "label")  # of the manifest, beside the request
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +50,16 @@ class Ledger:
     has two rounds of shards: what was measured, and what comes of it.
     """
 
-    def __init__(self, folder: Path, request: Request) -> None:
+    def __init__(
+        self, folder: Path, request: Request, beside: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         """The folder, made or resumed; shards that are not as they were recorded are forgotten.
 
         Args:
             folder: to hold the shards; empty, absent, or begun for the same request.
             request: the job's.
+            beside: what the manifest tells beside it of how the job began; of a job that is
+                resumed, what it has told from the beginning stands.
 
         Raises:
             JobError: it holds something else, or another process works on it.
@@ -66,6 +72,7 @@ class Ledger:
             told = _read(folder)
             if told is not None:
                 request.require(told["request"])
+            self._beside = {key: each for key, each in (told or beside).items() if key in BESIDE}
             files.clear(folder)
             files.clear(folder / STAGE)
             self.summary: dict[str, Any] | None = (told or {}).get("summary")
@@ -130,7 +137,7 @@ class Ledger:
         files.write(self.folder / MANIFEST, json.dumps(self._told(), indent=1).encode() + b"\n")
 
     def _told(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"format": FORMAT, "request": self.request.told()}
+        told: dict[str, Any] = {"format": FORMAT, "request": self.request.told(), **self._beside}
         if self._measured:
             told["measured"] = _records(self._measured)
         told["shards"] = _records(self._done)
@@ -150,8 +157,26 @@ class Ledger:
         return found
 
 
-def begun(folder: Path) -> tuple[str, str] | None:
-    """Name and version of the model that the folder's job began with; None where there is no job.
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """How the job of a folder began.
+
+    Attributes:
+        model: the name of the model that it began with.
+        version: its version.
+        label: what it was asked for by, `stable` or `canary`; None where by none.
+        done: what the job's request can be compared by, without the model: what its manifest
+            tells of it; None where the job is not done, or the manifest tells too little.
+    """
+
+    model: str
+    version: str
+    label: str | None
+    done: ModelInfo | None
+
+
+def begun(folder: Path) -> Begun | None:
+    """How the folder's job began; None where there is no job.
 
     Raises:
         JobError: the folder holds something else.
@@ -159,10 +184,53 @@ def begun(folder: Path) -> tuple[str, str] | None:
     """
     told = _read(folder) if folder.exists() else None
     request = told["request"] if told else None
-    if not isinstance(request, dict):
+    if not told or not isinstance(request, dict):
         return None
     name, version = request.get("model"), request.get("version")
-    return (name, version) if isinstance(name, str) and isinstance(version, str) else None
+    if not isinstance(name, str) or not isinstance(version, str):
+        return None
+    return Begun(name, version, told.get(LABEL), _info(told) if "summary" in told else None)
+
+
+def beside(info: ModelInfo, label: str | None) -> dict[str, Any]:
+    """What a manifest tells beside the request.
+
+    Args:
+        info: of the model that the job begins with.
+        label: what its version was asked for by, if by one.
+    """
+    model = {"shape": list(info.shape), "levels": info.levels, "labels": list(info.labels)}
+    return {MODEL: model, **({LABEL: label} if label else {})}
+
+
+def _info(told: dict[str, Any]) -> ModelInfo | None:
+    try:
+        request, model = told["request"], told[MODEL]
+        c, h, w = map(int, model["shape"])
+        return ModelInfo(
+            name=request["model"],
+            version=request["version"],
+            description="",
+            shape=(c, h, w),
+            levels=int(model["levels"]),
+            labels=tuple(map(str, model["labels"])),
+            priors=(),
+            methods=(),
+            density_kind=None,
+            conditional_kind=None,
+            importance_samples=0,
+            latent_dimensions=0,
+            calibration_size=0,
+            finest_alpha=0.0,  # what was done could be promised
+            default_alpha=request["task"].get("alpha") or ALPHA,
+            posterior_temperature=1.0,
+            execution_providers=(),
+            limits=Limits(0, 0, 0, 0),
+            digest=request["digest"],
+            discriminative=True,
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
 
 
 def place(folder: Path, request: Request, shard: int, measured: bool) -> Path:

@@ -14,6 +14,7 @@ from likely.answers import Guarantee, LabelRule, ModelInfo
 from likely.errors import InvalidInput, JobError, NotAnswered
 from likely.noise import SEED_LIMIT
 
+ALPHA = 0.05  # where none is named
 SHARD = 4096
 MOST_SHARDS = 100_000
 HOTTEST = 2.0

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 from likely.jobs.finishing import finish
-from likely.jobs.ledger import Ledger, Record
+from likely.jobs.ledger import Ledger, Record, beside
 from likely.jobs.making import Advance, Maker, Plan
 from likely.jobs.requests import Judgement
 
@@ -18,7 +18,9 @@ Bar = Callable[[int, int], AbstractContextManager[Advance]]
 Workers = Callable[[list[int], Advance], Generator[Made, None, None]]
 
 
-def run(plan: Plan, maker: Maker, workers: Workers, bar: Bar) -> dict[str, Any]:
+def run(
+    plan: Plan, maker: Maker, workers: Workers, bar: Bar, label: str | None = None
+) -> dict[str, Any]:
     """What came of the job; its folder holds all shards.
 
     A shard that is there is not made again, so that a job which was ended in whatever way is
@@ -29,6 +31,7 @@ def run(plan: Plan, maker: Maker, workers: Workers, bar: Bar) -> dict[str, Any]:
         maker: of its shards, in this process.
         workers: who makes the shards of these numbers.
         bar: shows progress, given the pictures of the job and those that are done.
+        label: what the version was asked for by, if by one.
 
     Raises:
         JobError: the folder holds something else.
@@ -37,7 +40,7 @@ def run(plan: Plan, maker: Maker, workers: Workers, bar: Bar) -> dict[str, Any]:
     """
     request = plan.request
     later = isinstance(request.task, Judgement) and request.task.finished_later
-    with Ledger(plan.folder, request) as ledger:
+    with Ledger(plan.folder, request, beside(maker.info, label)) as ledger:
         if ledger.summary is not None:
             return ledger.summary
         missing = ledger.missing(measured=later) if ledger.missing() else []
