@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -229,6 +230,9 @@ def test_a_token_that_expires_is_read_again(
         remote.close()
         unwarned.close()
         token.write_text("wrong")
+        threading.Timer(0.5, token.write_text, (NEW,)).start()  # as an actor on Ray begins late
+        Served(live.address, patience=30, token_file=token).pinned("toy", "1").open().close()
+        token.write_text("wrong")
         with pytest.raises(Unauthenticated):  # at once: it was never good
             Served(live.address, patience=30, token_file=token).open()
 
@@ -268,5 +272,36 @@ def test_a_run_is_broken_off(toy: Toy) -> None:
     local.stop()
     assert failed.wait(10)
     asking.join()
-    assert len(local.generate(0, 0, 3, Generation(((0, 3),))).images) == 3
+    with pytest.raises(CancelledError):  # nor is a batch that follows run
+        local.generate(0, 0, 3, Generation(((0, 3),)))
     local.close()
+
+
+def test_a_run_that_begins_as_all_ends_is_broken_off(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = Bundled(toy.path, "cpu", 1, max_batch=16).open()
+    begin = asyncio.run_coroutine_threadsafe
+
+    def begun(*work: Any) -> Any:
+        asked = begin(*work)
+        local.stop()
+        return asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "run_coroutine_threadsafe", begun)
+        with pytest.raises(CancelledError):
+            local._run(asyncio.sleep(60))
+    local.close()
+
+
+def test_the_handler_of_sigterm_outlives_a_ray_that_does_not_begin() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with pytest.raises(ConnectionError), ray_workers._keeping_sigterm():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            raise ConnectionError
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, handler)

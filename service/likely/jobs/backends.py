@@ -64,7 +64,7 @@ class Backend(Protocol):
         """Pictures first to first + count - 1."""
 
     def stop(self) -> None:
-        """Lets what other threads ask of it now end soon, in an error."""
+        """Lets what other threads ask of it now or later end soon, in an error."""
 
     def close(self) -> None:
         """Frees it."""
@@ -166,6 +166,7 @@ class Local:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._asked: set[Future[Any]] = set()
+        self._stopped = threading.Event()
 
     def require(self, task: Task) -> None:
         """As `Backend.require`."""
@@ -208,11 +209,13 @@ class Local:
 
     def stop(self) -> None:
         """As `Backend.stop`: what nobody waits for is not run on."""
+        self._stopped.set()
         for asked in tuple(self._asked):
             asked.cancel()
 
     def close(self) -> None:
         """As `Backend.close`."""
+        asyncio.run_coroutine_threadsafe(_ended(), self._loop).result()
         self._engine.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -221,6 +224,8 @@ class Local:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         asked = asyncio.run_coroutine_threadsafe(work, self._loop)
         self._asked.add(asked)
+        if self._stopped.is_set():  # looked at only now, so that `stop` or this cancels it
+            asked.cancel()
         try:
             return asked.result()
         finally:
@@ -240,7 +245,7 @@ class Served:
         token, plaintext_token, tls, ca, certificate, key, server_name: as `Client` takes them.
         token_file: holds the token in place of `token`, and is read again when it changes.
         begun: whether a job has begun with that version, so that it is waited for where it is
-            not found.
+            not found, and so is a good token where the file's has expired.
     """
 
     address: str
@@ -280,6 +285,14 @@ class Served:
         )
         return Remote(client, self)
 
+    @property
+    def passing(self) -> tuple[type[LikelyError], ...]:
+        """What is asked again after: it may pass."""
+        if not self.begun:
+            return _PASSING
+        token = () if self.token_file is None else (Unauthenticated,)
+        return (*_PASSING, ModelNotFound, *token)
+
     def pinned(self, model: str, version: str) -> Served:
         """The same server, held to that version."""
         return replace(self, model=model, version=version, begun=True)
@@ -292,18 +305,12 @@ class Remote:
         self._client = client
         self._served = served
         self._stopped = threading.Event()
-        self._passing: tuple[type[LikelyError], ...] = _PASSING
-        if served.begun:
-            self._passing += (ModelNotFound,)
         try:
             self.info = self._patient(lambda: client.model(served.model, served.version))
         except BaseException:
             client.close()
             raise
         self._served = served.pinned(self.info.name, self.info.version)
-        self._passing = (*_PASSING, ModelNotFound)
-        if served.token_file is not None:  # it had a good one; the next may come late
-            self._passing += (Unauthenticated,)
 
     def require(self, task: Task) -> None:
         """As `Backend.require`."""
@@ -358,7 +365,7 @@ class Remote:
         )
 
     def stop(self) -> None:
-        """As `Backend.stop`; asks nothing more either."""
+        """As `Backend.stop`."""
         self._stopped.set()
         self._client.close()
 
@@ -377,7 +384,7 @@ class Remote:
         while True:
             try:
                 return ask()
-            except self._passing as error:
+            except self._served.passing as error:
                 wished = error.retry_after if isinstance(error, Overloaded | Unavailable) else None
                 pause = max(pause, wished or 0.0)
                 if self._stopped.is_set() or time.monotonic() + pause > end:
@@ -397,6 +404,14 @@ class Remote:
             "with; have it served again and ask for the job once more, or begin another in "
             "another folder"
         )
+
+
+async def _ended() -> None:
+    """Ends all else that its loop has been told to do."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def _all(stream: AsyncIterator[Draws]) -> list[Draws]:

@@ -62,7 +62,7 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
             return
         own = not ray.is_initialized()
         if own:
-            with _handling_sigterm():
+            with _keeping_sigterm():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         try:
             yield from _made(missing, advance)
@@ -97,12 +97,14 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
 
 
 @contextmanager
-def _handling_sigterm() -> Iterator[None]:
+def _keeping_sigterm() -> Iterator[None]:
     """Keeps this process's handler: Ray puts its own in the place, which prints a stack."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _sentence(error: Exception) -> str:
