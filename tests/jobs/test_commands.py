@@ -73,7 +73,8 @@ def test_a_file_may_hold_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shown: list[Any] = []
 
     def noted(*args: Any, **more: Any) -> Any:
-        shown.append(more["token"]())
+        token = more["token"]
+        shown.append(token() if callable(token) else token)
         raise Unavailable("enough")
 
     monkeypatch.setattr(backends, "Client", noted)
@@ -85,6 +86,41 @@ def test_a_file_may_hold_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     told = CliRunner().invoke(main, [*words, "--token=other"])
     assert told.exit_code == 2
     assert "either --token or --token-file" in " ".join(told.stderr.replace("│", " ").split())
+
+
+def test_a_token_of_the_command_line_goes_before_one_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Any] = []
+
+    def noted(*args: Any, **more: Any) -> Any:
+        token = more["token"]
+        shown.append(token() if callable(token) else token)
+        raise Unavailable("enough")
+
+    monkeypatch.setattr(backends, "Client", noted)
+    for name in ("named", "other"):
+        (tmp_path / name).write_text(f"{name}-in-a-file")
+    words = ["batch", "generate", "--address=127.0.0.1:1", "--count=1", f"--out={tmp_path / 'o'}"]
+
+    def run(*more: str, **variables: str) -> int:
+        there = {f"LIKELY_{name}": each for name, each in variables.items()}
+        return CliRunner().invoke(main, [*words, *more], env=there).exit_code
+
+    named, other = str(tmp_path / "named"), str(tmp_path / "other")
+    assert run("--token=named", TOKEN_FILE=other) == 1
+    assert run("--token=named", TOKEN="other") == 1
+    assert run(f"--token-file={named}", TOKEN="other") == 1
+    assert run(f"--token-file={named}", TOKEN="other", TOKEN_FILE=other) == 1
+    assert shown == ["named", "named", "named-in-a-file", "named-in-a-file"]
+    assert run(TOKEN="other", TOKEN_FILE=other) == 2
+    assert run("--token=named", f"--token-file={named}") == 2
+    told = CliRunner().invoke(
+        main,
+        ["health", "--address=127.0.0.1:1"],
+        env={"LIKELY_TOKEN": "other", "LIKELY_TOKEN_FILE": other},
+    )
+    assert told.exit_code == 1  # it shows no token, and nobody answers
 
 
 def test_all_options_reach_the_job(batch: Batch, toy: Toy, tmp_path: Path) -> None:

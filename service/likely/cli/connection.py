@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -80,8 +80,8 @@ def connected(
         def run(**given: Any) -> None:
             names = Connection.__dataclass_fields__
             connection = Connection(**{name: given.pop(name) for name in names})
-            if connection.token and connection.token_file:
-                raise click.UsageError("either --token or --token-file (or their variables)")
+            if token:
+                connection = _with_one_token(connection)
             command(server=connection if connection.address else None, **given)
 
         # click fills the options in by name, so that the two need not have one signature.
@@ -91,6 +91,26 @@ def connected(
         return decorated
 
     return decorate
+
+
+def on_the_command_line(option: str) -> bool:
+    """Whether the option of that name is given there, and not by the environment."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def _with_one_token(connection: Connection) -> Connection:
+    """The same, with the token alone that is shown: the command line's before a variable's.
+
+    Raises:
+        UsageError: there are two in the same place.
+    """
+    if not (connection.token and connection.token_file):
+        return connection
+    named = on_the_command_line("token")
+    if named == on_the_command_line("token_file"):
+        raise click.UsageError("either --token or --token-file (or their variables)")
+    return replace(connection, token_file=None) if named else replace(connection, token=None)
 
 
 def _options(

@@ -12,7 +12,7 @@ import click
 
 from likely.answers import VERSION_LABELS, ModelInfo
 from likely.cli import show
-from likely.cli.connection import Connection, connected
+from likely.cli.connection import Connection, connected, on_the_command_line
 from likely.errors import JobError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Job:
         from likely.jobs.backends import Bundled, Served
 
         server = self.server
-        if self.bundle and server and not _on_the_command_line("address"):
+        if self.bundle and server and not on_the_command_line("address"):
             server = None  # a bundle that is named goes before a server of the environment
         if server is None:
             if self.model or self.version:
@@ -219,11 +219,6 @@ def _options() -> tuple[Callable[[F], F], ...]:
             help="The bundle to run in this process. [the shipped one]",
         ),
     )  # fmt: skip
-
-
-def _on_the_command_line(option: str) -> bool:
-    source = click.get_current_context().get_parameter_source(option)
-    return source is click.core.ParameterSource.COMMANDLINE
 
 
 def _flat(found: dict[str, Any]) -> dict[str, Any]:
