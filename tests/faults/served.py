@@ -236,9 +236,11 @@ class Load:
 def first_process() -> list[str]:
     """What comes before a command that shall be the first process of its own PID namespace."""
     words = ["unshare", "--pid", "--fork", "--kill-child"]
-    if not shutil.which("unshare") or subprocess.run([*words, "true"]).returncode:
-        pytest.skip("no PID namespace can be made here")
-    return words
+    for more in ([], ["--user", "--map-root-user"]):  # who is not root may be of a user namespace
+        command = [*words, *more]
+        if shutil.which("unshare") and not subprocess.run([*command, "true"]).returncode:
+            return command
+    pytest.skip("no PID namespace can be made here")
 
 
 def wait_until(reached: Callable[[], bool], seconds: float = 30) -> None:
