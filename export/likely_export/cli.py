@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 
 
 class _Sentences(click.Group):
-    """Ends on an error of ours with its sentence on stderr and exit code 1."""
+    """Ends on an error of ours with its sentence on stderr and exit code 1, and so by SIGTERM."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except LikelyError as error:
             raise click.ClickException(str(error)) from error
 
@@ -106,10 +107,7 @@ def train(
     # With several devices Fabric runs this command once for each; only the first speaks.
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
     try:
-        with (
-            _terminable(),
-            Display(models or chosen.models, Console(stderr=True, quiet=quiet)) as display,
-        ):
+        with Display(models or chosen.models, Console(stderr=True, quiet=quiet)) as display:
             trained = runs.train_all(
                 chosen,
                 folder,
@@ -135,7 +133,7 @@ def train(
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM is an interruption as Ctrl-C is, so that processes begun within end with this one."""
+    """SIGTERM is an interruption as Ctrl-C is: processes begun within end, half a bundle goes."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -176,15 +174,20 @@ def build(run: Path, source: str | None, out: Path, evaluated: bool) -> None:
     with _steps() as report:
         manifest = build_bundle(run, out, report, source=source)
         evaluated = evaluated and Role.DENSITY in manifest.graphs
+        click.echo(_told(out, manifest))
         if evaluated:
-            report("evaluate")
-            figures, manifest = _evaluated(out, Run.open(run, source).recipe)
+            report("evaluate; the bundle can be served meanwhile")
+            figures, _ = _evaluated(out, Run.open(run, source).recipe)
     if evaluated:
         _show(figures)
-    size = sum(record.size for record in manifest.files.values())
-    click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
     if Role.DENSITY not in manifest.graphs:
         click.echo(f"It has no density. Now: likely-export features {out}")
+
+
+def _told(out: Path, manifest: Manifest) -> str:
+    """What lies there now."""
+    size = sum(record.size for record in manifest.files.values())
+    return f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB"
 
 
 def _named_version(_: click.Context, __: click.Parameter, version: str | None) -> str | None:
@@ -226,8 +229,7 @@ def extend(bundle: Path, run: Path, source: str | None, out: Path, version: str 
         raise click.UsageError("--out is BUNDLE itself; name another folder")
     with _steps() as report:
         manifest = extend_bundle(bundle, run, out, report, version, source=source)
-    size = sum(record.size for record in manifest.files.values())
-    click.echo(f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB")
+    click.echo(_told(out, manifest))
     if Role.DENSITY in manifest.graphs and EVALUATION not in manifest.files:
         click.echo(f"It has no figures. Now: likely-export evaluate {out} --write")
 

@@ -37,6 +37,8 @@ from likely_export.optimisers import Precision, Training
 from likely_export.sources import Source
 from likely_export.statistics import STATISTICS
 
+UNKNOWN = "extra_forbidden"  # pydantic's name for a key that a table does not have
+
 
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -431,8 +433,11 @@ def from_table(table: Mapping[str, Any], source: str | None = None) -> Recipe:
 
 
 def refusal(error: ValidationError, whole: str) -> InvalidInput:
-    """The first thing that pydantic refuses, under the name `whole` where it is of no one field."""
-    first = error.errors()[0]
+    """The first thing that pydantic refuses, under the name `whole` where it is of no one field.
+
+    Unknown keys go first: what is missing is often what one of them was to be.
+    """
+    first = min(error.errors(), key=lambda one: one["type"] != UNKNOWN)
     return InvalidInput(".".join(map(str, first["loc"])) or whole, _sentence(first))
 
 
@@ -456,7 +461,7 @@ def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _sentence(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
+    if error["type"] == UNKNOWN:
         return "is not a known key"
     if error["type"] == "missing":
         return "is missing"

@@ -40,12 +40,15 @@ def of_image(file: Path | IO[bytes], name: str, channels: int, levels: int) -> P
         levels: of the model.
 
     Raises:
-        InvalidInput: it is no image, a broken one, or has not 8 bits a channel.
+        InvalidInput: it is no image, a broken one, has not 8 bits a channel, or lets some
+            background show through.
     """
     try:
         with Image.open(file) as image:
             if image.mode not in _EIGHT_BIT:
                 raise InvalidInput(name, f"mode {image.mode}; 8 bits a channel are asked")
+            if _shows_through(image):
+                raise InvalidInput(name, "is transparent in places: lay it on a background first")
             turned = image.convert("L" if channels == 1 else "RGB")
     except UnidentifiedImageError as error:
         raise InvalidInput(name, "neither an image nor .npy nor .npz") from error
@@ -55,6 +58,13 @@ def of_image(file: Path | IO[bytes], name: str, channels: int, levels: int) -> P
         raise InvalidInput(name, f"a broken image: {error}") from error
     bright = np.atleast_3d(np.asarray(turned)).transpose(2, 0, 1)
     return np.rint(bright * ((levels - 1) / 255)).astype(np.uint8)
+
+
+def _shows_through(image: Image.Image) -> bool:
+    """Whether a pixel is not opaque, so that its brightness depends on what lies behind it."""
+    if not {"A", "a"} & {*image.getbands()} and "transparency" not in image.info:
+        return False
+    return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
 
 
 def of_array(path: Path, mapped: Literal["r"] | None = None) -> npt.NDArray[Any]:

@@ -1,10 +1,14 @@
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -13,9 +17,10 @@ from click.testing import CliRunner, Result
 from likely.bundle import Bundle, Manifest, Role
 from likely.bundle.manifest import FileRecord
 from likely_export import recipes, runs
-from likely_export.cli import main
+from likely_export.cli import _Sentences, main
 from likely_export.material import Material
 from likely_export.recipes import Recipe
+from likely_export.replacing import replacing
 from likely_export.runs import Run
 
 
@@ -190,3 +195,17 @@ def test_build_reports_its_steps_and_its_bundle(
     assert result.exit_code == 0 and "export density" in result.stderr
     assert "tiny 3" in result.stdout
     assert ("evaluate" in result.stderr) == ("nll_nats.mean" in result.stdout) == evaluated
+
+
+def test_sigterm_leaves_no_half_of_a_bundle(tmp_path: Path) -> None:
+    @click.command()
+    def wait() -> None:
+        with replacing(tmp_path / "bundle") as folder:
+            (folder / "half").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    ended = CliRunner().invoke(_Sentences(commands={"wait": wait}), ["wait"])
+    assert ended.exit_code == 1
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

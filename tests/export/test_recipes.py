@@ -261,6 +261,7 @@ def test_a_published_recipe_names_no_folder_and_can_be_used_again(tmp_path: Path
             "size is named twice",
         ),
         ("[data]", "[data", "recipe", "not TOML"),
+        ("[roles]", "[role]", "role", "not a known key"),  # and not: roles are missing
         ('name = "tiny"', 'name = "../tiny"', "name", "pattern"),
     ],
 )

@@ -122,7 +122,8 @@ def test_images_become_levels(likely: Callable[..., Result], toy: Toy, tmp_path:
     bright = Image.fromarray(x[0, 0] * 85)
     bright.save(tmp_path / "grey.png")
     bright.convert("RGB").save(tmp_path / "colour.png")
-    names = ("one.npz", "grey.png", "colour.png")
+    bright.convert("RGBA").save(tmp_path / "opaque.png")
+    names = ("one.npz", "grey.png", "colour.png", "opaque.png")
     rows = lines(likely("score", *(tmp_path / name for name in names), "--json"))
     assert len({row["log_likelihood"] for row in rows}) == 1
     assert rows[1]["picture"] == str(tmp_path / "grey.png")
@@ -135,6 +136,11 @@ def test_files_that_do_not_fit_are_named(likely: Callable[..., Result], tmp_path
     assert "takes 1 x 3 x 3" in sentence
     Image.new("I;16", (3, 3)).save(tmp_path / "deep.png")
     assert "deep.png: mode I;16" in failed(likely("score", tmp_path / "deep.png"))
+    clear = Image.new("LA", (3, 3), (0, 0))  # black ink that is nowhere
+    clear.save(tmp_path / "clear.png")
+    assert "clear.png: is transparent in places" in failed(likely("score", tmp_path / "clear.png"))
+    clear.convert("P").save(tmp_path / "few.gif", transparency=0)
+    assert "few.gif: is transparent in places" in failed(likely("score", tmp_path / "few.gif"))
     (tmp_path / "text.png").write_text("no picture")
     assert "neither an image nor" in failed(likely("score", tmp_path / "text.png"))
     (tmp_path / "text.npy").write_text("no array")

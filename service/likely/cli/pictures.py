@@ -56,7 +56,11 @@ def _files(path: Path) -> list[Path]:
     shown = (each for each in path.iterdir() if not each.name.startswith("."))
     files = sorted(each for each in shown if each.suffix.lower() in known and each.is_file())
     if not files:
-        raise InvalidInput(str(path), f"a folder without pictures: none ends in {', '.join(known)}")
+        raise InvalidInput(
+            str(path),
+            f"a folder without pictures: none ends in {', '.join(known)}; "
+            "folders within it are not looked at",
+        )
     return files
 
 
