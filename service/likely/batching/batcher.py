@@ -207,7 +207,10 @@ class Batcher:
                     turns.remove(member)
                     self._traffic.dropped.labels(self._name, "queue").inc()
                     member.future.set_exception(
-                        DeadlineExceeded("the deadline comes before the answer could")
+                        DeadlineExceeded(
+                            "the deadline comes before the answer could: allow more time, or ask "
+                            "for less at once"
+                        )
                     )
             if living := [span for span in spans if not span[0].dead]:
                 batch = Batch(self.runner, living)
