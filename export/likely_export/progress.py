@@ -36,6 +36,7 @@ class Display:
             disable=not self.console.is_terminal,
         )
         self.tasks = {name: self.bars.add_task(name, total=1.0, status="") for name in names}
+        self.begun: set[str] = set()
         self.written: dict[str, tuple[float, float]] = {}
 
     def __enter__(self) -> Self:
@@ -51,7 +52,10 @@ class Display:
         self.bars.stop()
 
     def update(self, name: str, now: Progress) -> None:
-        """Shows where that model stands."""
+        """Shows where that model stands, and at first whether it goes on from a checkpoint."""
+        if name not in self.begun and now.step > 1:
+            self.console.print(f"{name}: goes on from step {now.step - 1}", highlight=False)
+        self.begun.add(name)
         if self.console.is_terminal:
             self.bars.update(self.tasks[name], completed=now.done, status=_status(now))
         elif self._is_due(name, now):

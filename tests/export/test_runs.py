@@ -365,6 +365,16 @@ def test_progress_is_lines_where_there_is_no_terminal() -> None:
     assert lines[1] == "a: 100%  step 100  validation 12.50 nats  best 12.50  10 s"
 
 
+def test_a_training_that_goes_on_says_so() -> None:
+    out = io.StringIO()
+    with Display(["a", "b"], Console(file=out)) as display:
+        display.update("a", Progress(8, 0.08, 1.0, math.nan, math.nan))
+        display.update("a", Progress(9, 0.09, 1.0, math.nan, math.nan))
+        display.update("b", Progress(1, 0.01, 0.1, math.nan, math.nan))
+    assert out.getvalue().count("goes on") == 1
+    assert out.getvalue().startswith("a: goes on from step 7\n")
+
+
 def test_progress_is_bars_on_a_terminal() -> None:
     out = io.StringIO()
     with Display(["a", "b"], Console(file=out, force_terminal=True, width=100)) as display:
