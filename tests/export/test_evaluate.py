@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,7 @@ import pytest
 from likely.answers import Doubles, Floats, Labels, Verdict
 from likely.bundle import Bundle
 from likely.engine import Engine
-from likely.graphs import Device
-from likely_export import costs, recipes
+from likely_export import costs
 from likely_export.corruptions import INLIERS, PANEL
 from likely_export.data import Dataset
 from likely_export.evaluate import _Evaluation
@@ -25,18 +24,6 @@ from likely_export.judge import Judge
 from likely_export.material import Sets
 
 FOLDER = Path("bundles/digits")
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    engine = Engine.load(Bundle.open(FOLDER), device=Device("cpu"), threads=1, max_batch=16)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def data() -> Dataset:
-    return recipes.load("digits").data.load()
 
 
 def evaluation(engine: Engine, data: Dataset, alphas: Sequence[float]) -> _Evaluation:

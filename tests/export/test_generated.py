@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 
 from likely.bundle import Bundle
 from likely.engine import Engine
-from likely.graphs import Device
 from likely_export import evaluate, generated, recipes, runs
 from likely_export.build import build
 from likely_export.data import Dataset
@@ -41,18 +39,6 @@ density = "density"
 generate = "vae"
 encode = "vae"
 """
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    engine = Engine.load(Bundle.open(FOLDER), device=Device("cpu"), threads=1, max_batch=16)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def data() -> Dataset:
-    return recipes.load("digits").data.load()
 
 
 def drawing(engine: Engine, data: Dataset) -> Drawing:
