@@ -97,6 +97,8 @@ def check_fit(name: str, given: Sequence[int], asked: Sequence[int]) -> None:
     """
     if tuple(given) != tuple(asked):
         sizes = (" x ".join(str(size) for size in shape) for shape in (given, asked))
+        last = tuple(given) == (*asked[1:], asked[0])
+        how = ": move the channels, which are its last axis, to the front" if last else ""
         raise InvalidInput(
-            name, "{} (channels x rows x columns); the model takes {}".format(*sizes)
+            name, "{} (channels x rows x columns); the model takes {}{}".format(*sizes, how)
         )

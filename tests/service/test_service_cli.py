@@ -151,6 +151,8 @@ def test_files_that_do_not_fit_are_named(likely: Callable[..., Result], tmp_path
     np.save(tmp_path / "floats.npy", np.zeros((1, 3, 3)))
     sentence = failed(likely("score", tmp_path / "floats.npy"))
     assert "floats.npy: type float64" in sentence and "multiply by the top level" in sentence
+    np.save(tmp_path / "last.npy", np.zeros((2, 3, 3, 1), np.uint8))
+    assert "move the channels" in failed(likely("score", tmp_path / "last.npy"))
     assert "does not exist" in failed(likely("score", tmp_path / "none.png"), 2)
 
 
@@ -267,6 +269,18 @@ def test_models(likely: Callable[..., Result], live: Live) -> None:
     assert row["digest"] == live.server.registry.find("toy").digest
     assert row["execution_providers"] == ["CPUExecutionProvider"]
     assert "toy" in likely("models").stdout
+
+
+def test_a_table_of_models_fits_a_narrow_terminal(
+    likely: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = likely("models").stdout.splitlines()
+    assert max(map(len, shown)) <= 80
+    words = " ".join(shown).split()
+    for name in ("version", "answers", "Score", "Interpolate", "Complete"):
+        assert name in words  # none is folded
+    assert "ScoreStream" not in words
 
 
 def test_doctor_opens_a_real_session(likely: Callable[..., Result], toy: Toy) -> None:

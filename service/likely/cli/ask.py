@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -201,7 +201,7 @@ def generate(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Draw pictures, with a label if you like."""
+    """Draw pictures, with a label if you like; for very many see `likely batch generate`."""
     if alpha is not None and not self_check:
         raise click.UsageError("--alpha is that of --self-check")
     if max_draws is not None and not (self_check or acceptance):
@@ -256,8 +256,8 @@ def models(server: Connection, as_json: bool) -> None:
             "picture": "x".join(str(size) for size in info.shape),
             "levels": info.levels,
             "labels": len(info.labels),
-            "answers": " ".join(method.rpartition("/")[2] for method in info.methods),
-            "finest alpha": info.finest_alpha or show.NONE,
+            "answers": " ".join(_short(info.methods)),
+            "alpha ≥": info.finest_alpha or show.NONE,
             "runs on": ", ".join(
                 name.removesuffix("ExecutionProvider") for name in info.execution_providers
             ),
@@ -265,6 +265,13 @@ def models(server: Connection, as_json: bool) -> None:
         for info in infos
     ]
     show.rows(rows, False, {})
+
+
+def _short(methods: Sequence[str]) -> list[str]:
+    """The methods' own names; a stream goes without saying where its unary sister is named."""
+    names = [method.rpartition("/")[2] for method in methods]
+    streams = {f"{name}Stream" for name in names}
+    return [name for name in names if name not in streams]
 
 
 def _about(name: str, answer: Scores | Classifications) -> dict[str, Any]:

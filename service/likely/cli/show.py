@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import click
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,6 +30,9 @@ FILES_HELP = (
 )
 FOLDERS_HELP = FILES_HELP.replace("FILES are", "FILES are folders, or")
 TOLD_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+# In a table: texts longer than so many characters may go on in the next line, but no column that
+# has such is narrower than so many.
+_FOLDED, _LEAST = 16, 11
 NONE = "\N{EN DASH}"  # in a table, where there is nothing to say
 _COLOURS = {"accepted": "green", "outlier": "red", "ambiguous": "yellow"}
 
@@ -45,10 +49,18 @@ def rows(entries: Sequence[Mapping[str, Any]], as_json: bool, about: Mapping[str
         for entry in entries:
             click.echo(json.dumps({**entry, **about}))
         return
-    table = Table(caption=", ".join(f"{key} {value}" for key, value in about.items()) or None)
+    caption = ", ".join(f"{key} {value}" for key, value in about.items()) or None
+    table = Table(
+        caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for key, value in (entries[0] if entries else {}).items():
         side: Literal["left", "right"] = "left" if isinstance(value, str) else "right"
-        table.add_column(key.replace("_", " "), justify=side, overflow="fold")
+        # Only the longest texts are folded where the terminal is narrow.
+        widest = max((len(str(entry[key])) for entry in entries), default=0)
+        table.add_column(
+            key.replace("_", " "), justify=side, overflow="fold", no_wrap=widest <= _FOLDED,
+            min_width=min(widest, _LEAST),
+        )  # fmt: skip
     for entry in entries:
         table.add_row(*(_cell(value) for value in entry.values()))
     Console().print(table)
