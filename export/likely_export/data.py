@@ -159,7 +159,7 @@ def load(
             file or a folder of them, or a folder with one subfolder a label.
         sizes: how many pictures each part takes.
         levels: quantise to so many levels, evenly, what does not have so few already; 0 keeps
-            the source's.
+            the source's, which its pixels must span.
         binarise: two levels, 1 with probability x / (levels - 1): held-out parts
             are drawn once by Philox(key=(20261122, k)), training afresh each time. Zeros and
             ones stay.
@@ -183,7 +183,9 @@ def load(
     if binarise:
         train = binarised(train, whole, HELD_BACK)
         test = None if test is None else binarised(test, whole, 0)
-    elif levels:
+    elif not levels:
+        _require_span(whole)
+    else:
         train = Split(quantised(train.x, whole, levels), train.y)
         test = None if test is None else Split(quantised(test.x, whole, levels), test.y)
     parts = _divide(raw.name, raw.labels, train, test, sizes, seed)
@@ -225,11 +227,12 @@ def quantised(x: Pixels, whole: Source, levels: int) -> Pixels:
 
 
 def _require_span(whole: Source) -> None:
-    if whole.peak < whole.levels // 2:
+    if whole.dark:
         raise InvalidInput(
             whole.name,
             f"its pixels reach {whole.peak} where white is {whole.levels - 1}: stretch them, or "
-            f"give levels = {whole.peak + 1} to take them as levels",
+            f"give levels = {max(2, whole.peak + 1)} to take them as levels, or levels = "
+            f"{whole.levels} if the pictures are as dark as that",
         )
 
 

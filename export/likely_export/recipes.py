@@ -314,7 +314,8 @@ class Recipe(_Table):
         were held out are one more.
 
         Raises:
-            InvalidInput: the pictures of a set are of another shape than the recipe's own.
+            InvalidInput: the pictures of a set are of another shape than the recipe's own, or do
+                not span their levels.
         """
         folder, without = Path(self.data.source).parent, self.data.without
         paths = {name: folder / source for name, source in self.evaluation.others.items()}
@@ -330,6 +331,12 @@ class Recipe(_Table):
                     f"evaluation.others.{name}",
                     f"has pictures {raw.x.shape[1:]} where those of {own.name} are "
                     f"{own.x.shape[1:]}: leave it out",
+                )
+            if not self.data.levels and levels == raw.levels and raw.dark:
+                raise InvalidInput(
+                    f"evaluation.others.{name}",
+                    f"its pixels reach {raw.peak} where white is {raw.levels - 1}: stretch them, "
+                    "or leave it out",
                 )
             found[name] = self._taught(raw.x if raw.test is None else raw.test[0], raw, levels)
         if without:

@@ -44,6 +44,11 @@ class Source:
         """The largest value that a pixel has, test part included."""
         return max(int(x.max()) for x in (self.x, *(self.test or ())[:1]))
 
+    @property
+    def dark(self) -> bool:
+        """Whether no pixel reaches half of white, as where 0 and 1 were meant to be all levels."""
+        return self.peak < self.levels // 2
+
 
 def read(source: str | Path) -> Source:
     """Everything that a source holds.

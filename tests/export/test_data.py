@@ -152,7 +152,7 @@ def test_npz_files_with_a_test_part_keep_it_whole_and_in_order(tmp_path: Path) -
 
 
 def test_a_test_part_of_held_out_labels_alone_is_refused(tmp_path: Path) -> None:
-    x, y = np.zeros((20, 2, 2), np.uint8), np.arange(20) % 2
+    x, y = pictures(20, (2, 2)), np.arange(20) % 2
     np.savez(tmp_path / "set.npz", x_train=x, y_train=y, x_test=x[:2], y_test=[0, 0])
     with pytest.raises(InvalidInput, match="its test part has no picture"):
         data.load(tmp_path / "set.npz", Sizes(4, 4, 2), without=("0",))
@@ -215,13 +215,15 @@ def test_what_has_so_few_levels_already_stays(
     assert rows(found.train) <= {picture.tobytes() for picture in x}
 
 
-@pytest.mark.parametrize("options", [{"levels": 16}, {"levels": 2}, {"binarise": True}])
+@pytest.mark.parametrize("options", [{"levels": 16}, {"levels": 2}, {"binarise": True}, {}])
 def test_what_reaches_less_than_half_of_white_is_not_taken_for_grey(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     np.savez(tmp_path / "set.npz", x=pictures(40) % 17, y=np.zeros(40, int))
     with pytest.raises(InvalidInput, match=r"set: its pixels reach 16 .* levels = 17"):
         data.load(tmp_path / "set.npz", SIZES, **options)
+    dark = data.load(tmp_path / "set.npz", SIZES, levels=256)
+    assert dark.levels == 256 and dark.train.x.max() == 16
 
 
 def test_binarisation_is_published_for_held_out_parts_and_fresh_in_training(

@@ -150,6 +150,19 @@ def test_other_sets_are_of_the_same_shape_or_refused(tmp_path: Path) -> None:
         recipes.load(tmp_path / "mine.toml").others(4)
 
 
+def test_other_sets_span_the_levels_that_no_key_chose(tmp_path: Path) -> None:
+    for name, top in (("set", 255), ("dark", 1)):
+        np.savez(tmp_path / name, x=np.full((2, 4, 4), top, np.uint8), y=[0, 1])
+    told = TINY + '[evaluation.others]\ndark = "dark.npz"\n'
+    path = tmp_path / "mine.toml"
+    path.write_text(told.replace("levels = 4\n", ""))
+    with pytest.raises(InvalidInput, match=r"others\.dark.*reach 1 where white is 255: stretch"):
+        recipes.load(path).others(256)
+    for levels in (2, 256):  # what they are is said
+        path.write_text(told.replace("levels = 4", f"levels = {levels}"))
+        assert recipes.load(path).others(levels)["dark"].max() == 1
+
+
 @pytest.mark.parametrize("name", ["digits", "mine"])
 def test_what_is_written_is_read_again(tmp_path: Path, name: str) -> None:
     (tmp_path / "mine.toml").write_text(TINY)
