@@ -116,6 +116,7 @@ def train(
                 hardware=Hardware(device, devices, precision),
                 threads=threads,
                 report=display.update,
+                warn=display.warn,
             )
     except KeyboardInterrupt:
         raise click.ClickException(

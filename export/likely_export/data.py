@@ -1,4 +1,4 @@
-"""Labelled pictures of a source, divided into parts that never overlap.
+"""Labelled pictures of a source, each dealt to one of five parts.
 
     train      what the weights see
     fit        where outlier statistics are normalised and combined
@@ -7,7 +7,8 @@
     test       what is reported, and nothing else
 
 Pictures are dealt to the parts at random by a seed, since files are rarely in random
-order; or by stretches of the file, where what lies together there belongs together.
+order; or by stretches of the file, where what lies together there belongs together. A
+picture that a source holds twice may come to two parts: `Dataset.copies` counts those.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def given(self) -> Pixels:
+        """The pictures before any was drawn, uint8 (n, c, h, w)."""
+        return self.x if self.grey is None else self.grey
+
     def take(self, rows: npt.NDArray[np.integer]) -> Split:
         """The pictures of those rows, in that order."""
         grey = None if self.grey is None else self.grey[rows]
@@ -76,7 +82,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Five disjoint parts of one source.
+    """The five parts of one source.
 
     Attributes:
         name: what the source calls itself.
@@ -111,6 +117,14 @@ class Dataset:
         """How often each label stands in the training part, (labels,)."""
         counts = np.bincount(self.train.y, minlength=len(self.labels))
         return np.asarray(counts / counts.sum())
+
+    def copies(self) -> dict[str, int]:
+        """How many pictures of each held-out part are in the training part, too, to the byte."""
+        learnt = set(map(_print, self.train.given))
+        return {
+            part: sum(_print(picture) in learnt for picture in getattr(self, part).given)
+            for part in PARTS[1:]
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,8 +311,12 @@ def _digest(parts: dict[str, Split]) -> str:
     digest = hashlib.sha256()
     for part in PARTS:
         split = parts[part]
-        pictures = split.x if split.grey is None else split.grey
-        for array in (pictures, split.y.astype("<i8")):
+        for array in (split.given, split.y.astype("<i8")):
             digest.update(f"{part} {array.dtype.str} {array.shape}\n".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _print(picture: Pixels) -> bytes:
+    """What tells the content of a picture from any other's."""
+    return hashlib.blake2b(picture.tobytes(), digest_size=16).digest()

@@ -114,6 +114,7 @@ class _Evaluation:
             "name": self.manifest.name,
             "version": self.manifest.version,
             "test_size": len(self.test),
+            "copies_of_training": self.data.copies(),
             "bits_per_dim": measures.mean(scores.bits_per_dim),
             "nll_nats": measures.mean(-scores.log_px),
         }

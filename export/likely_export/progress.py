@@ -66,6 +66,10 @@ class Display:
                 soft_wrap=True,
             )
 
+    def warn(self, sentence: str) -> None:
+        """Shows a sentence above the bars."""
+        self.console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
+
     def _is_due(self, name: str, now: Progress) -> bool:
         when, done = self.written.get(name, (-math.inf, -1.0))
         ended = now.done >= 1 > done

@@ -40,6 +40,7 @@ RECIPE = "recipe.toml"
 SECONDS_BETWEEN_REPORTS = 0.2
 
 Report = Callable[[str, Progress], None]
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ def train_all(
     hardware: Hardware | None = None,
     threads: int = 1,
     report: Report | None = None,
+    warn: Warn | None = None,
 ) -> dict[str, Trained]:
     """Trains the models of a recipe into a run folder.
 
@@ -131,6 +133,7 @@ def train_all(
         hardware: on what.
         threads: of each model's process.
         report: told where each model stands, if given.
+        warn: told what is doubtful about the data, if given.
 
     Raises:
         InvalidInput: no such model, a model or a set to report against does not go with the data,
@@ -147,7 +150,13 @@ def train_all(
         hardware.check(recipe.models[name].training)
     recipe = recipe.computed(hardware.arithmetic)  # the run, and all that is told of it, says so
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
-    digest = _check(recipe).digest
+    data = _check(recipe)
+    if warn and (copies := ", ".join(f"{n} of {part}" for part, n in data.copies().items() if n)):
+        warn(
+            f"{data.name} holds pictures twice: of those to train on, {copies} are copies, to the "
+            "byte, which look more probable and are accepted more often than new ones"
+        )
+    digest = data.digest
     if hardware.devices > 1:
         # From here on one process a device runs this very code; the first keeps the folder.
         fabric = hardware.fabric()

@@ -52,6 +52,23 @@ def test_the_digits_are_divided_into_five_disjoint_parts() -> None:
         assert not rows(getattr(found, one)) & rows(getattr(found, other))
 
 
+@pytest.mark.parametrize("options", [{}, {"binarise": True}])
+def test_copies_of_training_pictures_are_counted_where_they_are_held_out(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    x = pictures(40)
+    x[20:] = x[:20]
+    np.savez(
+        tmp_path / "set.npz", x_train=x, y_train=np.zeros(40, int), x_test=x[:7], y_test=[0] * 7
+    )
+    found = data.load(tmp_path / "set.npz", NO_TEST, **options)
+    train = {picture.tobytes() for picture in found.train.given}
+    held = {part: [p.tobytes() in train for p in getattr(found, part).given] for part in PARTS[1:]}
+    assert found.copies() == {part: sum(one) for part, one in held.items()}
+    assert found.copies()["test"] > 3
+    assert set(data.load("digits", Sizes(160, 260, 120, 300)).copies().values()) == {0}
+
+
 def test_a_division_is_a_function_of_its_seed_and_not_the_order_of_the_file(tmp_path: Path) -> None:
     x, y = pictures(40), np.arange(40) % 2
     np.savez(tmp_path / "set.npz", x=x, y=y)

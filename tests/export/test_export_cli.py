@@ -61,6 +61,18 @@ def test_training_leaves_a_run_and_says_what_comes_next(recipe: Path, tmp_path: 
     assert Run.open(tmp_path / "run").model("a") is not None
 
 
+def test_training_warns_of_pictures_that_are_held_out_and_learnt(
+    recipe: Path, tmp_path: Path
+) -> None:
+    words = ("train", "--recipe", recipe, "--out", tmp_path / "run", "--device", "cpu")
+    assert "warning" not in call(*words).stderr
+    x = np.random.default_rng(0).integers(0, 256, (20, 4, 3)).astype(np.uint8).repeat(2, 0)
+    np.savez(tmp_path / "set.npz", x=x, y=np.arange(40) % 2)
+    result = call(*words[:-4], "--out", tmp_path / "other", "--device", "cpu")
+    assert result.exit_code == 0
+    assert "warning: set holds pictures twice" in result.stderr and " of test" in result.stderr
+
+
 def test_a_part_of_a_run_is_not_said_to_be_ready_to_build(recipe: Path, tmp_path: Path) -> None:
     text = recipe.read_text().replace('density = "a"', 'density = "a", discriminate = "b"')
     models = '[models.b]\nfamily = "classifier"\nchannels = [2]\nwidth = 4\n'

@@ -319,6 +319,23 @@ def test_the_card_says_what_was_compared_and_what_chose(whole: str) -> None:
     assert "fitted to pictures that are chimera, shifted 3." in card and "on 777 test" not in card
 
 
+@pytest.mark.parametrize(
+    ("copies", "says"),
+    [
+        (None, "dealt to one part Test"),
+        ({"calibrate": 0, "test": 0}, "none of them is a copy of one to train on"),
+        ({"calibrate": 2, "test": 0}, "in the training part too: calibrate 2 pictures"),
+    ],
+)
+def test_the_card_tells_of_copies_of_training_pictures(
+    copies: dict[str, int] | None, says: str
+) -> None:
+    shown = material()
+    found = figures(shown) | ({} if copies is None else {"copies_of_training": copies})
+    card = " ".join(Page(report.page(manifest(), found, shown)).sections["card"])
+    assert says in card and ("saw them, but for copies" in card) == ("2" in says)
+
+
 @pytest.mark.parametrize("folder", ["bundles/digits", "bundles/fashion_mnist"])
 def test_evaluations_without_standard_errors_still_have_a_report(folder: str) -> None:
     told = json.loads((Path(folder) / "evaluation.json").read_text())

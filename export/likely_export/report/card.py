@@ -42,7 +42,8 @@ def card(subject: Subject) -> View:
             (role.value, ANSWERS[role], _kind(graph)) for role, graph in manifest.graphs.items()
         ],
         "source": data.get("source", ""),
-        "splits": [(name, value(n)) for name, n in splits.items() if n],
+        "splits": [(n, value(size)) for n, size in splits.items() if size and size is not True],
+        "copies": _copies(subject.figure("copies_of_training")),
         "test_size": value(subject.figures["test_size"]) if "test_size" in subject.figures else "",
         "binarised": bool(data.get("binarise")),
         "models": [
@@ -86,6 +87,11 @@ def _contrast(calibration: dict[str, Any]) -> list[str]:
     """The corruptions that a part of the detector was fitted to."""
     fitted = any(part.get("kind") == "contrast" for part in calibration.get("parts", ()))
     return list(calibration.get("contrast", ())) if fitted else []
+
+
+def _copies(found: dict[str, int] | None) -> str | None:
+    """How many pictures of which part are training pictures too; None if nobody counted."""
+    return None if found is None else value({part: n for part, n in found.items() if n})
 
 
 def _training(training: dict[str, Any]) -> str:
