@@ -354,9 +354,16 @@ class Recipe(_Table):
         return data.quantised(x, raw, levels)
 
     def published(self) -> dict[str, Any]:
-        """The recipe as plain values, without the folders of this machine."""
+        """The recipe as plain values, without the folders of this machine.
+
+        Other sets are looked for beside the data, as far as no relative path says otherwise.
+        """
         values = self.as_table()
         values["data"]["source"] = Path(self.data.source).name
+        values["evaluation"]["others"] = {
+            name: path.name if (path := Path(source)).is_absolute() else source
+            for name, source in self.evaluation.others.items()
+        }
         return values
 
     def as_table(self) -> dict[str, Any]:

@@ -199,6 +199,18 @@ def test_a_published_recipe_names_no_folder_and_can_be_used_again(tmp_path: Path
     assert recipes.from_table(published, str(tmp_path / "set.npz")) == recipe
 
 
+def test_other_sets_are_published_without_folders_and_found_beside_the_data(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("set", "near", "sub/below"):
+        np.savez(tmp_path / name, x=np.zeros((2, 4, 4), np.uint8), y=[0, 1])
+    table = f'[evaluation.others]\nnear = "{tmp_path}/near.npz"\nbelow = "sub/below.npz"\n'
+    (tmp_path / "mine.toml").write_text(TINY + table)
+    published = recipes.load(tmp_path / "mine.toml").published()
+    assert published["evaluation"]["others"] == {"near": "near.npz", "below": "sub/below.npz"}
+    again = recipes.from_table(published, str(tmp_path / "set.npz"))
+    assert again.others(4).keys() == {"near", "below"}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "field", "says"),
     [
