@@ -57,6 +57,14 @@ class AutoregressiveConfig:
         for name in ("label_dropout", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInput(name, f"{getattr(self, name)} is not in [0, 1]")
+        for name in ("channels", "layers", "head", "digits"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(name, f"{getattr(self, name)}; at least 1 is needed")
+        if self.logistics < 0:
+            raise InvalidInput("logistics", f"{self.logistics} is below 0")
+        rows, side, left = self.stem
+        if rows < 1 or side < 0 or left < 1:
+            raise InvalidInput("stem", f"{list(self.stem)}; at least [1, 0, 1] is needed")
 
 
 class Autoregressive(nn.Module):

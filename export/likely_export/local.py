@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from likely.errors import InvalidInput
 from likely_export import mixture
 
 
@@ -42,6 +43,11 @@ class LocalConfig:
     layers: int = 2
     digits: int = 1
     logistics: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("channels", 1), ("layers", 0), ("digits", 1), ("logistics", 0)):
+            if getattr(self, name) < least:
+                raise InvalidInput(name, f"{getattr(self, name)}; at least {least} is needed")
 
 
 class LocalPixelCNN(nn.Module):

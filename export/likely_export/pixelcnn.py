@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from likely.errors import InvalidInput
 from likely_export.autoregressive import Autoregressive, AutoregressiveConfig
 
 
@@ -44,6 +45,18 @@ class PixelCNNConfig(AutoregressiveConfig):
     row_layers: int = 0
     row_width: int = 128
     row_heads: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.row_layers < 0:
+            raise InvalidInput("row_layers", f"{self.row_layers} is below 0")
+        for name in ("row_width", "row_heads"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(name, f"{getattr(self, name)}; at least 1 is needed")
+        if self.row_layers and self.row_width % self.row_heads:
+            raise InvalidInput(
+                "row_width", f"{self.row_width} is no multiple of {self.row_heads} (row_heads)"
+            )
 
 
 class Block(nn.Module):

@@ -1,5 +1,6 @@
 import itertools
 from pathlib import Path
+from typing import Any
 
 import autoregressive
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from autoregressive import CONFIGS, Opener
 
-from likely_export import roles
+from likely.errors import InvalidInput
+from likely_export import families, roles
 from likely_export.autoregressive import AutoregressiveConfig
 from likely_export.heads import PixelHead
 from likely_export.pixelcnn import PixelCNNConfig
@@ -16,6 +18,26 @@ from likely_export.statistics import STATISTICS
 
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 NAMES = tuple(name for name, each in STATISTICS.items() if each.needs is None)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "says"),
+    [
+        ("pixelcnn", {"digits": 0}, "digits: 0; at least 1"),
+        ("pixelcnn", {"channels": 0}, "channels: 0; at least 1"),
+        ("pixelcnn", {"logistics": -1}, "logistics: -1 is below 0"),
+        ("pixelcnn", {"stem": (0, 0, 0)}, r"stem: \[0, 0, 0\]; at least \[1, 0, 1\]"),
+        ("pixelcnn", {"row_layers": 1, "row_width": 30}, "row_width: 30 is no multiple of 4"),
+        ("pixelcnn", {"row_layers": 1, "row_heads": 0}, "row_heads: 0; at least 1"),
+        ("pixelrnn", {"layers": 0}, "layers: 0; at least 1"),
+        ("local", {"digits": 0}, "digits: 0; at least 1"),
+    ],
+)
+def test_options_of_which_no_model_can_be_made_are_named(
+    family: str, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        families.create(family, options, shape=(1, 3, 3), levels=4, labels=2, seed=0)
 
 
 @EVERY
