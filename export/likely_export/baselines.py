@@ -139,10 +139,29 @@ def evaluate(data: Dataset) -> dict[str, Any]:
     """Nats a picture and accuracy on the whole test part, of baselines fitted on the training part.
 
     Of a large training part, the mixture and the regression see the first `MOST`: how many these
-    are is told beside their figures. There is no regression where these have one label.
+    are is told beside their figures. There is no regression where these have one label, and
+    nothing about labels where none are known.
     """
     test, train = data.test, data.train
     marginal = IndependentPixels(train.x, data.levels)
+    mixture = best_mixture(data)
+    return {
+        "test_size": len(test),
+        "independent_pixels_nll_nats": _nats(marginal.log_prob(test.x)),
+        **_given_label(data),
+        "gaussian_mixture_nll_nats": _nats(mixture.log_prob(test.x)),
+        "gaussian_mixture_components": len(mixture.mixture.weights_),
+        "gaussian_mixture_train_size": min(len(train), MOST),
+        **_regressed(train.take(np.arange(min(len(train), MOST))), test, data.levels),
+        "bits_per_dim": {**bits_per_dim(test.x, data.levels), "test_size": len(test)},
+    }
+
+
+def _given_label(data: Dataset) -> dict[str, float]:
+    """Nats a picture given its label, and accuracy by Bayes' rule, of independent pixels."""
+    if not data.labels:
+        return {}
+    test, train = data.test, data.train
     per_label = [
         IndependentPixels(train.x[train.y == label], data.levels)
         for label in range(len(data.labels))
@@ -150,17 +169,9 @@ def evaluate(data: Dataset) -> dict[str, Any]:
     given = np.stack([pixels.log_prob(test.x) for pixels in per_label], 1)
     with np.errstate(divide="ignore"):
         joint = given + np.log(data.priors)
-    mixture = best_mixture(data)
     return {
-        "test_size": len(test),
-        "independent_pixels_nll_nats": _nats(marginal.log_prob(test.x)),
         "independent_pixels_given_label_nll_nats": _nats(given[np.arange(len(test)), test.y]),
         "independent_pixels_accuracy": float(np.mean(joint.argmax(1) == test.y)),
-        "gaussian_mixture_nll_nats": _nats(mixture.log_prob(test.x)),
-        "gaussian_mixture_components": len(mixture.mixture.weights_),
-        "gaussian_mixture_train_size": min(len(train), MOST),
-        **_regressed(train.take(np.arange(min(len(train), MOST))), test, data.levels),
-        "bits_per_dim": {**bits_per_dim(test.x, data.levels), "test_size": len(test)},
     }
 
 

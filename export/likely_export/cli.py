@@ -270,6 +270,8 @@ def features(bundle: Path, source: str | None, as_json: bool) -> None:
     data = recipe.data.load()
     if data.digest != manifest.data_digest:
         raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
+    if not data.labels:
+        raise InvalidInput(recipe.data.source, "has no labels, by which features are judged")
     with _steps() as report:
         report("evaluate")
         figures = worth.evaluate(bundle, data)

@@ -105,7 +105,8 @@ def compare(
     sizes = sizes or Sizes()
     opened = [Bundle.open(folder) for folder in bundles]
     _require_alike(opened, data)
-    judge = taught(data.train.x, data.train.y, data.levels, len(data.labels), steps=sizes.steps)
+    labels = max(1, len(data.labels))
+    judge = taught(data.train.x, data.train.y, data.levels, labels, steps=sizes.steps)
     outside = _outside(data, others or {}, sizes.outside)
     test = data.test.some(sizes.test)
     members: dict[str, Any] = {}
@@ -265,7 +266,7 @@ class _Member:
 
     def _features(self, engine: Engine) -> dict[str, Any]:
         """What a linear probe reads from them, beside as many principal components."""
-        if not features.of_pictures_alone(self.manifest):
+        if not (features.of_pictures_alone(self.manifest) and self.data.labels):
             return {}
         train = self.data.train.x[: max(self.sizes.labelled)]
         z, z_test = (features.encoded(engine, x) for x in (train, self.test.x))

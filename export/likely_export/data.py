@@ -1,4 +1,4 @@
-"""Labelled pictures of a source, each dealt to one of five parts.
+"""Pictures of a source, labelled or not, each dealt to one of five parts.
 
     train      what the weights see
     fit        where outlier statistics are normalised and combined
@@ -45,7 +45,7 @@ class Split:
 
     Attributes:
         x: uint8 (n, c, h, w), levels.
-        y: int64 (n,), labels.
+        y: int64 (n,), labels; zeros where no labels are known.
         grey: uint8 (n, c, h, w), what `x` was drawn from by Bernoulli(grey / peak);
             None where `x` is the data itself.
         peak: the largest value of `grey`.
@@ -87,7 +87,7 @@ class Dataset:
     Attributes:
         name: what the source calls itself.
         levels: every pixel is in [0, levels).
-        labels: the labels' names in the order of their numbers.
+        labels: the labels' names in the order of their numbers; none where none are known.
         train: what the weights see.
         fit: where statistics are combined.
         calibrate: what scores are ranked against.
@@ -115,6 +115,8 @@ class Dataset:
     @property
     def priors(self) -> Doubles:
         """How often each label stands in the training part, (labels,)."""
+        if not self.labels:
+            return np.zeros(0)
         counts = np.bincount(self.train.y, minlength=len(self.labels))
         return np.asarray(counts / counts.sum())
 
@@ -170,7 +172,8 @@ def load(
 
     Args:
         source: `digits` (scikit-learn's, 8x8, 17 levels), an `.npz` file, an idx
-            file or a folder of them, or a folder with one subfolder a label.
+            file or a folder of them, or a folder of pictures, with one subfolder a label where
+            labels are known.
         sizes: how many pictures each part takes.
         levels: quantise to so many levels, evenly, what does not have so few already; 0 keeps
             the source's, which its pixels must span.

@@ -31,20 +31,22 @@ class Family:
         config: the frozen dataclass that shapes a model.
         model: what `model(config)` builds, an `nn.Module` that `train.fit` can train.
         labelled: whether it is told the data's labels.
+        needs_labels: whether it learns nothing without them.
     """
 
     config: type[Any]
     model: type[Any]
     labelled: bool = True
+    needs_labels: bool = False
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "pixelcnn": Family(PixelCNNConfig, PixelCNN),
-        "cvae": Family(CVAEConfig, CVAE),
+        "cvae": Family(CVAEConfig, CVAE, needs_labels=True),
         "local": Family(LocalConfig, LocalPixelCNN),
         "pixelrnn": Family(PixelRNNConfig, PixelRNN),
-        "classifier": Family(ClassifierConfig, Classifier),
+        "classifier": Family(ClassifierConfig, Classifier, needs_labels=True),
         "vae": Family(CVAEConfig, VAE, labelled=False),
         "autoencoder": Family(AutoencoderConfig, Autoencoder, labelled=False),
     }
@@ -71,6 +73,8 @@ def config(
         InvalidInput: there is no such family, or its options do not go with each other or the data.
     """
     chosen = family(name)
+    if chosen.needs_labels and not labels:
+        raise InvalidInput("family", f"a {name} learns of labels, and the data have none")
     told = labels if chosen.labelled else 0
     return chosen.config(shape=shape, levels=levels, labels=told, **options)
 

@@ -52,6 +52,9 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
         InvalidInput: models cannot play their roles, or not together; a manifest cannot say what
             the bundle would be, or not so that its recipe is read from it again.
     """
+    for role in (Role.CONDITIONAL, Role.DISCRIMINATE):
+        if role in recipe.roles and not data.labels:
+            raise InvalidInput(f"roles.{role}", f"is about labels, and {data.name} has none")
     statistics = recipe.calibration.statistics
     made = {
         role: roles.source(role, [models[name] for name in recipe.models_of(role)], statistics)

@@ -1,4 +1,4 @@
-"""Labelled pictures as files hold them: scikit-learn's digits, `.npz`, idx, folders of pictures."""
+"""Pictures, with labels or not, as files hold them: `.npz`, idx, folders; scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Source:
     Attributes:
         name: what the source calls itself.
         x: uint8 (n, c, h, w).
-        y: int64 (n,).
+        y: int64 (n,), zeros where no labels are known.
         levels: every pixel is in [0, levels).
-        labels: the labels' names.
+        labels: the labels' names; none where no labels are known.
         test: x and y of a test part, where the source brings one.
     """
 
@@ -103,7 +103,8 @@ def kept(raw: Source, without: tuple[str, ...]) -> Source:
     if not without:
         return raw
     if unknown := [name for name in without if name not in raw.labels]:
-        raise InvalidInput("without", f"{unknown[0]} is none of {', '.join(raw.labels)}")
+        known = ", ".join(raw.labels) or "no labels"
+        raise InvalidInput("without", f"{unknown[0]} is none of {known}")
     names = tuple(name for name in raw.labels if name not in without)
     moved = np.array([names.index(name) if name in names else -1 for name in raw.labels])
 
@@ -132,15 +133,20 @@ def _npz(path: Path) -> Source:
     tests = ("x_test", "y_test")
     keys = ("x_train", "y_train") if arrays.keys() & {"x_train", "y_train"} else ("x", "y")
     has_test = bool(arrays.keys() & {*tests})
+    if unlabelled := not arrays.keys() & {"y", "y_train", "y_test", "class_names"}:
+        pictures = arrays.keys() & {"x", "x_train", "x_test"}
+        arrays |= {f"y{key[1:]}": np.zeros(arrays[key].shape[:1], np.int64) for key in pictures}
     if missing := [key for key in (*keys, *(tests if has_test else ())) if key not in arrays]:
         raise InvalidInput(
             str(path),
-            f"has no array {missing[0]}: expected x_train, y_train, x_test, y_test or x, y",
+            f"has no array {missing[0]}: expected x_train, y_train, x_test, y_test or x, y, or the "
+            "same without any y, where no labels are known",
         )
     x, y = _checked(path, *(arrays[key] for key in keys))
     test = _checked(path, *(arrays[key] for key in tests)) if has_test else None
-    names = arrays.get("class_names")
-    return _source(path, x, y, test, None if names is None else tuple(map(str, names)))
+    names = arrays.get("class_names", np.array(()))
+    known = tuple(map(str, names)) or None
+    return _source(path, x, y, test, () if unlabelled else known)
 
 
 def _idx(path: Path, test: Path | None = None) -> Source:
@@ -191,16 +197,19 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _image_folder(folder: Path) -> Source:
-    folders = [entry for entry in folder.iterdir() if entry.is_dir()]
-    names = sorted(entry.name for entry in folders if not entry.name.startswith("."))
-    if not names:
-        raise InvalidInput(str(folder), "has neither idx files nor one subfolder a label")
+    """Pictures in one subfolder a label, or in the folder itself, where no labels are known."""
+    names = tuple(entry.name for entry in _entries(folder) if entry.is_dir())
     pictures: list[Pixels] = []
     labels: list[int] = []
-    for label, name in enumerate(names):
-        files = sorted((folder / name).iterdir())
+    for label, inner in enumerate([folder / name for name in names] or [folder]):
+        files = _entries(inner)
         if not files:
-            raise InvalidInput(str(folder / name), "holds no pictures, though it names a label")
+            raise InvalidInput(
+                str(inner),
+                "holds no pictures, though it names a label"
+                if names
+                else "has neither idx files, nor one subfolder a label, nor pictures",
+            )
         for file in files:
             picture = _picture(file)
             if pictures and picture.shape != pictures[0].shape:
@@ -210,7 +219,12 @@ def _image_folder(folder: Path) -> Source:
                 )
             pictures.append(picture)
             labels.append(label)
-    return _source(folder, np.stack(pictures), np.array(labels, np.int64), None, tuple(names))
+    return _source(folder, np.stack(pictures), np.array(labels, np.int64), None, names)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, by name; not what is hidden, such as macOS's .DS_Store."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def _picture(file: Path) -> Pixels:
@@ -258,9 +272,10 @@ def _source(
     test: tuple[Pixels, Labels] | None,
     names: tuple[str, ...] | None = None,
 ) -> Source:
+    """The source of a file; names are the numbers for None, () where no labels are known."""
     count = 1 + int(max(y.max(), -1 if test is None else test[1].max()))
-    names = names or tuple(map(str, range(count)))
-    if len(names) < count:
+    names = tuple(map(str, range(count))) if names is None else names
+    if names and len(names) < count:
         raise InvalidInput(str(path), f"{len(names)} class names for labels up to {count - 1}")
     if test is not None and test[0].shape[1:] != x.shape[1:]:
         raise InvalidInput(

@@ -23,6 +23,24 @@ from likely_export.generated import Sizes
 from likely_export.material import Material
 from likely_export.replacing import rewriting
 
+UNLABELLED = """
+name = "tiny"
+version = "1"
+[data]
+source = "set.npz"
+levels = 4
+splits = { fit = 20, calibrate = 29, validate = 10, test = 20 }
+[models.density]
+family = "pixelcnn"
+channels = 4
+layers = 1
+training = { steps = 2, validations = 1 }
+[roles]
+density = "density"
+sample = "density"
+[calibration]
+alphas = [0.1]
+"""
 RECIPE = """
 name = "tiny"
 version = "3"
@@ -137,6 +155,25 @@ def test_the_labels_compared_are_those_that_are_served() -> None:
     # Flattened by the temperature, the first picture's evidence weighs less than the prior.
     assert _taken(evidence, (), priors, 5.0).tolist() == [1, 0]
     assert _taken(evidence, (), priors, 0.1).tolist() == [0, 0]
+
+
+@pytest.mark.timeout(900)
+def test_pictures_without_labels_become_a_bundle_that_scores_and_draws(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 4, (120, 4, 4)).astype(np.uint8)
+    np.savez(tmp_path / "set.npz", x=x)
+    (tmp_path / "tiny.toml").write_text(UNLABELLED)
+    recipe = recipes.load(tmp_path / "tiny.toml")
+    runs.train_all(recipe, tmp_path / "run")
+    manifest = build(tmp_path / "run", tmp_path / "bundle", lambda _: None)
+    assert manifest.labels == () and manifest.graphs[Role.SAMPLE].input("y") is None
+    data, sizes = recipe.data.load(), Sizes(outliers=10, drawn=10, examples=2)
+    figures, material = evaluate.evaluate(
+        tmp_path / "bundle", data, recipe.calibration.alphas, {}, sizes
+    )
+    assert 0 < figures["nll_nats"]["mean"] < 30 and "accuracy" not in figures
+    assert "independent_pixels_accuracy" not in figures["baselines"]
+    assert material.drawn is not None and len(material.drawn) == 1
+    evaluate.attach(tmp_path / "bundle", figures, material)
 
 
 @pytest.mark.slow

@@ -204,10 +204,36 @@ def test_image_folders_hold_a_subfolder_a_label(tmp_path: Path) -> None:
     for i, picture in enumerate(x):
         folder = tmp_path / ("ape", "bee")[i % 2]
         folder.mkdir(exist_ok=True)
+        (folder / ".DS_Store").touch()
         Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{i}.png")
     found = sources.read(tmp_path)
     assert found.labels == ("ape", "bee") and np.array_equal(found.y, [0, 0, 0, 1, 1, 1])
     assert np.array_equal(found.x, x[[0, 2, 4, 1, 3, 5]])
+
+
+@pytest.mark.parametrize("form", ["folder", "whole", "parts"])
+def test_pictures_may_have_no_labels(tmp_path: Path, form: str) -> None:
+    x = pictures(40, (5, 4))
+    source, sizes = tmp_path / "set.npz", SIZES
+    if form == "folder":
+        source = tmp_path
+        (tmp_path / ".DS_Store").touch()
+        for i, picture in enumerate(x):
+            Image.fromarray(picture).save(tmp_path / f"{i:02}.png")
+    elif form == "whole":
+        np.savez(source, x=x)
+    else:
+        np.savez(source, x_train=x, x_test=x[:7])
+        sizes = NO_TEST
+    assert np.array_equal(sources.read(source).x[:, 0], x)
+    found = data.load(source, sizes)
+    assert found.labels == () and found.priors.shape == (0,)
+    assert not any(getattr(found, part).y.any() for part in PARTS)
+    assert len(found.test) == (7 if form == "parts" else 6)
+    with pytest.raises(InvalidInput, match="a is none of no labels"):
+        data.load(source, sizes, without=("a",))
+    with pytest.raises(InvalidInput, match="1 names for the 0"):
+        data.load(source, sizes, labels=("a",))
 
 
 def test_fewer_levels_are_evenly_wide() -> None:
@@ -305,6 +331,11 @@ def negative_label(folder: Path) -> Path:
     return folder / "set.npz"
 
 
+def names_without_labels(folder: Path) -> Path:
+    np.savez(folder / "set.npz", x=pictures(2), class_names=["a", "b"])
+    return folder / "set.npz"
+
+
 def two_sizes(folder: Path) -> Path:
     for i, size in enumerate([(4, 4), (5, 4)]):
         (folder / "a").mkdir(exist_ok=True)
@@ -326,6 +357,7 @@ def no_picture(folder: Path) -> Path:
 
 def empty_subfolder(folder: Path) -> Path:
     (folder / "b").mkdir()
+    (folder / "b" / ".DS_Store").touch()
     (folder / "a").mkdir()
     Image.new("L", (4, 4)).save(folder / "a" / "0.png")
     return folder
@@ -342,6 +374,7 @@ def empty_subfolder(folder: Path) -> Path:
         (other_names, "no array x"),
         (floats, "float64"),
         (negative_label, "negative"),
+        (names_without_labels, "no array y"),
         (two_sizes, "4x5"),
         (palette, "mode P"),
         (no_picture, "not a readable picture"),

@@ -161,6 +161,30 @@ def test_what_no_bundle_can_be_built_of_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("family", "roles", "says"),
+    [
+        ("cvae", 'density = "b"', r"models\.a: family: a cvae learns of labels, and the"),
+        ("classifier", 'density = "b"', r"models\.a: .*a classifier learns of labels"),
+        (
+            "vae",
+            'density = "b"\nconditional = "b"',
+            r"roles\.conditional: is about labels",
+        ),
+    ],
+)
+def test_what_needs_labels_is_refused_where_there_are_none(
+    tmp_path: Path, family: str, roles: str, says: str
+) -> None:
+    np.savez(tmp_path / "set.npz", x=np.arange(60 * 12).reshape(60, 4, 3).astype(np.uint8))
+    text = RECIPE.replace('family = "cvae"\nlatent = 2\nwidth = 8\nlogistics = 1', "%s")
+    text = text.replace('density = "b"\nconditional = "a"', roles) % f'family = "{family}"'
+    (tmp_path / "tiny.toml").write_text(text)
+    with pytest.raises(InvalidInput, match=says):
+        runs.train_all(recipes.load(tmp_path / "tiny.toml"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_budget_of_seconds_is_one_devices(recipe: Recipe, tmp_path: Path) -> None:
     timed = recipe._with_training(lambda own: replace(own, steps=0, budget_seconds=9.5))
     with pytest.raises(InvalidInput, match=r"budget_seconds: 9\.5 .* on each of 2 devices"):
