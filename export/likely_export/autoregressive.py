@@ -37,7 +37,7 @@ class AutoregressiveConfig:
         logistics: terms of a discretised logistic mixture over the pixel, which takes
             the place of the softmax; 0 for none.
         label_dropout: share of training pictures whose label is withheld, so
-            that the same weights give p(x) and p(x|y).
+            that the same weights give p(x) and p(x|y); 0 teaches no p(x), 1 no p(x|y).
         dropout: share of hidden features dropped in training.
     """
 

@@ -13,7 +13,7 @@ from likely.bundle import Graph, Kind, Role, TensorSpec
 from likely.errors import InvalidInput
 from likely_export import autoencoder, vae
 from likely_export.autoencoder import Autoencoder
-from likely_export.autoregressive import Autoregressive
+from likely_export.autoregressive import Autoregressive, AutoregressiveConfig
 from likely_export.classifier import Classifier
 from likely_export.cvae import CVAE, Conditional, Encode, Generate
 from likely_export.local import LocalPixelCNN
@@ -324,8 +324,11 @@ def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> G
         names: the statistics of the density graph.
 
     Raises:
-        InvalidInput: these families cannot answer it.
+        InvalidInput: these families cannot answer it, or a model does not learn what it asks.
     """
+    for model in models:
+        if isinstance(model, Autoregressive):
+            _check_withheld(role, model.config)
     match role, models:
         case Role.DENSITY, [Autoregressive() as model, *companions]:
             return density(model, names, companions)
@@ -347,6 +350,21 @@ def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> G
             return discriminate(model)
     kinds = " beside a ".join(type(model).__name__ for model in models)
     raise InvalidInput(f"roles.{role}", f"a {kinds} has no such graph")
+
+
+def _check_withheld(role: Role, config: AutoregressiveConfig) -> None:
+    """Returns if the model learns what the role asks it.
+
+    Raises:
+        InvalidInput: it never sees a picture without its label, or never one with it.
+    """
+    share = config.label_dropout
+    if not config.labels or 0 < share < 1:
+        return
+    if share == 0 and role in (Role.DENSITY, Role.SAMPLE):
+        raise InvalidInput(f"roles.{role}", "label_dropout = 0 teaches no p(x): take more than 0")
+    if share == 1 and role in (Role.CONDITIONAL, Role.SAMPLE):
+        raise InvalidInput(f"roles.{role}", "label_dropout = 1 teaches no p(x|y): take less than 1")
 
 
 def _is_conditional(model: nn.Module) -> bool:

@@ -142,6 +142,13 @@ training.steps = 1
         ),
         ('density = "b"', 'density = "b"\nencode = "vae"\ndecode = "a"', "encodes under them"),
         ("layers = 1", "layers = 1\nlabel_dropout = 1.5", r"models\.b: label_dropout: 1\.5 is not"),
+        ("layers = 1", "layers = 1\nlabel_dropout = 0.0", r"density: label_dropout = 0 teaches no"),
+        (
+            'conditional = "a"\n',
+            'conditional = "free"\n[models.free]\nfamily = "pixelcnn"\nlabel_dropout = 1.0\n'
+            "training.steps = 1\n",
+            r"conditional: label_dropout = 1 teaches no p\(x\|y\)",
+        ),
         ("[data]", f'[data]\nlabels = ["a", "{65 * "b"}"]', r"labels\.1\.name: .* at most 64"),
         (
             "[roles]",
