@@ -315,6 +315,7 @@ def _evaluated(
     from likely.bundle import Bundle
     from likely_export import evaluate
     from likely_export.replacing import check_unsigned, rewriting
+    from likely_export.report.text import find
 
     manifest = Bundle.open(bundle).manifest
     if write:
@@ -324,7 +325,10 @@ def _evaluated(
         raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
     others = recipe.others(data.levels)
     figures, material = evaluate.evaluate(bundle, data, recipe.calibration.alphas, others)
-    figures["anchors"] = [anchor.model_dump() for anchor in recipe.evaluation.anchors]
+    anchors = recipe.evaluation.anchors
+    for name in dict.fromkeys(a.figure for a in anchors if find(figures, a.figure) is None):
+        click.echo(f"warning: anchors: this evaluation has no figure {name}", err=True)
+    figures["anchors"] = [anchor.model_dump() for anchor in anchors]
     if not write:
         return figures, manifest
     with rewriting(bundle) as folder:

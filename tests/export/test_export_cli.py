@@ -177,6 +177,20 @@ def test_figures_may_be_written_into_a_bundle_again(
     assert result.exit_code == 1 and "is signed" in result.stderr and len(told) == 2
 
 
+def test_an_anchor_beside_no_figure_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from likely_export import cli, evaluate
+
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: ({"aurc": 0.1}, Material(17, (), {})))
+    anchors = tuple(recipes.Anchor(figure=f, value=1, source="x") for f in ("aurc", "auroc"))
+    digits = recipes.load("digits")
+    told = digits.model_copy(update={"evaluation": recipes.Evaluation(anchors=anchors)})
+    figures, _ = cli._evaluated(Path("bundles/digits"), told, write=False)
+    assert capsys.readouterr().err == "warning: anchors: this evaluation has no figure auroc\n"
+    assert len(figures["anchors"]) == 2
+
+
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_build_reports_its_steps_and_its_bundle(
     evaluated: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
