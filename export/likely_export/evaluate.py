@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from likely import bayes
 from likely.answers import (
     Accepted,
     Classifications,
@@ -130,7 +131,7 @@ class _Evaluation:
         figures["baselines"] = baselines.evaluate(self.data)
         figures |= costs.measure(self.bundle, self._p_value, self.some)
         taken = None
-        labelled = None
+        labelled = discriminated = None
         judge = None
         if self.manifest.labels:
             labels = len(self.manifest.labels)
@@ -139,15 +140,23 @@ class _Evaluation:
             judge = taught(train.x, train.y, self.manifest.levels, labels, steps=steps)
         if Role.CONDITIONAL in self.manifest.graphs:
             taken = await self._classify(self.test.x)
-            labelled = Labelled(self.test.y, taken.posterior, taken.p_value, taken.label_p_values)
+            labelled = Labelled(self.test.y, taken.posterior, taken.p_value)
             figures |= self._labels(taken)
             figures |= await self._likelihoods(taken)
+        if Role.DISCRIMINATE in self.manifest.graphs:
+            discriminated = self._discriminated(scores)
+            kept = scores.verdict == Verdict.ACCEPTED
+            figures["discriminative"] = measures.labelling(
+                discriminated.posterior, self.test.y, kept
+            )
         figures["alphas_left_out"] = self.left_out
         figures["false_rejection"] = {
             f"{alpha:g}": self._false_rejection(scores.p_value, alpha) for alpha in self.alphas
         }
+        if judge is not None and (labelled or discriminated):
+            figures["cnn"] = measures.labelling(judge.posterior(self.test.x), self.test.y)
         if judge is not None and taken is not None:
-            figures |= await self._mixed(judge, taken)
+            figures["mixed"] = await self._mixed(judge, taken)
         drawing = Drawing(self.bundle, self.engine, self.data, self.test, self.sizes, judge)
         figures |= await drawing.figures(self.alphas)
         material = Material(
@@ -155,6 +164,7 @@ class _Evaluation:
             labels=tuple(label.name for label in self.manifest.labels),
             sets=sets,
             labelled=labelled,
+            discriminated=discriminated,
             drawn=drawing.examples,
             nearest=drawing.nearest,
             completed=await drawing.completed(),
@@ -229,25 +239,22 @@ class _Evaluation:
 
     def _labels(self, taken: Classifications) -> dict[str, Any]:
         y, rows = self.test.y, np.arange(len(self.test))
-        n, kept = len(y), taken.verdict == Verdict.ACCEPTED
-        doubt, wrong = -taken.posterior.max(1), taken.label != y
+        kept = taken.verdict == Verdict.ACCEPTED
         return {
             "conditional_nll_nats": measures.mean(-taken.log_pxy[rows, y]) | self._kind(),
-            "accuracy": measures.mean(taken.label == y),
-            "accuracy_of_accepted": measures.mean((taken.label == y)[kept]) if kept.any() else None,
-            "label_nll_nats": measures.mean(-np.log(np.maximum(taken.posterior[rows, y], 1e-300))),
-            "ece": measures.calibration_error(taken.posterior, y),
-            "ece_standard_error": measures.bootstrap_error(
-                lambda at: measures.calibration_error(taken.posterior[at], y[at]), n
-            ),
-            "aurc": measures.selective_risk(doubt, wrong),
-            "aurc_standard_error": measures.bootstrap_error(
-                lambda at: measures.selective_risk(doubt[at], wrong[at]), n
-            ),
+            **measures.labelling(taken.posterior, y, kept),
             "label_set": {
                 f"{alpha:g}": self._label_set(taken.label_p_values, alpha) for alpha in self.alphas
             },
         }
+
+    def _discriminated(self, scores: Scores) -> Labelled:
+        """What p(y|x) itself makes of the labels of the test part, whose scores these are."""
+        graph = self.manifest.graphs[Role.DISCRIMINATE]
+        session = Session(self.bundle.graph(Role.DISCRIMINATE), graph, Device("cpu"))
+        log_pyx = passes.column(session, {"x": self.test.x}, "log_pyx")
+        posterior = bayes.under_priors(log_pyx, self.manifest.priors, self.manifest.priors)
+        return Labelled(self.test.y, posterior, scores.p_value)
 
     def _kind(self) -> dict[str, Any]:
         """What the conditional graph's log p(x|y) is."""
@@ -322,21 +329,7 @@ class _Evaluation:
         """
         y, own = self.test.y, judge.posterior(self.test.x)
         right, sure = own.argmax(1) == y, own.max(1)
-        found: dict[str, Any] = {
-            "cnn": {
-                "accuracy": float(np.mean(right)),
-                "accuracy_standard_error": measures.error(right),
-                "aurc": measures.selective_risk(-sure, ~right),
-                "aurc_standard_error": measures.bootstrap_error(
-                    lambda at: measures.selective_risk(-sure[at], ~right[at]), len(y)
-                ),
-                "ece": measures.calibration_error(own, y),
-                "ece_standard_error": measures.bootstrap_error(
-                    lambda at: measures.calibration_error(own[at], y[at]), len(y)
-                ),
-            },
-            "mixed": {},
-        }
+        found: dict[str, Any] = {}
         for name, x in self.others.items():
             rows = spread(len(self.test), len(x))
             x = x[spread(len(x), len(rows))]
@@ -348,7 +341,7 @@ class _Evaluation:
             theirs = measures.open_set(-sure[rows], right[rows], softmax)
             apart = measures.paired(*measures.placements(-sure[rows], softmax))
             theirs |= {"auroc": apart["mean"], "auroc_standard_error": apart["standard_error"]}
-            found["mixed"][name] = {
+            found[name] = {
                 "size": len(x),
                 **ours,
                 **{f"cnn_max_softmax_{key}": one for key, one in theirs.items()},

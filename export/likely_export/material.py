@@ -27,19 +27,17 @@ class Sets:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """What the bundle makes of the test part's labels.
+    """What one rule of the bundle makes of the test part's labels.
 
     Attributes:
         y: int64 (n,), the true ones.
         posterior: float64 (n, labels).
         p_value: float64 (n,), of the pictures.
-        label_p_values: float64 (n, labels).
     """
 
     y: Labels
     posterior: Doubles
     p_value: Doubles
-    label_p_values: Doubles
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +96,8 @@ class Material:
         levels: of a pixel.
         labels: their names.
         sets: by name; `corruptions.INLIERS` is the test part.
-        labelled: where the bundle classifies.
+        labelled: where the bundle classifies by p(x|y).
+        discriminated: where it classifies by p(y|x).
         drawn: uint8 (labels, k, c, h, w), draws by label; (1, k, c, h, w) without labels;
             None where the bundle draws nothing.
         nearest: uint8 (k, 2, c, h, w), draws beside their nearest training pictures.
@@ -110,6 +109,7 @@ class Material:
     labels: tuple[str, ...]
     sets: Mapping[str, Sets]
     labelled: Labelled | None = None
+    discriminated: Labelled | None = None
     drawn: Pixels | None = None
     nearest: Pixels | None = None
     completed: Completed | None = None

@@ -188,6 +188,31 @@ def calibration_error(posterior: Doubles, y: Labels) -> float:
     return float(sum(gaps))
 
 
+def labelling(posterior: Doubles, y: Labels, kept: Accepted | None = None) -> dict[str, Any]:
+    """What a posterior is worth: accuracy, label NLL in nats, ECE and AURC, with standard errors.
+
+    Args:
+        posterior: (n, labels); the label given is the most probable one.
+        y: int64 (n,), the true ones.
+        kept: (n,), whether the picture is accepted, where the accuracy of these is told too: None
+            if there are none.
+    """
+    n, right, doubt = len(y), posterior.argmax(1) == y, -posterior.max(1)
+    found: dict[str, Any] = {"accuracy": mean(right)}
+    if kept is not None:
+        found["accuracy_of_accepted"] = mean(right[kept]) if kept.any() else None
+    return {
+        **found,
+        "label_nll_nats": mean(-np.log(np.maximum(posterior[np.arange(n), y], 1e-300))),
+        "ece": calibration_error(posterior, y),
+        "ece_standard_error": bootstrap_error(
+            lambda at: calibration_error(posterior[at], y[at]), n
+        ),
+        "aurc": selective_risk(doubt, ~right),
+        "aurc_standard_error": bootstrap_error(lambda at: selective_risk(doubt[at], ~right[at]), n),
+    }
+
+
 def selective_risk(doubt: Doubles, wrong: Accepted) -> float:
     """AURC: the mean, over all shares kept, of the error among the least doubtful.
 

@@ -123,8 +123,8 @@ EXPORT = {
     "composition": "likely.answers likely.bundle likely.engine data judge measures numpy",
     "attribution": "likely.answers likely.graphs likely.noise passes numpy",
     "evaluate": (
-        "likely.answers likely.bundle likely.engine likely.graphs attribution baselines "
-        "corruptions costs data generated judge material measures passes report numpy"
+        "likely.answers likely.bayes likely.bundle likely.engine likely.graphs attribution "
+        "baselines corruptions costs data generated judge material measures passes report numpy"
     ),
     "features": (
         "likely.answers likely.bundle likely.engine likely.graphs likely.latent attributes data "

@@ -205,6 +205,7 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     assert told["statistics_cost"] > 0.5 and told["classification_cost"] > 1
     wanted = {"accuracy", "ece", "aurc", "false_rejection", "faithfulness", "self_entropy"}
     assert {*wanted, "train_on_draws_accuracy", "label_set", "memorisation"} <= set(told)
+    assert set(told["discriminative"]) < set(told) and set(told["cnn"]) < set(told)
     assert told["test_parity_nats"] == manifest.test_parity_nats
     assert told["statistics_cost"] > told["combination_cost"] > 0
     mixed = told["mixed"]["upside"]

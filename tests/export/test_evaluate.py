@@ -86,7 +86,7 @@ def test_of_a_larger_set_as_many_are_mixed_in_as_there_are_test_pictures(
     made = _Evaluation(Bundle.open(FOLDER), engine, data, (0.1,), {"turned": x}, sizes)
     judge = Judge(data.shape, data.levels, len(data.labels))
     found = asyncio.run(made._mixed(judge, asyncio.run(made._classify(made.test.x))))
-    assert found["mixed"]["turned"]["size"] == 60
+    assert found["turned"]["size"] == 60
 
 
 def test_the_figures_of_sets_have_errors_and_the_panel_those_of_its_own(

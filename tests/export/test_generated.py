@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from likely.answers import LabelRule
 from likely.bundle import Bundle
 from likely.engine import Engine
+from likely.graphs import Device
 from likely_export import evaluate, generated, recipes, runs
 from likely_export.build import build
 from likely_export.data import Dataset
@@ -34,8 +37,14 @@ latent = 2
 width = 8
 importance_samples = 2
 {TRAINING}
+[models.labels]
+family = "classifier"
+channels = [4]
+width = 8
+{TRAINING}
 [roles]
 density = "density"
+discriminate = "labels"
 generate = "vae"
 encode = "vae"
 """
@@ -73,7 +82,9 @@ def test_training_pictures_are_known_for_copies(engine: Engine, data: Dataset) -
 
 
 @pytest.mark.timeout(900)  # it trains, on whatever is left of the machine
-def test_a_bundle_that_draws_without_labels_is_evaluated_beside_them(tmp_path: Path) -> None:
+def test_a_bundle_that_draws_and_scores_without_labels_is_evaluated_beside_them(
+    tmp_path: Path,
+) -> None:
     recipe = recipes.parse(DRAWN_WITHOUT_LABELS)
     runs.train_all(recipe, tmp_path / "run")
     manifest = build(tmp_path / "run", tmp_path / "bundle")
@@ -85,5 +96,18 @@ def test_a_bundle_that_draws_without_labels_is_evaluated_beside_them(tmp_path: P
     assert figures["memorisation"]["draws"] == 40 == figures["memorisation"]["test_size"]
     assert not {"faithfulness", "train_on_draws_accuracy", "self_checked"} & set(figures)
     assert material.drawn is not None and material.drawn.shape == (1, 3, 1, 8, 8)
+    told = figures["discriminative"]
+    assert {"accuracy", "accuracy_of_accepted", "label_nll_nats", "ece", "aurc"} <= set(told)
+    assert "accuracy" not in figures and "accuracy" in figures["cnn"] and "mixed" not in figures
+    engine = Engine.load(Bundle.open(tmp_path / "bundle"), device=Device("cpu"), threads=1)
+    served = asyncio.run(
+        engine.classify(recipe.data.load().test.some(60).x, 0.1, rule=LabelRule.DISCRIMINATIVE)
+    )
+    engine.close()
+    assert material.discriminated is not None and material.labelled is None
+    assert np.allclose(material.discriminated.posterior, served.posterior, atol=1e-6)
+    assert np.array_equal(material.discriminated.p_value, served.p_value)
     evaluate.attach(tmp_path / "bundle", figures, material)
-    assert (tmp_path / "bundle" / "report.html").stat().st_size > 10_000
+    page = (tmp_path / "bundle" / "report.html").read_text()
+    assert "accuracy by p(y|x) itself" in page and "by Bayes" not in page
+    assert "The discriminative model, p(y|x) itself, is right about" in page

@@ -134,6 +134,19 @@ def test_calibration_error_of_honest_and_of_boastful_posteriors() -> None:
     assert measures.calibration_error(boastful, y) == pytest.approx(0.49)
 
 
+def test_labels_are_told_by_their_posterior_alone() -> None:
+    posterior = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
+    y, kept = np.array([0, 1, 1, 1]), np.array([True, True, False, False])
+    found = measures.labelling(posterior, y, kept)
+    assert found["accuracy"]["mean"] == 0.75 and found["accuracy_of_accepted"]["mean"] == 0.5
+    assert found["label_nll_nats"]["mean"] == pytest.approx(-np.log([0.9, 0.4, 0.8, 0.7]).mean())
+    assert found["ece"] == measures.calibration_error(posterior, y) and found["ece_standard_error"]
+    wrong = np.array([False, True, False, False])
+    assert found["aurc"] == measures.selective_risk(-posterior.max(1), wrong) == 1 / 16
+    assert measures.labelling(posterior, y, ~kept & False)["accuracy_of_accepted"] is None
+    assert "accuracy_of_accepted" not in measures.labelling(posterior, y)
+
+
 def test_selective_risk_is_the_mean_error_among_the_kept() -> None:
     wrong = np.array([False, False, True, True])
     assert measures.selective_risk(np.array([0.0, 1, 2, 3]), wrong) == pytest.approx(

@@ -88,9 +88,8 @@ def material(channels: int = 1, levels: int = 256, patch: int | None = None) -> 
     names = [*corruptions.PANEL, *corruptions.HARD, "other_data"]
     sets = {INLIERS: one_set(x, 1, 80, 0)}
     sets |= {name: one_set(x, at + 2, 40 + 10 * at, 0.5 + at / 2) for at, name in enumerate(names)}
-    labelled = Labelled(
-        y, posterior / posterior.sum(1, keepdims=True), sets[INLIERS].p_value, posterior / 3
-    )
+    labelled = Labelled(y, posterior / posterior.sum(1, keepdims=True), sets[INLIERS].p_value)
+    discriminated = Labelled(y, generator.dirichlet(np.ones(3), N), sets[INLIERS].p_value)
     known = np.zeros(x.shape, np.bool_)
     known[:, :, :4] = True
     maps = generator.normal(size=(2, *x.shape)).astype(np.float32)
@@ -99,6 +98,7 @@ def material(channels: int = 1, levels: int = 256, patch: int | None = None) -> 
         labels=LABELS,
         sets=sets,
         labelled=labelled,
+        discriminated=discriminated,
         drawn=drawn(3, 5, channels, 8, 6, levels=levels),
         nearest=drawn(4, 2, channels, 8, 6, levels=levels),
         completed=Completed(x, known, drawn(6, 4, channels, 8, 6, levels=levels)),
@@ -133,6 +133,11 @@ def figures(shown: Material) -> dict[str, Any]:
         "accuracy": {"mean": 0.9925, "standard_error": 0.0009},
         "ece": 0.00321,
         "ece_standard_error": 0.00042,
+        "discriminative": {
+            "accuracy": {"mean": 0.9635, "standard_error": 0.0008},
+            "ece": 0.00456,
+            "ece_standard_error": 0.00034,
+        },
         "decisions": {"compared_with_torch": 10000, "changed": 0},
         "false_rejection": {"0.05": rates | by_label, "0.1": rates | by_label},
         "label_set": {
@@ -248,6 +253,9 @@ def test_every_set_and_every_figure_is_told(whole: str) -> None:
     for value in (
         "80.12",
         "± 0.25",
+        "96.35",
+        "0.00456",
+        "± 0.00034",
         "99.25",
         "0.00321",
         "± 0.00042",
@@ -341,7 +349,9 @@ def test_evaluations_without_standard_errors_still_have_a_report(folder: str) ->
     told = json.loads((Path(folder) / "evaluation.json").read_text())
     found = without_errors(told)
     names = [label.name for label in Bundle.open(Path(folder)).manifest.labels]
-    shown = dataclasses.replace(material(), labels=tuple(names), drawn=None, labelled=None)
+    shown = dataclasses.replace(
+        material(), labels=tuple(names), drawn=None, labelled=None, discriminated=None
+    )
     page = report.page(Bundle.open(Path(folder)).manifest, found, shown)
     sections = Page(page).sections
     assert {"headline", "separation", "promises", "card", "every_figure"} <= set(sections)
@@ -390,7 +400,6 @@ def test_the_same_evaluation_gives_the_same_page(whole: str, tmp_path: Path) -> 
         ("drawn", "draws"),
         ("completed", "completions"),
         ("nearest", "copies"),
-        ("labelled", "classification"),
         ("explained", "explanations"),
     ],
 )
@@ -401,6 +410,22 @@ def test_what_is_missing_leaves_no_section(part: str, gone: str) -> None:
     sections = Page(report.page(manifest(), found, shown)).sections
     assert set(sections) == {name for name, _, _ in report.SECTIONS} - {gone}
     assert all(sections.values())
+
+
+def test_each_rule_is_told_where_it_classifies() -> None:
+    shown = material()
+    bayes, own = "Bayes' rule, p(y|x) ∝ p(x|y) p(y), is right", "p(y|x) itself, is right"
+    for rules in ((), ("labelled",), ("discriminated",), ("labelled", "discriminated")):
+        gone: dict[str, Any] = dict.fromkeys({"labelled", "discriminated"} - set(rules))
+        page = report.page(manifest(), figures(shown), dataclasses.replace(shown, **gone))
+        told = " ".join(Page(page).sections.get("classification", []))
+        assert (bayes in told, own in told) == ("labelled" in rules, "discriminated" in rules)
+        assert page.count('class="confusion"') == len(rules)
+        assert ('id="classification"' in page) == bool(rules)
+    less = {name: one for name, one in figures(shown).items() if name != "discriminative"}
+    assert "p(y|x) itself" not in " ".join(
+        Page(report.page(manifest(), less, shown)).sections["headline"]
+    )
 
 
 def test_with_nothing_evaluated_the_card_remains() -> None:
@@ -420,7 +445,7 @@ def test_any_figure_may_be_missing(name: str) -> None:
 
 def test_a_bundle_without_labels_has_a_report() -> None:
     shown = dataclasses.replace(
-        material(), labels=(), labelled=None, drawn=drawn(1, 30, 1, 8, 6),
+        material(), labels=(), labelled=None, discriminated=None, drawn=drawn(1, 30, 1, 8, 6),
         explained=Explained(drawn(2, 1, 8, 6), np.ones((2, 1, 8, 6), np.float32)),
     )  # fmt: skip
     page = Page(report.page(manifest(labels=()), {"nll_nats": 80.0}, shown))
@@ -444,7 +469,8 @@ def test_a_large_colour_bundle_stays_small(tmp_path: Path) -> None:
     completed = Completed(x[:6], np.ones((6, 3, 32, 32), np.bool_), drawn(6, 6, 3, 32, 32))
     large = dataclasses.replace(
         shown, completed=completed, drawn=drawn(10, 12, 3, 32, 32), labels=tuple("0123456789"),
-        labelled=None, sets={n: dataclasses.replace(s, examples=x) for n, s in shown.sets.items()},
+        sets={n: dataclasses.replace(s, examples=x) for n, s in shown.sets.items()},
+        labelled=None, discriminated=None,
     )  # fmt: skip
     report.write(tmp_path / "report.html", manifest(3), figures(shown), large)
     assert (tmp_path / "report.html").stat().st_size < 1_500_000

@@ -140,16 +140,16 @@ def rejections(rates: Mapping[str, Mapping[str, Rate]]) -> Chart:
     return _chart("rejections", size, alt, partial(_rejections, rates))
 
 
-def reliability(labelled: Labelled) -> Chart:
-    """How often the label is right, over how sure the posterior is, in 15 bins."""
+def reliability(labelled: Labelled, rule: str) -> Chart:
+    """How often the label is right, over how sure that rule's posterior is, in 15 bins."""
     alt = "Reliability diagram: dots with intervals beside the diagonal, and counts below."
-    return _chart("reliability", (6, 5), alt, partial(_reliability, labelled))
+    return _chart(f"reliability_{rule}", (6, 5), alt, partial(_reliability, labelled))
 
 
-def accuracy_of_kept(labelled: Labelled) -> Chart:
-    """Accuracy among the pictures that are kept, over the share of pictures set aside."""
+def accuracy_of_kept(labelled: Labelled, rule: str) -> Chart:
+    """Accuracy by that rule among the pictures kept, over the share of pictures set aside."""
     alt = "Accuracy over the share of pictures set aside, by three orders of doing so."
-    return _chart("accuracy_of_kept", (6, 5), alt, partial(_accuracy_of_kept, labelled))
+    return _chart(f"accuracy_of_kept_{rule}", (6, 5), alt, partial(_accuracy_of_kept, labelled))
 
 
 def _ridges(

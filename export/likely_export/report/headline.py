@@ -57,6 +57,29 @@ HEADLINES = (
     Headline("ece", "expected calibration error", "15 bins; lower is better"),
     Headline("aurc", "area under risk–coverage", "lower is better"),
     Headline(
+        "discriminative.accuracy", "accuracy by p(y|x) itself", "of the test part", "share",
+        tile=True,
+    ),
+    Headline(
+        "discriminative.accuracy_of_accepted",
+        "the same of what is accepted",
+        "at the largest alpha",
+        "share",
+    ),
+    Headline(
+        "discriminative.label_nll_nats",
+        "nats a label, by p(y|x) itself",
+        "−log p(y|x) of the true label; lower is better",
+    ),
+    Headline(
+        "discriminative.ece",
+        "expected calibration error, by p(y|x) itself",
+        "15 bins; lower is better",
+    ),
+    Headline(
+        "discriminative.aurc", "area under risk–coverage, by p(y|x) itself", "lower is better"
+    ),
+    Headline(
         "false_rejection.0.05.overall",
         "false rejections at alpha 0.05",
         "of the test part; 5 % are promised",
@@ -131,7 +154,8 @@ def _rows(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
     for one in HEADLINES:
         found = subject.measured(one.path)
         beside = anchors.get(one.path, [])
-        if (cnn := subject.measured(f"cnn.{one.path}")) is not None:
+        cnn = subject.measured(f"cnn.{one.path.removeprefix('discriminative.')}")
+        if found is not None and cnn is not None:
             beside = [*beside, {"value": value(cnn, one.kind), "source": CNN}]
         if found is not None or beside:
             bound = _bound(subject, one.path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from likely_export.material import Labelled
 from likely_export.report import charts
 from likely_export.report.subject import Subject, View
 from likely_export.report.text import measured, value, words
@@ -20,32 +21,50 @@ MIXED = {
     "cnn_max_softmax_oscr": "network: OSCR",
     "cnn_max_softmax_auroc": "network: AUROC",
 }
+RULES = {
+    "generative": "Bayes' rule, p(y|x) ∝ p(x|y) p(y),",
+    "discriminative": "The discriminative model, p(y|x) itself,",
+}
 MISTAKE, HIT = "213,94,0", "0,114,178"
 
 
 def classification(subject: Subject) -> View:
-    """The confusion matrix, the reliability diagram and accuracy against rejection."""
-    labelled, labels = subject.material.labelled, subject.material.labels
-    if labelled is None or not len(labelled.y):
+    """Of each rule its confusion matrix, reliability diagram and accuracy against rejection."""
+    material = subject.material
+    rules = {"generative": material.labelled, "discriminative": material.discriminated}
+    views = [
+        _rule(name, labelled, material.labels)
+        for name, labelled in rules.items()
+        if labelled is not None and len(labelled.y)
+    ]
+    if not views:
         return None
+    mixed = subject.table("mixed").values()
+    columns = {key: title for key, title in MIXED.items() if any(key in one for one in mixed)}
+    return {
+        "rules": views,
+        "labels": material.labels,
+        "mixed": _mixed(subject, columns),
+        "columns": columns.values(),
+    }
+
+
+def _rule(name: str, labelled: Labelled, labels: Sequence[str]) -> dict[str, Any]:
+    """What one rule makes of the test part."""
     k = len(labels)
     counts = np.zeros((k, k), np.int64)
     np.add.at(counts, (labelled.y, labelled.posterior.argmax(1)), 1)
     wrong = counts * (1 - np.eye(k, dtype=np.int64))
     order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_MISTAKES]
-    mixed = subject.table("mixed").values()
-    columns = {key: title for key, title in MIXED.items() if any(key in one for one in mixed)}
     mistakes = [(int(at) // k, int(at) % k) for at in order if wrong.flat[at]]
     return {
-        "labels": labels,
+        "title": RULES[name],
         "matrix": _matrix(counts) if k <= MOST_LABELS else None,
         "mistakes": [
             (labels[true], labels[given], int(counts[true, given])) for true, given in mistakes
         ],
-        "reliability": charts.reliability(labelled),
-        "kept": charts.accuracy_of_kept(labelled),
-        "mixed": _mixed(subject, columns),
-        "columns": columns.values(),
+        "reliability": charts.reliability(labelled, name),
+        "kept": charts.accuracy_of_kept(labelled, name),
         "n": len(labelled.y),
         "right": int(np.trace(counts)),
     }
