@@ -6,6 +6,8 @@ from draws alone.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -35,17 +37,17 @@ class Judge(nn.Module):
             nn.Conv2d(channels, 32, 3, padding=1, bias=False),
             nn.BatchNorm2d(32),
             nn.ReLU(),
-            nn.MaxPool2d(2),
+            nn.MaxPool2d(2, ceil_mode=True),
             nn.Conv2d(32, 64, 3, padding=1, bias=False),
             nn.BatchNorm2d(64),
             nn.ReLU(),
             nn.Conv2d(64, 64, 3, padding=1, bias=False),
             nn.BatchNorm2d(64),
             nn.ReLU(),
-            nn.MaxPool2d(2),
+            nn.MaxPool2d(2, ceil_mode=True),
             nn.Flatten(),
             nn.Dropout(0.3),
-            nn.Linear(64 * (height // 2 // 2) * (width // 2 // 2), 128),
+            nn.Linear(64 * math.ceil(height / 4) * math.ceil(width / 4), 128),
             nn.ReLU(),
         )
         self.out = nn.Linear(128, labels)
