@@ -66,6 +66,13 @@ def test_on_digits_structure_pays() -> None:
     assert found["logistic_regression_train_size"] == found["gaussian_mixture_train_size"] == 957
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_coin_flips_cost_a_compressor_at_least_a_bit_each(channels: int) -> None:
+    x = np.random.default_rng(2).integers(0, 2, (2, channels, 128, 128)).astype(np.uint8)
+    found = baselines.bits_per_dim(x, 2)
+    assert 1 <= found["zlib"] < 1.1 and 1 <= found["png"] < 1.1
+
+
 def test_compressors_see_the_whole_test_part_and_one_label_needs_no_regression(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
