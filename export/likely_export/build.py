@@ -89,9 +89,11 @@ def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
     model = graphs.halved(run.model(name, data.digest))
     if not isinstance(model, VAE):
         return None
-    part = data.test.x[: decisions.COMPARED], data.test.y[: decisions.COMPARED]
+    part = data.test.some(decisions.COMPARED)
     with torch.no_grad():
-        pairs = zip(*(torch.from_numpy(each).split(passes.BATCH) for each in part), strict=True)
+        pairs = zip(
+            *(torch.from_numpy(each).split(passes.BATCH) for each in (part.x, part.y)), strict=True
+        )
         nats = torch.cat([model.evaluate(x, y) for x, y in pairs])
     return measures.mean(nats.double().numpy())
 

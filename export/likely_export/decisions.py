@@ -106,7 +106,7 @@ def _decisions(
     And by how many nats they differ about log p(x) at most.
     """
     detector = Detector(arrays)
-    x = data.test.x[:COMPARED]
+    x = data.test.some(COMPARED).x
     density = passes.session(folder, exported[Role.DENSITY])
     names = [name for name in ("log_px", "statistics", "label") if density.spec.output(name)]
     log_px, *found = passes.rows(density, {"x": x}, names)

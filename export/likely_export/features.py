@@ -153,7 +153,8 @@ def evaluate(bundle: Path, data: Dataset, sizes: Sizes | None = None) -> dict[st
 def _evaluated(engine: Engine, data: Dataset, sizes: Sizes) -> dict[str, Any]:
     most = max(sizes.labelled)
     x, y = data.train.x[:most], data.train.y[:most]
-    test, y_test = data.test.x[: sizes.test], data.test.y[: sizes.test]
+    part = data.test.some(sizes.test)
+    test, y_test = part.x, part.y
     features, held = encoded(engine, x), encoded(engine, test)
     pixels, held_pixels = flat(x), flat(test)
     reduced = PCA(features.shape[1], svd_solver="full").fit(pixels)
@@ -175,7 +176,7 @@ def _evaluated(engine: Engine, data: Dataset, sizes: Sizes) -> dict[str, Any]:
         judged = judge.taught(
             data.train.x, data.train.y, data.levels, len(data.labels), steps=sizes.steps
         )
-        moved = data.test.x[: sizes.traversed]
+        moved = data.test.some(sizes.traversed).x
         figures["judge_accuracy"] = float((judged.posterior(test).argmax(1) == y_test).mean())
         figures["traversal"] = {
             name: traversal(engine, moved, name, judged, draws=sizes.draws) for name in names

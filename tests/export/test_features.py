@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
 
-from likely_export.features import probe
+import numpy as np
+import pytest
+
+from likely.answers import Labels
+from likely.engine import Engine
+from likely_export import features
+from likely_export.data import Dataset
+from likely_export.features import Sizes, probe
 
 
 def test_a_probe_reads_what_is_linear_in_the_features() -> None:
@@ -20,3 +27,19 @@ def test_one_label_among_what_is_learnt_from_is_what_a_probe_says() -> None:
     y = np.repeat([1, 0, 1], 20)  # the fifth that penalties are chosen on, and the rest, differ
     assert probe(z, np.ones(60, np.int64), z, y, (60,)) == {60: np.mean(y == 1)}
     assert set(probe(z, y, z, y, (25, 60))) == {25, 60}
+
+
+def test_what_is_tested_on_is_from_all_over_the_test_part(
+    engine: Engine, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested: list[Labels] = []
+
+    def looked_at(_: object, __: object, ___: object, y: Labels, ____: object) -> dict[int, float]:
+        tested.append(y)
+        return {}
+
+    monkeypatch.setattr(features, "probe", looked_at)
+    by_label = data.test.take(np.argsort(data.test.y, kind="stable"))
+    sizes = Sizes((50,), 20, traversed=1, draws=1, steps=5)
+    features._evaluated(engine, replace(data, test=by_label), sizes)
+    assert len(tested) == 3 and all(len(np.unique(y)) == 10 for y in tested)
