@@ -81,8 +81,11 @@ def build(run: Path, out: Path, report: Report = print, *, source: str | None = 
         return write_manifest(folder, {**fields, **made, "parity_nats": parity})
 
 
-def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
-    """-log p(x) of the test part at most, of a VAE alone: no graph of its bundle gives it."""
+def _bound(run: Run, data: Dataset) -> dict[str, float | int] | None:
+    """-log p(x) of the test part at most, of a VAE alone: no graph of its bundle gives it.
+
+    By torch, with how many pictures it is of, and how many samples of each.
+    """
     if Role.DENSITY in run.recipe.roles or Role.ENCODE not in run.recipe.roles:
         return None
     (name,) = run.recipe.models_of(Role.ENCODE)
@@ -95,7 +98,8 @@ def _bound(run: Run, data: Dataset) -> dict[str, float] | None:
             *(torch.from_numpy(each).split(passes.BATCH) for each in (part.x, part.y)), strict=True
         )
         nats = torch.cat([model.evaluate(x, y) for x, y in pairs])
-    return measures.mean(nats.double().numpy())
+    told = {"importance_samples": model.config.importance_samples, "test_size": len(part)}
+    return measures.mean(nats.double().numpy()) | told
 
 
 def extend(

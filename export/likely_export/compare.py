@@ -1,7 +1,8 @@
 """The family side by side: what each member learns, which question it answers, at what cost.
 
 A member is a bundle. All are asked the same about the same pictures, through ONNX Runtime as
-a server would. What a member has no graph for is missing from its row, which is an answer too.
+a server would. What a member has no graph for is missing from its row, which is an answer too;
+but the bound of a VAE is told as torch found it when its bundle was built.
 """
 
 from __future__ import annotations

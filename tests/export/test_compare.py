@@ -121,6 +121,7 @@ def test_bayes_rule_is_compared_where_both_directions_are_known(found: Compariso
 def test_an_exact_density_and_a_bound_are_told_apart(found: Comparison) -> None:
     digits, features = (found.figures["members"][name] for name in ("digits", "features"))
     assert (digits["nats"]["kind"], features["nats"]["kind"]) == ("exact", "bound")
+    assert (features["nats"]["test_size"], features["nats"]["importance_samples"]) == (300, 2)
     assert digits["nats"]["mean"] < features["nats"]["mean"]  # twenty steps teach a VAE little
     bits = digits["nats"]["mean"] / (64 * np.log(2))
     assert digits["bits_per_dim"]["mean"] == pytest.approx(bits, rel=1e-5)
@@ -173,5 +174,7 @@ def test_the_page_needs_nothing_else(found: Comparison, tmp_path: Path) -> None:
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
     for name in figures["members"]:
         assert f">{name}<" in path.read_text()
+    bounds = re.findall(r"<small>(bound, [^<]*)", path.read_text())
+    assert bounds == ["bound, by PyTorch on 300 pictures"]
     own, composed = re.findall(r'<tr><th scope="row">(?:its own|p\(y).*', path.read_text())
     assert "<small>bound</small>" in own and "bound" not in composed

@@ -68,7 +68,7 @@ def _answers(figures: Mapping[str, Any]) -> View:
                 "families": ", ".join(_families(member)),
                 "learns": ", ".join(member["learns"]),
                 "nats": "" if nats is None else value(_measured(nats)),
-                "kind": "" if nats is None else nats["kind"],
+                "kind": "" if nats is None else _kind(nats),
                 "bits": _told(member.get("bits_per_dim")),
                 "accuracy": {rule: value(a, "share") for rule, a in member["accuracy"].items()},
                 "rejects": any("rejected" in row for row in member["outside"].values()),
@@ -191,6 +191,14 @@ def _expense(figures: Mapping[str, Any]) -> View:
 
 def _families(member: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for names in member["models"].values() for name in names))
+
+
+def _kind(nats: Mapping[str, Any]) -> str:
+    """Of a -log p(x) that is a bound, how it was measured: not as the others were."""
+    if nats["kind"] != "bound":
+        return ""
+    size = f" on {value(nats['test_size'])} pictures" if "test_size" in nats else ""
+    return f"bound, by PyTorch{size}"
 
 
 def _measured(nats: Mapping[str, Any]) -> dict[str, Any]:
