@@ -105,7 +105,9 @@ class _Evaluation:
         self.left_out = [alpha for alpha in alphas if alpha < finest]
         self.largest = max(self.alphas, default=finest)
         self.test = data.test.some(sizes.test)
-        self.some = self.test.some(sizes.outliers).x
+        # Which pictures are corrupted; where two make one, the errors count the first of them.
+        self.made_of = spread(len(self.test), sizes.outliers)
+        self.some = self.test.x[self.made_of]
         self.others = {name: x[spread(len(x), sizes.outliers)] for name, x in others.items()}
 
     async def run(self) -> tuple[dict[str, Any], Material]:
@@ -202,7 +204,8 @@ class _Evaluation:
         for name, outside in sets.items():
             if name == corruptions.INLIERS:
                 continue
-            apart = measures.separation(inside.unusualness, outside.unusualness)
+            made_of = None if name in self.others else self.made_of
+            apart = measures.separation(inside.unusualness, outside.unusualness, made_of)
             accepted = {f"{alpha:g}": outside.p_value > alpha for alpha in self.alphas}
             ours[name] = apart | {
                 "size": len(outside.p_value),
@@ -211,8 +214,9 @@ class _Evaluation:
                     alpha: measures.error(one) for alpha, one in accepted.items()
                 },
             }
-            likelihood[name] = measures.separation(inside.nats, outside.nats)
-        return {"outliers": ours, "likelihood_only": likelihood, "panel": _panel(sets, ours)}
+            likelihood[name] = measures.separation(inside.nats, outside.nats, made_of)
+        panel = _panel(sets, ours, self.made_of)
+        return {"outliers": ours, "likelihood_only": likelihood, "panel": panel}
 
     def _false_rejection(self, p_value: Doubles, alpha: float) -> dict[str, Any]:
         size, n = self.manifest.calibrated.size, len(p_value)
@@ -376,7 +380,9 @@ class _Evaluation:
         return Explained(x, surprise, Compared(pair, ratios, found, attribution.PATCH))
 
 
-def _panel(sets: Mapping[str, Sets], outliers: Mapping[str, Any]) -> dict[str, float]:
+def _panel(
+    sets: Mapping[str, Sets], outliers: Mapping[str, Any], made_of: Labels
+) -> dict[str, float]:
     """The least AUROC of the panel and the mean; its sets are the same pictures, corrupted."""
     least = outliers[min(corruptions.PANEL, key=lambda name: float(outliers[name]["auroc"]))]
     scores = [
@@ -384,7 +390,7 @@ def _panel(sets: Mapping[str, Sets], outliers: Mapping[str, Any]) -> dict[str, f
         for name in corruptions.PANEL
     ]
     over, under = zip(*(measures.placements(*pair) for pair in scores), strict=True)
-    mean = measures.paired(np.mean(over, 0), np.mean(under, 0))
+    mean = measures.paired(np.mean(over, 0), np.mean(under, 0), made_of)
     return {
         "auroc_min": least["auroc"],
         "auroc_min_standard_error": least["auroc_standard_error"],

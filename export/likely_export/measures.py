@@ -49,22 +49,32 @@ def by_label(name: str, values: Accepted, y: Labels, labels: Sequence[str]) -> d
     }
 
 
-def separation(inliers: Doubles, outliers: Doubles) -> dict[str, float]:
+def separation(
+    inliers: Doubles, outliers: Doubles, made_of: Labels | None = None
+) -> dict[str, float]:
     """AUROC, the share of outliers accepted where 95 % of inliers are, and AUPR; large is unusual.
 
     Each with its standard error, which is 0 of sets that do not overlap at all. AUPR has outliers
     as positives, so it depends on how many there are of either.
+
+    Args:
+        inliers: (n,).
+        outliers: (m,).
+        made_of: int64 (m,), the inlier that each outlier was made of, no two of one: what they
+            have in common is no chance. None of outliers that are other pictures.
     """
-    auroc = paired(*placements(inliers, outliers))
+    auroc = paired(*placements(inliers, outliers), made_of)
     return {
         "auroc": auroc["mean"],
         "auroc_standard_error": auroc["standard_error"],
-        "fpr95": float(np.mean(outliers <= np.quantile(inliers, KEPT))),
-        "fpr95_standard_error": error_below_quantile(outliers, inliers, KEPT),
-        "aupr": average_precision(inliers, outliers),
-        "aupr_standard_error": bootstrap_error(
-            lambda a, b: average_precision(inliers[a], outliers[b]), len(inliers), len(outliers)
+        "fpr95": _accepted_share(inliers, outliers),
+        "fpr95_standard_error": (
+            error_below_quantile(outliers, inliers, KEPT)
+            if made_of is None
+            else _resampled_error(_accepted_share, inliers, outliers, made_of)
         ),
+        "aupr": average_precision(inliers, outliers),
+        "aupr_standard_error": _resampled_error(average_precision, inliers, outliers, made_of),
     }
 
 
@@ -85,10 +95,19 @@ def placements(
     return over, np.mean(kept) * _share_below(outliers, inliers[kept])
 
 
-def paired(over: Doubles, under: Doubles) -> dict[str, float]:
-    """The mean of placements, as AUROC is, and its standard error (DeLong et al., 1988)."""
+def paired(over: Doubles, under: Doubles, made_of: Labels | None = None) -> dict[str, float]:
+    """The mean of placements, as AUROC is, and its standard error (DeLong et al., 1988).
+
+    Args:
+        over: (n,), of inliers.
+        under: (m,), of outliers.
+        made_of: int64 (m,), the inlier that each outlier was made of; None of other pictures.
+    """
     inside, outside = (mean(each)["standard_error"] for each in (over, under))
-    return {"mean": float(np.mean(over)), "standard_error": float(np.hypot(inside, outside))}
+    variance = inside**2 + outside**2
+    if made_of is not None and len(under) > 1:
+        variance += 2 * float(np.cov(over[made_of], under)[0, 1]) / len(over)
+    return {"mean": float(np.mean(over)), "standard_error": float(np.sqrt(max(0.0, variance)))}
 
 
 def open_set_rate(doubt: Doubles, right: Accepted, outliers: Doubles) -> dict[str, float]:
@@ -156,7 +175,7 @@ def bootstrap_error(figure: Callable[..., float], *sizes: int) -> float:
         sizes: of the groups.
     """
     generator = np.random.Generator(np.random.Philox(key=[SEED, 0]))
-    found = [figure(*(generator.integers(0, n, n) for n in sizes)) for _ in range(SAMPLES)]
+    found = [figure(*(generator.integers(0, n or 1, n) for n in sizes)) for _ in range(SAMPLES)]
     return float(np.std(found, ddof=1))
 
 
@@ -222,6 +241,27 @@ def selective_risk(doubt: Doubles, wrong: Accepted) -> float:
     error = np.bincount(group, weights=wrong) / np.bincount(group)
     errors = np.cumsum(error[np.sort(group)])
     return float(np.mean(errors / np.arange(1, len(doubt) + 1)))
+
+
+def _accepted_share(inliers: Doubles, outliers: Doubles) -> float:
+    """FPR95: the share of outliers that are accepted where 95 % of inliers are."""
+    return float(np.mean(outliers <= np.quantile(inliers, KEPT)))
+
+
+def _resampled_error(
+    figure: Callable[[Doubles, Doubles], float],
+    inliers: Doubles,
+    outliers: Doubles,
+    made_of: Labels | None,
+) -> float:
+    """The bootstrap's standard error; an outlier is drawn with the inlier that it was made of."""
+    n, m = len(inliers), len(outliers)
+    if made_of is None:
+        return bootstrap_error(lambda a, b: figure(inliers[a], outliers[b]), n, m)
+    shared, alone = inliers[made_of], np.delete(inliers, made_of)
+    return bootstrap_error(
+        lambda a, b: figure(np.concatenate([shared[a], alone[b]]), outliers[a]), m, n - m
+    )
 
 
 def _share_below(values: Doubles, among: Doubles) -> Doubles:

@@ -15,9 +15,9 @@ import pytest
 from likely.answers import Doubles, Floats, Labels, Verdict
 from likely.bundle import Bundle
 from likely.engine import Engine
-from likely_export import costs
+from likely_export import costs, measures
 from likely_export.corruptions import INLIERS, PANEL
-from likely_export.data import Dataset
+from likely_export.data import Dataset, spread
 from likely_export.evaluate import _Evaluation
 from likely_export.generated import Sizes
 from likely_export.judge import Judge
@@ -95,8 +95,8 @@ def test_the_figures_of_sets_have_errors_and_the_panel_those_of_its_own(
     made = evaluation(engine, data, (0.1,))
     names = [INLIERS, *PANEL]
     sets = {
-        name: Sets(made.some[:1], *np.random.default_rng(at).normal(at / 9, 1, (3, 10)))
-        for at, name in enumerate(names)
+        name: Sets(made.some[:1], *np.random.default_rng(at).normal(at / 9, 1, (3, size)))
+        for at, (name, size) in enumerate(zip(names, [60, *[10] * len(PANEL)], strict=True))
     }
     found = made._separations(sets)
     panel, least = found["panel"], min(PANEL, key=lambda name: found["outliers"][name]["auroc"])
@@ -108,6 +108,10 @@ def test_the_figures_of_sets_have_errors_and_the_panel_those_of_its_own(
     )
     assert panel["auroc_mean"] == pytest.approx(np.mean(aurocs))
     # The sets share the test part, and are otherwise independent here.
+    for name in PANEL:
+        one, outside = found["outliers"][name], sets[name].unusualness
+        apart = measures.separation(sets[INLIERS].unusualness, outside, spread(60, 10))
+        assert apart.items() <= one.items()
     assert np.mean(errors) / np.sqrt(len(PANEL)) < panel["auroc_mean_standard_error"]
     assert panel["auroc_mean_standard_error"] < np.mean(errors)
     accepted = found["outliers"][least]["accepted_standard_error"]

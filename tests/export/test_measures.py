@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from likely_export import measures
+from likely_export.data import spread
 
 
 def test_error_of_the_mean() -> None:
@@ -46,9 +47,30 @@ def test_standard_errors_of_a_separation_are_those_of_new_pictures(
         assert told == pytest.approx(np.std([one[name] for one in found]), rel=0.15), name
 
 
+@pytest.mark.parametrize(("n", "m"), [(400, 400), (400, 150)])
+def test_standard_errors_of_outliers_made_of_inliers_are_those_of_new_pictures(
+    n: int, m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "SAMPLES", 20)
+    rng, made_of = np.random.default_rng(10), spread(n, m)
+    found, apart = [], []
+    for _ in range(200):
+        inliers = rng.normal(size=n)
+        outliers = 0.9 * inliers[made_of] + rng.normal(1, 0.44, m)
+        found.append(measures.separation(inliers, outliers, made_of))
+        apart.append(measures.paired(*measures.placements(inliers, outliers))["standard_error"])
+    for name in ("auroc", "fpr95", "aupr"):
+        told = np.mean([one[f"{name}_standard_error"] for one in found])
+        assert told == pytest.approx(np.std([one[name] for one in found]), rel=0.2), name
+    # Taken for independent, they would seem to be known less well than they are.
+    assert np.mean(apart) > 1.2 * np.std([one["auroc"] for one in found])
+
+
 def test_a_single_outlier_has_a_separation() -> None:
     found = measures.separation(np.arange(100.0), np.array([49.5]))
     assert found["auroc"] == 0.5 and np.all(np.isfinite(list(found.values())))
+    made = measures.separation(np.arange(100.0), np.array([49.5]), np.array([7]))
+    assert made["auroc_standard_error"] == found["auroc_standard_error"]
 
 
 def test_open_set_rate_counts_what_is_right_and_less_doubtful_than_outliers() -> None:
