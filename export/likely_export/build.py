@@ -26,8 +26,8 @@ from likely_export import (
 )
 from likely_export.classifier import Classifier, fit_temperature
 from likely_export.data import Dataset
-from likely_export.evaluate import BOUND, EVALUATION, REPORT
 from likely_export.graphs import Exported
+from likely_export.material import BOUND, EVALUATION, REPORT
 from likely_export.recipes import Recipe
 from likely_export.replacing import replacing
 from likely_export.runs import Run

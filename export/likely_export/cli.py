@@ -224,7 +224,7 @@ def extend(bundle: Path, run: Path, source: str | None, out: Path, version: str 
     """
     from likely.bundle import Role
     from likely_export.build import extend as extend_bundle
-    from likely_export.evaluate import EVALUATION
+    from likely_export.material import EVALUATION
 
     if out.exists() and out.resolve() == bundle.resolve():
         raise click.UsageError("--out is BUNDLE itself; name another folder")

@@ -27,18 +27,19 @@ from likely.engine import Engine
 from likely.errors import InvalidInput
 from likely.graphs import Device, Session
 from likely_export import composition, families, features, measures, passes
-from likely_export.composition import SURE, noise_pictures
+from likely_export.composition import noise_pictures
 from likely_export.data import Dataset, Split, spread
-from likely_export.evaluate import BOUND, EVALUATION
-from likely_export.generated import SEED, drawing_graphs, labels_drawn
+from likely_export.generated import SEED, drawing_graphs, drawn_by_label, labels_drawn
 from likely_export.graphs import example
 from likely_export.judge import Judge, taught
+from likely_export.material import BOUND, EVALUATION
 from likely_export.passes import BATCH
 from likely_export.train import Model
 
 Inputs = npt.NDArray[np.floating]
 
 ALPHA = 0.05
+SURE = 0.9  # of a label, to be said to name a picture
 ROUNDS = 5
 TRAINED = 32  # pictures of a step whose time is taken
 GENERATIVE, DISCRIMINATIVE = "by p(x|y)", "by p(y|x)"
@@ -235,21 +236,16 @@ class _Member:
         if not drawing_graphs(self.manifest):
             return {"draws": "nothing"}
         labels = labels_drawn(self.manifest)
-        each = self.sizes.drawn // max(1, labels)
-        x, y = [], []
-        for label in range(labels) if labels else (None,):
-            first = (label or 0) * each
-            async for chunk in engine.generate(label, each, SEED, first_index=first):
-                x.append(chunk.images)
-                y.append(np.full(len(chunk.images), label or 0))
-        drawn, asked = np.concatenate(x), np.concatenate(y)
+        each = max(1, self.sizes.drawn // max(1, labels))
+        groups = await drawn_by_label(engine, labels, each, SEED)
+        drawn = np.concatenate([group.images for group in groups])
         if not labels:
             self.drawn = drawn
             return {"draws": "pictures"}
         # Some of each label for those who look.
         order = np.argsort(np.arange(len(drawn)) % each, kind="stable")
         self.drawn = drawn[order]
-        shown = self.judge.posterior(drawn).argmax(1) == asked
+        shown = self.judge.posterior(drawn).argmax(1) == np.arange(len(drawn)) // each
         return {"draws": "by label", "faithfulness": measures.mean(shown)}
 
     async def _composition(self, engine: Engine) -> dict[str, Any]:

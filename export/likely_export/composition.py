@@ -6,7 +6,7 @@ a server would.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from likely.bundle import Kind, Role
 from likely.engine import Engine
 from likely_export import measures
 from likely_export.data import Split
+from likely_export.generated import drawn_by_label
 from likely_export.judge import Judge
 
-SURE = 0.9
 MOST_DRAWS = 1000
 SEED = 20261128
 
@@ -93,35 +93,9 @@ async def drawings(
         ways["own"] = None
     found: dict[str, Any] = {}
     for name, acceptance in ways.items():
-        drawn = [
-            await _drawn(engine, label, each, seed, acceptance)
-            for label in range(len(engine.manifest.labels))
-        ]
+        labels = len(engine.manifest.labels)
+        drawn = await drawn_by_label(engine, labels, each, seed, acceptance=acceptance)
         found[name] = _judged(engine, judge, drawn)
-    return found
-
-
-async def confidence(
-    engine: Engine, sets: Mapping[str, Pixels], alpha: float = 0.05
-) -> dict[str, dict[str, Any]]:
-    """How sure p(y|x) is of pictures that are none of its labels', and how many p(x) rejects.
-
-    Args:
-        engine: of a bundle with a discriminative model.
-        sets: uint8 (n, c, h, w) by name.
-        alpha: accepted rate of false rejections.
-    """
-    found = {}
-    for name, x in sets.items():
-        answer = await engine.classify(x, alpha, rule=LabelRule.DISCRIMINATIVE)
-        sure = answer.posterior.max(1)
-        found[name] = {
-            "pictures": len(x),
-            "surest_posterior": measures.mean(sure),
-            "above_0.9": measures.mean(sure > SURE),
-            "rejected": measures.mean(answer.verdict == Verdict.OUTLIER),
-            "commonest_label": engine.manifest.labels[int(np.bincount(answer.label).argmax())].name,
-        }
     return found
 
 
@@ -139,21 +113,13 @@ def noise_pictures(
     return {name: np.ascontiguousarray(x, dtype=np.uint8) for name, x in made.items()}
 
 
-async def _drawn(
-    engine: Engine, label: int, each: int, seed: int, acceptance: Acceptance | None
-) -> list[Draws]:
-    first = label * each
-    chunks = engine.generate(label, each, seed, first_index=first, acceptance=acceptance)
-    return [chunk async for chunk in chunks]
-
-
-def _judged(engine: Engine, judge: Judge, drawn: list[list[Draws]]) -> dict[str, Any]:
+def _judged(engine: Engine, judge: Judge, drawn: Sequence[Draws]) -> dict[str, Any]:
     """Whether the judge sees each label in its draws, and how many draws a picture took."""
-    shown, draws = [], []
-    for label, chunks in enumerate(drawn):
-        kept = np.concatenate([chunk.images[chunk.accepted] for chunk in chunks])
-        shown.append(judge.posterior(kept).argmax(1) == label)
-        draws.append(np.concatenate([chunk.draws for chunk in chunks]))
+    draws = [group.draws for group in drawn]
+    shown = [
+        judge.posterior(group.images[group.accepted]).argmax(1) == label
+        for label, group in enumerate(drawn)
+    ]
     names = [label.name for label in engine.manifest.labels]
     return {
         "faithfulness": measures.mean(np.concatenate(shown)),

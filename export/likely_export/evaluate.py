@@ -32,11 +32,17 @@ from likely_export import attribution, baselines, corruptions, costs, measures, 
 from likely_export.data import Dataset, bernoulli, spread
 from likely_export.generated import SEED, Drawing, Sizes
 from likely_export.judge import Judge, taught
-from likely_export.material import Compared, Explained, Labelled, Material, Sets
+from likely_export.material import (
+    EVALUATION,
+    REPORT,
+    Compared,
+    Explained,
+    Labelled,
+    Material,
+    Sets,
+)
 from likely_export.passes import BATCH
 
-EVALUATION, REPORT = "evaluation.json", "report.html"
-BOUND = "bound_nats"  # of a model whose bundle has no graph that gives log p(x)
 BINARISATIONS = 3
 BOUND_SAMPLES = 64
 TYPICAL = 1000  # training pictures whose median a patch is replaced by

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from likely import noise
-from likely.answers import Doubles, Labels, Pixels, SelfCheck
+from likely.answers import Acceptance, Doubles, Draws, Labels, Pixels, SelfCheck
 from likely.bundle import Bundle, Graph, Manifest, Role
 from likely.engine import Engine
 from likely.graphs import Array, Device, Session
@@ -55,6 +55,35 @@ def labels_drawn(manifest: Manifest) -> int:
     """How many labels a picture can be drawn of; 0 where all are drawn from p(x)."""
     takes_label = any(graph.input("y") is not None for graph in drawing_graphs(manifest))
     return len(manifest.labels) if takes_label else 0
+
+
+async def drawn_by_label(
+    engine: Engine,
+    labels: int,
+    each: int,
+    seed: int,
+    *,
+    check: SelfCheck | None = None,
+    acceptance: Acceptance | None = None,
+) -> list[Draws]:
+    """Pictures of each label in turn; the same index is never drawn twice.
+
+    Args:
+        engine: draws.
+        labels: how many to draw of; 0 for pictures of no label, which are one group.
+        each: pictures of a label.
+        seed: of the draws.
+        check: redraw what does not pass.
+        acceptance: draw from p(x), and redraw what p(y|x) does not keep.
+    """
+    asked: Sequence[int | None] = range(labels) if labels else [None]
+    found = []
+    for at, label in enumerate(asked):
+        chunks = engine.generate(
+            label, each, seed, first_index=at * each, check=check, acceptance=acceptance
+        )
+        found.append(_joined([chunk async for chunk in chunks]))
+    return found
 
 
 class Drawing:
@@ -115,17 +144,13 @@ class Drawing:
 
     async def _draw(self, check: SelfCheck | None) -> tuple[Pixels, Labels, Labels]:
         """Pictures in turn of every label, or of none; their labels, and draws each took."""
-        asked: list[int] | list[None] = list(range(self.labels)) or [None]
-        each = max(self.sizes.examples, self.sizes.drawn // len(asked))
-        pictures, named, draws = [], [], []
-        for y, label in enumerate(asked):
-            async for chunk in self.engine.generate(
-                label, each, SEED, first_index=y * each, check=check
-            ):
-                pictures.append(chunk.images)
-                named.append(np.full(len(chunk.images), y))
-                draws.append(chunk.draws)
-        return np.concatenate(pictures), np.concatenate(named), np.concatenate(draws)
+        each = max(self.sizes.examples, self.sizes.drawn // max(1, self.labels))
+        groups = await drawn_by_label(self.engine, self.labels, each, SEED, check=check)
+        x, draws = (
+            np.concatenate([getattr(group, name) for group in groups])
+            for name in ("images", "draws")
+        )
+        return x, np.repeat(np.arange(len(groups)), each), draws
 
     def _taught(self, judge: Judge, x: Pixels, y: Labels) -> dict[str, Any]:
         """Whether draws show their label, and whether they teach it."""
@@ -160,10 +185,13 @@ class Drawing:
     def _own_surprise(self, most: int) -> dict[str, Any]:
         """Whether draws are as surprising to their model as it expects: mean surprise = entropy.
 
-        The same p(x) must have drawn: a density that knows labels draws without one here.
+        The same p(x) must have drawn: a density that knows labels draws without one here. Nothing
+        is told where another model draws.
         """
         sizes = self.manifest.calibrated.statistics
         if Role.SAMPLE not in self.manifest.graphs or not {"surprise", "entropy"} <= set(sizes):
+            return {}
+        if _leading(self.manifest, Role.SAMPLE) != _leading(self.manifest, Role.DENSITY):
             return {}
         spec = self.manifest.graphs[Role.SAMPLE]
         session = Session(self.bundle.graph(Role.SAMPLE), spec, Device("cpu"))
@@ -223,6 +251,21 @@ class Drawing:
             drawn.append(ours[spread(len(ours), size)])
             held.append(theirs[spread(len(theirs), size)])
         return np.concatenate(drawn), np.concatenate(held)
+
+
+def _joined(chunks: Sequence[Draws]) -> Draws:
+    """Chunks that follow one another as one."""
+    images, label, draws, accepted = (
+        np.concatenate([getattr(chunk, name) for chunk in chunks])
+        for name in ("images", "label", "draws", "accepted")
+    )
+    return replace(chunks[0], images=images, label=label, draws=draws, accepted=accepted)
+
+
+def _leading(manifest: Manifest, role: Role) -> Any:
+    """The name of the model that plays a role, of several the first."""
+    named = manifest.recipe.get("roles", {}).get(role)
+    return named[0] if isinstance(named, list | tuple) else named
 
 
 def _nearest(x: Pixels, among: Pixels) -> tuple[Labels, Doubles]:

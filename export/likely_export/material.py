@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from likely.answers import Accepted, Doubles, Floats, Labels, Pixels
 
+EVALUATION, REPORT = "evaluation.json", "report.html"  # the files that it leaves in a bundle
+BOUND = "bound_nats"  # of a model whose bundle has no graph that gives log p(x)
+
 
 @dataclass(frozen=True, slots=True)
 class Sets:

@@ -120,7 +120,9 @@ EXPORT = {
         "likely.answers likely.bundle likely.engine likely.graphs likely.noise data judge "
         "material measures passes numpy"
     ),
-    "composition": "likely.answers likely.bundle likely.engine data judge measures numpy",
+    "composition": (
+        "likely.answers likely.bundle likely.engine data generated judge measures numpy"
+    ),
     "attribution": "likely.answers likely.graphs likely.noise passes numpy",
     "evaluate": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.graphs attribution "
@@ -132,7 +134,7 @@ EXPORT = {
     ),
     "compare": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.errors likely.graphs "
-        "composition data evaluate families features generated graphs judge measures passes "
+        "composition data families features generated graphs judge material measures passes "
         "train numpy sklearn torch"
     ),
     "replacing": "likely.bundle likely.errors",
@@ -142,13 +144,13 @@ EXPORT = {
     ),
     "build": (
         "likely.bundle likely.errors likely.graphs attributes classifier data decisions "
-        "directions evaluate graphs measures passes plan recipes replacing roles runs vae numpy "
+        "directions graphs material measures passes plan recipes replacing roles runs vae numpy "
         "torch"
     ),
     "__init__": "",
     "cli": (
-        "likely.bundle likely.errors build compare data evaluate families features progress "
-        "recipes replacing report runs train click pydantic rich"
+        "likely.bundle likely.errors build compare data evaluate families features material "
+        "progress recipes replacing report runs train click pydantic rich"
     ),
 }
 BENCH = {

@@ -142,6 +142,13 @@ def test_features_are_probed_beside_pixels(found: Comparison) -> None:
     assert found.figures["probe_of_pixels"]["100"] > probed["probe"]["100"]
 
 
+def test_of_more_labels_than_draws_each_is_drawn_once(members: list[Path], data: Dataset) -> None:
+    found = compare(members[2:], data, sizes=replace(SIZES, drawn=7))
+    told = found.figures["members"]["given_labels"]
+    assert told["draws"] == "by label" and "mean" in told["faithfulness"]
+    assert len(found.drawn["given_labels"]) == SIZES.shown
+
+
 def test_members_must_be_of_the_same_data(members: list[Path], data: Dataset) -> None:
     with pytest.raises(InvalidInput, match="other data"):
         compare(members, replace(data, digest="0" * 64))

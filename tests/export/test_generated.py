@@ -81,6 +81,26 @@ def test_training_pictures_are_known_for_copies(engine: Engine, data: Dataset) -
     assert fresh["nearer_than_1_percent_of_test"] <= 0.01
 
 
+def test_labels_are_drawn_in_turn_and_no_index_twice(engine: Engine) -> None:
+    groups = asyncio.run(generated.drawn_by_label(engine, 10, 2, 5))
+    assert [group.label.tolist() for group in groups] == [[y, y] for y in range(10)]
+    assert [group.first_index for group in groups] == list(range(0, 20, 2))
+    assert all(len(group.images) == len(group.draws) == len(group.accepted) for group in groups)
+    (alone,) = asyncio.run(generated.drawn_by_label(engine, 0, 70, 5))
+    assert len(alone.images) == 70  # of two chunks
+    assert np.array_equal(
+        asyncio.run(generated.drawn_by_label(engine, 0, 1, 5))[0].images[0], alone.images[0]
+    )
+
+
+def test_draws_surprise_their_own_model_and_no_other(engine: Engine, data: Dataset) -> None:
+    made = drawing(engine, data)
+    assert made._own_surprise(3)["self_entropy"]["draws"] == 3
+    roles = {"density": ["local", "pixelcnn"], "sample": "pixelcnn"}
+    made.manifest = made.manifest.model_copy(update={"recipe": {"roles": roles}})
+    assert made._own_surprise(3) == {}
+
+
 @pytest.mark.timeout(900)  # it trains, on whatever is left of the machine
 def test_a_bundle_that_draws_and_scores_without_labels_is_evaluated_beside_them(
     tmp_path: Path,
