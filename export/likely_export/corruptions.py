@@ -9,7 +9,7 @@ CHOOSING at twice the strength: what is told of it is the less of a surprise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from likely.answers import Pixels
+from likely.errors import InvalidInput
 
 SEED = 20261122
 Generator = np.random.Generator
@@ -34,6 +35,49 @@ def corrupt(name: str, x: Pixels, levels: int) -> Pixels:
     known = {**PANEL, **HARD, **CHOOSING}
     key = [SEED, list(known).index(name)]
     return known[name](x, levels, np.random.Generator(np.random.Philox(key=key)))
+
+
+def tells(before: Pixels, after: Pixels) -> bool:
+    """Whether a corruption changed most pictures, and left more than background of them.
+
+    On few levels some change nothing, as weak noise does that is rounded away, or darken all.
+
+    Args:
+        before: uint8 (n, c, h, w).
+        after: likewise, corrupted.
+    """
+    axes = (1, 2, 3)
+    changed = np.any(after != before, axes) & np.any(after, axes)
+    return 2 * int(changed.sum()) >= len(before)
+
+
+def reported(x: Pixels, levels: int) -> dict[str, Pixels]:
+    """The pictures uint8 (n, c, h, w) after each of PANEL and of HARD that tells something."""
+    every = {name: corrupt(name, x, levels) for name in (*PANEL, *HARD)}
+    return {name: made for name, made in every.items() if name == BLANK or tells(x, made)}
+
+
+def contrasting(names: Sequence[str], x: Pixels, levels: int) -> tuple[Pixels, tuple[str, ...]]:
+    """Pictures corrupted in one of these ways each, and the ways that are left out.
+
+    Args:
+        names: keys of CHOOSING; each takes an equal part of the pictures.
+        x: uint8 (n, c, h, w).
+        levels: of a pixel.
+
+    Raises:
+        InvalidInput: none of them tells anything.
+    """
+    parts = np.array_split(x, len(names))
+    made = [corrupt(name, part, levels) for name, part in zip(names, parts, strict=True)]
+    kept = [tells(part, one) for part, one in zip(parts, made, strict=True)]
+    if not any(kept):
+        raise InvalidInput(
+            "calibration.contrast",
+            f"pictures of {levels} levels stay as they are under {', '.join(names)}: name others",
+        )
+    left_out = tuple(name for name, keep in zip(names, kept, strict=True) if not keep)
+    return np.concatenate([one for one, keep in zip(made, kept, strict=True) if keep]), left_out
 
 
 def blank(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
@@ -255,9 +299,10 @@ def _levels(values: npt.NDArray[np.floating], levels: int) -> Pixels:
 
 
 INLIERS = "test"  # the pictures that these are made of, as they are
+BLANK = "blank"
 PANEL: Mapping[str, Corruption] = MappingProxyType(
     {
-        "blank": blank,
+        BLANK: blank,
         "half_erased": half,
         "shrunk": shrunk,
         "eroded": eroded,

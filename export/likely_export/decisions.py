@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ def judged(
         report: told what is being done.
     """
     report("calibrate")
-    arrays, weights, temperature = _calibrate(recipe, exported, data, folder)
+    arrays, weights, temperature = _calibrate(recipe, exported, data, folder, report)
     np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
     report("compare decisions")
     compared, changed, apart = _decisions(
@@ -64,14 +64,22 @@ def judged(
 
 
 def _calibrate(
-    recipe: Recipe, exported: Mapping[Role, Exported], data: Dataset, folder: Path
+    recipe: Recipe,
+    exported: Mapping[Role, Exported],
+    data: Dataset,
+    folder: Path,
+    report: Callable[[str], None],
 ) -> tuple[dict[str, Array], tuple[float, ...], float]:
     """The detector's arrays, the experts' weights and the posterior's temperature."""
     density = passes.session(folder, exported[Role.DENSITY])
     parts = recipe.calibration.parts
     corrupted = None
     if any(part.kind == "contrast" for part in parts):
-        corrupted = _seen(density, _corrupted(recipe.calibration.contrast, data))
+        names = recipe.calibration.contrast
+        pictures, left_out = corruptions.contrasting(names, data.fit.x, data.levels)
+        for name in left_out:
+            report(f"contrast leaves out {name}: most pictures stay as they are, or turn blank")
+        corrupted = _seen(density, pictures)
     columns = calibrate.places(exported[Role.DENSITY].source.widths)
     labels = len(data.labels) if density.spec.output("label") else 1
     learnt = calibrate.combination(_seen(density, data.fit.x), parts, columns, corrupted, labels)
@@ -167,17 +175,6 @@ def _seen(density: Session, x: Pixels) -> Seen:
         return Seen(statistics, np.zeros(len(x), np.int64))
     statistics, label = passes.rows(density, {"x": x}, ["statistics", "label"])
     return Seen(statistics, label)
-
-
-def _corrupted(names: Sequence[str], data: Dataset) -> Pixels:
-    """Fit pictures, each corrupted in one of these ways, as many as there are of them."""
-    parts = np.array_split(data.fit.x, len(names))
-    return np.concatenate(
-        [
-            corruptions.corrupt(name, part, data.levels)
-            for name, part in zip(names, parts, strict=True)
-        ]
-    )
 
 
 def _evidence(conditional: Session, part: Split) -> Array:

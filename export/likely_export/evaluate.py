@@ -129,6 +129,8 @@ class _Evaluation:
         }
         sets = {corruptions.INLIERS: _set(self.test.x, scores, self.sizes.examples)}
         sets |= await self._outside()
+        if idle := [n for n in (*corruptions.PANEL, *corruptions.HARD) if n not in sets]:
+            figures["corruptions_left_out"] = idle
         figures |= self._separations(sets)
         figures["parity_nats"] = self.manifest.parity_nats
         figures["test_parity_nats"] = self.manifest.test_parity_nats
@@ -192,11 +194,7 @@ class _Evaluation:
         return detector.p_value(detector.score(statistics, label))
 
     async def _outside(self) -> dict[str, Sets]:
-        levels = self.manifest.levels
-        pictures = {
-            name: corruptions.corrupt(name, self.some, levels)
-            for name in (*corruptions.PANEL, *corruptions.HARD)
-        }
+        pictures = corruptions.reported(self.some, self.manifest.levels)
         found: dict[str, Sets] = {}
         for name, x in {**self.others, **pictures}.items():
             found[name] = _set(x, await self._score(x), self.sizes.examples)
@@ -390,11 +388,9 @@ def _panel(
     sets: Mapping[str, Sets], outliers: Mapping[str, Any], made_of: Labels
 ) -> dict[str, float]:
     """The least AUROC of the panel and the mean; its sets are the same pictures, corrupted."""
-    least = outliers[min(corruptions.PANEL, key=lambda name: float(outliers[name]["auroc"]))]
-    scores = [
-        (sets[corruptions.INLIERS].unusualness, sets[name].unusualness)
-        for name in corruptions.PANEL
-    ]
+    panel = [name for name in corruptions.PANEL if name in sets]
+    least = outliers[min(panel, key=lambda name: float(outliers[name]["auroc"]))]
+    scores = [(sets[corruptions.INLIERS].unusualness, sets[name].unusualness) for name in panel]
     over, under = zip(*(measures.placements(*pair) for pair in scores), strict=True)
     mean = measures.paired(np.mean(over, 0), np.mean(under, 0), made_of)
     return {

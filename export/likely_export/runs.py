@@ -31,13 +31,14 @@ import torch
 from torch import nn
 
 from likely.errors import InvalidInput, LikelyError
-from likely_export import families, plan, recipes, train
+from likely_export import corruptions, families, plan, recipes, train
 from likely_export.data import Dataset
 from likely_export.recipes import Recipe
 from likely_export.train import Hardware, Progress, Trained
 
 RECIPE = "recipe.toml"
 SECONDS_BETWEEN_REPORTS = 0.2
+CORRUPTED = 100  # pictures, to see whether corruptions change them
 
 Report = Callable[[str, Progress], None]
 Warn = Callable[[str], None]
@@ -198,11 +199,15 @@ def _check(recipe: Recipe) -> Dataset:
 
     Raises:
         InvalidInput: a model cannot be made for the data, no bundle can be built of the models
-            (`plan.check`), or a set to report against is of another shape.
+            (`plan.check`), a set to report against is of another shape, or no corruption to
+            learn from changes the data.
     """
     data = recipe.data.load()
     recipe.others(data.levels)
     plan.check(recipe, data, {name: _untrained(recipe, name, data) for name in recipe.models})
+    if any(part.kind == "contrast" for part in recipe.calibration.parts):
+        few = data.fit.some(CORRUPTED)
+        corruptions.contrasting(recipe.calibration.contrast, few.x, data.levels)
     return data
 
 

@@ -67,7 +67,7 @@ EXPORT = {
     "sources": "likely.answers likely.errors numpy PIL sklearn",
     "data": "likely.answers likely.errors sources numpy",
     "heads": "torch",
-    "corruptions": "likely.answers numpy scipy",
+    "corruptions": "likely.answers likely.errors numpy scipy",
     "material": "likely.answers",
     "measures": "likely.answers numpy scipy sklearn",
     "logistic": "torch",
@@ -103,7 +103,7 @@ EXPORT = {
         "pixelrnn raster rnn_sampler sampler statistics vae numpy torch"
     ),
     "plan": "likely.bundle likely.errors data recipes roles pydantic torch",
-    "runs": "likely.errors data families plan recipes train torch",
+    "runs": "likely.errors corruptions data families plan recipes train torch",
     "progress": "train rich",
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from likely.answers import Pixels
-from likely_export.corruptions import CHOOSING, HARD, PANEL, corrupt
+from likely.errors import InvalidInput
+from likely_export.corruptions import CHOOSING, HARD, PANEL, contrasting, corrupt, reported
 
 SETS = (PANEL, HARD, CHOOSING)
 EVERY = [name for names in SETS for name in names]
@@ -63,3 +64,24 @@ def test_some_do_exactly_this() -> None:
     assert np.array_equal(np.sort(corrupt("patch_swap", x, 256), None), np.sort(x, None))
     shifted = corrupt("shifted_6", x, 256).astype(int)
     assert shifted.sum() <= x.astype(int).sum()
+
+
+def test_what_tells_nothing_on_two_levels_is_left_out() -> None:
+    x = shapes(2, (1, 28, 28))
+    many = np.concatenate([x] * 10)
+    made, left_out = contrasting(tuple(CHOOSING), many, 2)
+    assert left_out == ("grainy", "sharpened")
+    assert len(made) == 8 * len(x)
+    rough = x ^ (np.random.default_rng(1).random(x.shape) < 0.03)
+    assert set(reported(rough.astype(np.uint8), 2)) == {*PANEL, *HARD} - {"half_contrast"}
+    with pytest.raises(InvalidInput, match=r"contrast: pictures of 2 levels .* grainy, sharpened"):
+        contrasting(("grainy", "sharpened"), x, 2)
+
+
+def test_on_many_levels_all_of_them_tell_something() -> None:
+    x = np.concatenate([shapes(256, (1, 28, 28))] * 10)
+    made, left_out = contrasting(tuple(CHOOSING), x, 256)
+    parts = np.array_split(x, len(CHOOSING))
+    expected = [corrupt(name, part, 256) for name, part in zip(CHOOSING, parts, strict=True)]
+    assert np.array_equal(made, np.concatenate(expected)) and left_out == ()
+    assert list(reported(x, 256)) == [*PANEL, *HARD]

@@ -15,8 +15,8 @@ import pytest
 from likely.answers import Doubles, Floats, Labels, Verdict
 from likely.bundle import Bundle
 from likely.engine import Engine
-from likely_export import costs, measures
-from likely_export.corruptions import INLIERS, PANEL
+from likely_export import corruptions, costs, measures
+from likely_export.corruptions import HARD, INLIERS, PANEL
 from likely_export.data import Dataset, spread
 from likely_export.evaluate import _Evaluation
 from likely_export.generated import Sizes
@@ -116,3 +116,17 @@ def test_the_figures_of_sets_have_errors_and_the_panel_those_of_its_own(
     assert panel["auroc_mean_standard_error"] < np.mean(errors)
     accepted = found["outliers"][least]["accepted_standard_error"]
     assert accepted.keys() == {"0.1"} and accepted["0.1"] > 0
+
+
+def test_a_corruption_that_tells_nothing_is_no_set(
+    engine: Engine, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel = {**PANEL, "salt": lambda x, *_: x}
+    monkeypatch.setattr(corruptions, "PANEL", panel)
+    made = evaluation(engine, data, (0.1,))
+    sets = {INLIERS: Sets(made.some[:1], *np.random.default_rng(0).normal(0, 1, (3, 10)))}
+    sets |= asyncio.run(made._outside())
+    assert set(sets) == {INLIERS, *PANEL, *HARD} - {"salt"}
+    found = made._separations(sets)
+    aurocs = [found["outliers"][name]["auroc"] for name in PANEL if name != "salt"]
+    assert found["panel"]["auroc_mean"] == pytest.approx(np.mean(aurocs))

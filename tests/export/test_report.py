@@ -370,12 +370,14 @@ def without_errors(found: Any) -> Any:
 def test_what_could_not_be_measured_is_told_as_such() -> None:
     shown, found = material(), figures(material())
     found |= {"accuracy_of_accepted": None, "alphas_left_out": [0.001, 0.0005]}
+    found["corruptions_left_out"] = ["half_contrast"]
     for rates in found["false_rejection"].values():
         rates["by_label"] = {**rates["by_label"], "0": None}
         rates["band_by_label"] = {"0": None}
     for one in found["label_set"].values():
         one["coverage_by_label"] = one["least_by_label"] = {"0": None}
     page = report.page(manifest(), found, shown)
+    assert "or turn blank: half contrast." in " ".join(Page(page).sections["separation"])
     told = " ".join(Page(page).sections["promises"])
     assert f"{CALIBRATION} calibration pictures cannot promise so little" in told
     assert "alpha = 0.001, 0.0005" in told and ">None<" not in page

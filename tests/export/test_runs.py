@@ -114,6 +114,11 @@ def test_what_does_not_go_with_the_data_is_refused_before_anything_is_trained(
     others = recipes.Evaluation(others={"odd": "odd.npz"})
     with pytest.raises(InvalidInput, match=r"evaluation\.others\.odd"):
         runs.train_all(recipe.model_copy(update={"evaluation": others}), tmp_path / "run")
+    own = recipe.calibration.model_dump() | {"parts": [{"kind": "contrast"}]}
+    idle = recipes.Calibration.model_validate(own | {"contrast": ["grainy"]})
+    two = {"data": recipe.data.model_copy(update={"levels": 2}), "calibration": idle}
+    with pytest.raises(InvalidInput, match="2 levels stay as they are under grainy"):
+        runs.train_all(recipe.model_copy(update=two), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -32,6 +32,7 @@ def separation(subject: Subject) -> View:
         "pictured": any(row["picture"] for row in rows),
         "failing": _failing(alone),
         "precise": any(row["aupr"] is not None for row in rows),
+        "left_out": [words(name) for name in subject.figures.get("corruptions_left_out", ())],
         "test_size": value(subject.figures["test_size"]) if "test_size" in subject.figures else "",
     }
     if subject.inliers is not None and sets:
