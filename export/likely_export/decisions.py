@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from likely import bayes, noise
 from likely.answers import Doubles, Labels, Pixels
-from likely.bundle import Role
+from likely.bundle import Graph, Role
 from likely.graphs import Array, Session
 from likely.outliers import Detector
 from likely_export import calibrate, corruptions, passes
 from likely_export.calibrate import Seen
-from likely_export.data import Dataset, Split
+from likely_export.data import Dataset
 from likely_export.graphs import Exported
 from likely_export.plan import CALIBRATION
 from likely_export.recipes import Recipe
@@ -86,15 +86,17 @@ def _calibrate(
     ranked = _seen(density, data.calibrate.x)
     if Role.CONDITIONAL not in exported:
         return calibrate.detector(learnt, ranked), (), 1.0
-    conditional = passes.session(folder, exported[Role.CONDITIONAL])
+    conditional = exported[Role.CONDITIONAL].graph
+    rows = partial(passes.rows, passes.session(folder, exported[Role.CONDITIONAL]))
     priors = data.priors
-    evidence = _evidence(conditional, data.fit)
+    evidence = _evidence(conditional, rows, data.fit.x)
     weights: tuple[float, ...] = ()
     if evidence.shape[1] > 1:
         weights, temperature = calibrate.expert_weights(evidence, data.fit.y, priors)
     else:
         temperature = calibrate.temperature(evidence[:, 0], data.fit.y, priors)
-    pooled = bayes.pooled(_evidence(conditional, data.calibrate), np.array(weights or (1.0,)))
+    evidence = _evidence(conditional, rows, data.calibrate.x)
+    pooled = bayes.pooled(evidence, np.array(weights or (1.0,)))
     posterior = bayes.posterior(pooled, priors, temperature)
     arrays = calibrate.detector(learnt, ranked, posterior, data.calibrate.y)
     return arrays, weights, temperature
@@ -118,32 +120,21 @@ def _decisions(
     density = passes.session(folder, exported[Role.DENSITY])
     names = [name for name in ("log_px", "statistics", "label") if density.spec.output(name)]
     log_px, *found = passes.rows(density, {"x": x}, names)
-    module = exported[Role.DENSITY].source.module
-    with torch.no_grad():
-        parts = [module(part) for part in torch.from_numpy(x).split(passes.BATCH)]
-    expected, _, *torch_found = (np.concatenate(column) for column in zip(*parts, strict=True))
+    source = exported[Role.DENSITY].source
+    expected, *torch_found = passes.torch_rows(source, {"x": x}, names)
     apart = float(np.abs(log_px - expected).max())
     ours, torchs = (detector.p_value(detector.score(*each)) for each in (found, torch_found))
     changed = np.zeros(len(x), bool)
     for alpha in recipe.calibration.alphas:
         changed |= (ours <= alpha) != (torchs <= alpha)
-    if Role.CONDITIONAL in exported:
-        session = passes.session(folder, exported[Role.CONDITIONAL])
-        evidence = _evidence(session, Split(x, data.test.y[:COMPARED]))
-        module = exported[Role.CONDITIONAL].source.module
-        feeds = {"x": x}
-        if (eps := session.spec.input("eps")) is not None:
-            feeds["eps"] = np.array(noise.common(eps.array_shape(len(x))))
-        with torch.no_grad():
-            each = [
-                module(*(torch.from_numpy(feed[at : at + passes.BATCH]) for feed in feeds.values()))
-                for at in range(0, len(x), passes.BATCH)
-            ]
-        # Of several experts the second output, of a single one the first or only one.
-        own = [e[1] if weights else (e[0] if isinstance(e, tuple) else e)[:, None] for e in each]
+    if (conditional := exported.get(Role.CONDITIONAL)) is not None:
+        both = (
+            partial(passes.rows, passes.session(folder, conditional)),
+            partial(passes.torch_rows, conditional.source),
+        )
         ours_label, torchs_label = (
-            _taken(one, weights, data.priors, temperature)
-            for one in (evidence, torch.cat(own).numpy())
+            _taken(_evidence(conditional.graph, rows, x), weights, data.priors, temperature)
+            for rows in both
         )
         changed |= torchs_label != ours_label
     if Role.DISCRIMINATE in exported:
@@ -162,9 +153,8 @@ def _taken(
 def _relabelled(exported: Exported, folder: Path, x: Pixels) -> npt.NDArray[np.bool_]:
     """Whether torch and ONNX Runtime take a picture for different labels, (n,)."""
     (found,) = passes.rows(passes.session(folder, exported), {"x": x}, ["log_pyx"])
-    with torch.no_grad():
-        parts = [exported.source.module(part) for part in torch.from_numpy(x).split(passes.BATCH)]
-    changed: npt.NDArray[np.bool_] = torch.cat(parts).numpy().argmax(1) != found.argmax(1)
+    (expected,) = passes.torch_rows(exported.source, {"x": x}, ["log_pyx"])
+    changed: npt.NDArray[np.bool_] = expected.argmax(1) != found.argmax(1)
     return changed
 
 
@@ -177,11 +167,13 @@ def _seen(density: Session, x: Pixels) -> Seen:
     return Seen(statistics, label)
 
 
-def _evidence(conditional: Session, part: Split) -> Array:
-    """log p_e(x|y) of a part, (n, experts, labels)."""
-    feeds: dict[str, Array] = {"x": part.x}
-    if (eps := conditional.spec.input("eps")) is not None:
-        feeds["eps"] = noise.common(eps.array_shape(len(part)))
-    if conditional.spec.output("evidence") is None:
-        return passes.rows(conditional, feeds, ["log_pxy"])[0][:, None]
-    return passes.rows(conditional, feeds, ["evidence"])[0]
+def _evidence(
+    conditional: Graph, rows: Callable[[Mapping[str, Array], Sequence[str]], list[Array]], x: Pixels
+) -> Array:
+    """log p_e(x|y) of pictures, (n, experts, labels), as `rows` runs the graph or its module."""
+    feeds: dict[str, Array] = {"x": x}
+    if (eps := conditional.input("eps")) is not None:
+        feeds["eps"] = noise.common(eps.array_shape(len(x)))
+    if conditional.output("evidence") is None:
+        return rows(feeds, ["log_pxy"])[0][:, None]
+    return rows(feeds, ["evidence"])[0]

@@ -108,7 +108,7 @@ EXPORT = {
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
     "graphs": "likely.bundle likely.errors likely.graphs hygiene roles numpy onnx torch",
-    "passes": "likely.graphs graphs numpy",
+    "passes": "likely.graphs graphs roles numpy torch",
     "baselines": "likely.answers data numpy PIL scipy sklearn",
     "judge": "likely.answers numpy torch",
     "costs": "likely.answers likely.bundle likely.graphs likely.noise graphs numpy",
@@ -140,7 +140,7 @@ EXPORT = {
     "replacing": "likely.bundle likely.errors",
     "decisions": (
         "likely.answers likely.bayes likely.bundle likely.graphs likely.noise likely.outliers "
-        "calibrate corruptions data graphs passes plan recipes numpy torch"
+        "calibrate corruptions data graphs passes plan recipes numpy"
     ),
     "build": (
         "likely.bundle likely.errors likely.graphs attributes classifier data decisions "
