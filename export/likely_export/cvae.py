@@ -42,6 +42,7 @@ SIZES = (
     "convolution_depth",
 )
 NARROWEST, WIDEST = -10.0, 4.0  # bounds of log_variance
+AT_ONCE = 1 << 26  # of what a decoder gives where bounds are validated; memory is in proportion
 HALVES = 120  # factors of 1/2 whose product is a normal float32 still: above 2 ** -126
 
 
@@ -210,8 +211,10 @@ class CVAE(nn.Module):
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The negated IWAE-K bound, nats (n,), with the same noise at every call."""
         shape = (len(x), self.config.importance_samples, self.config.latent)
-        eps = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return -self.iwae(x, y, eps.to(x.device))
+        eps = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+        each = self.config.importance_samples * self.decoder_out.out_features
+        parts = zip(*(rows.split(max(1, AT_ONCE // each)) for rows in (x, y, eps)), strict=True)
+        return torch.cat([-self.iwae(*part) for part in parts])
 
     def features(self, x: Tensor) -> Tensor:
         """What the trunk makes of uint8 (n, c, h, w), (n, width)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from likely.bundle import Role
 from likely.errors import InvalidInput
+from likely_export import cvae as cvae_module
 from likely_export import graphs, roles
 from likely_export.cvae import CVAE, Conditional, CVAEConfig, Encode, Generate
 
@@ -141,6 +142,26 @@ def test_evaluation_is_the_same_at_every_call_and_leaves_the_global_generator_al
     before = torch.get_rng_state()
     assert torch.equal(model.evaluate(x, y), model.evaluate(x, y))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_head
+def test_evaluation_takes_no_more_at_once_than_memory_may_hold(
+    config: CVAEConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (x, y) = cvae(config), pictures(config, 9)
+    whole, bound = model.evaluate(x, y), model.iwae
+    seen: list[int] = []
+
+    def iwae(x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+        seen.append(len(x))
+        return bound(x, y, eps)
+
+    monkeypatch.setattr(model, "iwae", iwae)
+    each = config.importance_samples * model.decoder_out.out_features
+    for at_once, rows in ((4 * each, [4, 4, 1]), (1, [1] * 9)):
+        monkeypatch.setattr(cvae_module, "AT_ONCE", at_once)
+        seen.clear()
+        assert torch.allclose(model.evaluate(x, y), whole, atol=1e-4) and seen == rows
 
 
 @every_head
