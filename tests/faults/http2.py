@@ -10,6 +10,7 @@ from contextlib import contextmanager
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 LARGEST = 1 << 14
+WINDOW = 4  # INITIAL_WINDOW_SIZE, among the settings
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 
 
@@ -41,6 +42,11 @@ def message(stream: int, body: bytes, *, compressed: bool = False) -> bytes:
     parts = [data[at : at + LARGEST] for at in range(0, len(data), LARGEST)]
     ends = [0] * (len(parts) - 1) + [END_STREAM]
     return b"".join(frame(DATA, end, stream, part) for end, part in zip(ends, parts, strict=True))
+
+
+def setting(number: int, value: int) -> bytes:
+    """The frame that sets one thing of a connection."""
+    return frame(SETTINGS, payload=struct.pack(">HI", number, value))
 
 
 @contextmanager

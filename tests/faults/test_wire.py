@@ -19,6 +19,7 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2
 
 from likely import Client, codec
 from likely.serving import tallies
@@ -41,12 +42,14 @@ from tests.faults.alive import (
     scrape,
 )
 from tests.faults.rpcs import ADMIN, OURS, THEIRS, Rpc, listed
+from tests.faults.served import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running
 
 PICTURED = (ScoreRequest, ClassifyRequest, EncodeRequest)
 SCORE = "/likely.v1.ScoringService/Score"
+WATCH = "/grpc.health.v1.Health/Watch"
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -459,6 +462,26 @@ def test_a_caller_that_does_not_read_is_cut_off(running: Running) -> None:
         told = 'likely_requests_total{code="DEADLINE_EXCEEDED",method="Generate",model="toy"}'
         assert scrape(live)[told] == 1
         is_well(live)
+
+
+@pytest.mark.fault(24)
+def test_a_watcher_of_health_that_does_not_read_holds_nobody(running: Running) -> None:
+    with (
+        running(load=False, slow_reader_seconds=2) as live,
+        http2.connected(live.address) as there,
+        calling(live.address) as caller,
+    ):
+        there.sendall(http2.setting(http2.WINDOW, 0) + http2.headers(1, WATCH))
+        there.sendall(http2.message(1, b""))
+        assert http2.HEADERS in (kind for kind, *_ in http2.frames(there))  # it is answered
+        watch = caller.health.Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        live.run(live.server.load())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        wait_until(lambda: "DEADLINE_EXCEEDED" in live.log.getvalue())
+        live.run(live.server.stop(1))
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        refused(lambda: next(watch), grpc.StatusCode.UNAVAILABLE)
 
 
 @pytest.mark.fault(39)

@@ -11,7 +11,6 @@ does not depend on the request is found once.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import os
 import re
@@ -180,19 +179,18 @@ class Guard:
 
         async def stream(data: Any, context: Context) -> None:
             async def work(call: Call) -> None:
+                is_first = True
                 async with aclosing(inner(receive(call, data, read), context)) as answers:
                     async for answer in answers:
                         self._answered(call, answer)
-                        await self._write(answer, context)
+                        await self._write(answer, context, is_first)
+                        is_first = False
 
             await watched(context, work)
 
-        # grpc.aio also takes a coroutine that writes its stream by context.write,
-        # as the health service's Watch does.
-        yields = inspect.isasyncgenfunction(inner)
         make: Any = getattr(grpc, f"{name}_rpc_method_handler")
         guarded: Handler = make(
-            stream if yields else unary, response_serializer=handler.response_serializer
+            stream if lasts else unary, response_serializer=handler.response_serializer
         )
         return guarded
 
@@ -256,10 +254,12 @@ class Guard:
         """What the caller of one message of a stream is told of an error."""
         return statuses.failure(self.told(error, method, request_id), request_id)
 
-    async def _write(self, answer: Any, context: Context) -> None:
+    async def _write(self, answer: Any, context: Context, is_first: bool) -> None:
         # Returns once the caller's window has room: what it does not read is not drawn.
         try:
             async with asyncio.timeout(self._patience):
+                if is_first:  # gRPC can end no call whose initial metadata wait with an answer
+                    await context.send_initial_metadata(())
                 await context.write(answer)
         except TimeoutError:
             raise DeadlineExceeded(
@@ -273,6 +273,8 @@ class Guard:
                 self._probes.add(limit)
                 return await work(call)
         except TimeoutError:
+            if not limit.expired():  # but what a reader had to read
+                raise
             raise Unavailable("the server is ending") from None
         finally:
             self._probes.discard(limit)

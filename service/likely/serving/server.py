@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 
 from likely.batching.admission import Quota
 from likely.errors import DeviceLost, SettingsError
@@ -18,6 +17,7 @@ from likely.inference import inference_pb2, inference_pb2_grpc
 from likely.serving import access, ports
 from likely.serving.admin import Admin
 from likely.serving.guard import Guard, Guarded
+from likely.serving.health import NOT_SERVING, SERVING, Health
 from likely.serving.openinference.operations import Services
 from likely.serving.openinference.servicer import OpenInference
 from likely.serving.reflecting import reflect
@@ -53,8 +53,6 @@ SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 _ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
-_STATUS = health_pb2.HealthCheckResponse
-
 
 HOLD = 0.05  # seconds in which requests that race with a drain gather
 MODEL = "model/"  # what health calls a model, with its name behind
@@ -116,13 +114,12 @@ class Server:
                 settings.watch, settings.watch_seconds, self.lifecycle, self._metrics, log, unloaded
             )
         self._watching: asyncio.Task[None] | None = None
-        self._telling: asyncio.Task[None] | None = None
         self._loaded = False
         self._models: set[str] = set()  # that health has been told of
         self._quiet = False
         self._admin_socket = admin_socket
         self._settled = settled
-        self._health = health_aio.HealthServicer()
+        self._health = Health()
         self._guard = Guard(
             self.registry,
             self._metrics,
@@ -148,7 +145,7 @@ class Server:
             SettingsError: an address cannot be listened on.
         """
         settings = self._settings
-        await self._tell_health(_STATUS.NOT_SERVING)
+        self._tell_health(NOT_SERVING)
         await self._tell()
         self.port = ports.listen(self._grpc, settings, settings.host, settings.port, self._log)
         if self._admin and self._admin_socket:
@@ -204,7 +201,6 @@ class Server:
         """
         grace = self._settings.drain_seconds if drain_seconds is None else drain_seconds
         self._go_quiet()
-        await self._health.enter_graceful_shutdown()
         if self._watching:
             self._watching.cancel()
         await asyncio.sleep(delay)
@@ -259,28 +255,27 @@ class Server:
             self._log.error("device lost", message=str(error))
             self.lost.set_result(error)
             self._go_quiet()
-            self._telling = asyncio.create_task(self._health.enter_graceful_shutdown())
 
     async def _tell(self) -> None:
         """Tells health whether there is a model to ask, and which."""
         if not self._loaded:
             return
         serving = {e.manifest.name for e in self.registry.engines() if e.healthy}
-        await self._tell_health(_STATUS.SERVING if serving else _STATUS.NOT_SERVING)
+        self._tell_health(SERVING if serving else NOT_SERVING)
         self._models |= {engine.manifest.name for engine in self.registry.engines()}
         for name in self._models:
-            status = _STATUS.SERVING if name in serving else _STATUS.NOT_SERVING
-            await self._health.set(f"{MODEL}{name}", status)
+            self._health.set(f"{MODEL}{name}", SERVING if name in serving else NOT_SERVING)
 
     def _goes_on(self) -> bool:
         """Whether everything is loaded and the end has not been announced, as health says too."""
         return self._loaded and not self._quiet
 
     def _go_quiet(self) -> None:
-        self._quiet = True  # as health does, which says NOT_SERVING from now on, whatever comes
+        self._quiet = True
+        self._health.end()
         self._metrics.ready(False)
 
-    async def _tell_health(self, status: int) -> None:
-        self._metrics.ready(status == _STATUS.SERVING and not self._quiet)
+    def _tell_health(self, status: int) -> None:
+        self._metrics.ready(status == SERVING and not self._quiet)
         for service in ("", *SERVICES):
-            await self._health.set(service, status)
+            self._health.set(service, status)
