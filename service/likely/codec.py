@@ -55,14 +55,15 @@ def shape(message: images_pb2.Images) -> tuple[int, int, int, int]:
     Raises:
         InvalidInput: it has not four dimensions, or one is negative.
     """
-    claimed = tuple(message.shape)
-    if len(claimed) == 4 and min(claimed) >= 0:
-        return claimed
-    if len(claimed) != 4:
+    if len(message.shape) != 4:  # before it is taken: it may be as long as a message
         raise InvalidInput(
             "images.shape",
-            f"{len(claimed)} dimensions; 4 are asked: pictures, channels, rows, columns",
+            f"{len(message.shape)} dimensions; 4 are asked: pictures, channels, rows, columns",
         )
+    n, c, h, w = message.shape
+    claimed = n, c, h, w
+    if min(claimed) >= 0:
+        return claimed
     axis = next(axis for axis, length in enumerate(claimed) if length < 0)
     raise InvalidInput(f"images.shape[{axis}]", f"{claimed[axis]} is negative")
 

@@ -50,7 +50,7 @@ def inputs(data: bytes) -> None:
 
     try:
         message = ModelInferRequest.FromString(data)
-        found = tensors.read(message, list(WANTED.values()))
+        found = tensors.read(message, list(WANTED.values()), 1 << 20)
     except (DecodeError, InvalidInput):
         return
     truths = [array.tobytes() for array in found.values() if array.dtype.kind == "b"]

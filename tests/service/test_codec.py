@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from likely.answers import (
     Verdict,
 )
 from likely.errors import InvalidInput
-from likely.serving import tallies
+from likely.serving import merging, tallies
 from likely.v1.images_pb2 import Images
 
 pictures = hnp.arrays(
@@ -52,6 +53,24 @@ def test_nothing_but_invalid_input_comes_of_any_images(data: bytes, shape: list[
         assert error.field.startswith("images.")
     else:
         assert x.tobytes() == data
+
+
+class Long(list[int]):
+    """A shape of a whole message, which would hold the event loop while it is taken."""
+
+    def __len__(self) -> int:
+        return 15 << 20
+
+    def __iter__(self) -> NoReturn:
+        raise AssertionError("it was taken")
+
+
+def test_a_shape_is_counted_before_it_is_taken() -> None:
+    images: Any = SimpleNamespace(shape=Long(), data=b"")
+    with pytest.raises(InvalidInput, match=r"15728640 dimensions; 4 are asked"):
+        codec.pixels(images)
+    request: Any = SimpleNamespace(images=images)
+    assert merging.key(request) is None
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 3, 2**63 - 1), (2**62, 2**62, 0, 3)])

@@ -140,6 +140,8 @@ def test_only_questions_by_one_rule_go_together() -> None:
 
     assert key(rule=RULE) == key(rule=RULE)
     assert len({key(), key(rule=RULE), key(both=True), key(rule=RULE, both=True)}) == 4
+    assert key(priors=[0.5, 0.5, 0]) == key(priors=[0.5, 0.5, 0]) is not None
+    assert key(priors=[0] * 100_000) is None  # to compare them would take its time
 
 
 def test_feeds_are_answered_by_their_rule(client: Client) -> None:

@@ -19,6 +19,7 @@ from likely import Client, LabelRule, statuses
 from likely.engine import Engine
 from likely.inference import inference_pb2 as pb
 from likely.inference.inference_pb2_grpc import GRPCInferenceServiceStub
+from likely.serving.openinference import tensors
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running, Toy
@@ -249,12 +250,15 @@ def typed(**contents: Any) -> pb.ModelInferRequest:
 BAD: list[tuple[pb.ModelInferRequest, str]] = [
     (broken(raw_input_contents=[bytes(8)]), "raw_input_contents[0]"),
     (broken(raw_input_contents=[bytes(9), b""]), "raw_input_contents"),
-    (broken(shape=[2**62, 2, 3, 3]), "raw_input_contents[0]"),
-    (broken(shape=[0, 1, 3, 2**63 - 1], raw_input_contents=[b""]), "images.shape"),
-    (broken(shape=[0, 1, 3, 2**63 - 1], raw_input_contents=[]), "images.shape"),
+    (broken(shape=[2, 1, 3, 3]), "raw_input_contents[0]"),
+    (broken(shape=[2**62, 1, 3, 3]), "images.shape[0]"),
+    (broken(shape=[0, 1, 3, 2**63 - 1], raw_input_contents=[b""]), "images.shape[3]"),
+    (broken(shape=[0, 1, 3, 2**63 - 1], raw_input_contents=[]), "images.shape[3]"),
+    (broken(shape=[101, 1, 3, 3], raw_input_contents=[]), "images.shape[0]"),
     (broken(shape=[-1, 1, 3, 3]), "images.shape[0]"),
     (broken(shape=[9]), "images.shape"),
     (broken(shape=[1, 1, 9, 1]), "images.shape[2]"),
+    (broken(shape=[1, 2, 3, 3]), "images.shape[1]"),
     (broken(raw_input_contents=[b"\4" * 9]), "images.data"),
     (broken(datatype="FP32"), "inputs[0].datatype"),
     (broken(name="pixels"), "inputs[0].name"),
@@ -270,8 +274,10 @@ BAD: list[tuple[pb.ModelInferRequest, str]] = [
     (pictures("toy/score", GOOD, guarantee="none"), "parameters[guarantee]"),
     (pictures("toy/score", GOOD, seed=1), "parameters[seed]"),
     (pictures("toy/classify", GOOD, priors="1,0"), "priors"),
+    (pictures("toy/classify", GOOD, priors="1,0,0,0"), "parameters[priors]"),
     (pictures("toy/score", np.zeros((101, 1, 3, 3))), "images.shape[0]"),
     (question("toy/generate", {"count": ("INT64", [51])}), "count"),
+    (question("toy/generate", {"count": ("INT64", [1, 1])}), "count.shape[0]"),
     (question("toy/generate", {"count": ("INT64", [1])}, label=2**40), "parameters[label]"),
     (question("toy/generate", {"count": ("INT64", [1])}, alpha=0.1), "parameters[alpha]"),
 ]
@@ -283,6 +289,19 @@ def test_a_bad_request_is_refused_with_its_field(
 ) -> None:
     call = lambda: stub.ModelInfer(request_, timeout=30)  # noqa: E731
     assert refused(call) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+
+
+def test_many_single_elements_are_read_piece_by_piece(
+    stub: GRPCInferenceServiceStub, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "PIECE", 7)
+    asked = pictures("toy/score", x, raw=False)
+    assert tensors.is_long(asked) and not tensors.is_long(pictures("toy/score", x))
+    whole = arrays(stub.ModelInfer(pictures("toy/score", x)))
+    assert np.array_equal(arrays(stub.ModelInfer(asked))["p_value"], whole["p_value"])
+    asked.inputs[0].contents.uint_contents[-1] = 256
+    call = lambda: stub.ModelInfer(asked, timeout=30)  # noqa: E731
+    assert refused(call) == (grpc.StatusCode.INVALID_ARGUMENT, "images.contents")
 
 
 def test_an_unknown_model_is_not_found(stub: GRPCInferenceServiceStub) -> None:

@@ -14,15 +14,21 @@ Request = scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest
 Response = scoring_pb2.ScoreResponse | scoring_pb2.ClassifyResponse
 Q = TypeVar("Q", bound=Request)
 R = TypeVar("R", bound=Response)
+MOST_PRIORS = 4096  # of requests that go together
 
 
 def key(request: Request) -> Hashable:
-    """What is equal for requests that go together; None for one whose bytes fit no shape.
+    """What is equal for requests that go together; None for one that goes alone.
 
-    Two such could fit when put together: each has to be refused by itself.
+    Two whose bytes fit no shape could fit when put together: each has to be refused by itself. Of
+    priors there may be as many as a message holds.
     """
+    if len(request.images.shape) != 4:
+        return None
     shape = tuple(request.images.shape)
-    if len(shape) != 4 or min(shape) < 0 or len(request.images.data) != math.prod(shape):
+    if min(shape) < 0 or len(request.images.data) != math.prod(shape):
+        return None
+    if isinstance(request, scoring_pb2.ClassifyRequest) and len(request.priors) > MOST_PRIORS:
         return None
     common = (
         request.model_name,

@@ -21,8 +21,13 @@ IGNORED = frozenset(
 Given = Mapping[str, inference_pb2.InferParameter]
 
 
-def read(given: Given, allowed: Collection[str]) -> dict[str, Any]:
+def read(given: Given, allowed: Collection[str], labels: int) -> dict[str, Any]:
     """The settings that a request brings, as its own messages take them.
+
+    Args:
+        given: by name.
+        allowed: the names that there are for this model.
+        labels: that it has.
 
     Raises:
         InvalidInput: one that there is not for this model, or of another type.
@@ -38,7 +43,10 @@ def read(given: Given, allowed: Collection[str]) -> dict[str, Any]:
             )
         choice = parameter.WhichOneof("parameter_choice")
         value = getattr(parameter, choice) if choice else None
-        found[name] = _KINDS[name](f"parameters[{name}]", value)
+        field = f"parameters[{name}]"
+        found[name] = (
+            _numbers(field, value, labels) if name == "priors" else _KINDS[name](field, value)
+        )
     return found
 
 
@@ -55,9 +63,11 @@ def _number(field: str, value: object) -> float:
     return number
 
 
-def _numbers(field: str, value: object) -> list[float]:
+def _numbers(field: str, value: object, most: int) -> list[float]:
     if not isinstance(value, str) or not value.strip():
         raise InvalidInput(field, "numbers with commas between them are asked, as a string")
+    if value.count(",") >= max(1, most):  # before they are parted: a message holds millions
+        raise InvalidInput(field, f"{value.count(',') + 1} values; the model has {most} labels")
     return [_number(field, part.strip()) for part in value.split(",")]
 
 
@@ -89,7 +99,6 @@ _KINDS: dict[str, Callable[[str, object], Any]] = {
     "alpha": _number,
     "guarantee": _guarantee,
     "min_posterior": _number,
-    "priors": _numbers,
     "label": _whole(32),
     "seed": _whole(64),
     "first_index": _whole(64),

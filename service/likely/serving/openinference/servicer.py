@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -224,13 +226,19 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
             try:
                 _allow(operation)
                 wanted = tensors.asked(request, operation.outputs(engine.manifest))
+                manifest = engine.manifest
+                settings = parameters.read(
+                    request.parameters, operation.settings, len(manifest.labels)
+                )
+                most = self._services.limits.images_per_request
+                read = partial(tensors.read, request, operation.inputs(manifest), most)
                 question = Question(
                     bundle,
                     version,
-                    tensors.read(request, operation.inputs(engine.manifest)),
-                    parameters.read(request.parameters, operation.settings),
+                    await asyncio.to_thread(read) if tensors.is_long(request) else read(),
+                    settings,
                     frozenset(tensor.name for tensor in wanted),
-                    engine.manifest,
+                    manifest,
                 )
                 watch.lap()
                 answer = await operation.run(self._services, question)

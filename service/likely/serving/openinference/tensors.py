@@ -17,6 +17,9 @@ Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
 
 
+PIECE = 1 << 14  # elements, or their bytes, that are read at once
+
+
 @dataclass(frozen=True, slots=True)
 class DataType:
     """How a type of elements is called, stored, and written one by one."""
@@ -63,12 +66,24 @@ class Tensor:
         return _TYPES[self.datatype]
 
 
-def read(request: inference_pb2.ModelInferRequest, wanted: Sequence[Tensor]) -> dict[str, Array]:
-    """The request's inputs by name, in their claimed shapes; lengths are another room's question.
+def is_long(request: inference_pb2.ModelInferRequest) -> bool:
+    """Whether the inputs stand in so many single elements that to read them takes its time."""
+    return not request.raw_input_contents and request.ByteSize() > PIECE
+
+
+def read(
+    request: inference_pb2.ModelInferRequest, wanted: Sequence[Tensor], most: int
+) -> dict[str, Array]:
+    """The request's inputs by name, in their claimed shapes, which are checked before all else.
+
+    Args:
+        request: brings them.
+        wanted: what there is for the model.
+        most: the largest length where any may be.
 
     Raises:
-        InvalidInput: an input is missing, unknown, there twice, of another type, or its elements
-            do not fit its shape.
+        InvalidInput: an input is missing, unknown, there twice, of another type or shape, or its
+            elements do not fit that.
     """
     known = {tensor.name: tensor for tensor in wanted}
     raw = request.raw_input_contents
@@ -88,7 +103,7 @@ def read(request: inference_pb2.ModelInferRequest, wanted: Sequence[Tensor]) -> 
                 f"inputs[{at}].datatype",
                 f"{given.datatype[:64]!r}; {tensor.name} takes {tensor.datatype}",
             )
-        shape = _shape(given, tensor)
+        shape = _shape(given, tensor, most)
         if raw:
             found[tensor.name] = _of_bytes(raw[at], tensor, shape, f"raw_input_contents[{at}]")
         else:
@@ -133,16 +148,21 @@ def asked(
 
 
 def _shape(
-    given: inference_pb2.ModelInferRequest.InferInputTensor, tensor: Tensor
+    given: inference_pb2.ModelInferRequest.InferInputTensor, tensor: Tensor, most: int
 ) -> tuple[int, ...]:
-    shape = tuple(given.shape)
-    if len(shape) != len(tensor.shape):
+    if len(given.shape) != len(tensor.shape):  # before it is taken, which may be millions
         raise InvalidInput(
-            f"{tensor.name}.shape", f"{len(shape)} dimensions; {len(tensor.shape)} are asked"
+            f"{tensor.name}.shape", f"{len(given.shape)} dimensions; {len(tensor.shape)} are asked"
         )
-    for axis, length in enumerate(shape):
+    shape = tuple(given.shape)
+    for axis, (length, asked) in enumerate(zip(shape, tensor.shape, strict=True)):
+        field = f"{tensor.name}.shape[{axis}]"
         if length < 0:
-            raise InvalidInput(f"{tensor.name}.shape[{axis}]", f"{length} is negative")
+            raise InvalidInput(field, f"{length} is negative")
+        if asked >= 0 and length != asked:
+            raise InvalidInput(field, f"{length}; {tensor.name} takes {asked}")
+        if asked < 0 and length > most:
+            raise InvalidInput(field, f"{length}; one request brings at most {most}")
     return shape
 
 
@@ -155,7 +175,7 @@ def _of_bytes(data: bytes, tensor: Tensor, shape: tuple[int, ...], field: str) -
         )
     if tensor.datatype == "BOOL" and data.strip(b"\0\1"):
         raise InvalidInput(field, f"a byte of {tensor.name} is neither 0 nor 1")
-    return _shaped(np.frombuffer(data, dtype), tensor, shape)
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _of_contents(
@@ -173,15 +193,12 @@ def _of_contents(
             f"{len(values)} elements; the shape {shape} asks for {math.prod(shape)}",
         )
     dtype = tensor.type.dtype
-    if dtype.kind in "iu" and values:
+    is_whole = dtype.kind in "iu"
+    found = np.empty(len(values), np.int64 if is_whole else dtype)
+    for at in range(0, len(values), PIECE):  # between two, other threads may run
+        found[at : at + PIECE] = values[at : at + PIECE]
+    if is_whole and found.size:
         limits = np.iinfo(dtype)
-        if min(values) < limits.min or max(values) > limits.max:
+        if found.min() < limits.min or found.max() > limits.max:
             raise InvalidInput(f"{tensor.name}.contents", f"a value is no {tensor.datatype}")
-    return _shaped(np.array(values, dtype), tensor, shape)
-
-
-def _shaped(values: Array, tensor: Tensor, shape: tuple[int, ...]) -> Array:
-    try:
-        return values.reshape(shape)
-    except ValueError as error:  # one length is 0, and numpy multiplies the others
-        raise InvalidInput(f"{tensor.name}.shape", f"{shape} is too large for an array") from error
+    return found.astype(dtype, copy=False).reshape(shape)
