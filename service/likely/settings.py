@@ -155,6 +155,8 @@ class Settings(BaseSettings):
     """How events are logged; auto is console on a terminal and json elsewhere."""
     connection_seconds: float = Field(0.0, ge=0, le=86_400 * 7, allow_inf_nan=False)
     """How old a connection grows before its client is sent to make a new one; 0 is no limit."""
+    streams_per_connection: int = Field(100, ge=2, le=1 << 20)
+    """Requests, watches among them, that one connection may have at once; more wait there."""
     slow_reader_seconds: float = Field(60.0, gt=0, le=3600, allow_inf_nan=False)
     """How long a stream waits for a caller that does not read before it is cut off."""
     reflection: bool = True

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from grpc_health.v1 import health_pb2
 
 from likely import Client, Unavailable
 from likely.client import channels
@@ -106,6 +107,18 @@ def test_a_client_that_vanished_leaves_nothing(
         kinds = [kind for kind, *_ in http2.frames(there)]  # until the server closes
         assert http2.DATA in kinds and http2.PING in kinds
         is_well(live)
+
+
+def test_a_connection_has_so_many_streams_at_once(running: Running) -> None:
+    with running(streams_per_connection=2) as live, calling(live.address) as caller:
+        asked = health_pb2.HealthCheckRequest()
+        watches = [caller.health.Watch(asked, timeout=SECONDS) for _ in range(2)]
+        assert all(next(watch).status for watch in watches)
+        scored = caller.scoring.Score.future(on_toy(ScoreRequest), timeout=SECONDS)
+        is_well(live)  # over another connection
+        assert not scored.done()
+        watches[0].cancel()
+        assert len(scored.result().scores) == 1
 
 
 def test_pings_of_patient_clients_are_answered(

@@ -65,6 +65,7 @@ FLAGS = {
     "drain_delay": "Seconds after SIGTERM in which requests are still taken. [1]",
     "drain_seconds": "How long those taken may then take to end. [30]",
     "connection_seconds": "How old a connection grows before clients renew it; 0 is no limit. [0]",
+    "streams_per_connection": "Requests that one connection may have at once. [100]",
     "slow_reader_seconds": "How long a stream waits for a caller that does not read. [60]",
     "log_level": "debug, info, warning or error. [info]",
     "log_format": "json, console, or auto: console on a terminal. [auto]",

@@ -29,6 +29,8 @@ def options(settings: Settings, shared: bool) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", settings.request_bytes),
         ("grpc.max_send_message_length", -1),  # bounded by what a request may ask
+        # Messages are received whole before anybody is asked for a token.
+        ("grpc.max_concurrent_streams", settings.streams_per_connection),
         # A taken port is an error, not a second server, unless that is the wish.
         ("grpc.so_reuseport", int(shared)),
         # Where a machine or a network is gone, nothing tells: its requests would wait for hours.
