@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
+import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from likely import logs
 from likely.errors import SettingsError
 from likely.processes import supervisor
 from likely.processes.together import ROOM, Together
+from likely.serving import ports
+from tests.faults import http2
 
+if TYPE_CHECKING:
+    from likely.settings import Settings
+
+KINDS = (http2.PING, http2.GOAWAY)
 WORKER = """
 import sys
 from likely.processes import together
@@ -98,3 +112,31 @@ def test_a_folder_without_room_is_left(
     with supervisor.private(2) as (folder, _):
         assert folder.parent == places[1]
     assert not list(places[0].iterdir())
+
+
+def test_a_long_change_by_rpc_outlasts_its_clients_pings(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports, "PINGS", 0.1)
+    told = io.StringIO()
+
+    def pinged(port: int) -> list[int]:
+        with http2.connected(f"127.0.0.1:{port}") as there:
+            for _ in range(6):
+                time.sleep(0.2)
+                there.sendall(http2.frame(http2.PING, payload=bytes(8)))
+            answers = (kind for kind, *_ in http2.frames(there) if kind in KINDS)
+            return list(islice(answers, 6))
+
+    async def asked() -> list[int]:
+        fixed = settings(admin_port=0, metrics_port="off", workers=2)
+        log = logs.logger("info", "json", told)
+        admin = supervisor.Supervisor(fixed, log, tmp_path, Together(tmp_path, 2))._administer()
+        assert admin
+        await admin.start()
+        try:
+            return await asyncio.to_thread(pinged, json.loads(told.getvalue())["port"])
+        finally:
+            await admin.stop(0)
+
+    assert asyncio.run(asked()) == [http2.PING] * 6

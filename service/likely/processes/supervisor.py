@@ -318,7 +318,7 @@ class Supervisor:
             return None
         # The workers count and limit what they are handed on; here callers are let in.
         guard = Guard(Registry(), Metrics(), self._log, access.gate(settings, self._log))
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        server = grpc.aio.server(options=ports.options(settings, shared=False))
         served: Any = Guarded(guard, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
             Fanout(self._sockets, self._settled, self._strayed, self._log), served
