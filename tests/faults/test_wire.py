@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 
 from likely import Client, codec
-from likely.serving import tallies
+from likely.serving import server, tallies
 from likely.v1.generation_pb2 import CompleteRequest, SelfCheck
 from likely.v1.images_pb2 import Images
 from likely.v1.models_pb2 import GetModelRequest
@@ -465,7 +466,10 @@ def test_a_caller_that_does_not_read_is_cut_off(running: Running) -> None:
 
 
 @pytest.mark.fault(24)
-def test_a_watcher_of_health_that_does_not_read_holds_nobody(running: Running) -> None:
+def test_a_watcher_of_health_that_does_not_read_holds_nobody(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "READ", 0.5)
     with (
         running(load=False, slow_reader_seconds=2) as live,
         http2.connected(live.address) as there,
@@ -482,6 +486,21 @@ def test_a_watcher_of_health_that_does_not_read_holds_nobody(running: Running) -
         live.run(live.server.stop(1))
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         refused(lambda: next(watch), grpc.StatusCode.UNAVAILABLE)
+
+
+@pytest.mark.fault(24)
+def test_half_a_request_and_an_answer_unread_do_not_hold_the_end(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "READ", 0.5)
+    body = on_toy(ScoreRequest).SerializeToString()
+    with running(drain_seconds=300) as live, http2.connected(live.address) as there:
+        there.sendall(http2.setting(http2.WINDOW, 0) + http2.headers(1, SCORE))
+        there.sendall(http2.message(1, body) + http2.headers(3, SCORE))
+        there.sendall(http2.frame(http2.DATA, stream=3, payload=struct.pack(">BI", 0, 100)))
+        assert http2.HEADERS in (kind for kind, *_ in http2.frames(there))  # the first is answered
+        is_well(live)
+        live.run(live.server.stop())  # raises after a minute
 
 
 @pytest.mark.fault(39)

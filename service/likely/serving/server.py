@@ -56,6 +56,7 @@ _ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
 HOLD = 0.05  # seconds in which requests that race with a drain gather
 MODEL = "model/"  # what health calls a model, with its name behind
+READ = 5.0  # seconds in which the last answers may yet be read
 CUT_OFF = 2.0  # seconds in which requests that are cut off may say so
 
 
@@ -220,12 +221,15 @@ class Server:
         door.close()
         self._guard.end_probes()
         await asyncio.sleep(HOLD)
-        stopping = [asyncio.create_task(server.stop(grace + CUT_OFF)) for server in servers]
+        stopping = [asyncio.create_task(server.stop(grace + READ)) for server in servers]
         await asyncio.sleep(HOLD)
         door.shut()
-        if not await door.empty(grace):
+        is_empty = await door.empty(grace)
+        if not is_empty:
             self._log.warning("cut off", requests=door.cut())
-        await asyncio.gather(*stopping)
+        # What is left is half a request, or an answer that nobody may read: gRPC would wait on.
+        left = READ if is_empty else CUT_OFF
+        await asyncio.gather(*stopping, *(server.stop(left) for server in servers))
 
     def _server(self, shared: bool) -> grpc.aio.Server:
         return grpc.aio.server(options=ports.options(self._settings, shared))
