@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 import subprocess
 import sys
 import tempfile
@@ -140,3 +141,31 @@ def test_a_long_change_by_rpc_outlasts_its_clients_pings(
             await admin.stop(0)
 
     assert asyncio.run(asked()) == [http2.PING] * 6
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_the_port_of_a_server_that_has_ended_is_free_again(
+    settings: Callable[..., Settings], workers: bool
+) -> None:
+    with socket.socket() as former:
+        former.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if workers:
+            former.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        former.bind(("127.0.0.1", 0))
+        former.listen()
+        port = former.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            former.accept()[0].close()  # it closes first, and its end is remembered
+            assert client.recv(1) == b""
+    with supervisor.reserved(settings(port=port)) as held:
+        assert held == port
+
+
+def test_a_port_is_held_by_one_server_alone(settings: Callable[..., Settings]) -> None:
+    with supervisor.reserved(settings()) as port:
+        with pytest.raises(SettingsError, match="Address already in use"):
+            supervisor.reserved(settings(port=port))
+        with socket.socket() as worker:
+            for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+                worker.setsockopt(socket.SOL_SOCKET, option, 1)
+            worker.bind(("127.0.0.1", port))

@@ -99,13 +99,17 @@ class reserved(socket.socket):  # noqa: N801
             family, *_, address = socket.getaddrinfo(
                 settings.host, settings.port, type=socket.SOCK_STREAM
             )[0]
-            super().__init__(family, socket.SOCK_STREAM)
             if settings.port:  # alone, which workers of another server would not allow
                 with socket.socket(family, socket.SOCK_STREAM) as alone:
                     alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     alone.bind(address)
+            super().__init__(family, socket.SOCK_STREAM)
             self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # The port is free though a former server's connections are remembered for a minute;
+            # but until the workers hear, no other server shall find it free.
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.bind(address)
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         except OSError as error:
             raise SettingsError(
                 f"gRPC cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
