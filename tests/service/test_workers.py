@@ -19,7 +19,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from likely import logs
-from likely.errors import SettingsError
+from likely.errors import LikelyError, SettingsError
 from likely.processes import supervisor
 from likely.processes.together import ROOM, Together
 from likely.serving import ports
@@ -115,6 +115,12 @@ def test_a_folder_without_room_is_left(
     assert not list(places[0].iterdir())
 
 
+def supervised(settings: Settings, folder: Path, told: io.StringIO) -> supervisor.Supervisor:
+    """A supervisor that runs nothing yet; to be made where the event loop runs."""
+    log = logs.logger("info", "json", told)
+    return supervisor.Supervisor(settings, log, folder, Together(folder, settings.workers))
+
+
 def test_a_long_change_by_rpc_outlasts_its_clients_pings(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,9 +136,7 @@ def test_a_long_change_by_rpc_outlasts_its_clients_pings(
             return list(islice(answers, 6))
 
     async def asked() -> list[int]:
-        fixed = settings(admin_port=0, metrics_port="off", workers=2)
-        log = logs.logger("info", "json", told)
-        admin = supervisor.Supervisor(fixed, log, tmp_path, Together(tmp_path, 2))._administer()
+        admin = supervised(settings(admin_port=0, workers=2), tmp_path, told)._administer()
         assert admin
         await admin.start()
         try:
@@ -169,3 +173,36 @@ def test_a_port_is_held_by_one_server_alone(settings: Callable[..., Settings]) -
             for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
                 worker.setsockopt(socket.SOL_SOCKET, option, 1)
             worker.bind(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_worker_that_cannot_be_made_anew_is_tried_again(
+    settings: Callable[..., Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begun: bool,
+) -> None:
+    told, tries = io.StringIO(), 0
+
+    async def kept() -> None:
+        keeper = supervised(settings(workers=2), tmp_path, told)
+        if begun:
+            keeper._begun.set()
+
+        async def made(*_: object, **__: object) -> None:
+            nonlocal tries
+            tries += 1
+            keeper._ending = tries == 3
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", made)
+        monkeypatch.setattr(supervisor, "SOONEST", 0.01)
+        await keeper._keep(0)
+
+    if begun:
+        asyncio.run(kept())
+        assert tries == 3
+        assert told.getvalue().count("Resource temporarily unavailable") == 2
+    else:
+        with pytest.raises(LikelyError, match="worker 0 could not begin: Resource temporarily"):
+            asyncio.run(kept())

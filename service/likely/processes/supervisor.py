@@ -193,8 +193,14 @@ class Supervisor:
         wait = SOONEST
         while not self._ending:
             began = time.monotonic()
-            worker = await self._begin(index)
-            code = await worker.wait()
+            try:
+                worker = await self._begin(index)
+            except OSError as error:  # no process more, or no memory for one
+                code: int | str = error.strerror or str(error)
+                if not self._begun.is_set():
+                    raise LikelyError(f"worker {index} could not begin: {code}") from error
+            else:
+                code = await worker.wait()
             was_ready = index in self._ready
             self._ready.discard(index)
             self._together.ended(index)
