@@ -63,7 +63,7 @@ def test_without_tokens_everybody_comes_in() -> None:
 def test_secrets_and_their_digests_are_known(tokens: Path) -> None:
     known = Gate(Secrets(tokens, LOG))
     pipeline = known.admit(SCORING, bearer("correct-horse-battery"))
-    assert pipeline == Holder("pipeline", frozenset({Scope.SCORE}))
+    assert pipeline == Holder("pipeline", frozenset({Scope.SCORE}), "pipeline")
     operator = known.admit(SCORING, bearer("staple-of-the-house"))
     assert operator is not None
     assert operator.name == "operator"
@@ -189,7 +189,8 @@ def test_a_signed_token_is_its_subject(tmp_path: Path, algorithm: str) -> None:
     known = issuing(jwks(tmp_path / "jwks.json", *KEYS))
     for _ in range(2):
         holder = known.admit(SCORING, bearer(signed(algorithm)))
-        assert holder == Holder("robot@example", frozenset({Scope.SCORE}))
+        scopes = frozenset({Scope.SCORE})
+        assert holder == Holder("robot@example", scopes, "sub:robot@example")
 
 
 def forged() -> str:
@@ -311,6 +312,16 @@ def test_a_name_from_outside_is_fit_for_a_log(tmp_path: Path) -> None:
     holder = known.admit(SCORING, bearer(signed(sub="a\nb" + "x" * 100)))
     assert holder is not None
     assert holder.name == "a_b" + "x" * 61
+
+
+def test_each_subject_is_a_client_of_its_own(tokens: Path, tmp_path: Path) -> None:
+    keys = jwks(tmp_path / "jwks.json", "ES256")
+    known = Gate(Secrets(tokens, LOG), issuing(keys)._issuer)
+    spiffe = "spiffe://cluster.example/ns/production-of-pictures/sa/" + "worker-" * 8
+    subjects = (f"{spiffe}1", f"{spiffe}2", "a b", "a_b", "pipeline")
+    shown = [*(signed(sub=subject) for subject in subjects), "correct-horse-battery"]
+    holders = [known.admit(SCORING, bearer(token)) for token in shown]
+    assert len({holder.client for holder in holders if holder}) == 6
 
 
 JSON = st.recursive(

@@ -62,12 +62,15 @@ class Holder:
     """Who a valid token speaks for.
 
     Attributes:
-        name: of the token in its file, or the subject that the issuer names.
+        name: for people: of the token in its file, or the subject that the issuer names, cut and
+            cleaned.
         scopes: what it is allowed.
+        client: whom its requests are counted against, of all holders this one alone.
     """
 
     name: str
     scopes: frozenset[Scope]
+    client: str
 
 
 class _Token(BaseModel):
@@ -196,7 +199,8 @@ class Issuer:
             self._log.info("token refused", reason=f"{type(error).__name__}: {error}"[:200])
             raise _invalid() from None
         name = _UNSAFE.sub("_", claims["sub"])[:64]
-        return Holder(name, _scopes(claims)), until
+        # No name in a file has a colon.
+        return Holder(name, _scopes(claims), f"sub:{claims['sub']}"), until
 
 
 class Gate:
@@ -340,7 +344,7 @@ def _secrets(path: Path) -> list[tuple[bytes, Holder]]:
         raise SettingsError(f"{path} is no file of tokens: {where}: {first['msg']}") from None
     if len({token.name for token in parsed.token}) < len(parsed.token):
         raise SettingsError(f"{path} gives two tokens one name")
-    return [(token.digest(), Holder(token.name, token.scopes)) for token in parsed.token]
+    return [(each.digest(), Holder(each.name, each.scopes, each.name)) for each in parsed.token]
 
 
 def _keys(path: Path, algorithms: Sequence[str]) -> dict[str | None, jwt.PyJWK]:

@@ -29,7 +29,7 @@ from likely.batching import callers
 from likely.batching.callers import Caller, Priority
 from likely.errors import DeadlineExceeded, DeviceLost, InvalidInput, MethodUnknown, Unavailable
 from likely.serving import tallies
-from likely.serving.access import Gate
+from likely.serving.access import Gate, Holder
 from likely.serving.doors import Door
 from likely.telemetry.metrics import Metrics
 from likely.tracing import Trace, Tracing
@@ -218,7 +218,7 @@ class Guard:
         try:
             holder = self._gate.admit(service, metadata)
             call.holder = holder.name if holder else ""
-            callers.announce(_caller(call, context, metadata, holder.scopes if holder else None))
+            callers.announce(_caller(call, context, metadata, holder))
             if self.door.closed and (lasts or call.is_ours):  # who asks for health once is told it
                 call.accepted = False
                 await self.door.refused()
@@ -348,9 +348,7 @@ def _decode(data: bytes, read: Read) -> Any:
         raise InvalidInput("", "the request's bytes are no message of the RPC's type") from error
 
 
-def _caller(
-    call: Call, context: Context, metadata: Metadata, scopes: frozenset[str] | None
-) -> Caller:
+def _caller(call: Call, context: Context, metadata: Metadata, holder: Holder | None) -> Caller:
     """Who asks: the token's holder, or the address where there is none.
 
     Raises:
@@ -360,12 +358,13 @@ def _caller(
     if seconds is not None and seconds <= 0:
         raise DeadlineExceeded("the deadline had passed when the request came")
     return Caller(
-        call.holder or context.peer().rpartition(":")[0],  # ports change with each connection
+        # An address without its port, which changes with each connection.
+        holder.client if holder else context.peer().rpartition(":")[0],
         Priority.BULK if (PRIORITY, "bulk") in metadata else None,
         None if seconds is None else time.monotonic() + seconds,
         request_id=call.request_id,
         trace=call.trace,
-        scopes=scopes,
+        scopes=holder.scopes if holder else None,
     )
 
 
