@@ -69,19 +69,19 @@ def shape(message: images_pb2.Images) -> tuple[int, int, int, int]:
 
 
 def pixels(message: images_pb2.Images) -> Pixels:
-    """The pictures of a message, uint8 (n, c, h, w), read-only and without a copy.
+    """The pictures of a message, uint8 (n, c, h, w), read-only, of one copy of its bytes.
 
     Raises:
         InvalidInput: the shape is none, or the bytes do not fit it.
     """
-    claimed = shape(message)
+    claimed, data = shape(message), message.data  # once: each access copies the bytes
     expected = math.prod(claimed)  # Python's integers cannot overflow
-    if len(message.data) != expected:
+    if len(data) != expected:
         raise InvalidInput(
-            "images.data", f"{len(message.data)} bytes; the shape {claimed} asks for {expected}"
+            "images.data", f"{len(data)} bytes; the shape {claimed} asks for {expected}"
         )
     try:
-        return np.frombuffer(message.data, dtype=np.uint8).reshape(claimed)
+        return np.frombuffer(data, dtype=np.uint8).reshape(claimed)
     except ValueError as error:  # one length is 0, and numpy multiplies the others
         raise InvalidInput("images.shape", f"{claimed} is too large for an array") from error
 

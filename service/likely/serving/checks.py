@@ -248,13 +248,11 @@ def acceptance(request: generation_pb2.GenerateRequest) -> Acceptance | None:
 
 def mask(request: generation_pb2.CompleteRequest) -> Accepted:
     """Where the request's pictures are fixed, bool, in their claimed shape (n, c, h, w)."""
-    claimed = codec.shape(request.images)
+    claimed, data = codec.shape(request.images), request.mask  # once: each access copies the bytes
     expected = math.prod(claimed)
-    if len(request.mask) != expected:
-        raise InvalidInput(
-            "mask", f"{len(request.mask)} bytes; one for each of {expected} levels is asked"
-        )
-    known = np.frombuffer(request.mask, dtype=np.uint8)
+    if len(data) != expected:
+        raise InvalidInput("mask", f"{len(data)} bytes; one for each of {expected} levels is asked")
+    known = np.frombuffer(data, dtype=np.uint8)
     if known.size and known.max() > 1:
         first = int(np.argmax(known > 1))
         raise InvalidInput("mask", f"byte {first} is {known[first]}; 0 or 1 is asked")
@@ -306,11 +304,10 @@ def others(
 
 def features(request: latent_pb2.DecodeRequest, z: int) -> Floats:
     """The request's features, float32 (n, z), finite and not large."""
-    if len(request.features) % (4 * z):
-        raise InvalidInput(
-            "features", f"{len(request.features)} bytes; rows of {z} 32-bit floats are asked"
-        )
-    found = codec.latents(request.features, z)
+    data = request.features  # once: each access copies the bytes
+    if len(data) % (4 * z):
+        raise InvalidInput("features", f"{len(data)} bytes; rows of {z} 32-bit floats are asked")
+    found = codec.latents(data, z)
     bad = ~(np.abs(found) <= LARGEST_FEATURE)  # NaN is not
     if bad.any():
         i, k = np.unravel_index(int(bad.argmax()), bad.shape)
