@@ -22,7 +22,7 @@ from likely.answers import (
     Floats,
     Labels,
     Pixels,
-    Scores,
+    ScoreTable,
     Verdict,
 )
 from likely.bundle import Bundle, Kind, Manifest, Role, write_manifest
@@ -183,7 +183,7 @@ class _Evaluation:
         )
         return figures, material
 
-    async def _score(self, x: Pixels, *, surprise: bool = False) -> Scores:
+    async def _score(self, x: Pixels, *, surprise: bool = False) -> ScoreTable:
         return await self.engine.score(x, self.largest, surprise=surprise)
 
     async def _classify(self, x: Pixels) -> Classifications:
@@ -401,5 +401,5 @@ def _panel(
     }
 
 
-def _set(x: Pixels, scores: Scores, examples: int) -> Sets:
+def _set(x: Pixels, scores: ScoreTable, examples: int) -> Sets:
     return Sets(x[spread(len(x), examples)], -scores.log_px, scores.unusualness, scores.p_value)

@@ -27,6 +27,9 @@ class Verdict(IntEnum):
     AMBIGUOUS = 3
 
 
+_ACCEPTED, _OUTLIER = np.int8(Verdict.ACCEPTED), np.int8(Verdict.OUTLIER)
+
+
 class Guarantee(IntEnum):
     """What a rate of false rejections holds for; the numbers are those of the wire contract."""
 
@@ -65,6 +68,61 @@ class Scores:
     alpha: float
     surprise: Floats | None
     model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTable:
+    """`Scores` as an engine gives them: rows, whose columns are cut out where they are asked for.
+
+    Attributes:
+        rows: float64 (n, 4): `log_px`, `bits_per_dim`, `unusualness` and `p_value` of each picture.
+        alpha: the rate of false rejections that the verdicts are given at.
+        surprise: float32 (n, c, h, w) in nats, if asked for.
+        model_version: the version that gave the answer.
+    """
+
+    rows: Doubles
+    alpha: float
+    surprise: Floats | None
+    model_version: str
+
+    @property
+    def log_px(self) -> Doubles:
+        """Float64 (n,), log p(x) in nats."""
+        return self.rows[:, 0]
+
+    @property
+    def bits_per_dim(self) -> Doubles:
+        """Float64 (n,), -log2 p(x) a pixel and channel."""
+        return self.rows[:, 1]
+
+    @property
+    def unusualness(self) -> Doubles:
+        """Float64 (n,), the score that is ranked."""
+        return self.rows[:, 2]
+
+    @property
+    def p_value(self) -> Doubles:
+        """Float64 (n,), calibrated, in (0, 1]."""
+        return self.rows[:, 3]
+
+    @property
+    def verdict(self) -> Verdicts:
+        """Int8 (n,) of `Verdict`: OUTLIER where p_value <= alpha."""
+        return np.where(self.p_value <= self.alpha, _OUTLIER, _ACCEPTED)
+
+    def scores(self) -> Scores:
+        """The same, column by column."""
+        return Scores(
+            log_px=self.log_px,
+            bits_per_dim=self.bits_per_dim,
+            unusualness=self.unusualness,
+            p_value=self.p_value,
+            verdict=self.verdict,
+            alpha=self.alpha,
+            surprise=self.surprise,
+            model_version=self.model_version,
+        )
 
 
 @dataclass(frozen=True, slots=True)

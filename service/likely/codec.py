@@ -27,6 +27,7 @@ from likely.answers import (
     Pixels,
     Redrawings,
     Scores,
+    ScoreTable,
     Traversal,
     VersionState,
 )
@@ -35,6 +36,7 @@ from likely.v1 import admin_pb2, generation_pb2, images_pb2, latent_pb2, models_
 
 _FLOAT = np.dtype("<f4")
 _RULES = {rule: scoring_pb2.LabelRule.ValueType(rule) for rule in LabelRule}
+_ACCEPTED, _OUTLIER = scoring_pb2.VERDICT_ACCEPTED, scoring_pb2.VERDICT_OUTLIER
 _STATES = {
     VersionState.LOADING: admin_pb2.VERSION_STATE_LOADING,
     VersionState.SERVING: admin_pb2.VERSION_STATE_SERVING,
@@ -86,23 +88,19 @@ def pixels(message: images_pb2.Images) -> Pixels:
         raise InvalidInput("images.shape", f"{claimed} is too large for an array") from error
 
 
-def score_response(scores: Scores) -> scoring_pb2.ScoreResponse:
+def score_response(scores: ScoreTable) -> scoring_pb2.ScoreResponse:
     """Scores as a message."""
-    columns = (
-        scores.log_px, scores.bits_per_dim, scores.p_value, scores.verdict, scores.unusualness,
-    )  # fmt: skip
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return scoring_pb2.ScoreResponse(
+    alpha = scores.alpha
+    message = scoring_pb2.ScoreResponse(
         model_version=scores.model_version,
-        alpha=scores.alpha,
+        alpha=alpha,
         surprise=b"" if scores.surprise is None else _packed(scores.surprise),
-        scores=[
-            scoring_pb2.Score(
-                log_likelihood=log_px, bits_per_dim=bits, p_value=p, verdict=verdict, unusualness=z
-            )
-            for log_px, bits, p, verdict, z in rows
-        ],
     )
+    add = message.scores.add  # a list of messages would be copied
+    for log_px, bits, z, p in scores.rows.tolist():
+        verdict = _OUTLIER if p <= alpha else _ACCEPTED
+        add(log_likelihood=log_px, bits_per_dim=bits, p_value=p, verdict=verdict, unusualness=z)
+    return message
 
 
 def scores(message: scoring_pb2.ScoreResponse, surprise: Sequence[int] | None) -> Scores:
@@ -126,24 +124,22 @@ def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
         answer.log_pxy, answer.posterior, answer.label, answer.p_value, answer.verdict,
         answer.label_p_values, answer.composed,
     )  # fmt: skip
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return scoring_pb2.ClassifyResponse(
-        model_version=answer.model_version,
-        alpha=answer.alpha,
-        rule=_RULES[answer.rule],
-        classifications=[
-            scoring_pb2.Classification(
-                log_likelihoods=log_pxy,
-                posterior=posterior,
-                label=y,
-                p_value=p,
-                verdict=verdict,
-                label_p_values=each,
-                composed_log_likelihoods=composed,
-            )
-            for log_pxy, posterior, y, p, verdict, each, composed in rows
-        ],
+    message = scoring_pb2.ClassifyResponse(
+        model_version=answer.model_version, alpha=answer.alpha, rule=_RULES[answer.rule]
     )
+    add = message.classifications.add  # a list of messages would be copied
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    for log_pxy, posterior, y, p, verdict, each, composed in rows:
+        add(
+            log_likelihoods=log_pxy,
+            posterior=posterior,
+            label=y,
+            p_value=p,
+            verdict=verdict,
+            label_p_values=each,
+            composed_log_likelihoods=composed,
+        )
+    return message
 
 
 def classifications(message: scoring_pb2.ClassifyResponse, labels: int) -> Classifications:

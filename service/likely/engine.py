@@ -22,7 +22,7 @@ from likely.answers import (
     Labels,
     Pixels,
     Redrawings,
-    Scores,
+    ScoreTable,
     SelfCheck,
     Traversal,
     Verdict,
@@ -42,7 +42,6 @@ from likely.trust import Trust
 from likely.warmup import warm_up
 
 _SCORE, _SURPRISE = (RANKED,), (RANKED, "surprise")
-_ACCEPTED = np.int8(Verdict.ACCEPTED)  # the next is OUTLIER
 _METHODS: dict[str, tuple[Role, ...]] = {
     "Score": (Role.DENSITY,),
     "Classify": (Role.CONDITIONAL,),
@@ -56,10 +55,10 @@ _METHODS: dict[str, tuple[Role, ...]] = {
 _BESIDE: dict[str, Role] = {"Traverse": Role.ENCODE, "Interpolate": Role.ENCODE}
 
 
-Seen: TypeAlias = "Callable[[Engine, str, Scores], None]"
+Seen: TypeAlias = "Callable[[Engine, str, Doubles], None]"
 
 
-def _unseen(_: Engine, __: str, ___: Scores) -> None:
+def _unseen(_: Engine, __: str, ___: Doubles) -> None:
     """Nobody watches."""
 
 
@@ -83,7 +82,8 @@ class Terms:
         bounds: how much may wait for each graph.
         patience: answers withheld in a row of one graph, as not finite, until the version
             counts as unhealthy; 0 for any number.
-        seen: is told by which method of which engine pictures were scored.
+        seen: is told by which method of which engine pictures were scored, and the rows of
+            `ScoreTable`.
     """
 
     lanes: int = 0
@@ -250,7 +250,7 @@ class Engine:
         surprise: bool = False,
         guarantee: Guarantee = Guarantee.MARGINAL,
         seen: bool = True,
-    ) -> Scores:
+    ) -> ScoreTable:
         """How plausible pictures are.
 
         Args:
@@ -265,7 +265,7 @@ class Engine:
         arrays = (await self._lanes.run_all(_ask(Role.DENSITY, {"x": x}, outputs)))[0]
         scores = self._scores(arrays, alpha, guarantee)
         if seen:
-            self._seen(self, "Score", scores)
+            self._seen(self, "Score", scores.rows)
         return scores
 
     async def classify(self, x: Pixels, alpha: float, **how: Unpack[How]) -> Classifications:
@@ -283,7 +283,7 @@ class Engine:
         rule: LabelRule = LabelRule.GENERATIVE,
         both: bool = False,
         seen: bool = True,
-    ) -> tuple[Scores, Classifications]:
+    ) -> tuple[ScoreTable, Classifications]:
         """How plausible pictures are, and which label is assigned, if any.
 
         Args:
@@ -325,7 +325,7 @@ class Engine:
         verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
         verdict = np.where(scores.verdict == Verdict.OUTLIER, Verdict.OUTLIER, verdict)
         if seen:
-            self._seen(self, "Classify", scores)
+            self._seen(self, "Classify", scores.rows)
         return scores, Classifications(
             log_pxy=log_pxy,
             posterior=posterior,
@@ -579,21 +579,14 @@ class Engine:
         prior = self.manifest.priors if priors is None else priors
         return bayes.posterior(evidence, prior, self.manifest.calibrated.temperature)
 
-    def _scores(self, arrays: Mapping[str, Array], alpha: float, guarantee: Guarantee) -> Scores:
+    def _scores(
+        self, arrays: Mapping[str, Array], alpha: float, guarantee: Guarantee
+    ) -> ScoreTable:
         self._trust.check(Role.DENSITY, *arrays.values())
-        log_px, bits_per_dim, unusualness, p_value = arrays[RANKED].T
+        rows = arrays[RANKED]
         if guarantee is not Guarantee.MARGINAL:
-            p_value = self.detector.p_value(unusualness, guarantee)
-        return Scores(
-            log_px=log_px,
-            bits_per_dim=bits_per_dim,
-            unusualness=unusualness,
-            p_value=p_value,
-            verdict=_ACCEPTED + (p_value <= alpha),
-            alpha=alpha,
-            surprise=arrays.get("surprise"),
-            model_version=self.manifest.version,
-        )
+            rows = np.column_stack((rows[:, :3], self.detector.p_value(rows[:, 2], guarantee)))
+        return ScoreTable(rows, alpha, arrays.get("surprise"), self.manifest.version)
 
     def _evidence(self, conditional: Mapping[str, Array]) -> Doubles:
         """What speaks for each label (n, labels): log p(x|y), pooled where there are experts."""

@@ -20,7 +20,7 @@ from likely.answers import (
     LabelRule,
     Limits,
     ModelInfo,
-    Scores,
+    ScoreTable,
     Verdict,
 )
 from likely.errors import InvalidInput
@@ -84,18 +84,15 @@ def test_no_pictures_of_a_size_that_cannot_be_are_refused(shape: tuple[int, ...]
 def test_scores(n: int, surprise: bool) -> None:
     rng = np.random.default_rng(n)
     shape = (n, 1, 2, 3)
-    scores = Scores(
-        log_px=-rng.random(n),
-        bits_per_dim=rng.random(n),
-        unusualness=rng.normal(size=n),
-        p_value=rng.random(n),
-        verdict=rng.integers(1, 3, n).astype(np.int8),
+    table = ScoreTable(
+        rows=rng.normal(size=(n, 4)),
         alpha=0.05,
         surprise=rng.random(shape, dtype=np.float32) if surprise else None,
         model_version="1",
     )
-    message = codec.score_response(scores)
+    message, scores = codec.score_response(table), table.scores()
     assert same(codec.scores(message, shape if surprise else None), scores)
+    assert np.array_equal(scores.verdict == Verdict.OUTLIER, scores.p_value <= 0.05)
     assert tallies.size(message) == n
     assert tallies.verdicts(message) == [Verdict(v) for v in scores.verdict]
 

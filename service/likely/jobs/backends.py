@@ -178,7 +178,7 @@ class Local:
 
     def score(self, x: Pixels, task: Judgement) -> Scores:
         """As `Backend.score`."""
-        return self._run(self._engine.score(x, task.alpha, guarantee=task.guarantee))
+        return self._run(self._engine.score(x, task.alpha, guarantee=task.guarantee)).scores()
 
     def classify(self, x: Pixels, task: Judgement) -> Classifications:
         """As `Backend.classify`."""

@@ -39,7 +39,7 @@ def steady(engine: Engine, x: Pixels) -> bool:
 
 async def _answers(engine: Engine, x: Pixels, size: int) -> list[npt.NDArray[Any]]:
     parts = [x[at : at + size] for at in range(0, len(x), size)]
-    scores = joined([await engine.score(part, 0.5) for part in parts])
+    scores = joined([(await engine.score(part, 0.5)).scores() for part in parts])
     found: list[npt.NDArray[Any]] = [scores.log_px, scores.unusualness]
     if engine.answers("Classify"):
         labels = joined([await engine.classify(part, 0.5) for part in parts])

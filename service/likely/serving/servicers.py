@@ -18,7 +18,7 @@ from likely.answers import (
     Features,
     Limits,
     ModelInfo,
-    Scores,
+    ScoreTable,
     SelfCheck,
 )
 from likely.batching import callers
@@ -67,7 +67,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         """log p(x), p-value and verdict of every picture."""
         return codec.score_response(await self.scored(request))
 
-    async def scored(self, request: scoring_pb2.ScoreRequest) -> Scores:
+    async def scored(self, request: scoring_pb2.ScoreRequest) -> ScoreTable:
         """What `Score` says, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             x = checks.pixels(request, engine.manifest, self._limits)
@@ -87,7 +87,9 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         """What `Classify` says, as arrays."""
         return (await self.judged(request))[1]
 
-    async def judged(self, request: scoring_pb2.ClassifyRequest) -> tuple[Scores, Classifications]:
+    async def judged(
+        self, request: scoring_pb2.ClassifyRequest
+    ) -> tuple[ScoreTable, Classifications]:
         """What `Score` and `Classify` say of the same pictures, of one look at them."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             x = checks.pixels(request, engine.manifest, self._limits)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from likely.answers import Doubles, Scores
+from likely.answers import Doubles
 from likely.drift import Martingale, Reference
 from likely.telemetry.histograms import Tally
 
@@ -124,12 +124,18 @@ class Monitor:
             if engine not in self._watched:
                 self._watched[engine] = _Watched(self._families, engine, self.threshold)
 
-    def saw(self, engine: Engine, method: str, scores: Scores) -> None:
-        """Pictures have been scored by one of `METHODS`; where the event loop runs."""
+    def saw(self, engine: Engine, method: str, rows: Doubles) -> None:
+        """Pictures have been scored by one of `METHODS`; where the event loop runs.
+
+        Args:
+            engine: that scored them.
+            method: by which.
+            rows: of `ScoreTable`, float64 (n, 4).
+        """
         watched = self._watched.get(engine)
         if watched is None:
             return  # on its way out: it has no gauges any more
-        watched.gathered[method].append(scores)
+        watched.gathered[method].append(rows)
         if self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(PERIOD, self.tell)
 
@@ -152,12 +158,12 @@ class _Watched:
     """One version that is served.
 
     Attributes:
-        gathered: by method, what has not been told yet.
+        gathered: by method, the rows of `ScoreTable` that have not been told yet.
     """
 
     def __init__(self, families: Families, engine: Engine, threshold: float) -> None:
         labels = (engine.manifest.name, engine.manifest.version)
-        self.gathered: dict[str, list[Scores]] = {method: [] for method in METHODS}
+        self.gathered: dict[str, list[Doubles]] = {method: [] for method in METHODS}
         self._dimensions = engine.manifest.dimensions
         self._threshold = threshold
         self._nats = families.nats.labels(*labels)
@@ -186,12 +192,12 @@ class _Watched:
             if not gathered:
                 continue
             self.gathered[method] = []
-            nats = -np.concatenate([scores.log_px for scores in gathered])
-            self._nats.observe_all(nats)
-            self._per_dimension.observe_all(nats / self._dimensions)
-            self._p_values.observe_all(np.concatenate([scores.p_value for scores in gathered]))
+            log_px, _, unusualness, p_value = np.ascontiguousarray(np.concatenate(gathered).T)
+            self._nats.observe_all(-log_px)
+            self._per_dimension.observe_all(-log_px / self._dimensions)
+            self._p_values.observe_all(p_value)
             if method in self._tests:
-                self._bet(method, np.concatenate([scores.unusualness for scores in gathered]))
+                self._bet(method, unusualness)
 
     def _bet(self, method: str, unusualness: Doubles) -> None:
         test = self._tests[method]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from likely.answers import Classifications, Draws, Limits, Scores, Verdict
+from likely.answers import Classifications, Draws, Limits, ScoreTable, Verdict
 from likely.bundle import Role
 from likely.errors import InvalidInput
 from likely.serving.openinference.tensors import Array, Arrays, Tensor
@@ -125,7 +125,7 @@ async def _score(services: Services, question: Question) -> Answer:
     return Answer(outputs, {"alpha": scores.alpha})
 
 
-def _of_scores(scores: Scores) -> dict[str, Array]:
+def _of_scores(scores: ScoreTable) -> dict[str, Array]:
     return {
         "log_likelihood": scores.log_px,
         "bits_per_dim": scores.bits_per_dim,
@@ -153,7 +153,7 @@ async def _discriminate(services: Services, question: Question) -> Answer:
 
 async def _judged(
     services: Services, question: Question, rule: scoring_pb2.LabelRule.ValueType
-) -> tuple[Scores, Classifications]:
+) -> tuple[ScoreTable, Classifications]:
     return await services.scoring.judged(
         scoring_pb2.ClassifyRequest(
             **question.asks, images=question.images, rule=rule, **question.settings
