@@ -256,7 +256,7 @@ class _Evaluation:
             },
         }
 
-    def _discriminated(self, scores: Scores) -> Labelled:
+    def _discriminated(self, scores: ScoreTable) -> Labelled:
         """What p(y|x) itself makes of the labels of the test part, whose scores these are."""
         graph = self.manifest.graphs[Role.DISCRIMINATE]
         session = Session(self.bundle.graph(Role.DISCRIMINATE), graph, Device("cpu"))

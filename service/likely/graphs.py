@@ -12,6 +12,7 @@ import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,6 +237,7 @@ def _failure(error: Exception) -> Exception:
     return error
 
 
+@cache  # every batch asks
 def _runtime() -> Any:
     require_runtime()
     import onnxruntime

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -29,6 +29,8 @@ Answer = (
     | inference_pb2.ModelInferResponse
     | inference_pb2.ModelStreamInferResponse
 )
+Outcomes = scoring_pb2.ScoreStreamResponse | scoring_pb2.ClassifyStreamResponse
+Redrawn = latent_pb2.DecodeResponse | latent_pb2.TraverseResponse | latent_pb2.InterpolateResponse
 
 
 def model(message: Any) -> str:
@@ -56,55 +58,37 @@ def _fields(message: Descriptor | None) -> Mapping[str, FieldDescriptor]:
 
 def size(answer: Answer) -> int:
     """How many pictures an answer is about."""
-    match answer:
-        case scoring_pb2.ScoreResponse():
-            return len(answer.scores)
-        case scoring_pb2.ClassifyResponse():
-            return len(answer.classifications)
-        case scoring_pb2.EncodeResponse() | generation_pb2.GenerateResponse():
-            return len(answer.labels)
-        case generation_pb2.CompleteResponse():
-            return answer.images.shape[0]
-        case (
-            latent_pb2.DecodeResponse()
-            | latent_pb2.TraverseResponse()
-            | latent_pb2.InterpolateResponse()
-        ):
-            return max(answer.redrawings.shape[0], answer.redrawings.drawn.shape[0])
-        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
-            return sum(size(outcome.response) for outcome in answer.outcomes)
-        case inference_pb2.ModelStreamInferResponse():
-            return size(answer.infer_response)
-        case inference_pb2.ModelInferResponse():
-            return answer.outputs[0].shape[0] if answer.outputs else 0
-        case _:
-            return 0
+    found = _SIZES.get(type(answer))
+    return found(answer) if found else 0
 
 
 def verdicts(answer: Answer) -> list[int]:
     """The verdicts that an answer gives, by their numbers."""
-    match answer:
-        case scoring_pb2.ScoreResponse():
-            return [row.verdict for row in answer.scores]
-        case scoring_pb2.ClassifyResponse():
-            return [row.verdict for row in answer.classifications]
-        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
-            return [each for outcome in answer.outcomes for each in verdicts(outcome.response)]
-        case inference_pb2.ModelStreamInferResponse():
-            return verdicts(answer.infer_response)
-        case inference_pb2.ModelInferResponse():
-            return _inferred(answer)
-        case _:
-            return []
+    found = _VERDICTS.get(type(answer))
+    return found(answer) if found else []
 
 
 def codes(answer: Answer) -> list[int]:
     """The status code of each message of a stream that an answer is about; 0 is OK."""
-    match answer:
-        case scoring_pb2.ScoreStreamResponse() | scoring_pb2.ClassifyStreamResponse():
-            return [outcome.failure.code for outcome in answer.outcomes]
-        case _:
-            return []
+    if isinstance(answer, Outcomes):
+        return [outcome.failure.code for outcome in answer.outcomes]
+    return []
+
+
+def _redrawn(answer: Redrawn) -> int:
+    return max(answer.redrawings.shape[0], answer.redrawings.drawn.shape[0])
+
+
+def _size_of_outcomes(answer: Outcomes) -> int:
+    return sum(size(outcome.response) for outcome in answer.outcomes)
+
+
+def _judged(rows: Iterable[scoring_pb2.Score | scoring_pb2.Classification]) -> list[int]:
+    return [row.verdict for row in rows]
+
+
+def _of_outcomes(answer: Outcomes) -> list[int]:
+    return [each for outcome in answer.outcomes for each in verdicts(outcome.response)]
 
 
 def _inferred(answer: inference_pb2.ModelInferResponse) -> list[int]:
@@ -116,3 +100,30 @@ def _inferred(answer: inference_pb2.ModelInferResponse) -> list[int]:
             first = 1 if output.name == "outlier" else 0  # false is ACCEPTED, true OUTLIER
             return [first + value for value in values]
     return []
+
+
+# By the answer's type: a chain of comparisons would cost every answer microseconds.
+_SIZES: Mapping[type, Callable[[Any], int]] = {
+    scoring_pb2.ScoreResponse: lambda answer: len(answer.scores),
+    scoring_pb2.ClassifyResponse: lambda answer: len(answer.classifications),
+    scoring_pb2.EncodeResponse: lambda answer: len(answer.labels),
+    scoring_pb2.ScoreStreamResponse: _size_of_outcomes,
+    scoring_pb2.ClassifyStreamResponse: _size_of_outcomes,
+    generation_pb2.GenerateResponse: lambda answer: len(answer.labels),
+    generation_pb2.CompleteResponse: lambda answer: answer.images.shape[0],
+    latent_pb2.DecodeResponse: _redrawn,
+    latent_pb2.TraverseResponse: _redrawn,
+    latent_pb2.InterpolateResponse: _redrawn,
+    inference_pb2.ModelInferResponse: lambda answer: (
+        answer.outputs[0].shape[0] if answer.outputs else 0
+    ),
+    inference_pb2.ModelStreamInferResponse: lambda answer: size(answer.infer_response),
+}
+_VERDICTS: Mapping[type, Callable[[Any], list[int]]] = {
+    scoring_pb2.ScoreResponse: lambda answer: _judged(answer.scores),
+    scoring_pb2.ClassifyResponse: lambda answer: _judged(answer.classifications),
+    scoring_pb2.ScoreStreamResponse: _of_outcomes,
+    scoring_pb2.ClassifyStreamResponse: _of_outcomes,
+    inference_pb2.ModelInferResponse: _inferred,
+    inference_pb2.ModelStreamInferResponse: lambda answer: verdicts(answer.infer_response),
+}
