@@ -91,13 +91,15 @@ class Batcher:
             return self.rows
         return self._turns[priority].rows + self._ready
 
-    def check(self, member: Member, wait: Callable[[Priority, float], float]) -> Sequence[Member]:
+    def check(
+        self, member: Member, wait: Callable[[Priority], float], lanes: int
+    ) -> Sequence[Member]:
         """Whom a member takes the place of: requests of greedier clients, where there is no room.
 
         Args:
             member: does not wait yet.
-            wait: seconds until the turn of a newcomer of that priority, as far as can be told,
-                where so many seconds of work go before it beside all that waits.
+            wait: seconds until the turn of a newcomer of that priority, as far as can be told.
+            lanes: that share the work.
 
         Raises:
             Overloaded: not enough may give way, or its deadline comes before it would be answered.
@@ -105,9 +107,9 @@ class Batcher:
         if not self.rows:
             return ()
         if member.deadline is not None:
-            seconds, batch = wait(member.priority, 0.0), min(member.rows, self._most)
+            seconds, batch = wait(member.priority), min(member.rows, self._most)
             # Its last batch runs when all before it have run, its own others too.
-            answered = wait(member.priority, (member.rows - batch) * self.pace) + batch * self.pace
+            answered = seconds + ((member.rows - batch) / lanes + batch) * self.pace
             if member.since + HEADROOM * answered > member.deadline:
                 self._shed("deadline")
                 raise Overloaded(
@@ -122,11 +124,11 @@ class Batcher:
             raise Overloaded(
                 f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
                 f"pictures and {self._bounds.nbytes} bytes",
-                patience(wait(member.priority, 0.0)),
+                patience(wait(member.priority)),
             )
         return greedier
 
-    def refuse(self, members: Sequence[Member], wait: Callable[[Priority, float], float]) -> None:
+    def refuse(self, members: Sequence[Member], wait: Callable[[Priority], float]) -> None:
         """Lets members give way to one of a client who asks for less; `wait` is as above."""
         for greedy in members:
             self._turns[greedy.priority].remove(greedy)
@@ -136,7 +138,7 @@ class Batcher:
             greedy.future.set_exception(
                 Overloaded(
                     "the queue is full, and other clients ask for less",
-                    patience(wait(greedy.priority, 0.0)),
+                    patience(wait(greedy.priority)),
                 )
             )
 

@@ -173,7 +173,10 @@ class Lanes:
         ]
         if not caller.admitted:
             # Nobody gives way for a request that another graph has no room for.
-            greedier = [self._batchers[role].check(member, self._wait) for role, member in waiting]
+            greedier = [
+                self._batchers[role].check(member, self._wait, self._count)
+                for role, member in waiting
+            ]
             for (role, _), greedy in zip(waiting, greedier, strict=True):
                 if greedy:
                     self._batchers[role].refuse(greedy, self._wait)
@@ -223,10 +226,12 @@ class Lanes:
             self._woken, self._alarm = False, None
         return loop
 
-    def _wait(self, priority: Priority, seconds: float) -> float:
-        """Seconds until the lanes have done what goes before a newcomer, and so much work more."""
+    def _wait(self, priority: Priority) -> float:
+        """Seconds until the lanes have done what goes before a newcomer."""
+        seconds = 0.0
         for batcher in self._batchers.values():
-            seconds += batcher.pace * batcher.ahead(priority)
+            if batcher.rows:
+                seconds += batcher.pace * batcher.ahead(priority)
         for batch, role in self._running.items():
             seconds += self._batchers[role].pace * batch.rows / 2  # about half of it is left
         return seconds / self._count
