@@ -40,6 +40,8 @@ FOLDS = 4
 SMOOTHING = 0.02  # standard deviations
 CONFIDENCE = 0.95
 SMALLEST_VARIANCE = 1e-6  # of normal scores
+ENOUGH = 100  # fit pictures of a label whose deviation stands for itself
+PRIOR = 10.0  # pictures that those of all labels count for beside a label's fewer
 ALIKE = 1e-9  # normal scores that deviate by no more are the same
 
 
@@ -307,13 +309,23 @@ def _whitening(v: Doubles) -> tuple[Doubles, Doubles]:
 def _usual(average: Doubles, label: Labels, labels: int) -> Doubles:
     """Mean and deviation of the average for each label taken for, (labels, 2).
 
-    Where a label's pictures are too few or all alike, those of all pictures; 1 where all are.
+    Where a label has no pictures, or they are all alike, those of all pictures; a deviation of 1
+    where all are. Of fewer than `ENOUGH` pictures the variance is drawn towards that within labels,
+    and that of their mean is added, so that a few which happen to agree do not make the next
+    one unusual.
     """
     overall = [average.mean(), average.std() if average.std() > ALIKE else 1.0]
     of_label = [average[label == k] for k in range(labels)]
-    return np.array(
-        [[own.mean(), own.std()] if own.size and own.std() > ALIKE else overall for own in of_label]
-    )
+    within = sum(own.var() * own.size for own in of_label if own.size) / average.size
+
+    def usual(own: Doubles) -> list[float]:
+        n = own.size
+        if 0 < n < ENOUGH and within > ALIKE**2:
+            variance = (n * own.var() + PRIOR * within) / (n + PRIOR) * (1 + 1 / n)
+            return [own.mean(), np.sqrt(variance)]
+        return [own.mean(), own.std()] if n and own.std() > ALIKE else overall
+
+    return np.array([usual(own) for own in of_label])
 
 
 def _single(part: _Kept) -> _Kept:

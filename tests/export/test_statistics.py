@@ -108,6 +108,21 @@ def test_calibrated_p_values_are_valid_for_dependent_statistics(
     assert np.all((sure >= p) & (sure <= 1))
 
 
+def test_a_few_pictures_of_a_label_do_not_say_how_far_its_next_ones_deviate() -> None:
+    rng = np.random.default_rng(0)
+    sizes = (400, 2, calibrate.ENOUGH, 1, 0)
+    label = np.repeat(np.arange(len(sizes)), sizes)
+    average = rng.normal(label, 1.0)
+    average[label == 1] = 3.0, 3.001
+    usual = calibrate._usual(average, label, len(sizes))
+    for k in (0, 2):  # of as many as speak for themselves nothing but their own
+        own = average[label == k]
+        assert usual[k].tolist() == [own.mean(), own.std()]
+    assert usual[1, 0] == average[label == 1].mean() and usual[3, 0] == average[label == 3][0]
+    assert 1 < usual[1, 1] < 1.3 < usual[3, 1] < 1.6  # the mean of one is less sure than of two
+    assert usual[4].tolist() == [average.mean(), average.std()]
+
+
 def test_a_statistic_of_one_number_may_be_all_that_a_mixture_looks_at() -> None:
     values = np.random.default_rng(0).normal(size=(40, 1))
     seen = Seen(values, np.zeros(40, np.int64))
