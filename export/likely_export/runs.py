@@ -176,9 +176,14 @@ def _untrained(recipe: Recipe, name: str, data: Dataset) -> nn.Module:
     """The model of that name for the data; its weights are a function of the recipe's seed.
 
     Raises:
-        InvalidInput: its options do not go with each other or the data.
+        InvalidInput: its options do not go with each other, its training or the data.
     """
     chosen = recipe.models[name]
+    if chosen.training.keep_best and chosen.options.get("contrast"):
+        raise InvalidInput(
+            f"models.{name}.training.keep_best",
+            "keeps what validates best, and validation leaves the contrast out: give false",
+        )
     try:
         return families.create(
             chosen.family,

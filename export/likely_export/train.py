@@ -37,6 +37,7 @@ from likely_export.optimisers import Precision, Training, optimisers
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "weights.pt"
 LOG = "log.jsonl"
+STEPS_BETWEEN_LOOKS = 100  # at the objective, each of which waits for a GPU
 
 
 class Model(Protocol):
@@ -317,6 +318,8 @@ class _Loop:
         # The middle of a step, else the first of a stretch would move nothing.
         self._update(self.training.rate(self.stretches(self.step + 0.5)))
         self.step += 1
+        if self.step % STEPS_BETWEEN_LOOKS == 0:
+            self._require_finite(self.losses[-1].item())
         # A short stretch may pass several validations in one step.
         due = math.floor(self.stretches(self.step) * self.training.validations + 1e-9)
         if due > self.validated:
@@ -342,15 +345,19 @@ class _Loop:
         self.validation = mean_of(self._average, self.data.validate)
         loss = torch.stack(self.losses).mean().item()
         self.losses = []
-        if not (math.isfinite(loss) and math.isfinite(self.validation)):
-            raise LikelyError(
-                f"training of {self.name} diverged before step {self.step}: "
-                f"objective {loss}, validation {self.validation}; lower the learning rate"
-            )
+        self._require_finite(loss, self.validation)
         if self.validation < self.best or not self.training.keep_best:
             self.best = self.validation
             self.best_state = _copied(self.average.module.state_dict())
         self._log({"step": self.step, "train": loss, "validation": self.validation})
+
+    def _require_finite(self, loss: float, validation: float | None = None) -> None:
+        if not all(map(math.isfinite, (loss, validation or 0.0))):
+            told = "" if validation is None else f", validation {validation}"
+            raise LikelyError(
+                f"training of {self.name} diverged before step {self.step}: "
+                f"objective {loss}{told}; lower the learning rate"
+            )
 
     @property
     def _average(self) -> Model:

@@ -66,7 +66,7 @@ label_prior = true
 width = 16
 latent = 2
 importance_samples = 2
-training = { steps = 40, batch = 32, validations = 2 }
+training = { steps = 40, batch = 32, validations = 2, keep_best = false }
 [models.labels]
 family = "classifier"
 channels = [4]

@@ -119,6 +119,9 @@ def test_what_does_not_go_with_the_data_is_refused_before_anything_is_trained(
     two = {"data": recipe.data.model_copy(update={"levels": 2}), "calibration": idle}
     with pytest.raises(InvalidInput, match="2 levels stay as they are under grainy"):
         runs.train_all(recipe.model_copy(update=two), tmp_path / "run")
+    a = recipe.models["a"].model_copy(update={"options": {"contrast": 1.0}})
+    with pytest.raises(InvalidInput, match=r"models\.a\.training\.keep_best: .* give false"):
+        runs.train_all(recipe.model_copy(update={"models": {**recipe.models, "a": a}}), tmp_path)
     assert not (tmp_path / "run").exists()
 
 

@@ -173,6 +173,15 @@ def test_a_run_that_diverges_says_so(pictures: Dataset, tmp_path: Path) -> None:
         train.fit(toy(pictures, explode_at=6), pictures, TRAINING, tmp_path)
 
 
+def test_a_run_that_diverges_says_so_long_before_it_validates(
+    pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "STEPS_BETWEEN_LOOKS", 4)
+    seldom = replace(TRAINING, validations=1)
+    with pytest.raises(LikelyError, match=r"Toy diverged before step 8: objective nan; lower"):
+        train.fit(toy(pictures, explode_at=6), pictures, seldom, tmp_path)
+
+
 def test_a_checkpoint_of_another_training_is_refused(pictures: Dataset, tmp_path: Path) -> None:
     train.fit(toy(pictures), pictures, TRAINING, tmp_path)
     with pytest.raises(InvalidInput, match="another training"):
