@@ -63,10 +63,11 @@ class Moves:
         if self.flip:
             across = across * torch.where(torch.rand(n, device=x.device) < 0.5, -1.0, 1.0)
         shear = drawn(self.shear)
-        # Where in the old picture, in halves of its size from the middle, a pixel comes from.
+        # Where in the old picture, in halves of its sides from the middle, a pixel comes from.
+        tall = height / width
         rows = (
-            torch.stack([cos * across, shear - sin * down, shift() * 2 / width], -1),
-            torch.stack([sin * across, cos * down, shift() * 2 / height], -1),
+            torch.stack([cos * across, (shear - sin * down) * tall, shift() * 2 / width], -1),
+            torch.stack([sin * across / tall, cos * down, shift() * 2 / height], -1),
         )
         grid = functional.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
         moved = functional.grid_sample(

@@ -54,6 +54,26 @@ def test_a_turn_keeps_the_middle_and_moves_the_edge() -> None:
     assert (moved[:, 0, 5, 10] < 100).any()
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 16), (16, 64), (32, 32)])
+def test_angles_are_those_of_the_picture_whatever_its_sides(height: int, width: int) -> None:
+    rows, columns = torch.arange(height) - height // 2, torch.arange(width) - width // 2
+    upright, level = torch.zeros(2, 40, 1, height, width, dtype=torch.uint8)
+    upright[..., width // 2 - 1 : width // 2 + 1] = 200
+    level[..., height // 2 - 1 : height // 2 + 1, :] = 200
+
+    def slopes(x: Tensor, places: Tensor, along: Tensor) -> Tensor:
+        x = x.double() * (places.abs() <= 6) * (along.abs() <= 5)
+        return (x * places * along).sum((1, 2)) / (x * along**2).sum((1, 2))
+
+    for moves, x, places, along, bound in (
+        (Moves(turn=20), upright, columns[None], rows[:, None], 0.36),
+        (Moves(turn=20), level, rows[:, None], columns[None], 0.36),
+        (Moves(shear=0.3), upright, columns[None], rows[:, None], 0.3),
+    ):
+        found = slopes(moves.of(x)[:, 0], places, along).abs()
+        assert bound * 0.75 < found.max() < bound * 1.1
+
+
 def test_what_is_erased_is_a_rectangle_of_at_most_that_share() -> None:
     x = torch.full((200, 2, 20, 20), 9, dtype=torch.uint8)
     moved = Moves(erase=0.25).of(x)
