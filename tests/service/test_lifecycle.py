@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -30,6 +31,8 @@ from likely.versions.watch import scan
 if TYPE_CHECKING:
     from tests.conftest import Live, Running, Toy
 
+SERVING = admin_pb2.VERSION_STATE_SERVING
+
 
 @pytest.fixture(scope="module")
 def toys(make_toy: Callable[..., Toy]) -> dict[str, Toy]:
@@ -44,9 +47,12 @@ class Admin:
         self.client = client
         self._stub: Any = AdminServiceStub(channel)
 
-    def versions(self) -> dict[str, Any]:
+    def listed(self) -> list[Any]:
         answer = self._stub.ListVersions(admin_pb2.ListVersionsRequest(), timeout=30)
-        return {version.model_version: version for version in answer.versions}
+        return list(answer.versions)
+
+    def versions(self) -> dict[str, Any]:
+        return {version.model_version: version for version in self.listed()}
 
     def load(self, folder: Path | str) -> Any:
         request = admin_pb2.LoadModelRequest(folder=str(folder))
@@ -374,6 +380,23 @@ def test_a_server_without_a_model_is_not_ready(
         eventually(lambda: ready(channel))
         admin.unload("1")
         assert not ready(channel)
+
+
+def test_an_unhealthy_version_is_healed_by_loading_it(
+    running: Running, toys: dict[str, Toy]
+) -> None:
+    with administered(running, bundles=both(toys), labels=("toy:stable=1",)) as admin:
+        ill = admin.live.server.registry.find("toy", "1")
+        ill._trust.healthy = False
+        ill._trust._unhealthy.inc()
+        assert admin.load(toys["2"].path).model_version == "2"
+        assert admin.live.server.registry.find("toy", "1") is ill
+        assert list(admin.load(toys["1"].path).labels) == ["stable"]
+        assert admin.live.server.registry.find("toy", "1").healthy
+        assert admin.answers() == "1"
+        eventually(lambda: [v.state for v in admin.listed()] == [SERVING] * 2)
+        with urllib.request.urlopen(admin.live.metrics_url) as answer:
+            assert 'likely_unhealthy_versions{model="toy"} 0.0' in answer.read().decode()
 
 
 def test_the_admin_port_is_off_by_default(live: Live) -> None:

@@ -110,7 +110,8 @@ class Lifecycle:
 
         What the folder held before is served until then, and afterwards no more, unless another
         folder holds it too; its labels go over. A bundle that is served already is left as it
-        is, and is served as long as one of its folders holds it.
+        is, unless it is unhealthy: then it is opened anew. It is served as long as one of its
+        folders holds it.
 
         Raises:
             Unavailable: the server's first bundles are still being loaded.
@@ -225,6 +226,9 @@ class Lifecycle:
             bundle = await asyncio.to_thread(self._loader.verified, folder)
             if self._serves(bundle):
                 engine = self._registry.find(bundle.manifest.name, bundle.manifest.version)
+                if not engine.healthy:
+                    engine = await asyncio.to_thread(self._loader.proved, bundle)
+                    await self._renew(engine, folder)
                 await self._found(engine, folder)
             else:
                 engine = await asyncio.to_thread(self._loader.proved, bundle)
@@ -261,6 +265,12 @@ class Lifecycle:
             raise
         self._told("loaded", engine)
         await self._settle(engine, folder, before)
+
+    async def _renew(self, engine: Engine, folder: Path) -> None:
+        """Puts an engine in the place of one of the same bundle, whose requests end."""
+        self._close_unused(self._registry.replace(engine), folder)
+        self._told("loaded", engine)
+        await self._tell()
 
     async def _found(self, engine: Engine, folder: Path) -> None:
         """What is served already lies in that folder too, or there now."""
@@ -334,11 +344,15 @@ class Lifecycle:
 
     def _retire(self, name: str, version: str, folder: Path) -> asyncio.Task[None]:
         """Takes a version from the registry, and closes it when its requests have ended."""
-        engine = self._registry.find(name, version)
-        del self._folders[name, version]
         held = self._registry.remove(name, version)
+        del self._folders[name, version]
+        return self._close_unused(held, folder)
+
+    def _close_unused(self, held: Held, folder: Path) -> asyncio.Task[None]:
+        """Closes an engine that no request finds any more, when its requests have ended."""
+        name, version = _key(held.engine)
         self._draining[held] = ModelVersion(
-            VersionState.DRAINING, folder, name, version, engine.digest
+            VersionState.DRAINING, folder, name, version, held.engine.digest
         )
         return self._task(self._drain(held))
 

@@ -106,6 +106,19 @@ class Registry:
         shelf[version] = Held(engine)
         self._filled()[name] = dict(sorted(shelf.items(), key=lambda item: age(item[0])))
 
+    def replace(self, engine: Engine) -> Held:
+        """Serves this engine in the place of that of its name and version, which is given back.
+
+        Labels stay, and requests that use the former are not disturbed.
+
+        Raises:
+            ModelNotFound: no such model is served.
+        """
+        name, version = engine.manifest.name, engine.manifest.version
+        former = self._held(name, version)
+        self._filled()[name][version] = Held(engine)
+        return former
+
     def remove(self, name: str, version: str) -> Held:
         """The engine of that name and version (no label), which no request finds any more.
 
