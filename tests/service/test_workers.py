@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from likely import logs
 from likely.errors import LikelyError, SettingsError
-from likely.processes import supervisor
+from likely.processes import fanout, supervisor
 from likely.processes.together import ROOM, Together
 from likely.serving import ports
 from tests.faults import http2
@@ -206,3 +207,30 @@ def test_a_worker_that_cannot_be_made_anew_is_tried_again(
     else:
         with pytest.raises(LikelyError, match="worker 0 could not begin: Resource temporarily"):
             asyncio.run(kept())
+
+
+def test_a_worker_that_hangs_is_killed(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = io.StringIO()
+    monkeypatch.setattr(supervisor, "LOOK", 0.01)
+    monkeypatch.setattr(fanout, "SOON", 0.2)
+
+    async def outlived() -> int:
+        keeper = supervised(settings(workers=2), tmp_path, told)
+        worker = await asyncio.create_subprocess_exec("sleep", "600")
+        with socket.socket(socket.AF_UNIX) as hung:
+            hung.bind(str(keeper._socket(0)))
+            hung.listen()
+            keeping = asyncio.create_task(keeper._outlived(0, worker))
+            await asyncio.sleep(0.5)
+            assert not told.getvalue()  # it may load for long
+            keeper._ready.add(0)
+            return await keeping
+
+    assert asyncio.run(outlived()) == -signal.SIGKILL
+    assert "worker hangs" in told.getvalue()
+
+
+def test_a_worker_that_ends_does_not_hang(tmp_path: Path) -> None:
+    assert not asyncio.run(fanout.is_silent(tmp_path / "0.sock"))

@@ -165,6 +165,15 @@ async def served_by(
     return None
 
 
+async def is_silent(socket: Path) -> bool:
+    """Whether a worker does not answer in time; one that ends does, by refusing."""
+    try:
+        await _ask(socket, "ListVersions", admin_pb2.ListVersionsRequest(), (), SOON)
+    except grpc.aio.AioRpcError as error:
+        return error.code() is LATE
+    return False
+
+
 async def _ask(
     socket: Path, method: str, request: Any, metadata: Metadata, seconds: float | None = None
 ) -> Any:

@@ -20,7 +20,7 @@ import grpc.aio
 from likely import graphs, logs, machine
 from likely.errors import DeviceLost, LikelyError, SettingsError
 from likely.processes import process
-from likely.processes.fanout import Fanout, Version, served_by
+from likely.processes.fanout import Fanout, Version, is_silent, served_by
 from likely.processes.together import MEBIBYTES, Together
 from likely.processes.worker import LOST, READY, Order
 from likely.serving import access, ports
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 SOONEST, LATEST = 0.1, 30.0  # seconds before a worker is begun anew
 STEADY = 60.0  # seconds that a worker has lived when its next death counts as its first
+LOOK = 5.0  # seconds between two questions whether a worker answers yet
+SILENCES = 6  # questions in a row without an answer, until it is taken to hang
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the folder in it is private
 MARGIN = 10.0  # seconds beyond its drain that a worker may take to end
 
@@ -200,7 +202,7 @@ class Supervisor:
                 if not self._begun.is_set():
                     raise LikelyError(f"worker {index} could not begin: {code}") from error
             else:
-                code = await worker.wait()
+                code = await self._outlived(index, worker)
             was_ready = index in self._ready
             self._ready.discard(index)
             self._together.ended(index)
@@ -220,6 +222,22 @@ class Supervisor:
             await asyncio.sleep(wait)
             wait = min(2 * wait, LATEST)
             await self._until_found(index)
+
+    async def _outlived(self, index: int, worker: Process) -> int:
+        """The exit code of a worker in the end; one that hangs is killed."""
+        ended = asyncio.create_task(worker.wait())
+        silences = 0
+        try:
+            while not (await asyncio.wait({ended}, timeout=LOOK))[0]:
+                is_watched = index in self._ready and not self._ending  # others may be slow to end
+                silent = is_watched and await is_silent(self._socket(index))
+                silences = silences + 1 if silent else 0
+                if silences >= SILENCES and not self._ending and not ended.done():
+                    self._log.error("worker hangs", worker=index)
+                    worker.kill()
+            return ended.result()
+        finally:
+            ended.cancel()
 
     async def _until_found(self, index: int) -> None:
         """Returns when the watched folder is not lost, which a new worker would know nothing of."""
