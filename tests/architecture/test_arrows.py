@@ -260,7 +260,8 @@ WITHIN = {
         "reflecting": "",
         "ports": "tls",
         "admin": "",
-        "server": "access admin guard openinference ports reflecting servicers",
+        "health": "",
+        "server": "access admin guard health openinference ports reflecting servicers",
         "__init__": "",
     },
     "processes": {
