@@ -36,8 +36,16 @@ def settings(container: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Sett
     """What the server in the pod runs with."""
     for variable in container["env"]:
         assert variable["name"].removeprefix(PREFIX).lower() in Settings.model_fields
-        monkeypatch.setenv(variable["name"], variable["value"])
+        monkeypatch.setenv(variable["name"], _value(variable, container))
     return load({})
+
+
+def _value(variable: dict[str, Any], container: dict[str, Any]) -> str:
+    """A variable's value, perhaps one of the container's resources."""
+    if "value" in variable:
+        return str(variable["value"])
+    kind, resource = variable["valueFrom"]["resourceFieldRef"]["resource"].split(".")
+    return str(container["resources"][kind][resource])
 
 
 def test_the_pod_lets_a_drain_end(pod: dict[str, Any], settings: Settings) -> None:
@@ -49,6 +57,12 @@ def test_a_replica_that_drains_is_left_out_before_it_refuses(
 ) -> None:
     probe = container["readinessProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] < settings.drain_delay
+
+
+def test_a_server_uses_the_cores_that_it_asks_for(
+    container: dict[str, Any], settings: Settings
+) -> None:
+    assert settings.threads == int(container["resources"]["requests"]["cpu"])
 
 
 def test_ports_are_those_of_the_server(

@@ -118,10 +118,12 @@ def test_the_cron_job_is_one(tmp_path: Path) -> None:
     assert pod["restartPolicy"] == "OnFailure"
     assert told["spec"]["timeZone"] == "Etc/UTC"
     (container,) = pod["containers"]
-    (variable,) = container["env"]
-    assert variable["name"] == "JOB"
+    sources = {variable["name"]: variable["valueFrom"] for variable in container["env"]}
+    assert {*sources} == {"JOB", "CORES"}
     # The same for every pod of a job, and another for the next.
-    assert "batch.kubernetes.io/job-name" in variable["valueFrom"]["fieldRef"]["fieldPath"]
+    assert "batch.kubernetes.io/job-name" in sources["JOB"]["fieldRef"]["fieldPath"]
+    cores = container["resources"]["requests"]["cpu"]
+    assert sources["CORES"]["resourceFieldRef"]["resource"] == "requests.cpu"
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert set(mounts.values()) == {volume["name"] for volume in pod["volumes"]}
     (tmp_path / "likely").write_text('#!/bin/sh\nprintf "%s\\n" $PPID "$@"\n')
@@ -129,7 +131,7 @@ def test_the_cron_job_is_one(tmp_path: Path) -> None:
 
     def ran(name: str) -> subprocess.CompletedProcess[str]:
         """What the container runs in a job of that name."""
-        environment = {"JOB": name, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        environment = {"JOB": name, "CORES": cores, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         args = [word.replace("/data/", f"{tmp_path}/data/") for word in container["args"]]
         words = [*container["command"], *args]
         return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
@@ -144,6 +146,7 @@ def test_the_cron_job_is_one(tmp_path: Path) -> None:
         assert found["inputs"] == (incoming,)
         assert found["out"] == tmp_path / "data" / "scores" / "2026-02-28"
         assert found["fdr"] == 0.05
+        assert found["threads"] == int(cores)
         assert "/data" in mounts
         assert any(found["bundle"].is_relative_to(mount) for mount in mounts)
     incoming.rmdir()  # nothing came that day
