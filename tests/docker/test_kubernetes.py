@@ -57,6 +57,7 @@ def test_a_replica_that_drains_is_left_out_before_it_refuses(
 ) -> None:
     probe = container["readinessProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] < settings.drain_delay
+    assert probe["failureThreshold"] > 1 and probe["timeoutSeconds"] > 1  # a pause is no end
 
 
 def test_a_server_uses_the_cores_that_it_asks_for(
