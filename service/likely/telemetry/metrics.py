@@ -84,7 +84,7 @@ class Metrics:
             Histogram(
                 "likely_request_seconds",
                 "Time from a request's arrival to the end of its answer.",
-                ("method",),
+                ("method", "model"),
                 buckets=SECONDS,
                 registry=self.registry,
             )
@@ -176,7 +176,7 @@ class Metrics:
         """A request has been answered."""
         self._running[(method,)].dec()
         self._requests[method, model, code].inc()
-        self._seconds[(method,)].observe(seconds)
+        self._seconds[method, model].observe(seconds)
 
     def streamed(self, method: str, model: str, code: str) -> None:
         """One message of a stream has been answered."""
