@@ -223,7 +223,7 @@ WITHIN = {
         "callers": "",
         "turns": "",
         "traffic": "",
-        "admission": "",
+        "admission": "traffic",
         "gathering": "",
         "batches": "callers turns",
         "tuning": "batches",

@@ -582,6 +582,7 @@ def test_a_quota_holds_one_client_alone(running: Running, tmp_path: Path) -> Non
         assert "quota" in error.details()
         told_to_come_again(dict(error.trailing_metadata()))
         assert len(stub.Score(score(5), metadata=bearer("calm"), timeout=SECONDS).scores) == 5
+        assert samples(live, "likely_shed_total", model="toy", reason="quota") == 1
         alive(live, bearer("other"))
 
 

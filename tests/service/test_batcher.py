@@ -1135,16 +1135,18 @@ def test_a_quota_is_spent_and_comes_back() -> None:
 
 
 def test_what_is_refused_for_now_costs_no_quota() -> None:
-    quota = Quota(1e-6, 5)
+    traffic = Traffic()
+    quota = Quota(1e-6, 5, traffic=traffic)
     for refusal in (Overloaded("the queue is full"), Unavailable("the server is ending")):
-        with pytest.raises(type(refusal)), quota.charged("a", 5):
+        with pytest.raises(type(refusal)), quota.charged("a", 5, "m"):
             raise refusal
-    with pytest.raises(RunStopped), quota.charged("a", 4):
+    with pytest.raises(RunStopped), quota.charged("a", 4, "m"):
         raise RunStopped
-    with quota.charged("a", 1):
+    with quota.charged("a", 1, "m"):
         pass
-    with pytest.raises(Overloaded, match="quota"), quota.charged("a", 1):
+    with pytest.raises(Overloaded, match="quota"), quota.charged("a", 1, "m"):
         raise AssertionError
+    assert gauge(traffic, "shed") == 1
 
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 30)), max_size=50))

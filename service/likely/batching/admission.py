@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+from likely.batching.traffic import Traffic
 from likely.errors import Overloaded, Unavailable
 
 SOONEST, LATEST = 0.05, 30.0  # seconds after which refused callers are told to come again
@@ -30,7 +31,12 @@ class Quota:
     """How many pictures a second each client may ask for: a token bucket a client."""
 
     def __init__(
-        self, rate: float = 0.0, burst: int = 1, clock: Callable[[], float] = time.monotonic
+        self,
+        rate: float = 0.0,
+        burst: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        traffic: Traffic | None = None,
     ) -> None:
         """A quota for every client alike.
 
@@ -39,7 +45,9 @@ class Quota:
             burst: pictures that may come at once after a pause. A request of more waits for
                 a full bucket, and leaves it in debt.
             clock: seconds that only grow.
+            traffic: is told of what is refused.
         """
+        self._traffic = traffic or Traffic()
         self._rate = rate
         self._burst = burst
         self._clock = clock
@@ -66,15 +74,24 @@ class Quota:
         self._sweep(now)
         self._owed[client] = owed + rows, now
 
-    def charged(self, client: str, rows: int) -> AbstractContextManager[None]:
+    def charged(self, client: str, rows: int, model: str) -> AbstractContextManager[None]:
         """As `take`; but what is within may be refused for now, and is not counted then.
+
+        Args:
+            client: who asks.
+            rows: pictures.
+            model: by whose name a refusal is told.
 
         Raises:
             Overloaded: the quota is spent.
         """
         if not self._rate:
             return _FREE
-        self.take(client, rows)
+        try:
+            self.take(client, rows)
+        except Overloaded:
+            self._traffic.shed.labels(model, "quota").inc()
+            raise
         return self._unless_refused(client, rows)
 
     @contextmanager

@@ -236,7 +236,11 @@ class Server:
 
     def _add_services(self, served: Any) -> None:
         limits, alpha = self._settings.limits, self._settings.default_alpha
-        quota = Quota(limits.client_images_per_second, limits.client_images_at_once)
+        quota = Quota(
+            limits.client_images_per_second,
+            limits.client_images_at_once,
+            traffic=self._metrics.traffic,
+        )
         scoring = Scoring(self.registry, limits, alpha, quota, guard=self._guard)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, served)
         generation = Generation(self.registry, limits, alpha, quota)

@@ -74,7 +74,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
             alpha = checks.alpha(request, engine.detector, self._default_alpha)
             surprise = checks.surprise(request, engine.manifest, self._limits)
             guarantee = checks.guarantee(request)
-            with self._quota.charged(callers.current().client, len(x)):
+            with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
                 return await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
 
     async def Classify(
@@ -97,7 +97,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
             priors = checks.priors(request, engine.manifest)
             floor, rule = checks.min_posterior(request), checks.rule(request)
             guarantee = checks.guarantee(request)
-            with self._quota.charged(callers.current().client, len(x)):
+            with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
                 return await engine.judge(
                     x,
                     alpha,
@@ -119,7 +119,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         with self._registry.lease(request.model_name, request.model_version) as engine:
             x = checks.pixels(request, engine.manifest, self._limits)
             labels = checks.labels(request, engine.manifest, len(x))
-            with self._quota.charged(callers.current().client, len(x)):
+            with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
                 return await engine.encode(x, labels)
 
     async def ScoreStream(
@@ -209,7 +209,9 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
                 acceptance=acceptance,
             )
             attempts = _attempts(len(engine.manifest.labels), check, acceptance)
-            async with aclosing(self._charged(drawn, math.ceil(count * attempts))) as chunks:
+            async with aclosing(
+                self._charged(engine, drawn, math.ceil(count * attempts))
+            ) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
@@ -242,16 +244,16 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
                 chunk=checks.chunk(engine.manifest, self._limits),
             )
             rows = len(x) * completions * proposals
-            async with aclosing(self._charged(drawn, rows)) as chunks:
+            async with aclosing(self._charged(engine, drawn, rows)) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
     async def _charged(
-        self, drawn: AsyncGenerator[Draws, None], rows: int
+        self, engine: Engine, drawn: AsyncGenerator[Draws, None], rows: int
     ) -> AsyncGenerator[Draws, None]:
         """The chunks, which count against the quota unless already the first is refused for now."""
         async with aclosing(drawn) as chunks:
-            with self._quota.charged(callers.current().client, rows):
+            with self._quota.charged(callers.current().client, rows, engine.manifest.name):
                 first = await anext(chunks, None)
             if first is None:
                 return  # of no pictures
@@ -278,7 +280,7 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             labels = checks.labels(request, engine.manifest, len(z))
             drawing = checks.drawing(request, len(z), len(z), engine.manifest, self._limits)
             charged = len(z) * max(1, drawing.count)
-            with self._quota.charged(callers.current().client, charged):
+            with self._quota.charged(callers.current().client, charged, engine.manifest.name):
                 found = await engine.decode(z, labels, drawing)
         return latent_pb2.DecodeResponse(
             model_version=found.model_version,
@@ -299,7 +301,7 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             rows = len(x) * len(points)
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
             charged = rows * max(1, drawing.count)
-            with self._quota.charged(callers.current().client, charged):
+            with self._quota.charged(callers.current().client, charged, engine.manifest.name):
                 found = await engine.traverse(x, direction, points, drawing, label=labels)
         return codec.traverse_response(found)
 
@@ -317,7 +319,7 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             rows = len(x) * len(points)
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
             charged = rows * max(1, drawing.count)
-            with self._quota.charged(callers.current().client, charged):
+            with self._quota.charged(callers.current().client, charged, engine.manifest.name):
                 found = await engine.interpolate(
                     x, others, points, drawing, label=labels, other_label=other_labels
                 )
