@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 SHED = ("deadline", "queue", "quota", "share")  # why requests are refused for now
+FAILED = ("ServerFault", "raised")  # why runs fail by the server's fault, of the usual reasons
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 

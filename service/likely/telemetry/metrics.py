@@ -17,7 +17,7 @@ from prometheus_client import (
 
 from likely import machine
 from likely.answers import Verdict
-from likely.batching.traffic import SHED, Traffic
+from likely.batching.traffic import FAILED, SHED, Traffic
 from likely.errors import SettingsError
 from likely.telemetry.monitor import Monitor
 
@@ -209,6 +209,9 @@ class Metrics:
         name = engine.manifest.name
         for reason in SHED:
             self.traffic.shed.labels(name, reason)
+        for reason in FAILED:
+            self.traffic.failures.labels(name, reason)
+        self.traffic.restarts.labels(name)
         for method in METHODS:
             if not engine.answers(method.removesuffix("Stream")):
                 continue
