@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from likely.errors import JobError, LikelyError
-from likely.jobs.ledger import MANIFEST, STAGE, Ledger
+from likely.jobs import files
+from likely.jobs.ledger import MANIFEST, STAGE, Ledger, Record
 from likely.jobs.making import Maker
 from likely.jobs.requests import Format, Generation, Request
 from tests.jobs.conftest import contents
@@ -189,3 +191,24 @@ def test_one_process_works_on_a_folder(draw: Job, backend: Backend, tmp_path: Pa
     ):
         draw(tmp_path / "out", *RUNS, rows=20)
     draw(tmp_path / "out", *RUNS, rows=20)
+
+
+def test_a_manifest_that_is_slow_to_write_names_several_shards_at_once(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = files.write, list[Path]()
+
+    def slow(path: Path, data: bytes) -> None:
+        written.append(path)
+        time.sleep(0.1)
+        write(path, data)
+
+    request = Request.of(Generation(RUNS), backend.info, Format.PARQUET, 4)
+    monkeypatch.setattr(files, "write", slow)
+    with pytest.raises(LikelyError, match="enough"), Ledger(tmp_path, request) as ledger:
+        for shard in range(request.shards):
+            ledger.add(shard, Record(ledger.path(shard).name, 4, 0, ""))
+        raise LikelyError("enough")
+    assert len(written) < request.shards / 2
+    named = json.loads((tmp_path / MANIFEST).read_bytes())["shards"]
+    assert len(named) == request.shards

@@ -6,8 +6,10 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -21,6 +23,7 @@ from likely.jobs.requests import ALPHA, Format, Request
 MANIFEST = "manifest.json"
 STAGE = ".measured"
 FORMAT = 1
+PAUSE = 20  # times what it took to write the manifest pass before it is written for one more shard
 MODEL, LABEL = BESIDE = ("model", "label")  # of the manifest, beside the request
 
 
@@ -46,7 +49,8 @@ class Record:
 class Ledger:
     """The manifest of a job's folder, held for one process; a context manager.
 
-    A shard counts once the manifest names it with its digest. A job that is finished later
+    A shard counts once the manifest names it with its digest; where there are many, several are
+    named at once, for the whole manifest is written each time. A job that is finished later
     has two rounds of shards: what was measured, and what comes of it.
     """
 
@@ -67,6 +71,7 @@ class Ledger:
         """
         self.folder = folder
         self.request = request
+        self._is_written, self._due = True, 0.0
         self._lock = _locked(folder)
         try:
             told = _read(folder)
@@ -97,7 +102,12 @@ class Ledger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._lock)
+        try:
+            if not self._is_written:
+                with suppress(OSError) if error else nullcontext():  # what broke the job is told
+                    self._write()
+        finally:
+            os.close(self._lock)
 
     def path(self, shard: int, measured: bool = False) -> Path:
         """Where a shard lies."""
@@ -109,9 +119,11 @@ class Ledger:
         return [shard for shard in range(self.request.shards) if shard not in done]
 
     def add(self, shard: int, record: Record, measured: bool = False) -> None:
-        """Counts a shard as done."""
+        """Counts a shard as done; the manifest names it soon, and at the latest at the end."""
         (self._measured if measured else self._done)[shard] = record
-        self._write()
+        self._is_written = False
+        if time.monotonic() >= self._due:
+            self._write()
 
     def end(self, **found: Any) -> dict[str, Any]:
         """What came of the job, all its shards being done; the manifest tells it from now on.
@@ -134,7 +146,10 @@ class Ledger:
         shutil.rmtree(self.folder / STAGE, ignore_errors=True)
 
     def _write(self) -> None:
+        began = time.monotonic()
         files.write(self.folder / MANIFEST, json.dumps(self._told(), indent=1).encode() + b"\n")
+        ended = time.monotonic()
+        self._is_written, self._due = True, ended + PAUSE * (ended - began)
 
     def _told(self) -> dict[str, Any]:
         told: dict[str, Any] = {"format": FORMAT, "request": self.request.told(), **self._beside}
