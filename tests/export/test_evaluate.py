@@ -124,7 +124,8 @@ def test_a_corruption_that_tells_nothing_is_no_set(
     panel = {**PANEL, "salt": lambda x, *_: x}
     monkeypatch.setattr(corruptions, "PANEL", panel)
     made = evaluation(engine, data, (0.1,))
-    sets = {INLIERS: Sets(made.some[:1], *np.random.default_rng(0).normal(0, 1, (3, 10)))}
+    noise = np.random.default_rng(0).normal(0, 1, (3, len(made.test)))
+    sets = {INLIERS: Sets(made.some[:1], *noise)}
     sets |= asyncio.run(made._outside())
     assert set(sets) == {INLIERS, *PANEL, *HARD} - {"salt"}
     found = made._separations(sets)
