@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from likely import machine
 from likely.graphs import Array, Device, Session
 from likely_export.graphs import Exported
 from likely_export.roles import GraphSource
@@ -21,15 +23,15 @@ def session(folder: Path, exported: Exported) -> Session:
 
 
 def rows(session: Session, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-    """These outputs, each of all rows of the feeds (n, ...)."""
+    """These outputs, each of all rows of the feeds (n, ...); as many batches at once as cores."""
     n = len(next(iter(feeds.values())))
-    parts = [
-        session.run(
-            {name: np.ascontiguousarray(feed[at : at + BATCH]) for name, feed in feeds.items()},
-            outputs,
-        )
-        for at in range(0, n, BATCH)
-    ]
+
+    def batch(at: int) -> list[Array]:
+        own = {name: np.ascontiguousarray(feed[at : at + BATCH]) for name, feed in feeds.items()}
+        return session.run(own, outputs)
+
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        parts = list(pool.map(batch, range(0, n, BATCH)))
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
 
 

@@ -108,7 +108,7 @@ EXPORT = {
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
     "graphs": "likely.bundle likely.errors likely.graphs hygiene roles numpy onnx torch",
-    "passes": "likely.graphs graphs roles numpy torch",
+    "passes": "likely.graphs likely.machine graphs roles numpy torch",
     "baselines": "likely.answers data numpy PIL scipy sklearn",
     "judge": "likely.answers numpy torch",
     "costs": "likely.answers likely.bundle likely.graphs likely.noise graphs numpy",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
+import pytest
 from torch import Tensor, nn
 
-from likely import noise
+from likely import machine, noise
 from likely.answers import Pixels
 from likely.bundle import TensorSpec
+from likely.graphs import Array, Session
 from likely_export import passes
 from likely_export.roles import GraphSource
 
@@ -62,3 +67,27 @@ def test_outputs_that_are_not_asked_for_are_not_kept() -> None:
         GraphSource(module, (spec("x", "uint8", *SHAPE),), outputs), {"x": x}, ["sum"]
     )
     assert len(module.given) == 3 and np.array_equal(found, x.sum((1, 2, 3)))
+
+
+class Turned:
+    """A graph's session whose first batch is answered only after its second."""
+
+    def __init__(self) -> None:
+        self.second = threading.Event()
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        x = feeds["x"]
+        first = x[0, 0] == 0
+        if not first:
+            self.second.set()
+        assert self.second.wait(30), "batches run one after another"
+        return [x * 2 if name == "twice" else -x for name in outputs]
+
+
+def test_batches_run_beside_each_other_and_keep_their_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    x = np.arange(2.0 * passes.BATCH + 1)[:, None]
+    less, twice = passes.rows(cast(Session, Turned()), {"x": x}, ["less", "twice"])
+    assert np.array_equal(less, -x) and np.array_equal(twice, 2 * x)
