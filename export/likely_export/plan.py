@@ -49,8 +49,8 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
         models: those of the recipe by name, untrained.
 
     Raises:
-        InvalidInput: models cannot play their roles, or not together; a manifest cannot say what
-            the bundle would be, or not so that its recipe is read from it again.
+        InvalidInput: models cannot play their roles, or not together, or one has none; a manifest
+            cannot say what the bundle would be, or not so that its recipe is read from it again.
     """
     for role in (Role.CONDITIONAL, Role.DISCRIMINATE):
         if role in recipe.roles and not data.labels:
@@ -67,6 +67,10 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
         raise InvalidInput(
             f"roles.{Role.DECODE}", f"takes {taken} features where {Role.ENCODE} gives {features}"
         )
+    playing = {name for role in recipe.roles for name in recipe.models_of(role)}
+    for name in models:
+        if name not in playing:
+            raise InvalidInput(f"models.{name}", "has no role, so no bundle would have it")
 
 
 def _manifest(recipe: Recipe, data: Dataset, made: Mapping[Role, GraphSource]) -> Manifest:

@@ -164,6 +164,7 @@ training.steps = 1
             r"anchors\.0\.value",
         ),
         ("[data]", '[data]\nlabels = ["a", "a"]', "two labels of set are named a"),
+        ("[roles]", "[roles]", r"models\.wide: has no role"),
     ],
 )
 def test_what_no_bundle_can_be_built_of_is_refused_before_anything_is_trained(
