@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -302,6 +303,40 @@ def test_many_single_elements_are_read_piece_by_piece(
     asked.inputs[0].contents.uint_contents[-1] = 256
     call = lambda: stub.ModelInfer(asked, timeout=30)  # noqa: E731
     assert refused(call) == (grpc.StatusCode.INVALID_ARGUMENT, "images.contents")
+
+
+def test_a_version_that_is_unloaded_answers_what_it_has_begun_to_read(
+    running: Running, make_toy: Callable[..., Toy], x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = make_toy("toy", "2.0", seed=1)
+    reads, read_on = threading.Event(), threading.Event()
+    read = tensors.read
+
+    def slowly(*given: Any) -> Any:
+        reads.set()
+        assert read_on.wait(30)
+        return read(*given)
+
+    monkeypatch.setattr(tensors, "PIECE", 7)
+    monkeypatch.setattr(tensors, "read", slowly)
+    with running() as live, grpc.insecure_channel(live.address) as channel:
+        live.run(live.server.lifecycle.load(newer.path))
+        asked = pictures("toy/score", x, raw=False)
+        asked.model_version = "1.0"
+        call = GRPCInferenceServiceStub(channel).ModelInfer.future(asked, timeout=60)
+        assert reads.wait(30)
+        unloading = asyncio.run_coroutine_threadsafe(
+            live.server.lifecycle.unload("toy", "1.0"), live.loop
+        )
+        while live.run(_served(live)) != ["2.0"]:
+            time.sleep(0.01)
+        read_on.set()
+        assert call.result().model_version == "1.0"
+        unloading.result(30)
+
+
+async def _served(live: Live) -> list[str]:
+    return [engine.manifest.version for engine in live.server.registry.engines()]
 
 
 def test_an_unknown_model_is_not_found(stub: GRPCInferenceServiceStub) -> None:

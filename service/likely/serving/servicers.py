@@ -65,62 +65,58 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         self, request: scoring_pb2.ScoreRequest, context: Context
     ) -> scoring_pb2.ScoreResponse:
         """log p(x), p-value and verdict of every picture."""
-        return codec.score_response(await self.scored(request))
-
-    async def scored(self, request: scoring_pb2.ScoreRequest) -> ScoreTable:
-        """What `Score` says, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
-            x = checks.pixels(request, engine.manifest, self._limits)
-            alpha = checks.alpha(request, engine.detector, self._default_alpha)
-            surprise = checks.surprise(request, engine.manifest, self._limits)
-            guarantee = checks.guarantee(request)
-            with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
-                return await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
+            return codec.score_response(await self.scored(engine, request))
+
+    async def scored(self, engine: Engine, request: scoring_pb2.ScoreRequest) -> ScoreTable:
+        """What `Score` says, as arrays."""
+        x = checks.pixels(request, engine.manifest, self._limits)
+        alpha = checks.alpha(request, engine.detector, self._default_alpha)
+        surprise = checks.surprise(request, engine.manifest, self._limits)
+        guarantee = checks.guarantee(request)
+        with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
+            return await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
 
     async def Classify(
         self, request: scoring_pb2.ClassifyRequest, context: Context
     ) -> scoring_pb2.ClassifyResponse:
         """log p(x|y), posterior and label of every picture."""
-        return codec.classify_response(await self.classified(request))
-
-    async def classified(self, request: scoring_pb2.ClassifyRequest) -> Classifications:
-        """What `Classify` says, as arrays."""
-        return (await self.judged(request))[1]
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            return codec.classify_response((await self.judged(engine, request))[1])
 
     async def judged(
-        self, request: scoring_pb2.ClassifyRequest
+        self, engine: Engine, request: scoring_pb2.ClassifyRequest
     ) -> tuple[ScoreTable, Classifications]:
         """What `Score` and `Classify` say of the same pictures, of one look at them."""
-        with self._registry.lease(request.model_name, request.model_version) as engine:
-            x = checks.pixels(request, engine.manifest, self._limits)
-            alpha = checks.alpha(request, engine.detector, self._default_alpha)
-            priors = checks.priors(request, engine.manifest)
-            floor, rule = checks.min_posterior(request), checks.rule(request)
-            guarantee = checks.guarantee(request)
-            with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
-                return await engine.judge(
-                    x,
-                    alpha,
-                    priors=priors,
-                    min_posterior=floor,
-                    guarantee=guarantee,
-                    rule=rule,
-                    both=request.both,
-                )
+        x = checks.pixels(request, engine.manifest, self._limits)
+        alpha = checks.alpha(request, engine.detector, self._default_alpha)
+        priors = checks.priors(request, engine.manifest)
+        floor, rule = checks.min_posterior(request), checks.rule(request)
+        guarantee = checks.guarantee(request)
+        with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
+            return await engine.judge(
+                x,
+                alpha,
+                priors=priors,
+                min_posterior=floor,
+                guarantee=guarantee,
+                rule=rule,
+                both=request.both,
+            )
 
     async def Encode(
         self, request: scoring_pb2.EncodeRequest, context: Context
     ) -> scoring_pb2.EncodeResponse:
         """The latent features of every picture."""
-        return codec.encode_response(await self.encoded(request))
-
-    async def encoded(self, request: scoring_pb2.EncodeRequest) -> Features:
-        """What `Encode` says, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
-            x = checks.pixels(request, engine.manifest, self._limits)
-            labels = checks.labels(request, engine.manifest, len(x))
-            with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
-                return await engine.encode(x, labels)
+            return codec.encode_response(await self.encoded(engine, request))
+
+    async def encoded(self, engine: Engine, request: scoring_pb2.EncodeRequest) -> Features:
+        """What `Encode` says, as arrays."""
+        x = checks.pixels(request, engine.manifest, self._limits)
+        labels = checks.labels(request, engine.manifest, len(x))
+        with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
+            return await engine.encode(x, labels)
 
     async def ScoreStream(
         self, request_iterator: AsyncIterator[scoring_pb2.ScoreStreamRequest], context: Context
@@ -189,64 +185,64 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Chunks of pictures in the order of their index."""
-        async with aclosing(self.drawn(request)) as chunks:
-            async for chunk in chunks:
-                yield codec.generate_response(chunk)
-
-    async def drawn(self, request: generation_pb2.GenerateRequest) -> AsyncGenerator[Draws, None]:
-        """What `Generate` draws, as arrays."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
-            count, acceptance = checks.count(request, self._limits), checks.acceptance(request)
-            check = checks.self_check(request, engine, self._default_alpha)
-            drawn = engine.generate(
-                checks.label(request, engine.manifest),
-                count,
-                checks.seed(request),
-                first_index=checks.first_index(request, count),
-                temperature=checks.temperature(request),
-                chunk=checks.chunk(engine.manifest, self._limits),
-                check=check,
-                acceptance=acceptance,
-            )
-            attempts = _attempts(len(engine.manifest.labels), check, acceptance)
-            async with aclosing(
-                self._charged(engine, drawn, math.ceil(count * attempts))
-            ) as chunks:
+            async with aclosing(self.drawn(engine, request)) as chunks:
                 async for chunk in chunks:
-                    yield chunk
+                    yield codec.generate_response(chunk)
+
+    async def drawn(
+        self, engine: Engine, request: generation_pb2.GenerateRequest
+    ) -> AsyncGenerator[Draws, None]:
+        """What `Generate` draws, as arrays."""
+        count, acceptance = checks.count(request, self._limits), checks.acceptance(request)
+        check = checks.self_check(request, engine, self._default_alpha)
+        drawn = engine.generate(
+            checks.label(request, engine.manifest),
+            count,
+            checks.seed(request),
+            first_index=checks.first_index(request, count),
+            temperature=checks.temperature(request),
+            chunk=checks.chunk(engine.manifest, self._limits),
+            check=check,
+            acceptance=acceptance,
+        )
+        attempts = _attempts(len(engine.manifest.labels), check, acceptance)
+        async with aclosing(self._charged(engine, drawn, math.ceil(count * attempts))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def Complete(
         self, request: generation_pb2.CompleteRequest, context: Context
     ) -> AsyncIterator[generation_pb2.CompleteResponse]:
         """Chunks of completions, picture by picture."""
-        async with aclosing(self.completed(request)) as chunks:
-            async for chunk in chunks:
-                yield codec.complete_response(chunk)
+        with self._registry.lease(request.model_name, request.model_version) as engine:
+            async with aclosing(self.completed(engine, request)) as chunks:
+                async for chunk in chunks:
+                    yield codec.complete_response(chunk)
 
     async def completed(
-        self, request: generation_pb2.CompleteRequest
+        self, engine: Engine, request: generation_pb2.CompleteRequest
     ) -> AsyncGenerator[Draws, None]:
         """What `Complete` draws, as arrays."""
-        with self._registry.lease(request.model_name, request.model_version) as engine:
-            checks.geometry(request, engine.manifest, self._limits)
-            known = checks.mask(request)
-            x = checks.pixels(request, engine.manifest, self._limits, known)
-            completions, proposals = checks.completions(request, self._limits)
-            drawn = engine.complete(
-                x,
-                known,
-                checks.label(request, engine.manifest),
-                completions,
-                checks.seed(request),
-                first_index=checks.first_index(request, len(x)),
-                temperature=checks.temperature(request),
-                proposals=proposals,
-                chunk=checks.chunk(engine.manifest, self._limits),
-            )
-            rows = len(x) * completions * proposals
-            async with aclosing(self._charged(engine, drawn, rows)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        checks.geometry(request, engine.manifest, self._limits)
+        known = checks.mask(request)
+        x = checks.pixels(request, engine.manifest, self._limits, known)
+        completions, proposals = checks.completions(request, self._limits)
+        drawn = engine.complete(
+            x,
+            known,
+            checks.label(request, engine.manifest),
+            completions,
+            checks.seed(request),
+            first_index=checks.first_index(request, len(x)),
+            temperature=checks.temperature(request),
+            proposals=proposals,
+            chunk=checks.chunk(engine.manifest, self._limits),
+        )
+        rows = len(x) * completions * proposals
+        async with aclosing(self._charged(engine, drawn, rows)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def _charged(
         self, engine: Engine, drawn: AsyncGenerator[Draws, None], rows: int

@@ -52,25 +52,21 @@ class Question:
     """One request, decoded.
 
     Attributes:
-        model: the bundle's name.
-        version: of it, no label.
+        engine: answers it.
         inputs: by name.
         settings: by name.
         wanted: names of the outputs.
-        manifest: of the bundle.
     """
 
-    model: str
-    version: str
+    engine: Engine
     inputs: Arrays
     settings: Settings
     wanted: frozenset[str]
-    manifest: Manifest
 
     @property
-    def asks(self) -> dict[str, Any]:
-        """What every request of our own begins with."""
-        return {"model_name": self.model, "model_version": self.version}
+    def manifest(self) -> Manifest:
+        """The bundle's."""
+        return self.engine.manifest
 
     @property
     def images(self) -> images_pb2.Images:
@@ -113,12 +109,11 @@ class Operation:
 
 async def _score(services: Services, question: Question) -> Answer:
     request = scoring_pb2.ScoreRequest(
-        **question.asks,
         images=question.images,
         surprise="surprise" in question.wanted,
         **question.settings,
     )
-    scores = await services.scoring.scored(request)
+    scores = await services.scoring.scored(question.engine, request)
     outputs = _of_scores(scores)
     if scores.surprise is not None:
         outputs["surprise"] = scores.surprise
@@ -154,11 +149,8 @@ async def _discriminate(services: Services, question: Question) -> Answer:
 async def _judged(
     services: Services, question: Question, rule: scoring_pb2.LabelRule.ValueType
 ) -> tuple[ScoreTable, Classifications]:
-    return await services.scoring.judged(
-        scoring_pb2.ClassifyRequest(
-            **question.asks, images=question.images, rule=rule, **question.settings
-        )
-    )
+    request = scoring_pb2.ClassifyRequest(images=question.images, rule=rule, **question.settings)
+    return await services.scoring.judged(question.engine, request)
 
 
 def _of_labels(answer: Classifications) -> dict[str, Array]:
@@ -181,11 +173,10 @@ async def _everything(services: Services, question: Question) -> Answer:
 async def _encode(services: Services, question: Question) -> Answer:
     labels = question.inputs.get("labels")
     request = scoring_pb2.EncodeRequest(
-        **question.asks,
         images=question.images,
         labels=() if labels is None else _small(labels),
     )
-    features = await services.scoring.encoded(request)
+    features = await services.scoring.encoded(question.engine, request)
     outputs: dict[str, Array] = {
         "mean": features.mean,
         "labels": features.label,
@@ -204,12 +195,11 @@ async def _generate(services: Services, question: Question) -> Answer:
         raise InvalidInput(f"parameters[{next(iter(check))}]", "is of a self_check only")
     _check_size(count, "count", question.manifest, services.limits)
     request = generation_pb2.GenerateRequest(
-        **question.asks,
         count=count,
         self_check=generation_pb2.SelfCheck(**check) if wants_check else None,
         **settings,
     )
-    async with aclosing(services.generation.drawn(request)) as chunks:
+    async with aclosing(services.generation.drawn(question.engine, request)) as chunks:
         drawn = [chunk async for chunk in chunks]
     outputs: dict[str, Array] = {
         "images": np.concatenate([chunk.images for chunk in drawn]),
@@ -227,9 +217,9 @@ async def _complete(services: Services, question: Question) -> Answer:
     rows = len(x) * max(1, question.settings.get("completions", 1))
     _check_size(rows, "parameters[completions]", question.manifest, services.limits)
     request = generation_pb2.CompleteRequest(
-        **question.asks, images=question.images, mask=mask.tobytes(), **question.settings
+        images=question.images, mask=mask.tobytes(), **question.settings
     )
-    async with aclosing(services.generation.completed(request)) as chunks:
+    async with aclosing(services.generation.completed(question.engine, request)) as chunks:
         drawn: list[Draws] = [chunk async for chunk in chunks]
     images = np.concatenate([x[:0], *(chunk.images for chunk in drawn)])
     return Answer({"images": images}, {"seed": drawn[0].seed} if drawn else {})

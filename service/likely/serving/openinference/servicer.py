@@ -233,12 +233,10 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
                 most = self._services.limits.images_per_request
                 read = partial(tensors.read, request, operation.inputs(manifest), most)
                 question = Question(
-                    bundle,
-                    version,
+                    engine,
                     await asyncio.to_thread(read) if tensors.is_long(request) else read(),
                     settings,
                     frozenset(tensor.name for tensor in wanted),
-                    manifest,
                 )
                 watch.lap()
                 answer = await operation.run(self._services, question)
