@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import socket
 import struct
@@ -9,15 +10,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from likely import Client, Unavailable
+from likely import AsyncClient, Client, Unavailable
 from likely.client import channels
 from likely.serving import ports
 from likely.v1.scoring_pb2 import ScoreRequest, ScoreStreamRequest
+from likely.v1.scoring_pb2_grpc import ScoringServiceStub
 from tests.faults import http2
 from tests.faults.alive import SECONDS, calling, is_well, on_toy
 
@@ -119,6 +122,30 @@ def test_a_connection_has_so_many_streams_at_once(running: Running) -> None:
         assert not scored.done()
         watches[0].cancel()
         assert len(scored.result().scores) == 1
+
+
+def test_what_is_more_than_a_connection_may_have_at_once_waits(running: Running) -> None:
+    with running(streams_per_connection=20) as live:
+        with calling(live.address) as caller:
+            caller.ask(on_toy(ScoreRequest))  # from here on it knows the limit
+            calls = [caller.scoring.Score.future(on_toy(ScoreRequest)) for _ in range(400)]
+            assert all(len(call.result(SECONDS).scores) == 1 for call in calls)
+        asyncio.run(burst(live.address))
+        is_well(live)
+
+
+async def burst(address: str) -> None:
+    """Asks much at once of one connection: by a bare stub, and by a client that tries once."""
+    alone = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(address, alone) as channel:
+        stub: Any = ScoringServiceStub(channel)
+        await stub.Score(on_toy(ScoreRequest))
+        calls = (stub.Score(on_toy(ScoreRequest), timeout=SECONDS) for _ in range(400))
+        assert all(len(answer.scores) == 1 for answer in await asyncio.gather(*calls))
+    async with AsyncClient(address, retries=False) as client:
+        x = [[[0] * 3] * 3]
+        await client.score(x)
+        assert len(await asyncio.gather(*(client.score(x) for _ in range(400)))) == 400
 
 
 def test_pings_of_patient_clients_are_answered(

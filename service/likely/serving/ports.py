@@ -31,6 +31,9 @@ def options(settings: Settings, shared: bool) -> list[tuple[str, Any]]:
         ("grpc.max_send_message_length", -1),  # bounded by what a request may ask
         # Messages are received whole before anybody is asked for a token.
         ("grpc.max_concurrent_streams", settings.streams_per_connection),
+        # Else those count too that have ended and are not yet freed, which no client can know of:
+        # it asks for one more, and is refused where it should have waited.
+        ("grpc.http.overload_protection", 0),
         # A taken port is an error, not a second server, unless that is the wish.
         ("grpc.so_reuseport", int(shared)),
         # Where a machine or a network is gone, nothing tells: its requests would wait for hours.
