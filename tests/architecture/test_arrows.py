@@ -223,7 +223,7 @@ WITHIN = {
         "callers": "",
         "turns": "",
         "traffic": "",
-        "admission": "traffic",
+        "admission": "callers traffic",
         "gathering": "",
         "batches": "callers turns",
         "tuning": "batches",

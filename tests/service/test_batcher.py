@@ -536,6 +536,35 @@ def test_nobody_gives_way_for_who_does_not_fit_in_the_end(rows: int, left: list[
     run(work())
 
 
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "soon", "reason"), [(3, False, "queue"), (2, True, "deadline"), (1, False, "share")]
+)
+def test_what_is_refused_for_now_is_counted_where_that_is_all_of_it(
+    rows: int, soon: bool, reason: str, counted: bool
+) -> None:
+    async def work() -> None:
+        graph, traffic = Doubler(), Traffic()
+        options = {"best": {Role.DENSITY: Best(4, pace=10.0)}, "bounds": Bounds(rows=2)}
+        async with opened(graph, traffic=traffic, **options) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            waiting = going(ask(lanes, 1, 1, client="a", counted=counted))
+            await settled()
+            deadline = time.monotonic() + 5 if soon else None
+            own = range(rows)
+            other = going(ask(lanes, *own, client="b", counted=counted, deadline=deadline))
+            await settled()
+            told = traffic.shed.labels("fake", reason)._value.get()
+            assert (told, gauge(traffic, "shed")) == (counted, counted)
+            graph.release()
+            found = await asyncio.gather(first, waiting, other, return_exceptions=True)
+            assert sum(isinstance(each, Overloaded) for each in found) == 1
+
+    run(work())
+
+
 def test_nobody_gives_way_for_who_finds_no_room_at_another_graph() -> None:
     async def work() -> None:
         graphs = {Role.DENSITY: Doubler(), Role.CONDITIONAL: Doubler()}

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from likely import codec, errors, statuses
 from likely.answers import Limits
+from likely.batching.admission import Quota
+from likely.batching.traffic import Traffic
 from likely.serving import feeds, merging
 from likely.serving.doors import Door
 from likely.v1 import scoring_pb2
@@ -284,6 +286,33 @@ def test_what_comes_while_a_run_lasts_is_run_together() -> None:
         assert sum(sizes) == 200
         assert max(sizes) == feeds.ROWS
         assert len(sizes) <= feeds.AT_ONCE + -(-200 // feeds.ROWS)
+
+    asyncio.run(run())
+
+
+def test_a_message_that_is_refused_is_counted_once() -> None:
+    async def run() -> None:
+        traffic, sizes = Traffic(), []
+        quota, all_read = Quota(1e-6, 4, traffic=traffic), asyncio.Event()
+        quota.take("a", 2)
+
+        async def spent(request: ScoreRequest) -> ScoreResponse:
+            await all_read.wait()
+            sizes.append(merging.rows(request))
+            with quota.charged("a", sizes[-1], "m"):
+                return await empty(request)
+
+        fed = Fed(40, spent)
+        async with aclosing(fed.feed.outcomes(fed.messages())) as found:
+            first = asyncio.ensure_future(anext(found))
+            while fed.read < 40:
+                await asyncio.sleep(0)
+            all_read.set()
+            outcomes = [*await first, *[each async for more in found for each in more]]
+        assert max(sizes) > 1
+        refused = [n for n, answer in outcomes if isinstance(answer, errors.Overloaded)]
+        assert len(refused) == 38
+        assert traffic.shed.labels("m", "quota")._value.get() == 38
 
     asyncio.run(run())
 

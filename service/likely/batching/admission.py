@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+from likely.batching import callers
 from likely.batching.traffic import Traffic
 from likely.errors import Overloaded, Unavailable
 
@@ -90,7 +91,8 @@ class Quota:
         try:
             self.take(client, rows)
         except Overloaded:
-            self._traffic.shed.labels(model, "quota").inc()
+            if callers.current().counted:
+                self._traffic.shed.labels(model, "quota").inc()
             raise
         return self._unless_refused(client, rows)
 

@@ -111,7 +111,7 @@ class Batcher:
             # Its last batch runs when all before it have run, its own others too.
             answered = seconds + ((member.rows - batch) / lanes + batch) * self.pace
             if member.since + HEADROOM * answered > member.deadline:
-                self._shed("deadline")
+                self._shed(member, "deadline")
                 raise Overloaded(
                     f"an answer would take about {answered:.3g} s, longer than the deadline allows",
                     patience(seconds),
@@ -120,7 +120,7 @@ class Batcher:
             return ()
         greedier = self._greedier(member)
         if not greedier:
-            self._shed("queue")
+            self._shed(member, "queue")
             raise Overloaded(
                 f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
                 f"pictures and {self._bounds.nbytes} bytes",
@@ -134,7 +134,7 @@ class Batcher:
             self._turns[greedy.priority].remove(greedy)
             if greedy.dead:  # its caller left, and the loop has not come to that yet
                 continue
-            self._shed("share")
+            self._shed(greedy, "share")
             greedy.future.set_exception(
                 Overloaded(
                     "the queue is full, and other clients ask for less",
@@ -274,5 +274,6 @@ class Batcher:
                     return found
         return ()
 
-    def _shed(self, reason: str) -> None:
-        self._traffic.shed.labels(self._name, reason).inc()
+    def _shed(self, member: Member, reason: str) -> None:
+        if member.counted:
+            self._traffic.shed.labels(self._name, reason).inc()

@@ -55,6 +55,7 @@ class Member(Waiting):
         deadline: when it is worth nothing any more, by the monotonic clock; None for never.
         since: when it came, by the same clock.
         guest: whether it may still be refused in favour of another client's.
+        counted: whether its refusal counts.
         batches: those that run rows of it.
         trace: is told of its waits and runs; None where it is not traced.
     """
@@ -66,6 +67,7 @@ class Member(Waiting):
     deadline: float | None = None
     since: float = 0.0
     guest: bool = False
+    counted: bool = True
     batches: set[Batch] = field(default_factory=set)
     trace: Trace | None = None
     _parts: list[tuple[int, Arrays]] = field(default_factory=list)

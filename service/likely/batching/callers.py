@@ -27,6 +27,7 @@ class Caller:
         priority: what the caller asks for; None leaves it to the request's kind and size.
         deadline: when the answer is worth nothing any more, by the monotonic clock.
         admitted: whether the request was let in: what it asks for later is not refused.
+        counted: whether its refusal counts; not where what is refused is asked again in parts.
         request_id: what the caller and the log call the request.
         trace: is told of its waits and runs; None where it is not traced.
         scopes: what its token allows; None where none is asked for.
@@ -36,6 +37,7 @@ class Caller:
     priority: Priority | None = None
     deadline: float | None = None
     admitted: bool = False
+    counted: bool = True
     request_id: str = ""
     trace: Trace | None = None
     scopes: frozenset[str] | None = None

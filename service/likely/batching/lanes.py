@@ -204,6 +204,7 @@ class Lanes:
             deadline=caller.deadline,
             since=time.monotonic(),
             guest=not caller.admitted,
+            counted=caller.counted,
             trace=caller.trace,
         )
         if not ask.rows:

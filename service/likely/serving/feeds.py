@@ -159,10 +159,13 @@ class Feed(Generic[R]):
 
     async def _answers(self, requests: Sequence[Any]) -> Sequence[R | Exception]:
         if len(requests) > 1:
+            asks = callers.current()
+            asks.counted = False
             try:
                 whole: Any = await self._checked(merging.merged(requests))
                 return merging.parted(whole, requests)
             except Exception:  # of one of them, perhaps: each is told of its own
+                asks.counted = True
                 return [await self._alone(request) for request in requests]
         return [await self._alone(requests[0])]
 
