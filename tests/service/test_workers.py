@@ -22,8 +22,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from likely import logs
 from likely.errors import LikelyError, SettingsError
 from likely.processes import fanout, supervisor
-from likely.processes.together import ROOM, Together
+from likely.processes.together import MEBIBYTES, ROOM, Together
 from likely.serving import ports
+from likely.telemetry.metrics import METHODS, SECONDS
 from tests.faults import http2
 
 if TYPE_CHECKING:
@@ -37,11 +38,50 @@ together.count_as(int(sys.argv[1]))
 from likely.telemetry.metrics import Metrics
 Metrics().ready(True)
 """
+BUSY = """
+import sys
+from types import SimpleNamespace
+import numpy as np
+from likely.processes import together
+together.count_as(int(sys.argv[1]))
+from likely.bundle import Role
+from likely.inference import inference_pb2
+from likely.telemetry.metrics import CODES, METHODS, Metrics
+
+class Engine(SimpleNamespace):
+    __hash__ = object.__hash__
+
+metrics = Metrics(1e-3, 2)
+(protocol,) = inference_pb2.DESCRIPTOR.services_by_name.values()
+for name in ("", "unknown", *(f"a_model_of_some_pictures_{n}" for n in range(8))):
+    engine = Engine(
+        manifest=SimpleNamespace(name=name, version="1.10.0", dimensions=784),
+        detector=SimpleNamespace(scores=np.arange(100.0)),
+        digest="0" * 64,
+        providers=("CUDAExecutionProvider",),
+        answers=lambda method: True,
+    )
+    if name.startswith("a_model"):
+        metrics._models.labels(name, "1.10.0", engine.digest, *engine.providers).set(1)
+        metrics._loads.labels(name).inc()
+        metrics._expect(engine)
+        metrics.monitor.serving([engine])
+        for role in Role:
+            for family in ("waiting", "running"):
+                getattr(metrics.traffic, family).labels(name, role).set(1)
+            for family in ("batches", "waits"):
+                getattr(metrics.traffic, family).labels(name, role).observe(1)
+    for method in (*METHODS, "ListModels", "GetModel", *(each.name for each in protocol.methods)):
+        metrics.began(method)
+        metrics.answered(method, name, 1, [1])
+        for code in (*CODES, "CANCELLED", "INVALID_ARGUMENT", "NOT_FOUND"):
+            metrics.ended(method, name, code, 0.1)
+"""
 
 
-def work(shared: Together, index: int) -> None:
-    """A worker that is ready, and then dies."""
-    code = [sys.executable, "-c", WORKER, str(index)]
+def work(shared: Together, index: int, doing: str = WORKER) -> None:
+    """A worker that is ready, or what else it is doing, and then dies."""
+    code = [sys.executable, "-c", doing, str(index)]
     subprocess.run(code, env={"PYTHONPATH": ":".join(sys.path), **shared.environment}, check=True)
 
 
@@ -67,12 +107,29 @@ def test_metrics_have_their_room_before_a_worker_writes_them(tmp_path: Path) -> 
     for _ in range(2):
         for index in (0, 1):
             work(shared, index)
-        sizes = {path.name: path.stat() for path in tmp_path.iterdir()}
-        assert len(sizes) == 8
-        for status in sizes.values():
-            assert status.st_size == ROOM
-            assert status.st_blocks * 512 >= ROOM
+        assert sizes(tmp_path) == {
+            f"{kind}_{index}.db": room for kind, room in ROOM.items() for index in (0, 1)
+        }
+        for path in tmp_path.iterdir():
+            assert path.stat().st_blocks * 512 >= path.stat().st_size
         shared.ended(0)
+
+
+def test_eight_models_that_are_asked_everything_need_no_more_room(tmp_path: Path) -> None:
+    shared = Together(tmp_path, 1)
+    before = sizes(tmp_path)
+    work(shared, 0, BUSY)
+    assert sizes(tmp_path) == before
+    buckets = [
+        name for name in told(shared.registry) if name.startswith("likely_request_seconds_b")
+    ]
+    assert len(buckets) > 8 * len(METHODS) * len(SECONDS)
+    assert sum(before.values()) == MEBIBYTES << 20
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files of a folder, by their name."""
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -96,7 +153,7 @@ def test_the_folder_is_the_temporary_one_or_else_in_shared_memory(
 
 
 def test_workers_without_a_folder_are_refused_in_a_sentence(places: tuple[Path, Path]) -> None:
-    with pytest.raises(SettingsError, match=r"workers = 2 needs a folder .* 2 MiB"):
+    with pytest.raises(SettingsError, match=r"workers = 2 needs a folder .* 4 MiB"):
         supervisor.private(2).__enter__()
 
 

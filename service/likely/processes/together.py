@@ -13,10 +13,10 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from likely.telemetry.metrics import READY, READY_MEANS
 
-ROOM = 1 << 18  # bytes of a worker's metrics of one kind: those of about eight versions
 _LIVING = ("gauge_livemax", "gauge_livesum")  # told by those that live
-_KINDS = ("counter", "histogram", *_LIVING)
-MEBIBYTES = ROOM * len(_KINDS) >> 20  # of a worker
+# Bytes of a worker's metrics, by their kind: those of eight models that are asked everything.
+ROOM = {"counter": 1 << 19, "histogram": 5 << 18, **dict.fromkeys(_LIVING, 1 << 17)}
+MEBIBYTES = sum(ROOM.values()) >> 20  # of a worker
 _NOTHING = struct.pack("i", 0)  # how a file begins of which nothing is used
 
 
@@ -52,8 +52,8 @@ class Together:
         """
         self._folder = folder
         for index in range(workers):
-            for kind in _KINDS:
-                self._path(kind, index).write_bytes(bytes(ROOM))
+            for kind, room in ROOM.items():
+                self._path(kind, index).write_bytes(bytes(room))
         self.environment = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
         self.registry = CollectorRegistry()
         self.registry.register(_Workers(folder))
