@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from likely.cli import main
+from likely.processes.supervisor import MARGIN
 from likely.settings import PREFIX, Settings, load
 
 DOCKERFILES = ["docker/Dockerfile", "docker/Dockerfile.cuda"]
@@ -150,7 +151,8 @@ def test_compose_hardens_the_server_and_lets_it_drain() -> None:
     assert likely["read_only"] is True
     assert likely["tmpfs"] == ["/tmp"]
     assert likely["cap_drop"] == ["ALL"]
-    assert int(likely["stop_grace_period"].removesuffix("s")) > DEFAULTS.drain_seconds
+    drain = DEFAULTS.drain_delay + DEFAULTS.drain_seconds
+    assert int(likely["stop_grace_period"].removesuffix("s")) >= drain + MARGIN
 
 
 def test_prometheus_scrapes_the_metrics_port_of_the_service() -> None:

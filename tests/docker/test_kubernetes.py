@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from likely.processes.supervisor import MARGIN
 from likely.settings import PREFIX, Settings, load
 
 
@@ -49,7 +50,8 @@ def _value(variable: dict[str, Any], container: dict[str, Any]) -> str:
 
 
 def test_the_pod_lets_a_drain_end(pod: dict[str, Any], settings: Settings) -> None:
-    assert pod["terminationGracePeriodSeconds"] > settings.drain_delay + settings.drain_seconds
+    drain = settings.drain_delay + settings.drain_seconds
+    assert pod["terminationGracePeriodSeconds"] >= drain + MARGIN
 
 
 def test_a_replica_that_drains_is_left_out_before_it_refuses(

@@ -56,7 +56,7 @@ _ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
 HOLD = 0.05  # seconds in which requests that race with a drain gather
 MODEL = "model/"  # what health calls a model, with its name behind
-READ = 5.0  # seconds in which the last answers may yet be read
+READ = 5.0  # seconds in which the last answers may yet be read; nothing tells whether they are
 CUT_OFF = 2.0  # seconds in which requests that are cut off may say so
 
 
