@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from likely import logs
 from likely.errors import LikelyError, SettingsError
-from likely.processes import fanout, supervisor
+from likely.processes import fanout, process, supervisor
 from likely.processes.together import MEBIBYTES, ROOM, Together
 from likely.serving import ports
 from likely.telemetry.metrics import METHODS, SECONDS
@@ -287,6 +288,38 @@ def test_a_worker_that_hangs_is_killed(
 
     assert asyncio.run(outlived()) == -signal.SIGKILL
     assert "worker hangs" in told.getvalue()
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_worker_that_missed_a_change_and_does_not_end_is_killed(
+    settings: Callable[..., Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hangs: bool,
+) -> None:
+    told = io.StringIO()
+    monkeypatch.setattr(supervisor, "LOOK", 0.01)
+    monkeypatch.setattr(process, "MARGIN", 0.2)
+
+    async def outlived() -> int:
+        keeper = supervised(settings(workers=2, drain_seconds=0), tmp_path, told)
+        worker = keeper._running[0] = await asyncio.create_subprocess_exec("sleep", "60")
+        try:
+            if hangs:
+                worker.send_signal(signal.SIGSTOP)
+                os.waitid(os.P_PID, worker.pid, os.WSTOPPED)  # or SIGTERM would overtake it
+            keeper._ready.add(0)
+            keeping = asyncio.create_task(keeper._outlived(0, worker))
+            keeper._strayed(0)
+            return await asyncio.wait_for(keeping, 20)
+        finally:
+            if worker.returncode is None:
+                worker.kill()
+                await worker.wait()
+            await asyncio.sleep(0.3)  # one that has ended is not killed
+
+    assert asyncio.run(outlived()) == -(signal.SIGKILL if hangs else signal.SIGTERM)
+    assert ("worker hangs" in told.getvalue()) is hangs
 
 
 def test_a_worker_that_ends_does_not_hang(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOST_SECONDS = 1.0  # to end requests in, where the device is gone
 LOAD_SECONDS = 0.5  # to end loads in, once all requests have ended
+MARGIN = 10.0  # seconds beyond its drain that a process may take to end
 
 
 def serve(settings: Settings) -> None:
@@ -101,6 +102,11 @@ async def run(
     log.info("ended")
     if loads:
         signals.leave(0)
+
+
+def patience(settings: Settings) -> float:
+    """Seconds that a process may take to end once it is told to; longer, and it hangs."""
+    return settings.drain_delay + settings.drain_seconds + MARGIN
 
 
 async def first(*awaited: asyncio.Future[Any]) -> None:

@@ -40,7 +40,6 @@ STEADY = 60.0  # seconds that a worker has lived when its next death counts as i
 LOOK = 5.0  # seconds between two questions whether a worker answers yet
 SILENCES = 6  # questions in a row without an answer, until it is taken to hang
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the folder in it is private
-MARGIN = 10.0  # seconds beyond its drain that a worker may take to end
 
 
 def serve(settings: Settings) -> None:
@@ -318,10 +317,10 @@ class Supervisor:
         living = [worker for worker in self._running.values() if worker.returncode is None]
         for worker in living:
             worker.send_signal(number)
-        seconds = self._settings.drain_delay + self._settings.drain_seconds + MARGIN
         if living:
             _, late = await asyncio.wait(
-                [asyncio.create_task(worker.wait()) for worker in living], timeout=seconds
+                [asyncio.create_task(worker.wait()) for worker in living],
+                timeout=process.patience(self._settings),
             )
             for worker in living if late else ():
                 if worker.returncode is None:
@@ -396,8 +395,17 @@ class Supervisor:
         self._log.error("worker could not follow a change", worker=index)
         self._ready.discard(index)
         self._together.ready(len(self._ready))
-        if self._running[index].returncode is None:
-            self._running[index].terminate()
+        worker = self._running[index]
+        if worker.returncode is None:
+            worker.terminate()
+            seconds = process.patience(self._settings)
+            asyncio.get_running_loop().call_later(seconds, self._overdue, index, worker)
+
+    def _overdue(self, index: int, worker: Process) -> None:
+        """Kills a worker that was told to end, if it lives yet; nobody else watches it."""
+        if worker.returncode is None:
+            self._log.error("worker hangs", worker=index)
+            worker.kill()
 
 
 def _serving(served: admin_pb2.ListVersionsResponse) -> list[admin_pb2.ModelVersion]:
