@@ -324,3 +324,26 @@ def test_a_worker_that_missed_a_change_and_does_not_end_is_killed(
 
 def test_a_worker_that_ends_does_not_hang(tmp_path: Path) -> None:
     assert not asyncio.run(fanout.is_silent(tmp_path / "0.sock"))
+
+
+def test_another_call_that_is_given_up_does_not_hide_that_a_worker_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fanout, "SOON", 1.0)
+    path = tmp_path / "0.sock"
+
+    async def silent() -> bool:
+        with socket.socket(socket.AF_UNIX) as hung:
+            hung.bind(str(path))
+            hung.listen()
+            hung.setblocking(False)
+            other = asyncio.create_task(fanout.served_by([path]))
+            accepting = asyncio.get_running_loop().sock_accept(hung)
+            there, _ = await asyncio.wait_for(accepting, 20)
+            with there:
+                asking = asyncio.create_task(fanout.is_silent(path))
+                await asyncio.sleep(0.3)
+            assert await other is None
+            return await asking
+
+    assert asyncio.run(silent())

@@ -21,6 +21,8 @@ HANDED_ON = ("x-request-id",)
 LONGEST = 600.0  # seconds of a worker's change, after which others have their turn
 SOON = 10.0  # seconds in which a worker says what it serves
 LATE = grpc.StatusCode.DEADLINE_EXCEEDED
+# Channels share a connection: one that was begun earlier, for others, is given up meanwhile.
+ALONE = (("grpc.use_local_subchannel_pool", 1),)
 Version = tuple[str, str]  # name and version
 
 
@@ -167,10 +169,12 @@ async def served_by(
 
 async def is_silent(socket: Path) -> bool:
     """Whether a worker does not answer in time; one that ends does, by refusing."""
-    try:
-        await _ask(socket, "ListVersions", admin_pb2.ListVersionsRequest(), (), SOON)
-    except grpc.aio.AioRpcError as error:
-        return error.code() is LATE
+    everything = admin_pb2.ListVersionsRequest()
+    async with grpc.aio.insecure_channel(f"unix:{socket}", options=ALONE) as channel:
+        try:
+            await admin_pb2_grpc.AdminServiceStub(channel).ListVersions(everything, timeout=SOON)
+        except grpc.aio.AioRpcError as error:
+            return error.code() is LATE
     return False
 
 
