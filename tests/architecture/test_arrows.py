@@ -51,7 +51,7 @@ SERVICE = {
     ),
     "processes": (
         "errors graphs logs machine serving settings signals telemetry v1 versions "
-        "grpc prometheus_client structlog"
+        "grpc grpc_health prometheus_client structlog"
     ),
     "jobs": (
         "answers batching bayes bundle client engine errors graphs levels machine noise outliers "

@@ -30,7 +30,9 @@ from tests.faults import http2
 
 if TYPE_CHECKING:
     from likely.settings import Settings
+    from tests.conftest import Running
 
+REQUESTS = "likely_requests_total"
 KINDS = (http2.PING, http2.GOAWAY)
 WORKER = """
 import sys
@@ -347,3 +349,23 @@ def test_another_call_that_is_given_up_does_not_hide_that_a_worker_hangs(
             return await asking
 
     assert asyncio.run(silent())
+
+
+def test_only_what_others_ask_a_worker_is_counted(running: Running, tmp_path: Path) -> None:
+    path = tmp_path / "0.sock"
+    with running(made={"admin_socket": path}) as live:
+        registry = live.server._metrics.registry
+
+        def counted() -> list[str]:
+            samples = told(registry).items()
+            return [name for name, n in samples if name.startswith(REQUESTS) and n != "0.0"]
+
+        assert not live.run(fanout.is_silent(path))
+        assert not counted()
+        assert live.run(fanout.served_by([path]))
+        assert counted() == [f'{REQUESTS}{{code="OK",method="ListVersions",model=""}}']
+    calls = [json.loads(line) for line in live.log.getvalue().splitlines()]
+    assert [(c["method"], c["code"]) for c in calls if c["event"] == "rpc"] == [
+        ("Check", "OK"),
+        ("ListVersions", "OK"),
+    ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from likely.errors import Unavailable
 from likely.v1 import admin_pb2, admin_pb2_grpc
@@ -169,10 +170,10 @@ async def served_by(
 
 async def is_silent(socket: Path) -> bool:
     """Whether a worker does not answer in time; one that ends does, by refusing."""
-    everything = admin_pb2.ListVersionsRequest()
     async with grpc.aio.insecure_channel(f"unix:{socket}", options=ALONE) as channel:
+        health = health_pb2_grpc.HealthStub(channel)  # as requests, these would be counted
         try:
-            await admin_pb2_grpc.AdminServiceStub(channel).ListVersions(everything, timeout=SOON)
+            await health.Check(health_pb2.HealthCheckRequest(), timeout=SOON)
         except grpc.aio.AioRpcError as error:
             return error.code() is LATE
     return False

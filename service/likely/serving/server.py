@@ -138,6 +138,8 @@ class Server:
             self._admin = self._server(shared=False)
             admin: Any = Guarded(self._guard, self._admin)
             admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(self.lifecycle), admin)
+            if admin_socket:  # whoever holds it asks for health too
+                health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
 
     async def start(self) -> None:
         """Opens the ports; until `load` has been there, health says NOT_SERVING.
