@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from likely import logs
 from likely.errors import LikelyError, SettingsError
-from likely.processes import fanout, process, supervisor
+from likely.processes import fanout, process, supervisor, worker
 from likely.processes.together import MEBIBYTES, ROOM, Together
 from likely.serving import ports
 from likely.telemetry.metrics import METHODS, SECONDS
@@ -79,6 +79,14 @@ for name in ("", "unknown", *(f"a_model_of_some_pictures_{n}" for n in range(8))
         metrics.answered(method, name, 1, [1])
         for code in (*CODES, "CANCELLED", "INVALID_ARGUMENT", "NOT_FOUND"):
             metrics.ended(method, name, code, 0.1)
+"""
+HUNG = """
+import asyncio, time
+from likely.processes import worker
+async def hang():
+    worker._end_with_the_input(asyncio.get_running_loop().create_future(), 0.2)
+    time.sleep(60)
+asyncio.run(hang())
 """
 
 
@@ -369,3 +377,9 @@ def test_only_what_others_ask_a_worker_is_counted(running: Running, tmp_path: Pa
         ("Check", "OK"),
         ("ListVersions", "OK"),
     ]
+
+
+def test_a_worker_that_hangs_does_not_outlive_its_supervisor() -> None:
+    code = [sys.executable, "-c", HUNG]
+    env = {"PYTHONPATH": ":".join(sys.path)}
+    assert subprocess.run(code, input=b"", env=env, timeout=30).returncode == worker.REFUSED

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from likely import logs
 from likely.errors import DeviceLost, LikelyError
 from likely.processes import together
-from likely.processes.process import run, signalled
+from likely.processes.process import patience, run, signalled
 from likely.serving.server import Server
 from likely.settings import Settings
 
@@ -72,7 +73,7 @@ def main() -> int:
 
 async def _work(order: Order, settings: Settings, log: Any) -> None:
     ending = signalled()
-    _end_with_the_input(ending)
+    _end_with_the_input(ending, patience(settings))
     socket = Path(order.socket)
     server = Server(
         settings,
@@ -92,7 +93,7 @@ async def _work(order: Order, settings: Settings, log: Any) -> None:
     await run(server, settings, log, ending, ready, LOST)
 
 
-def _end_with_the_input(ending: asyncio.Future[signal.Signals]) -> None:
+def _end_with_the_input(ending: asyncio.Future[signal.Signals], seconds: float) -> None:
     loop = asyncio.get_running_loop()
 
     def end() -> None:
@@ -104,6 +105,8 @@ def _end_with_the_input(ending: asyncio.Future[signal.Signals]) -> None:
         while os.read(sys.stdin.fileno(), 1 << 10):  # holds no lock that the end would want
             pass
         loop.call_soon_threadsafe(loop.call_later, HEARD, end)
+        time.sleep(seconds)  # a loop that hangs hears of nothing, and nobody is left to kill it
+        os._exit(REFUSED)
 
     threading.Thread(target=wait, daemon=True).start()
 
