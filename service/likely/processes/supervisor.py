@@ -140,6 +140,7 @@ class Supervisor:
         self._together = together
         self._running: dict[int, Process] = {}
         self._ready: set[int] = set()
+        self._leaving: set[Process] = set()  # missed a change, and drain
         self._begun = asyncio.Event()
         self._ending = False
         self._serving: frozenset[int] = frozenset()
@@ -316,7 +317,8 @@ class Supervisor:
         self._serving = frozenset(self._ready)
         living = [worker for worker in self._running.values() if worker.returncode is None]
         for worker in living:
-            worker.send_signal(number)
+            if worker not in self._leaving:  # a second signal would cut its drain short
+                worker.send_signal(number)
         if living:
             _, late = await asyncio.wait(
                 [asyncio.create_task(worker.wait()) for worker in living],
@@ -398,11 +400,13 @@ class Supervisor:
         worker = self._running[index]
         if worker.returncode is None:
             worker.terminate()
+            self._leaving.add(worker)
             seconds = process.patience(self._settings)
             asyncio.get_running_loop().call_later(seconds, self._overdue, index, worker)
 
     def _overdue(self, index: int, worker: Process) -> None:
         """Kills a worker that was told to end, if it lives yet; nobody else watches it."""
+        self._leaving.discard(worker)
         if worker.returncode is None:
             self._log.error("worker hangs", worker=index)
             worker.kill()
