@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from likely.cli import main
-from likely.processes.supervisor import MARGIN
+from likely.processes.process import MARGIN
 from likely.settings import PREFIX, Settings, load
 
 DOCKERFILES = ["docker/Dockerfile", "docker/Dockerfile.cuda"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from likely.processes.supervisor import MARGIN
+from likely.processes.process import MARGIN
 from likely.settings import PREFIX, Settings, load
 
 
