@@ -77,6 +77,11 @@ def shards_of(out: Path) -> int:
         return 0
 
 
+def written(out: Path) -> int:
+    """How many shards lie there; the manifest may count several of them only at once."""
+    return sum(1 for _ in out.glob("part-*"))
+
+
 def same(one: Path, other: Path) -> bool:
     """Whether two folders hold the same files, byte for byte."""
     names = sorted(path.name for path in one.iterdir())
@@ -116,7 +121,7 @@ def killed_worker(words: Sequence[object], out: Path) -> bool:
     )  # fmt: skip
     end, hit = time.monotonic() + SECONDS, False
     while job.poll() is None and time.monotonic() < end:
-        if not hit and shards_of(out) >= 2 and (found := actors(job.pid)):
+        if not hit and written(out) >= 2 and (found := actors(job.pid)):
             with suppress(ProcessLookupError):  # it ended meanwhile
                 os.kill(found[0], signal.SIGKILL)
                 hit = True

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from bench.jobs import LIKELY, done, killed, killed_worker, same, shards_of
+from bench.jobs import LIKELY, done, killed, killed_worker, same, shards_of, written
 from likely.errors import Unavailable
 from likely.jobs.backends import Served
 from tests.faults.served import first_process, served, wait_until
@@ -169,7 +169,7 @@ def test_a_job_outlives_its_server(tmp_path: Path) -> None:
         )
         stack.callback(job.wait)
         stack.callback(job.kill)
-        wait_until(lambda: shards_of(out) >= 2, 120)
+        wait_until(lambda: written(out) >= 2, 120)
         first.process.kill()
         first.process.wait()
         assert shards_of(out) < 20
