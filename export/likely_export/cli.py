@@ -301,6 +301,7 @@ def compare(bundles: tuple[Path, ...], source: str | None, out: Path) -> None:
     with _steps() as report:
         report("compare")
         data = recipe.data.load()
+        _tell_absent(recipe)
         found = compare.compare(bundles, data, recipe.others(data.levels))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(found.figures, indent=1, allow_nan=False) + "\n")
@@ -323,6 +324,7 @@ def _evaluated(
     data = recipe.data.load()
     if data.digest != manifest.data_digest:
         raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
+    _tell_absent(recipe)
     others = recipe.others(data.levels)
     figures, material = evaluate.evaluate(bundle, data, recipe.calibration.alphas, others)
     anchors = recipe.evaluation.anchors
@@ -333,6 +335,14 @@ def _evaluated(
         return figures, manifest
     with rewriting(bundle) as folder:
         return figures, evaluate.attach(folder, figures, material)
+
+
+def _tell_absent(recipe: Recipe) -> None:
+    """Warns of other data sets that the recipe names and that are not there."""
+    for name, path in recipe.places().items():
+        if not path.exists():
+            told = f"warning: evaluation.others.{name} is left out: {path} is not there"
+            click.echo(told, err=True)
 
 
 @contextmanager

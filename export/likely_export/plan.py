@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from pydantic import ValidationError
 from torch import nn
@@ -50,7 +51,8 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
 
     Raises:
         InvalidInput: models cannot play their roles, or not together, or one has none; a manifest
-            cannot say what the bundle would be, or not so that its recipe is read from it again.
+            cannot say what the bundle would be, or not so that its recipe is read from it again,
+            with all data sets apart.
     """
     for role in (Role.CONDITIONAL, Role.DISCRIMINATE):
         if role in recipe.roles and not data.labels:
@@ -61,7 +63,7 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
         for role in recipe.roles
     }
     manifest = _manifest(recipe, data, made)
-    from_table(manifest.model_dump(mode="json")["recipe"])  # which evaluations read it from
+    _check_places(from_table(manifest.model_dump(mode="json")["recipe"]))  # as evaluations read it
     features, taken = (manifest.latent_dimensions(role) for role in (Role.ENCODE, Role.DECODE))
     if features and taken and features != taken:
         raise InvalidInput(
@@ -71,6 +73,18 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
     for name in models:
         if name not in playing:
             raise InvalidInput(f"models.{name}", "has no role, so no bundle would have it")
+
+
+def _check_places(published: Recipe) -> None:
+    """Returns if no data set is looked for where another lies, once their folders are not told."""
+    known = {Path(published.data.source): "the data"}
+    for name, path in published.places().items():
+        if (same := known.setdefault(path, name)) != name:
+            raise InvalidInput(
+                f"evaluation.others.{name}",
+                f"manifests name no folders, so it would be looked for in {path} beside the data, "
+                f"as {same} would: rename the file, or give a path relative to the data",
+            )
 
 
 def _manifest(recipe: Recipe, data: Dataset, made: Mapping[Role, GraphSource]) -> Manifest:

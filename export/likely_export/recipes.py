@@ -307,6 +307,11 @@ class Recipe(_Table):
         every = tuple(dict.fromkeys((*self.data.without, *labels)))
         return self.model_copy(update={"data": self.data.model_copy(update={"without": every})})
 
+    def places(self) -> dict[str, Path]:
+        """Where the other data sets lie, if they are there, by their names."""
+        folder = Path(self.data.source).parent
+        return {name: folder / source for name, source in self.evaluation.others.items()}
+
     def others(self, levels: int) -> dict[str, Pixels]:
         """The other data sets to report against that are there, uint8 (n, c, h, w).
 
@@ -314,17 +319,21 @@ class Recipe(_Table):
         were held out are one more.
 
         Raises:
-            InvalidInput: the pictures of a set are of another shape than the recipe's own, or do
-                not span their levels.
+            InvalidInput: a set is the recipe's own or another one, or its pictures are of another
+                shape than the recipe's own, or do not span their levels.
         """
-        folder, without = Path(self.data.source).parent, self.data.without
-        paths = {name: folder / source for name, source in self.evaluation.others.items()}
-        there = {name: path for name, path in paths.items() if path.exists()}
+        without = self.data.without
+        there = {name: path for name, path in self.places().items() if path.exists()}
         found: dict[str, Pixels] = {}
         if not (there or without):
             return found
         own = sources.read(self.data.source)
+        known = {Path(self.data.source).resolve(): "the data"}
         for name, path in there.items():
+            if (same := known.setdefault(path.resolve(), name)) != name:
+                raise InvalidInput(
+                    f"evaluation.others.{name}", f"{path} is {same} too: name another, or none"
+                )
             raw = sources.read(path)
             if raw.x.shape[1:] != own.x.shape[1:]:
                 raise InvalidInput(

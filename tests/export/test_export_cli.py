@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from likely.bundle import Bundle, Manifest, Role
 from likely.bundle.manifest import FileRecord
+from likely.errors import InvalidInput
 from likely_export import recipes, runs
 from likely_export.cli import _Sentences, main
 from likely_export.material import Material
@@ -189,6 +190,24 @@ def test_an_anchor_beside_no_figure_is_told(
     figures, _ = cli._evaluated(Path("bundles/digits"), told, write=False)
     assert capsys.readouterr().err == "warning: anchors: this evaluation has no figure auroc\n"
     assert len(figures["anchors"]) == 2
+
+
+def test_other_sets_that_are_not_there_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from likely_export import compare, evaluate
+
+    table = recipes.load("digits").as_table() | {"evaluation": {"others": {"near": "near.npz"}}}
+    monkeypatch.setattr(recipes, "from_table", lambda *_: recipes.Recipe.model_validate(table))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: ({"aurc": 0.1}, Material(17, (), {})))
+
+    def ended(*_: object) -> None:
+        raise InvalidInput("compare", "ends here")
+
+    monkeypatch.setattr(compare, "compare", ended)
+    warning = "warning: evaluation.others.near is left out: near.npz is not there\n"
+    assert warning in call("evaluate", "bundles/digits").stderr
+    assert warning in call("compare", "bundles/digits", "--out", tmp_path / "family.html").stderr
 
 
 @pytest.mark.parametrize("evaluated", [True, False])

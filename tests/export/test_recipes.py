@@ -150,6 +150,23 @@ def test_other_sets_are_of_the_same_shape_or_refused(tmp_path: Path) -> None:
         recipes.load(tmp_path / "mine.toml").others(4)
 
 
+def test_the_data_or_another_set_is_no_other_set(tmp_path: Path) -> None:
+    for name in ("set", "near/set", "near/far"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.savez(tmp_path / name, x=np.zeros((2, 4, 4), np.uint8), y=[0, 1])
+    (tmp_path / "link.npz").symlink_to("near/far.npz")
+    table = f'[evaluation.others]\nnear = "{tmp_path}/near/set.npz"\nfar = "near/far.npz"\n'
+    (tmp_path / "mine.toml").write_text(TINY + table)
+    recipe = recipes.load(tmp_path / "mine.toml")
+    assert recipe.others(4).keys() == {"near", "far"}
+    told = recipes.from_table(recipe.published(), recipe.data.source)
+    with pytest.raises(InvalidInput, match=r"others\.near: .*set\.npz is the data too"):
+        told.others(4)
+    (tmp_path / "mine.toml").write_text(TINY + table + 'farther = "link.npz"\n')
+    with pytest.raises(InvalidInput, match=r"others\.farther: .*link\.npz is far too"):
+        recipes.load(tmp_path / "mine.toml").others(4)
+
+
 def test_other_sets_span_the_levels_that_no_key_chose(tmp_path: Path) -> None:
     for name, top in (("set", 255), ("dark", 1)):
         np.savez(tmp_path / name, x=np.full((2, 4, 4), top, np.uint8), y=[0, 1])

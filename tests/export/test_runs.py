@@ -125,6 +125,27 @@ def test_what_does_not_go_with_the_data_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("places", "says"),
+    [(("near/set",), "p: .* set.npz .* as the data would"), (("p/x", "q/x"), "q: .* as p would")],
+)
+def test_sets_of_one_file_name_are_refused_as_a_manifest_could_not_tell_them_apart(
+    recipe: Recipe, tmp_path: Path, places: tuple[str, ...], says: str
+) -> None:
+    for place in places:
+        (tmp_path / place).parent.mkdir()
+        np.savez(tmp_path / place, x=np.full((2, 4, 3), 255, np.uint8), y=[0, 1])
+
+    def told(folder: str) -> Recipe:
+        others = {name: f"{folder}{place}.npz" for name, place in zip("pq", places, strict=False)}
+        return recipe.model_copy(update={"evaluation": recipes.Evaluation(others=others)})
+
+    with pytest.raises(InvalidInput, match=rf"evaluation\.others\.{says}"):
+        runs.train_all(told(f"{tmp_path}/"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    runs._check(told(""))
+
+
 OTHERS = """
 [models.wide]
 family = "cvae"
