@@ -107,6 +107,7 @@ def combination(
     columns: Mapping[str, npt.NDArray[np.integer]],
     corrupted: Seen | None = None,
     labels: int = 1,
+    made_of: npt.ArrayLike = (),
 ) -> Combination:
     """Statistics to one score, learnt from the fit split.
 
@@ -119,6 +120,7 @@ def combination(
         columns: where each statistic's numbers stand.
         corrupted: fit pictures, corrupted; needed by `contrast`.
         labels: that a picture may be taken for, whether or not one of the split is.
+        made_of: of each corrupted picture the row in the fit split; both are held out together.
     """
     ranks = _ranks(fit.statistics)
     normal = ranks(fit.statistics)
@@ -131,7 +133,7 @@ def combination(
         )
 
     folds = np.arange(len(fit)) % FOLDS
-    odd_folds = np.arange(len(wrong)) % FOLDS
+    odd_folds = np.asarray(made_of, np.int64) % FOLDS
     scores = np.empty((len(fit), len(parts)))
     for fold in range(FOLDS):
         fitted = made(np.flatnonzero(folds != fold), wrong[odd_folds != fold])

@@ -57,8 +57,10 @@ def reported(x: Pixels, levels: int) -> dict[str, Pixels]:
     return {name: made for name, made in every.items() if name == BLANK or tells(x, made)}
 
 
-def contrasting(names: Sequence[str], x: Pixels, levels: int) -> tuple[Pixels, tuple[str, ...]]:
-    """Pictures corrupted in one of these ways each, and the ways that are left out.
+def contrasting(
+    names: Sequence[str], x: Pixels, levels: int
+) -> tuple[Pixels, npt.NDArray[np.int64], tuple[str, ...]]:
+    """Pictures corrupted in one of these ways each, their rows, and the ways that are left out.
 
     Args:
         names: keys of CHOOSING; each takes an equal part of the pictures.
@@ -68,16 +70,20 @@ def contrasting(names: Sequence[str], x: Pixels, levels: int) -> tuple[Pixels, t
     Raises:
         InvalidInput: none of them tells anything.
     """
-    parts = np.array_split(x, len(names))
-    made = [corrupt(name, part, levels) for name, part in zip(names, parts, strict=True)]
-    kept = [tells(part, one) for part, one in zip(parts, made, strict=True)]
+    rows = np.array_split(np.arange(len(x)), len(names))
+    made = [corrupt(name, x[part], levels) for name, part in zip(names, rows, strict=True)]
+    kept = [tells(x[part], one) for part, one in zip(rows, made, strict=True)]
     if not any(kept):
         raise InvalidInput(
             "calibration.contrast",
             f"pictures of {levels} levels stay as they are under {', '.join(names)}: name others",
         )
     left_out = tuple(name for name, keep in zip(names, kept, strict=True) if not keep)
-    return np.concatenate([one for one, keep in zip(made, kept, strict=True) if keep]), left_out
+    pictures, made_of = (
+        np.concatenate([part for part, keep in zip(parts, kept, strict=True) if keep])
+        for parts in (made, rows)
+    )
+    return pictures, made_of, left_out
 
 
 def blank(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001

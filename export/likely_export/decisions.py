@@ -73,16 +73,17 @@ def _calibrate(
     """The detector's arrays, the experts' weights and the posterior's temperature."""
     density = passes.session(folder, exported[Role.DENSITY])
     parts = recipe.calibration.parts
-    corrupted = None
+    corrupted, made_of = None, np.empty(0, np.int64)
     if any(part.kind == "contrast" for part in parts):
         names = recipe.calibration.contrast
-        pictures, left_out = corruptions.contrasting(names, data.fit.x, data.levels)
+        pictures, made_of, left_out = corruptions.contrasting(names, data.fit.x, data.levels)
         for name in left_out:
             report(f"contrast leaves out {name}: most pictures stay as they are, or turn blank")
         corrupted = _seen(density, pictures)
     columns = calibrate.places(exported[Role.DENSITY].source.widths)
     labels = len(data.labels) if density.spec.output("label") else 1
-    learnt = calibrate.combination(_seen(density, data.fit.x), parts, columns, corrupted, labels)
+    fit = _seen(density, data.fit.x)
+    learnt = calibrate.combination(fit, parts, columns, corrupted, labels, made_of)
     ranked = _seen(density, data.calibrate.x)
     if Role.CONDITIONAL not in exported:
         return calibrate.detector(learnt, ranked), (), 1.0

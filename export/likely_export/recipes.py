@@ -247,6 +247,13 @@ class Recipe(_Table):
                 f"data.splits.fit: {sizes.fit} pictures; to combine statistics, at least {FOLDS} "
                 "are needed"
             )
+        # Two that follow each other are in two folds, so that every fold leaves one to learn from.
+        learns = any(part.kind == "contrast" for part in self.calibration.parts)
+        if learns and sizes.fit < 2 * len(self.calibration.contrast):
+            raise ValueError(
+                f"data.splits.fit: {sizes.fit} pictures; a contrast needs two for each of its "
+                f"{len(self.calibration.contrast)} corruptions"
+            )
         # Parts are fitted by cross-fitting too, without a fold of the split.
         least = sizes.fit - -(-sizes.fit // FOLDS)
         for part in self.calibration.parts:

@@ -69,9 +69,11 @@ def test_some_do_exactly_this() -> None:
 def test_what_tells_nothing_on_two_levels_is_left_out() -> None:
     x = shapes(2, (1, 28, 28))
     many = np.concatenate([x] * 10)
-    made, left_out = contrasting(tuple(CHOOSING), many, 2)
+    made, made_of, left_out = contrasting(tuple(CHOOSING), many, 2)
     assert left_out == ("grainy", "sharpened")
-    assert len(made) == 8 * len(x)
+    rows = np.arange(len(many)).reshape(len(CHOOSING), -1)
+    kept = [index for index, name in enumerate(CHOOSING) if name not in left_out]
+    assert np.array_equal(made_of, rows[kept].ravel()) and len(made) == len(made_of)
     rough = x ^ (np.random.default_rng(1).random(x.shape) < 0.03)
     assert set(reported(rough.astype(np.uint8), 2)) == {*PANEL, *HARD} - {"half_contrast"}
     with pytest.raises(InvalidInput, match=r"contrast: pictures of 2 levels .* grainy, sharpened"):
@@ -80,8 +82,9 @@ def test_what_tells_nothing_on_two_levels_is_left_out() -> None:
 
 def test_on_many_levels_all_of_them_tell_something() -> None:
     x = np.concatenate([shapes(256, (1, 28, 28))] * 10)
-    made, left_out = contrasting(tuple(CHOOSING), x, 256)
+    made, made_of, left_out = contrasting(tuple(CHOOSING), x, 256)
     parts = np.array_split(x, len(CHOOSING))
     expected = [corrupt(name, part, 256) for name, part in zip(CHOOSING, parts, strict=True)]
     assert np.array_equal(made, np.concatenate(expected)) and left_out == ()
+    assert np.array_equal(made_of, np.arange(len(x)))
     assert list(reported(x, 256)) == [*PANEL, *HARD]

@@ -288,6 +288,12 @@ def test_other_sets_are_published_without_folders_and_found_beside_the_data(tmp_
             "calibration",
             "none are named",
         ),
+        (
+            "[roles]",
+            '[[calibration.parts]]\nkind = "contrast"\n[roles]',
+            "recipe",
+            "fit: 10 pictures; a contrast needs two for each of its 10 corruptions",
+        ),
         ("[roles]", "[calibration]\nstatistics = []\n[roles]", "calibration.statistics", "1 item"),
         ("[roles]", "[calibration]\nparts = []\n[roles]", "calibration.parts", "1 item"),
         (

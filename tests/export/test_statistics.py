@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from likely.answers import Guarantee
-from likely.outliers import Detector
+from likely.answers import Doubles, Guarantee
+from likely.outliers import Contrast, Detector
 from likely_export import calibrate
 from likely_export.calibrate import PartConfig, Seen
 from likely_export.statistics import (
@@ -93,7 +93,8 @@ def test_calibrated_p_values_are_valid_for_dependent_statistics(
     draw = [np.exp(rng.normal(size=(n, 6)) @ mixing) for n in (400, 999, 4000)]
     fit, ranked = (Seen(values, np.arange(len(values)) % 3) for values in draw[:2])
     odd = Seen(rng.normal(size=(300, 6)) @ mixing.T, np.zeros(300, np.int64))
-    learnt = calibrate.combination(fit, parts, {"all": np.arange(6)}, odd, labels=4)
+    columns = {"all": np.arange(6)}
+    learnt = calibrate.combination(fit, parts, columns, odd, labels=4, made_of=np.arange(300))
     detector = Detector(calibrate.detector(learnt, ranked))
     label = np.arange(len(draw[2])) % 3
     p = detector.p_value(detector.score(draw[2], label))
@@ -106,6 +107,26 @@ def test_calibrated_p_values_are_valid_for_dependent_statistics(
     assert np.all(detector.p_value(far) == detector.finest_alpha)
     sure = detector.p_value(detector.score(draw[2], label), Guarantee.PAC)
     assert np.all((sure >= p) & (sure <= 1))
+
+
+def test_a_picture_is_held_out_together_with_its_corrupted_twin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learnt_from: list[tuple[set[float], set[float]]] = []
+    contrast = calibrate._contrast
+
+    def told(config: PartConfig, columns: Doubles, v: Doubles, odd: Doubles) -> Contrast:
+        learnt_from.append(({*v[:, 0]}, {*odd[:, 0]}))
+        return contrast(config, columns, v, odd)
+
+    monkeypatch.setattr(calibrate, "_contrast", told)
+    values, label = np.random.default_rng(0).normal(size=(50, 2)), np.zeros(50, np.int64)
+    rows = np.delete(np.arange(50), range(5, 10))  # what is made of the others was left out
+    odd = Seen(values[rows], label[rows])  # told from what it is made of by nothing
+    parts, columns = [PartConfig("contrast")], {"all": np.arange(2)}
+    calibrate.combination(Seen(values, label), parts, columns, odd, made_of=rows)
+    assert len(learnt_from) == calibrate.FOLDS + 1
+    assert all(twins <= fitted for fitted, twins in learnt_from)
 
 
 def test_a_few_pictures_of_a_label_do_not_say_how_far_its_next_ones_deviate() -> None:
@@ -147,7 +168,9 @@ def test_what_does_not_vary_is_combined_too(
     }[case]
     seen = Seen(values, np.arange(8) if case == "alone" else np.zeros(8, np.int64))
     part = PartConfig(kind, components=1, neighbours=1)
-    learnt = calibrate.combination(seen, [part], calibrate.places({"all": 3}), seen, labels=8)
+    learnt = calibrate.combination(
+        seen, [part], calibrate.places({"all": 3}), seen, labels=8, made_of=np.arange(8)
+    )
     assert np.isfinite(learnt(seen.statistics, seen.label)).all()
 
 
