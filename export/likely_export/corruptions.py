@@ -48,7 +48,7 @@ def tells(before: Pixels, after: Pixels) -> bool:
     """
     axes = (1, 2, 3)
     changed = np.any(after != before, axes) & np.any(after, axes)
-    return 2 * int(changed.sum()) >= len(before)
+    return 0 < len(before) <= 2 * int(changed.sum())
 
 
 def reported(x: Pixels, levels: int) -> dict[str, Pixels]:

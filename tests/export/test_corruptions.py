@@ -78,6 +78,8 @@ def test_what_tells_nothing_on_two_levels_is_left_out() -> None:
     assert set(reported(rough.astype(np.uint8), 2)) == {*PANEL, *HARD} - {"half_contrast"}
     with pytest.raises(InvalidInput, match=r"contrast: pictures of 2 levels .* grainy, sharpened"):
         contrasting(("grainy", "sharpened"), x, 2)
+    with pytest.raises(InvalidInput, match="stay as they are"):  # of one picture one part is empty
+        contrasting(("grainy", "sharpened"), x[:1], 2)
 
 
 def test_on_many_levels_all_of_them_tell_something() -> None:
