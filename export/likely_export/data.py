@@ -14,6 +14,7 @@ picture that a source holds twice may come to two parts: `Dataset.copies` counts
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,12 +121,17 @@ class Dataset:
         counts = np.bincount(self.train.y, minlength=len(self.labels))
         return np.asarray(counts / counts.sum())
 
-    def copies(self) -> dict[str, int]:
-        """How many pictures of each held-out part are in the training part, too, to the byte."""
-        learnt = set(map(_print, self.train.given))
+    def copies(self, of: str = "train", among: Sequence[str] = PARTS[1:]) -> dict[str, int]:
+        """How many pictures of each held-out part are in the training part, too, to the byte.
+
+        Args:
+            of: another part to look for them in.
+            among: the parts whose pictures are looked for.
+        """
+        seen = set(map(_print, getattr(self, of).given))
         return {
-            part: sum(_print(picture) in learnt for picture in getattr(self, part).given)
-            for part in PARTS[1:]
+            part: sum(_print(picture) in seen for picture in getattr(self, part).given)
+            for part in among
         }
 
 

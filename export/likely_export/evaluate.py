@@ -124,6 +124,9 @@ class _Evaluation:
             "version": self.manifest.version,
             "test_size": len(self.test),
             "copies_of_training": self.data.copies(),
+            "test_copies_of": {
+                part: self.data.copies(part, ["test"])["test"] for part in ("fit", "calibrate")
+            },
             "bits_per_dim": measures.mean(scores.bits_per_dim),
             "nll_nats": measures.mean(-scores.log_px),
         }

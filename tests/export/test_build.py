@@ -172,6 +172,7 @@ def test_pictures_without_labels_become_a_bundle_that_scores_and_draws(tmp_path:
     )
     assert 0 < figures["nll_nats"]["mean"] < 30 and "accuracy" not in figures
     assert "independent_pixels_accuracy" not in figures["baselines"]
+    assert figures["test_copies_of"] == {"fit": 0, "calibrate": 0}
     assert material.drawn is not None and len(material.drawn) == 1
     evaluate.attach(tmp_path / "bundle", figures, material)
 

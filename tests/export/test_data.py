@@ -66,6 +66,10 @@ def test_copies_of_training_pictures_are_counted_where_they_are_held_out(
     held = {part: [p.tobytes() in train for p in getattr(found, part).given] for part in PARTS[1:]}
     assert found.copies() == {part: sum(one) for part, one in held.items()}
     assert found.copies()["test"] > 3
+    for part in ("fit", "calibrate"):
+        seen = {picture.tobytes() for picture in getattr(found, part).given}
+        twice = sum(picture.tobytes() in seen for picture in found.test.given)
+        assert found.copies(part, ["test"]) == {"test": twice}
     assert set(data.load("digits", Sizes(160, 260, 120, 300)).copies().values()) == {0}
 
 

@@ -328,20 +328,29 @@ def test_the_card_says_what_was_compared_and_what_chose(whole: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("copies", "says"),
+    ("copies", "of_test", "says", "seen"),
     [
-        (None, "dealt to one part Test"),
-        ({"calibrate": 0, "test": 0}, "none of them is a copy of one to train on"),
-        ({"calibrate": 2, "test": 0}, "in the training part too: calibrate 2 pictures"),
+        (None, None, "dealt to one part Test", ""),
+        ({"calibrate": 0, "test": 0}, {}, "none of them is a copy of one to train on", ""),
+        ({"calibrate": 2, "test": 0}, {}, "in the training part too: calibrate 2 pictures", ""),
+        ({"calibrate": 2, "test": 3}, {}, "calibrate 2, test 3 pictures", "train 3"),
+        (
+            {"calibrate": 0, "test": 0},
+            {"fit": 4, "calibrate": 5},
+            "none of them is a copy of one to train on",
+            "fit 4, calibrate 5",
+        ),
     ],
 )
-def test_the_card_tells_of_copies_of_training_pictures(
-    copies: dict[str, int] | None, says: str
+def test_the_card_tells_of_pictures_that_are_in_two_parts(
+    copies: dict[str, int] | None, of_test: dict[str, int] | None, says: str, seen: str
 ) -> None:
     shown = material()
-    found = figures(shown) | ({} if copies is None else {"copies_of_training": copies})
+    told = {"copies_of_training": copies, "test_copies_of": of_test}
+    found = figures(shown) | {key: one for key, one in told.items() if one is not None}
     card = " ".join(Page(report.page(manifest(), found, shown)).sections["card"])
-    assert says in card and ("saw them, but for copies" in card) == ("2" in says)
+    assert says in card
+    assert ("calibration saw them" + (f", but for copies ({seen})" if seen else " C")) in card
 
 
 @pytest.mark.parametrize("folder", ["bundles/digits", "bundles/fashion_mnist"])

@@ -44,6 +44,7 @@ def card(subject: Subject) -> View:
         "source": data.get("source", ""),
         "splits": [(n, value(size)) for n, size in splits.items() if size and size is not True],
         "copies": _copies(subject.figure("copies_of_training")),
+        "seen": _copies(_seen(subject)),
         "test_size": value(subject.figures["test_size"]) if "test_size" in subject.figures else "",
         "binarised": bool(data.get("binarise")),
         "models": [
@@ -92,6 +93,12 @@ def _contrast(calibration: dict[str, Any]) -> list[str]:
 def _copies(found: dict[str, int] | None) -> str | None:
     """How many pictures of which part are training pictures too; None if nobody counted."""
     return None if found is None else value({part: n for part, n in found.items() if n})
+
+
+def _seen(subject: Subject) -> dict[str, int]:
+    """How many pictures of the test part each part that it was to be kept from has, too."""
+    learnt = (subject.figure("copies_of_training") or {}).get("test", 0)
+    return {"train": learnt, **(subject.figure("test_copies_of") or {})}
 
 
 def _training(training: dict[str, Any]) -> str:
