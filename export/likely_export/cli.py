@@ -181,7 +181,7 @@ def build(run: Path, source: str | None, out: Path, evaluated: bool) -> None:
             figures, _ = _evaluated(out, Run.open(run, source).recipe)
     if evaluated:
         _show(figures)
-    if Role.DENSITY not in manifest.graphs:
+    if Role.DENSITY not in manifest.graphs and Run.open(run, source).recipe.data.load().labels:
         click.echo(f"It has no density. Now: likely-export features {out}")
 
 

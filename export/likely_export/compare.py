@@ -107,8 +107,10 @@ def compare(
     sizes = sizes or Sizes()
     opened = [Bundle.open(folder) for folder in bundles]
     _require_alike(opened, data)
-    labels = max(1, len(data.labels))
-    judge = taught(data.train.x, data.train.y, data.levels, labels, steps=sizes.steps)
+    judge = None
+    if data.labels:
+        train, labels = data.train, len(data.labels)
+        judge = taught(train.x, train.y, data.levels, labels, steps=sizes.steps)
     outside = _outside(data, others or {}, sizes.outside)
     test = data.test.some(sizes.test)
     members: dict[str, Any] = {}
@@ -118,15 +120,12 @@ def compare(
         members[bundle.manifest.name] = member.row()
         if member.drawn is not None:
             drawn[bundle.manifest.name] = member.drawn[: sizes.shown]
-    figures = {
-        "pictures": len(test),
-        "alpha": ALPHA,
-        "members": members,
-        "judge_accuracy": measures.mean(judge.posterior(test.x).argmax(1) == test.y),
-        "probe_of_pixels": _probe(
+    figures: dict[str, Any] = {"pictures": len(test), "alpha": ALPHA, "members": members}
+    if judge is not None:
+        figures["judge_accuracy"] = measures.mean(judge.posterior(test.x).argmax(1) == test.y)
+        figures["probe_of_pixels"] = _probe(
             features.flat(data.train.x), features.flat(test.x), data, test, sizes
-        ),
-    }
+        )
     return Comparison(figures, drawn, {n: x[:1] for n, x in outside.items()}, data.levels)
 
 
@@ -156,7 +155,7 @@ class _Member:
         bundle: Bundle,
         data: Dataset,
         test: Split,
-        judge: Judge,
+        judge: Judge | None,
         outside: Mapping[str, Pixels],
         sizes: Sizes,
     ) -> None:
@@ -245,6 +244,8 @@ class _Member:
         # Some of each label for those who look.
         order = np.argsort(np.arange(len(drawn)) % each, kind="stable")
         self.drawn = drawn[order]
+        if self.judge is None:
+            return {"draws": "by label"}
         shown = self.judge.posterior(drawn).argmax(1) == np.arange(len(drawn)) // each
         return {"draws": "by label", "faithfulness": measures.mean(shown)}
 
@@ -255,7 +256,7 @@ class _Member:
         if {Role.DENSITY, Role.CONDITIONAL, Role.DISCRIMINATE} <= set(graphs):
             part = self.test.some(self.sizes.composed)
             found["likelihoods"] = await composition.likelihoods(engine, part, ALPHA)
-        if {Role.SAMPLE, Role.DISCRIMINATE} <= set(graphs):
+        if self.judge is not None and {Role.SAMPLE, Role.DISCRIMINATE} <= set(graphs):
             each = max(1, self.sizes.accepted // len(self.manifest.labels))
             own = graphs[Role.SAMPLE].input("y") is not None
             found["drawings"] = await composition.drawings(engine, self.judge, each, own=own)

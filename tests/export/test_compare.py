@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from likely.bundle import Bundle
 from likely.errors import InvalidInput
 from likely_export import recipes, runs
 from likely_export.build import build, extend
+from likely_export.cli import main
 from likely_export.compare import Comparison, Sizes, compare
 from likely_export.data import Dataset
 from likely_export.report import family
@@ -154,6 +156,28 @@ def test_members_must_be_of_the_same_data(members: list[Path], data: Dataset) ->
         compare(members, replace(data, digest="0" * 64))
     with pytest.raises(InvalidInput, match="two bundles"):
         compare([members[0], members[0]], data)
+
+
+def test_without_labels_there_is_no_judge_nor_a_probe(tmp_path: Path, data: Dataset) -> None:
+    x, x_test = data.train.x, data.test.x
+    np.savez(tmp_path / "set.npz", x=x, x_test=x_test)
+    np.savez(tmp_path / "one.npz", x=x, y=0 * data.train.y, x_test=x_test, y_test=0 * data.test.y)
+    text = VAE.replace('"digits"', '"set.npz"\nlevels = 17').replace(", test = 300", "")
+    (tmp_path / "vae.toml").write_text(text)
+    recipe = recipes.load(tmp_path / "vae.toml")
+    runs.train_all(recipe, tmp_path / "run")
+    words = ["build", str(tmp_path / "run"), "--out", str(tmp_path / "bundle")]
+    for source in ("one", "set"):  # of one label the data are the same to the bit
+        built = CliRunner().invoke(main, [*words, "--data", str(tmp_path / f"{source}.npz")])
+        assert built.exit_code == 0 and "features 1, " in built.stdout
+        assert ("Now: likely-export features" in built.stdout) == (source == "one")
+
+    found = compare([tmp_path / "bundle"], recipe.data.load(), sizes=SIZES)
+    assert found.figures.keys() == {"pictures", "alpha", "members"}
+    assert found.figures["members"]["features"]["draws"] == "pictures"
+    family.write(tmp_path / "it.html", found.figures, found.drawn, found.outside, found.levels)
+    text = (tmp_path / "it.html").read_text()
+    assert "family_draws" in Page(text).titles and "independent network" not in text
 
 
 class Page(HTMLParser):

@@ -88,7 +88,7 @@ def _drawn(figures: Mapping[str, Any], drawn: Mapping[str, Pixels], levels: int)
         }
         for name, x in drawn.items()
     ]
-    judge = value(figures["judge_accuracy"], "share")
+    judge = _told(figures.get("judge_accuracy"), "share")
     return {"rows": rows, "judge": judge} if rows else None
 
 
@@ -163,7 +163,7 @@ def _nothing(figures: Mapping[str, Any], outside: Mapping[str, Pixels], levels: 
 
 def _probed(figures: Mapping[str, Any]) -> View:
     """A column a number of labelled pictures."""
-    pixels = figures["probe_of_pixels"]
+    pixels = figures.get("probe_of_pixels", {})
     rows = []
     for name, member in figures["members"].items():
         if (found := member.get("features")) is None:
