@@ -7,6 +7,7 @@ import math
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def _npz(path: Path) -> Source:
     has_test = bool(arrays.keys() & {*tests})
     if unlabelled := not arrays.keys() & {"y", "y_train", "y_test", "class_names"}:
         pictures = arrays.keys() & {"x", "x_train", "x_test"}
+        _require_no_labels(path, arrays, {arrays[key].shape[:1] for key in pictures})
         arrays |= {f"y{key[1:]}": np.zeros(arrays[key].shape[:1], np.int64) for key in pictures}
     if missing := [key for key in (*keys, *(tests if has_test else ())) if key not in arrays]:
         raise InvalidInput(
@@ -147,6 +149,23 @@ def _npz(path: Path) -> Source:
     names = arrays.get("class_names", np.array(()))
     known = tuple(map(str, names)) or None
     return _source(path, x, y, test, () if unlabelled else known)
+
+
+def _require_no_labels(
+    path: Path, arrays: Mapping[str, npt.NDArray[Any]], shapes: set[tuple[int, ...]]
+) -> None:
+    """Returns if no array looks like labels of pictures whose shapes begin so."""
+    like = [
+        name
+        for name, array in arrays.items()
+        if array.ndim == 1 and array.shape in shapes and np.issubdtype(array.dtype, np.integer)
+    ]
+    if like:
+        raise InvalidInput(
+            str(path),
+            f"has no labels named y, y_train or y_test, but {', '.join(like)}: name them so, or "
+            "leave them out",
+        )
 
 
 def _idx(path: Path, test: Path | None = None) -> Source:
@@ -199,6 +218,12 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 def _image_folder(folder: Path) -> Source:
     """Pictures in one subfolder a label, or in the folder itself, where no labels are known."""
     names = tuple(entry.name for entry in _entries(folder) if entry.is_dir())
+    if names and (loose := next(filter(_is_picture, _entries(folder)), None)):
+        raise InvalidInput(
+            str(folder),
+            f"holds pictures, such as {loose.name}, beside subfolders, such as {names[0]}, which "
+            "name labels: all pictures lie in these, or none does",
+        )
     pictures: list[Pixels] = []
     labels: list[int] = []
     for label, inner in enumerate([folder / name for name in names] or [folder]):
@@ -225,6 +250,15 @@ def _image_folder(folder: Path) -> Source:
 def _entries(folder: Path) -> list[Path]:
     """What lies in a folder, by name; not what is hidden, such as macOS's .DS_Store."""
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _is_picture(file: Path) -> bool:
+    """Whether it begins as a picture does, of whatever mode."""
+    try:
+        with Image.open(file):
+            return True
+    except OSError:
+        return False
 
 
 def _picture(file: Path) -> Pixels:

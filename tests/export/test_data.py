@@ -205,6 +205,7 @@ def test_idx_files_are_read_plain_and_gzipped(tmp_path: Path, packed: bool) -> N
 def test_image_folders_hold_a_subfolder_a_label(tmp_path: Path) -> None:
     x = pictures(6, (3, 5, 4))
     (tmp_path / ".cache").mkdir()
+    (tmp_path / "LICENSE.txt").write_text("free")
     for i, picture in enumerate(x):
         folder = tmp_path / ("ape", "bee")[i % 2]
         folder.mkdir(exist_ok=True)
@@ -225,7 +226,7 @@ def test_pictures_may_have_no_labels(tmp_path: Path, form: str) -> None:
         for i, picture in enumerate(x):
             Image.fromarray(picture).save(tmp_path / f"{i:02}.png")
     elif form == "whole":
-        np.savez(source, x=x)
+        np.savez(source, x=x, scale=np.ones(40), seeds=[1, 2], side=5)
     else:
         np.savez(source, x_train=x, x_test=x[:7])
         sizes = NO_TEST
@@ -340,6 +341,24 @@ def names_without_labels(folder: Path) -> Path:
     return folder / "set.npz"
 
 
+def labels_by_another_name(folder: Path) -> Path:
+    np.savez(folder / "set.npz", x=pictures(3), labels=[0, 1, 0], index=[5, 6, 7])
+    return folder / "set.npz"
+
+
+def labels_in_capitals(folder: Path) -> Path:
+    labels = {"Y_train": np.zeros(3, np.uint8), "Y_test": np.zeros(2, np.uint8)}
+    np.savez(folder / "set.npz", x_train=pictures(3), x_test=pictures(2), **labels)  # type: ignore[arg-type]
+    return folder / "set.npz"
+
+
+def loose_pictures(folder: Path) -> Path:
+    (folder / "a").mkdir()
+    for name in ("1.png", "a/0.png"):
+        Image.new("L", (4, 4)).save(folder / name)
+    return folder
+
+
 def two_sizes(folder: Path) -> Path:
     for i, size in enumerate([(4, 4), (5, 4)]):
         (folder / "a").mkdir(exist_ok=True)
@@ -379,6 +398,9 @@ def empty_subfolder(folder: Path) -> Path:
         (floats, "float64"),
         (negative_label, "negative"),
         (names_without_labels, "no array y"),
+        (labels_by_another_name, "but labels, index: name them so"),
+        (labels_in_capitals, "but Y_train, Y_test: name them so"),
+        (loose_pictures, r"such as 1\.png, beside subfolders, such as a, "),
         (two_sizes, "4x5"),
         (palette, "mode P"),
         (no_picture, "not a readable picture"),
