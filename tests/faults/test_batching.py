@@ -749,9 +749,10 @@ def test_without_memory_half_a_batch_is_tried_and_then_refused(live: Live, stub:
     rigged.fails = allocate
     whole = stub.Score(score(4), timeout=SECONDS)
     assert (len(whole.scores), rigged.runs) == (4, [4, 2, 2])
-    most = 1
+    most, before = 1, samples(live, "likely_shed_total", reason="memory")
     with pytest.raises(grpc.RpcError) as caught:
         stub.Score(score(4), timeout=SECONDS)
+    assert samples(live, "likely_shed_total", reason="memory") == before + 1
     error: Any = caught.value
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     told_to_come_again(dict(error.trailing_metadata()))

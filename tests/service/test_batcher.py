@@ -448,6 +448,24 @@ def test_without_memory_half_is_tried_once_and_then_refused() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_what_is_refused_for_want_of_memory_is_counted_once(counted: bool) -> None:
+    async def work() -> None:
+        graphs, traffic = {role: Doubler(fits=0) for role in ASKED}, Traffic()
+        best = dict.fromkeys(graphs, Best(2))
+        lanes = Lanes("fake", graphs, lanes=1, best=best, traffic=traffic)
+        callers.announce(Caller("a", counted=counted))
+        feed = rows_of({"x": np.arange(7)})
+        for _ in range(3):
+            with pytest.raises(Overloaded, match="no memory"):
+                await lanes.run_all(*(Ask(role, 7, feed, ("y",)) for role in graphs))
+        assert traffic.shed.labels("fake", "memory")._value.get() == 3 * counted
+        assert gauge(traffic, "shed") == 3 * counted
+        await asyncio.to_thread(lanes.close)
+
+    run(work())
+
+
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again() -> None:
     async def work() -> None:
         graph, traffic = Doubler(), Traffic()

@@ -27,7 +27,7 @@ from likely.batching.callers import Caller, Priority
 from likely.batching.traffic import Traffic
 from likely.batching.tuning import Best
 from likely.bundle import Graph, Role
-from likely.errors import LikelyError, NotAnswered, Unavailable
+from likely.errors import LikelyError, NotAnswered, OutOfMemory, Unavailable
 from likely.graphs import Array
 
 BULK_ROWS = 64  # a request of so many rows yields to smaller ones
@@ -145,7 +145,9 @@ class Lanes:
             for member in members:
                 found.append(await member.future)  # noqa: PERF401  that would be a coroutine more
             return found
-        except BaseException:
+        except BaseException as error:
+            if members[0].counted and isinstance(error.__cause__, OutOfMemory):
+                self._traffic.shed.labels(self._name, "memory").inc()
             for member, ask in zip(members, asks, strict=True):
                 self._abandon(member, ask.role)
             raise

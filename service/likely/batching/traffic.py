@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-SHED = ("deadline", "queue", "quota", "share")  # why requests are refused for now
+SHED = ("deadline", "memory", "queue", "quota", "share")  # why requests are refused for now
 FAILED = ("ServerFault", "raised")  # why runs fail by the server's fault, of the usual reasons
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -20,7 +20,7 @@ class Traffic:
         running: batches in lanes, by model and graph.
         batches: rows of each batch, by model and graph.
         waits: seconds in the queue of each request's first rows, by model and graph.
-        shed: requests refused for want of room or quota, by model and reason.
+        shed: requests refused for want of room, memory or quota, by model and reason.
         dropped: requests whose caller was gone before the answer, by model and stage.
         failures: runs that failed, by model and reason.
         restarts: times that a queue broke and was begun anew, by model.
