@@ -17,12 +17,15 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from likely import Client, LabelRule, statuses
+from likely.bundle import Role
 from likely.engine import Engine
 from likely.inference import inference_pb2 as pb
 from likely.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from likely.serving.openinference import tensors
+from likely.telemetry.metrics import CODES, INFERRING
 
 if TYPE_CHECKING:
+    from likely.batching.batches import Runner
     from tests.conftest import Live, Running, Toy
 
 NUMPY = {
@@ -383,6 +386,59 @@ def test_statistics_and_metrics_count_what_was_asked(running: Running, x: Any) -
             text = answer.read().decode()
     assert 'likely_images_total{method="ModelInfer",model="toy"} 60.0' in text
     assert 'likely_requests_total{code="OK",method="ModelInfer",model="toy"} 3.0' in text
+
+
+def test_messages_of_a_stream_are_counted_by_what_became_of_them(running: Running, x: Any) -> None:
+    with running() as live, grpc.insecure_channel(live.address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        before = messages(live)
+        # The first message's model is not all the others'; nobody's wish names a series.
+        asked = [pictures(model, x) for model in ("guess", "toy/score", "toy", "toy/guess")]
+        asked.append(pictures("toy/score", GOOD, alpha=7))
+        assert len(list(stub.ModelStreamInfer(iter(asked), timeout=30))) == 5
+        batcher = live.server.registry.find("toy")._lanes._batchers[Role.DENSITY]
+        batcher.runner = Broken(batcher.runner)
+        broken = list(stub.ModelStreamInfer(iter([pictures("toy/score", x)] * 20), timeout=30))
+        assert all("internal error" in answer.error_message for answer in broken)
+        after = messages(live)
+    assert before == {("toy", code): 0 for code in CODES}
+    assert after == {
+        **before,
+        ("toy", "OK"): 2,
+        ("toy", "NOT_FOUND"): 1,
+        ("toy", "INVALID_ARGUMENT"): 1,
+        ("unknown", "NOT_FOUND"): 1,
+        ("toy", "INTERNAL"): 20,
+    }
+
+
+class Broken:
+    """A graph whose runs fail."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.spec, self.providers, self.empty = runner.spec, runner.providers, runner.empty
+
+    def run(self, *_: Any) -> Any:
+        raise RuntimeError("broken")
+
+
+def messages(live: Live) -> dict[tuple[str, str], float]:
+    """How many messages of ModelStreamInfer were counted, by model and code."""
+    return {
+        (sample.labels["model"], sample.labels["code"]): sample.value
+        for family in live.server._metrics._messages._metric.collect()
+        for sample in family.samples
+        if sample.name.endswith("_total") and sample.labels["method"] == "ModelStreamInfer"
+    }
+
+
+def test_what_is_inferred_begins_with_0(running: Running) -> None:
+    with running() as live, urllib.request.urlopen(live.metrics_url, timeout=10) as answer:
+        text = answer.read().decode()
+    for method in INFERRING:
+        asked = f'method="{method}",model="toy"'
+        assert f'likely_requests_total{{code="INTERNAL",{asked}}} 0.0' in text
+        assert f'likely_verdicts_total{{{asked},verdict="outlier"}} 0.0' in text
 
 
 def test_all_that_is_decided_comes_of_one_look(running: Running, x: Any) -> None:

@@ -49,7 +49,7 @@ from likely.processes import together
 together.count_as(int(sys.argv[1]))
 from likely.bundle import Role
 from likely.inference import inference_pb2
-from likely.telemetry.metrics import CODES, METHODS, Metrics
+from likely.telemetry.metrics import CODES, METHODS, STREAMS, Metrics
 
 class Engine(SimpleNamespace):
     __hash__ = object.__hash__
@@ -79,6 +79,8 @@ for name in ("", "unknown", *(f"a_model_of_some_pictures_{n}" for n in range(8))
         metrics.answered(method, name, 1, [1])
         for code in (*CODES, "CANCELLED", "INVALID_ARGUMENT", "NOT_FOUND"):
             metrics.ended(method, name, code, 0.1)
+            if method in STREAMS:
+                metrics.streamed(method, name, code)
 """
 HUNG = """
 import asyncio, time

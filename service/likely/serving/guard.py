@@ -254,6 +254,13 @@ class Guard:
         """What the caller of one message of a stream is told of an error."""
         return statuses.failure(self.told(error, method, request_id), request_id)
 
+    def streamed(self, method: str, request: Any, code: int) -> None:
+        """Counts one message of a stream, answered with that status code; 0 is OK.
+
+        For streams whose answers do not tell it (`tallies.codes`), or that ask several models.
+        """
+        self._metrics.streamed(method, self._named(request), statuses.code_of(code).name)
+
     async def _write(self, answer: Any, context: Context, is_first: bool) -> None:
         # Returns once the caller's window has room: what it does not read is not drawn.
         try:
@@ -313,10 +320,14 @@ class Guard:
 
     def _received(self, call: Call, data: bytes, read: Read) -> Any:
         request = _decode(data, read)
+        call.model = self._named(request)
+        return request
+
+    def _named(self, request: Any) -> str:
+        """The model that a request asks, as logs and metrics tell it."""
         name = tallies.model(request)
         # One value for all unknown names: callers must not grow logs and metrics.
-        call.model = name if not name or self._registry.known(name) else "unknown"
-        return request
+        return name if not name or self._registry.known(name) else "unknown"
 
     async def _each(self, call: Call, stream: AsyncIterator[bytes], read: Read) -> Any:
         async for data in stream:

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from likely.engine import Engine
 
 M = TypeVar("M", Counter, Gauge, Histogram)
+INFERRING = ("ModelInfer", "ModelStreamInfer")  # every model answers them
 METHODS = (
     "Score", "ScoreStream", "Classify", "ClassifyStream", "Encode", "Generate", "Complete",
-    "Decode", "Traverse", "Interpolate",
+    "Decode", "Traverse", "Interpolate", *INFERRING,
 )  # fmt: skip
+STREAMS = ("ScoreStream", "ClassifyStream", "ModelStreamInfer")
 JUDGING = ("Score", "Classify")
 CODES = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")
 READY = "likely_ready"
@@ -212,14 +214,15 @@ class Metrics:
         for reason in FAILED:
             self.traffic.failures.labels(name, reason)
         self.traffic.restarts.labels(name)
+        judges = any(map(engine.answers, JUDGING))
         for method in METHODS:
-            if not engine.answers(method.removesuffix("Stream")):
+            if method not in INFERRING and not engine.answers(method.removesuffix("Stream")):
                 continue
             for code in CODES:
                 self._requests[method, name, code]
-                if method.endswith("Stream"):
+                if method in STREAMS:
                     self._messages[method, name, code]
-            for verdict in Verdict if method.startswith(JUDGING) else ():
+            for verdict in Verdict if judges and method.startswith((*JUDGING, *INFERRING)) else ():
                 self._verdicts[method, name, verdict.name.lower()]
 
     def ready(self, ready: bool) -> None:

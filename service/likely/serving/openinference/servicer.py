@@ -29,6 +29,7 @@ from likely.versions.registry import Registry
 Context = grpc.aio.ServicerContext[Any, Any]
 EXTENSIONS = ("model_configuration", "statistics", "model_repository", "parameters")
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
+STREAM = "ModelStreamInfer"
 STREAMED = 16  # requests of one stream that are answered at once
 
 
@@ -145,9 +146,11 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
                 for number, outcome in outcomes:
                     request = asked.pop(number)
                     if not isinstance(outcome, Exception):
+                        self._guard.streamed(STREAM, request, 0)
                         yield inference_pb2.ModelStreamInferResponse(infer_response=outcome)
                         continue
-                    told = self._guard.failure(outcome, "ModelStreamInfer", request_id)
+                    told = self._guard.failure(outcome, STREAM, request_id)
+                    self._guard.streamed(STREAM, request, told.code)
                     yield inference_pb2.ModelStreamInferResponse(
                         error_message=told.message,
                         infer_response=inference_pb2.ModelInferResponse(
