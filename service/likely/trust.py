@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from likely.batching import callers
 from likely.batching.traffic import Traffic
 from likely.errors import ServerFault, Unavailable
 from likely.graphs import Array
@@ -55,6 +56,8 @@ class Trust:
     def check(self, graph: str, *arrays: Array) -> None:
         """Returns if all values of a graph's answer are finite.
 
+        What is asked again in parts is not counted: each of them is.
+
         Raises:
             ServerFault: one is not; it must not leave the service.
         """
@@ -65,13 +68,17 @@ class Trust:
             if self._in_a_row:
                 self._in_a_row.pop(graph, None)
             return
+        if callers.current().counted:
+            self._count(graph)
+        raise ServerFault("the model gave a value that is not finite")
+
+    def _count(self, graph: str) -> None:
         self._withheld.inc()
         in_a_row = self._in_a_row[graph] = self._in_a_row.get(graph, 0) + 1
         if self.healthy and self._patience and in_a_row >= self._patience:
             self.healthy = False
             self._unhealthy.inc()
             self.lost()
-        raise ServerFault("the model gave a value that is not finite")
 
     def end(self) -> None:
         """Is not counted any more, where it was unhealthy."""

@@ -32,7 +32,13 @@ from likely.graphs import Array, Stop
 from likely.ranking import Ranked
 from likely.v1.generation_pb2 import Acceptance, CompleteRequest, GenerateRequest, SelfCheck
 from likely.v1.generation_pb2_grpc import GenerationServiceStub
-from likely.v1.scoring_pb2 import ClassifyRequest, ScoreRequest, ScoreResponse, Verdict
+from likely.v1.scoring_pb2 import (
+    ClassifyRequest,
+    ScoreRequest,
+    ScoreResponse,
+    ScoreStreamRequest,
+    Verdict,
+)
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
 from tests.faults import http2
 from tests.faults.alive import detail, flat_memory, told_to_come_again
@@ -237,6 +243,39 @@ def test_what_is_not_a_number_is_withheld_and_ends_the_version(
         assert failed(stub.Classify.future(classify, timeout=SECONDS)) is (
             grpc.StatusCode.UNAVAILABLE
         )
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_message_that_fails_is_counted_once_and_costs_its_mates_nothing(
+    running: Running, raises: bool
+) -> None:
+    quota = {"client_images_per_second": 1e-6, "client_images_at_once": 20}
+    with running(**quota, withheld_answers=2, max_batch=64) as live:
+
+        def spoil(feeds: dict[str, Array], found: dict[str, Array]) -> None:
+            bad = (feeds["x"] == 1).any((1, 2, 3))
+            if raises and bad.any():
+                raise RuntimeError("injected")
+            found["log_px"] = np.where(bad, np.nan, found["log_px"])
+
+        rigged = rig_beneath(live)
+        rigged.change, rigged.pause = spoil, 0.1  # the first runs while the others come
+        messages = [
+            ScoreStreamRequest(sequence_id=n, request=score(2, level=n == 9)) for n in range(10)
+        ]
+        with grpc.insecure_channel(live.address) as channel:
+            stub = ScoringServiceStub(channel)
+            answers = list(stub.ScoreStream(iter(messages), timeout=SECONDS))
+            spent = failed(stub.Score.future(score(), timeout=SECONDS))
+        codes = {told.sequence_id: told.failure.code for each in answers for told in each.outcomes}
+        internal, _ = grpc.StatusCode.INTERNAL.value
+        assert codes == {n: internal * (n == 9) for n in range(10)}
+        assert max(rigged.runs) > 4
+        assert samples(live, "likely_withheld_total") == (not raises)
+        assert samples(live, "likely_run_failures_total") == raises
+        assert live.server.registry.find("toy").healthy
+        assert spent is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 @pytest.mark.fault(3)

@@ -1181,7 +1181,7 @@ def test_a_quota_is_spent_and_comes_back() -> None:
         Quota().take(client, HUGE)
 
 
-def test_what_is_refused_for_now_costs_no_quota() -> None:
+def test_what_is_refused_for_now_costs_no_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     traffic = Traffic()
     quota = Quota(1e-6, 5, traffic=traffic)
     for refusal in (Overloaded("the queue is full"), Unavailable("the server is ending")):
@@ -1189,6 +1189,10 @@ def test_what_is_refused_for_now_costs_no_quota() -> None:
             raise refusal
     with pytest.raises(RunStopped), quota.charged("a", 4, "m"):
         raise RunStopped
+    with monkeypatch.context() as patch:
+        patch.setattr(callers, "current", lambda: Caller("a", counted=False))
+        with pytest.raises(RunStopped), quota.charged("a", 1, "m"):
+            raise RunStopped  # it is asked again in parts
     with quota.charged("a", 1, "m"):
         pass
     with pytest.raises(Overloaded, match="quota"), quota.charged("a", 1, "m"):

@@ -78,6 +78,8 @@ class Quota:
     def charged(self, client: str, rows: int, model: str) -> AbstractContextManager[None]:
         """As `take`; but what is within may be refused for now, and is not counted then.
 
+        Nor is what fails and is asked again in parts, each of which is.
+
         Args:
             client: who asks.
             rows: pictures.
@@ -100,9 +102,10 @@ class Quota:
     def _unless_refused(self, client: str, rows: int) -> Iterator[None]:
         try:
             yield
-        except (Overloaded, Unavailable):
-            now = self._clock()
-            self._owed[client] = max(0.0, self._owing(client, now) - rows), now
+        except Exception as error:
+            if isinstance(error, Overloaded | Unavailable) or not callers.current().counted:
+                now = self._clock()
+                self._owed[client] = max(0.0, self._owing(client, now) - rows), now
             raise
 
     @property

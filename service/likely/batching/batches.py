@@ -55,7 +55,7 @@ class Member(Waiting):
         deadline: when it is worth nothing any more, by the monotonic clock; None for never.
         since: when it came, by the same clock.
         guest: whether it may still be refused in favour of another client's.
-        counted: whether its refusal counts.
+        counted: whether its failure counts.
         batches: those that run rows of it.
         trace: is told of its waits and runs; None where it is not traced.
     """

@@ -27,7 +27,7 @@ class Caller:
         priority: what the caller asks for; None leaves it to the request's kind and size.
         deadline: when the answer is worth nothing any more, by the monotonic clock.
         admitted: whether the request was let in: what it asks for later is not refused.
-        counted: whether its refusal counts; not where what is refused is asked again in parts.
+        counted: whether its failure counts; not where what fails is asked again in parts.
         request_id: what the caller and the log call the request.
         trace: is told of its waits and runs; None where it is not traced.
         scopes: what its token allows; None where none is asked for.

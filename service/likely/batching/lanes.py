@@ -431,8 +431,9 @@ class Lanes:
 
     def _failed(self, member: Member, role: Role, error: Exception) -> None:
         """Counts a failed run, and gives up what else its member has waiting or running."""
-        reason = type(error).__name__ if isinstance(error, LikelyError) else "raised"
-        self._traffic.failures.labels(self._name, reason).inc()
+        if member.counted:
+            reason = type(error).__name__ if isinstance(error, LikelyError) else "raised"
+            self._traffic.failures.labels(self._name, reason).inc()
         self._batchers[role].remove(member)
         member.leave()
 
