@@ -360,8 +360,8 @@ def test_a_batch_goes_on_for_one_caller_and_is_stopped_without_any() -> None:
 
 def test_a_deadline_that_passes_in_the_queue_is_not_run() -> None:
     async def work() -> None:
-        graph = Doubler()
-        async with opened(graph) as lanes:
+        graph, traffic = Doubler(), Traffic()
+        async with opened(graph, traffic=traffic) as lanes:
             graph.hold()
             first = going(ask(lanes, 1))
             await graph.arrived()
@@ -372,6 +372,7 @@ def test_a_deadline_that_passes_in_the_queue_is_not_run() -> None:
             assert (await first, await fine) == ([2], [6])
             with pytest.raises(DeadlineExceeded):
                 await late
+            assert traffic.dropped.labels("fake", "queue")._value.get() == 1
         assert graph.runs == [[1], [3]]
 
     run(work())
@@ -1012,9 +1013,10 @@ ASKED = (Role.DENSITY, Role.CONDITIONAL, Role.DISCRIMINATE)
 @pytest.mark.parametrize("done", [False, True])
 def test_as_soon_as_one_ask_fails_the_others_are_given_up(failing: Role, done: bool) -> None:
     async def work() -> None:
-        graphs = {role: Doubler() for role in ASKED}
+        graphs, traffic = {role: Doubler() for role in ASKED}, Traffic()
         first, *others = (graph for role, graph in graphs.items() if role is not failing)
-        lanes = Lanes("fake", graphs, lanes=3, best=dict.fromkeys(graphs, Best(4)))
+        best = dict.fromkeys(graphs, Best(4))
+        lanes = Lanes("fake", graphs, lanes=3, best=best, traffic=traffic)
         for graph in graphs.values():
             graph.hold()
 
@@ -1037,6 +1039,7 @@ def test_as_soon_as_one_ask_fails_the_others_are_given_up(failing: Role, done: b
             await asked
         while not all(other.stopped for other in others):
             await asyncio.sleep(0.001)
+        assert gauge(traffic, "dropped") == 0  # its caller waits
         with pytest.raises(NotAnswered):
             await lanes.run(Role.ENCODE, {"x": np.zeros(1)}, ["y"])
         await asyncio.to_thread(lanes.close)
@@ -1044,7 +1047,8 @@ def test_as_soon_as_one_ask_fails_the_others_are_given_up(failing: Role, done: b
     run(work())
 
 
-def test_who_leaves_gives_up_all_asks() -> None:
+@pytest.mark.parametrize("stage", ["queue", "run"])
+def test_who_leaves_gives_up_all_asks_and_is_counted_once(stage: str) -> None:
     async def work() -> None:
         graphs, traffic = {Role.DENSITY: Doubler(), Role.CONDITIONAL: Doubler()}, Traffic()
         best = dict.fromkeys(graphs, Best(4))
@@ -1052,15 +1056,24 @@ def test_who_leaves_gives_up_all_asks() -> None:
         for graph in graphs.values():
             graph.hold()
         feed = rows_of({"x": np.arange(1)})
-        asked = asyncio.create_task(lanes.run_all(*(Ask(role, 1, feed, ("y",)) for role in graphs)))
+
+        def both() -> asyncio.Task[Any]:
+            asks = (Ask(role, 1, feed, ("y",)) for role in graphs)
+            return asyncio.create_task(lanes.run_all(*asks))
+
+        first = both()
         for graph in graphs.values():
             await graph.arrived()
+        asked = both() if stage == "queue" else first
+        await settled()
         asked.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asked
+        assert traffic.dropped.labels("fake", stage)._value.get() == gauge(traffic, "dropped") == 1
+        if stage == "queue":
+            first.cancel()
         while not all(graph.stopped for graph in graphs.values()):
             await asyncio.sleep(0.001)
-        assert gauge(traffic, "dropped") == 2
         await asyncio.to_thread(lanes.close)
 
     run(work())

@@ -207,7 +207,6 @@ class Batcher:
                     and member.deadline <= now + takes
                 ):
                     turns.remove(member)
-                    self._traffic.dropped.labels(self._name, "queue").inc()
                     member.future.set_exception(
                         DeadlineExceeded(
                             "the deadline comes before the answer could: allow more time, or ask "

@@ -27,7 +27,13 @@ from likely.batching.callers import Caller, Priority
 from likely.batching.traffic import Traffic
 from likely.batching.tuning import Best
 from likely.bundle import Graph, Role
-from likely.errors import LikelyError, NotAnswered, OutOfMemory, Unavailable
+from likely.errors import (
+    DeadlineExceeded,
+    LikelyError,
+    NotAnswered,
+    OutOfMemory,
+    Unavailable,
+)
 from likely.graphs import Array
 
 BULK_ROWS = 64  # a request of so many rows yields to smaller ones
@@ -148,6 +154,9 @@ class Lanes:
         except BaseException as error:
             if members[0].counted and isinstance(error.__cause__, OutOfMemory):
                 self._traffic.shed.labels(self._name, "memory").inc()
+            if isinstance(error, asyncio.CancelledError | DeadlineExceeded):
+                began = any(batch.began for member in members for batch in member.batches)
+                self._traffic.dropped.labels(self._name, "run" if began else "queue").inc()
             for member, ask in zip(members, asks, strict=True):
                 self._abandon(member, ask.role)
             raise
@@ -246,9 +255,6 @@ class Lanes:
         member.future.cancel()
         self._batchers[role].remove(member)
         self._batchers[role].tell()
-        if member.future.cancelled():
-            stage = "run" if any(batch.began for batch in member.batches) else "queue"
-            self._traffic.dropped.labels(self._name, stage).inc()
         member.leave()
 
     def _wake(self) -> None:
