@@ -103,6 +103,8 @@ def test_what_is_refused_is_told_by_its_error(
     refused = admin.versions()[-1]
     assert (refused.state, refused.folder) == (VersionState.FAILED, tmp_path)
     assert refused.reason == "manifest" and "not a bundle" in refused.message
+    (tmp_path / MANIFEST).unlink()
+    assert [version.state for version in admin.versions()] == [VersionState.SERVING]
     with pytest.raises(InvalidInput, match="absolute"):
         admin.load("bundles/toy")
     with pytest.raises(Refused, match="no earlier version"):

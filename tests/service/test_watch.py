@@ -429,6 +429,62 @@ def test_what_was_tried_as_memory_was_freed_is_not_tried_more_seldom(
     asyncio.run(work())
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        BundleError("a file cannot be read", "unreadable"),
+        DeviceError("it is not there"),
+        BundleError("it is altered", "digest"),
+    ],
+)
+def test_what_is_refused_is_not_once_its_folder_is_gone(error: Exception, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with watched(tmp_path, one="1") as follower:
+            put(tmp_path / "two", "2")
+            follower.loader.raises[tmp_path / "two"] = error
+            await follower.look(2)
+            assert follower.counted("likely_refused_bundles") == 1
+            shutil.rmtree(tmp_path / "two")
+            assert await follower.look(3) == {"1": "one"}
+            assert len(follower.lifecycle.versions()) == 1
+            assert follower.counted("likely_refused_bundles") == 0
+            put(tmp_path / "two", "2")
+            assert len(follower.lifecycle.versions()) == 1  # it is another one
+
+    asyncio.run(work())
+
+
+def test_what_is_refused_is_so_again_once_its_volume_is_back(tmp_path: Path) -> None:
+    async def work() -> None:
+        volume = tmp_path / "volume"
+        async with watched(volume, one="1") as follower:
+            put(volume / "two", "2")
+            follower.loader.raises[volume / "two"] = BundleError("it is altered", "digest")
+            await follower.look(2)
+            volume.rename(tmp_path / "elsewhere")
+            await follower.look(3)
+            assert follower.counted("likely_refused_bundles") == 0
+            (tmp_path / "elsewhere").rename(volume)
+            await follower.look(2)
+            assert follower.counted("likely_refused_bundles") == 1
+
+    asyncio.run(work())
+
+
+def test_a_path_that_is_no_bundle_is_not_counted_as_refused(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with watched(tmp_path) as follower:
+            (tmp_path / "file").write_text("no folder")
+            for name in ("mistyped", "file"):
+                with pytest.raises(BundleError):
+                    await follower.lifecycle.load(tmp_path / name)
+            assert follower.lifecycle.versions() == []
+            assert follower.counted("likely_refused_bundles") == 0
+
+    asyncio.run(work())
+
+
 def test_what_comes_too_early_is_not_refused(tmp_path: Path) -> None:
     async def work() -> None:
         put(tmp_path / "one", "1")

@@ -27,6 +27,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.ListVersionsRequest, context: Context
     ) -> admin_pb2.ListVersionsResponse:
         """Every version, and every bundle that was refused."""
+        await self._lifecycle.look()
         found = self._lifecycle.versions()
         return admin_pb2.ListVersionsResponse(
             versions=[codec.version(version) for version in found]

@@ -75,6 +75,7 @@ class Lifecycle:
         self._loading: Path | None = None
         self._draining: dict[Held, ModelVersion] = {}
         self._failed: dict[Path, ModelVersion] = {}
+        self._gone: set[Path] = set()  # of those, the folders that were no bundle any more
         self._former: dict[str, list[ModelVersion]] = {}
 
     async def begin(self, folders: Sequence[Path]) -> None:
@@ -173,7 +174,13 @@ class Lifecycle:
         """Those that are served, then those on their way in or out, then those refused."""
         served = [self._described(engine) for engine in self._registry.engines()]
         loading = [ModelVersion(VersionState.LOADING, self._loading)] if self._loading else []
-        return [*served, *loading, *self._draining.values(), *self._failed.values()]
+        failed = [version for folder, version in self._failed.items() if folder not in self._gone]
+        return [*served, *loading, *self._draining.values(), *failed]
+
+    async def look(self) -> None:
+        """Counts no refused folder while it is no bundle any more."""
+        self._gone = await asyncio.to_thread(set, filter(_is_none, tuple(self._failed)))
+        self._count_refused()
 
     def holds(self, folder: Path) -> bool:
         """Whether a version is served that lies, or lay, in that folder."""
@@ -234,7 +241,8 @@ class Lifecycle:
                 engine = await asyncio.to_thread(self._loader.proved, bundle)
                 await self._admit(engine, folder)
         except (LikelyError, OSError, MemoryError) as error:
-            raise self._refused(folder, error) from error
+            is_none = await asyncio.to_thread(_is_none, folder)
+            raise self._refused(folder, error, is_none) from error
         finally:
             self._loading = None
         self._forget(folder)
@@ -364,7 +372,9 @@ class Lifecycle:
         name, version = _key(held.engine)
         self._log.info("unloaded", name=name, version=version)
 
-    def _refused(self, folder: Path, error: LikelyError | OSError | MemoryError) -> LikelyError:
+    def _refused(
+        self, folder: Path, error: LikelyError | OSError | MemoryError, is_none: bool
+    ) -> LikelyError:
         match error:
             case BundleError():
                 reason = error.reason
@@ -382,18 +392,23 @@ class Lifecycle:
         self._metrics.load_failed(reason)
         self._log.error("refused", folder=str(folder), reason=reason, message=str(error))
         self._failed.pop(folder, None)
-        self._failed[folder] = ModelVersion(  # the newest last
-            VersionState.FAILED, folder, reason=reason, message=error.told
-        )
+        if not is_none:  # as a path mistyped is
+            self._failed[folder] = ModelVersion(  # the newest last
+                VersionState.FAILED, folder, reason=reason, message=error.told
+            )
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
-        self._metrics.refused(len(self._failed))
+        self._gone.discard(folder)
+        self._count_refused()
         return error
 
     def _forget(self, folder: Path) -> None:
         """What was refused there is not any more."""
         self._failed.pop(folder, None)
-        self._metrics.refused(len(self._failed))
+        self._count_refused()
+
+    def _count_refused(self) -> None:
+        self._metrics.refused(len(self._failed.keys() - self._gone))
 
     def _default(self, name: str) -> ModelVersion | None:
         version = self._registry.default(name)
@@ -474,6 +489,14 @@ def absolute(folder: Path) -> Path:
 def is_bundle(folder: Path) -> bool:
     """Whether there is a manifest, so far."""
     return (folder / MANIFEST).exists()
+
+
+def _is_none(folder: Path) -> bool:
+    """Whether there surely is no bundle; a folder that cannot be looked at may be one."""
+    try:
+        return not is_bundle(folder)
+    except OSError:
+        return False
 
 
 def _key(engine: Engine) -> Key:

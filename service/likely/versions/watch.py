@@ -79,7 +79,7 @@ class Watcher:
         self._log = log
         self._unloaded = unloaded
         self._seen: dict[Path, Mark] = {}
-        self._done: dict[Path, Mark] = {}
+        self._done: dict[Path, Mark | None] = {}  # None for what is tried again at every look
         self._short: dict[Path, _Short] = {}
         self._kept: set[Path] = set()
         self._lost = ""
@@ -102,6 +102,7 @@ class Watcher:
                 self._log.error("fault", folder=str(self._folder), exc_info=error)
 
     async def _look(self) -> None:
+        await self._lifecycle.look()
         try:
             found = await self._scan()
         except OSError as error:
@@ -148,10 +149,10 @@ class Watcher:
                     self._wait(path, self._done.get(path) == mark)
                 else:
                     self._short.pop(path, None)
-                if error.reason != "unreadable":  # which may pass
-                    self._done[path] = mark  # refused for what it is: once is enough
+                # Refused for what it is, once is enough; that it cannot be read may pass.
+                self._done[path] = mark if error.reason != "unreadable" else None
             except LikelyError:
-                continue
+                self._done[path] = None
             else:
                 self._done[path] = mark
                 self._short.pop(path, None)
