@@ -286,7 +286,50 @@ def test_keys_for_encryption_do_not_count(tmp_path: Path) -> None:
 def test_a_file_without_keys_is_one_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "jwks.json"
     path.write_text(text)
-    with pytest.raises(SettingsError, match="is no JSON Web Key Set"):
+    with pytest.raises(SettingsError, match=r"is no JSON Web Key Set|holds no key for"):
+        issuing(path)
+
+
+@pytest.mark.parametrize("word", ["kid", "alg"])
+@pytest.mark.parametrize("value", [["ES256"], {}, 7])
+def test_a_key_whose_name_is_no_text_is_one_sentence(tmp_path: Path, word: str, value: Any) -> None:
+    path = jwks(tmp_path / "jwks.json", "ES256", **{word: value})
+    with pytest.raises(SettingsError, match=f"is no JSON Web Key Set: the {word} of a key is no"):
+        issuing(path)
+
+
+def test_an_rsa_key_serves_all_of_its_algorithms(tmp_path: Path) -> None:
+    path = jwks(tmp_path / "jwks.json", "RS256")
+    known = issuing(path, algorithms=("PS256", "RS256", "ES256"))
+    for algorithm, allowed in (("RS256", True), ("PS256", True), ("PS512", False)):
+        token = bearer(signed(algorithm, KEYS["RS256"], "RS256"))
+        if allowed:
+            assert known.admit(SCORING, token)
+        else:
+            assert refused(known, token) == "TOKEN_INVALID"
+    known = issuing(jwks(path, "RS256", alg="RS256"), algorithms=("PS256", "RS256"))
+    assert known.admit(SCORING, bearer(signed("RS256")))
+    assert refused(known, bearer(signed("PS256", KEYS["RS256"], "RS256"))) == "TOKEN_INVALID"
+
+
+def unnamed(path: Path, count: int) -> list[str]:
+    """Tokens of so many keys, all without a name, whose file that is."""
+    pairs = [ec.generate_private_key(ec.SECP256R1()) for _ in range(count)]
+    to_jwk = jwt.get_algorithm_by_name("ES256").to_jwk
+    path.write_text(json.dumps({"keys": [to_jwk(p.public_key(), as_dict=True) for p in pairs]}))
+    claims = jwt.decode(signed(), options={"verify_signature": False})
+    return [jwt.encode(claims, pair, "ES256") for pair in pairs]
+
+
+def test_keys_without_names_are_all_tried(tmp_path: Path) -> None:
+    path = tmp_path / "jwks.json"
+    tokens, known = unnamed(path, 3), issuing(path)
+    for token in tokens:
+        assert known.admit(SCORING, bearer(token))
+    others = unnamed(tmp_path / "other.json", 1)
+    assert refused(known, bearer(others[0])) == "TOKEN_INVALID"
+    unnamed(path, 9)
+    with pytest.raises(SettingsError, match="more than 8 keys of one kid, or of none"):
         issuing(path)
 
 

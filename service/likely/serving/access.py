@@ -7,6 +7,7 @@ import json
 import re
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 AUTHORIZATION = "authorization"
 LARGEST_FILE = 1 << 20
 REMEMBERED = 4096
+MOST_ALIKE = 8  # keys that nothing but a signature tells apart: each is tried, for anybody's token
 _UNSAFE = re.compile(r"[^A-Za-z0-9@._|:/-]")
 
 
@@ -167,26 +169,11 @@ class Issuer:
             holder, ends = self._checked[mark] = self._check(token, keys)
         return holder
 
-    def _check(self, token: str, keys: dict[str | None, jwt.PyJWK]) -> tuple[Holder, float]:
+    def _check(self, token: str, keys: tuple[jwt.PyJWK, ...]) -> tuple[Holder, float]:
         import jwt
 
         try:
-            kid = jwt.get_unverified_header(token).get("kid")
-            key = keys.get(kid if kid is not None or len(keys) > 1 else next(iter(keys)))
-            if key is None:
-                raise jwt.InvalidKeyError("no such key")
-            claims = jwt.decode(
-                token,
-                key,
-                algorithms=self._algorithms,
-                audience=self._audience,
-                issuer=self._name,
-                leeway=self._leeway,
-                options={
-                    "require": ["exp", "iss", "aud", "sub"],
-                    "enforce_minimum_key_length": True,
-                },
-            )
+            claims = self._claims(token, keys)
             until = int(claims["exp"]) + self._leeway
         except jwt.ExpiredSignatureError:
             raise Unauthenticated("the token has expired", "TOKEN_EXPIRED") from None
@@ -196,6 +183,39 @@ class Issuer:
         name = _UNSAFE.sub("_", claims["sub"])[:64]
         # No name in a file has a colon.
         return Holder(name, _scopes(claims), f"sub:{claims['sub']}"), until
+
+    def _claims(self, token: str, keys: tuple[jwt.PyJWK, ...]) -> dict[str, Any]:
+        """What a token tells that one of the keys has signed.
+
+        Raises:
+            PyJWTError: none has, or it is not valid here and now.
+        """
+        import jwt
+
+        header = jwt.get_unverified_header(token)
+        kid, kids = header.get("kid"), {key.key_id for key in keys}
+        if kid is None and len(kids) == 1:
+            (kid,) = kids
+        wrong: jwt.PyJWTError = jwt.InvalidKeyError("no such key for such an algorithm")
+        for key in keys:
+            if (key.key_id, key.algorithm_name) != (kid, header.get("alg")):
+                continue
+            try:
+                return jwt.decode(
+                    token,
+                    key,
+                    algorithms=self._algorithms,
+                    audience=self._audience,
+                    issuer=self._name,
+                    leeway=self._leeway,
+                    options={
+                        "require": ["exp", "iss", "aud", "sub"],
+                        "enforce_minimum_key_length": True,
+                    },
+                )
+            except (jwt.InvalidSignatureError, jwt.InvalidKeyError) as error:
+                wrong = error
+        raise wrong
 
 
 class Gate:
@@ -343,15 +363,40 @@ def _secrets(path: Path) -> dict[bytes, Holder]:
     return {each.digest(): Holder(each.name, each.scopes, each.name) for each in parsed.token}
 
 
-def _keys(path: Path, algorithms: Sequence[str]) -> dict[str | None, jwt.PyJWK]:
-    import jwt  # where tokens are signed: it takes as long to import as a small bundle to open
-
+def _keys(path: Path, algorithms: Sequence[str]) -> tuple[jwt.PyJWK, ...]:
+    """The keys of a file, each once for every algorithm that it may serve."""
     try:
-        found = jwt.PyJWKSet.from_dict(json.loads(_read(path))).keys
-    except (ValueError, AttributeError, RecursionError, jwt.PyJWTError) as error:
+        found = json.loads(_read(path)).get("keys", ())
+        keys = tuple(key for each in found for key in _of_each(each, algorithms))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path} is no JSON Web Key Set: {error}") from error
-    usable = [key for key in found if key.algorithm_name in algorithms]
-    keys = {key.key_id: key for key in usable if key.public_key_use in (None, "sig")}
     if not keys:
         raise SettingsError(f"{path} holds no key for {', '.join(algorithms)}")
+    alike = Counter((key.key_id, key.algorithm_name) for key in keys)
+    if max(alike.values()) > MOST_ALIKE:
+        raise SettingsError(f"{path} holds more than {MOST_ALIKE} keys of one kid, or of none")
     return keys
+
+
+def _of_each(given: dict[str, Any], algorithms: Sequence[str]) -> list[jwt.PyJWK]:
+    """One key for every algorithm that it may serve; none if it is of no use here.
+
+    Raises:
+        ValueError: its name or algorithm is no text.
+        AttributeError: it is no object.
+    """
+    import jwt  # where tokens are signed: it takes as long to import as a small bundle to open
+
+    for word in ("kid", "alg"):
+        if not isinstance(given.get(word), str | None):
+            raise ValueError(f"the {word} of a key is no text")
+    if given.get("use") not in (None, "sig"):
+        return []
+    names: Sequence[str | None] = (None,)  # its own, or what its curve is for
+    if given.get("kty") == "RSA" and not given.get("alg"):
+        names = [name for name in algorithms if name.startswith(("RS", "PS"))]
+    try:
+        keys = [jwt.PyJWK(given, name) for name in names]
+    except jwt.PyJWTError:  # such as no key at all, or of a kind that nobody knows
+        return []
+    return [key for key in keys if key.algorithm_name in algorithms]
