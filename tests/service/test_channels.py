@@ -70,6 +70,45 @@ def test_a_token_goes_unencrypted_to_no_other_machine_of_several() -> None:
             Route(addresses, token="secret")
 
 
+@pytest.mark.parametrize("token", ["", "\n", "two words", "secret\nx-admin: yes", "sécret", "a\0b"])
+def test_a_token_that_is_no_header_is_one_sentence(token: str, live: Live, x: Any) -> None:
+    with pytest.raises(SettingsError, match="one word of printable ASCII") as caught:
+        Route(live.address, token=token)
+    assert "secret" not in str(caught.value)
+    with Client(live.address, token=lambda: token, timeout=30) as client:
+        for ask in (client.models, lambda: client.score(x), lambda: [*client.score_stream([x])]):
+            with pytest.raises(SettingsError, match="one word of printable ASCII"):
+                ask()
+
+    async def work() -> None:
+        async with AsyncClient(live.address, token=lambda: token, timeout=30) as other:
+            with pytest.raises(SettingsError, match="one word of printable ASCII"):
+                await other.score(x)
+            with pytest.raises(SettingsError, match="one word of printable ASCII"):
+                _ = [outcome async for outcome in other.score_stream([x])]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("token", [None, b"secret"])
+def test_a_function_that_gives_no_text_gives_no_token(token: Any) -> None:
+    with pytest.raises(SettingsError, match="one word of printable ASCII"):
+        Route("127.0.0.1:1", token=lambda: token).metadata()
+
+
+def test_the_end_of_a_line_is_no_part_of_a_token(live: Live) -> None:
+    for token in ("secret\n", lambda: " secret\r\n"):
+        assert Route(live.address, token=token).metadata() == (("authorization", "Bearer secret"),)
+        with Client(live.address, token=token, timeout=30) as client:
+            assert client.models()
+
+        async def work(token: Any = token) -> None:
+            async with AsyncClient(live.address, token=token, timeout=30) as other:
+                assert await other.models()
+
+        asyncio.run(work())
+
+
 def test_a_name_is_looked_up_and_a_replica_tried_often(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[dict[str, Any]] = []
     for module in (grpc, grpc.aio):

@@ -92,7 +92,7 @@ class Route:
         Args:
             address: host:port, or any name that gRPC resolves; or the IP addresses of
                 several replicas.
-            token: a bearer token, or what gives one for each request.
+            token: a bearer token, or what gives one for each request; blanks round it do not count.
             plaintext_token: whether it may go out unencrypted, as to a proxy that has TLS.
             tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
             ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
@@ -103,7 +103,7 @@ class Route:
         Raises:
             SettingsError: a file cannot be read, one of certificate and key is missing, one
                 of several addresses is no IP address, several are encrypted and have no
-                server name, or the token would go unencrypted to another machine.
+                server name, or the token is none or would go unencrypted to another machine.
         """
         check_address(address)
         several = [address] if isinstance(address, str) else list(address)
@@ -127,7 +127,7 @@ class Route:
         local = all(map(is_local, several))
         if local:
             self._options += (("grpc.enable_http_proxy", 0),)
-        self._token = token
+        self._token = credentials.bearer(token) if isinstance(token, str) else token
         self._secure = tls or any(each is not None for each in (ca, certificate, server_name))
         if server_name is not None:
             self._options += (("grpc.default_authority", server_name),)
@@ -168,10 +168,14 @@ class Route:
         return self._credentials.edition()
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with the next request."""
+        """What goes with the next request.
+
+        Raises:
+            SettingsError: what gives tokens gave none.
+        """
         if self._token is None:
             return ()
-        token = self._token if isinstance(self._token, str) else self._token()
+        token = self._token if isinstance(self._token, str) else credentials.bearer(self._token())
         return (("authorization", f"Bearer {token}"),)
 
 

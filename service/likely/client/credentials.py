@@ -91,10 +91,10 @@ class TokenFile(_Files[str]):
 
     def _read(self) -> str:
         (file,) = self._files
-        words = (_bytes(file) or b"").split()
-        if len(words) != 1 or not words[0].isascii():
-            raise SettingsError(f"{file} holds no token: one word of ASCII characters")
-        return words[0].decode("ascii")
+        try:
+            return bearer((_bytes(file) or b"").decode())
+        except (UnicodeDecodeError, SettingsError):
+            raise SettingsError(f"{file} holds no token: one word of ASCII characters") from None
 
 
 class Credentials(_Files[tuple[bytes | None, ...]]):
@@ -128,6 +128,18 @@ class Credentials(_Files[tuple[bytes | None, ...]]):
             context.load_verify_locations(ca)
         if certificate is not None:
             context.load_cert_chain(certificate, key, password="")
+
+
+def bearer(token: str) -> str:
+    """A token without the blanks round it, such as the line's end that a secret was written with.
+
+    Raises:
+        SettingsError: it is none that a header can hold.
+    """
+    word = token.strip() if isinstance(token, str) else ""  # a function may give anything
+    if not (word and word.isascii() and word.isprintable() and " " not in word):
+        raise SettingsError("a token is one word of printable ASCII characters")  # it is secret
+    return word
 
 
 def _mark(file: File | None) -> _Mark:
