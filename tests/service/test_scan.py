@@ -240,6 +240,15 @@ def test_a_file_of_tiny_fields_ends_soon() -> None:
         Reader(999).message(data, schema, "it")
 
 
+def test_so_does_one_of_numbers_packed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = inner_tensor(data_type=7, dims=[1000], float_data=[], int64_data=[0] * 1000)
+    check_graph(written(tmp_path / "density.onnx", made), FILES)
+    monkeypatch.setattr("likely.bundle.scan.MOST_FIELDS", 1000)
+    refused(tmp_path, made, "too many fields, or numbers in them")
+
+
 def test_what_the_scan_lets_pass_a_parser_reads_alike(toy: Toy, tmp_path: Path) -> None:
     """Random harm: the scan raises nothing else, and what passes is a model to onnx too."""
     whole = (toy.path / "density.onnx").read_bytes()

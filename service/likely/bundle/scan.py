@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-from likely.bundle.wire import Field, Kind, Reader, Schema, Value, Values, WireError, varint
+from likely.bundle.wire import Field, Kind, Reader, Schema, Value, Values, WireError
 from likely.errors import BundleError
 
 OPSET = 20
@@ -157,7 +157,8 @@ class _Scan:
 
     def __init__(self, files: Mapping[str, int]) -> None:
         self._files = files
-        self._read = Reader(MOST_FIELDS).message
+        self._reader = Reader(MOST_FIELDS)
+        self._read = self._reader.message
         self.external: set[str] = set()
 
     def model(self, data: memoryview) -> None:
@@ -197,7 +198,7 @@ class _Scan:
             raise WireError(f"the operator {_shown(domain, operator)} is not allowed")
         for part in _parts(node, "attribute"):
             attribute = self._read(part, _ATTRIBUTE, "an attribute")
-            _check_lists(attribute)
+            self._check_lists(attribute)
             for tensor in _parts(attribute, "tensor"):
                 self._tensor(tensor)
             for graph in _parts(attribute, "graph"):
@@ -208,7 +209,7 @@ class _Scan:
         kind = _number(tensor, "data_type")
         if kind not in _SIZES:
             raise WireError(f"a tensor's elements are of type {kind}, which is not allowed")
-        count = math.prod(_dims(tensor))  # Python's integers cannot overflow
+        count = math.prod(self._dims(tensor))  # Python's integers cannot overflow
         given = [name for name in ("raw_data", *_TYPED) if name in tensor]
         if _number(tensor, "data_location") == _EXTERNAL:
             if given:
@@ -219,7 +220,7 @@ class _Scan:
             raise WireError("a tensor names another file without lying there")
         if len(given) > 1:
             raise WireError(f"a tensor has its data twice, as {' and '.join(given)}")
-        _check_inside(tensor, given, kind, count)
+        self._check_inside(tensor, given, kind, count)
 
     def _outside(self, tensor: Values, expected: int) -> None:
         """Returns if the weights lie in a file of the bundle, all of them."""
@@ -244,54 +245,48 @@ class _Scan:
             )
         self.external.add(location)
 
+    def _check_inside(self, tensor: Values, given: list[str], kind: int, count: int) -> None:
+        """Returns if the file holds as many elements as the shape claims: none is made up."""
+        name = given[0] if given else "raw_data"
+        data = next(_parts(tensor, name), memoryview(b""))
+        if name in _TYPED and kind not in _TYPED[name]:
+            raise WireError(f"a tensor of type {kind} has {name}")
+        if name in ("raw_data", "float_data", "double_data"):
+            found, rest = divmod(len(data), _SIZES[kind])
+        else:
+            found, rest = self._count(data), 0
+        if found != count or rest:
+            raise WireError(f"a tensor of {count} elements of type {kind} has {len(data)} bytes")
 
-def _check_inside(tensor: Values, given: list[str], kind: int, count: int) -> None:
-    """Returns if the file holds as many elements as the shape claims: none is made up."""
-    name = given[0] if given else "raw_data"
-    data = next(_parts(tensor, name), memoryview(b""))
-    if name in _TYPED and kind not in _TYPED[name]:
-        raise WireError(f"a tensor of type {kind} has {name}")
-    if name in ("raw_data", "float_data", "double_data"):
-        found, rest = divmod(len(data), _SIZES[kind])
-    else:
-        found, rest = _count(data), 0
-    if found != count or rest:
-        raise WireError(f"a tensor of {count} elements of type {kind} has {len(data)} bytes")
+    def _check_lists(self, attribute: Values) -> None:
+        """Returns if numbers that are packed together are whole."""
+        for value in attribute.get("floats", ()):
+            if isinstance(value, memoryview) and len(value) % 4:
+                raise WireError("an attribute's numbers end within one")
+        for value in attribute.get("ints", ()):
+            if isinstance(value, memoryview):
+                self._count(value)
 
+    def _count(self, data: memoryview) -> int:
+        """How many numbers are packed there."""
+        if len(data) > _LARGEST_PACKED:
+            raise WireError(
+                f"{len(data)} bytes of numbers are packed; at most {_LARGEST_PACKED} are"
+            )
+        return sum(1 for _ in self._reader.numbers(data))
 
-def _check_lists(attribute: Values) -> None:
-    """Returns if numbers that are packed together are whole."""
-    for value in attribute.get("floats", ()):
-        if isinstance(value, memoryview) and len(value) % 4:
-            raise WireError("an attribute's numbers end within one")
-    for value in attribute.get("ints", ()):
-        if isinstance(value, memoryview):
-            _count(value)
-
-
-def _count(data: memoryview) -> int:
-    """How many numbers are packed there."""
-    if len(data) > _LARGEST_PACKED:
-        raise WireError(f"{len(data)} bytes of numbers are packed; at most {_LARGEST_PACKED} are")
-    return sum(1 for _ in _varints(data))
-
-
-def _dims(tensor: Values) -> list[int]:
-    dims: list[int] = []
-    for value in tensor.get("dims", ()):
-        dims += (value,) if isinstance(value, int) else islice(_varints(value), MOST_AXES + 1)
-        if len(dims) > MOST_AXES:
-            raise WireError(f"a tensor has more than {MOST_AXES} axes")
-    if any(length >= 1 << 31 for length in dims):  # negative ones are larger still
-        raise WireError("a tensor's dimension is negative, or above 2**31")
-    return dims
-
-
-def _varints(data: memoryview) -> Iterator[int]:
-    at = 0
-    while at < len(data):
-        value, at = varint(data, at)
-        yield value
+    def _dims(self, tensor: Values) -> list[int]:
+        dims: list[int] = []
+        for value in tensor.get("dims", ()):
+            if isinstance(value, int):
+                dims.append(value)
+            else:
+                dims += islice(self._reader.numbers(value), MOST_AXES + 1)
+            if len(dims) > MOST_AXES:
+                raise WireError(f"a tensor has more than {MOST_AXES} axes")
+        if any(length >= 1 << 31 for length in dims):  # negative ones are larger still
+            raise WireError("a tensor's dimension is negative, or above 2**31")
+        return dims
 
 
 def _parts(message: Values, name: str) -> Iterator[memoryview]:

@@ -52,7 +52,7 @@ Schema: TypeAlias = Mapping[int, Field]
 
 
 class Reader:
-    """Reads messages, up to so many fields in all: tiny ones would take longest."""
+    """Reads messages, up to so many fields and packed numbers in all: tiny ones take longest."""
 
     def __init__(self, most_fields: int) -> None:
         self._left = most_fields
@@ -83,9 +83,7 @@ class Reader:
     def _fields(self, data: memoryview, what: str) -> Iterator[tuple[int, int, Value]]:
         at, end = 0, len(data)
         while at < end:
-            self._left -= 1
-            if self._left < 0:
-                raise WireError("there are too many fields")
+            self._charge()
             tag, at = varint(data, at)
             number, kind = tag >> 3, tag & 7
             if kind == Kind.VARINT:
@@ -104,6 +102,23 @@ class Reader:
                 raise WireError(f"{what} ends within field {number}")
             yield number, kind, data[at : at + size]
             at += size
+
+    def numbers(self, data: memoryview) -> Iterator[int]:
+        """The numbers that are packed there.
+
+        Raises:
+            WireError: malformed bytes, or more fields and numbers than this reader takes.
+        """
+        at = 0
+        while at < len(data):
+            self._charge()
+            value, at = varint(data, at)
+            yield value
+
+    def _charge(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise WireError("there are too many fields, or numbers in them")
 
 
 def varint(data: memoryview, at: int) -> tuple[int, int]:
