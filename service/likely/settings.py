@@ -34,8 +34,21 @@ def _paths(value: Any) -> Any:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
+def _named(value: Any) -> Any:
+    if value == "":  # as of a variable that is set to nothing; Path would take it for the folder
+        raise ValueError("the name of a file or folder, or not be given")
+    return value
+
+
+def _keys(value: Any) -> Any:
+    if isinstance(value, str) and not _paths(value):
+        raise ValueError("one file at least, or not be given")
+    return value
+
+
 Port = Annotated[int, Field(ge=0, le=65535)]
-Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
+File = Annotated[Path, BeforeValidator(_named)]
+Paths = Annotated[tuple[File, ...], NoDecode, BeforeValidator(_paths)]
 Algorithm = Literal[
     "EdDSA", "ES256", "ES384", "ES512", "PS256", "PS384", "PS512", "RS256", "RS384", "RS512"
 ]
@@ -61,11 +74,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX)
 
-    config: Path | None = None
+    config: File | None = None
     """TOML file that the other settings are read from."""
     bundles: Paths = ()
     """Folders of bundles to serve; none means those that the package ships."""
-    watch: Path | None = None
+    watch: File | None = None
     """Folder of further bundles, followed while serving: what comes or changes is loaded."""
     watch_seconds: float = Field(5.0, gt=0, le=3600, allow_inf_nan=False)
     """Seconds between two looks at that folder."""
@@ -85,15 +98,15 @@ class Settings(BaseSettings):
     """Address of the Prometheus metrics."""
     metrics_port: Port | Literal["off"] = 9464
     """Port of the Prometheus metrics; 0 takes any free one."""
-    tls_certificate: Path | None = None
+    tls_certificate: File | None = None
     """PEM file of the server's certificate chain; with it, every connection is encrypted."""
-    tls_key: Path | None = None
+    tls_key: File | None = None
     """PEM file of that certificate's key, unencrypted."""
-    tls_client_ca: Path | None = None
+    tls_client_ca: File | None = None
     """PEM file of the authorities of which a client must show a certificate."""
-    tokens: Path | None = None
+    tokens: File | None = None
     """TOML file of bearer tokens; with it, or with jwt_keys, a request needs a token."""
-    jwt_keys: Path | None = None
+    jwt_keys: File | None = None
     """JWKS file of the issuer whose signed tokens are believed."""
     jwt_issuer: str = ""
     """Claim `iss` that a signed token must have."""
@@ -105,7 +118,7 @@ class Settings(BaseSettings):
     """Seconds that the issuer's clock may differ from ours."""
     plaintext_tokens: bool = False
     """Whether tokens may come unencrypted from other machines, as behind a proxy that has TLS."""
-    require_signature: Paths = ()
+    require_signature: Annotated[Paths, BeforeValidator(_keys)] = ()
     """PEM files of public keys or certificates; a bundle is opened if one of them signed it."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")
     """What runs the models: auto, cpu, cuda or cuda:N; cuda or nothing, never a silent fallback."""
@@ -229,7 +242,7 @@ def _file(path: Path) -> dict[str, Any]:
             values = tomllib.load(handle)
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path} is not TOML: {error}") from error
     if unknown := sorted(set(values) - set(Settings.model_fields) | {"config"} & set(values)):
         known = ", ".join(name for name in Settings.model_fields if name != "config")

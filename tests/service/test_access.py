@@ -132,6 +132,8 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(tokens: Path) -> None:
         (TOKENS.replace("correct-horse-battery", "short"), "secret"),
         (TOKENS.replace('"score"]', '"everything"]'), "'score', 'generate' or 'admin'"),
         (TOKENS.replace("operator", "pipeline"), "two tokens one name"),
+        (TOKENS.replace("correct-horse-battery", "staple-of-the-house"), "two tokens one secret"),
+        ("a = " + "[" * 20_000, "not TOML"),
         ("\xff", "not TOML"),
     ],
 )

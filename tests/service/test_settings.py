@@ -80,6 +80,27 @@ def test_a_bad_value_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
         load({})
 
 
+@pytest.mark.parametrize("value", ["", ":"])
+def test_signatures_are_not_given_up_by_a_variable_without_a_key(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "require_signature = ['key.pub']\n")
+    monkeypatch.setenv("LIKELY_REQUIRE_SIGNATURE", value)
+    with pytest.raises(SettingsError, match=f"require_signature = '{value}' .* one file at least"):
+        load({"config": path})
+    with pytest.raises(SettingsError, match="require_signature"):
+        load({})
+    with pytest.raises(SettingsError, match="require_signature"):
+        load({"require_signature": value})
+
+
+@pytest.mark.parametrize("name", ["config", "watch", "tls_client_ca", "tokens", "jwt_keys"])
+def test_an_empty_name_is_no_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"LIKELY_{name.upper()}", "")
+    with pytest.raises(SettingsError, match=f"{name} = '' is not allowed; it should be the name"):
+        load({})
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -87,6 +108,7 @@ def test_a_bad_value_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
         ("config = 'x'", "config, which is no setting"),
         ("port = ", "is not TOML"),
         ("port = 'x'", "port = 'x'"),
+        ("a = " + "[" * 20_000, "is not TOML"),
     ],
 )
 def test_a_bad_file(tmp_path: Path, text: str, sentence: str) -> None:

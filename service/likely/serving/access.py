@@ -352,7 +352,7 @@ def _secrets(path: Path) -> dict[bytes, Holder]:
     """Who holds each secret, by its SHA-256."""
     try:
         parsed = _TokenFile.model_validate(tomllib.loads(_read(path).decode()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]  # its input is left out: it may be a secret
@@ -360,7 +360,10 @@ def _secrets(path: Path) -> dict[bytes, Holder]:
         raise SettingsError(f"{path} is no file of tokens: {where}: {first['msg']}") from None
     if len({token.name for token in parsed.token}) < len(parsed.token):
         raise SettingsError(f"{path} gives two tokens one name")
-    return {each.digest(): Holder(each.name, each.scopes, each.name) for each in parsed.token}
+    holders = {each.digest(): Holder(each.name, each.scopes, each.name) for each in parsed.token}
+    if len(holders) < len(parsed.token):
+        raise SettingsError(f"{path} gives two tokens one secret")
+    return holders
 
 
 def _keys(path: Path, algorithms: Sequence[str]) -> tuple[jwt.PyJWK, ...]:
