@@ -484,3 +484,13 @@ def test_health_of_one_model(likely: Callable[..., Result]) -> None:
 def test_no_time_is_wrong_usage(likely: Callable[..., Result], array: Path, seconds: str) -> None:
     for command in (("health",), ("score", array), ("models",)):
         assert "--timeout" in failed(likely(*command, "--timeout", seconds), 2)
+
+
+@pytest.mark.parametrize("address", ["", " "])
+def test_an_empty_address_is_wrong_usage(
+    likely: Callable[..., Result], array: Path, tmp_path: Path, address: str
+) -> None:
+    job = ("batch", "score", array, "--out", tmp_path / "out")
+    for command in (("health",), ("score", array), ("admin", "versions"), job):
+        assert "it is empty" in failed(likely(*command, "--address", address), 2)
+    assert not (tmp_path / "out").exists()

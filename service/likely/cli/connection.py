@@ -82,7 +82,7 @@ def connected(
             connection = Connection(**{name: given.pop(name) for name in names})
             if token:
                 connection = _with_one_token(connection)
-            command(server=connection if connection.address else None, **given)
+            command(server=None if connection.address is None else connection, **given)
 
         # click fills the options in by name, so that the two need not have one signature.
         decorated = cast("F", run)
@@ -97,6 +97,17 @@ def on_the_command_line(option: str) -> bool:
     """Whether the option of that name is given there, and not by the environment."""
     source = click.get_current_context().get_parameter_source(option)
     return source is click.core.ParameterSource.COMMANDLINE
+
+
+def _not_empty(_: click.Context, __: click.Parameter, address: str | None) -> str | None:
+    """The address, if one is named; an empty one is a variable of the shell's that is not set.
+
+    Raises:
+        BadParameter: it is empty.
+    """
+    if address is not None and not address.strip():
+        raise click.BadParameter("it is empty; host:port is asked")
+    return address
 
 
 def _with_one_token(connection: Connection) -> Connection:
@@ -155,6 +166,7 @@ def _options(
         ),
         click.option(
             "--address", envvar=variable, default=address, show_default=True, show_envvar=True,
+            callback=_not_empty,
             help="The server." if address else "A server to ask, in place of a bundle.",
         ),
     )  # fmt: skip
