@@ -62,6 +62,15 @@ def test_bytes_divide_inputs_too(running: Running, toy: Toy, x: Any) -> None:
     assert len(sizes) == 3  # 11 pictures of 9 bytes fit into 100
 
 
+def test_bytes_of_maps_divide_inputs_too(running: Running, toy: Toy, x: Any) -> None:
+    with running(response_bytes=1024) as live, Client(live.address) as client:
+        found = client.score(x[:60], surprise=True).surprise
+        assert found is not None and np.allclose(found, toy.surprise(x[:60]), atol=1e-4)
+        assert len(client.score(x[:60]).log_px) == 60
+        asked = [n for n in live.log.getvalue().splitlines() if '"Score"' in n]
+    assert len(asked) == 3 + 1  # 28 maps of 36 bytes fit into 1024
+
+
 def test_no_pictures_get_empty_arrays(client: Client) -> None:
     nothing = np.zeros((0, 1, 3, 3), dtype=np.uint8)
     assert client.score(nothing).log_px.shape == (0,)

@@ -53,6 +53,7 @@ class Questions(Generic[A]):
         version: that was asked for.
         stream: the type of message that brings such a request in a stream; None for none.
         most: bytes of such a message that the server takes; None for any.
+        pictures: of which one answer has room for all; None for any.
     """
 
     ask: Callable[[Pixels, str], Request]
@@ -60,6 +61,7 @@ class Questions(Generic[A]):
     version: str = ""
     stream: Any = None
     most: int | None = None
+    pictures: int | None = None
 
 
 def score_questions(
@@ -86,8 +88,10 @@ def score_questions(
     def read(answer: scoring_pb2.ScoreResponse, shape: tuple[int, ...]) -> Scores:
         return codec.scores(answer, shape if surprise else None)
 
-    most = info.limits.request_bytes
-    return Questions(ask, read, version or "", scoring_pb2.ScoreStreamRequest, most)
+    limits = info.limits
+    room = limits.response_bytes // (4 * math.prod(info.shape)) if surprise else None
+    stream = scoring_pb2.ScoreStreamRequest
+    return Questions(ask, read, version or "", stream, limits.request_bytes, room)
 
 
 def classify_questions(
@@ -487,9 +491,10 @@ def _labels(labels: npt.ArrayLike | None, n: int, info: ModelInfo) -> list[int] 
 
 
 def _divided(x: Pixels, info: ModelInfo, questions: Questions[A]) -> Plan[A]:
-    """Asks about at most as many pictures at a time as the server takes."""
+    """Asks about at most as many pictures at a time as the server takes, and can answer for."""
     fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, x[:1].nbytes)
-    step = max(1, min(info.limits.images_per_request, fitting))
+    most = info.limits.images_per_request
+    step = max(1, min(most, fitting, most if questions.pictures is None else questions.pictures))
     answers: list[A] = []
     for at in range(0, max(len(x), 1), step):
         part = x[at : at + step]
