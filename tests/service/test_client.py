@@ -71,6 +71,31 @@ def test_bytes_of_maps_divide_inputs_too(running: Running, toy: Toy, x: Any) -> 
     assert len(asked) == 3 + 1  # 28 maps of 36 bytes fit into 1024
 
 
+def test_a_level_that_is_none_is_told_of_its_own_picture(client: Client, x: Any) -> None:
+    wrong = x.copy()
+    wrong[231, 0, 1, 2] = 9
+    asks: list[tuple[str, Callable[[], Any]]] = [
+        ("images", lambda: client.score(wrong)),
+        ("images", lambda: client.classify(wrong)),
+        ("images", lambda: client.encode(wrong)),
+        ("images", lambda: client.traverse(wrong, "brightness", [0])),
+        ("others", lambda: client.interpolate(x, wrong, [0, 1])),
+    ]
+    for field, ask in asks:
+        with pytest.raises(InvalidInput) as told:
+            ask()
+        assert told.value.field == f"{field}.data"
+        assert told.value.description == (
+            "level 9 at picture 231, channel 0, row 1, column 2 is not in [0, 4)"
+        )
+
+
+def test_levels_of_a_newer_version_are_asked_about(client: Client, x: Any) -> None:
+    client._catalogue.moved(None, None, replace(client.model(), levels=2))  # as it once was
+    assert len(client.score(x).log_px) == len(x)
+    assert client.model().levels == 4
+
+
 def test_no_pictures_get_empty_arrays(client: Client) -> None:
     nothing = np.zeros((0, 1, 3, 3), dtype=np.uint8)
     assert client.score(nothing).log_px.shape == (0,)

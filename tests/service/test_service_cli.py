@@ -154,6 +154,12 @@ def test_files_that_do_not_fit_are_named(likely: Callable[..., Result], tmp_path
     np.save(tmp_path / "last.npy", np.zeros((2, 3, 3, 1), np.uint8))
     assert "move the channels" in failed(likely("score", tmp_path / "last.npy"))
     assert "does not exist" in failed(likely("score", tmp_path / "none.png"), 2)
+    few = np.zeros((3, 3, 3), np.uint8)
+    np.save(tmp_path / "few.npy", few)
+    few[1, 2, 0] = 4
+    np.save(tmp_path / "level.npy", few)
+    sentence = failed(likely("score", tmp_path / "few.npy", tmp_path / "level.npy"))
+    assert "level.npy[1]: level 4 at channel 0, row 2, column 0 is not in [0, 4)" in sentence
 
 
 def test_errors_of_the_server_are_sentences(likely: Callable[..., Result], array: Path) -> None:

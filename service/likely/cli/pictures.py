@@ -14,7 +14,7 @@ from PIL import Image
 
 from likely import levels
 from likely.answers import Draws, Floats, ModelInfo, Pixels, Redrawings
-from likely.client.values import pixels
+from likely.client.values import check_levels, pixels
 from likely.errors import InvalidInput
 from likely.levels import brightness
 
@@ -40,11 +40,13 @@ def read(paths: Sequence[Path], info: ModelInfo) -> tuple[Pixels, list[str]]:
     for path in chain.from_iterable(map(_files, paths)):
         if path.suffix.lower() in ARRAYS:
             x = pixels(levels.of_array(path), str(path))
-            names += [f"{path}[{i}]" for i in range(len(x))]
+            called = [f"{path}[{i}]" for i in range(len(x))]
         else:
             x = levels.of_image(path, str(path), info.shape[0], info.levels)[None]
-            names.append(str(path))
+            called = [str(path)]
         levels.check_fit(str(path), x.shape[1:], info.shape)
+        check_levels(x, info.levels, called)
+        names += called
         parts.append(x)
     return np.concatenate(parts), names
 

@@ -29,7 +29,16 @@ from likely.answers import (
     Traversal,
 )
 from likely.client.catalogue import Catalogue, Naming, Plan, Request
-from likely.client.values import Label, array, built, index_of, member, pixels, whole
+from likely.client.values import (
+    Label,
+    array,
+    built,
+    check_levels,
+    index_of,
+    member,
+    pixels,
+    whole,
+)
 from likely.errors import InvalidInput
 from likely.v1 import generation_pb2, latent_pb2, scoring_pb2
 
@@ -145,6 +154,7 @@ def score(
         questions = score_questions(info, alpha, surprise, guarantee, version)
         return (yield from _divided(x, info, questions))
 
+    yield from _checked(catalogue, model, version, x)
     return (yield from Naming(catalogue, model, version, None).follow(plan))
 
 
@@ -169,6 +179,7 @@ def classify(
         )
         return (yield from _divided(x, info, questions))
 
+    yield from _checked(catalogue, model, version, x)
     return (yield from Naming(catalogue, model, version, None).follow(plan))
 
 
@@ -199,6 +210,7 @@ def encode(
     def read(answer: scoring_pb2.EncodeResponse, _: tuple[int, ...]) -> Features:
         return codec.features(answer)
 
+    yield from _checked(catalogue, model, version, x)
     naming = _naming(catalogue, model, version, len(x), labels)
     return (yield from naming.follow(plan))
 
@@ -314,6 +326,7 @@ def traverse(
             parts.append(codec.traversal(answer, how.draws, (len(places),)))
         return joined(parts)
 
+    yield from _checked(catalogue, model, how.version, x)
     naming = _naming(catalogue, model, how.version, len(x), labels)
     return (yield from naming.follow(plan))
 
@@ -352,6 +365,7 @@ def interpolate(
             parts.append(codec.redrawn(answer, how.draws, (len(places),)))
         return joined(parts)
 
+    yield from _checked(catalogue, model, how.version, x, far)
     naming = _naming(catalogue, model, how.version, len(x), labels, other_labels)
     return (yield from naming.follow(plan))
 
@@ -488,6 +502,31 @@ def _labels(labels: npt.ArrayLike | None, n: int, info: ModelInfo) -> list[int] 
         raise InvalidInput("labels", f"type {given.dtype}; integers are asked")
     numbers: list[int] = given.tolist()
     return numbers
+
+
+def _checked(
+    catalogue: Catalogue,
+    model: str | None,
+    version: str | None,
+    x: Pixels,
+    far: Pixels | None = None,
+) -> Plan[None]:
+    """Looks for levels that are not the model's, which a server counts from each request's first.
+
+    What may be divided is looked at whole. Pictures of another shape are left to the server.
+    """
+    for known in (True, False):
+        info = yield from catalogue.model(model, version)
+        try:
+            for field, given in (("images.data", x), ("others.data", far)):
+                if given is not None and given.shape[1:] == info.shape:
+                    check_levels(given, info.levels, field)
+        except InvalidInput:
+            if not known:
+                raise
+            catalogue.forget(model, version)  # a newer version may have such levels
+        else:
+            return
 
 
 def _divided(x: Pixels, info: ModelInfo, questions: Questions[A]) -> Plan[A]:
