@@ -217,6 +217,20 @@ def test_generate_writes_pictures(likely: Callable[..., Result], tmp_path: Path)
     )
 
 
+def test_a_folder_that_is_not_there_is_told_before_anything_is_asked(
+    likely: Callable[..., Result], live: Live, array: Path, tmp_path: Path
+) -> None:
+    out, before = tmp_path / "none" / "x.png", live.log.getvalue()
+    for command in (
+        ("generate", "--count", 1, "--out", out),
+        ("score", array, "--surprise", out),
+        ("traverse", array, "--direction", "brightness", "--out", out),
+    ):
+        assert f"there is no folder {out.parent}" in failed(likely(*command))
+    assert live.log.getvalue() == before
+    assert likely("generate", "--count", 1, "--out", out.with_suffix("")).exit_code == 0
+
+
 def test_what_would_do_nothing_is_wrong_usage(
     likely: Callable[..., Result], array: Path, tmp_path: Path
 ) -> None:

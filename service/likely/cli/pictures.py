@@ -69,14 +69,18 @@ def _files(path: Path) -> list[Path]:
 def require_form(out: Path, *, folder: bool = False) -> None:
     """Returns if pictures can be written there without loss, and nothing lies in their way.
 
+    It is asked before there are any, which may take long.
+
     Args:
         out: a file, .png or .npz.
         folder: whether it may be a folder too, which is then made, or is empty.
 
     Raises:
-        InvalidInput: it is neither.
+        InvalidInput: it is neither, or a file in a folder that is none.
     """
     if out.suffix.lower() in FORMS and not out.is_dir():
+        if not out.parent.is_dir():
+            raise InvalidInput("out", f"{out} cannot be written: there is no folder {out.parent}")
         return
     if not folder or (out.suffix and not out.is_dir()):
         more = ", nor is it a folder" if folder else ""
