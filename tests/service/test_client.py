@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from likely import (
+    AdminClient,
     AsyncClient,
     Client,
     DeadlineExceeded,
@@ -183,10 +184,20 @@ def test_an_unreachable_server_is_unavailable() -> None:
     )
 
 
-@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), "5", None])
+@pytest.mark.parametrize(
+    "timeout", [0, -1.0, float("nan"), float("inf"), 1e300, 10**30, "5", None]
+)
 def test_time_that_is_none_is_refused(timeout: Any) -> None:
-    with pytest.raises(SettingsError, match="it should be seconds above 0"):
-        Client(timeout=timeout)
+    for kind in (Client, AsyncClient, AdminClient):
+        with pytest.raises(
+            SettingsError, match="it should be seconds above 0, at most 1,000,000,000"
+        ):
+            kind(timeout=timeout)
+
+
+def test_a_very_long_time_is_one(live: Live, x: Any) -> None:
+    with Client(live.address, timeout=1e9) as client:
+        assert len(client.score(x[:1]).log_px) == 1
 
 
 def test_a_closed_client_says_so(live: Live, x: Any) -> None:

@@ -500,7 +500,7 @@ def test_health_of_one_model(likely: Callable[..., Result]) -> None:
     assert "longer than 64 bytes" in failed(likely("health", "--model", 65 * "x"))
 
 
-@pytest.mark.parametrize("seconds", ["0", "-1"])
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "1e300"])
 def test_no_time_is_wrong_usage(likely: Callable[..., Result], array: Path, seconds: str) -> None:
     for command in (("health",), ("score", array), ("models",)):
         assert "--timeout" in failed(likely(*command, "--timeout", seconds), 2)

@@ -12,6 +12,7 @@ import click
 
 from likely.client import ADDRESS, TIMEOUT, AdminClient, Client, TokenFile
 from likely.client.channels import Route
+from likely.client.line import LONGEST
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -161,7 +162,7 @@ def _options(
             help="A bearer token; others can see the options of a command, not its environment.",
         ),
         click.option(
-            "--timeout", type=click.FloatRange(min=0, min_open=True), default=timeout,
+            "--timeout", type=click.FloatRange(0, LONGEST, min_open=True), default=timeout,
             show_default=True, help="Seconds a request.",
         ),
         click.option(

@@ -27,6 +27,7 @@ from likely.v1 import (
 
 ADDRESS = "127.0.0.1:50051"
 TIMEOUT = 60.0
+LONGEST = 1e9  # seconds, some 31 years; gRPC takes what no clock can hold for no time at all
 # How gRPC's words begin where no server was reached at all.
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
 
@@ -130,13 +131,16 @@ def unreached(address: str, words: str, start: str = "likely serve") -> Unavaila
 
 
 def positive(timeout: float) -> float:
-    """The same seconds, if there are any.
+    """The same seconds, if there are any, and not too many.
 
     Raises:
-        SettingsError: it is no number above 0.
+        SettingsError: it is no number above 0, or above `LONGEST`.
     """
-    if not isinstance(timeout, int | float) or not timeout > 0:
-        raise SettingsError(f"timeout = {timeout!r} is not allowed; it should be seconds above 0")
+    if not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST:
+        raise SettingsError(
+            f"timeout = {timeout!r} is not allowed; it should be seconds above 0, "
+            f"at most {LONGEST:,.0f}"
+        )
     return timeout
 
 
