@@ -94,6 +94,17 @@ def test_a_release(admin: AdminClient, toys: dict[str, Toy]) -> None:
     assert admin.versions() == [first]
 
 
+def test_a_closed_client_says_so(live: Live) -> None:
+    for asked in (0, 1):
+        client = AdminClient(address(live))
+        for _ in range(asked):
+            client.versions()
+        client.close()
+        client.close()
+        with pytest.raises(LikelyError, match="this client is closed"):
+            client.versions()
+
+
 def test_what_is_refused_is_told_by_its_error(
     admin: AdminClient, toys: dict[str, Toy], tmp_path: Path
 ) -> None:

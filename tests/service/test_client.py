@@ -184,9 +184,7 @@ def test_an_unreachable_server_is_unavailable() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "timeout", [0, -1.0, float("nan"), float("inf"), 1e300, 10**30, "5", None]
-)
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), 1e300, 10**30, "5", None])
 def test_time_that_is_none_is_refused(timeout: Any) -> None:
     for kind in (Client, AsyncClient, AdminClient):
         with pytest.raises(

@@ -12,7 +12,8 @@ import grpc
 from likely import codec
 from likely.answers import ModelVersion
 from likely.client.channels import Address, File, Route, Token
-from likely.client.line import as_error, positive
+from likely.client.line import CLOSED, as_error, positive
+from likely.errors import LikelyError
 from likely.v1 import admin_pb2
 from likely.v1.admin_pb2_grpc import AdminServiceStub
 
@@ -70,7 +71,7 @@ class AdminClient:
             key=key,
             server_name=server_name,
         )
-        self._opening = Lock()
+        self._opening, self._closed = Lock(), False
         self._open(self._route.edition())
 
     def versions(self) -> list[ModelVersion]:
@@ -141,7 +142,9 @@ class AdminClient:
 
     def close(self) -> None:
         """Ends the connection."""
-        self._channel.close()
+        with self._opening:
+            self._closed = True
+            self._channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -156,8 +159,14 @@ class AdminClient:
 
     @property
     def _stub(self) -> Any:
-        """The RPCs, over a channel that shows what the files hold."""
+        """The RPCs, over a channel that shows what the files hold.
+
+        Raises:
+            LikelyError: it is closed.
+        """
         with self._opening:
+            if self._closed:
+                raise LikelyError(CLOSED)
             edition = self._route.edition()
             if edition > self._opened:
                 self._open(edition)

@@ -28,6 +28,7 @@ from likely.v1 import (
 ADDRESS = "127.0.0.1:50051"
 TIMEOUT = 60.0
 LONGEST = 1e9  # seconds, some 31 years; gRPC takes what no clock can hold for no time at all
+CLOSED = "this client is closed; make another one to ask on"
 # How gRPC's words begin where no server was reached at all.
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
 
@@ -74,7 +75,7 @@ class Line:
             LikelyError: it is closed.
         """
         if self._closed:
-            raise LikelyError("this client is closed; make another one to ask on")
+            raise LikelyError(CLOSED)
         if self._calls and self._process != os.getpid():
             raise Forked(
                 f"this client was used in process {self._process}, which then forked this one; "
