@@ -12,11 +12,11 @@ import grpc
 import numpy as np
 import pytest
 
-from likely import AsyncClient, Client, LikelyError, Scores
+from likely import AsyncClient, Client, LikelyError, Scores, statuses
 from likely.answers import Classifications
 from likely.client import feeds, plans
 from likely.client.feeds import AsyncFeed, BlockingFeed
-from likely.client.ledger import WINDOW
+from likely.client.ledger import WINDOW, Ledger
 from likely.errors import DeadlineExceeded, InvalidInput, NotAnswered, Overloaded, Unavailable
 from likely.v1.scoring_pb2 import (
     ScoreOutcome,
@@ -168,6 +168,46 @@ def answer(message: Any) -> Any:
     """What answers that message."""
     outcome = ScoreOutcome(sequence_id=message.sequence_id, response=ScoreResponse())
     return ScoreStreamResponse(outcomes=[outcome])
+
+
+def refused(message: Any) -> Any:
+    """What says that there is no room for that message now."""
+    failure = statuses.failure(Overloaded("full", 1.0), "id")
+    outcome = ScoreOutcome(sequence_id=message.sequence_id, failure=failure)
+    return ScoreStreamResponse(outcomes=[outcome])
+
+
+def test_the_time_of_a_feed_is_counted_from_the_last_answer(x: Any) -> None:
+    ledger = Ledger[Any](questions(), 5)
+    for _ in range(40):
+        ledger.add(x[:1])
+    messages = [ledger.next(1.0) for _ in range(40)]
+    for n, message in enumerate(messages):
+        now = 1.0 + 4.0 * n
+        assert ledger.left(now) > 0
+        ledger.answered(answer(message), now)
+        assert len(ledger.take()) == 1
+        assert ledger.left(now) == 5
+    ledger.add(x[:1])
+    assert ledger.next(500.0)
+    assert ledger.left(504.0) == 1
+    assert ledger.left(505.0) == 0
+
+
+def test_what_is_refused_waits_its_turn_while_others_are_answered(x: Any) -> None:
+    ledger = Ledger[Any](questions(), 5)
+    for _ in range(11):
+        ledger.add(x[:1])
+    last, *others = [ledger.next(1.0) for _ in range(11)]
+    for n, message in enumerate(others, 1):
+        ledger.answered(answer(message), 1.0 + 3 * n)
+        ledger.answered(refused(last), 1.0 + 3 * n)
+        last = ledger.next(2.0 + 3 * n)
+        assert last.sequence_id == 0
+    assert ledger.take() == []
+    ledger.answered(refused(last), 33.0)
+    ledger.answered(refused(ledger.next(34.0)), 35.5)  # nobody else is answered any more
+    assert isinstance(ledger.take()[0], Overloaded)
 
 
 def test_a_stream_that_is_gone_takes_nothing_from_the_new_one(

@@ -61,7 +61,8 @@ class Client:
             address: host:port, or any name that gRPC resolves; of several replicas, all
                 their IP addresses, or `dns:///name:port` for all that the name stands for
                 (`likely.client.channels`).
-            timeout: seconds that one request may take, retries included.
+            timeout: seconds that one request may take, retries included; in a feed, that the next
+                answer may, counted from the one before.
             retries: whether what is refused for now is asked again before it is an error, and a
                 feed's stream that breaks is begun anew.
             token: a bearer token, or what gives one for each request.
@@ -195,8 +196,8 @@ class Client:
             version: its version.
 
         Raises:
-            LikelyError: the server cannot be reached any more, or let nobody in; an item
-                had no answer within the client's timeout; or the feed itself raised.
+            LikelyError: the server cannot be reached any more, or let nobody in; no item
+                had an answer for the client's timeout; or the feed itself raised.
         """
         info = self.model(model, version)
         questions = plans.score_questions(info, alpha, surprise, guarantee, version)

@@ -49,7 +49,7 @@ class Ledger(Generic[A]):
 
         Args:
             questions: how an item is asked about.
-            timeout: seconds that an answer may take.
+            timeout: seconds that the next answer may take, counted from the one before.
             retries: whether an item that is refused for now is asked again.
             window: messages that may be without an answer.
         """
@@ -62,6 +62,7 @@ class Ledger(Generic[A]):
         self._unsent: deque[_Item] = deque()
         self._sent: dict[int, _Item] = {}  # in the order in which they were sent
         self._quiet = 0.0  # until when the server wants to be left alone
+        self._heard = 0.0  # when an item was answered last; a refusal for now is no answer
 
     def __len__(self) -> int:
         """How many items have been added and not been taken."""
@@ -107,6 +108,7 @@ class Ledger(Generic[A]):
             if item is None:
                 continue  # not asked, or answered already: no server of ours says that
             if outcome.HasField("response"):
+                self._heard = now
                 item.outcome = self._questions.read(outcome.response, item.shape)
             else:
                 self._failed(item, statuses.error_of(outcome.failure), now)
@@ -130,7 +132,7 @@ class Ledger(Generic[A]):
         """Seconds in which there has to be an answer; all of them if none is waited for."""
         if not self._sent:
             return self._timeout
-        return next(iter(self._sent.values())).last + self._timeout - now
+        return max(next(iter(self._sent.values())).last, self._heard) + self._timeout - now
 
     def _message(self, x: Pixels, number: int) -> Any:
         request = self._questions.ask(x, self._questions.version)
@@ -145,11 +147,14 @@ class Ledger(Generic[A]):
         return message
 
     def _failed(self, item: _Item, error: LikelyError, now: float) -> None:
-        """Keeps the error, unless the item is worth another attempt within its time."""
+        """Keeps the error, unless the item is worth another attempt within its time.
+
+        While others are answered there is time: it waits its turn.
+        """
         if self._retries and isinstance(error, Overloaded | Unavailable):
             named = error.retry_after
             again = now + (delay(item.attempts) if named is None else named)
-            if again < item.first + self._timeout:
+            if again < max(item.first, self._heard) + self._timeout:
                 self._quiet = max(self._quiet, again)
                 self._unsent.appendleft(item)
                 return
