@@ -268,6 +268,50 @@ def test_an_answer_that_cannot_be_read_ends_a_feed_at_once(x: Any) -> None:
         list(feed.outcomes([x[:1]]))
 
 
+def test_a_feed_of_a_client_that_is_closed_ends(live: Live, x: Any) -> None:
+    async def ask() -> None:
+        other = AsyncClient(live.address, timeout=30)
+        begun = asyncio.Event()
+
+        async def source() -> AsyncIterator[Any]:
+            yield x[:1]
+            await asyncio.Event().wait()
+
+        async def read() -> None:
+            async for _ in other.score_stream(source()):
+                begun.set()
+
+        reading = asyncio.create_task(read())
+        await begun.wait()
+        await other.close()
+        with pytest.raises(LikelyError, match="closed"):
+            await asyncio.wait_for(reading, 10)
+
+    live.run(ask())
+
+
+def test_a_source_that_was_cancelled_ends_its_feed(x: Any) -> None:
+    async def answers(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for message in messages:
+            yield answer(message)
+
+    async def source() -> AsyncIterator[Any]:
+        yield x[:1]
+        raise asyncio.CancelledError
+
+    async def ask() -> int:
+        feed = AsyncFeed(lambda messages: Stream(answers(messages)), questions(), 30)
+        count = 0
+        async with asyncio.timeout(5) as limit:
+            with pytest.raises(asyncio.CancelledError):
+                async for _ in feed.outcomes(source()):
+                    count += 1
+        assert not limit.expired()
+        return count
+
+    assert asyncio.run(ask()) == 1
+
+
 class Breaking(grpc.GenericRpcHandler):
     """Breaks every stream, and has another server answer all else.
 

@@ -287,6 +287,10 @@ class AsyncFeed(Generic[A]):
                     self._stirred.set()
         except Exception as error:
             self._fault = error
+        except asyncio.CancelledError as error:
+            if _cancelling():
+                raise
+            self._fault = error  # of the source, which raised it
         self._drained = True
         self._work.set()
         self._stirred.set()
@@ -314,8 +318,18 @@ class AsyncFeed(Generic[A]):
             failure = statuses.error(error)
         except Exception as error:  # of an answer that cannot be read
             failure = error
+        except asyncio.CancelledError:
+            if _cancelling():
+                raise
+            failure = LikelyError("the client was closed before all was answered")
         self._failure = failure
         self._stirred.set()
+
+
+def _cancelling() -> bool:
+    """Whether it is the running task that is cancelled, and not what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _each(
