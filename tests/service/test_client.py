@@ -400,12 +400,12 @@ def test_a_question_whose_version_goes_away_is_put_anew(
     asked, losses, ask = list[str](), 1, client._ask
     client.model()
 
-    def losing(request: Any) -> Any:
+    def losing(request: Any, timeout: float) -> Any:
         if isinstance(request, ScoreRequest):
             asked.append(request.model_version)
             if request.model_version and asked.count("") <= losses:
                 raise ModelNotFound("toy@1.0", "gone")
-        return ask(request)
+        return ask(request, timeout)
 
     monkeypatch.setattr(client, "_ask", losing)
     assert len(client.score(x).log_px) == len(x)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
+    Awaitable,
     Callable,
     Iterable,
     Iterator,
@@ -33,7 +35,7 @@ from likely.answers import (
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import AsyncFeed
-from likely.client.line import ADDRESS, TIMEOUT, Line, positive
+from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
 from likely.client.plans import A, Held, Rule
 from likely.client.values import Label
 from likely.errors import LikelyError, ModelNotFound, Unavailable
@@ -287,17 +289,20 @@ class AsyncClient:
             )
 
         parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
+        repeats = self._repeats()
         while (request := await self._follow(parts.next())) is not None:
-            call = self._ask(request)
+            call = self._ask(request, repeats.left())
             try:
                 with self._line.told():
                     async for message in call:
+                        repeats.reset()
                         if not parts.takes(message):
                             break
                         yield codec.draws(message)
-            except Unavailable:
+            except Unavailable as error:
                 if not (self._retries and parts.resumes()):
-                    raise
+                    await asyncio.sleep(repeats.pause(error))
+                    parts.repeats()
             except ModelNotFound:
                 if not parts.seeks():
                     raise
@@ -330,8 +335,7 @@ class AsyncClient:
         found: list[Completions] = []
         while (request := await self._follow(parts.next())) is not None:
             try:
-                with self._line.told():
-                    answers = [message async for message in self._ask(request)]
+                answers = await self._answer(request, _all)
             except ModelNotFound:
                 if not parts.seeks():
                     raise
@@ -373,14 +377,28 @@ class AsyncClient:
                 result: T = end.value
                 return result
             try:
-                with self._line.told():
-                    step = partial(plan.send, await self._ask(request))
+                step = partial(plan.send, await self._answer(request))
             except ModelNotFound as error:
                 step = partial(plan.throw, error)
 
-    def _ask(self, request: Any) -> Any:
+    async def _answer(
+        self, request: Any, read: Callable[[Any], Awaitable[Any]] = lambda call: call
+    ) -> Any:
+        """What is read of the whole answer, which is asked for again where it is cut off."""
+        repeats = self._repeats()
+        while True:
+            try:
+                with self._line.told():
+                    return await read(self._ask(request, repeats.left()))
+            except Unavailable as error:
+                await asyncio.sleep(repeats.pause(error))
+
+    def _repeats(self) -> Repeats:
+        return Repeats(self._timeout, self._retries)
+
+    def _ask(self, request: Any, timeout: float) -> Any:
         call = self._line.call(type(request))
-        return call(request, timeout=self._timeout, metadata=self._route.metadata())
+        return call(request, timeout=timeout, metadata=self._route.metadata())
 
     def _feed(
         self,
@@ -392,3 +410,7 @@ class AsyncClient:
             return call(messages, metadata=self._route.metadata())
 
         return AsyncFeed(begin, questions, self._timeout, self._retries).outcomes(images)
+
+
+async def _all(call: AsyncIterable[Any]) -> list[Any]:
+    return [message async for message in call]

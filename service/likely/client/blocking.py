@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
@@ -25,7 +26,7 @@ from likely.answers import (
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import BlockingFeed
-from likely.client.line import ADDRESS, TIMEOUT, Line, positive
+from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
 from likely.client.plans import A, Held, Rule
 from likely.client.values import Label
 from likely.errors import LikelyError, ModelNotFound, Unavailable
@@ -63,8 +64,8 @@ class Client:
                 (`likely.client.channels`).
             timeout: seconds that one request may take, retries included; in a feed, that the next
                 answer may, counted from the one before.
-            retries: whether what is refused for now is asked again before it is an error, and a
-                feed's stream that breaks is begun anew.
+            retries: whether what is refused for now, and an answer that is cut off, is asked for
+                again before it is an error, and a feed's stream that breaks is begun anew.
             token: a bearer token, or what gives one for each request.
             plaintext_token: whether it may go out unencrypted, as to a proxy that has TLS.
             tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
@@ -441,17 +442,20 @@ class Client:
             )
 
         parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
+        repeats = self._repeats()
         while (request := self._follow(parts.next())) is not None:
-            call = self._ask(request)
+            call = self._ask(request, repeats.left())
             try:
                 with self._line.told():
                     for message in call:
+                        repeats.reset()
                         if not parts.takes(message):
                             break
                         yield codec.draws(message)
-            except Unavailable:
+            except Unavailable as error:
                 if not (self._retries and parts.resumes()):
-                    raise
+                    time.sleep(repeats.pause(error))
+                    parts.repeats()
             except ModelNotFound:
                 if not parts.seeks():
                     raise
@@ -501,8 +505,7 @@ class Client:
         found: list[Completions] = []
         while (request := self._follow(parts.next())) is not None:
             try:
-                with self._line.told():
-                    answers = list(self._ask(request))
+                answers = self._answer(request, list)
             except ModelNotFound:
                 if not parts.seeks():
                     raise
@@ -551,14 +554,26 @@ class Client:
                 result: T = end.value
                 return result
             try:
-                with self._line.told():
-                    step = partial(plan.send, self._ask(request))
+                step = partial(plan.send, self._answer(request))
             except ModelNotFound as error:
                 step = partial(plan.throw, error)
 
-    def _ask(self, request: Any) -> Any:
+    def _answer(self, request: Any, read: Callable[[Any], Any] = lambda answer: answer) -> Any:
+        """What is read of the whole answer, which is asked for again where it is cut off."""
+        repeats = self._repeats()
+        while True:
+            try:
+                with self._line.told():
+                    return read(self._ask(request, repeats.left()))
+            except Unavailable as error:
+                time.sleep(repeats.pause(error))
+
+    def _repeats(self) -> Repeats:
+        return Repeats(self._timeout, self._retries)
+
+    def _ask(self, request: Any, timeout: float) -> Any:
         call = self._line.call(type(request))
-        return call(request, timeout=self._timeout, metadata=self._route.metadata())
+        return call(request, timeout=timeout, metadata=self._route.metadata())
 
     def _feed(
         self, images: Iterable[npt.ArrayLike], questions: plans.Questions[A]

@@ -280,8 +280,12 @@ class Parts(Generic[G]):
     def seeks(self) -> bool:
         """Whether another replica is to be asked for what one did not find; then it comes next."""
         self._left -= 1
-        self._rest = self._asked
+        self.repeats()
         return self._left > 0 and not self._came
+
+    def repeats(self) -> None:
+        """Has what was asked last come next once more."""
+        self._rest = self._asked
 
     def resumes(self) -> bool:
         """Whether a stream of draws that broke off had brought some; then the others come next.

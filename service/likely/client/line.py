@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -29,6 +30,7 @@ ADDRESS = "127.0.0.1:50051"
 TIMEOUT = 60.0
 LONGEST = 1e9  # seconds, some 31 years; gRPC takes what no clock can hold for no time at all
 CLOSED = "this client is closed; make another one to ask on"
+PAUSES = (0.2, 0.4, 0.8)  # seconds before a request is put again whose answer was cut off
 # How gRPC's words begin where no server was reached at all.
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
 
@@ -108,6 +110,61 @@ class Line:
             if isinstance(error, InvalidInput):  # it may have been asked by what is old
                 self._catalogue.clear()
             raise error from failure
+
+
+class Repeats:
+    """How often a request is put again whose answer was cut off, and the time that is left to it.
+
+    What gRPC itself asks again ends where an answer's headers have come. All requests of ours
+    may be answered twice.
+    """
+
+    def __init__(self, timeout: float, retries: bool) -> None:
+        """Of a request, or of several after one another.
+
+        Args:
+            timeout: seconds for each, with all its repetitions.
+            retries: whether there are any.
+        """
+        self._timeout = timeout
+        self._pauses = PAUSES if retries else ()
+        self._times = 0
+        self._end = 0.0
+
+    def reset(self) -> None:
+        """There was an answer: another request comes next, with time of its own."""
+        self._times = 0
+
+    def left(self) -> float:
+        """Seconds for the request that is put now."""
+        now = time.monotonic()
+        if not self._times:
+            self._end = now + self._timeout
+        return self._end - now
+
+    def pause(self, error: Unavailable) -> float:
+        """Seconds before the same request is put again.
+
+        Raises:
+            Unavailable: the error, if that is not worth it.
+        """
+        if self._times >= len(self._pauses) or not _is_cut(error):
+            raise error
+        seconds = self._pauses[self._times]
+        self._times += 1
+        if seconds >= self._end - time.monotonic():
+            raise error
+        return seconds
+
+
+def _is_cut(error: Unavailable) -> bool:
+    """Whether a connection ended on the way: no server of ours says it, and one was reached."""
+    failure: Any = error.__cause__
+    return (
+        isinstance(failure, grpc.RpcError)
+        and error.retry_after is None
+        and not (failure.details() or "").startswith(_UNREACHED)
+    )
 
 
 def as_error(failure: Any, address: str, start: str = "likely serve") -> LikelyError:

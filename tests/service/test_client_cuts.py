@@ -1,0 +1,142 @@
+"""Answers that are cut off once they have begun: gRPC asks for none of them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+
+from likely import AsyncClient, Client, Unavailable
+from likely.client.line import PAUSES
+
+if TYPE_CHECKING:
+    from tests.conftest import Live, Toy
+
+
+class Cutting(grpc.GenericRpcHandler):
+    """Cuts off answers of one method, and has another server give all others.
+
+    Attributes:
+        address: of the server that it is.
+        method: whose answers are cut off.
+        cuts: how many yet.
+        after: messages that come before.
+        asked: requests for that method.
+    """
+
+    address: str
+
+    def __init__(self, others: grpc.Channel) -> None:
+        self.method, self.cuts, self.after, self.asked = "", 0, 0, 0
+        self._others = others
+
+    def set(self, method: str, cuts: int, after: int = 0) -> None:
+        """Cuts off so many answers of that method."""
+        self.method, self.cuts, self.after, self.asked = method, cuts, after, 0
+
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        method = handler_call_details.method
+        named = method.endswith(f"/{self.method}")
+        self.asked += named
+
+        def cut(context: grpc.ServicerContext) -> None:
+            self.cuts -= 1
+            with suppress(ValueError):  # a message has gone, and the metadata before it
+                context.send_initial_metadata(())
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Stream removed (Socket closed)")
+
+        def one(request: Any, context: grpc.ServicerContext) -> Any:
+            if named and self.cuts:
+                cut(context)
+            answer: Any = self._others.unary_unary(method)
+            return answer(request)
+
+        def several(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            answers: Any = self._others.unary_stream(method)
+            for n, message in enumerate(answers(request)):
+                if named and self.cuts and n == self.after:
+                    cut(context)
+                yield message
+
+        if method.endswith(("/Generate", "/Complete")):
+            return grpc.unary_stream_rpc_method_handler(several)
+        return grpc.unary_unary_rpc_method_handler(one)
+
+
+@pytest.fixture
+def cutting(live: Live, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cutting]:
+    monkeypatch.setattr("likely.client.line.PAUSES", (0.0,) * len(PAUSES))
+    with grpc.insecure_channel(live.address) as others:
+        cutting, server = Cutting(others), grpc.server(ThreadPoolExecutor(4))
+        server.add_generic_rpc_handlers((cutting,))
+        cutting.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        try:
+            yield cutting
+        finally:
+            server.stop(None).wait()
+
+
+QUESTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "GetModel": lambda client, _: client.model(),
+    "Score": lambda client, x: client.score(x),
+    "Classify": lambda client, x: client.classify(x),
+    "Generate": lambda client, _: client.generate(300, seed=3),
+    "Complete": lambda client, x: client.complete(x, x > 1, completions=2, seed=3),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "after"),
+    [*((method, 0) for method in QUESTIONS), ("Generate", 1), ("Complete", 1)],
+)
+def test_an_answer_that_is_cut_off_is_asked_for_again(
+    live: Live, cutting: Cutting, toy: Toy, method: str, after: int
+) -> None:
+    x = toy.draw(np.random.default_rng(4), 250)
+    question = QUESTIONS[method]
+
+    async def ask() -> Any:
+        async with AsyncClient(cutting.address, timeout=30) as client:
+            return asdict(await question(client, x))
+
+    with Client(live.address, timeout=30) as client:
+        whole = asdict(question(client, x))
+    with Client(cutting.address, timeout=30) as client:
+        cutting.set(method, len(PAUSES), after)
+        np.testing.assert_equal(asdict(question(client, x)), whole)
+        assert cutting.cuts == 0
+        assert cutting.asked > len(PAUSES)
+    cutting.set(method, len(PAUSES), after)
+    np.testing.assert_equal(live.run(ask()), whole)
+    assert cutting.cuts == 0
+
+
+@pytest.mark.parametrize("method", QUESTIONS)
+def test_what_is_always_cut_off_is_told_in_the_end(
+    live: Live, cutting: Cutting, toy: Toy, method: str
+) -> None:
+    x = toy.draw(np.random.default_rng(4), 5)
+
+    async def ask(*, retries: bool) -> None:
+        async with AsyncClient(cutting.address, timeout=30, retries=retries) as client:
+            await QUESTIONS[method](client, x)
+
+    for retries, asked in ((True, 1 + len(PAUSES)), (False, 1)):
+        cutting.set(method, 1000)
+        with (
+            Client(cutting.address, timeout=30, retries=retries) as client,
+            pytest.raises(Unavailable, match="Stream removed"),
+        ):
+            QUESTIONS[method](client, x)
+        assert cutting.asked == asked
+        cutting.set(method, 1000)
+        with pytest.raises(Unavailable, match="Stream removed"):
+            live.run(ask(retries=retries))
+        assert cutting.asked == asked
