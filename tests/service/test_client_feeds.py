@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -288,6 +289,25 @@ def test_a_feed_of_a_client_that_is_closed_ends(live: Live, x: Any) -> None:
             await asyncio.wait_for(reading, 10)
 
     live.run(ask())
+
+
+def test_a_consumer_that_holds_the_loop_finds_what_comes_after(x: Any) -> None:
+    async def answers(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for message in messages:
+            for _ in range(5):  # turns of the loop, as grpc needs some
+                await asyncio.sleep(0)
+            yield answer(message)
+
+    async def ask() -> int:
+        feed = AsyncFeed(lambda messages: Stream(answers(messages)), questions(), 0.5)
+        count = 0
+        async for _ in feed.outcomes([*x[:10, None]]):
+            count += 1
+            if count == 3:
+                time.sleep(0.6)  # noqa: ASYNC251
+        return count
+
+    assert asyncio.run(ask()) == 10
 
 
 def test_a_source_that_was_cancelled_ends_its_feed(x: Any) -> None:

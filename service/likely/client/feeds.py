@@ -28,6 +28,7 @@ from likely.client.plans import A
 from likely.errors import DeadlineExceeded, LikelyError, Overloaded, Unavailable
 
 BREAKS = 8  # of a stream between two answers, until it is given up: after some 16 seconds
+GRACE, TURNS = 0.01, 20  # a loop that was held has so many pauses of so long to read what came
 ENDING = 5.0  # seconds in which a stream may end by itself when all is answered
 
 
@@ -250,6 +251,7 @@ class AsyncFeed(Generic[A]):
             await asyncio.gather(puller, reader, return_exceptions=True)
 
     async def _wait(self) -> tuple[list[A | LikelyError], Exception | None]:
+        late = 0
         while True:
             self._stirred.clear()
             if found := self._ledger.take():
@@ -262,7 +264,12 @@ class AsyncFeed(Generic[A]):
                 return [], self._failure
             left = self._ledger.left(time.monotonic())
             if left <= 0:
-                raise _late(self._timeout)
+                late += 1
+                if late > TURNS:
+                    raise _late(self._timeout)
+                await asyncio.sleep(GRACE)
+                continue
+            late = 0
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._stirred.wait()
