@@ -304,10 +304,39 @@ def test_a_consumer_that_holds_the_loop_finds_what_comes_after(x: Any) -> None:
         async for _ in feed.outcomes([*x[:10, None]]):
             count += 1
             if count == 3:
-                time.sleep(0.6)  # noqa: ASYNC251
+                time.sleep(0.6)
         return count
 
     assert asyncio.run(ask()) == 10
+
+
+def test_others_run_while_a_synchronous_source_is_read(x: Any) -> None:
+    async def answers(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for message in messages:
+            yield answer(message)
+
+    async def ask() -> list[int]:
+        turns, seen = 0, list[int]()
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        def source() -> Iterator[Any]:
+            for _ in range(20):
+                seen.append(turns)
+                yield x[:1]
+
+        running = asyncio.create_task(other())
+        feed = AsyncFeed(lambda messages: Stream(answers(messages)), questions(), 30)
+        assert len([outcome async for outcome in feed.outcomes(source())]) == 20
+        running.cancel()
+        return seen
+
+    seen = asyncio.run(ask())
+    assert len(set(seen)) == len(seen)
 
 
 def test_a_source_that_was_cancelled_ends_its_feed(x: Any) -> None:

@@ -348,3 +348,4 @@ async def _each(
     else:
         for item in items:
             yield item
+            await asyncio.sleep(0)  # or nothing else would run until no more is taken
