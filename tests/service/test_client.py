@@ -208,6 +208,32 @@ def test_a_closed_client_says_so(live: Live, x: Any) -> None:
             ask()
 
 
+def test_what_is_asked_of_a_client_that_is_closed_meanwhile_fails(
+    live: Live, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask() -> None:
+        asked = asyncio.Event()
+
+        async def stuck(*_: Any, **__: Any) -> None:
+            asked.set()
+            await asyncio.sleep(30)
+
+        monkeypatch.setattr(live.server.registry.find("toy"), "score", stuck)
+        for cancels in (False, True):
+            asked.clear()
+            client = AsyncClient(live.address, timeout=20)
+            asking = asyncio.create_task(client.score(x[:1]))
+            await asyncio.wait_for(asked.wait(), 10)
+            if cancels:
+                asking.cancel()
+            await client.close()
+            expected = asyncio.CancelledError if cancels else LikelyError
+            with pytest.raises(expected, match=None if cancels else "closed before all"):
+                await asking
+
+    live.run(ask())
+
+
 CALLS: list[tuple[str, Callable[[Any, Any], Any]]] = [
     ("rule", lambda c, x: c.classify(x, rule="other")),
     ("rule", lambda c, x: c.classify(x, rule=7)),

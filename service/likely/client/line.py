@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -102,9 +103,17 @@ class Line:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Raises a failed call as the error that it tells of."""
+        """Raises a failed call as the error that it tells of.
+
+        So is one of asyncio that ended with the channel: its caller's task is not cancelled.
+        """
         try:
             yield
+        except asyncio.CancelledError as end:
+            task = asyncio.current_task()
+            if not self._closed or (task and task.cancelling()):
+                raise
+            raise LikelyError("this client was closed before all was answered") from end
         except grpc.RpcError as failure:
             error = as_error(failure, self._where)
             if isinstance(error, InvalidInput):  # it may have been asked by what is old
