@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
-from likely import AsyncClient, Client, Unavailable
+from likely import AsyncClient, Client, DeadlineExceeded, Unavailable
 from likely.client.line import PAUSES
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Cutting(grpc.GenericRpcHandler):
         method: whose answers are cut off.
         cuts: how many yet.
         after: messages that come before.
+        code: that the end has.
         asked: requests for that method.
     """
 
@@ -34,6 +35,7 @@ class Cutting(grpc.GenericRpcHandler):
 
     def __init__(self, others: grpc.Channel) -> None:
         self.method, self.cuts, self.after, self.asked = "", 0, 0, 0
+        self.code = grpc.StatusCode.UNAVAILABLE
         self._others = others
 
     def set(self, method: str, cuts: int, after: int = 0) -> None:
@@ -49,7 +51,7 @@ class Cutting(grpc.GenericRpcHandler):
             self.cuts -= 1
             with suppress(ValueError):  # a message has gone, and the metadata before it
                 context.send_initial_metadata(())
-            context.abort(grpc.StatusCode.UNAVAILABLE, "Stream removed (Socket closed)")
+            context.abort(self.code, "Stream removed (Socket closed)")
 
         def one(request: Any, context: grpc.ServicerContext) -> Any:
             if named and self.cuts:
@@ -140,3 +142,23 @@ def test_what_is_always_cut_off_is_told_in_the_end(
         with pytest.raises(Unavailable, match="Stream removed"):
             live.run(ask(retries=retries))
         assert cutting.asked == asked
+
+
+def test_draws_that_come_go_on_after_a_deadline(live: Live, cutting: Cutting) -> None:
+    async def ask() -> Any:
+        async with AsyncClient(cutting.address, timeout=30) as client:
+            return await client.generate(50, seed=3)
+
+    cutting.code = grpc.StatusCode.DEADLINE_EXCEEDED
+    with Client(live.address, timeout=30) as client:
+        whole = client.generate(50, seed=3).images
+    with Client(cutting.address, timeout=30) as client:
+        cutting.set("Generate", 2, after=1)
+        assert np.array_equal(client.generate(50, seed=3).images, whole)
+        cutting.set("Generate", 2, after=1)
+        assert np.array_equal(live.run(ask()).images, whole)
+        assert (cutting.cuts, cutting.asked) == (0, 3)
+        cutting.set("Generate", 2)  # nothing came
+        with pytest.raises(DeadlineExceeded):
+            client.generate(50, seed=3)
+        assert cutting.asked == 1

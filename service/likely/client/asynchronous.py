@@ -38,7 +38,7 @@ from likely.client.feeds import AsyncFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
 from likely.client.plans import A, Held, Rule
 from likely.client.values import Label
-from likely.errors import LikelyError, ModelNotFound, Unavailable
+from likely.errors import DeadlineExceeded, LikelyError, ModelNotFound, Unavailable
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
 T = TypeVar("T")
@@ -299,7 +299,7 @@ class AsyncClient:
                         if not parts.takes(message):
                             break
                         yield codec.draws(message)
-            except Unavailable as error:
+            except (Unavailable, DeadlineExceeded) as error:
                 if not (self._retries and parts.resumes()):
                     await asyncio.sleep(repeats.pause(error))
                     parts.repeats()

@@ -288,7 +288,7 @@ class Parts(Generic[G]):
         self._rest = self._asked
 
     def resumes(self) -> bool:
-        """Whether a stream of draws that broke off had brought some; then the others come next.
+        """Whether a stream of draws that ended too soon had brought some; then the others come next.
 
         The same seed gives the pictures that were still to come, whoever draws them.
         """

@@ -151,11 +151,11 @@ class Repeats:
             self._end = now + self._timeout
         return self._end - now
 
-    def pause(self, error: Unavailable) -> float:
+    def pause(self, error: LikelyError) -> float:
         """Seconds before the same request is put again.
 
         Raises:
-            Unavailable: the error, if that is not worth it.
+            LikelyError: the error, if that is not worth it.
         """
         if self._times >= len(self._pauses) or not _is_cut(error):
             raise error
@@ -166,11 +166,12 @@ class Repeats:
         return seconds
 
 
-def _is_cut(error: Unavailable) -> bool:
+def _is_cut(error: LikelyError) -> bool:
     """Whether a connection ended on the way: no server of ours says it, and one was reached."""
     failure: Any = error.__cause__
     return (
         isinstance(failure, grpc.RpcError)
+        and isinstance(error, Unavailable)
         and error.retry_after is None
         and not (failure.details() or "").startswith(_UNREACHED)
     )
