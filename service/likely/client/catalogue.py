@@ -288,7 +288,7 @@ class Parts(Generic[G]):
         self._rest = self._asked
 
     def resumes(self) -> bool:
-        """Whether a stream of draws that ended too soon had brought some; then the others come next.
+        """Whether draws whose stream ended too soon had begun to come; then the others come next.
 
         The same seed gives the pictures that were still to come, whoever draws them.
         """
