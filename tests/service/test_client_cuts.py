@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +18,8 @@ from likely.client.line import PAUSES
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Toy
+
+GRPC = 5  # attempts of gRPC itself, where the machine is so slow that it sees no beginning
 
 
 class Cutting(grpc.GenericRpcHandler):
@@ -51,6 +54,7 @@ class Cutting(grpc.GenericRpcHandler):
             self.cuts -= 1
             with suppress(ValueError):  # a message has gone, and the metadata before it
                 context.send_initial_metadata(())
+            time.sleep(0.02)  # gRPC itself asks again where both ends of an answer come together
             context.abort(self.code, "Stream removed (Socket closed)")
 
         def one(request: Any, context: grpc.ServicerContext) -> Any:
@@ -130,18 +134,20 @@ def test_what_is_always_cut_off_is_told_in_the_end(
         async with AsyncClient(cutting.address, timeout=30, retries=retries) as client:
             await QUESTIONS[method](client, x)
 
-    for retries, asked in ((True, 1 + len(PAUSES)), (False, 1)):
+    for retries in (True, False):
+        least = 1 + len(PAUSES) * retries
+        most = least * (GRPC if retries else 1)
         cutting.set(method, 1000)
         with (
             Client(cutting.address, timeout=30, retries=retries) as client,
             pytest.raises(Unavailable, match="Stream removed"),
         ):
             QUESTIONS[method](client, x)
-        assert cutting.asked == asked
+        assert least <= cutting.asked <= most
         cutting.set(method, 1000)
         with pytest.raises(Unavailable, match="Stream removed"):
             live.run(ask(retries=retries))
-        assert cutting.asked == asked
+        assert least <= cutting.asked <= most
 
 
 def test_draws_that_come_go_on_after_a_deadline(live: Live, cutting: Cutting) -> None:
