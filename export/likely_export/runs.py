@@ -30,6 +30,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from likely import machine
 from likely.errors import InvalidInput, LikelyError
 from likely_export import corruptions, families, plan, recipes, train
 from likely_export.data import Dataset
@@ -283,7 +284,7 @@ def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Train
     trained: dict[str, Trained] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < _processors():
+            while waiting and len(running) < machine.cores():
                 name = next(iter(waiting))
                 running[name] = waiting.pop(name)
                 running[name].start()
@@ -335,9 +336,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
