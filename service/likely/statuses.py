@@ -41,6 +41,8 @@ RETRY_SECONDS = 1.0
 LONGEST = 1000  # bytes of a text: clients refuse an answer with more than 8 KiB of metadata
 OWN = ("Channel closed", "Locally cancelled")  # what gRPC says of what its caller ended
 CUT = "RST_STREAM"  # in what gRPC says of a stream that was cut off
+# All that gRPC's asyncio says where a stream ended while it was sent on: the status is lost.
+LOST = "Internal error from Core"
 
 _CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     errors.InvalidInput: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT"),
@@ -166,9 +168,9 @@ def _error(
     if kind := _CHANGES.get(_reason(rich)) or _PLAIN.get(code):
         return kind(message)
     cancelled = code is grpc.StatusCode.CANCELLED and not message.startswith(OWN)
-    if rich is None and (cancelled or CUT in message):
+    if rich is None and (cancelled or CUT in message or message == LOST):
         # A proxy lost its server, or gRPC ended what came as it stopped: not our server's word,
-        # which has details.
+        # which has details. Where that is lost, it comes again with the next attempt.
         return errors.Unavailable(message)
     return errors.ServerFault(message if code is grpc.StatusCode.INTERNAL else f"{code}: {message}")
 
