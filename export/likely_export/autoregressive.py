@@ -10,6 +10,7 @@ digits) and labels, withheld at random in training, are the same for all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -143,14 +144,36 @@ class Autoregressive(nn.Module):
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """Nats a picture to minimise in training, (n,); labels are withheld at random."""
+        return self._told(x, y, self.head.nats)
+
+    def expected_objective(self, x: Tensor, y: Tensor, chances: Tensor) -> Tensor:
+        """The same for pictures of two levels, whose pixels were drawn one apart from the other.
+
+        Each pixel counts with the mean of what it would cost over its own draw; only as what
+        others are told by is it the draw in x. The mean over all draws is the objective's, the
+        spread is less: what the coins alone decide no longer moves the weights (Rao and
+        Blackwell's theorem).
+
+        Args:
+            x: uint8 (n, c, h, w), drawn by Bernoulli(chances).
+            y: int64 (n,), labels.
+            chances: float32 (n, c, h, w).
+        """
+
+        def nats(features: Tensor, x: Tensor) -> Tensor:
+            return self.head.expected(self.head.log_probs(features, x), chances)
+
+        return self._told(x, y, nats)
+
+    def _told(self, x: Tensor, y: Tensor, nats: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The sum (n,) of what `nats` makes of the features and x, labels withheld at random."""
         if self.config.labels:
             withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout
             y = torch.where(withheld, self.null_label, y)
         features = self.features(x, y)
         # Under mixed precision the hidden layers may round, the head may not.
         with torch.autocast(x.device.type, enabled=False):
-            nats = self.head.nats(features.float(), x)
-        return nats.flatten(1).sum(1)
+            return nats(features.float(), x).flatten(1).sum(1)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The expected objective in nats, (n,): of -log p(x|y) and -log p(x), as often as seen."""

@@ -69,6 +69,16 @@ class Head(nn.Module):
         taken = log_probs.gather(-1, self.split(x)[..., None])[..., 0]
         return -taken.unflatten(-1, (self.channels, self.digits)).sum(-1).permute(0, 3, 1, 2)
 
+    def expected(self, log_probs: Tensor, chances: Tensor) -> Tensor:
+        """The mean of that surprise, nats (n, c, h, w), if each of two levels is yet to be drawn.
+
+        Args:
+            log_probs: (n, h, w, c, 2), of a head with two levels.
+            chances: float (n, c, h, w), the pixel's of being 1, whatever came before it.
+        """
+        zero, one = log_probs.permute(0, 3, 1, 2, 4).unbind(-1)
+        return -torch.lerp(zero, one, chances)
+
     def nats(self, features: Tensor, x: Tensor) -> Tensor:
         """The same surprise straight from the features (n, f, h, w)."""
         return self.surprise(self.log_probs(features, x), x)

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,14 @@ class Model(Protocol):
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """What validation compares, nats (n,), the same at every call."""
+
+
+@runtime_checkable
+class Expecting(Protocol):
+    """A model that learns more from pictures drawn afresh, if told what they are drawn by."""
+
+    def expected_objective(self, x: Tensor, y: Tensor, chances: Tensor) -> Tensor:
+        """What training lowers, nats (n,), for x drawn by Bernoulli(chances), each (n, c, h, w)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,10 +336,9 @@ class _Loop:
             self._save()
 
     def _update(self, rate: float) -> None:
-        x, y = self.batches.at(self.step)
         self.objective.train()
         self.objective.zero_grad(set_to_none=True)
-        loss = self.objective(self.fabric.to_device(x), self.fabric.to_device(y))
+        loss = self.objective(*map(self.fabric.to_device, self.batches.at(self.step)))
         self.fabric.backward(loss)
         nn.utils.clip_grad_norm_(self.module.parameters(), self.training.clip, foreach=True)
         for optimiser, stepper in zip(self.optimisers, self.steppers, strict=True):
@@ -449,8 +456,10 @@ class _Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, chances: Tensor | None = None) -> Tensor:
         """Nats a picture, mean over the batch."""
+        if chances is not None and isinstance(self.model, Expecting):
+            return self.model.expected_objective(x, y, chances).mean()
         return cast(Model, self.model).objective(x, y).mean()
 
 
@@ -464,15 +473,20 @@ class _Batches:
         self.rank, self.ranks = rank, ranks
         self.epoch, self.order = -1, np.empty(0, np.int64)
 
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """x: uint8 (batch, c, h, w) and y: int64 (batch,) of that step, this rank's share."""
+    def at(self, step: int) -> tuple[Tensor, ...]:
+        """This rank's share of that step: x uint8 (batch, c, h, w), y int64 (batch,).
+
+        Where x is drawn, what it is drawn by, too: float32 (batch, c, h, w).
+        """
         epoch, i = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, self._stream(epoch, 0).permutation(len(self.split))
         rows: npt.NDArray[np.int64] = self.order[i * self.batch : (i + 1) * self.batch]
         rows = rows[self.rank :: self.ranks]
         x = self.split.redraw(rows, self._stream(step, 1 + self.rank))
-        return torch.from_numpy(x), torch.from_numpy(self.split.y[rows])
+        chances = self.split.chances(rows)
+        arrays = (x, self.split.y[rows]) if chances is None else (x, self.split.y[rows], chances)
+        return tuple(map(torch.from_numpy, arrays))
 
     def _stream(self, index: int, use: int) -> np.random.Generator:
         key, counter = [self.seed, index], [0, 0, 0, use]

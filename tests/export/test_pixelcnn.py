@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,45 @@ def test_surprise_sums_to_the_log_likelihood(name: str) -> None:
     surprise = model.surprise(x, y)
     assert surprise.shape == x.shape
     assert torch.allclose(surprise.sum((1, 2, 3)), -model.log_prob(x, y))
+
+
+def binary(name: str) -> AutoregressiveConfig:
+    """The same for pictures of two levels, labels never withheld."""
+    return replace(CONFIGS[name], levels=2, digits=1, label_dropout=0.0)
+
+
+@EVERY
+def test_a_pixel_yet_to_be_drawn_costs_the_mean_of_what_its_draws_cost(name: str) -> None:
+    config = binary(name)
+    model = autoregressive.randomised(config)
+    x, y = autoregressive.pictures(config, 4), autoregressive.labels(config, 4)
+    chances = torch.rand(x.shape, generator=torch.Generator().manual_seed(3))
+    mean = model.head.expected(model.log_probs(x, y), chances)
+    for place in itertools.product(*map(range, config.shape)):
+        at = (slice(None), *place)
+        for level in (0, 1):
+            drawn = x.clone()
+            drawn[at] = level
+            weight = chances[at] if level else 1 - chances[at]
+            mean[at] -= weight * model.surprise(drawn, y)[at]
+    assert mean.abs().max() < 1e-5
+    told = model.expected_objective(x, torch.zeros(4).long() if y is None else y, chances)
+    expected = model.head.expected(model.log_probs(x, y), chances)
+    assert torch.allclose(told, expected.sum((1, 2, 3)))
+
+
+@EVERY
+def test_the_coins_of_a_draw_spread_its_objective_less_where_they_are_averaged(name: str) -> None:
+    config = binary(name)
+    model = autoregressive.randomised(config, 0.1)
+    generator = torch.Generator().manual_seed(3)
+    chances = torch.rand(config.shape, generator=generator).expand(2000, *config.shape)
+    x = torch.bernoulli(chances, generator=generator).byte()
+    y = torch.zeros(len(x)).long()
+    drawn, mean = model.objective(x, y), model.expected_objective(x, y, chances)
+    assert mean.std() < 0.8 * drawn.std()
+    error = (drawn - mean).std() / len(x) ** 0.5
+    assert (drawn - mean).mean().abs() < 4 * error
 
 
 @EVERY

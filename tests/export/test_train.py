@@ -59,6 +59,18 @@ TRAINING = Training(epochs=6, batch=16, validations=6, average=0.9, learning_rat
 MUON = replace(TRAINING, optimiser="muon", weight_decay=0.01)
 
 
+class Expecting(Toy):
+    """A model that can be told what pictures are drawn by."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.told: list[tuple[Tensor, Tensor]] = []
+
+    def expected_objective(self, x: Tensor, y: Tensor, chances: Tensor) -> Tensor:
+        self.told.append((x, chances))
+        return super().objective(x, y)
+
+
 class Stop(Exception):
     pass
 
@@ -128,6 +140,25 @@ def test_a_line_that_was_half_written_is_written_again(pictures: Dataset, tmp_pa
     (tmp_path / train.LOG).write_text(whole + whole.splitlines()[-1][:20])
     train.fit(toy(pictures), pictures, TRAINING, tmp_path)
     assert (tmp_path / train.LOG).read_text() == whole
+
+
+def test_what_pictures_are_drawn_by_is_told_to_models_that_learn_of_it(
+    pictures: Dataset, tmp_path: Path
+) -> None:
+    model = Expecting(ToyConfig(pictures.shape))
+    train.fit(model, pictures, replace(TRAINING, epochs=0, steps=40), tmp_path / "drawn")
+    assert len(model.told) == 40
+    x, chances = (torch.stack(each) for each in zip(*model.told, strict=True))
+    assert set(x.unique().tolist()) == {0, 1}
+    assert torch.allclose(chances.unique(), torch.tensor([30 / 255, 220 / 255]))
+    for chance in chances.unique():
+        drawn = x[chances == chance].double()
+        assert drawn.mean().item() == pytest.approx(chance.item(), abs=4 * 0.5 / len(drawn) ** 0.5)
+
+    given = replace(pictures, train=replace(pictures.train, grey=None))
+    model = Expecting(ToyConfig(pictures.shape))
+    train.fit(model, given, TRAINING, tmp_path / "given")
+    assert model.calls and not model.told
 
 
 def test_training_lowers_the_objective_and_says_how_far_it_is(
