@@ -498,6 +498,7 @@ def test_health_of_one_model(likely: Callable[..., Result]) -> None:
     assert likely("health", *PATIENT, "--model", "toy").output == "SERVING\n"
     assert "no model other is served" in failed(likely("health", *PATIENT, "--model", "other"))
     assert "longer than 64 bytes" in failed(likely("health", "--model", 65 * "x"))
+    assert "timeout = nan is not allowed" in failed(likely("health", "--timeout", "nan"))
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "inf", "1e300"])

@@ -8,7 +8,7 @@ import click
 import grpc
 
 from likely.cli.connection import Connection, connected
-from likely.client.line import unreached
+from likely.client.line import positive, unreached
 from likely.errors import InvalidInput, LikelyError, ModelNotFound, Unavailable
 
 # The health protocol's response whose status is SERVING: messages of one field need no generated
@@ -26,7 +26,7 @@ def health(server: Connection, model: str | None) -> None:
     with server.route().channel(once=True) as channel:
         check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
         try:
-            answer = check(asked, timeout=server.timeout)
+            answer = check(asked, timeout=positive(server.timeout))
         except grpc.RpcError as error:
             raise _told(error, server.address, model) from error
     if answer != _SERVING:
