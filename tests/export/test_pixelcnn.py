@@ -144,7 +144,7 @@ def test_a_pixel_yet_to_be_drawn_costs_the_mean_of_what_its_draws_cost(name: str
     chances = torch.rand(x.shape, generator=torch.Generator().manual_seed(3))
     mean = model.head.expected(model.log_probs(x, y), chances)
     for place in itertools.product(*map(range, config.shape)):
-        at = (slice(None), *place)
+        at: Any = (slice(None), *place)
         for level in (0, 1):
             drawn = x.clone()
             drawn[at] = level
