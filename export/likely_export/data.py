@@ -80,10 +80,6 @@ class Split:
             return self.x[rows]
         return bernoulli(self.grey[rows], self.peak, generator)
 
-    def chances(self, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.float32] | None:
-        """What those rows are drawn by, P(1) of every pixel (len(rows), c, h, w), if they are."""
-        return None if self.grey is None else self.grey[rows] / np.float32(self.peak)
-
 
 @dataclass(frozen=True, slots=True)
 class Dataset:

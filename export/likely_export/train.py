@@ -273,7 +273,9 @@ class _Loop:
         self.average.module.eval()
         self.optimisers = optimisers(module, training)
         self.module = module
-        self.objective, *self.steppers = fabric.setup(_Objective(module), *self.optimisers)
+        self.objective, *self.steppers = fabric.setup(
+            _Objective(module, data.train.peak), *self.optimisers
+        )
         self.batches = _Batches(data.train, training, fabric.global_rank, fabric.world_size)
         self.clock = time.process_time if fabric.device.type == "cpu" else time.monotonic
         first = training.steps or math.ceil(training.epochs * self.batches.per_epoch)
@@ -450,16 +452,23 @@ class _Loop:
 
 
 class _Objective(nn.Module):
-    """The objective as a forward pass, which is what Fabric's wrappers guard."""
+    """The objective as a forward pass, which is what Fabric's wrappers guard.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: whose objective it is.
+        peak: the largest value of what pictures are drawn by.
+    """
+
+    def __init__(self, model: nn.Module, peak: int) -> None:
         super().__init__()
         self.model = model
+        self.peak = peak
 
-    def forward(self, x: Tensor, y: Tensor, chances: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, grey: Tensor | None = None) -> Tensor:
         """Nats a picture, mean over the batch."""
-        if chances is not None and isinstance(self.model, Expecting):
-            return self.model.expected_objective(x, y, chances).mean()
+        if grey is not None and isinstance(self.model, Expecting):
+            # Divided here, for a fraction that was handed in Fabric would round to bfloat16.
+            return self.model.expected_objective(x, y, grey.float() / self.peak).mean()
         return cast(Model, self.model).objective(x, y).mean()
 
 
@@ -476,7 +485,7 @@ class _Batches:
     def at(self, step: int) -> tuple[Tensor, ...]:
         """This rank's share of that step: x uint8 (batch, c, h, w), y int64 (batch,).
 
-        Where x is drawn, what it is drawn by, too: float32 (batch, c, h, w).
+        Where x is drawn, what it is drawn by, too: uint8 (batch, c, h, w).
         """
         epoch, i = divmod(step, self.per_epoch)
         if epoch != self.epoch:
@@ -484,8 +493,9 @@ class _Batches:
         rows: npt.NDArray[np.int64] = self.order[i * self.batch : (i + 1) * self.batch]
         rows = rows[self.rank :: self.ranks]
         x = self.split.redraw(rows, self._stream(step, 1 + self.rank))
-        chances = self.split.chances(rows)
-        arrays = (x, self.split.y[rows]) if chances is None else (x, self.split.y[rows], chances)
+        arrays = [x, self.split.y[rows]]
+        if self.split.grey is not None:
+            arrays.append(self.split.grey[rows])
         return tuple(map(torch.from_numpy, arrays))
 
     def _stream(self, index: int, use: int) -> np.random.Generator:
