@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from likely.answers import Pixels
 from likely.jobs.backends import Backend, Bundled
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from tests.conftest import Toy
 
 Job = Callable[..., dict[str, Any]]
+COLOUR, GREY = Geometry((3, 4, 5), 256), Geometry((1, 4, 5), 256)
 
 
 @pytest.fixture(scope="session")
@@ -115,3 +118,21 @@ def images(found: pa.Table) -> Pixels:
     """The pictures of a table, (n, c, h, w)."""
     array: Pixels = found["image"].combine_chunks().to_numpy_ndarray()
     return array
+
+
+def opened(path: Path, geometry: Geometry = GREY) -> Pictures:
+    """The pictures of a file or folder."""
+    return Pictures(Input((path,)), geometry)
+
+
+def drawn(n: int, geometry: Geometry = GREY) -> Pixels:
+    """Noise."""
+    rng = np.random.default_rng(n)
+    return rng.integers(0, geometry.levels, (n, *geometry.shape), dtype=np.uint8)
+
+
+def encoded(picture: Pixels) -> bytes:
+    """A grey picture (h, w) as PNG."""
+    out = BytesIO()
+    Image.fromarray(picture).save(out, "png")
+    return out.getvalue()

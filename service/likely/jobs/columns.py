@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from likely import levels
 from likely.answers import Pixels
@@ -17,6 +18,7 @@ from likely.client.values import pixels
 from likely.errors import InvalidInput
 
 USUAL = ("image", "images", "x", "picture", "pixels")
+_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,52 +54,171 @@ def chosen(form: pa.Schema, column: str | None, name: str) -> str:
     return found
 
 
-def pictures(column: pa.ChunkedArray, name: str, geometry: Geometry) -> Pixels:
+def require_fit(kind: pa.DataType, name: str, geometry: Geometry) -> None:
+    """Returns if a column may hold the model's pictures, as far as its type tells.
+
+    Args:
+        kind: the column's.
+        name: what to call the file.
+        geometry: of the model.
+
+    Raises:
+        InvalidInput: its tensors are of another shape.
+    """
+    if isinstance(kind, pa.FixedShapeTensorType):
+        shape = [kind.shape[axis] for axis in _order(kind, geometry)]
+        levels.check_fit(name, _with_channel(shape), geometry.shape)
+
+
+def _order(kind: pa.FixedShapeTensorType, geometry: Geometry) -> list[int]:
+    """Where each axis of a tensor lies in its storage.
+
+    Arrow says that axis i of a picture is axis permutation[i] of what is stored; pyarrow writes
+    the inverse, and reads neither where they differ. The model's shape tells which it is.
+    """
+    order = list(kind.permutation or range(len(kind.shape)))
+    inverse = [order.index(axis) for axis in range(len(order))]
+    for each in (order, inverse):
+        if _with_channel([kind.shape[axis] for axis in each]) == geometry.shape:
+            return each
+    return order
+
+
+def _with_channel(shape: Sequence[int]) -> tuple[int, ...]:
+    return (1, *shape) if len(shape) == 2 else tuple(shape)
+
+
+def pictures(column: pa.ChunkedArray, name: str, geometry: Geometry, first: int = 0) -> Pixels:
     """The pictures of a column, uint8 (n, c, h, w) of levels.
 
-    Bytes of exactly a picture's size are levels in raster order, channel by channel; all
-    others are image files (as are those in a struct's field `bytes`).
+    Bytes of exactly a picture's size are levels in raster order, channel by channel, unless
+    they begin as an image file does; all others are image files (as are those in a struct's
+    field `bytes`). Lists are nested as (c, h, w), as (h, w) for one channel, or not at all.
+
+    Args:
+        column: of a file, or of a part of it.
+        name: what to call the file.
+        geometry: of the model.
+        first: what the column's first row is in the file.
 
     Raises:
         InvalidInput: they are no pictures, or do not fit the model.
     """
     if column.null_count:
         raise InvalidInput(name, f"{column.null_count} rows of the pictures' column are empty")
-    parts = [_chunk(chunk, name, geometry) for chunk in column.chunks if len(chunk)]
-    return np.concatenate([np.empty((0, *geometry.shape), np.uint8), *parts])
+    parts = [np.empty((0, *geometry.shape), np.uint8)]
+    for chunk in column.chunks:
+        if len(chunk):
+            parts.append(_chunk(chunk, name, geometry, first))
+        first += len(chunk)
+    return np.concatenate(parts)
 
 
-def _chunk(array: pa.Array, name: str, geometry: Geometry) -> Pixels:
+def _chunk(array: pa.Array, name: str, geometry: Geometry, first: int) -> Pixels:
     kind = array.type
+    require_fit(kind, name, geometry)
     if isinstance(array, pa.FixedShapeTensorArray):
-        return pixels(array.to_numpy_ndarray())
+        stored = np.asarray(array.storage.flatten()).reshape(len(array), *kind.shape)
+        turned = stored.transpose(0, *(axis + 1 for axis in _order(kind, geometry)))
+        return pixels(turned, name)
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         array = array.field("bytes")
         kind = array.type
+        if array.null_count:
+            raise InvalidInput(f"{name}[{first + _first(array.is_null())}]", "its bytes are empty")
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _is_fixed(kind):
-        return _of_bytes(array.to_pylist(), name, geometry)
-    n = len(array)
-    while pa.types.is_nested(kind) and not pa.types.is_struct(kind):
+        return _of_bytes(array.to_pylist(), name, geometry, first)
+    return _of_lists(array, name, geometry, first)
+
+
+def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixels:
+    """Lists of levels, each of the length that its place in the nesting asks."""
+    array, depth = rows, 0
+    lengths, size = geometry.shape, int(np.prod(geometry.shape))
+    inner = rows.type
+    while _is_list(inner):
+        inner, depth = inner.value_type, depth + 1
+    if not depth or not pa.types.is_integer(inner):
+        raise InvalidInput(name, f"{inner}; integers are asked, in lists of {size} levels")
+    asked = {1: (size,), 3: lengths, **({2: lengths[1:]} if lengths[0] == 1 else {})}.get(depth)
+    if asked is None:
+        may = "2, 1" if lengths[0] == 1 else "2"
+        told = f"levels in lists within {depth - 1} others; {may} or none are asked"
+        raise InvalidInput(name, f"{told}: {_shown(lengths)}, or {size} in one list")
+    lists = 1  # of a picture, at this depth
+    for length in asked:
+        # A null is no list of any length: flatten() would leave it out.
+        found = np.asarray(pc.fill_null(pc.list_value_length(array), -1))
+        if (wrong := found != length).any():
+            at = int(np.argmax(wrong))
+            row = at // lists
+            told = f"{name}[{first + row}]"
+            raise _unfit(told, rows[row].as_py(), int(found[at]), length, depth, geometry)
         array = array.flatten()
-        kind = array.type
-    size = int(np.prod(geometry.shape))
-    if not pa.types.is_integer(kind) or array.null_count or len(array) != n * size:
-        told = f"{kind} a picture, {len(array) / max(n, 1):g} of them; {size} levels are asked"
-        raise InvalidInput(name, told)
-    return pixels(np.asarray(array).reshape(n, *geometry.shape))
+        lists *= length
+    if array.null_count:
+        row = _first(array.is_null()) // size
+        raise InvalidInput(f"{name}[{first + row}]", "some of its levels are empty")
+    return pixels(np.asarray(array).reshape(-1, *lengths), name)
 
 
-def _of_bytes(values: Sequence[bytes], name: str, geometry: Geometry) -> Pixels:
+def _unfit(
+    told: str, row: Any, found: int, asked: int, depth: int, geometry: Geometry
+) -> InvalidInput:
+    """What is wrong with a row of lists, one of which is of another length than asked."""
+    if found < 0:
+        return InvalidInput(told, "one of its lists is empty")
+    if depth == 1:
+        return InvalidInput(told, f"{found} levels; {asked} are asked")
+    try:
+        shape = np.shape(row)
+        if len(shape) == depth:
+            levels.check_fit(told, shape if depth == 3 else (1, *shape), geometry.shape)
+    except InvalidInput as error:
+        return error
+    except ValueError:
+        pass  # ragged
+    shown = f"{_shown(geometry.shape)} (channels x rows x columns)"
+    return InvalidInput(told, f"a list of {found}, where one of {asked} is asked: {shown}")
+
+
+def _of_bytes(values: Sequence[bytes], name: str, geometry: Geometry, first: int) -> Pixels:
     size = int(np.prod(geometry.shape))
-    if all(len(value) == size for value in values):
+    bare = [len(value) == size and not _is_image(value) for value in values]
+    if all(bare):
         return np.frombuffer(b"".join(values), np.uint8).reshape(-1, *geometry.shape)
     found = np.empty((len(values), *geometry.shape), np.uint8)
     for row, value in enumerate(values):
-        told = f"{name}[{row}]"
+        if bare[row]:
+            found[row] = np.frombuffer(value, np.uint8).reshape(geometry.shape)
+            continue
+        told = f"{name}[{first + row}]"
         x = levels.of_image(io.BytesIO(value), told, geometry.shape[0], geometry.levels)
         levels.check_fit(told, x.shape, geometry.shape)
         found[row] = x
     return found
+
+
+def _is_image(value: bytes) -> bool:
+    """Whether bytes begin as an image file does, and not as levels might by chance."""
+    if value.startswith(b"BM"):
+        return value[2:6] == len(value).to_bytes(4, "little")
+    return value.startswith(_MAGIC) or (value[:4] == b"RIFF" and value[8:12] == b"WEBP")
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def _first(flags: pa.Array) -> int:
+    """The index of the first true one."""
+    return int(np.argmax(np.asarray(flags)))
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _is_fixed(kind: Any) -> bool:

@@ -23,7 +23,7 @@ from likely.answers import Pixels
 from likely.client.values import pixels
 from likely.errors import InvalidInput, JobError
 from likely.jobs import files
-from likely.jobs.columns import Geometry, check_levels, chosen, pictures
+from likely.jobs.columns import Geometry, check_levels, chosen, pictures, require_fit
 
 ARRAYS = (".npy", ".npz")
 PARQUET = (".parquet", ".pq")
@@ -229,6 +229,7 @@ class _Parquet:
         if key is not None and key not in form.names:
             raise InvalidInput(file.name, f"no column {key}; there are {', '.join(form.names)}")
         column = chosen(form, given.column, file.name)
+        require_fit(form.field(column).type, file.name, geometry)
         return cls(file, geometry, column, key, list(accumulate(ends)))
 
     @property
@@ -265,10 +266,10 @@ class _Parquet:
                 table = opened.read_row_group(group, wanted)
         except (pa.ArrowException, OSError) as error:
             raise InvalidInput(self.file.name, f"cannot be read: {error}") from error
-        x = pictures(table[self.column], self.file.name, self.geometry)
+        first = self.ends[group] - len(table)
+        x = pictures(table[self.column], self.file.name, self.geometry, first)
         if self.key:
             return x, [str(key) for key in table[self.key].to_pylist()]
-        first = self.ends[group] - len(x)
         return x, [f"{self.file.name}[{first + i}]" for i in range(len(x))]
 
 
