@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -67,26 +69,82 @@ def _shows_through(image: Image.Image) -> bool:
     return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
 
 
-def of_array(path: Path, mapped: Literal["r"] | None = None) -> npt.NDArray[Any]:
+def of_array(
+    file: Path | IO[bytes], name: str = "", mapped: Literal["r"] | None = None
+) -> npt.NDArray[Any]:
     """The array of an `.npy`; of an `.npz` the one called by one of `KEYS`, else the first.
 
     Args:
-        path: of the file; pickles are refused.
+        file: where it is; pickles are refused.
+        name: what to call it; its path, where none is given.
         mapped: "r" to leave what an `.npy` holds in the file until it is looked at.
+
+    Raises:
+        InvalidInput: no array can be read from it, or it does not fit in memory.
+    """
+    with _reading(name or str(file)):
+        loaded = np.load(file, mapped, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            array = loaded[_chosen(loaded)]
+            if not isinstance(array, np.ndarray):
+                raise ValueError("a member that is no array")
+            return array
+
+
+def header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The shape and the type of the array that `of_array` gives; it is not read.
 
     Raises:
         InvalidInput: no array can be read from it.
     """
-    try:
-        loaded = np.load(path, mapped, allow_pickle=False)
+    with _reading(str(path)):
+        loaded = np.load(path, "r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return loaded
+            return loaded.shape, loaded.dtype
         with loaded:
-            key = next((key for key in KEYS if key in loaded), None) or loaded.files[0]
-            array: npt.NDArray[Any] = loaded[key]
-            return array
-    except (ValueError, EOFError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-        raise InvalidInput(str(path), NO_ARRAY) from error
+            names = loaded.zip.namelist()
+            key = _chosen(loaded)
+            member = loaded.zip.getinfo(key if key in names else f"{key}.npy")
+            with loaded.zip.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, kind = read(file)
+                if file.tell() + math.prod(shape) * kind.itemsize > member.file_size:
+                    raise ValueError("less data than its header tells")
+                return shape, kind
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Whatever goes wrong in reading an array, as what is said of its file."""
+    try:
+        yield
+    except MemoryError as error:
+        raise InvalidInput(name, f"its array does not fit in memory: {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # of the file, not of what it holds
+            raise
+        raise InvalidInput(name, NO_ARRAY) from error
+    # RuntimeError: a password is asked for, or what compressed it is not known here.
+    except (
+        ValueError,
+        EOFError,
+        IndexError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise InvalidInput(name, NO_ARRAY) from error
+
+
+def _chosen(archive: Any) -> str:
+    return next((key for key in KEYS if key in archive), None) or str(archive.files[0])
 
 
 def check_fit(name: str, given: Sequence[int], asked: Sequence[int]) -> None:

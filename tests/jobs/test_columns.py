@@ -65,7 +65,7 @@ def test_lists_of_another_nesting_are_refused_by_their_row(tmp_path: Path) -> No
     flat = y.reshape(25, -1).tolist()
     refused(
         [*flat[:12], [*flat[12], 1], flat[13][:-1], *flat[14:]],
-        r"\[12\]: 21 levels; 20 are asked",
+        r"\[12\]: a list of 21; 20 levels are asked",
         GREY,
     )
     turned = [*y[:12].tolist(), y[12].reshape(5, 4).tolist(), *y[13:].tolist()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,44 @@ def test_a_token_of_the_command_line_goes_before_one_of_the_environment(
         env={"LIKELY_TOKEN": "other", "LIKELY_TOKEN_FILE": other},
     )
     assert told.exit_code == 1  # it shows no token, and nobody answers
+
+
+def test_the_connections_files_are_named_in_full_to_workers_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Any] = []
+
+    def noted(*_: Any, **more: Any) -> Any:
+        shown.append(more)
+        raise Unavailable("enough")
+
+    monkeypatch.setattr(backends, "Client", noted)
+    monkeypatch.chdir(tmp_path)
+    words = ["batch", "generate", "--address=127.0.0.1:1", "--count=1", "--out=out"]
+    named = {name: f"{name}.pem" for name in ("ca", "certificate", "key")}
+    words += [f"--{name}={file}" for name, file in named.items()]
+    assert CliRunner().invoke(main, words).exit_code == 1
+    assert {name: shown[0][name] for name in named} == {
+        name: tmp_path / file for name, file in named.items()
+    }
+
+
+def test_a_folder_that_is_looked_at_is_not_written_into(
+    batch: Batch, toy: Toy, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "in.npy", toy.draw(np.random.default_rng(0), 3))
+    told = batch("score", tmp_path, "--out", tmp_path / "scores")
+    assert told.exit_code == 1
+    assert f"the job's folder {tmp_path / 'scores'} lies within {tmp_path}," in told.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
+    odd = tmp_path / os.fsdecode(b"a\xff.npy")
+    (tmp_path / "in.npy").rename(odd)
+    (tmp_path / os.fsdecode(b"a\xfe.npz")).write_bytes(b"PK")
+    told = batch("score", tmp_path, "--out", tmp_path / ".scores")
+    assert (told.exit_code, told.stderr.count("no array can be read")) == (1, 1), told.output
+    told = batch("score", odd, "--alpha", 0.1, "--out", tmp_path / ".scores")
+    assert told.exit_code == 0, told.output
+    assert table(tmp_path / ".scores")["key"].to_pylist() == [f"a?.npy[{i}]" for i in range(3)]
 
 
 def test_all_options_reach_the_job(batch: Batch, toy: Toy, tmp_path: Path) -> None:

@@ -62,8 +62,11 @@ class Job:
         from likely.jobs.making import Maker, Plan
         from likely.jobs.ray_workers import ray_workers
         from likely.jobs.running import WORKERS, run, threads
+        from likely.jobs.sources import require_apart
 
         opener, out = self._opener(), self.out.absolute()
+        if given:
+            require_apart(given, out)
         begun = ledger.begun(out)
         if begun and self._may_mean(begun):
             opener = opener.pinned(begun.model, begun.version)
@@ -142,9 +145,9 @@ class Job:
             server.token,
             server.plaintext_token,
             server.tls,
-            server.ca,
-            server.certificate,
-            server.key,
+            server.ca and server.ca.absolute(),
+            server.certificate and server.certificate.absolute(),
+            server.key and server.key.absolute(),
             server.server_name,
             server.token_file and server.token_file.absolute(),
         )

@@ -169,7 +169,7 @@ def _unfit(
     if found < 0:
         return InvalidInput(told, "one of its lists is empty")
     if depth == 1:
-        return InvalidInput(told, f"{found} levels; {asked} are asked")
+        return InvalidInput(told, f"a list of {found}; {asked} levels are asked")
     try:
         shape = np.shape(row)
         if len(shape) == depth:

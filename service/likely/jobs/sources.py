@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import tarfile
 import threading
 from bisect import bisect_right
@@ -12,9 +13,10 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,7 +31,9 @@ ARRAYS = (".npy", ".npz")
 PARQUET = (".parquet", ".pq")
 TAR = (".tar",)
 KEY = "key"
-_GROUPS = 2  # row groups of a Parquet file that are held: workers are at neighbouring shards
+# Row groups of a Parquet file, and arrays, that are held: workers are at neighbouring shards.
+_GROUPS = 2
+_ARRAYS = 2
 
 Part = tuple[Pixels, list[str]]
 
@@ -40,11 +44,19 @@ class Found:
 
     Attributes:
         path: where it is.
-        name: what to call it: its path from the folder that was named.
+        name: what to call it: its path from the folder that was named, whatever of it can be
+            shown.
+        raw: that path as the file system has it.
     """
 
     path: Path
     name: str
+    raw: bytes
+
+    @classmethod
+    def of(cls, path: Path, name: str) -> Found:
+        """A file of that name."""
+        return cls(path, _shown(name), name.encode(errors="surrogateescape"))
 
 
 class Source(Protocol):
@@ -104,7 +116,7 @@ class Pictures:
         """SHA-256 over the columns, and the names, the order and the contents of all files."""
         total = hashlib.sha256(f"{self._given.column}\0{self._given.key}\n".encode())
         for file in self._found:
-            total.update(f"{file.name}\0{files.digest(file.path)}\n".encode())
+            total.update(file.raw + f"\0{files.digest(file.path)}\n".encode())
         return total.hexdigest()
 
     def read(self, start: int, stop: int) -> Part:
@@ -129,22 +141,44 @@ class Pictures:
         return np.concatenate(parts), keys
 
 
+class _Arrays:
+    """The arrays that were read last: all of a job's need not fit in memory, or be open at once."""
+
+    def __init__(self) -> None:
+        self._held: dict[Path, npt.NDArray[Any]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, file: Found) -> npt.NDArray[Any]:
+        with self._lock:
+            x = self._held.pop(file.path, None)
+            if x is None:
+                while len(self._held) >= _ARRAYS:
+                    del self._held[next(iter(self._held))]
+                x = levels.of_array(file.path, mapped="r")
+                if not isinstance(x, np.memmap):
+                    x = pixels(x, file.name)
+            self._held[file.path] = x
+            return x
+
+
 @dataclass(slots=True)
 class _Array:
     file: Found
-    _held: Pixels | None = None
+    rows: int
+    held: _Arrays
 
-    @property
-    def rows(self) -> int:
-        return len(self._x())
+    @classmethod
+    def opened(cls, file: Found, geometry: Geometry, held: _Arrays) -> _Array:
+        shape, kind = levels.header(file.path)
+        none = pixels(np.empty((0, *shape[1:]) if shape else (), kind), file.name)
+        if shape[0]:
+            levels.check_fit(file.name, none.shape[1:], geometry.shape)
+        return cls(file, shape[0], held)
 
     def read(self, start: int, stop: int) -> Part:
-        return self._x()[start:stop], [f"{self.file.name}[{i}]" for i in range(start, stop)]
-
-    def _x(self) -> Pixels:
-        if self._held is None:
-            self._held = pixels(levels.of_array(self.file.path, mapped="r"), self.file.name)
-        return self._held
+        x = np.array(self.held.read(self.file)[start:stop])  # a part would hold the whole
+        keys = [f"{self.file.name}[{i}]" for i in range(start, stop)]
+        return pixels(x, self.file.name), keys
 
 
 @dataclass(slots=True)
@@ -180,7 +214,8 @@ class _Tar:
                     stem, _, ending = base.partition(".")
                     if member.isfile() and f".{ending.lower()}" in (*levels.IMAGES, ".npy"):
                         key = f"{folder}/{stem}" if folder else stem
-                        members.append((key, member.name, member.offset_data, member.size))
+                        told = _shown(key), _shown(member.name)
+                        members.append((*told, member.offset_data, member.size))
         except tarfile.TarError as error:
             raise InvalidInput(file.name, f"no tar archive: {error}") from error
         keys = [key for key, *_ in members]
@@ -200,7 +235,7 @@ class _Tar:
                 told, data = f"{self.file.name}:{name}", BytesIO(archive.read(size))
                 parts.append(
                     _npy(data, told, self.geometry)
-                    if name.endswith(".npy")
+                    if name.lower().endswith(".npy")
                     else _image(data, told, self.geometry)
                 )
                 keys.append(key)
@@ -273,25 +308,71 @@ class _Parquet:
         return x, [f"{self.file.name}[{first + i}]" for i in range(len(x))]
 
 
+def require_apart(given: Input, out: Path) -> None:
+    """Returns if a job's folder is not among its pictures, as which its shards would count.
+
+    Args:
+        given: the pictures.
+        out: the job's folder, which need not be there.
+
+    Raises:
+        JobError: it lies within a folder that is looked at.
+    """
+    for path in filter(Path.is_dir, given.paths):
+        for real in (os.path.abspath, os.path.realpath):  # a link in the way is followed, too
+            folder, within = Path(real(path)), Path(real(out))
+            if within.is_relative_to(folder) and not _hidden(within.relative_to(folder)):
+                raise JobError(
+                    f"the job's folder {out} lies within {path}, which is looked at: what it "
+                    "holds would be taken for pictures; name a folder elsewhere"
+                )
+
+
 def _found(paths: Sequence[Path]) -> Iterator[Found]:
     """The files that are named, and those of known kinds in named folders, by their names."""
     known = (*levels.IMAGES, *ARRAYS, *PARQUET, *TAR)
     for path in paths:
         if path.is_dir():
-            inside = sorted(path.rglob("*"), key=lambda each: each.relative_to(path).parts)
-            for each in inside:
-                parts = each.relative_to(path).parts
-                hidden = any(part.startswith(".") for part in parts)
-                if not hidden and each.suffix.lower() in known and each.is_file():
-                    yield Found(each, "/".join(parts))
+            for each in _inside(path):
+                if each.suffix.lower() in known and each.is_file():
+                    yield Found.of(each, each.relative_to(path).as_posix())
         elif path.suffix.lower() in known:
-            yield Found(path, path.name)
+            yield Found.of(path, path.name)
         else:
             raise JobError(f"{path} is none of {', '.join(known)}")
 
 
+def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """All within a folder but folders and what is hidden, by name; links are followed.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    told = folder.stat()
+    own = (told.st_dev, told.st_ino)
+    if own in above:  # a link leads back
+        return
+    for each in sorted(folder.iterdir(), key=lambda each: each.name):
+        if _hidden(Path(each.name)):
+            continue
+        if each.is_dir():
+            yield from _inside(each, above | {own})
+        else:
+            yield each
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _shown(name: str) -> str:
+    """A name, with "?" for what of it is no UTF-8."""
+    return name.encode(errors="replace").decode()
+
+
 def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterator[Source]:
     images: list[Found] = []
+    arrays = _Arrays()
     for file in found:
         suffix = file.path.suffix.lower()
         if suffix in levels.IMAGES:
@@ -301,7 +382,7 @@ def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterat
             yield _Images(images, geometry)
             images = []
         if suffix in ARRAYS:
-            yield _Array(file)
+            yield _Array.opened(file, geometry, arrays)
         elif suffix in TAR:
             yield _Tar.opened(file, geometry)
         else:
@@ -317,10 +398,6 @@ def _image(file: Path | BytesIO, name: str, geometry: Geometry) -> Pixels:
 
 
 def _npy(data: BytesIO, name: str, geometry: Geometry) -> Pixels:
-    try:
-        loaded = np.load(data, allow_pickle=False)[None]
-    except (ValueError, EOFError) as error:
-        raise InvalidInput(name, levels.NO_ARRAY) from error
-    x = pixels(loaded, name)
+    x = pixels(levels.of_array(data, name)[None], name)
     levels.check_fit(name, x.shape[1:], geometry.shape)
-    return x
+    return x.reshape(geometry.shape)
