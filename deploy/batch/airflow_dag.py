@@ -1,7 +1,7 @@
 """An Airflow DAG (Airflow 3): every night the day before is classified, its priors estimated.
 
-Its pictures lie in a folder of that date and change no more. A retry has the same date, so the
-same folders, and goes on where the last one ended.
+Its pictures lie in a folder of that date and change no more; a day without a folder has none. A
+retry has the same date, so the same folders, and goes on where the last one ended.
 """
 
 from datetime import datetime, timedelta
@@ -22,7 +22,8 @@ with DAG(
     BashOperator(
         task_id="classify",
         bash_command=(
-            "likely batch classify /data/incoming/{{ ds }} --estimate-priors "
+            '[ -d "/data/incoming/{{ ds }}" ] || { echo "no pictures of {{ ds }}"; exit 0; }; '
+            "exec likely batch classify /data/incoming/{{ ds }} --estimate-priors "
             "--bundle /bundles/fashion_mnist --out /data/labels/{{ ds }}"
         ),
     )

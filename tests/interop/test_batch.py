@@ -152,6 +152,10 @@ def test_the_cron_job_is_one(tmp_path: Path) -> None:
     incoming.rmdir()  # nothing came that day
     nothing = ran(f"{told['metadata']['name']}-{scheduled}")
     assert (nothing.returncode, nothing.stdout) == (0, "no pictures of 2026-02-28\n")
+    for name in ("manual", "2", "manual7"):  # begun by hand, under a name that tells no minute
+        refused = ran(f"{told['metadata']['name']}-{name}")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.endswith(f"-{name}, does not end in the minute of a schedule\n")
     extras = re.search(r"--build-arg EXTRAS=(\S+)", (DEPLOY / "cronjob.yaml").read_text())
     assert extras and {"cpu", "jobs"} <= set(extras[1].split(","))
 
@@ -182,15 +186,30 @@ def test_systemd_takes_the_units() -> None:
     subprocess.run(["systemd-analyze", "calendar", when[1]], capture_output=True, check=True)
 
 
-def test_the_dag_runs_a_job() -> None:
+def test_the_dag_runs_a_job(tmp_path: Path) -> None:
     text = (DEPLOY / "airflow_dag.py").read_text()
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     (operator,) = [each for each in calls if getattr(each.func, "id", "") == "BashOperator"]
     given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in operator.keywords}
     command = given["bash_command"].replace("{{ ds }}", "2026-01-31")
-    found = parsed(shlex.split(command))
+    command = command.replace("/data/", f"{tmp_path}/data/")
+    (tmp_path / "likely").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "likely").chmod(0o755)
+
+    def ran() -> str:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        words = ["bash", "-c", command]
+        return subprocess.run(
+            words, capture_output=True, text=True, env=environment, check=True
+        ).stdout
+
+    assert ran() == "no pictures of 2026-01-31\n"
+    incoming = tmp_path / "data" / "incoming" / "2026-01-31"
+    incoming.mkdir(parents=True)
+    found = parsed(["likely", *ran().splitlines()])
+    assert found["inputs"] == (incoming,)
     assert found["estimate_priors"]
-    assert found["out"].name == "2026-01-31"
+    assert found["out"] == tmp_path / "data" / "labels" / "2026-01-31"
 
 
 def test_airflow_takes_the_dag() -> None:
