@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,18 +127,10 @@ def _reading(name: str) -> Iterator[None]:
     except MemoryError as error:
         raise InvalidInput(name, f"its array does not fit in memory: {error}") from error
     except OSError as error:
-        if error.errno is not None:  # of the file, not of what it holds
+        if error.errno not in (None, errno.EINVAL):  # of the file, not of what it tells of places
             raise
         raise InvalidInput(name, NO_ARRAY) from error
-    # RuntimeError: a password is asked for, or what compressed it is not known here.
-    except (
-        ValueError,
-        EOFError,
-        IndexError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # a dozen kinds, by what is broken: headers, zips, each compression
         raise InvalidInput(name, NO_ARRAY) from error
 
 

@@ -202,12 +202,34 @@ def huge(path: Path) -> None:
         archive.writestr("x.npy", out.getvalue())
 
 
+def corrupt(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x.npy", npy(drawn(9)))
+    data = bytearray(path.read_bytes())
+    data[50:90] = bytes(40)
+    path.write_bytes(data)
+
+
+def out_of_place(path: Path) -> None:
+    np.savez(path, x=drawn(1))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\5\6") + 19] = 255  # where its directory begins
+    path.write_bytes(data)
+
+
+def half_a_header(path: Path) -> None:
+    path.write_bytes(npy(drawn(9)).replace(b"'shape': (9, 1, 4, 5)", b"'shape': (9, 1, 4, 5 "))
+
+
 def no_array(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x", b"words")
 
 
-@pytest.mark.parametrize("broken", [encrypted, strangely_packed, huge, no_array])
+@pytest.mark.parametrize(
+    "broken",
+    [encrypted, strangely_packed, huge, corrupt, out_of_place, half_a_header, no_array],
+)
 def test_an_archive_that_cannot_be_read_is_refused(
     tmp_path: Path, broken: Callable[[Path], None]
 ) -> None:

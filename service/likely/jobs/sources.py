@@ -353,7 +353,7 @@ def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> It
     if own in above:  # a link leads back
         return
     for each in sorted(folder.iterdir(), key=lambda each: each.name):
-        if _hidden(Path(each.name)):
+        if each.name.startswith("."):
             continue
         if each.is_dir():
             yield from _inside(each, above | {own})
