@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, TextIO
 
 
@@ -32,6 +32,21 @@ if TYPE_CHECKING:
 Format = Literal["auto", "json", "console"]
 
 
+class _Writer(structlog.WriteLogger):
+    """Writes events; loses those that cannot be written, as `logging` does.
+
+    A full disk or a reader that is gone ends no request, and no server.
+    """
+
+    def msg(self, message: str) -> None:
+        """Writes an event, if that can be done."""
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            super().msg(message)
+
+    log = debug = info = warn = warning = msg
+    fatal = failure = err = error = critical = exception = msg
+
+
 def logger(
     level: str = "info", form: Format = "auto", stream: TextIO | None = None
 ) -> FilteringBoundLogger:
@@ -39,7 +54,7 @@ def logger(
     out = stream or sys.stderr
     *prepare, render = _processors(form, out)
     bound: FilteringBoundLogger = structlog.wrap_logger(
-        structlog.WriteLogger(out),
+        _Writer(out),
         processors=[*prepare, render],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -54,6 +55,15 @@ def end(number: int, frame: FrameType | None = None) -> None:  # noqa: ARG001  P
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)
+
+
+def forget() -> None:
+    """Gives up a standard error that cannot be written, or the process would end with code 120."""
+    try:
+        if sys.stderr:
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        sys.stderr = None
 
 
 def leave(code: int) -> NoReturn:

@@ -14,6 +14,7 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +91,23 @@ def test_a_second_signal_ends_a_command_that_cannot_tell_of_the_first() -> None:
             child.wait(1)
         child.send_signal(signal.SIGTERM)
         assert child.wait(20) == -signal.SIGTERM
+
+
+def test_a_command_ends_by_the_signal_though_it_cannot_say_so() -> None:
+    reading, writing = os.pipe()
+    with Path("/dev/full").open("w") as full:
+        child = subprocess.Popen([sys.executable, "-c", COMMAND, ""], stdout=writing, stderr=full)
+    os.close(writing)
+    try:
+        assert os.read(reading, 1)
+        child.send_signal(signal.SIGTERM)
+        while os.read(reading, 1 << 16):
+            pass
+        assert child.wait(20) == -signal.SIGTERM
+    finally:
+        child.kill()
+        child.wait()
+        os.close(reading)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -7,6 +7,7 @@ command by that signal; as the first process of a container, with the code 143.
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Final
@@ -40,6 +41,13 @@ class Commands(click.Group):
     Their expected errors end in one sentence, not in a traceback.
     """
 
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Runs the command that the words name, and ends the process."""
+        try:
+            return super().main(*args, **more)
+        finally:
+            signals.forget()
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's
         """The commands' names."""
         return sorted(MODULES)
@@ -69,7 +77,8 @@ class Commands(click.Group):
             with signals.ending():
                 return super().invoke(ctx)
         except signals.Told:
-            click.echo("ended by SIGTERM", err=True)
+            with suppress(OSError):
+                click.echo("ended by SIGTERM", err=True)
             signals.end(signal.SIGTERM)
         except BrokenPipeError:
             raise  # who reads has enough, as `head` does: click ends without a word

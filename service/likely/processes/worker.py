@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from likely import logs
+from likely import logs, signals
 from likely.errors import DeviceLost, LikelyError
 from likely.processes import together
 from likely.processes.process import patience, run, signalled
@@ -66,8 +67,11 @@ def main() -> int:
     except DeviceLost:
         return LOST
     except LikelyError as error:
-        sys.stderr.write(f"Error: {error}\n")
+        with suppress(OSError):
+            sys.stderr.write(f"Error: {error}\n")
         return REFUSED
+    finally:
+        signals.forget()
     return 0
 
 

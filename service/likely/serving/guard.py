@@ -288,10 +288,6 @@ class Guard:
 
     def _ended(self, call: Call) -> None:
         seconds = time.monotonic() - call.began
-        # What goes well is counted; a line for each would cost as much as a small model's run.
-        told = call.is_ours and call.code not in ("OK", "RESOURCE_EXHAUSTED")
-        if told or self._tells_all:
-            self._tell(call, seconds, self._log.info if told else self._log.debug)
         if call.is_ours:
             self._metrics.ended(call.method, call.model, call.code, seconds)
         if call.trace:
@@ -304,6 +300,10 @@ class Guard:
                     "likely.request_id": call.request_id,
                 },
             )
+        # What goes well is counted; a line for each would cost as much as a small model's run.
+        told = call.is_ours and call.code not in ("OK", "RESOURCE_EXHAUSTED")
+        if told or self._tells_all:
+            self._tell(call, seconds, self._log.info if told else self._log.debug)
 
     def _tell(self, call: Call, seconds: float, tell: Callable[..., object]) -> None:
         tell(
