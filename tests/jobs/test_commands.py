@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,3 +241,31 @@ def test_logs_have_a_line_now_and_then(
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("scoring: 550 of 1,000 pictures, ")
     assert "scoring: 700 of 1,000 pictures, " in second and second.endswith(" s left")
+
+
+def test_a_job_goes_on_though_nobody_can_be_told_how_far_it_is(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from likely.cli import main, show; show.TOLD_EVERY = 0.0; main()"
+    words = ["generate", "--count", "5", "--bundle", toy.path, "--device", "cpu", "--json"]
+    command = [sys.executable, "-c", code, "batch", *map(str, words), "--out", str(tmp_path / "o")]
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=full)
+    assert ran.returncode == 0
+    assert json.loads(ran.stdout)["pictures"] == 5
+
+
+def test_a_terminal_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    far, near = pty.openpty()
+    with os.fdopen(near, "w", buffering=1) as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        with show.long_bar(2, 0, "scoring") as advance:
+            advance(1)
+            os.close(far)
+            advance(1)
+        with pytest.raises(OSError, match="Input/output"):  # nothing of it could be shown
+            terminal.write("\n")
+        with suppress(OSError):
+            terminal.close()

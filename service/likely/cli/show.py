@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import click
@@ -91,6 +91,8 @@ class Rate(ProgressColumn):
 def long_bar(total: int, done: int, what: str) -> Iterator[Callable[[int], None]]:
     """Progress of what takes long, on standard error: a bar, or a line now and then in a log.
 
+    Where it cannot be written, what takes long goes on unseen.
+
     Args:
         total: how many there are.
         done: how many were done before.
@@ -112,14 +114,20 @@ def long_bar(total: int, done: int, what: str) -> Iterator[Callable[[int], None]
             told = now
             at = int(shown.tasks[0].completed)
             rate = (at - done) / (now - began)
-            click.echo(
-                f"{what}: {at:,} of {total:,} pictures, {rate:,.0f} a second, "
-                f"{(total - at) / rate:,.0f} s left",
-                err=True,
-            )
+            with suppress(OSError):
+                click.echo(
+                    f"{what}: {at:,} of {total:,} pictures, {rate:,.0f} a second, "
+                    f"{(total - at) / rate:,.0f} s left",
+                    err=True,
+                )
 
-    with shown:
+    with suppress(OSError):
+        shown.start()
+    try:
         yield advance
+    finally:
+        with suppress(OSError):
+            shown.stop()
 
 
 def progress(parts: Iterable[slice], total: int, what: str) -> Iterator[slice]:
