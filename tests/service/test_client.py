@@ -184,6 +184,18 @@ def test_an_unreachable_server_is_unavailable() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "start"), [(Client, "serve"), (AdminClient, "serve --admin-port")]
+)
+def test_who_does_not_answer_in_time_is_named(kind: Any, start: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with kind(address, timeout=0.3) as client, pytest.raises(DeadlineExceeded) as told:
+            client.models() if kind is Client else client.versions()
+    words = f"a likely server at {address} had answered; where none runs, `likely {start}"
+    assert words in str(told.value)
+
+
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), 1e300, 10**30, "5", None])
 def test_time_that_is_none_is_refused(timeout: Any) -> None:
     for kind in (Client, AsyncClient, AdminClient):

@@ -15,7 +15,14 @@ import grpc
 from likely import statuses
 from likely.client.catalogue import Catalogue, Request
 from likely.client.channels import Address
-from likely.errors import Forked, InvalidInput, LikelyError, SettingsError, Unavailable
+from likely.errors import (
+    DeadlineExceeded,
+    Forked,
+    InvalidInput,
+    LikelyError,
+    SettingsError,
+    Unavailable,
+)
 from likely.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -34,6 +41,8 @@ CLOSED = "this client is closed; make another one to ask on"
 PAUSES = (0.2, 0.4, 0.8)  # seconds before a request is put again whose answer was cut off
 # How gRPC's words begin where no server was reached at all.
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
+# All that it says where the time was over, be a server reached or not.
+_LATE = "Deadline Exceeded"
 
 Kind: TypeAlias = type[
     Request
@@ -178,7 +187,7 @@ def _is_cut(error: LikelyError) -> bool:
 
 
 def as_error(failure: Any, address: str, start: str = "likely serve") -> LikelyError:
-    """The error that a failed call tells of, be it that nobody answers there.
+    """The error that a failed call tells of, be it that nobody answers there, or not in time.
 
     Args:
         failure: as grpc raises it.
@@ -188,6 +197,11 @@ def as_error(failure: Any, address: str, start: str = "likely serve") -> LikelyE
     error = statuses.error(failure)
     if isinstance(error, Unavailable) and str(error).startswith(_UNREACHED):
         return unreached(address, str(error), start)
+    if isinstance(error, DeadlineExceeded) and str(error) == _LATE:
+        return DeadlineExceeded(
+            f"the timeout ended before a likely server at {address} had answered; "
+            f"where none runs, `{start}` starts one. gRPC says: {error}"
+        )
     return error
 
 
