@@ -62,7 +62,7 @@ def measure(bundle: Bundle, decide: Callable[..., object], x: Pixels) -> dict[st
 
 def _plain(path: Path, density: Graph, into: Path) -> Session:
     """The density graph cut down to log p(x)."""
-    cut(path, into, ["x"], ["log_px"])
+    cut(path, into, ["log_px"])
     only = tuple(spec for spec in density.outputs if spec.name == "log_px")
     return Session(into, density.model_copy(update={"outputs": only}), Device("cpu"))
 

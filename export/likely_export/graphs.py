@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx.utils
 import torch
 
 from likely.bundle import Graph, TensorSpec
@@ -172,9 +171,23 @@ def share(files: Iterable[Path], weights: Path) -> None:
             file.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def cut(path: Path, into: Path, inputs: list[str], outputs: list[str]) -> None:
-    """Writes the part of an ONNX file that leads from these inputs to these outputs."""
-    onnx.save(onnx.utils.Extractor(onnx.load(path)).extract_model(inputs, outputs), into)
+def cut(path: Path, into: Path, outputs: list[str]) -> None:
+    """Writes the part of an ONNX file that leads from its inputs to these outputs.
+
+    What only a body of a node reads is led to as well, which onnx's own Extractor leaves out.
+    """
+    model = onnx.load(path)
+    graph, wanted = model.graph, set(outputs)
+    for node in reversed(list(graph.node)):
+        if wanted.isdisjoint(filter(None, node.output)):  # what is left out has the name ""
+            graph.node.remove(node)
+            continue
+        wanted |= set(node.input).union(*map(_free, bodies(node)))
+    for tensor in [each for each in graph.initializer if each.name not in wanted]:
+        graph.initializer.remove(tensor)
+    for output in [each for each in graph.output if each.name not in outputs]:
+        graph.output.remove(output)
+    onnx.save(model, into)
 
 
 @contextmanager

@@ -11,10 +11,12 @@ import torch
 
 from likely.bundle import Bundle, Role
 from likely.engine import Engine
-from likely.graphs import Device
-from likely_export import recipes, runs
+from likely.graphs import Device, Session
+from likely_export import evaluate, graphs, recipes, roles, runs
 from likely_export.build import build
+from likely_export.generated import Sizes
 from likely_export.pixelrnn import PixelRNNConfig
+from likely_export.statistics import STATISTICS
 
 Kind = Literal["row", "diagonal"]
 Pixels = frozenset[tuple[int, int]]
@@ -96,13 +98,31 @@ def test_a_diagonal_layer_misses_but_the_last_pixel_of_the_row_above() -> None:
         assert before - pixels <= {(i - 1, w - 1)}
 
 
+@pytest.mark.parametrize("kind", ["row", "diagonal"])
+def test_its_graph_of_statistics_is_cut_down_to_the_density(kind: Kind, tmp_path: Path) -> None:
+    config = PixelRNNConfig((1, 3, 4), 4, channels=3, layers=1, head=4, stem=(1, 1, 1), kind=kind)
+    names = tuple(name for name, each in STATISTICS.items() if each.needs is None)
+    source = roles.density(autoregressive.randomised(config), names)
+    whole, part = tmp_path / "whole.onnx", tmp_path / "part.onnx"
+    graphs.write(source, whole, config.levels, config.labels)
+    graphs.cut(whole, part, ["log_px"])
+    graph = source.graph(whole.name)
+    only = tuple(spec for spec in graph.outputs if spec.name == "log_px")
+    x = {"x": autoregressive.pictures(config, 3).numpy()}
+    (log_px,) = Session(whole, graph, Device("cpu")).run(x, ["log_px"])
+    session = Session(part, graph.model_copy(update={"outputs": only}), Device("cpu"))
+    assert np.array_equal(session.run(x, ["log_px"])[0], log_px)
+    assert part.stat().st_size < whole.stat().st_size
+
+
 async def drawn(engine: Engine, chunk: int) -> np.ndarray:
     """Six pictures, uint8 (6, 1, 8, 8), in chunks."""
     return np.concatenate([part.images async for part in engine.generate(None, 6, 3, chunk=chunk)])
 
 
-def test_a_pixelrnn_is_the_density_of_a_bundle_that_serves(tmp_path: Path) -> None:
-    runs.train_all(recipes.parse(RECIPE), tmp_path / "run")
+def test_a_pixelrnn_is_the_density_of_a_bundle_that_serves_and_is_evaluated(tmp_path: Path) -> None:
+    recipe = recipes.parse(RECIPE)
+    runs.train_all(recipe, tmp_path / "run")
     manifest = build(tmp_path / "run", tmp_path / "bundle", lambda _: None)
     assert set(manifest.graphs) == {Role.DENSITY, Role.SAMPLE}
     assert manifest.parity_nats <= 1e-3 and manifest.decisions_changed == 0
@@ -115,3 +135,9 @@ def test_a_pixelrnn_is_the_density_of_a_bundle_that_serves(tmp_path: Path) -> No
     assert scores.surprise is not None
     assert -scores.log_px == pytest.approx(scores.surprise.sum((1, 2, 3)), abs=1e-2)
     engine.close()
+
+    sizes = Sizes(test=20, outliers=4, drawn=4, bound=4, steps=2, examples=1)
+    data = recipe.data.load()
+    figures, material = evaluate.evaluate(tmp_path / "bundle", data, (0.1,), sizes=sizes)
+    assert figures["statistics_cost"] > 0
+    evaluate.attach(tmp_path / "bundle", figures, material)
