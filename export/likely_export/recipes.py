@@ -273,20 +273,32 @@ class Recipe(_Table):
         """The same recipe with another seed for every model; parts and splits stay."""
         return self._with_training(lambda own: dataclasses.replace(own, seed=seed))
 
-    def computed(self, arithmetic: Callable[[Precision], Precision]) -> Self:
-        """The same recipe in what a machine makes of each model's precision."""
-        return self._with_training(
-            lambda own: dataclasses.replace(own, precision=arithmetic(own.precision))
+    def computed(
+        self,
+        arithmetic: Callable[[Precision], Precision],
+        begun: Mapping[str, Precision] | None = None,
+    ) -> Self:
+        """The same recipe in what a machine makes of each model's precision, or it has begun in."""
+        given = {name: arithmetic(each.training.precision) for name, each in self.models.items()}
+        given |= begun or {}
+        return self._with_trainings(
+            {
+                name: dataclasses.replace(model.training, precision=given[name])
+                for name, model in self.models.items()
+            }
         )
 
     def continues(self, earlier: Recipe) -> bool:
         """Whether a run of another recipe is the beginning of one of this; see `Training`.
 
         Where this one's training is longer, its version and description may be others. The data may
-        lie anywhere: what a model was trained on, its files tell (`train.check_data`).
+        lie anywhere: what a model was trained on, its files tell (`train.check_data`). A precision
+        is that of the machine which a model has begun on, or begins on now.
         """
         if self.models.keys() != earlier.models.keys():
             return False
+        now = {name: model.training.precision for name, model in self.models.items()}
+        earlier = earlier.computed(lambda own: own, now)
         trainings = {name: model.training for name, model in earlier.models.items()}
         shorter = _relocated(self._with_trainings(trainings), earlier.data.source)
         if any(model.training != trainings[name] for name, model in self.models.items()):

@@ -12,6 +12,7 @@ thread to itself, and as many run at once as there are processors.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import queue
@@ -34,6 +35,7 @@ from likely import machine
 from likely.errors import InvalidInput, LikelyError
 from likely_export import corruptions, families, plan, recipes, train
 from likely_export.data import Dataset
+from likely_export.optimisers import Precision
 from likely_export.recipes import Recipe
 from likely_export.train import Hardware, Progress, Trained
 
@@ -101,14 +103,14 @@ class Job:
     def run(self, report: Report | None) -> Trained:
         """Trains it in this process."""
         torch.set_num_threads(self.threads)
-        data = self.recipe.data.load()
+        data, training = self.recipe.data.load(), self.recipe.models[self.name].training
         return train.fit(
             cast(train.Model, _untrained(self.recipe, self.name, data)),
             data,
-            self.recipe.models[self.name].training,
+            training,
             self.folder,
             resume=self.resume,
-            hardware=self.hardware,
+            hardware=dataclasses.replace(self.hardware, precision=training.precision),
             report=_seldom(partial(report, self.name)) if report else None,
         )
 
@@ -140,7 +142,8 @@ def train_all(
     Raises:
         InvalidInput: no such model, a model or a set to report against does not go with the data,
             no bundle could be built of the models, a training does not go with so many devices,
-            or the folder is of another recipe or other data.
+            the folder is of another recipe or other data, or a model has begun in another
+            precision than was chosen.
         LikelyError: a training failed.
     """
     names = list(only) or list(recipe.models)
@@ -150,7 +153,15 @@ def train_all(
     hardware = hardware or Hardware()
     for name in names:
         hardware.check(recipe.models[name].training)
-    recipe = recipe.computed(hardware.arithmetic)  # the run, and all that is told of it, says so
+    begun = _begun(folder, afresh=() if resume else names)
+    for name in names:
+        if (its := begun.get(name)) and hardware.precision not in (None, its):
+            raise InvalidInput(
+                f"models.{name}",
+                f"has begun in {its} in {folder}: go on with --precision {its}, or train it afresh",
+            )
+    # The run, and all that is told of it, says so.
+    recipe = recipe.computed(hardware.arithmetic, begun)
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
     data = _check(recipe)
     if warn and (copies := ", ".join(f"{n} of {part}" for part, n in data.copies().items() if n)):
@@ -171,6 +182,16 @@ def train_all(
     if len(jobs) == 1 or hardware.devices > 1:
         return {job.name: job.run(report) for job in jobs}
     return _side_by_side(jobs, report)
+
+
+def _begun(folder: Path, afresh: Sequence[str]) -> dict[str, Precision]:
+    """What the models of a run folder have begun in, but for those that are to begin anew."""
+    files = (folder.glob(f"*/{file}") for file in (train.CHECKPOINT, train.WEIGHTS))
+    names = {file.parent.name for file in itertools.chain(*files)} - set(afresh)
+    if not names or not (folder / RECIPE).is_file():
+        return {}
+    models = recipes.load(folder / RECIPE).models
+    return {name: models[name].training.precision for name in names & models.keys()}
 
 
 def _untrained(recipe: Recipe, name: str, data: Dataset) -> nn.Module:

@@ -103,7 +103,9 @@ EXPORT = {
         "pixelrnn raster rnn_sampler sampler statistics vae numpy torch"
     ),
     "plan": "likely.bundle likely.errors data recipes roles pydantic torch",
-    "runs": "likely.errors likely.machine corruptions data families plan recipes train torch",
+    "runs": (
+        "likely.errors likely.machine corruptions data families optimisers plan recipes train torch"
+    ),
     "progress": "train rich",
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",

@@ -269,6 +269,46 @@ def test_a_run_is_gone_on_with_where_its_data_are_now(recipe: Recipe, tmp_path: 
         runs.train_all(there, folder, only=["b"])
 
 
+def precisions(folder: Path) -> dict[str, str]:
+    """What a run says its models are computed in."""
+    models = runs.Run.open(folder).recipe.models
+    return {name: model.training.precision for name, model in models.items()}
+
+
+def test_a_run_that_moves_to_another_machine_keeps_the_precision_of_what_has_begun(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    recipe = recipe._with_training(lambda own: replace(own, precision="bf16-mixed"))
+    monkeypatch.setattr(runs, "_seldom", lambda report: report)
+
+    def stop(_: str, now: Progress) -> None:
+        if now.step == 3:  # after a checkpoint
+            raise KeyboardInterrupt
+
+    for has, only, rest in ((True, "b", "bf16-mixed"), (False, "a", "32-true")):
+        monkeypatch.setattr(train, "_has_bfloat16", lambda _, has=has: has)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train_all(recipe, folder, only=[only], report=stop)
+        assert precisions(folder) == {"a": rest, "b": "bf16-mixed"}
+    for has in (True, False):  # wherever they are gone on with
+        monkeypatch.setattr(train, "_has_bfloat16", lambda _, has=has: has)
+        for name in recipe.models:
+            runs.train_all(recipe, folder, only=[name])
+        assert precisions(folder) == {"a": "32-true", "b": "bf16-mixed"}
+    for name, its in precisions(folder).items():
+        told = torch.load(folder / name / train.CHECKPOINT, weights_only=True)
+        assert told["training"]["precision"] == its and told["step"] > 3
+
+    chosen = Hardware("cpu", precision="32-true")
+    with pytest.raises(InvalidInput, match=r"models\.b: .* --precision bf16-mixed, or train it af"):
+        runs.train_all(recipe, folder, only=["b"], hardware=chosen)
+    runs.train_all(recipe, folder, only=["a"], hardware=chosen)
+    assert precisions(folder)["b"] == "bf16-mixed"
+    runs.train_all(recipe, folder, only=["b"], resume=False, hardware=chosen)
+    assert precisions(folder)["b"] == "32-true"
+
+
 def test_weights_of_other_data_or_another_division_are_not_built(
     recipe: Recipe, tmp_path: Path
 ) -> None:
