@@ -151,8 +151,6 @@ def train_all(
         if name not in recipe.models:
             raise InvalidInput("model", f"{name} is none of {', '.join(recipe.models)}")
     hardware = hardware or Hardware()
-    for name in names:
-        hardware.check(recipe.models[name].training)
     begun = _begun(folder, afresh=() if resume else names)
     for name in names:
         if (its := begun.get(name)) and hardware.precision not in (None, its):
@@ -164,6 +162,8 @@ def train_all(
     recipe = recipe.computed(hardware.arithmetic, begun)
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
     data = _check(recipe)
+    for name in names:
+        hardware.check(recipe.models[name].training, len(data.train))
     if warn and (copies := ", ".join(f"{n} of {part}" for part, n in data.copies().items() if n)):
         warn(
             f"{data.name} holds pictures twice: of those to train on, {copies} are copies, to the "

@@ -78,10 +78,14 @@ class Hardware:
         """A launched Fabric, of that precision where it suits and no other was chosen.
 
         Raises:
-            DeviceError: CUDA is asked for and not there.
+            DeviceError: CUDA is asked for and not there, or there are fewer cards.
         """
         if self.device == "cuda" and not torch.cuda.is_available():
             raise DeviceError("device cuda was asked for, but torch sees no CUDA device")
+        if self._on_card and self.devices > (there := torch.cuda.device_count()):
+            raise DeviceError(
+                f"{self.devices} CUDA devices were asked for, but torch sees no more than {there}"
+            )
         fabric = Fabric(
             accelerator=self.device, devices=self.devices, precision=self.arithmetic(precision)
         )
@@ -91,17 +95,25 @@ class Hardware:
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return fabric
 
-    def check(self, training: Training) -> None:
-        """Returns if a training can be divided among so many devices.
+    def check(self, training: Training, pictures: int) -> None:
+        """Returns if a training on so many pictures can be divided among so many devices.
 
         Raises:
-            InvalidInput: it ends by the clock, and each device has its own.
+            InvalidInput: it ends by the clock, and each device has its own, or its batches leave
+                some devices more pictures than others.
         """
         if self.devices > 1 and training.budget_seconds:
             raise InvalidInput(
                 "training.budget_seconds",
                 f"{training.budget_seconds:g} seconds are over at another step on each of "
                 f"{self.devices} devices: give steps or epochs, or train on one",
+            )
+        if (batch := min(training.batch, pictures)) % self.devices:
+            raise InvalidInput(
+                "training.batch",
+                f"{batch} pictures a step are not the same number on each of {self.devices} "
+                f"devices: give a multiple of {self.devices} that is not above the {pictures} "
+                "pictures to train on",
             )
 
     def arithmetic(self, precision: Precision) -> Precision:
@@ -112,8 +124,12 @@ class Hardware:
         """
         if self.precision:
             return self.precision
-        on_card = self.device != "cpu" and torch.cuda.is_available()
-        return "32-true" if precision != "32-true" and not _has_bfloat16(on_card) else precision
+        lacking = precision != "32-true" and not _has_bfloat16(self._on_card)
+        return "32-true" if lacking else precision
+
+    @property
+    def _on_card(self) -> bool:
+        return self.device != "cpu" and torch.cuda.is_available()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +198,7 @@ def fit(
         LikelyError: the objective is no longer finite.
     """
     hardware = hardware or Hardware()
-    hardware.check(training)
+    hardware.check(training, len(data.train))
     folder.mkdir(parents=True, exist_ok=True)
     loop = _Loop(hardware.fabric(training.precision), model, data, training, folder)
     if not (resume and loop.restore()):
@@ -393,7 +409,7 @@ class _Loop:
             "weights": self.module.state_dict(),
             "average": self.average.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "random": _random_state(),
+            "random": _random_state(self.fabric.device),
         }
         if self.fabric.is_global_zero:
             _write(self.folder / CHECKPOINT, state)
@@ -419,7 +435,7 @@ class _Loop:
         self.best_state, self.losses = state["best_state"], []
         if self.fabric.is_global_zero:
             _cut_log(self.folder / LOG, self.step)
-            _set_random_state(state["random"])
+            _set_random_state(state["random"], self.fabric.device)
         else:  # the first device's noise is in the checkpoint; the others draw anew
             self._seed(self.training.seed + self.step)
         self.began = self.clock()
@@ -525,22 +541,24 @@ def mean_of(model: Model, split: Split, batch: int = 64) -> float:
     return total / len(split)
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """Of every global generator, but of cards that of this device alone."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([cuda.cpu() for cuda in state["cuda"]])
+    if (cards := state["cuda"]) and device.type == "cuda":
+        # Older checkpoints hold the states of all cards that their machine had.
+        torch.cuda.set_rng_state(cards[min(device.index or 0, len(cards) - 1)].cpu(), device)
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

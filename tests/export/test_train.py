@@ -342,6 +342,59 @@ def test_a_device_that_is_not_there_is_an_error(pictures: Dataset, tmp_path: Pat
         train.fit(toy(pictures), pictures, TRAINING, tmp_path, hardware=Hardware("cuda"))
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_cards_than_there_are_is_an_error(
+    device: Any, pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    hardware = Hardware(device, devices=2, precision="32-true")
+    with pytest.raises(DeviceError, match=r"2 CUDA devices .* no more than 1"):
+        train.fit(toy(pictures), pictures, TRAINING, tmp_path, hardware=hardware)
+
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "says"),
+    [(1, 2, "1 pictures a step"), (3, 2, "a multiple of 2"), (96, 4, "90 .* not above the 90")],
+)
+def test_every_device_has_as_many_pictures_of_a_batch_as_the_others(
+    batch: int,
+    devices: int,
+    says: str,
+    pictures: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Hardware, "fabric", None)  # which would begin processes
+    assert len(pictures.train) == 90
+    training, hardware = replace(TRAINING, batch=batch), Hardware("cpu", devices)
+    with pytest.raises(InvalidInput, match=rf"training\.batch: .*{says}"):
+        train.fit(toy(pictures), pictures, training, tmp_path, hardware=hardware)
+    hardware.check(replace(training, batch=4), 90)
+
+
+@pytest.mark.parametrize("saved", [1, 3])
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_cards_the_state_of_the_one_trained_on_is_kept(
+    index: int, saved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, kept = torch.device("cuda", index), torch.Generator().manual_seed(3).get_state()
+    found: list[tuple[Tensor, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [kept] * 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: kept + device.index)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *given: found.append(given))
+    state = train._random_state(card)
+    assert len(state["cuda"]) == 1 and torch.equal(state["cuda"][0], kept + index)
+    if saved > 1:  # as older checkpoints have them, of machines with more cards
+        state["cuda"] = [kept + place for place in range(saved)]
+    train._set_random_state(state, card)
+    train._set_random_state(state, torch.device("cpu"))
+    ((taken, there),) = found
+    assert torch.equal(taken, kept + index) and there == card
+    assert train._random_state(torch.device("cpu"))["cuda"] == []
+
+
 @pytest.mark.parametrize("has", [True, False])
 def test_bfloat16_is_left_to_processors_that_have_it(
     has: bool, monkeypatch: pytest.MonkeyPatch
@@ -360,3 +413,9 @@ def test_bfloat16_is_left_to_processors_that_have_it(
 def test_training_runs_on_a_gpu(pictures: Dataset, tmp_path: Path) -> None:
     hardware = Hardware("cuda", precision="bf16-mixed")
     assert train.fit(toy(pictures), pictures, MUON, tmp_path, hardware=hardware).steps == 30
+    saved = torch.load(tmp_path / train.CHECKPOINT, weights_only=True)
+    assert len(saved["random"]["cuda"]) == 1
+    saved["random"]["cuda"] *= torch.cuda.device_count() + 1  # as of a machine with one card more
+    torch.save(saved, tmp_path / train.CHECKPOINT)
+    longer = replace(MUON, more_epochs=(1,))
+    assert train.fit(toy(pictures), pictures, longer, tmp_path, hardware=hardware).steps == 35
