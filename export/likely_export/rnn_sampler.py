@@ -249,7 +249,9 @@ class DiagonalSampler(RecurrentSampler):
         columns = sums.transpose(0, 1).index_select(0, backwards)
         back = scan(column, [none, none.clone()], [columns])[1].index_select(0, backwards)
         pairs = zip(kept[1::2], back.unbind(1), strict=True)
-        return [state.clone() for pair in pairs for state in pair]
+        # A plain clone of one column alone would keep the strides of all layers, unlike the start.
+        whole = torch.contiguous_format
+        return [state.clone(memory_format=whole) for pair in pairs for state in pair]
 
 
 def _matrix(weight: Tensor) -> nn.Parameter:

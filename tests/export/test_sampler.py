@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import autoregressive
@@ -44,6 +45,20 @@ def test_one_pass_reproduces_every_choice(name: str) -> None:
         x = roles.sampler(model)(noise, y)
         assert x.dtype == torch.uint8 and x.shape == (64, *config.shape)
         assert len(torch.unique(x)) > 1
+        assert are_chosen(model.head.split(x), scores(model, x, noise, y))
+
+
+def test_a_picture_may_be_one_column_wide(opened: Opener) -> None:
+    base = CONFIGS["diagonal_lstm"]
+    config = replace(base, shape=(1, 4, 1))
+    assert base.layers > 1  # whose states lie side by side
+    model, noise = autoregressive.randomised(config), autoregressive.gumbel(config, 16)
+    y = autoregressive.labels(config, 16)
+    assert y is not None
+    session = opened(roles.sample(model), config.levels, config.labels)
+    (drawn,) = session.run({"gumbel": noise.numpy(), "y": y.numpy()}, ["x"])
+    x = torch.from_numpy(drawn)
+    with torch.no_grad():
         assert are_chosen(model.head.split(x), scores(model, x, noise, y))
 
 
