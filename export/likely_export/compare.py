@@ -219,11 +219,16 @@ class _Member:
         return found
 
     async def _asked_of_nothing(self, engine: Engine) -> dict[str, Any]:
-        """How many pictures that are none of the data are rejected, or named with confidence."""
+        """How many pictures that are none of the data are rejected, or named with confidence.
+
+        Nothing is said of rejections where the calibration is too small for `ALPHA`.
+        """
         found: dict[str, Any] = {}
+        density = Role.DENSITY in self.manifest.graphs
+        rejects = density and engine.detector.finest_alpha <= ALPHA
         for name, x in self.outside.items():
             row: dict[str, float] = {}
-            if Role.DENSITY in self.manifest.graphs:
+            if rejects:
                 row["rejected"] = float(np.mean((await engine.score(x, ALPHA)).p_value <= ALPHA))
             for rule, posterior in (await self._posteriors(engine, x)).items():
                 row[f"sure {rule}"] = float(np.mean(posterior.max(1) > SURE))

@@ -151,6 +151,17 @@ def test_of_more_labels_than_draws_each_is_drawn_once(members: list[Path], data:
     assert len(found.drawn["given_labels"]) == SIZES.shown
 
 
+def test_nothing_is_said_of_rejections_that_a_calibration_is_too_small_for(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("likely_export.compare.ALPHA", 0.001)
+    few = replace(SIZES, test=20, outside=4, drawn=10, composed=4, steps=2)
+    found = compare([Path("bundles/digits")], data, sizes=few)
+    assert set(found.figures["members"]["digits"]["outside"]["noise"]) == {"sure by p(x|y)"}
+    family.write(tmp_path / "it.html", found.figures, found.drawn, found.outside, found.levels)
+    assert "<td>not at 0.001</td>" in (tmp_path / "it.html").read_text()
+
+
 def test_members_must_be_of_the_same_data(members: list[Path], data: Dataset) -> None:
     with pytest.raises(InvalidInput, match="other data"):
         compare(members, replace(data, digest="0" * 64))

@@ -71,11 +71,18 @@ def _answers(figures: Mapping[str, Any]) -> View:
                 "kind": "" if nats is None else _kind(nats),
                 "bits": _told(member.get("bits_per_dim")),
                 "accuracy": {rule: value(a, "share") for rule, a in member["accuracy"].items()},
-                "rejects": any("rejected" in row for row in member["outside"].values()),
+                "rejects": _rejects(member, figures["alpha"]),
                 "draws": member["draws"],
             }
         )
     return {"rows": rows, "test": value(figures["pictures"])}
+
+
+def _rejects(member: Mapping[str, Any], alpha: float) -> str:
+    """Whether a member rejects pictures; one of an exact density may be calibrated too coarsely."""
+    if any("rejected" in row for row in member["outside"].values()):
+        return "yes"
+    return f"not at {alpha:g}" if member.get("nats", {}).get("kind") == "exact" else "no"
 
 
 def _drawn(figures: Mapping[str, Any], drawn: Mapping[str, Pixels], levels: int) -> View:
