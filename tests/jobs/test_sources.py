@@ -55,7 +55,7 @@ def test_folders_that_are_linked_are_read_once_each(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("a", "b", ".c"):
+    for name in ("a", "b", ".c", "lost+found"):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "x.npy", drawn(1))
     closed: list[str] = []
@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(
 
     for name in ("listdir", "scandir"):
         monkeypatch.setattr(os, name, refusing(getattr(os, name)))
-    closed.append(".c")
+    closed += [".c", "lost+found"]
     assert len(opened(tmp_path)) == 2
     closed.append("b")
     with pytest.raises(PermissionError, match="/b'"):

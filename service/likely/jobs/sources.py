@@ -345,6 +345,8 @@ def _found(paths: Sequence[Path]) -> Iterator[Found]:
 def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
     """All within a folder but folders and what is hidden, by name; links are followed.
 
+    Passed over as well is lost+found, a file system's own, which root alone may read.
+
     Raises:
         OSError: a folder cannot be read.
     """
@@ -353,7 +355,7 @@ def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> It
     if own in above:  # a link leads back
         return
     for each in sorted(folder.iterdir(), key=lambda each: each.name):
-        if each.name.startswith("."):
+        if each.name.startswith(".") or each.name == "lost+found":
             continue
         if each.is_dir():
             yield from _inside(each, above | {own})
