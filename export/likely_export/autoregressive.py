@@ -150,9 +150,9 @@ class Autoregressive(nn.Module):
         """The same for pictures of two levels, whose pixels were drawn one apart from the other.
 
         Each pixel counts with the mean of what it would cost over its own draw; only as what
-        others are told by is it the draw in x. The mean over all draws is the objective's, the
-        spread is less: what the coins alone decide no longer moves the weights (Rao and
-        Blackwell's theorem).
+        others are told by is it the draw in x. The mean over all draws is the objective's. Each
+        pixel's part spreads no more than drawn (Rao and Blackwell's theorem); of their sum that
+        is no theorem, but what was measured (docs/decisions/0032).
 
         Args:
             x: uint8 (n, c, h, w), drawn by Bernoulli(chances).

@@ -12,7 +12,6 @@ thread to itself, and as many run at once as there are processors.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import multiprocessing
 import os
 import queue
@@ -151,7 +150,7 @@ def train_all(
         if name not in recipe.models:
             raise InvalidInput("model", f"{name} is none of {', '.join(recipe.models)}")
     hardware = hardware or Hardware()
-    begun = _begun(folder, afresh=() if resume else names)
+    begun = _begun(recipe, folder, afresh=() if resume else names)
     for name in names:
         if (its := begun.get(name)) and hardware.precision not in (None, its):
             raise InvalidInput(
@@ -184,14 +183,10 @@ def train_all(
     return _side_by_side(jobs, report)
 
 
-def _begun(folder: Path, afresh: Sequence[str]) -> dict[str, Precision]:
+def _begun(recipe: Recipe, folder: Path, afresh: Sequence[str]) -> dict[str, Precision]:
     """What the models of a run folder have begun in, but for those that are to begin anew."""
-    files = (folder.glob(f"*/{file}") for file in (train.CHECKPOINT, train.WEIGHTS))
-    names = {file.parent.name for file in itertools.chain(*files)} - set(afresh)
-    if not names or not (folder / RECIPE).is_file():
-        return {}
-    models = recipes.load(folder / RECIPE).models
-    return {name: models[name].training.precision for name in names & models.keys()}
+    told = {name: train.begun_in(folder / name) for name in recipe.models.keys() - set(afresh)}
+    return {name: precision for name, precision in told.items() if precision}
 
 
 def _untrained(recipe: Recipe, name: str, data: Dataset) -> nn.Module:

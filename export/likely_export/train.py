@@ -247,6 +247,19 @@ def check_trained(weights: Path, training: Training) -> None:
             )
 
 
+def begun_in(folder: Path) -> Precision | None:
+    """What a model's training is computed in, by its files; None where none tells.
+
+    Args:
+        folder: the model's, whose weights and checkpoint may not be there yet.
+    """
+    for file in filter(Path.is_file, (folder / CHECKPOINT, folder / WEIGHTS)):
+        told = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if precision := told.get("training", {}).get("precision"):
+            return cast(Precision, precision)
+    return None
+
+
 def check_data(folder: Path, digest: str) -> None:
     """Returns if a model was trained on this data, divided likewise, as far as its files tell.
 

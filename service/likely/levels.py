@@ -116,6 +116,9 @@ def header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
                 shape, _, kind = read(file)
                 if file.tell() + math.prod(shape) * kind.itemsize > member.file_size:
                     raise ValueError("less data than its header tells")
+                if min(shape, default=0) < 0:
+                    raise ValueError("a length below none")
+                np.empty((0, *shape[1:]), kind)  # raises where there can be no such rows
                 return shape, kind
 
 

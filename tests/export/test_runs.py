@@ -308,6 +308,12 @@ def test_a_run_that_moves_to_another_machine_keeps_the_precision_of_what_has_beg
     runs.train_all(recipe, folder, only=["b"], resume=False, hardware=chosen)
     assert precisions(folder)["b"] == "32-true"
 
+    # What the model's files say holds, whatever the recipe beside them does.
+    recipe.computed(lambda own: own).write(folder / runs.RECIPE)
+    assert precisions(folder)["b"] == "bf16-mixed"
+    runs.train_all(recipe, folder, only=["b"])
+    assert precisions(folder)["b"] == "32-true"
+
 
 def test_weights_of_other_data_or_another_division_are_not_built(
     recipe: Recipe, tmp_path: Path

@@ -152,7 +152,7 @@ def test_the_cron_job_is_one(tmp_path: Path) -> None:
     incoming.rmdir()  # nothing came that day
     nothing = ran(f"{told['metadata']['name']}-{scheduled}")
     assert (nothing.returncode, nothing.stdout) == (0, "no pictures of 2026-02-28\n")
-    for name in ("manual", "2", "manual7"):  # begun by hand, under a name that tells no minute
+    for name in ("manual", "2", "manual7", "20260228"):  # begun by hand, and tells no minute
         refused = ran(f"{told['metadata']['name']}-{name}")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert refused.stderr.endswith(f"-{name}, does not end in the minute of a schedule\n")

@@ -127,6 +127,24 @@ def test_an_image_of_as_many_bytes_as_a_picture_is_an_image(tmp_path: Path, form
         opened(parquet(tmp_path / "in.parquet", pa.array([image])), geometry).read(0, 1)
 
 
+def test_bytes_of_one_length_by_their_type_are_levels(tmp_path: Path) -> None:
+    x = drawn(3)
+    x[1, 0, 0, :3] = (0xFF, 0xD8, 0xFF)  # as a JPEG file begins
+    rows = pa.array([each.tobytes() for each in x], pa.binary(x[0].size))
+    read, _ = opened(parquet(tmp_path / "in.parquet", rows)).read(0, 3)
+    assert np.array_equal(read, x)
+
+
+def test_a_tensor_with_an_empty_level_is_refused(tmp_path: Path) -> None:
+    flat: list[int | None] = drawn(3).flatten().tolist()
+    flat[2 * 20 + 7] = None
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.uint8()), 20)
+    kind = pa.fixed_shape_tensor(pa.uint8(), (1, 4, 5))
+    column = pa.ExtensionArray.from_storage(kind, storage)
+    with pytest.raises(InvalidInput, match=r"in\.parquet\[2\]: some of its levels are empty"):
+        opened(parquet(tmp_path / "in.parquet", column)).read(0, 3)
+
+
 def test_levels_that_begin_like_a_bitmap_are_levels(tmp_path: Path) -> None:
     x = drawn(3)
     x[:, 0, 0, :2] = (*b"BM",)

@@ -139,7 +139,9 @@ def test_levels_beyond_a_byte_are_refused_where_they_lie(tmp_path: Path) -> None
             opened(tmp_path / name).read(0, 9)
 
 
-@pytest.mark.parametrize("out", ["in", "in/scores", "in/deep/scores", "link", "in/over"])
+@pytest.mark.parametrize(
+    "out", ["in", "in/scores", "in/deep/scores", "link", "in/over", "away/scores"]
+)
 def test_a_job_within_its_input_is_refused(tmp_path: Path, out: str) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "away").mkdir()
@@ -150,7 +152,7 @@ def test_a_job_within_its_input_is_refused(tmp_path: Path, out: str) -> None:
         require_apart(Input((tmp_path / "in" / "x.npy", tmp_path / "in")), tmp_path / out)
 
 
-@pytest.mark.parametrize("out", ["other", "in.scores", "in/.scores"])
+@pytest.mark.parametrize("out", ["other", "in.scores", "in/.scores", "in/lost+found/scores"])
 def test_a_job_beside_its_input_is_none_of_it(tmp_path: Path, out: str) -> None:
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in" / "x.npy", drawn(1))
@@ -194,12 +196,24 @@ def strangely_packed(path: Path) -> None:
     path.write_bytes(data)
 
 
-def huge(path: Path) -> None:
+def of_shape(path: Path, *shape: int) -> None:
     out = io.BytesIO()
-    form = {"descr": "|u1", "fortran_order": False, "shape": (2**45, 1, 4, 5)}
+    form = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(out, form)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x.npy", out.getvalue())
+
+
+def huge(path: Path) -> None:
+    of_shape(path, 2**45, 1, 4, 5)
+
+
+def below_none(path: Path) -> None:
+    of_shape(path, -1, 1, 4, 5)
+
+
+def none_of_too_many(path: Path) -> None:
+    of_shape(path, 0, 2**62, 4, 5)
 
 
 def corrupt(path: Path) -> None:
@@ -228,8 +242,11 @@ def no_array(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    [encrypted, strangely_packed, huge, corrupt, out_of_place, half_a_header, no_array],
-)
+    [
+        encrypted, strangely_packed, huge, below_none, none_of_too_many, corrupt, out_of_place,
+        half_a_header, no_array,
+    ],
+)  # fmt: skip
 def test_an_archive_that_cannot_be_read_is_refused(
     tmp_path: Path, broken: Callable[[Path], None]
 ) -> None:

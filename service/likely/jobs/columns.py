@@ -18,6 +18,7 @@ from likely.client.values import pixels
 from likely.errors import InvalidInput
 
 USUAL = ("image", "images", "x", "picture", "pixels")
+NO_LEVEL = "some of its levels are empty"
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 
 
@@ -118,7 +119,11 @@ def _chunk(array: pa.Array, name: str, geometry: Geometry, first: int) -> Pixels
     kind = array.type
     require_fit(kind, name, geometry)
     if isinstance(array, pa.FixedShapeTensorArray):
-        stored = np.asarray(array.storage.flatten()).reshape(len(array), *kind.shape)
+        flat = array.storage.flatten()
+        if flat.null_count:
+            row = _first(flat.is_null()) * len(array) // len(flat)
+            raise InvalidInput(f"{name}[{first + row}]", NO_LEVEL)
+        stored = np.asarray(flat).reshape(len(array), *kind.shape)
         turned = stored.transpose(0, *(axis + 1 for axis in _order(kind, geometry)))
         return pixels(turned, name)
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -127,6 +132,9 @@ def _chunk(array: pa.Array, name: str, geometry: Geometry, first: int) -> Pixels
         if array.null_count:
             raise InvalidInput(f"{name}[{first + _first(array.is_null())}]", "its bytes are empty")
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _is_fixed(kind):
+        size = int(np.prod(geometry.shape))
+        if _is_fixed(kind) and kind.byte_width == size:  # no image files, which differ in length
+            return _of_levels(array.to_pylist(), geometry)
         return _of_bytes(array.to_pylist(), name, geometry, first)
     return _of_lists(array, name, geometry, first)
 
@@ -158,7 +166,7 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
         lists *= length
     if array.null_count:
         row = _first(array.is_null()) // size
-        raise InvalidInput(f"{name}[{first + row}]", "some of its levels are empty")
+        raise InvalidInput(f"{name}[{first + row}]", NO_LEVEL)
     return pixels(np.asarray(array).reshape(-1, *lengths), name)
 
 
@@ -186,7 +194,7 @@ def _of_bytes(values: Sequence[bytes], name: str, geometry: Geometry, first: int
     size = int(np.prod(geometry.shape))
     bare = [len(value) == size and not _is_image(value) for value in values]
     if all(bare):
-        return np.frombuffer(b"".join(values), np.uint8).reshape(-1, *geometry.shape)
+        return _of_levels(values, geometry)
     found = np.empty((len(values), *geometry.shape), np.uint8)
     for row, value in enumerate(values):
         if bare[row]:
@@ -197,6 +205,10 @@ def _of_bytes(values: Sequence[bytes], name: str, geometry: Geometry, first: int
         levels.check_fit(told, x.shape, geometry.shape)
         found[row] = x
     return found
+
+
+def _of_levels(values: Sequence[bytes], geometry: Geometry) -> Pixels:
+    return np.frombuffer(b"".join(values), np.uint8).reshape(-1, *geometry.shape)
 
 
 def _is_image(value: bytes) -> bool:

@@ -318,10 +318,12 @@ def require_apart(given: Input, out: Path) -> None:
     Raises:
         JobError: it lies within a folder that is looked at.
     """
+    real = Path(os.path.realpath(out))
     for path in filter(Path.is_dir, given.paths):
-        for real in (os.path.abspath, os.path.realpath):  # a link in the way is followed, too
-            folder, within = Path(real(path)), Path(real(out))
-            if within.is_relative_to(folder) and not _hidden(within.relative_to(folder)):
+        looked_at = _folders(path)
+        for above in (real, *real.parents):
+            within = real.relative_to(above).parts
+            if str(above) in looked_at and not any(map(_passed_over, within)):
                 raise JobError(
                     f"the job's folder {out} lies within {path}, which is looked at: what it "
                     "holds would be taken for pictures; name a folder elsewhere"
@@ -343,9 +345,7 @@ def _found(paths: Sequence[Path]) -> Iterator[Found]:
 
 
 def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
-    """All within a folder but folders and what is hidden, by name; links are followed.
-
-    Passed over as well is lost+found, a file system's own, which root alone may read.
+    """All within a folder but folders and what is passed over, by name; links are followed.
 
     Raises:
         OSError: a folder cannot be read.
@@ -355,7 +355,7 @@ def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> It
     if own in above:  # a link leads back
         return
     for each in sorted(folder.iterdir(), key=lambda each: each.name):
-        if each.name.startswith(".") or each.name == "lost+found":
+        if _passed_over(each.name):
             continue
         if each.is_dir():
             yield from _inside(each, above | {own})
@@ -363,8 +363,23 @@ def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> It
             yield each
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _folders(folder: Path) -> set[str]:
+    """The real paths of a folder and of all in it that are looked at, also by links."""
+    found: set[str] = set()
+    left = [str(folder)]
+    while left:
+        real = os.path.realpath(left.pop())
+        if real not in found:
+            found.add(real)
+            with os.scandir(real) as entries:
+                inside = [each for each in entries if not _passed_over(each.name)]
+            left += [each.path for each in inside if each.is_dir()]
+    return found
+
+
+def _passed_over(name: str) -> bool:
+    """Whether it is hidden, or a file system's own, which root alone may read."""
+    return name.startswith(".") or name == "lost+found"
 
 
 def _shown(name: str) -> str:
