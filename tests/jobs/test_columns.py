@@ -136,7 +136,7 @@ def test_bytes_of_one_length_by_their_type_are_levels(tmp_path: Path) -> None:
 
 
 def test_a_tensor_with_an_empty_level_is_refused(tmp_path: Path) -> None:
-    flat: list[int | None] = drawn(3).flatten().tolist()
+    flat: list[int | None] = [*drawn(3).flatten().tolist()]
     flat[2 * 20 + 7] = None
     storage = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.uint8()), 20)
     kind = pa.fixed_shape_tensor(pa.uint8(), (1, 4, 5))
