@@ -93,8 +93,9 @@ def pictures(column: pa.ChunkedArray, name: str, geometry: Geometry, first: int 
     """The pictures of a column, uint8 (n, c, h, w) of levels.
 
     Bytes of exactly a picture's size are levels in raster order, channel by channel, unless
-    they begin as an image file does; all others are image files (as are those in a struct's
-    field `bytes`). Lists are nested as (c, h, w), as (h, w) for one channel, or not at all.
+    they begin as an image file does and their type does not fix that size; all others are image
+    files (as are those in a struct's field `bytes`). Lists are nested as (c, h, w), as (h, w) for
+    one channel, or not at all.
 
     Args:
         column: of a file, or of a part of it.
