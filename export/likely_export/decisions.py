@@ -88,7 +88,8 @@ def _calibrate(
     if Role.CONDITIONAL not in exported:
         return calibrate.detector(learnt, ranked), (), 1.0
     conditional = exported[Role.CONDITIONAL].graph
-    rows = partial(passes.rows, passes.session(folder, exported[Role.CONDITIONAL]))
+    session = passes.session(folder, exported[Role.CONDITIONAL])
+    rows = partial(passes.rows, session, batch=passes.FEW)
     priors = data.priors
     evidence = _evidence(conditional, rows, data.fit.x)
     weights: tuple[float, ...] = ()
@@ -130,8 +131,8 @@ def _decisions(
         changed |= (ours <= alpha) != (torchs <= alpha)
     if (conditional := exported.get(Role.CONDITIONAL)) is not None:
         both = (
-            partial(passes.rows, passes.session(folder, conditional)),
-            partial(passes.torch_rows, conditional.source),
+            partial(passes.rows, passes.session(folder, conditional), batch=passes.FEW),
+            partial(passes.torch_rows, conditional.source, batch=passes.FEW),
         )
         ours_label, torchs_label = (
             _taken(_evidence(conditional.graph, rows, x), weights, data.priors, temperature)

@@ -41,7 +41,6 @@ from likely_export.material import (
     Material,
     Sets,
 )
-from likely_export.passes import BATCH
 
 BINARISATIONS = 3
 BOUND_SAMPLES = 64
@@ -70,7 +69,7 @@ def evaluate(
         of a label without test pictures.
     """
     opened = Bundle.open(bundle)
-    engine = Engine.load(opened, device=Device("cpu"), threads=2, max_batch=BATCH)
+    engine = Engine.load(opened, device=Device("cpu"), threads=2)
     try:
         evaluation = _Evaluation(opened, engine, data, alphas, others or {}, sizes or Sizes())
         return asyncio.run(evaluation.run())

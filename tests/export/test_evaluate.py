@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from likely.answers import Doubles, Floats, Labels, Verdict
 from likely.bundle import Bundle
 from likely.engine import Engine
+from likely.graphs import Array, Session
 from likely_export import corruptions, costs, measures
 from likely_export.corruptions import HARD, INLIERS, PANEL
 from likely_export.data import Dataset, spread
@@ -76,6 +78,24 @@ def test_what_combines_statistics_is_part_of_their_cost(engine: Engine, data: Da
 
     found = costs.measure(Bundle.open(FOLDER), slow, data.test.x[:16])
     assert found["statistics_cost"] > found["combination_cost"] > 5
+
+
+def test_each_graph_is_timed_in_the_batches_that_suit_it(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, now = Session.run, 0.0
+
+    def timed(session: Session, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        nonlocal now
+        pictures = len(feeds["x"])
+        labels = 10 if "log_pxy" in outputs else 1
+        now += pictures * labels * (2 if pictures * labels > 40 else 1)
+        return run(session, feeds, outputs)
+
+    monkeypatch.setattr(Session, "run", timed)
+    monkeypatch.setattr(costs, "time", SimpleNamespace(process_time=lambda: now))
+    found = costs.measure(Bundle.open(FOLDER), lambda *seen: None, data.test.x[:16])
+    assert found["classification_cost"] == 10 and found["statistics_cost"] == 1
 
 
 def test_of_a_larger_set_as_many_are_mixed_in_as_there_are_test_pictures(

@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor, nn
 
 from likely import machine, noise
@@ -84,10 +85,26 @@ class Turned:
         return [x * 2 if name == "twice" else -x for name in outputs]
 
 
+class Counted(nn.Module):
+    """Gives how many pictures it was called with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full((len(x),), float(len(x)))
+
+
+def test_a_module_is_called_with_as_many_as_asked_and_convolves_with_channels_last() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 2, (2, 3)), Counted())
+    source = GraphSource(module, (spec("x", "float32", 3, 4, 5),), (spec("n", "float32"),))
+    (found,) = passes.torch_rows(source, {"x": np.zeros((5, 3, 4, 5), np.float32)}, ["n"], batch=2)
+    assert found.tolist() == [2, 2, 2, 2, 1]
+    kernel = module[0].weight
+    assert isinstance(kernel, Tensor) and kernel.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_batches_run_beside_each_other_and_keep_their_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(machine, "cores", lambda: 2)
-    x = np.arange(2.0 * passes.BATCH + 1)[:, None]
-    less, twice = passes.rows(cast(Session, Turned()), {"x": x}, ["less", "twice"])
+    x = np.arange(7.0)[:, None]
+    less, twice = passes.rows(cast(Session, Turned()), {"x": x}, ["less", "twice"], batch=3)
     assert np.array_equal(less, -x) and np.array_equal(twice, 2 * x)
