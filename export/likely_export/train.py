@@ -90,6 +90,8 @@ class Hardware:
             accelerator=self.device, devices=self.devices, precision=self.arithmetic(precision)
         )
         fabric.launch()
+        # Else a card convolves with 10 bits of a float32's 23, whatever the precision's name.
+        torch.backends.cudnn.allow_tf32 = False
         if self.devices > 1:
             # Kernels of 1 x 1 lie alike in either layout; torch says so on every device.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -219,7 +221,7 @@ def _has_bfloat16(on_card: bool) -> bool:
 
 def restore_weights(model: nn.Module, file: Path) -> None:
     """Loads the state of a `weights.pt` into a model of the same config."""
-    model.load_state_dict(torch.load(file, weights_only=True)["state"])
+    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state"])
 
 
 def check_trained(weights: Path, training: Training) -> None:
@@ -432,7 +434,8 @@ class _Loop:
         path = self.folder / CHECKPOINT
         if not path.is_file():
             return False
-        state = torch.load(path, map_location=self.fabric.device, weights_only=True)
+        # What is not a weight stays with the processor: a step's number on a card is waited for.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self._check(state, path)
         self.start_from(state)
         return True

@@ -11,14 +11,16 @@ from likely.batching.batches import Runner
 from likely.batching.tuning import Best
 from likely.bundle import Bundle, Manifest, Role
 from likely.errors import BundleError
-from likely.graphs import Array, agrees
+from likely.graphs import CPU, Array, agrees
 from likely.ranking import RANKED
 
 LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
+LARGEST_ON_CARD = 256
 WIDEST = 8  # cores of one run: graphs of this size are not sooner done on more
 LONG = (Role.DENSITY,)  # whose runs may be worth several cores
 TUNING = 0.06  # seconds for each graph
 DRAWING = 0.25  # for one that draws pixel by pixel
+DRAWING_ON_CARD = 4.0  # a card takes as long for one picture as for many, a second may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +101,16 @@ def _prove(manifest: Manifest, role: Role, runner: Runner, golden: Mapping[str, 
 def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
     """How a graph runs best on this machine, found on its golden inputs."""
     sample, outputs = _sample(role, runner, golden)
+    on_card = runner.providers[0] != CPU
+    most = LARGEST_ON_CARD if on_card else LARGEST
     # Drawing gains most from large batches and takes longest: fewer and larger steps.
     step = 4 if role in (Role.SAMPLE, Role.GENERATE) else 2
+    seconds, growth = TUNING, None
     if role == Role.SAMPLE:
         # Pixel after pixel, a run takes long whatever its rows: four times as many, twice the time.
-        seconds, growth = DRAWING, 2.0
-    else:
-        seconds, growth = TUNING, None
+        seconds, growth = (DRAWING_ON_CARD, 1.0) if on_card else (DRAWING, 2.0)
     return tuning.batch(
-        runner, sample, outputs, most=LARGEST, step=step, seconds=seconds, growth=growth
+        runner, sample, outputs, most=most, step=step, seconds=seconds, growth=growth
     )
 
 

@@ -408,6 +408,12 @@ def test_bfloat16_is_left_to_processors_that_have_it(
     assert Hardware("auto").arithmetic("bf16-mixed") == ("32-true" if has else "bf16-mixed")
 
 
+def test_a_card_is_told_not_to_round_what_it_convolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Hardware("cpu").fabric("32-true")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_training_runs_on_a_gpu(pictures: Dataset, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from likely import warmup
 from likely.batching import callers, gathering, tuning
 from likely.batching.admission import Bounds, Quota
 from likely.batching.batcher import HEADROOM, Batcher
@@ -33,7 +34,7 @@ from likely.errors import (
     RunStopped,
     Unavailable,
 )
-from likely.graphs import Array, Stop
+from likely.graphs import CPU, CUDA, Array, Stop
 
 POISON, HUGE = -1, 10**6
 SECONDS = 30  # a bound for what hangs, not a measure of what is fast
@@ -1232,6 +1233,8 @@ def test_no_client_gets_more_than_its_quota(asks: list[tuple[float, int]]) -> No
 class Timed(Doubler):
     """A graph whose runs take `once` and `each` a row, by a clock of its own."""
 
+    providers = (CPU,)
+
     def __init__(self, once: float, each: float) -> None:
         super().__init__()
         self.once, self.each, self.now = once, each, 0.0
@@ -1256,7 +1259,7 @@ def test_the_best_batch_is_found(
     monkeypatch: pytest.MonkeyPatch, once: float, each: float, rows: int, grain: int
 ) -> None:
     graph = Timed(once, each)
-    monkeypatch.setattr("time.perf_counter", lambda: graph.now)
+    monkeypatch.setattr("time.thread_time", lambda: graph.now)
     found = tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=1.0)
     assert (found.rows, found.grain) == (rows, grain)
     assert found.pace == pytest.approx(each + once / rows)
@@ -1277,7 +1280,7 @@ def test_all_cores_are_taken_only_where_that_is_clearly_sooner(
 
 def test_a_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = Timed(0.0, 0.1)
-    monkeypatch.setattr("time.perf_counter", lambda: graph.now)
+    monkeypatch.setattr("time.thread_time", lambda: graph.now)
     tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=0.5)
     assert graph.now <= 0.5 + 1e-9
 
@@ -1287,10 +1290,62 @@ def test_a_slow_run_that_hardly_grows_with_its_rows_is_tried_with_more(
     monkeypatch: pytest.MonkeyPatch, growth: float | None, rows: int
 ) -> None:
     graph = Timed(0.04, 2e-3)
-    monkeypatch.setattr("time.perf_counter", lambda: graph.now)
+    monkeypatch.setattr("time.thread_time", lambda: graph.now)
     sample, spent = {"x": np.arange(3)}, 0.25
     found = tuning.batch(graph, sample, ["y"], most=64, step=4, seconds=spent, growth=growth)
     assert found.rows == rows
+
+
+class Card(Timed):
+    """A card: `cold` more is taken by the first run of each size, and there is room for so many."""
+
+    providers = (CUDA,)
+
+    def __init__(self, once: float, each: float, cold: float, room: int) -> None:
+        super().__init__(once, each)
+        self.cold, self.room = cold, room
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
+    ) -> list[Array]:
+        rows = feeds["x"].tolist()
+        if len(rows) > self.room:
+            raise OutOfMemory("no room")
+        self.now += self.cold * (rows not in self.runs)
+        self.runs.append(rows)
+        return super().run(feeds, outputs)
+
+
+@pytest.mark.parametrize(
+    ("once", "each", "cold", "room", "rows"),
+    [
+        (2e-3, 1e-6, 0.1, 4096, 256),  # what a size builds once is not counted
+        (2e-3, 1e-6, 0.1, 100, 64),  # the largest batch that there is room for
+        (1e-4, 1e-2, 0.1, 4096, 2),  # a row's time is what counts
+    ],
+)
+def test_a_card_is_tried_once_it_is_warm_and_as_far_as_its_memory_goes(
+    monkeypatch: pytest.MonkeyPatch, once: float, each: float, cold: float, room: int, rows: int
+) -> None:
+    card = Card(once, each, cold, room)
+    monkeypatch.setattr("time.perf_counter", lambda: card.now)
+    sample = {"x": np.arange(3)}
+    found = tuning.batch(card, sample, ["y"], most=256, step=2, seconds=0.06, growth=1.0)
+    assert found.rows == rows
+    assert found.pace == pytest.approx(each + once / rows)
+
+
+def test_a_card_draws_many_at_once_however_long_a_run_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = Card(0.7, 1e-4, 2.0, 4096)
+    monkeypatch.setattr("time.perf_counter", lambda: card.now)
+    assert warmup._best(Role.SAMPLE, card, {"sample/x": np.arange(3)}).rows == 256
+
+
+def test_a_card_without_memory_for_a_row_is_told() -> None:
+    with pytest.raises(OutOfMemory):
+        tuning.batch(Card(0, 0, 0, 0), {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=0.1)
 
 
 @pytest.mark.parametrize(("slowed", "expected"), [(False, 2), (True, 1)])

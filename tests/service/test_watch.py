@@ -18,7 +18,7 @@ import pytest
 from likely import logs
 from likely.answers import ModelVersion, VersionState
 from likely.bundle import MANIFEST
-from likely.errors import BundleError, DeviceError, OutOfMemory, Unavailable
+from likely.errors import BundleError, DeviceError, DeviceLost, OutOfMemory, Unavailable
 from likely.telemetry.metrics import Metrics
 from likely.versions import watch
 from likely.versions.lifecycle import Lifecycle
@@ -82,7 +82,10 @@ class Watched:
         log = logs.logger("error")
         loader: Any = self.loader
         self.lifecycle = Lifecycle(Registry(), loader, self.metrics, log, self._changed)
-        self.watcher = Watcher(folder, 1.0, self.lifecycle, self.metrics, log, unloaded)
+        self.lost: list[DeviceLost] = []
+        self.watcher = Watcher(
+            folder, 1.0, self.lifecycle, self.metrics, log, self.lost.append, unloaded
+        )
 
     async def look(self, times: int = 1) -> dict[str, str]:
         """The folders' names of the versions that are served after so many looks."""
@@ -311,6 +314,7 @@ def test_what_fails_in_one_bundle_hides_no_other(
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "unreadable"),
         (BundleError("a file cannot be read", "unreadable"), "unreadable"),
         (DeviceError("it is not there"), "device"),
+        (DeviceLost("it was"), "device"),
     ],
 )
 def test_what_passes_is_tried_again(error: Exception, reason: str, tmp_path: Path) -> None:
@@ -323,6 +327,7 @@ def test_what_passes_is_tried_again(error: Exception, reason: str, tmp_path: Pat
         await follower.watcher.begin()
         assert follower.served() == {"2": "two"}
         assert [v.reason for v in follower.lifecycle.versions()] == ["", reason]
+        assert follower.lost == [error] * isinstance(error, DeviceLost)
         assert await follower.look(2) == {"2": "two"}
         del follower.loader.raises[tmp_path / "one"]
         assert await follower.look() == {"1": "one", "2": "two"}

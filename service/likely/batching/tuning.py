@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from likely.batching.batches import Runner
+from likely.errors import OutOfMemory
 from likely.graphs import CPU, Array
 
 HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
@@ -68,22 +69,34 @@ def batch(
         outputs: what is asked for.
         most: the largest size that is tried.
         step: each size is so many times the one before.
-        seconds: to spend; the run in hand is finished, and a size too slow ends the search.
+        seconds: to spend on timed runs; the one in hand is finished, and a size too slow, or
+            too large for the memory there is, ends the search.
         growth: how many times as long the next size is expected to take; `step` by default.
+
+    Raises:
+        OutOfMemory: there is no memory for a single row.
     """
+    on_card = runner.providers[0] != CPU
     # A run on the processor is its thread's own: what others take of the core is not counted.
-    clock = time.thread_time if runner.providers[0] == CPU else time.perf_counter
-    runner.run(_repeated(sample, 1), outputs)  # what is built once, at the first run, is no row's
+    clock = time.perf_counter if on_card else time.thread_time
     end = clock() + seconds
     took: dict[int, float] = {}
     size = 1
     while True:
-        took[size] = _timed(runner, sample, outputs, size, clock)
+        try:
+            if on_card or size == 1:
+                # What is built once is no row's: at the first run, and on a card for each size.
+                end += _timed(runner, sample, outputs, size, clock)
+            took[size] = _timed(runner, sample, outputs, size, clock)
+        except OutOfMemory:
+            if not took:
+                raise
+            break
         if size == most or clock() + (growth or step) * took[size] > end:
             break
         size = min(size * step, most)
-    # The first run of a size also grows the runtime's memory: what counts is the fastest.
-    while again := [s for s in took if clock() + took[s] < end]:
+    # A core's times are disturbed, and the first of a size grows memory: the fastest counts.
+    while not on_card and (again := [s for s in took if clock() + took[s] < end]):
         for size in again:
             took[size] = min(took[size], _timed(runner, sample, outputs, size, clock))
     costs = {size: (spent + BETWEEN) / size for size, spent in took.items()}

@@ -112,7 +112,13 @@ class Server:
         self._watcher: Watcher | None = None
         if settings.watch:
             self._watcher = Watcher(
-                settings.watch, settings.watch_seconds, self.lifecycle, self._metrics, log, unloaded
+                settings.watch,
+                settings.watch_seconds,
+                self.lifecycle,
+                self._metrics,
+                log,
+                self._lose,
+                unloaded,
             )
         self._watching: asyncio.Task[None] | None = None
         self._loaded = False

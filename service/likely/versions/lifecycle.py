@@ -15,6 +15,7 @@ from likely.bundle import MANIFEST, Bundle
 from likely.errors import (
     BundleError,
     DeviceError,
+    DeviceLost,
     LikelyError,
     ModelNotFound,
     Refused,
@@ -378,7 +379,7 @@ class Lifecycle:
         match error:
             case BundleError():
                 reason = error.reason
-            case DeviceError():
+            case DeviceError() | DeviceLost():
                 reason = "device"
             case SettingsError():
                 reason, error = "settings", BundleError(str(error), "settings")

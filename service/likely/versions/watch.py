@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from likely.errors import BundleError, LikelyError
+from likely.errors import BundleError, DeviceLost, LikelyError
 from likely.versions.lifecycle import Lifecycle, is_bundle
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Watcher:
         lifecycle: Lifecycle,
         metrics: Metrics,
         log: FilteringBoundLogger,
+        device_lost: Callable[[DeviceLost], None],
         unloaded: Collection[tuple[str, str]] = (),
     ) -> None:
         """A watcher.
@@ -70,6 +71,7 @@ class Watcher:
             lifecycle: loads and unloads.
             metrics: are told whether the folder is lost.
             log: where is told the same.
+            device_lost: is told where a load finds that the device is gone.
             unloaded: names and versions of bundles that are left alone until their files change.
         """
         self._folder = folder
@@ -77,6 +79,7 @@ class Watcher:
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._log = log
+        self._device_lost = device_lost
         self._unloaded = unloaded
         self._seen: dict[Path, Mark] = {}
         self._done: dict[Path, Mark | None] = {}  # None for what is tried again at every look
@@ -151,8 +154,10 @@ class Watcher:
                     self._short.pop(path, None)
                 # Refused for what it is, once is enough; that it cannot be read may pass.
                 self._done[path] = mark if error.reason != "unreadable" else None
-            except LikelyError:
+            except LikelyError as error:
                 self._done[path] = None
+                if isinstance(error, DeviceLost):
+                    self._device_lost(error)
             else:
                 self._done[path] = mark
                 self._short.pop(path, None)
