@@ -69,7 +69,7 @@ EXPORT = {
     "heads": "torch",
     "corruptions": "likely.answers likely.errors numpy scipy",
     "material": "likely.answers",
-    "measures": "likely.answers numpy scipy sklearn",
+    "measures": "likely.answers numpy scipy",
     "logistic": "torch",
     "mixture": "heads logistic torch",
     "local": "likely.errors mixture torch",
@@ -100,7 +100,7 @@ EXPORT = {
     ),
     "roles": (
         "likely.bundle likely.errors autoencoder autoregressive classifier cvae local pixelcnn "
-        "pixelrnn raster rnn_sampler sampler statistics vae numpy torch"
+        "pixelrnn raster rnn_sampler sampler statistics vae torch"
     ),
     "plan": "likely.bundle likely.errors data recipes roles pydantic torch",
     "runs": (
@@ -151,7 +151,7 @@ EXPORT = {
     ),
     "__init__": "",
     "cli": (
-        "likely.bundle likely.errors build compare data evaluate families features material "
+        "likely.bundle likely.errors build compare evaluate features material "
         "progress recipes replacing report runs train click pydantic rich"
     ),
 }
@@ -169,15 +169,13 @@ BENCH = {
         "likely_export.drawing likely_export.graphs likely_export.heads likely_export.hygiene "
         "likely_export.logistic likely_export.mixture likely_export.pixelcnn likely_export.raster "
         "likely_export.roles likely_export.sampler likely_export.trunks likely_export.winograd "
-        "__init__ models onnx torch"
+        "models onnx torch"
     ),
     "measures": (
         "likely.bundle likely.graphs likely.noise likely.warmup likely_export.graphs "
-        "__init__ clock exports models numpy"
+        "clock exports models numpy"
     ),
-    "figures": (
-        "likely.bundle likely.versions __init__ clock environment exports measures memory models"
-    ),
+    "figures": ("likely.bundle likely.versions clock environment exports measures memory models"),
     "tables": "rich",
     "pixelrnn": (
         "likely.bundle likely.graphs likely_export.autoregressive likely_export.data "
@@ -191,15 +189,15 @@ BENCH = {
     ),
     "serving": (
         "likely.answers likely.bundle likely.codec likely.graphs likely.machine likely.v1 "
-        "likely.bundle.wire likely_export.calibrate likely_export.graphs likely_export.heads "
+        "likely_export.calibrate likely_export.graphs likely_export.heads "
         "likely_export.pixelcnn likely_export.roles likely_export.statistics "
         "environment grpc numpy onnx rich torch"
     ),
-    "__main__": "__init__ figures tables rich",
+    "__main__": "figures tables rich",
 }
 # The rooms within a folder, likewise: what each may import of the others.
 WITHIN = {
-    "bundle": {
+    "likely.bundle": {
         "wire": "",
         "scan": "wire",
         "arrays": "",
@@ -207,7 +205,7 @@ WITHIN = {
         "manifest": "arrays scan signing",
         "__init__": "manifest",
     },
-    "client": {
+    "likely.client": {
         "credentials": "",
         "channels": "credentials",
         "values": "",
@@ -221,7 +219,7 @@ WITHIN = {
         "asynchronous": "catalogue channels feeds line plans values",
         "__init__": "admin asynchronous blocking credentials line",
     },
-    "batching": {
+    "likely.batching": {
         "callers": "",
         "turns": "",
         "traffic": "",
@@ -234,20 +232,20 @@ WITHIN = {
         "lanes": "admission batcher batches callers traffic tuning",
         "__init__": "",
     },
-    "telemetry": {
+    "likely.telemetry": {
         "histograms": "",
         "monitor": "histograms",
         "metrics": "monitor",
         "__init__": "",
     },
-    "versions": {
+    "likely.versions": {
         "registry": "",
         "loading": "",
         "lifecycle": "loading registry",
         "watch": "lifecycle",
         "__init__": "",
     },
-    "serving": {
+    "likely.serving": {
         "fresh": "",
         "tls": "fresh",
         "access": "fresh",
@@ -266,7 +264,7 @@ WITHIN = {
         "server": "access admin guard health openinference ports reflecting servicers",
         "__init__": "",
     },
-    "processes": {
+    "likely.processes": {
         "process": "",
         "together": "",
         "worker": "process together",
@@ -274,7 +272,7 @@ WITHIN = {
         "supervisor": "fanout process together worker",
         "__init__": "",
     },
-    "jobs": {
+    "likely.jobs": {
         "requests": "",
         "files": "",
         "steadiness": "",
@@ -289,6 +287,44 @@ WITHIN = {
         "running": "finishing ledger making requests",
         "ray_workers": "ledger making running",
         "__init__": "",
+    },
+    "likely.cli": {
+        "show": "",
+        "connection": "",
+        "pictures": "",
+        "serve": "",
+        "verify": "",
+        "doctor": "show",
+        "admin": "connection show",
+        "health": "connection",
+        "job": "connection show",
+        "ask": "connection pictures show",
+        "batch": "ask job",
+        "redraw": "ask connection pictures show",
+        "__init__": "",  # opens a command's module when it is asked for
+    },
+    "likely.serving.openinference": {
+        "tensors": "",
+        "parameters": "",
+        "statistics": "",
+        "operations": "tensors",
+        "servicer": "operations parameters statistics tensors",
+        "__init__": "",
+    },
+    "likely_export.report": {
+        "text": "",
+        "pictures": "",
+        "charts": "text",
+        "subject": "text",
+        "frame": "subject",
+        "generation": "pictures subject text",
+        "headline": "subject text",
+        "labels": "charts subject text",
+        "maps": "pictures subject",
+        "outliers": "charts pictures subject text",
+        "family": "frame pictures subject text",
+        "card": "outliers subject text",
+        "__init__": "card frame generation headline labels maps outliers subject",
     },
 }
 PACKAGES = {
@@ -338,6 +374,18 @@ def test_a_module_imports_what_its_room_may(package: str, module: Path) -> None:
     assert not stray, f"{folder / module} imports {', '.join(sorted(stray))}"
 
 
+ROOMS = [(package, name) for package, (_, drawing) in PACKAGES.items() for name in drawing]
+
+
+@pytest.mark.parametrize(("package", "name"), ROOMS)
+def test_a_room_imports_all_that_it_may(package: str, name: str) -> None:
+    folder, drawing = PACKAGES[package]
+    paths = [folder / f"{name}.py", *(folder / name).rglob("*.py")]
+    found = {known for path in paths if path.is_file() for known in imported(package, path)}
+    idle = set(drawing[name].split()) - found
+    assert not idle, f"{name} may import {', '.join(sorted(idle))}, and does not"
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_arrows_run_one_way(package: str) -> None:
     drawing = PACKAGES[package][1]
@@ -365,15 +413,16 @@ def test_two_rooms_know_onnx_and_the_service_knows_nothing_of_training() -> None
 
 @pytest.mark.parametrize("name", WITHIN)
 def test_arrows_within_a_folder_run_one_way(name: str) -> None:
-    folder, drawing = PACKAGES["likely"][0] / name, WITHIN[name]
+    package, *parts = name.split(".")
+    folder, drawing = PACKAGES[package][0].joinpath(*parts), WITHIN[name]
     paths = sorted(folder.rglob("*.py"))
     assert {path.relative_to(folder).parts[0].removesuffix(".py") for path in paths} == set(drawing)
     for at, (room, allowed) in enumerate(drawing.items()):
         known = set(allowed.split())
         assert known <= set(list(drawing)[:at]), f"{room} may not know what stands above it"
-        for path in (p for p in paths if p.relative_to(folder).parts[0] in (f"{room}.py", room)):
-            stray = siblings(path, f"likely.{name}.") - {room} - known
-            assert not stray, f"{path} imports {', '.join(sorted(stray))}"
+        own = (p for p in paths if p.relative_to(folder).parts[0] in (f"{room}.py", room))
+        found = {sibling for path in own for sibling in siblings(path, f"{name}.")} - {room}
+        assert found == known, f"{room} of {name}"
 
 
 def siblings(path: Path, prefix: str) -> set[str]:
