@@ -343,12 +343,3 @@ def _compare(spec: TensorSpec, value: Array, got: Array, n: int) -> None:
             f"{spec.name} differs by {worst:.2e} between torch and ONNX at batch {n}; "
             f"{TOLERANCE:g} and {relative:g} of its size are allowed"
         )
-
-
-def operators(model: onnx.ModelProto) -> Mapping[str, int]:
-    """How often each operator stands in the graph and its subgraphs."""
-    counts: dict[str, int] = {}
-    for graph in subgraphs(model.graph):
-        for node in graph.node:
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return counts

@@ -265,7 +265,7 @@ class Limits:
     Attributes:
         images_per_request: pictures in one request that brings some.
         images_per_generation: pictures that one request may have drawn or redrawn.
-        images_per_chunk: pictures in one chunk of Generate's stream.
+        images_per_chunk: pictures in one chunk of Generate's or Complete's stream.
         request_bytes: bytes of one request message.
         response_bytes: bytes of the pictures, or maps, in one answer message.
         queued_images: pictures that may wait for one of a model's graphs.

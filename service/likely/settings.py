@@ -143,11 +143,11 @@ class Settings(BaseSettings):
     withheld_answers: int = Field(10, ge=0, le=1 << 20)
     """Answers in a row that are withheld, as not finite, until a version ends; 0 for any number."""
     images_per_request: int = Field(1024, ge=1, le=1 << 20)
-    """Pictures that one Score, Classify or Encode request may bring."""
+    """Pictures that one request may bring."""
     images_per_generation: int = Field(4096, ge=1, le=1 << 20)
-    """Pictures that one Generate request may ask for."""
+    """Pictures that one request may have drawn, completed or decoded."""
     images_per_chunk: int = Field(64, ge=1, le=4096)
-    """Pictures in one chunk of a Generate stream."""
+    """Pictures in one chunk of a Generate or Complete stream."""
     request_bytes: int = Field(16 << 20, ge=1024, le=1 << 30)
     """Bytes of the largest request."""
     response_bytes: int = Field(64 << 20, ge=1024, le=1 << 30)

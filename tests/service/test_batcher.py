@@ -813,9 +813,11 @@ def test_graphs_take_turns_while_full_batches_wait_for_one_of_them() -> None:
 
         busy_ones = [going(again()) for _ in range(8)]
         await asyncio.sleep(0.01)
-        await lanes.run(Role.CONDITIONAL, {"x": np.arange(1)}, ["y"])
+        async with asyncio.timeout(60):  # without turns, it would wait until nobody asks the other
+            assert await lanes.run(Role.CONDITIONAL, {"x": np.arange(1)}, ["y"])
         await asyncio.gather(*busy_ones)
         await asyncio.to_thread(lanes.close)
+        assert other.runs == [[0]] and len(busy.runs) > 1
 
     run(work())
 

@@ -7,7 +7,6 @@ that the template of the same name shows, or None where there is nothing to show
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from likely.bundle import Manifest
@@ -36,20 +35,14 @@ SECTIONS: tuple[tuple[str, str, Callable[[Subject], View]], ...] = (
 )
 
 
-def write(path: Path, manifest: Manifest, figures: Mapping[str, Any], material: Material) -> None:
-    """Leaves the report at that path: one HTML file that needs nothing else, script included.
+def page(manifest: Manifest, figures: Mapping[str, Any], material: Material) -> str:
+    """The report as one HTML text that needs nothing else, script included.
 
     Args:
-        path: of the file.
         manifest: the bundle's.
         figures: its `evaluation.json`; what is absent is left out.
         material: what the figures were computed from.
     """
-    path.write_text(page(manifest, figures, material), encoding="utf-8")
-
-
-def page(manifest: Manifest, figures: Mapping[str, Any], material: Material) -> str:
-    """The report as HTML; the same for the same arguments."""
     subject = Subject(manifest, figures, material)
     sections = ((name, title, view(subject)) for name, title, view in SECTIONS)
     heading = Heading("Evaluation of a bundle", manifest.name, manifest.version)

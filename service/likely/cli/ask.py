@@ -257,7 +257,7 @@ def models(server: Connection, as_json: bool) -> None:
             "levels": info.levels,
             "labels": len(info.labels),
             "answers": " ".join(_short(info.methods)),
-            "alpha ≥": info.finest_alpha or show.NONE,
+            "alpha ≥": info.finest_alpha if info.calibration_size else show.NONE,
             "runs on": ", ".join(
                 name.removesuffix("ExecutionProvider") for name in info.execution_providers
             ),
