@@ -10,6 +10,8 @@ import numpy.typing as npt
 from likely.answers import Doubles
 from likely.errors import InvalidInput
 
+SLACK = 1e-6  # by which priors may miss 1
+
 
 def logsumexp(values: npt.NDArray[np.floating], axis: int = -1) -> Doubles:
     """log sum exp along an axis, without overflow; minus infinity where all values are."""
@@ -82,10 +84,10 @@ def check_priors(priors: Sequence[float], labels: int) -> Doubles:
     if len(priors) != labels:
         raise InvalidInput("priors", f"{len(priors)} values; the model has {labels} labels")
     values = np.array(priors, dtype=np.float64)
-    if np.any(wrong := ~((values >= 0) & (values <= 1))):
+    if np.any(wrong := ~((values >= 0) & (values <= 1 + SLACK))):
         first = int(np.argmax(wrong))
         raise InvalidInput(f"priors[{first}]", f"{values[first]:g} is no probability in [0, 1]")
-    if abs(values.sum() - 1) > 1e-6:
+    if abs(values.sum() - 1) > SLACK:
         raise InvalidInput("priors", f"they sum to {values.sum():.9g}; 1 within 1e-6 is asked")
     return values
 

@@ -29,6 +29,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 BLOCK = 8
 FEW = 4  # rows
 GROUP = 16  # values of which the smallest is found first
+ROUNDING = 1e-12  # of a rank's bound, relative
 
 
 class _Stored:
@@ -355,8 +356,9 @@ class Detector:
 
         Each ranks among calibration pictures of that label only, so the set of labels whose
         p-value exceeds alpha holds the true one with probability 1 - alpha, for every label
-        (Sadinle et al., 2019): empty for an outlier, several for an ambiguous picture. At an
-        alpha below 1 / (n + 1), a label of n calibration pictures is in every set.
+        (Sadinle et al., 2019): several for an ambiguous picture, and for an outlier perhaps some
+        too; whether it is one, its own p-value tells. At an alpha below 1 / (n + 1), a label of n
+        calibration pictures is in every set.
         """
         found = label_score(score, posterior)
         p = np.empty_like(found)
@@ -393,7 +395,7 @@ def label_score(score: Doubles, posterior: Doubles) -> Doubles:
     return against - np.log(np.maximum(posterior, 1e-300))
 
 
-def benjamini_hochberg(p_values: Doubles, rate: float) -> npt.NDArray[np.bool_]:
+def benjamini_hochberg(p_values: npt.ArrayLike, rate: float) -> npt.NDArray[np.bool_]:
     """Which pictures of a batch to reject so that the false ones are at most that share.
 
     Benjamini and Hochberg, 1995; valid for p-values of one calibration split (Bates et al.,
@@ -411,9 +413,12 @@ def benjamini_hochberg(p_values: Doubles, rate: float) -> npt.NDArray[np.bool_]:
     """
     if not 0 < rate < 1:
         raise InvalidInput("rate", f"{rate:g} is not in (0, 1)")
-    n = len(p_values)
-    order = np.argsort(p_values, kind="stable")
-    passing = np.flatnonzero(p_values[order] <= rate * np.arange(1, n + 1) / max(n, 1))
+    p = np.asarray(p_values, np.float64)
+    n = len(p)
+    order = np.argsort(p, kind="stable")
+    # Ranks among m pictures are k / m: what equals its bound must not miss it by rounding.
+    bounds = rate * np.arange(1, n + 1) / max(n, 1) * (1 + ROUNDING)
+    passing = np.flatnonzero(p[order] <= bounds)
     rejected = np.zeros(n, bool)
     rejected[order[: passing[-1] + 1 if len(passing) else 0]] = True
     return rejected

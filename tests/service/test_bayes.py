@@ -72,6 +72,11 @@ def test_priors_that_are_none_are_refused(priors: list[float], field: str) -> No
     assert caught.value.field == field
 
 
+def test_priors_may_miss_1_by_a_millionth() -> None:
+    for priors in ([1 + 5e-7, 0, 0], [0.5, 0.5 - 9e-7, 0]):
+        assert bayes.check_priors(priors, 3).tolist() == priors
+
+
 @given(nats, st.integers(0, 100))
 def test_reweighted_posteriors_are_those_of_the_other_priors(
     log_pxy: np.ndarray, seed: int

@@ -161,6 +161,8 @@ def test_drawing(stub: GRPCInferenceServiceStub, client: Client, x: Any) -> None
     )  # fmt: skip
     answer = stub.ModelInfer(asked)
     assert answer.parameters["seed"].int64_param == 5
+    asked.parameters["seed"].string_param, asked.parameters["label"].string_param = "5", "1"
+    assert arrays(stub.ModelInfer(asked))["images"].tobytes() == arrays(answer)["images"].tobytes()
     found = arrays(answer)
     assert np.array_equal(found["images"], ours.images)
     assert found["draws"].tolist() == ours.draws.tolist()
@@ -276,6 +278,8 @@ BAD: list[tuple[pb.ModelInferRequest, str]] = [
     (pictures("toy/score", GOOD, alpha=7), "alpha"),
     (pictures("toy/score", GOOD, alpha="high"), "parameters[alpha]"),
     (pictures("toy/score", GOOD, guarantee="none"), "parameters[guarantee]"),
+    (question("toy/generate", {"count": ("INT64", [1])}, seed="5.0"), "parameters[seed]"),
+    (question("toy/generate", {"count": ("INT64", [1])}, seed="9" * 5000), "parameters[seed]"),
     (pictures("toy/score", GOOD, seed=1), "parameters[seed]"),
     (pictures("toy/classify", GOOD, priors="1,0"), "priors"),
     (pictures("toy/classify", GOOD, priors="1,0,0,0"), "parameters[priors]"),
@@ -388,6 +392,26 @@ def test_statistics_and_metrics_count_what_was_asked(running: Running, x: Any) -
     assert 'likely_requests_total{code="OK",method="ModelInfer",model="toy"} 3.0' in text
 
 
+def test_statistics_are_of_the_versions_that_are_asked_for(
+    running: Running, make_toy: Callable[..., Toy]
+) -> None:
+    newer = make_toy("toy", "2.0", seed=1)
+    with running() as live, grpc.insecure_channel(live.address) as channel:
+        live.run(live.server.lifecycle.load(newer.path))
+        live.run(live.server.lifecycle.set_label("toy", "stable", "1.0"))
+        stub = GRPCInferenceServiceStub(channel)
+
+        def told(name: str = "", version: str = "") -> set[tuple[str, str]]:
+            asked = pb.ModelStatisticsRequest(name=name, version=version)
+            return {(m.name, m.version) for m in stub.ModelStatistics(asked).model_stats}
+
+        whole = told()
+        assert {version for _, version in whole} == {"1.0", "2.0"}
+        assert told("toy/score") == {("toy/score", "1.0"), ("toy/score", "2.0")}
+        assert told("toy/score", "stable") == {("toy/score", "1.0")}
+        assert told(version="2.0") == {key for key in whole if key[1] == "2.0"}
+
+
 def test_messages_of_a_stream_are_counted_by_what_became_of_them(running: Running, x: Any) -> None:
     with running() as live, grpc.insecure_channel(live.address) as channel:
         stub = GRPCInferenceServiceStub(channel)
@@ -478,6 +502,8 @@ def test_a_server_that_will_end_or_whose_models_are_ill_is_not_ready(
             assert ready() == (False, False)
             listed = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
             assert {(m.state, m.reason) for m in listed} == {("UNAVAILABLE", "unhealthy")}
+            assert not stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True)).models
+        assert len(stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True)).models) == 8
         stopping = asyncio.run_coroutine_threadsafe(live.server.stop(delay=30), live.loop)
         while ready() != (False, False):
             time.sleep(0.01)

@@ -129,6 +129,20 @@ def test_false_discoveries_of_a_batch_are_bounded_and_outliers_found(toy: Toy) -
     assert np.mean(powers) > 0.95
 
 
+@pytest.mark.parametrize(
+    ("p_values", "rate", "rejected"),
+    [
+        ([0.03] * 3 + [0.9] * 27, 0.3, [True] * 3 + [False] * 27),
+        ([0.1, 0.5, 0.9], 0.3, [True, False, False]),
+        ([0.1 + 1e-9, 0.5, 0.9], 0.3, [False] * 3),
+    ],
+)
+def test_what_equals_its_bound_is_rejected(
+    p_values: list[float], rate: float, rejected: list[bool]
+) -> None:
+    assert benjamini_hochberg(p_values, rate).tolist() == rejected
+
+
 def test_a_rate_that_is_none_is_refused() -> None:
     for rate in (0.0, 1.0, float("nan")):
         with pytest.raises(InvalidInput, match="rate"):

@@ -291,6 +291,13 @@ def test_models(likely: Callable[..., Result], live: Live) -> None:
     assert "toy" in likely("models").stdout
 
 
+def test_a_table_is_shown_where_output_lacks_its_signs(live: Live) -> None:
+    environment = {**os.environ, "LIKELY_ADDRESS": live.address, "PYTHONIOENCODING": "cp1252"}
+    ran = subprocess.run([*COMMAND, "models"], capture_output=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert b"alpha ?" in ran.stdout
+
+
 def test_a_table_of_models_fits_a_narrow_terminal(
     likely: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,13 @@ command by that signal; as the first process of a container, with the code 143.
 
 from __future__ import annotations
 
+import codecs
 import signal
+import sys
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any, Final
 
 import click
@@ -43,6 +46,9 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **more: Any) -> Any:
         """Runs the command that the words name, and ends the process."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+                stream.reconfigure(errors="replace")  # tables have signs that cp1252 lacks
         try:
             return super().main(*args, **more)
         finally:

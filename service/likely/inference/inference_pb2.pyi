@@ -692,7 +692,7 @@ class ModelStreamInferResponse(google.protobuf.message.Message):
     """Why there is none; empty where there is."""
     @property
     def infer_response(self) -> Global___ModelInferResponse:
-        """The answer; where there is none, only its id."""
+        """The answer; where there is none, only the request's id and model_name."""
 
     def __init__(
         self,
@@ -1060,7 +1060,7 @@ class RepositoryIndexRequest(google.protobuf.message.Message):
     repository_name: builtins.str
     """Which repository; there is one, and the name is not used."""
     ready: builtins.bool
-    """Whether to list only models that answer; all that are listed do."""
+    """Whether to list only models that answer."""
     def __init__(
         self,
         *,
@@ -1092,9 +1092,9 @@ class RepositoryIndexResponse(google.protobuf.message.Message):
         version: builtins.str
         """The version."""
         state: builtins.str
-        """Always `READY`."""
+        """`READY`, or `UNAVAILABLE`."""
         reason: builtins.str
-        """Why it is not ready; always empty."""
+        """Why it is not ready: `unhealthy`. Empty for one that is."""
         def __init__(
             self,
             *,

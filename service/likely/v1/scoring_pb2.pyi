@@ -125,7 +125,8 @@ class ScoreRequest(google.protobuf.message.Message):
     """The model's version; empty means the one that the server serves by default."""
     alpha: builtins.float
     """The rate of false rejections that the caller accepts, in
-    [finest_alpha, 1) of the model (GetModel). Absent: the server's default.
+    [finest_alpha, 1) of the model (GetModel); GUARANTEE_PAC can promise less
+    fine ones only. Absent: the server's default.
     """
     surprise: builtins.bool
     """Whether to send the surprise map of every picture."""
@@ -248,7 +249,8 @@ class ClassifyRequest(google.protobuf.message.Message):
     """The model's version; empty means the one that the server serves by default."""
     alpha: builtins.float
     """The rate of false rejections that the caller accepts, in
-    [finest_alpha, 1) of the model (GetModel). Absent: the server's default.
+    [finest_alpha, 1) of the model (GetModel); GUARANTEE_PAC can promise less
+    fine ones only. Absent: the server's default.
     """
     min_posterior: builtins.float
     """The smallest posterior at which a label is assigned, in [0, 1);
@@ -326,9 +328,10 @@ class Classification(google.protobuf.message.Message):
     def label_p_values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """A calibrated p-value of the picture under every label, in the model's
         order, in (0, 1]. The labels whose p-value exceeds alpha hold the true one
-        with probability 1 - alpha, whatever that label is: none of them for an
-        outlier, several for an ambiguous picture. They rank the generative rule's
-        posterior, so they are empty where log_likelihoods is.
+        with probability 1 - alpha, whatever that label is: several for an ambiguous
+        picture, and for an outlier perhaps some too (whether it is one, p_value
+        tells). They rank the generative rule's posterior, so they are empty where
+        log_likelihoods is.
         """
 
     @property

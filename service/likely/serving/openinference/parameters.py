@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from likely.answers import Guarantee
@@ -17,6 +18,8 @@ IGNORED = frozenset(
         "headers", "binary_data_output", "triton_enable_empty_final_response",
     }
 )  # fmt: skip
+
+DIGITS = 20  # of the longest whole number that is read from a string, its sign included
 
 Given = Mapping[str, inference_pb2.InferParameter]
 
@@ -75,6 +78,9 @@ def _whole(bits: int) -> Callable[[str, object], int]:
     most = 1 << (bits - 1)
 
     def whole(field: str, value: object) -> int:
+        if isinstance(value, str) and len(value) <= DIGITS:
+            with suppress(ValueError):
+                value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not -most <= value < most:
             raise InvalidInput(field, f"{str(value)[:64]} is no whole number of {bits} bits")
         return value

@@ -194,11 +194,13 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: inference_pb2.ModelStatisticsRequest, context: Context
     ) -> inference_pb2.ModelStatisticsResponse:
         """What was asked by this protocol since the server began."""
-        if request.name:
-            engine, _ = self._found(request.name, request.version)
-            keys = [(request.name, engine.manifest.version)]
-        else:
-            keys = [key for key, _ in self._listed()]
+        name, version = request.name, request.version
+        if name:
+            engine, _ = self._found(name, version)
+            version = version and engine.manifest.version  # which a label may name
+        keys = [
+            key for key, _ in self._listed() if name in ("", key[0]) and version in ("", key[1])
+        ]
         return inference_pb2.ModelStatisticsResponse(
             model_stats=[self._statistics[key].message(*key) for key in keys]
         )
@@ -206,13 +208,14 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def RepositoryIndex(
         self, request: inference_pb2.RepositoryIndexRequest, context: Context
     ) -> inference_pb2.RepositoryIndexResponse:
-        """Every model and version."""
+        """Every model and version, or those that answer."""
         kind = inference_pb2.RepositoryIndexResponse.ModelIndex
         states = {True: ("READY", ""), False: ("UNAVAILABLE", "unhealthy")}
         return inference_pb2.RepositoryIndexResponse(
             models=[
                 kind(name=name, version=version, state=state, reason=reason)
                 for (name, version), engine in self._listed()
+                if engine.healthy or not request.ready
                 for state, reason in [states[engine.healthy]]
             ]
         )
