@@ -110,6 +110,7 @@ class Engine:
         *,
         cores: int,
         max_batch: int = 0,
+        filled: bool = False,
         terms: Terms | None = None,
         traffic: Traffic | None = None,
     ) -> None:
@@ -120,6 +121,7 @@ class Engine:
             opened: opens the graph of a role for runs on so many cores.
             cores: the most runs at once, and the most cores of one.
             max_batch: rows of one run; 0 to find what is best.
+            filled: whether every run is filled up to `max_batch` rows, which is then not 0.
             terms: how requests are held.
             traffic: is told of queues and batches.
         """
@@ -141,7 +143,9 @@ class Engine:
                 return Ranked(session, self._detector, self.manifest.dimensions)
             return session
 
-        warm = warm_up(bundle, runner, lanes=terms.lanes, cores=cores, max_batch=max_batch)
+        warm = warm_up(
+            bundle, runner, lanes=terms.lanes, cores=cores, max_batch=max_batch, filled=filled
+        )
         self._lanes = Lanes(
             self.manifest.name,
             warm.runners,
@@ -173,6 +177,7 @@ class Engine:
         device: Device,
         threads: int,
         max_batch: int = 0,
+        filled: bool = False,
         terms: Terms | None = None,
         traffic: Traffic | None = None,
     ) -> Engine:
@@ -183,6 +188,7 @@ class Engine:
             device: where the graphs shall run.
             threads: cores to use, each as a lane of its own; together for what is all there is.
             max_batch: rows of one run; 0 to find what is best.
+            filled: whether every run is filled up to `max_batch` rows, which is then not 0.
             terms: how requests are held.
             traffic: is told of queues and batches.
 
@@ -198,7 +204,15 @@ class Engine:
         def opened(role: Role, threads: int) -> Session:
             return Session(bundle.graph(role), bundle.manifest.graphs[role], device, threads)
 
-        return cls(bundle, opened, cores=cores, max_batch=max_batch, terms=terms, traffic=traffic)
+        return cls(
+            bundle,
+            opened,
+            cores=cores,
+            max_batch=max_batch,
+            filled=filled,
+            terms=terms,
+            traffic=traffic,
+        )
 
     @property
     def detector(self) -> Detector:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from likely.batching import tuning
 from likely.batching.batches import Runner
+from likely.batching.filling import Filled
 from likely.batching.tuning import Best
 from likely.bundle import Bundle, Manifest, Role
 from likely.errors import BundleError
@@ -45,6 +46,7 @@ def warm_up(
     lanes: int,
     cores: int,
     max_batch: int,
+    filled: bool = False,
 ) -> Warm:
     """Opens a bundle's graphs, replays its golden outputs, then measures what is not given.
 
@@ -54,6 +56,7 @@ def warm_up(
         lanes: runs at once; 0 to find how many are best.
         cores: the most runs at once, where that is to be found, and the most that one run takes.
         max_batch: rows of one run; 0 to find what is best.
+        filled: whether every run is filled up to `max_batch` rows, which is then not 0.
 
     Raises:
         BundleError: a graph does not open or give its golden outputs, or there are none of it.
@@ -63,13 +66,16 @@ def warm_up(
     several = [role for role in roles if role in LONG and widest > 1]
     with ThreadPoolExecutor(cores) as pool:
         found = list(pool.map(opened, roles + several, [1] * len(roles) + [widest] * len(several)))
+    if filled:
+        found = [Filled(runner, max_batch) for runner in found]
     runners = dict(zip(roles, found, strict=False))
     wide = dict(zip(several, found[len(roles) :], strict=True))
     golden = bundle.golden()
     for role, runner in (*runners.items(), *wide.items()):
         _prove(bundle.manifest, role, runner, golden)
     if max_batch:
-        best = dict.fromkeys(runners, Best(max_batch))
+        # Filled up, few rows cost a run as much as many: they are not spread over the lanes.
+        best = dict.fromkeys(runners, Best(max_batch, grain=max_batch if filled else 1))
     else:
         best = {role: _best(role, runner, golden) for role, runner in runners.items()}
         for role, runner in wide.items():

@@ -226,6 +226,7 @@ WITHIN = {
         "admission": "callers traffic",
         "gathering": "",
         "batches": "callers turns",
+        "filling": "batches",
         "tuning": "batches",
         "width": "batches tuning",
         "batcher": "admission batches callers gathering traffic tuning turns width",

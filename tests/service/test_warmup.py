@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from likely import warmup
@@ -14,7 +15,7 @@ from likely.bundle import Bundle, Role
 from likely.errors import BundleError
 from likely.graphs import Device, Session
 from likely.outliers import Detector
-from likely.ranking import Ranked
+from likely.ranking import RANKED, Ranked
 
 if TYPE_CHECKING:
     from tests.conftest import Toy
@@ -91,3 +92,28 @@ def test_a_graph_that_does_not_open_ends_it(bundle: Bundle) -> None:
     for broken in bundle.manifest.graphs:
         with pytest.raises(BundleError, match=f"{broken} does not open"):
             warmup.warm_up(bundle, Opening(bundle, broken), lanes=1, cores=2, max_batch=0)
+
+
+def test_runs_are_filled_up_to_one_size_and_divided_by_it(bundle: Bundle) -> None:
+    opening = Opening(bundle)
+    warm = warmup.warm_up(bundle, opening, lanes=1, cores=2, max_batch=4, filled=True)
+    assert all((best.rows, best.grain) == (4, 4) for best in warm.best.values())
+    runner = warm.runners[Role.DENSITY]
+    x = np.resize(bundle.golden()["density/x"], (11, 1, 3, 3))
+    sizes: list[int] = []
+    ranked, run = opening(Role.DENSITY, 1), Session.run
+
+    def seen(session: Session, feeds: Any, outputs: Any, stop: Any = None) -> Any:
+        sizes.append(len(feeds["x"]))
+        return run(session, feeds, outputs, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "run", seen)
+        found = runner.run({"x": x}, ["log_px", RANKED])
+        assert sizes == [4, 4, 4]
+        assert runner.run({"x": x[:1]}, ["log_px"])[0].shape == (1,)
+        assert sizes == [4] * 4
+    for array, expected in zip(found, ranked.run({"x": x}, ["log_px", RANKED]), strict=True):
+        assert np.array_equal(array, expected)
+    for none in (runner.run({"x": x[:0]}, [RANKED]), runner.empty([RANKED])):
+        assert none[0].shape == (0, 4)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from likely.engine import Engine
 
 CHUNK = 256  # pictures that are drawn at once
+FILLED = 64  # rows of every run where its size could matter: as many as are best at most
 UNLIMITED = Limits(1 << 40, 1 << 40, CHUNK, 1 << 60)  # a job is its engine's only caller
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 _PASSING = (Overloaded, Unavailable, DeadlineExceeded)
@@ -95,7 +96,7 @@ class Bundled:
         device: where it runs.
         threads: cores that it uses; 0 for all.
         keys: PEM files of public keys, one of which must have signed it, if there are any.
-        max_batch: pictures of one run; 0 to find what is best.
+        max_batch: pictures of one run; 0 for what is best, or `FILLED` where all have one size.
     """
 
     bundle: Path | None = None
@@ -106,30 +107,21 @@ class Bundled:
     elsewhere: ClassVar[bool] = False
 
     def open(self) -> Local:
-        """The engine, verified and warm; one whose answers depend on the batch runs none.
+        """The engine, verified and warm; its answers do not depend on what is asked beside them.
 
         Raises:
             BundleError: the bundle is refused.
             JobError: none is named, and the package ships several.
             DeviceError: the device is not really there.
         """
-        from likely.bundle import Bundle, Role
+        from likely.bundle import Bundle
         from likely.versions.loading import shipped
 
         folders = [self.bundle] if self.bundle else list(shipped())
         if len(folders) != 1:
             raise JobError(f"name one of {', '.join(map(str, folders))} by --bundle")
         bundle = Bundle.open(folders[0], self.keys)
-        engine = self._engine(bundle, self.max_batch)
-        golden = bundle.golden().get(f"{Role.DENSITY}/x")
-        if golden is not None and not steady(engine, golden):
-            engine.close()
-            _LOG.warning(
-                "the graphs of %s round differently in batches of different sizes: "
-                "each picture is run alone",
-                bundle.path,
-            )
-            engine = self._engine(bundle, 1)
+        engine = self._steady(bundle)
         if Bundle.open(bundle.path).digest != bundle.digest:
             engine.close()
             raise BundleError(f"{bundle.path} changed while it was opened", "changed")
@@ -139,7 +131,40 @@ class Bundled:
         """The same: its bundle's folder is of one version, whichever that is."""
         return self
 
-    def _engine(self, bundle: Bundle, max_batch: int) -> Engine:
+    def _steady(self, bundle: Bundle) -> Engine:
+        """An engine whose answers do not depend on what is run beside a picture.
+
+        Its runs have any size, where a few sizes give equal bits. On a card equal bits at some
+        sizes tell nothing of others, for kernels are chosen by them: there, and where bits do
+        differ, all runs have one size. Where a picture's place matters even so, that is one row.
+        """
+        from likely.bundle import Role
+        from likely.graphs import Device
+
+        golden, size = bundle.golden().get(f"{Role.DENSITY}/x"), self.max_batch or FILLED
+        if Device.parse(self.device).resolve().kind != "cuda":
+            engine = self._engine(bundle, self.max_batch)
+            if golden is None or steady(engine, golden):
+                return engine
+            engine.close()
+            _LOG.warning(
+                "the graphs of %s round differently in batches of different sizes: "
+                "every run is filled up to %d rows",
+                bundle.path,
+                size,
+            )
+        engine = self._engine(bundle, size, filled=True)
+        if golden is None or steady(engine, golden, size):
+            return engine
+        engine.close()
+        _LOG.warning(
+            "the graphs of %s round differently in different places of a batch: "
+            "each picture is run alone",
+            bundle.path,
+        )
+        return self._engine(bundle, 1)
+
+    def _engine(self, bundle: Bundle, max_batch: int, *, filled: bool = False) -> Engine:
         from likely import machine
         from likely.batching.admission import Bounds
         from likely.engine import Engine, Terms
@@ -150,6 +175,7 @@ class Bundled:
             device=Device.parse(self.device),
             threads=self.threads or machine.cores(),
             max_batch=max_batch,
+            filled=filled,
             terms=Terms(bounds=Bounds(1 << 40, 1 << 60)),  # all that waits is this job's
         )
 

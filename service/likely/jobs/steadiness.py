@@ -18,22 +18,30 @@ ROWS = 17  # more than what kernels take at once, and no multiple of it
 SIZES = (1, 3, ROWS)
 
 
-def steady(engine: Engine, x: Pixels) -> bool:
-    """Whether an engine gives each picture the same bits in batches of different sizes.
+def steady(engine: Engine, x: Pixels, filled: int = 0) -> bool:
+    """Whether an engine gives each picture the same bits whatever is run beside it.
 
-    The graphs that `likely-export` writes do; others may add up in another order, where a
-    batch has another size.
+    On a processor the graphs that `likely-export` writes do; others may add up in another
+    order, where a batch has another size. Where all runs have one size, what is left is a
+    picture's place, and what stands beside it.
 
     Args:
         engine: idle.
         x: uint8 (n, c, h, w), at least one picture.
+        filled: rows that every run is filled up to; 0 where none is.
     """
-    rows = np.resize(x, (ROWS, *x.shape[1:]))
-    found = [asyncio.run(_answers(engine, rows, size)) for size in SIZES]
+    rows = np.resize(x, (max(ROWS, filled), *x.shape[1:]))
+    every, backwards, few = slice(None), slice(None, None, -1), slice(3)
+    tries = [(every, size) for size in SIZES]
+    if filled:  # pictures by the one cost a whole run each
+        tries = [(every, len(rows)), (backwards, len(rows)), (every, ROWS), (few, 1)]
+    whole, *others = (
+        (which, asyncio.run(_answers(engine, rows[which], size))) for which, size in tries
+    )
     return all(
-        np.array_equal(each, other)
-        for others in found[1:]
-        for each, other in zip(found[0], others, strict=True)
+        np.array_equal(each[which], other)
+        for which, found in others
+        for each, other in zip(whole[1], found, strict=True)
     )
 
 
