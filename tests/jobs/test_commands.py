@@ -206,6 +206,14 @@ def test_what_cannot_be_asked_is_told(
     assert not (tmp_path / "out").exists()
 
 
+def test_ray_itself_chooses_the_card(toy: Toy, tmp_path: Path) -> None:
+    words = ["--engine", "ray", "--device", "cuda:1", "--out", str(tmp_path / "out")]
+    command = ["batch", "generate", "--count", "1", "--bundle", str(toy.path), *words]
+    found = CliRunner().invoke(main, command)
+    assert found.exit_code == 2, found.output
+    assert "it is --device cuda:" in " ".join(found.stderr.replace("│", " ").split())
+
+
 def test_the_environment_names_a_server_where_no_bundle_is_named(
     batch: Batch, live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -305,3 +307,58 @@ def test_the_handler_of_sigterm_outlives_a_ray_that_does_not_begin() -> None:
         assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize(
+    ("count", "cards", "there", "actors"),
+    [
+        (0, 1, {"CPU": 16.0, "GPU": 2.0}, 2),
+        (3, 1, {"CPU": 16.0, "GPU": 2.0}, 2),
+        (1, 1, {"CPU": 16.0, "GPU": 2.0}, 1),
+        (0, 1, {"CPU": 1.0, "GPU": 4.0}, 1),
+        (0, 1, {"CPU": 16.0}, 0),
+        (0, 0, {"CPU": 16.0}, 9),
+        (3, 0, {"CPU": 1.0}, 3),
+    ],
+)
+def test_ray_has_no_more_actors_than_cards(
+    monkeypatch: pytest.MonkeyPatch, count: int, cards: int, there: dict[str, float], actors: int
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def mapped(*_: object, **more: Any) -> Any:
+        asked.update(more)
+        return SimpleNamespace(iter_rows=list)
+
+    ray = SimpleNamespace(
+        is_initialized=lambda: True,
+        cluster_resources=lambda: there,
+        exceptions=SimpleNamespace(RayError=ConnectionError),
+        data=SimpleNamespace(
+            DataContext=SimpleNamespace(get_current=SimpleNamespace),
+            ActorPoolStrategy=lambda size: size,
+            from_items=lambda *_, **__: SimpleNamespace(map_batches=mapped),
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    workers = ray_workers.ray_workers(cast("Any", None), count, 1, cards)
+    if actors:
+        assert list(workers(list(range(9)), lambda _: None)) == []
+        assert (asked["compute"], asked["num_gpus"]) == (actors, cards)
+    else:
+        with pytest.raises(JobError, match="Ray has no GPU"):
+            list(workers(list(range(9)), lambda _: None))
+
+
+def test_a_job_on_ray_that_asks_a_server_reserves_no_card(
+    first: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved: list[int] = []
+
+    def actors(*given: Any) -> Any:
+        reserved.append(given[-1])
+        return lambda *_: iter(())
+
+    monkeypatch.setattr(ray_workers, "ray_workers", actors)
+    drawing(first, tmp_path / "out", "--engine=ray", "--device=cuda")
+    assert reserved == [0]

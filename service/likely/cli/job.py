@@ -85,7 +85,7 @@ class Job:
             plan = Plan(request, out, opener.pinned(info.name, info.version), given, self.batch)
             maker = Maker(plan, backend, pictures)
             if self.engine == "ray":
-                cards = 1 if self.device.startswith("cuda") else 0
+                cards = 1 if self.device == "cuda" and not opener.elsewhere else 0
                 workers = ray_workers(plan, self.workers, max(1, self.threads), cards)
             else:
                 workers = threads(maker, self.workers or WORKERS)
@@ -129,6 +129,11 @@ class Job:
         if server is None:
             if self.model or self.version:
                 raise click.UsageError("--model and --model-version are those of --address")
+            if self.engine == "ray" and self.device.startswith("cuda:"):
+                raise click.UsageError(
+                    "with --engine ray it is --device cuda: Ray reserves one card for each actor, "
+                    "which sees no other"
+                )
             bundle = self.bundle and self.bundle.absolute()
             # Ray begins many engines: each has the cores that it counts for.
             cores = max(1, self.threads) if self.engine == "ray" else self.threads
@@ -186,7 +191,7 @@ def _options() -> tuple[Callable[[F], F], ...]:
         ),
         click.option(
             "--workers", type=click.IntRange(0), default=0,
-            help="Shards in hand at once. [2; with Ray, as many as it has cores for]",
+            help="Shards in hand at once. [2; with Ray, as many as it has cores, or cards, for]",
         ),
         click.option(
             "--threads", type=click.IntRange(0), default=0,

@@ -43,7 +43,8 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
 
     Args:
         plan: of the job.
-        count: how many actors; 0 for as many as there are cores for.
+        count: how many actors; 0 for as many as there are cores for. Never more than there are
+            cards for, which those beyond would wait for without end.
         threads: cores of each.
         cards: GPUs of each.
 
@@ -76,7 +77,12 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        actors = count or max(1, int(ray.cluster_resources().get("CPU", 1) // threads))
+        there = ray.cluster_resources()
+        actors = count or max(1, int(there.get("CPU", 1) // threads))
+        if cards:
+            actors = min(actors, int(there.get("GPU", 0) // cards))
+            if not actors:
+                raise JobError("Ray has no GPU: give it one, or ask for --device cpu")
         rows = ray.data.from_items(
             [{"shard": shard} for shard in missing], override_num_blocks=len(missing)
         )
