@@ -125,7 +125,7 @@ class Settings(BaseSettings):
     gpu_memory: int = Field(0, ge=0, le=1 << 20)
     """MiB of a card that each graph may take for its runs; 0 is no limit."""
     workers: int = Field(1, ge=0, le=256)
-    """Processes that serve side by side on one port; 0 takes as many as there are cores."""
+    """Processes that serve side by side on one port; 0 takes one a core, on a card one."""
     threads: int = Field(0, ge=0, le=1024)
     """Threads of the runtime in each process; 0 divides the cores among the processes."""
     lanes: int = Field(0, ge=0, le=1024)

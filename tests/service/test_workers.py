@@ -13,14 +13,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from likely import logs
+from likely import graphs, logs
 from likely.errors import LikelyError, SettingsError
 from likely.processes import fanout, process, supervisor, worker
 from likely.processes.together import MEBIBYTES, ROOM, Together
@@ -415,3 +417,31 @@ def test_a_worker_that_hangs_does_not_outlive_its_supervisor() -> None:
     code = [sys.executable, "-c", HUNG]
     env = {"PYTHONPATH": ":".join(sys.path)}
     assert subprocess.run(code, input=b"", env=env, timeout=30).returncode == worker.REFUSED
+
+
+@pytest.mark.parametrize(
+    ("device", "reported", "count"),
+    [("cuda", 2, 1), ("cuda:1", 2, 1), ("auto", 2, 1), ("auto", 0, 64), ("cpu", 2, 64)],
+)
+def test_as_many_workers_as_cores_but_one_on_a_card(
+    settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    reported: int,
+    count: int,
+) -> None:
+    monkeypatch.setattr(supervisor.machine, "cores", lambda: 64)
+    monkeypatch.setattr(graphs, "cuda_devices", lambda: reported)
+    runtime = SimpleNamespace(get_available_providers=lambda: [graphs.CUDA, graphs.CPU])
+    monkeypatch.setattr(graphs, "_runtime", lambda: runtime)
+    begun: list[int] = []
+
+    def several(workers: int) -> NoReturn:
+        begun.append(workers)
+        raise SettingsError("no folder")
+
+    monkeypatch.setattr(process, "serve", lambda given: begun.append(given.workers))
+    monkeypatch.setattr(supervisor, "private", several)
+    with suppress(SettingsError):
+        supervisor.serve(settings(workers=0, device=device))
+    assert begun == [count]

@@ -46,7 +46,7 @@ FLAGS = {
     "require_signature": "PEM files of keys or authorities: one must have signed each bundle.",
     "device": "auto, cpu, cuda or cuda:N. [auto]",
     "gpu_memory": "MiB of a card that each graph may take; 0 is no limit. [0]",
-    "workers": "Processes that serve on one port; 0 takes as many as there are cores. [1]",
+    "workers": "Processes that serve on one port; 0 takes one a core, on a card one. [1]",
     "threads": "Threads of the runtime in each; 0 divides the cores among them. [0]",
     "lanes": "Runs of a model at once; 0 finds how many are best. [0]",
     "max_batch": "Pictures that one run of a graph takes; 0 finds how many are best. [0]",

@@ -49,9 +49,9 @@ def serve(settings: Settings) -> None:
         LikelyError: why nothing can be served.
         DeviceLost: why it was given up; a new process may do better.
     """
-    count = settings.workers or machine.cores()
+    count = settings.workers or automatic(settings)
     if count == 1:
-        process.serve(settings)
+        process.serve(settings.model_copy(update={"workers": 1}))
         return
     graphs.require_runtime()
     log = logs.logger(settings.log_level, settings.log_format)
@@ -59,6 +59,19 @@ def serve(settings: Settings) -> None:
     with private(count) as (folder, together), reserved(settings) as port:
         fixed = settings.model_copy(update={"port": port, "workers": count})
         asyncio.run(Supervisor(fixed, log, folder, together).run())
+
+
+def automatic(settings: Settings) -> int:
+    """How many workers there are where the settings leave it open: one a core, or one on a card.
+
+    Each worker would have a context, and the models, in the same card's memory; and the card runs
+    one graph at a time whoever asks.
+    """
+    device = graphs.Device.parse(settings.device)
+    # The driver is asked first: the runtime is much to load where there is no card.
+    if device.kind == "auto" and graphs.cuda_devices() == 0:
+        return machine.cores()
+    return 1 if device.resolve().kind == "cuda" else machine.cores()
 
 
 @contextmanager
