@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from likely import graphs, logs
+from likely import graphs, logs, machine
 from likely.errors import LikelyError, SettingsError
 from likely.processes import fanout, process, supervisor, worker
 from likely.processes.together import MEBIBYTES, ROOM, Together
@@ -430,7 +430,7 @@ def test_as_many_workers_as_cores_but_one_on_a_card(
     reported: int,
     count: int,
 ) -> None:
-    monkeypatch.setattr(supervisor.machine, "cores", lambda: 64)
+    monkeypatch.setattr(machine, "cores", lambda: 64)
     monkeypatch.setattr(graphs, "cuda_devices", lambda: reported)
     runtime = SimpleNamespace(get_available_providers=lambda: [graphs.CUDA, graphs.CPU])
     monkeypatch.setattr(graphs, "_runtime", lambda: runtime)
