@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")
     """What runs the models: auto, cpu, cuda or cuda:N; cuda or nothing, never a silent fallback."""
     gpu_memory: int = Field(0, ge=0, le=1 << 20)
-    """MiB of a card that each graph may take for its runs; 0 is no limit."""
+    """MiB of a card that each graph may take for its runs, beside their inputs; 0 is no limit."""
     workers: int = Field(1, ge=0, le=256)
     """Processes that serve side by side on one port; 0 takes one a core, on a card one."""
     threads: int = Field(0, ge=0, le=1024)

@@ -45,7 +45,7 @@ FLAGS = {
     "plaintext_tokens": "true where a proxy that has TLS passes tokens on. [false]",
     "require_signature": "PEM files of keys or authorities: one must have signed each bundle.",
     "device": "auto, cpu, cuda or cuda:N. [auto]",
-    "gpu_memory": "MiB of a card that each graph may take; 0 is no limit. [0]",
+    "gpu_memory": "MiB of a card that each graph may take beside its inputs; 0 is no limit. [0]",
     "workers": "Processes that serve on one port; 0 takes one a core, on a card one. [1]",
     "threads": "Threads of the runtime in each; 0 divides the cores among them. [0]",
     "lanes": "Runs of a model at once; 0 finds how many are best. [0]",
