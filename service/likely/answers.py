@@ -392,6 +392,10 @@ class Completions:
     model_version: str
 
 
+HOTTEST = 2.0  # temperature of a draw
+USUAL_DRAWS, MOST_DRAWS = 16, 100  # of a picture that checks itself
+
+
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
     """What a draw must pass; one that does not is drawn again.

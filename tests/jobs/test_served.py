@@ -68,6 +68,13 @@ def drawing(live: Live, out: Path, *words: str) -> Result:
     return CliRunner().invoke(main, [*asked, f"--out={out}", "--patience=0.3", *words])
 
 
+@pytest.mark.parametrize("patience", ["nan", "inf", "-1"])
+def test_patience_ends(patience: str, tmp_path: Path) -> None:
+    asked = ["batch", "generate", "--each=1", "--address=127.0.0.1:1", f"--out={tmp_path / 'out'}"]
+    failed = CliRunner().invoke(main, [*asked, f"--patience={patience}"])
+    assert failed.exit_code == 1 and "patience" in failed.stderr
+
+
 def ended(out: Path, *shards: int) -> None:
     """Makes the folder one of a job that was ended when it had these shards yet to make."""
     manifest = json.loads((out / "manifest.json").read_bytes())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from likely.answers import Guarantee, LabelRule, ModelInfo
+from likely.answers import USUAL_DRAWS, Guarantee, LabelRule, ModelInfo
 from likely.cli.ask import ALPHA_HELP, numbers
 from likely.cli.job import Job, job
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-USUAL_DRAWS = 16
 INPUT_HELP = (
     "INPUTS are Parquet files, arrays (.npy, .npz), WebDataset shards (.tar), image files, and "
     "folders of these. The job's folder holds shards and a manifest; the same command resumes "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -20,6 +21,7 @@ from likely.client.channels import File
 from likely.errors import (
     BundleError,
     DeadlineExceeded,
+    InvalidInput,
     JobError,
     LikelyError,
     ModelNotFound,
@@ -289,6 +291,10 @@ class Served:
     token_file: File | None = None
     begun: bool = False
     elsewhere: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.patience < math.inf:
+            raise InvalidInput("patience", f"{self.patience:g} is not in [0, inf)")
 
     def open(self) -> Remote:
         """A client of it.

@@ -10,15 +10,20 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from likely import bayes
-from likely.answers import Guarantee, LabelRule, ModelInfo
+from likely.answers import (
+    HOTTEST,
+    MOST_DRAWS,
+    USUAL_DRAWS,
+    Guarantee,
+    LabelRule,
+    ModelInfo,
+)
 from likely.errors import InvalidInput, JobError, NotAnswered
 from likely.noise import SEED_LIMIT
 
 ALPHA = 0.05  # where none is named
 SHARD = 4096
 MOST_SHARDS = 100_000
-HOTTEST = 2.0
-MOST_DRAWS = 100
 
 
 class Format(StrEnum):
@@ -50,7 +55,7 @@ class Generation:
     seed: int = 0
     temperature: float = 1.0
     alpha: float | None = None
-    max_draws: int = 16
+    max_draws: int = USUAL_DRAWS
     kind: Literal["generate"] = "generate"
 
     @property

@@ -16,6 +16,9 @@ import numpy as np
 
 from likely import bayes, codec
 from likely.answers import (
+    HOTTEST,
+    MOST_DRAWS,
+    USUAL_DRAWS,
     Acceptance,
     Accepted,
     Doubles,
@@ -36,9 +39,7 @@ if TYPE_CHECKING:
     from likely.bundle import Manifest
     from likely.outliers import Detector
 
-HOTTEST = 2.0
 _HIGHEST = np.iinfo(np.uint8).max
-USUAL_DRAWS, MOST_DRAWS = 16, 100
 USUAL_ATTEMPTS, MOST_ATTEMPTS = 100, 1000  # draws until one is kept by p(y|x)
 MOST_PROPOSALS = 256
 LARGEST_FEATURE = 1e4  # beyond, a decoder's sums could leave the numbers that there are
