@@ -10,10 +10,13 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +28,7 @@ from likely.errors import (
     BundleError,
     DeviceError,
     DeviceLost,
+    LikelyError,
     OutOfMemory,
     RunStopped,
     RuntimeMissing,
@@ -41,11 +45,41 @@ _NO_MEMORY = re.compile(
     r"[Ff]ailed to allocate|bad_alloc|out of memory|MEMORY_ALLOC|ALLOC(?:ATION)?_FAILED|"
     r"bad allocation|Available memory of \d+ is smaller|[Ff]ailed to find a free memory block"
 )
-# Errors that leave the process's CUDA context unusable (cudaError_t in the CUDA runtime's manual).
+# A card's library, as the runtime names it before what it said.
+_SAID = re.compile(r"\bCU[A-Z_]+ (?:failure|error)\b")
+_NO_CUDNN = re.compile(r"cuDNN is (?:unavailable|not available)")
+_NO_LIBRARIES = re.compile(r"CUDA wasn'?t able to be loaded")
+# Errors that leave the process's CUDA context unusable (cudaError_t in the CUDA runtime's manual),
+# or tell that the card is gone, as a call and as a launch of a kernel tells them.
 # Those of cuDNN and cuBLAS tell nothing of it: where it is gone, the next run fails with one.
-_LOST = re.compile(
-    r"CUDA (?:failure|error) (?:46|100|214|226|7(?:00|02|09|1[04-9]|21)|810|911|999)\b"
-)
+_GONE = {46: "DevicesUnavailable", 100: "NoDevice"}
+_FATAL = {
+    214: "ECCUncorrectable",
+    226: "Contained",
+    700: "IllegalAddress",
+    702: "LaunchTimeout",
+    709: "ContextIsDestroyed",
+    710: "Assert",
+    714: "HardwareStackError",
+    715: "IllegalInstruction",
+    716: "MisalignedAddress",
+    717: "InvalidAddressSpace",
+    718: "InvalidPc",
+    719: "LaunchFailure",
+    721: "TensorMemoryLeak",
+    810: "MpsClientTerminated",
+    911: "ExternalDevice",
+    999: "Unknown",
+}
+
+
+def _telling(errors: Mapping[int, str]) -> re.Pattern[str]:
+    numbers, names = "|".join(map(str, errors)), "|".join(errors.values())
+    return re.compile(rf"CUDA failure (?:{numbers})\b|CUDA error cudaError(?:{names})\b")
+
+
+_BROKEN, _LOST = _telling(_FATAL), _telling(_GONE | _FATAL)
+_PRELOADING = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +178,8 @@ class Session:
         Raises:
             BundleError: the file is no graph, or not the one that the manifest describes.
             DeviceError: the device is not really there.
+            DeviceLost: the card can run nothing any more.
+            OutOfMemory: there is no memory for the graph.
         """
         self.spec = spec
         self._device = device.resolve()
@@ -166,6 +202,7 @@ class Session:
             RunStopped: it was ended so.
             OutOfMemory: the runtime found no memory for it; a smaller batch may run.
             DeviceLost: the card can run nothing any more.
+            DeviceError: cuDNN is not there, and the graph needs it on a card.
         """
         options = stop.options if stop else None
         try:
@@ -225,16 +262,61 @@ def filled(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
     }
 
 
-def _failure(error: Exception) -> Exception:
+def device_fault(error: Exception) -> DeviceError | None:
+    """The same as an error of the device, where one of a card's libraries failed with it."""
+    text = str(error)
+    found = _SAID.search(text)
+    return DeviceError(f"the device failed: {_from(text, found)}") if found else None
+
+
+def _failure(error: Exception, what: str = "the run") -> Exception:
     """What the runtime's error means, or the error itself."""
     text = str(error)
     if _STOPPED.search(text):
         return RunStopped("the run was stopped")
-    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
-        return OutOfMemory(f"no memory for the run: {text[:200]}")
-    if _LOST.search(text):
-        return DeviceLost(f"the card is lost: {text[:200]}")
+    found = _NO_MEMORY.search(text)
+    if found or isinstance(error, MemoryError):
+        return OutOfMemory(f"no memory for {what}: {_from(text, found)}")
+    if found := _LOST.search(text):
+        return DeviceLost(f"the card is lost: {_from(text, found)}")
+    if found := _NO_CUDNN.search(text):
+        return DeviceError(f"cuDNN was not found ('likely[cuda]' brings it): {_from(text, found)}")
     return error
+
+
+def _unopened(error: Exception, path: Path, device: Device) -> LikelyError:
+    """What it means that a graph does not open."""
+    text, failure = str(error), _failure(error, f"the graph {path}")
+    if isinstance(failure, OutOfMemory):
+        return failure
+    if device.kind == "cuda":
+        # A card that is busy, or not there, was not had yet: that is not the loss of one.
+        if isinstance(failure, DeviceError) or (
+            isinstance(failure, DeviceLost) and _BROKEN.search(text)
+        ):
+            return failure
+        if found := _SAID.search(text):
+            return DeviceError(
+                f"device {device} was asked for, but cannot be used: {_from(text, found)}"
+            )
+        if _NO_LIBRARIES.search(text):
+            return _no_libraries(device, "the runtime cannot load CUDA")
+    return BundleError(
+        f"{path} is not a graph that ONNX Runtime {_runtime().__version__} opens", "graph", text
+    )
+
+
+def _no_libraries(device: Device, sign: str) -> DeviceError:
+    return DeviceError(
+        f"device {device} was asked for, but {sign}: the CUDA and cuDNN libraries that ONNX "
+        "Runtime needs were not found ('likely[cuda]' brings them)"
+    )
+
+
+def _from(text: str, found: re.Match[str] | None) -> str:
+    """The cause in a runtime's error, which stands between the places that it came through."""
+    begin = min((match.start() for match in (found, _SAID.search(text)) if match), default=0)
+    return text[begin:].partition(" ; GPU=")[0][:200].strip()
 
 
 @cache  # every batch asks
@@ -260,19 +342,12 @@ def _open(path: Path, device: Device, threads: int) -> Any:
         _check_cuda(ort, device)
         providers = [(CUDA, _cuda_options(device)), CPU]
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        # Where a card fails, the runtime would open the graph on the processor, and print that.
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises its own types, one for each status
-        raise BundleError(
-            f"{path} is not a graph that ONNX Runtime {ort.__version__} opens",
-            "graph",
-            str(error),
-        ) from error
-    if device.kind == "cuda" and session.get_providers()[0] != CUDA:
-        raise DeviceError(
-            f"device {device} was asked for, but the session runs on {session.get_providers()[0]}: "
-            "the CUDA and cuDNN libraries that ONNX Runtime needs were not found "
-            "('likely[cuda]' brings them)"
-        )
+        raise _unopened(error, path, device) from error
+    if device.kind == "cuda" and (runs := session.get_providers()[0]) != CUDA:
+        raise _no_libraries(device, f"the session runs on {runs}")
     return session
 
 
@@ -305,7 +380,15 @@ def _check_cuda(ort: Any, device: Device) -> None:
         raise DeviceError(
             f"device {device} was asked for, but the NVIDIA driver reports {found} of them"
         )
-    ort.preload_dlls()
+    _preload()
+
+
+@cache  # once a process
+def _preload() -> None:
+    """Loads CUDA's libraries; those that are not found are told on standard error."""
+    # Of two redirections at once the one that ends last would leave its own behind.
+    with _PRELOADING, redirect_stdout(sys.stderr):
+        _runtime().preload_dlls()
 
 
 def _check_signature(

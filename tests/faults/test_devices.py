@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from likely import graphs
+from likely.batching.traffic import Traffic
 from likely.bundle import Bundle, Role
-from likely.errors import DeviceError, DeviceLost, LikelyError, OutOfMemory
+from likely.errors import BundleError, DeviceError, DeviceLost, LikelyError, OutOfMemory
 from likely.graphs import CPU, CUDA, Device, Session
+from likely.settings import Settings
+from likely.versions.loading import Loader
 
 if TYPE_CHECKING:
     from tests.conftest import Toy
@@ -29,6 +36,22 @@ def said(library: str, number: int, words: str) -> str:
     )
 
 
+def thrown(text: str) -> str:
+    """The same as an exception: behind the place that it came through."""
+    return (
+        "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 "
+        "std::conditional_t<THRW, void, common::Status> onnxruntime::CudaCall(ERRTYPE, "
+        "const char*, const char*, SUCCTYPE, const char*, const char*, int) "
+        "[with ERRTYPE = cudaError; bool THRW = true; "
+        f"SUCCTYPE = cudaError; std::conditional_t<THRW, void, common::Status> = void] {text}"
+    )
+
+
+def launched(name: str, words: str) -> str:
+    """A failed launch of a kernel (core/providers/cuda/cuda_kernel.h)."""
+    return f"CUDA error cudaError{name}:{words}"
+
+
 def of_node(text: str) -> str:
     """The same where a node of the graph failed with it (core/framework/sequential_executor.cc)."""
     node = "Non-zero status code returned while running Conv node. Name:'/conv/Conv'"
@@ -41,26 +64,26 @@ def of_arena(text: str) -> str:
     return f"{where} void* onnxruntime::BFCArena::AllocateRawInternal(size_t) {text}"
 
 
-# Numbers of cudaError_t and what cudaGetErrorString says of them.
+# Numbers and names of cudaError_t, and what cudaGetErrorString says of them.
 LOST = {
-    46: "CUDA-capable device(s) is/are busy or unavailable",
-    100: "no CUDA-capable device is detected",
-    214: "uncorrectable ECC error encountered",
-    226: "Invalid access of peer GPU memory over nvlink or a hardware error",
-    700: "an illegal memory access was encountered",
-    702: "the launch timed out and was terminated",
-    709: "context is destroyed",
-    710: "device-side assert triggered",
-    714: "hardware stack error",
-    715: "an illegal instruction was encountered",
-    716: "misaligned address",
-    717: "operation not supported on global/shared address space",
-    718: "invalid program counter",
-    719: "unspecified launch failure",
-    721: "tensor memory not completely freed",
-    810: "MPS client terminated",
-    911: "External device error",
-    999: "unknown error",
+    46: ("DevicesUnavailable", "CUDA-capable device(s) is/are busy or unavailable"),
+    100: ("NoDevice", "no CUDA-capable device is detected"),
+    214: ("ECCUncorrectable", "uncorrectable ECC error encountered"),
+    226: ("Contained", "Invalid access of peer GPU memory over nvlink or a hardware error"),
+    700: ("IllegalAddress", "an illegal memory access was encountered"),
+    702: ("LaunchTimeout", "the launch timed out and was terminated"),
+    709: ("ContextIsDestroyed", "context is destroyed"),
+    710: ("Assert", "device-side assert triggered"),
+    714: ("HardwareStackError", "hardware stack error"),
+    715: ("IllegalInstruction", "an illegal instruction was encountered"),
+    716: ("MisalignedAddress", "misaligned address"),
+    717: ("InvalidAddressSpace", "operation not supported on global/shared address space"),
+    718: ("InvalidPc", "invalid program counter"),
+    719: ("LaunchFailure", "unspecified launch failure"),
+    721: ("TensorMemoryLeak", "tensor memory not completely freed"),
+    810: ("MpsClientTerminated", "MPS client terminated"),
+    911: ("ExternalDevice", "External device error"),
+    999: ("Unknown", "unknown error"),
 }
 NO_MEMORY = {
     "card": said("CUDA", 2, "out of memory"),
@@ -72,12 +95,14 @@ NO_MEMORY = {
     "block": of_arena(
         "Failed to find a free memory block despite calling Extend. rounded_bytes=1024"
     ),
+    "launch": launched("MemoryAllocation", "out of memory"),
     "standard": "std::bad_alloc",
 }
 OTHER = {
     "argument": said("CUDA", 1, "invalid argument"),
     "resources": said("CUDA", 701, "too many resources requested for launch"),
     "longer number": said("CUDA", 7000, "unrecognized error code"),
+    "launch": launched("LaunchOutOfResources", "too many resources requested for launch"),
     "cuDNN 8": said("CUDNN", 4, "CUDNN_STATUS_INTERNAL_ERROR"),
     "cuDNN 9": said("CUDNN", 5000, "CUDNN_STATUS_EXECUTION_FAILED"),
     "cuBLAS": said("CUBLAS", 13, "CUBLAS_STATUS_EXECUTION_FAILED"),
@@ -86,6 +111,7 @@ OTHER = {
 }
 
 Fail = Callable[[Exception], None]
+Unopened = Callable[[str, Exception], Exception]
 
 
 class Failing:
@@ -141,7 +167,12 @@ def wordings(text: str) -> list[Exception]:
     """That text as the runtime's own errors, and as the plain ones of a call that throws."""
     from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
-    return [runtime.Fail(of_node(text)), runtime.EPFail(text), RuntimeError(text)]
+    return [
+        runtime.Fail(of_node(text)),
+        runtime.EPFail(text),
+        RuntimeError(text),
+        RuntimeError(thrown(text)),
+    ]
 
 
 @pytest.mark.fault(30)
@@ -150,13 +181,13 @@ def test_a_card_that_is_lost_is_understood_as_such(
     failing: tuple[Session, Fail], number: int
 ) -> None:
     session, fail = failing
-    for library in ("CUDA failure", "CUDA error"):
-        text = said("CUDA", number, LOST[number]).replace("CUDA failure", library)
+    name, words = LOST[number]
+    for text in (said("CUDA", number, words), launched(name, words)):
         for error in wordings(text):
             fail(error)
             lost = raised(session, DeviceLost)
             assert lost.__cause__ is error
-            assert f"{library} {number}:" in str(lost)
+            assert str(lost) == f"the card is lost: {text.partition(' ; ')[0]}"
 
 
 @pytest.mark.fault(29)
@@ -193,7 +224,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(
     if not is_real:
         opened = ort.InferenceSession
 
-        def fallen(path: str, options: Any, providers: list[Any]) -> Any:
+        def fallen(path: str, options: Any, providers: list[Any], **_: Any) -> Any:
             asked.extend(providers)
             return opened(path, options, providers=[CPU])
 
@@ -201,9 +232,146 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(
         monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
     elif CUDA not in ort.get_available_providers() or graphs.cuda_devices():
         pytest.skip("there is a card, or a runtime without CUDA")
-    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    monkeypatch.setattr(graphs, "_preload", lambda: None)
     monkeypatch.setattr(graphs, "cuda_devices", lambda: 1)
     for device in (Device("cuda"), Device("auto")):
         with pytest.raises(DeviceError, match=f"the session runs on {CPU}"):
             Session(path, spec, device)
     assert is_real or [provider[0] for provider in asked[::2]] == [CUDA] * 2
+
+
+NO_CUDNN = (
+    "cuDNN is unavailable or disabled for CUDA Execution Provider: dlopen failed for libcudnn.so: "
+    "libcudnn.so: cannot open shared object file: No such file or directory"
+)
+UNUSABLE = {
+    "old driver": said("CUDA", 35, "CUDA driver version is insufficient for CUDA runtime version"),
+    "busy": said("CUDA", 46, LOST[46][1]),
+    "gone": said("CUDA", 100, LOST[100][1]),
+    "old card": said("CUDA", 209, "no kernel image is available for execution on the device"),
+    "cuBLAS": said("CUBLAS", 1, "CUBLAS_STATUS_NOT_INITIALIZED"),
+}
+
+
+@pytest.fixture
+def unopened(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Unopened:
+    """What comes of a graph that the runtime does not open on a device, as it says by an error."""
+    import onnxruntime as ort
+
+    def find(device: str, error: Exception) -> Exception:
+        def fail(*_: Any, enable_fallback: int = 1, **__: Any) -> NoReturn:
+            assert not enable_fallback
+            raise error
+
+        monkeypatch.setattr(ort, "InferenceSession", fail)
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+        monkeypatch.setattr(graphs, "_preload", lambda: None)
+        monkeypatch.setattr(graphs, "cuda_devices", lambda: 1)
+        loader = Loader(Settings(device=device), Traffic(), lambda *_: None)
+        with pytest.raises(LikelyError) as caught:
+            loader.proved(Bundle.open(toy.path))
+        assert caught.value.__cause__ is error
+        return caught.value
+
+    return find
+
+
+@pytest.mark.fault(29)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("text", NO_MEMORY.values(), ids=NO_MEMORY)
+def test_no_memory_to_open_a_graph_is_no_fault_of_it(
+    unopened: Unopened, device: str, text: str
+) -> None:
+    for error in (*wordings(text), MemoryError()):
+        assert isinstance(unopened(device, error), OutOfMemory)
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("number", sorted(LOST.keys() - {46, 100}))
+def test_a_card_lost_before_a_graph_opens_is_understood_as_such(
+    unopened: Unopened, number: int
+) -> None:
+    for error in wordings(said("CUDA", number, LOST[number][1])):
+        assert isinstance(unopened("cuda", error), DeviceLost)
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("text", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_card_that_cannot_be_used_is_told_with_its_cause(unopened: Unopened, text: str) -> None:
+    for error in wordings(text):
+        refused = unopened("cuda", error)
+        assert isinstance(refused, DeviceError)
+        assert str(refused).endswith(f"cannot be used: {text.partition(' ; ')[0]}")
+        assert "not found" not in str(refused)
+
+
+@pytest.mark.fault(31)
+def test_libraries_that_are_absent_are_told_as_such(unopened: Unopened) -> None:
+    absent = "CUDA_PATH is set but CUDA wasnt able to be loaded. Please install the correct version"
+    for text in (absent, NO_CUDNN):
+        refused = unopened("cuda", RuntimeError(text))
+        assert isinstance(refused, DeviceError)
+        assert "not found" in str(refused) and "likely[cuda]" in str(refused)
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_graph_that_is_none_is_told_as_such(unopened: Unopened, device: str) -> None:
+    refused = unopened(
+        device, RuntimeError("Load model from a.onnx failed:Protobuf parsing failed")
+    )
+    assert isinstance(refused, BundleError) and refused.reason == "graph"
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("text", [NO_CUDNN, UNUSABLE["old card"], OTHER["cuDNN 9"]])
+@pytest.mark.parametrize("is_doctor", [False, True], ids=["server", "doctor"])
+def test_a_card_that_fails_in_the_golden_replay_is_no_fault_of_the_bundle(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, text: str, is_doctor: bool
+) -> None:
+    from likely.cli import main
+
+    opened = graphs._open
+    cause = text.partition(" ; ")[0]
+    for error in wordings(text):
+
+        def failing(*asked: Any, error: Exception = error) -> Any:
+            session = opened(*asked)
+            return SimpleNamespace(
+                get_providers=session.get_providers,
+                get_inputs=session.get_inputs,
+                get_outputs=session.get_outputs,
+                run=Failing(error).run,
+            )
+
+        monkeypatch.setattr(graphs, "_open", failing)
+        if is_doctor:
+            ran = CliRunner().invoke(main, ["doctor", "--json", "--bundle", str(toy.path)])
+            assert ran.exit_code == 1
+            last = json.loads(ran.stdout.splitlines()[-1])
+            assert last["state"] == "broken" and cause in last["found"]
+            assert "cannot be tried" not in last["found"]
+            continue
+        loader = Loader(Settings(device="cpu"), Traffic(), lambda *_: None)
+        with pytest.raises(DeviceError) as caught:
+            loader.proved(Bundle.open(toy.path))
+        assert str(caught.value).endswith(f": {cause}")
+
+
+@pytest.mark.fault(31)
+def test_what_the_runtime_prints_of_libraries_spoils_no_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime as ort
+
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcublas.so.13"))
+    preload = graphs._preload.__wrapped__
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            pool.submit(preload)
+    out = sys.stdout
+    print("an answer")
+    assert sys.stdout is out
+    printed = capsys.readouterr()
+    assert printed.out == "an answer\n"
+    assert printed.err.count("Failed to load") == 50

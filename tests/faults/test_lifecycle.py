@@ -419,7 +419,7 @@ FALL_BACK = """
 import onnxruntime
 from likely import graphs
 opened = onnxruntime.InferenceSession
-def fallen(path, options, providers):
+def fallen(path, options, providers, **_):
     return opened(path, options, providers=[graphs.CPU])
 onnxruntime.InferenceSession = fallen
 onnxruntime.get_available_providers = lambda: [graphs.CUDA, graphs.CPU]

@@ -230,7 +230,7 @@ def test_the_watch_outlives_a_bundle_that_makes_a_library_raise(
     proved = Loader.proved
 
     def odd(self: Loader, bundle: Bundle) -> Engine:
-        with loading._refusing(bundle.path):
+        with loading.refusing(bundle.path):
             if bundle.path.name == "odd":
                 raise KeyError("what no error of ours foresees")
         if bundle.path.name == "odder":

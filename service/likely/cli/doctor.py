@@ -79,16 +79,15 @@ def _opened(path: Path | None, device: str) -> Finding:
     from likely.bundle import Bundle
     from likely.engine import Engine
     from likely.graphs import Device
-    from likely.versions.loading import shipped
+    from likely.versions.loading import refusing, shipped
 
     what = f"what runs with device {device}"
     try:
-        engine = Engine.load(
-            Bundle.open(path or shipped()[0]),
-            device=Device.parse(device),
-            threads=machine.cores(),
-            max_batch=16,
-        )
+        bundle = Bundle.open(path or shipped()[0])
+        with refusing(bundle.path):
+            engine = Engine.load(
+                bundle, device=Device.parse(device), threads=machine.cores(), max_batch=16
+            )
     except LikelyError as error:
         return Finding(what, str(error), False)
     engine.close()

@@ -38,7 +38,7 @@ class Loader:
         Raises:
             BundleError: it tells none.
         """
-        with _refusing(folder):
+        with refusing(folder):
             manifest = read_manifest(folder)
         return manifest.name, manifest.version
 
@@ -49,7 +49,7 @@ class Loader:
             BundleError: it is refused.
             SettingsError: it cannot promise the default alpha.
         """
-        with _refusing(folder):
+        with refusing(folder):
             bundle = Bundle.open(folder, self._settings.require_signature)
         alpha, calibration = self._settings.default_alpha, bundle.manifest.calibration
         if calibration and alpha < (finest := calibration.finest_alpha):
@@ -64,9 +64,11 @@ class Loader:
 
         Raises:
             BundleError: it is refused, or was changed meanwhile.
-            DeviceError: the device asked for is not really there.
+            DeviceError: the device asked for is not really there, or fails.
+            DeviceLost: it can run nothing any more.
+            OutOfMemory: there is no memory for it.
         """
-        with _refusing(bundle.path):
+        with refusing(bundle.path):
             engine = Engine.load(
                 bundle,
                 device=self._device,
@@ -84,17 +86,20 @@ class Loader:
 
 
 @contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
+def refusing(folder: Path) -> Iterator[None]:
     """Refuses a bundle whatever its content makes a library raise, as golden inputs may.
 
     Raises:
         BundleError: something that is neither likely's own nor the system's was raised.
+        DeviceError: or so it was by a card, which is no fault of the bundle.
     """
     try:
         yield
     except (LikelyError, OSError, MemoryError):
         raise
     except Exception as error:
+        if fault := graphs.device_fault(error):
+            raise fault from error
         said = f"{type(error).__name__}: {error}"[:500]
         raise BundleError(f"{folder} cannot be tried", "graph", said) from error
 
