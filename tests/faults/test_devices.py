@@ -18,7 +18,7 @@ from likely.batching.traffic import Traffic
 from likely.bundle import Bundle, Role
 from likely.errors import BundleError, DeviceError, DeviceLost, LikelyError, OutOfMemory
 from likely.graphs import CPU, CUDA, Device, Session
-from likely.settings import Settings
+from likely.settings import load
 from likely.versions.loading import Loader
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def unopened(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Unopened:
         monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
         monkeypatch.setattr(graphs, "_preload", lambda: None)
         monkeypatch.setattr(graphs, "cuda_devices", lambda: 1)
-        loader = Loader(Settings(device=device), Traffic(), lambda *_: None)
+        loader = Loader(load({"device": device}), Traffic(), lambda *_: None)
         with pytest.raises(LikelyError) as caught:
             loader.proved(Bundle.open(toy.path))
         assert caught.value.__cause__ is error
@@ -352,7 +352,7 @@ def test_a_card_that_fails_in_the_golden_replay_is_no_fault_of_the_bundle(
             assert last["state"] == "broken" and cause in last["found"]
             assert "cannot be tried" not in last["found"]
             continue
-        loader = Loader(Settings(device="cpu"), Traffic(), lambda *_: None)
+        loader = Loader(load({"device": "cpu"}), Traffic(), lambda *_: None)
         with pytest.raises(DeviceError) as caught:
             loader.proved(Bundle.open(toy.path))
         assert str(caught.value).endswith(f": {cause}")
