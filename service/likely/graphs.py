@@ -43,7 +43,8 @@ _STOPPED = re.compile(r"terminate flag")
 # The last two are of an arena that has come to its limit.
 _NO_MEMORY = re.compile(
     r"[Ff]ailed to allocate|bad_alloc|out of memory|MEMORY_ALLOC|ALLOC(?:ATION)?_FAILED|"
-    r"bad allocation|Available memory of \d+ is smaller|[Ff]ailed to find a free memory block"
+    r"CUDA failure 2:|CUBLAS failure 3:|bad allocation|Available memory of \d+ is smaller|"
+    r"[Ff]ailed to find a free memory block"
 )
 # A card's library, as the runtime names it before what it said.
 _SAID = re.compile(r"\bCU[A-Z_]+ (?:failure|error)\b")

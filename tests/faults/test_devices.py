@@ -88,6 +88,7 @@ LOST = {
 NO_MEMORY = {
     "card": said("CUDA", 2, "out of memory"),
     "cuBLAS": said("CUBLAS", 3, "CUBLAS_STATUS_ALLOC_FAILED"),
+    "cuBLAS 13": said("CUBLAS", 3, "the resource allocation failed"),
     "cuDNN 8": said("CUDNN", 2, "CUDNN_STATUS_ALLOC_FAILED"),
     "cuDNN 9": said("CUDNN", 4004, "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     "allocation": of_arena("Failed to allocate memory for requested buffer of size 700"),
