@@ -186,8 +186,8 @@ class Session:
         self._device = device.resolve()
         self._session = _open(path, self._device, threads)
         self.providers = tuple(self._session.get_providers())
-        _check_signature(path, "input", spec.inputs, self._session.get_inputs())
-        _check_signature(path, "output", spec.outputs, self._session.get_outputs())
+        _check_interface(path, "input", spec.inputs, self._session.get_inputs())
+        _check_interface(path, "output", spec.outputs, self._session.get_outputs())
 
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
@@ -392,14 +392,14 @@ def _preload() -> None:
         _runtime().preload_dlls()
 
 
-def _check_signature(
+def _check_interface(
     path: Path, what: str, specs: Sequence[TensorSpec], found: Sequence[Any]
 ) -> None:
     told = {spec.name: (_ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs}
     seen = {arg.name: (arg.type, list(arg.shape)) for arg in found}
     if told != seen:
         raise BundleError(
-            f"{path} has the {what}s {seen} where the manifest says {told}", "signature"
+            f"{path} has the {what}s {seen} where the manifest says {told}", "graph"
         )
 
 

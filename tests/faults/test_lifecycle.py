@@ -248,7 +248,7 @@ def emptied(folder: Path) -> None:
     [
         (truncated, "truncated"),
         (altered, "digest"),
-        (foreign_signature, "signature"),
+        (foreign_signature, "graph"),
         (other_answers, "golden"),
         (misshapen_questions, "graph"),
         (same_version, "version"),

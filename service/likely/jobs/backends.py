@@ -171,15 +171,17 @@ class Bundled:
         from likely.batching.admission import Bounds
         from likely.engine import Engine, Terms
         from likely.graphs import Device
+        from likely.versions.loading import refusing
 
-        return Engine.load(
-            bundle,
-            device=Device.parse(self.device),
-            threads=self.threads or machine.cores(),
-            max_batch=max_batch,
-            filled=filled,
-            terms=Terms(bounds=Bounds(1 << 40, 1 << 60)),  # all that waits is this job's
-        )
+        with refusing(bundle.path):
+            return Engine.load(
+                bundle,
+                device=Device.parse(self.device),
+                threads=self.threads or machine.cores(),
+                max_batch=max_batch,
+                filled=filled,
+                terms=Terms(bounds=Bounds(1 << 40, 1 << 60)),  # all that waits is this job's
+            )
 
 
 class Local:
