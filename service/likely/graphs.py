@@ -398,9 +398,7 @@ def _check_interface(
     told = {spec.name: (_ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs}
     seen = {arg.name: (arg.type, list(arg.shape)) for arg in found}
     if told != seen:
-        raise BundleError(
-            f"{path} has the {what}s {seen} where the manifest says {told}", "graph"
-        )
+        raise BundleError(f"{path} has the {what}s {seen} where the manifest says {told}", "graph")
 
 
 _ONNX_TYPES = {"uint8": "tensor(uint8)", "int64": "tensor(int64)", "float32": "tensor(float)"}
