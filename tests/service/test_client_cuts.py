@@ -13,8 +13,8 @@ import grpc
 import numpy as np
 import pytest
 
-from likely import AsyncClient, Client, DeadlineExceeded, Unavailable
-from likely.client.line import PAUSES
+from likely import AsyncClient, Client, DeadlineExceeded, Overloaded, Unavailable, statuses
+from likely.client.line import PAUSES, Repeats
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Toy
@@ -31,6 +31,7 @@ class Cutting(grpc.GenericRpcHandler):
         cuts: how many yet.
         after: messages that come before.
         code: that the end has.
+        trailer: that comes with it.
         asked: requests for that method.
     """
 
@@ -39,6 +40,7 @@ class Cutting(grpc.GenericRpcHandler):
     def __init__(self, others: grpc.Channel) -> None:
         self.method, self.cuts, self.after, self.asked = "", 0, 0, 0
         self.code = grpc.StatusCode.UNAVAILABLE
+        self.trailer: Any = ()
         self._others = others
 
     def set(self, method: str, cuts: int, after: int = 0) -> None:
@@ -55,6 +57,7 @@ class Cutting(grpc.GenericRpcHandler):
             with suppress(ValueError):  # a message has gone, and the metadata before it
                 context.send_initial_metadata(())
             time.sleep(0.02)  # gRPC itself asks again where both ends of an answer come together
+            context.set_trailing_metadata(self.trailer)
             context.abort(self.code, "Stream removed (Socket closed)")
 
         def one(request: Any, context: grpc.ServicerContext) -> Any:
@@ -148,6 +151,59 @@ def test_what_is_always_cut_off_is_told_in_the_end(
         with pytest.raises(Unavailable, match="Stream removed"):
             live.run(ask(retries=retries))
         assert least <= cutting.asked <= most
+
+
+@pytest.mark.parametrize("refusal", [Unavailable, Overloaded])
+@pytest.mark.parametrize("method", ["Generate", "Complete"])
+def test_an_answer_that_a_server_ends_for_now_is_asked_for_again(
+    live: Live, cutting: Cutting, toy: Toy, method: str, refusal: type[Exception]
+) -> None:
+    x, question = toy.draw(np.random.default_rng(4), 20), QUESTIONS[method]
+    # As a server does that ends, or one whose queue is full when the next draws are to run.
+    cutting.code, _, cutting.trailer = statuses.status(refusal("not now", 0.05), "1")
+
+    async def ask(*, retries: bool = True) -> Any:
+        async with AsyncClient(cutting.address, timeout=30, retries=retries) as client:
+            return await question(client, x)
+
+    with Client(live.address, timeout=30) as client:
+        whole = asdict(question(client, x))
+    with Client(cutting.address, timeout=30) as client:
+        cutting.set(method, 2, after=1)
+        np.testing.assert_equal(asdict(question(client, x)), whole)
+    cutting.set(method, 2, after=1)
+    np.testing.assert_equal(asdict(live.run(ask())), whole)
+    assert cutting.cuts == 0
+    with Client(cutting.address, timeout=30, retries=False) as client:
+        cutting.set(method, 2, after=1)
+        with pytest.raises(refusal):
+            question(client, x)
+        with pytest.raises(refusal):
+            live.run(ask(retries=False))
+    assert cutting.asked == 2
+
+
+def test_the_pause_before_is_what_the_server_names() -> None:
+    ended, busy, lost = Unavailable("", 1.5), Overloaded("", 2.5), Unavailable("")
+    repeats = Repeats(60, retries=True)
+    repeats.left()
+    assert repeats.pause(ended, begun=True) == 1.5
+    assert repeats.pause(busy, begun=True) == 2.5
+    assert repeats.pause(lost, begun=True) == PAUSES[2]
+    with pytest.raises(Unavailable):  # as often as there are pauses
+        repeats.pause(lost, begun=True)
+    for refused in (ended, busy):  # gRPC has asked again
+        repeats.reset()
+        repeats.left()
+        with pytest.raises(type(refused)):
+            repeats.pause(refused)
+    assert (repeats.rest(ended), repeats.rest(busy)) == (0, 2.5)
+    short = Repeats(1, retries=True)
+    short.left()
+    with pytest.raises(Unavailable):
+        short.pause(ended, begun=True)
+    with pytest.raises(Overloaded):
+        short.rest(busy)
 
 
 def test_draws_that_come_go_on_after_a_deadline(live: Live, cutting: Cutting) -> None:

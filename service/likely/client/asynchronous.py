@@ -7,7 +7,6 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
-    Awaitable,
     Callable,
     Iterable,
     Iterator,
@@ -38,7 +37,13 @@ from likely.client.feeds import AsyncFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
 from likely.client.plans import A, Held, Rule
 from likely.client.values import Label
-from likely.errors import DeadlineExceeded, LikelyError, ModelNotFound, Unavailable
+from likely.errors import (
+    DeadlineExceeded,
+    LikelyError,
+    ModelNotFound,
+    Overloaded,
+    Unavailable,
+)
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
 T = TypeVar("T")
@@ -299,8 +304,10 @@ class AsyncClient:
                         if not parts.takes(message):
                             break
                         yield codec.draws(message)
-            except (Unavailable, DeadlineExceeded) as error:
-                if not (self._retries and parts.resumes()):
+            except (Unavailable, Overloaded, DeadlineExceeded) as error:
+                if self._retries and parts.resumes():
+                    await asyncio.sleep(repeats.rest(error))
+                else:
                     await asyncio.sleep(repeats.pause(error))
                     parts.repeats()
             except ModelNotFound:
@@ -335,7 +342,7 @@ class AsyncClient:
         found: list[Completions] = []
         while (request := await self._follow(parts.next())) is not None:
             try:
-                answers = await self._answer(request, _all)
+                answers = await self._answers(request)
             except ModelNotFound:
                 if not parts.seeks():
                     raise
@@ -381,17 +388,28 @@ class AsyncClient:
             except ModelNotFound as error:
                 step = partial(plan.throw, error)
 
-    async def _answer(
-        self, request: Any, read: Callable[[Any], Awaitable[Any]] = lambda call: call
-    ) -> Any:
-        """What is read of the whole answer, which is asked for again where it is cut off."""
+    async def _answer(self, request: Any) -> Any:
+        """The answer, which is asked for again where it is cut off."""
         repeats = self._repeats()
         while True:
             try:
                 with self._line.told():
-                    return await read(self._ask(request, repeats.left()))
+                    return await self._ask(request, repeats.left())
             except Unavailable as error:
                 await asyncio.sleep(repeats.pause(error))
+
+    async def _answers(self, request: Any) -> list[Any]:
+        """All messages of an answer, which is asked for as a whole again where it ends too soon."""
+        repeats = self._repeats()
+        while True:
+            messages: list[Any] = []
+            try:
+                with self._line.told():
+                    async for message in self._ask(request, repeats.left()):
+                        messages.append(message)  # noqa: PERF401 (one that fails is to leave them)
+                    return messages
+            except (Unavailable, Overloaded) as error:
+                await asyncio.sleep(repeats.pause(error, begun=bool(messages)))
 
     def _repeats(self) -> Repeats:
         return Repeats(self._timeout, self._retries)
@@ -410,7 +428,3 @@ class AsyncClient:
             return call(messages, metadata=self._route.metadata())
 
         return AsyncFeed(begin, questions, self._timeout, self._retries).outcomes(images)
-
-
-async def _all(call: AsyncIterable[Any]) -> list[Any]:
-    return [message async for message in call]

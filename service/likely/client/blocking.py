@@ -29,7 +29,13 @@ from likely.client.feeds import BlockingFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
 from likely.client.plans import A, Held, Rule
 from likely.client.values import Label
-from likely.errors import DeadlineExceeded, LikelyError, ModelNotFound, Unavailable
+from likely.errors import (
+    DeadlineExceeded,
+    LikelyError,
+    ModelNotFound,
+    Overloaded,
+    Unavailable,
+)
 from likely.v1.generation_pb2 import CompleteRequest, GenerateRequest
 
 T = TypeVar("T")
@@ -452,8 +458,10 @@ class Client:
                         if not parts.takes(message):
                             break
                         yield codec.draws(message)
-            except (Unavailable, DeadlineExceeded) as error:
-                if not (self._retries and parts.resumes()):
+            except (Unavailable, Overloaded, DeadlineExceeded) as error:
+                if self._retries and parts.resumes():
+                    time.sleep(repeats.rest(error))
+                else:
                     time.sleep(repeats.pause(error))
                     parts.repeats()
             except ModelNotFound:
@@ -505,7 +513,7 @@ class Client:
         found: list[Completions] = []
         while (request := self._follow(parts.next())) is not None:
             try:
-                answers = self._answer(request, list)
+                answers = self._answers(request)
             except ModelNotFound:
                 if not parts.seeks():
                     raise
@@ -558,15 +566,28 @@ class Client:
             except ModelNotFound as error:
                 step = partial(plan.throw, error)
 
-    def _answer(self, request: Any, read: Callable[[Any], Any] = lambda answer: answer) -> Any:
-        """What is read of the whole answer, which is asked for again where it is cut off."""
+    def _answer(self, request: Any) -> Any:
+        """The answer, which is asked for again where it is cut off."""
         repeats = self._repeats()
         while True:
             try:
                 with self._line.told():
-                    return read(self._ask(request, repeats.left()))
+                    return self._ask(request, repeats.left())
             except Unavailable as error:
                 time.sleep(repeats.pause(error))
+
+    def _answers(self, request: Any) -> list[Any]:
+        """All messages of an answer, which is asked for as a whole again where it ends too soon."""
+        repeats = self._repeats()
+        while True:
+            messages: list[Any] = []
+            try:
+                with self._line.told():
+                    for message in self._ask(request, repeats.left()):
+                        messages.append(message)  # noqa: PERF402 (one that fails is to leave them)
+                    return messages
+            except (Unavailable, Overloaded) as error:
+                time.sleep(repeats.pause(error, begun=bool(messages)))
 
     def _repeats(self) -> Repeats:
         return Repeats(self._timeout, self._retries)

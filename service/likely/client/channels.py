@@ -10,7 +10,7 @@ Health is what `grpc.health.v1` says of each replica, watched on every connectio
 drains, still loads or is gone gets no requests. What a server refuses for now (UNAVAILABLE,
 RESOURCE_EXHAUSTED), gRPC asks again, after the delay that the server names, where it names one;
 so it does with what a server cancelled (CANCELLED), as one that stops does with late newcomers.
-Of an answer that has begun gRPC asks for nothing again; where its connection ends, the client does.
+Of an answer that has begun gRPC asks for nothing again; where it ends too soon, the client does.
 What one of several does not find (NOT_FOUND), the client itself asks the next ones for at once.
 Streams that ask are begun anew by their feed, and by nobody else.
 """

@@ -20,6 +20,7 @@ from likely.errors import (
     Forked,
     InvalidInput,
     LikelyError,
+    Overloaded,
     SettingsError,
     Unavailable,
 )
@@ -160,19 +161,42 @@ class Repeats:
             self._end = now + self._timeout
         return self._end - now
 
-    def pause(self, error: LikelyError) -> float:
+    def pause(self, error: LikelyError, *, begun: bool = False) -> float:
         """Seconds before the same request is put again.
+
+        Args:
+            error: that ended the answer.
+            begun: whether some of it had come, so that gRPC has not asked again what the server
+                refused for now.
 
         Raises:
             LikelyError: the error, if that is not worth it.
         """
-        if self._times >= len(self._pauses) or not _is_cut(error):
+        again = isinstance(error, Unavailable | Overloaded)
+        if self._times >= len(self._pauses) or not (again if begun else _is_cut(error)):
             raise error
-        seconds = self._pauses[self._times]
+        seconds = max(self._pauses[self._times], _wish(error))
         self._times += 1
         if seconds >= self._end - time.monotonic():
             raise error
         return seconds
+
+    def rest(self, error: LikelyError) -> float:
+        """Seconds before draws of which some had come go on; none but where a server is too busy.
+
+        Raises:
+            LikelyError: the error, if the server wants more of them than a request has.
+        """
+        seconds = _wish(error) if isinstance(error, Overloaded) else 0.0
+        if seconds >= self._timeout:
+            raise error
+        return seconds
+
+
+def _wish(error: LikelyError) -> float:
+    """Seconds that the server named before one more attempt; 0 where it named none."""
+    named = error.retry_after if isinstance(error, Unavailable | Overloaded) else None
+    return named or 0.0
 
 
 def _is_cut(error: LikelyError) -> bool:
