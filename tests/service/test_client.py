@@ -97,6 +97,12 @@ def test_levels_of_a_newer_version_are_asked_about(client: Client, x: Any) -> No
     assert client.model().levels == 4
 
 
+def test_features_of_a_newer_version_are_asked_about(client: Client) -> None:
+    client._catalogue.moved(None, None, replace(client.model(), latent_dimensions=5))
+    assert len(client.decode(np.zeros((1, 2)), labels=[0]).mean) == 1
+    assert client.model().latent_dimensions == 2
+
+
 def test_no_pictures_get_empty_arrays(client: Client) -> None:
     nothing = np.zeros((0, 1, 3, 3), dtype=np.uint8)
     assert client.score(nothing).log_px.shape == (0,)

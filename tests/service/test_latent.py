@@ -178,6 +178,7 @@ WRONG: dict[str, tuple[Ask, str]] = {
     "features too large": (lambda c: c.decode([[0, 2e4]], labels=[0]), "features"),
     "features that are none": (lambda c: c.decode([[0, np.inf]], labels=[0]), "features"),
     "features of another size": (lambda c: c.decode([[0, 0, 0]], labels=[0]), "features"),
+    "features of twice the size": (lambda c: c.decode([[0] * 4], labels=[0]), "features"),
     "no labels to decode under": (lambda c: c.decode([[0, 0]]), "labels"),
     "a level too high": (lambda c: c.traverse(X + LEVELS, LABEL, [0]), "images.data"),
     "another level too high": (lambda c: c.interpolate(X, X + LEVELS, [0]), "others.data"),
@@ -214,6 +215,8 @@ def test_features_alone_are_a_model_too(plain: Toy, running: Running) -> None:
         assert moved.deviation is None and moved.spread is None
         told = plain.answer("decode", {"z": features.mean})["mean"]
         assert moved.mean[:, 0] == pytest.approx(told, abs=1e-6)
+        with pytest.raises(InvalidInput, match=r"^features: shape \(2, 1\); \(n, 2\) is asked$"):
+            client.decode(features.mean[:1].T)  # as many bytes as one row has
         refused: list[Callable[[], Any]] = [
             lambda: client.score(X),
             lambda: client.classify(X),

@@ -294,6 +294,12 @@ def decode(
             parts.append(codec.redrawn(answer, how.draws))
         return joined(parts)
 
+    def check(info: ModelInfo) -> None:  # a request has no shape: its rows would be other ones
+        if info.latent_dimensions and z.shape[1] != info.latent_dimensions:
+            asked = f"(n, {info.latent_dimensions})"
+            raise InvalidInput("features", f"shape {z.shape}; {asked} is asked")
+
+    yield from _held(catalogue, model, how.version, check)
     naming = _naming(catalogue, model, how.version, len(z), labels)
     return (yield from naming.follow(plan))
 
@@ -515,16 +521,30 @@ def _checked(
 
     What may be divided is looked at whole. Pictures of another shape are left to the server.
     """
+
+    def check(info: ModelInfo) -> None:
+        for field, given in (("images.data", x), ("others.data", far)):
+            if given is not None and given.shape[1:] == info.shape:
+                check_levels(given, info.levels, field)
+
+    yield from _held(catalogue, model, version, check)
+
+
+def _held(
+    catalogue: Catalogue,
+    model: str | None,
+    version: str | None,
+    check: Callable[[ModelInfo], None],
+) -> Plan[None]:
+    """Holds what is given to the model's description, which is asked for anew before it fails."""
     for known in (True, False):
         info = yield from catalogue.model(model, version)
         try:
-            for field, given in (("images.data", x), ("others.data", far)):
-                if given is not None and given.shape[1:] == info.shape:
-                    check_levels(given, info.levels, field)
+            check(info)
         except InvalidInput:
             if not known:
                 raise
-            catalogue.forget(model, version)  # a newer version may have such levels
+            catalogue.forget(model, version)  # a newer version may take it
         else:
             return
 
