@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -250,6 +252,41 @@ def test_what_is_asked_of_a_client_that_is_closed_meanwhile_fails(
                 await asking
 
     live.run(ask())
+
+
+def test_what_is_asked_of_a_client_that_another_thread_closes_fails(
+    live: Live, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Event()
+
+    async def stuck(*_: Any, **__: Any) -> None:
+        asked.set()
+        await asyncio.sleep(30)
+
+    async def stuck_chunks(*_: Any, **__: Any) -> AsyncIterator[Any]:
+        await stuck()
+        yield
+
+    engine = live.server.registry.find("toy")
+    monkeypatch.setattr(engine, "score", stuck)
+    for name in ("generate", "complete"):
+        monkeypatch.setattr(engine, name, stuck_chunks)
+    asks: list[Callable[[Client], Any]] = [
+        lambda client: client.score(x[:1]),
+        lambda client: client.generate(1),
+        lambda client: client.complete(x[:1], True),
+        lambda client: list(client.score_stream([x[:1]])),
+    ]
+    for ask in asks:
+        asked.clear()
+        client = Client(live.address, timeout=20)
+        with ThreadPoolExecutor(1) as threads:
+            asking = threads.submit(ask, client)
+            assert asked.wait(10)
+            client.close()
+            with pytest.raises(LikelyError, match="this client was closed before all") as told:
+                asking.result(10)
+        assert type(told.value) is LikelyError
 
 
 CALLS: list[tuple[str, Callable[[Any, Any], Any]]] = [

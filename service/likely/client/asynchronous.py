@@ -427,4 +427,5 @@ class AsyncClient:
             call = self._line.call(questions.stream)
             return call(messages, metadata=self._route.metadata())
 
-        return AsyncFeed(begin, questions, self._timeout, self._retries).outcomes(images)
+        feed = AsyncFeed(begin, questions, self._timeout, self._retries, self._line.error)
+        return feed.outcomes(images)

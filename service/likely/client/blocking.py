@@ -603,4 +603,5 @@ class Client:
             call = self._line.call(questions.stream)
             return call(messages, metadata=self._route.metadata())
 
-        return BlockingFeed(begin, questions, self._timeout, self._retries).outcomes(images)
+        feed = BlockingFeed(begin, questions, self._timeout, self._retries, self._line.error)
+        return feed.outcomes(images)

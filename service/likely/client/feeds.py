@@ -73,6 +73,7 @@ class BlockingFeed(Generic[A]):
         questions: plans.Questions[A],
         timeout: float,
         retries: bool = True,
+        error: Callable[[Any], Exception] = statuses.error,
     ) -> None:
         """A feed.
 
@@ -82,11 +83,13 @@ class BlockingFeed(Generic[A]):
             timeout: seconds that an answer may take.
             retries: whether what is refused for now, and what a broken stream leaves, is asked
                 again.
+            error: that a failed stream tells of.
         """
         self._begin = begin
         self._ledger: Ledger[A] = Ledger(questions, timeout, retries=retries)
         self._timeout = timeout
         self._retries = retries
+        self._error = error
         self._changed = threading.Condition()  # guards all that follows, and the ledger
         self._call: Any = None
         self._stream = 0  # counts them
@@ -188,7 +191,7 @@ class BlockingFeed(Generic[A]):
                     self._ledger.answered(response, time.monotonic())
                     self._changed.notify_all()
         except grpc.RpcError as error:
-            failure = statuses.error(error)
+            failure = self._error(error)
         except Exception as error:  # of an answer that cannot be read
             failure = error
         with self._changed:
@@ -206,12 +209,14 @@ class AsyncFeed(Generic[A]):
         questions: plans.Questions[A],
         timeout: float,
         retries: bool = True,
+        error: Callable[[Any], Exception] = statuses.error,
     ) -> None:
         """A feed, as `BlockingFeed`."""
         self._begin = begin
         self._ledger: Ledger[A] = Ledger(questions, timeout, retries=retries)
         self._timeout = timeout
         self._retries = retries
+        self._error = error
         self._stirred = asyncio.Event()  # there may be an outcome, or none any more
         self._room = asyncio.Event()
         self._work = asyncio.Event()  # there may be something to send, or nothing any more
@@ -322,13 +327,13 @@ class AsyncFeed(Generic[A]):
                 self._work.set()
                 self._stirred.set()
         except grpc.RpcError as error:
-            failure = statuses.error(error)
+            failure = self._error(error)
         except Exception as error:  # of an answer that cannot be read
             failure = error
         except asyncio.CancelledError:
             if _cancelling():
                 raise
-            failure = LikelyError("the client was closed before all was answered")
+            failure = LikelyError("this client was closed before all was answered")
         self._failure = failure
         self._stirred.set()
 

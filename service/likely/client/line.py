@@ -39,6 +39,7 @@ ADDRESS = "127.0.0.1:50051"
 TIMEOUT = 60.0
 LONGEST = 1e9  # seconds, some 31 years; gRPC takes what no clock can hold for no time at all
 CLOSED = "this client is closed; make another one to ask on"
+ENDED = "this client was closed before all was answered"
 PAUSES = (0.2, 0.4, 0.8)  # seconds before a request is put again whose answer was cut off
 # How gRPC's words begin where no server was reached at all.
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
@@ -123,12 +124,18 @@ class Line:
             task = asyncio.current_task()
             if not self._closed or (task and task.cancelling()):
                 raise
-            raise LikelyError("this client was closed before all was answered") from end
+            raise LikelyError(ENDED) from end
         except grpc.RpcError as failure:
-            error = as_error(failure, self._where)
+            error = self.error(failure)
             if isinstance(error, InvalidInput):  # it may have been asked by what is old
                 self._catalogue.clear()
             raise error from failure
+
+    def error(self, failure: Any) -> LikelyError:
+        """The error that a failed call tells of, be it that the channel ended under it."""
+        if self._closed and failure.code() is grpc.StatusCode.CANCELLED:
+            return LikelyError(ENDED)
+        return as_error(failure, self._where)
 
 
 class Repeats:
