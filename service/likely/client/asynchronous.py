@@ -285,8 +285,7 @@ class AsyncClient:
         version: str | None = None,
     ) -> AsyncIterator[Draws]:
         """As `Client.generate_stream`."""
-        check = plans.self_check(self_check, alpha, max_draws)
-        kept = plans.acceptance(acceptance, max_draws)
+        check, kept = plans.checks(self_check, acceptance, alpha, max_draws)
 
         def divide(info: ModelInfo) -> Iterator[GenerateRequest]:
             return plans.generations(

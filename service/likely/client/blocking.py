@@ -401,7 +401,8 @@ class Client:
             acceptance: draw from p(x), and keep with probability p(y|x); in place of a
                 conditional model, and without a self-check.
             alpha: of the self-check; None for the server's default.
-            max_draws: of one picture; None for the server's default.
+            max_draws: of one picture, of the self-check or by acceptance; None for the server's
+                default.
             model: its name.
             version: its version.
 
@@ -439,8 +440,7 @@ class Client:
         version: str | None = None,
     ) -> Iterator[Draws]:
         """The pictures of `generate`, chunk by chunk as they are drawn."""
-        check = plans.self_check(self_check, alpha, max_draws)
-        kept = plans.acceptance(acceptance, max_draws)
+        check, kept = plans.checks(self_check, acceptance, alpha, max_draws)
 
         def divide(info: ModelInfo) -> Iterator[GenerateRequest]:
             return plans.generations(

@@ -416,18 +416,22 @@ def generations(
         )
 
 
-def self_check(
-    wanted: bool, alpha: float | None, max_draws: int | None
-) -> generation_pb2.SelfCheck | None:
-    """The self-check that a request asks for, if any."""
-    if not wanted:
-        return None
-    return built(generation_pb2.SelfCheck, alpha=alpha, max_draws=max_draws)
+def checks(
+    self_check: bool, acceptance: bool, alpha: float | None, max_draws: int | None
+) -> tuple[generation_pb2.SelfCheck | None, generation_pb2.Acceptance | None]:
+    """The self-check and the drawing by acceptance that a request asks for, if any.
 
-
-def acceptance(wanted: bool, max_draws: int | None) -> generation_pb2.Acceptance | None:
-    """The drawing by acceptance that a request asks for, if any."""
-    return built(generation_pb2.Acceptance, max_draws=max_draws) if wanted else None
+    Raises:
+        InvalidInput: a value is given that is of neither.
+    """
+    if alpha is not None and not self_check:
+        raise InvalidInput("alpha", "is of a self_check only")
+    if max_draws is not None and not (self_check or acceptance):
+        raise InvalidInput("max_draws", "is of a self_check or of acceptance only")
+    return (
+        built(generation_pb2.SelfCheck, alpha=alpha, max_draws=max_draws) if self_check else None,
+        built(generation_pb2.Acceptance, max_draws=max_draws) if acceptance else None,
+    )
 
 
 def completions(
