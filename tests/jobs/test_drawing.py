@@ -122,6 +122,6 @@ def test_what_cannot_be_drawn_is_refused_before_the_folder_is_made(
 def test_counts_are_read_by_name_and_by_index() -> None:
     assert runs("3=100, boot=2", ("a", "boot", "c", "7")) == ((3, 100), (1, 2))
     assert runs("7=1", ("7", "b")) == ((0, 1),)
-    for text in ("4=1", "3", "3=", "=4", "x=1", "1=-1", ""):
+    for text in ("4=1", "3", "3=", "=4", "x=1", "1=-1", "", "9" * 5000 + "=1", "1=" + "9" * 5000):
         with pytest.raises(InvalidInput, match="LABEL=COUNT"):
             runs(text, ("a", "b", "c", "d"))

@@ -110,6 +110,8 @@ def test_no_pictures_get_empty_arrays(client: Client) -> None:
     assert client.score(nothing).log_px.shape == (0,)
     assert client.classify(nothing).posterior.shape == (0, 3)
     assert client.encode(nothing).mean.shape == (0, 2)
+    completed = client.complete(nothing, True, completions=2, seed=5)
+    assert (completed.images.shape, completed.seed) == ((0, 2, 1, 3, 3), 5)
 
 
 def test_pictures_of_one_channel_need_no_channel_axis(client: Client, x: Any) -> None:
@@ -306,6 +308,11 @@ CALLS: list[tuple[str, Callable[[Any, Any], Any]]] = [
     ("label", lambda c, x: c.generate(1, label=1.5)),
     ("label", lambda c, x: c.generate(1, label="sneaker")),
     ("label", lambda c, x: c.generate(1, label="--1")),
+    ("label", lambda c, x: c.generate(1, label="9" * 5000)),
+    ("label", lambda c, x: c.generate(1, label=1 << 20_000)),
+    ("label", lambda c, x: c.complete(x, True, label=True)),
+    ("labels", lambda c, x: c.encode(x, labels=["label-1", "9" * 20])),
+    ("labels", lambda c, x: c.encode(x, labels=["label-1", "9" * 5000])),
     ("max_draws", lambda c, x: c.generate(1, self_check=True, max_draws=2.5)),
     ("alpha", lambda c, x: c.generate(1, alpha=0.1)),
     ("alpha", lambda c, x: c.generate(1, acceptance=True, alpha=0.1)),
@@ -336,6 +343,13 @@ def test_a_value_that_cannot_be_sent_is_named(
 def test_a_seed_is_held_to_its_range(client: Client) -> None:
     with pytest.raises(InvalidInput, match=r"^seed: 9+ is not in \[-2\*\*63, 2\*\*63\)$"):
         client.generate(1, seed=int("9" * 23))
+
+
+def test_a_bool_is_no_number(client: Client) -> None:
+    with pytest.raises(InvalidInput, match=r"^label: True is a bool, which is no label$"):
+        client.generate(1, label=True)
+    with pytest.raises(InvalidInput, match=r"^seed: True cannot be sent: "):
+        client.generate(1, seed=True)
 
 
 def test_choices_may_be_given_by_name(client: Client, x: Any) -> None:
@@ -537,6 +551,33 @@ def test_a_deadline_ends_the_wait(client: Client, live: Live, monkeypatch: Any, 
     monkeypatch.setattr(client, "_timeout", 0.05)
     with pytest.raises(DeadlineExceeded):
         client.score(x[:1])
+
+
+def test_an_answer_that_stops_midway_is_late_in_the_same_words(
+    client: Client, live: Live, monkeypatch: Any, x: Any
+) -> None:
+    engine = live.server.registry.find("toy")
+    whole = engine.complete
+
+    async def halting(*args: Any, **how: Any) -> AsyncIterator[Any]:
+        async for chunk in whole(*args, **how):
+            yield chunk
+            await asyncio.sleep(30)
+
+    async def ask() -> None:
+        async with AsyncClient(live.address) as other:
+            await other.model()
+            monkeypatch.setattr(other, "_timeout", 1.0)
+            await other.complete(x[:20], True)
+
+    client.model()
+    monkeypatch.setattr(engine, "complete", halting)
+    monkeypatch.setattr(client, "_timeout", 1.0)
+    words = f"the timeout ended before a likely server at {live.address} had answered"
+    with pytest.raises(DeadlineExceeded, match=words):
+        client.complete(x[:20], True)
+    with pytest.raises(DeadlineExceeded, match=words):
+        live.run(ask())
 
 
 def test_of_several_models_one_must_be_named(

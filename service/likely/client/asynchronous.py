@@ -347,7 +347,7 @@ class AsyncClient:
                     raise
                 continue
             found += [codec.completions(answer) for answer in answers if parts.takes(answer)]
-        return plans.completed(found, x, completions, parts.info)
+        return plans.completed(found, x, completions, seed, parts.info)
 
     async def models(self) -> list[ModelInfo]:
         """As `Client.models`."""

@@ -519,7 +519,7 @@ class Client:
                     raise
                 continue
             found += [codec.completions(answer) for answer in answers if parts.takes(answer)]
-        return plans.completed(found, x, completions, parts.info)
+        return plans.completed(found, x, completions, seed, parts.info)
 
     def models(self) -> list[ModelInfo]:
         """Every version that is served, sorted by name.

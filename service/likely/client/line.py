@@ -43,8 +43,8 @@ ENDED = "this client was closed before all was answered"
 PAUSES = (0.2, 0.4, 0.8)  # seconds before a request is put again whose answer was cut off
 # How gRPC's words begin where no server was reached at all.
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
-# All that it says where the time was over, be a server reached or not.
-_LATE = "Deadline Exceeded"
+# All that it says where the time was over, be a server reached or not, or an answer under way.
+_LATE = ("Deadline Exceeded", "Stream removed (Deadline Exceeded)")
 
 Kind: TypeAlias = type[
     Request
@@ -228,7 +228,7 @@ def as_error(failure: Any, address: str, start: str = "likely serve") -> LikelyE
     error = statuses.error(failure)
     if isinstance(error, Unavailable) and str(error).startswith(_UNREACHED):
         return unreached(address, str(error), start)
-    if isinstance(error, DeadlineExceeded) and str(error) == _LATE:
+    if isinstance(error, DeadlineExceeded) and str(error) in _LATE:
         return DeadlineExceeded(
             f"the timeout ended before a likely server at {address} had answered; "
             f"where none runs, `{start}` starts one. gRPC says: {error}"

@@ -476,9 +476,11 @@ def completions(
         )
 
 
-def completed(parts: Sequence[Completions], x: Pixels, count: int, info: ModelInfo) -> Completions:
+def completed(
+    parts: Sequence[Completions], x: Pixels, count: int, seed: int | None, info: ModelInfo
+) -> Completions:
     """The chunks' completions joined, images (n, completions, c, h, w) of pictures x."""
-    first = parts[0] if parts else Completions(x[:0], 0, info.version)
+    first = parts[0] if parts else Completions(x[:0], seed or 0, info.version)
     rows = np.concatenate([x[:0], *(part.images for part in parts)])
     return replace(first, images=rows.reshape(len(x), count, *x.shape[1:]))
 
@@ -506,8 +508,9 @@ def _labels(labels: npt.ArrayLike | None, n: int, info: ModelInfo) -> list[int] 
     given = array("labels", labels)
     if given.shape != (n,):
         raise InvalidInput("labels", f"shape {given.shape} for {n} pictures; one label each")
-    if given.dtype.kind == "U":
-        given = np.array([index_of(str(each), info.labels, "labels") for each in given], np.int64)
+    if given.dtype.kind == "U":  # by a number of any size, of which messages know the range
+        named: list[Any] = [index_of(str(each), info.labels, "labels") for each in given]
+        return named
     if n and not np.issubdtype(given.dtype, np.integer):
         raise InvalidInput("labels", f"type {given.dtype}; integers are asked")
     numbers: list[int] = given.tolist()

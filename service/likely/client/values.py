@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import IntEnum
 from typing import Any, TypeAlias, TypeVar
 
@@ -65,15 +66,18 @@ def index_of(label: Label | None, names: Sequence[str], field: str = "label") ->
     """The index of a label that is given by its name or its index.
 
     Raises:
-        InvalidInput: no label has that name.
+        InvalidInput: no label has that name, or it is neither a name nor an index.
     """
+    if isinstance(label, bool):
+        raise InvalidInput(field, f"{label} is a bool, which is no label")
     if not isinstance(label, str):
         return label
     if label in names:
         return names.index(label)
     if label.removeprefix("-").isdecimal():
-        return int(label)
-    raise InvalidInput(field, f"{label!r} is none of {', '.join(names) or 'none'}")
+        with suppress(ValueError):  # Python reads no number of thousands of digits
+            return int(label)
+    raise InvalidInput(field, f"{reprlib.repr(label)} is none of {', '.join(names) or 'none'}")
 
 
 def whole(field: str, value: Any) -> int:
@@ -121,10 +125,17 @@ def _unsendable(kind: Any, fields: dict[str, Any], error: Exception) -> InvalidI
         except (TypeError, ValueError) as own:
             field = kind.DESCRIPTOR.fields_by_name[name]
             bits = {field.TYPE_INT32: 31, field.TYPE_INT64: 63}.get(field.type)
-            if isinstance(value, int) and bits:
-                return InvalidInput(name, f"{value} is not in [-2**{bits}, 2**{bits})")
+            if isinstance(value, int) and not isinstance(value, bool) and bits:
+                return InvalidInput(name, f"{_digits(value)} is not in [-2**{bits}, 2**{bits})")
             return InvalidInput(name, f"{reprlib.repr(value)} cannot be sent: {own}")
     return InvalidInput("", f"a value cannot be sent: {error}")
+
+
+def _digits(value: int) -> str:
+    try:
+        return str(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return f"a number of {value.bit_length()} bits"
 
 
 def array(field: str, values: npt.ArrayLike, dtype: Any = None) -> npt.NDArray[Any]:

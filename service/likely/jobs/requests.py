@@ -252,11 +252,20 @@ def runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     found = []
     for part in labels.split(","):
         label, given, count = part.strip().rpartition("=")
-        index = names.index(label) if label in names else int(label) if label.isdecimal() else -1
-        if not given or not count.isdecimal() or not 0 <= index < len(names):
+        index = names.index(label) if label in names else _number(label)
+        wanted = _number(count)
+        if not given or wanted < 0 or not 0 <= index < len(names):
             raise InvalidInput(
                 "labels",
                 f"{part.strip()!r} is no LABEL=COUNT; labels are {', '.join(names) or 'none'}",
             )
-        found.append((index, int(count)))
+        found.append((index, wanted))
     return tuple(found)
+
+
+def _number(text: str) -> int:
+    """The number that a text is; -1 where it is none, or of more digits than Python reads."""
+    try:
+        return int(text) if text.isdecimal() else -1
+    except ValueError:
+        return -1
