@@ -48,15 +48,24 @@ def torch_rows(
     places = [[spec.name for spec in source.outputs].index(name) for name in outputs]
     module = source.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def run(at: int) -> list[Array]:
+    n = len(next(iter(feeds.values())))
+    kept: list[Array] = []
+
+    def run(at: int) -> None:
         own = (np.array(feeds[spec.name][at : at + batch]) for spec in source.inputs)
         made = module(*map(torch.from_numpy, own))
         found = made if isinstance(made, tuple) else (made,)
-        return [found[place].numpy() for place in places]
+        parts = [found[place].numpy() for place in places]
+        if not kept:
+            kept.extend(np.empty((n, *part.shape[1:]), part.dtype) for part in parts)
+        for whole, part in zip(kept, parts, strict=True):
+            whole[at : at + batch] = part
 
+    # Nothing is left of a batch: small arrays among the large ones that are freed would pin those.
     with torch.no_grad():
-        parts = [run(at) for at in range(0, len(next(iter(feeds.values()))), batch)]
-    return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+        for at in range(0, n, batch):
+            run(at)
+    return kept
 
 
 def column(session: Session, feeds: Mapping[str, Array], output: str) -> Array:
