@@ -22,6 +22,7 @@ FOLDERS = {
     "mnist": ROOT / "service" / "likely" / "bundles" / "mnist",
     "fashion_mnist": ROOT / "bundles" / "fashion_mnist",
 }
+BINARY = ROOT / "bundles" / "mnist_binary"
 OTHER = {"mnist": "fashion_mnist", "fashion_mnist": "mnist"}
 AT_MOST = {
     "mnist": {"bits_per_dim": 0.94, "label_nll_nats": 0.03, "ece": 0.004, "aurc": 5e-4},
@@ -31,6 +32,7 @@ AT_LEAST = {
     "mnist": {"accuracy": 0.992, "train_on_draws_accuracy": 0.97},
     "fashion_mnist": {"accuracy": 0.91, "train_on_draws_accuracy": 0.84},
 }
+NATS_AT_MOST = 78.1
 DATA = ROOT.parent / "shared" / "data"
 SIZE_LIMIT = 10_000_000
 
@@ -58,7 +60,7 @@ def mean(figure: Any) -> float:
     return float(figure["mean"] if isinstance(figure, dict) else figure)
 
 
-@pytest.mark.parametrize("folder", FOLDERS.values(), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [*FOLDERS.values(), BINARY], ids=lambda folder: folder.name)
 def test_it_is_small_and_made_by_the_recipe_of_its_name(folder: Path) -> None:
     manifest = Bundle.open(folder).manifest
     assert sum(record.size for record in manifest.files.values()) < SIZE_LIMIT
@@ -80,6 +82,27 @@ def test_its_evaluation_says_what_is_promised(name: str) -> None:
     assert figures["panel"]["auroc_min"] > 0.9 and figures["panel"]["auroc_mean"] > 0.985
     assert set(PANEL) <= set(figures["outliers"])
     assert figures["statistics_cost"] <= 1.5 and figures["classification_cost"] <= 12
+
+
+def test_binary_digits_are_told_in_as_few_nats_as_promised() -> None:
+    figures = json.loads((BINARY / "evaluation.json").read_text())
+    nats = figures["marginal_nll_nats"]
+    assert nats["mean"] <= NATS_AT_MOST and len(nats["by_draw"]) == 3
+    assert figures["statistics_cost"] <= 1.5 and figures["classification_cost"] <= 12
+
+
+@needs_data
+def test_binary_digits_of_a_draw_of_ones_own_need_as_few_nats() -> None:
+    """Other coins than the evaluation's, log p(x) over labels, through ONNX Runtime."""
+    told = json.loads((BINARY / "evaluation.json").read_text())["marginal_nll_nats"]
+    with np.load(DATA / "mnist.npz") as arrays:
+        grey = arrays["x_test"][::50, None]
+    x = (np.random.default_rng(0).random(grey.shape) * 255 < grey).astype(np.uint8)
+    engine = Engine.load(Bundle.open(BINARY), device=Device("cpu"), threads=1, max_batch=2)
+    log_pxy = asyncio.run(engine.classify(x, 0.05)).log_pxy
+    nats = np.log(log_pxy.shape[1]) - np.logaddexp.reduce(log_pxy, 1)
+    engine.close()
+    assert nats.mean() == pytest.approx(told["mean"], abs=4 * nats.std() / np.sqrt(len(x)))
 
 
 def test_likelihood_alone_takes_digits_for_clothes() -> None:
