@@ -175,7 +175,7 @@ BENCH = {
         "likely.bundle likely.graphs likely.noise likely.warmup likely_export.graphs "
         "clock exports models numpy"
     ),
-    "figures": ("likely.bundle likely.versions clock environment exports measures memory models"),
+    "figures": "likely.bundle likely.versions clock environment exports measures memory models",
     "tables": "rich",
     "pixelrnn": (
         "likely.bundle likely.graphs likely_export.autoregressive likely_export.data "
