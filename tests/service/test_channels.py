@@ -22,7 +22,7 @@ import pytest
 
 from likely import AsyncClient, Client, SettingsError, codec
 from likely.client.channels import Route
-from likely.errors import Overloaded, ServerFault, Unavailable
+from likely.errors import LikelyError, Overloaded, Unavailable
 from likely.v1.generation_pb2 import GenerateRequest
 from likely.v1.scoring_pb2 import ScoreRequest
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
@@ -407,7 +407,7 @@ def test_what_its_caller_cancels_ends_at_once(
         waiting = aside.submit(client.score, x[:1])
         assert asked.acquire(timeout=30)
         client.close()
-        with pytest.raises(ServerFault, match="Channel closed"):
+        with pytest.raises(LikelyError, match="was closed before all was answered"):
             waiting.result(30)
     assert not asked.acquire(blocking=False)
 
