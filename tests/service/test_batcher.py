@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from likely import warmup
-from likely.batching import callers, gathering, tuning
+from likely.batching import batcher as batching
+from likely.batching import callers, gathering, headroom, tuning
 from likely.batching.admission import Bounds, Quota
-from likely.batching.batcher import HEADROOM, Batcher
+from likely.batching.batcher import Batcher
 from likely.batching.batches import rows_of
 from likely.batching.callers import Caller, Priority
 from likely.batching.lanes import Ask, Lanes
@@ -663,7 +664,8 @@ def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int) ->
             await graph.arrived()
             waiting = going(ask(lanes, 1))
             await settled()
-            answered = HEADROOM * pace * (0.5 + 1 + rows)  # what runs, what waits, and its own
+            # What runs, what waits, and its own.
+            answered = headroom.FIRST * pace * (0.5 + 1 + rows)
             own, now = range(rows), time.monotonic()
             with pytest.raises(Overloaded, match="longer than the deadline allows"):
                 await going(ask(lanes, *own, client="a", deadline=now + answered - 1))
@@ -672,6 +674,75 @@ def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int) ->
             graph.release()
             assert (await first, await waiting) == ([0], [2])
             assert await fine == [2 * row for row in own]
+
+    run(work())
+
+
+class Told:
+    """Stands for a headroom, and keeps what it is told."""
+
+    times = 1.0
+
+    def __init__(self) -> None:
+        self.answers: list[float] = []
+        self.misses: list[float] = []
+
+    def answered(self, estimate: float, seconds: float) -> None:
+        assert seconds > 0
+        self.answers += [estimate] if estimate else []
+
+    def missed(self, estimate: float) -> None:
+        self.misses.append(estimate)
+
+
+@pytest.mark.parametrize("priority", Priority)
+@pytest.mark.parametrize(
+    ("seconds", "held", "leaves", "answers", "misses"),
+    [
+        (SECONDS, 0.0, False, 1, 0),
+        (0.05, 0.1, False, 0, 1),  # dropped from the queue
+        (0.05, 0.1, True, 0, 1),  # as gRPC ends it
+        (SECONDS, 0.0, True, 0, 0),
+    ],
+)
+def test_an_estimate_is_compared_with_what_came_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    held: float,
+    leaves: bool,
+    answers: int,
+    misses: int,
+    priority: Priority,
+) -> None:
+    told: list[Told] = []
+
+    def made() -> Told:
+        told.append(Told())
+        return told[-1]
+
+    monkeypatch.setattr(batching, "Headroom", made)
+
+    async def work() -> None:
+        graph, pace = Doubler(), 0.01
+        async with opened(graph, best={Role.DENSITY: Best(1, pace=pace)}) as lanes:
+            graph.hold()
+            others = [going(ask(lanes, 0, priority=priority))]
+            await graph.arrived()
+            others.append(going(ask(lanes, 1, priority=priority)))
+            await settled()
+            until = time.monotonic() + seconds
+            last = going(ask(lanes, 2, client="a", deadline=until, priority=priority))
+            await asyncio.sleep(held)
+            if leaves:
+                last.cancel()
+            graph.release()
+            await asyncio.gather(*others)
+            await asyncio.gather(last, return_exceptions=True)
+        estimate = pytest.approx(pace * (0.5 + 1 + 1))  # what runs, what waits, and its own
+        assert told[priority].answers == [estimate] * answers
+        assert told[priority].misses == [estimate] * misses
+        other = told[1 - priority]
+        assert not other.answers and not other.misses
 
     run(work())
 

@@ -12,6 +12,7 @@ from likely.batching.admission import Bounds, patience
 from likely.batching.batches import Batch, Member, Runner
 from likely.batching.callers import Priority
 from likely.batching.gathering import Gathering
+from likely.batching.headroom import TELLS, Headroom
 from likely.batching.traffic import Traffic
 from likely.batching.tuning import Best
 from likely.batching.turns import Turns
@@ -19,7 +20,6 @@ from likely.batching.width import Width
 from likely.errors import DeadlineExceeded, Overloaded
 
 BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs
-HEADROOM = 1.25  # times what work should take: an answer that comes too late is work for nothing
 _SMOOTHING = 0.1
 
 
@@ -59,6 +59,7 @@ class Batcher:
         self._most = max(1, min(best.rows, BATCH_BYTES // self.row_bytes))
         self.grain = min(best.grain, self._most)
         self._gathering = Gathering(self.grain, best.fixed)
+        self._headroom = tuple(Headroom() for _ in Priority)
         self._ready = 0  # rows of batches that a lane has not taken yet
         self._runs = 0  # batches that run
         self._bounds = bounds
@@ -110,12 +111,14 @@ class Batcher:
             seconds, batch = wait(member.priority), min(member.rows, self._most)
             # Its last batch runs when all before it have run, its own others too.
             answered = seconds + ((member.rows - batch) / lanes + batch) * self.pace
-            if member.since + HEADROOM * answered > member.deadline:
+            # What comes too late is work for nothing.
+            if member.since + self._headroom[member.priority].times * answered > member.deadline:
                 self._shed(member, "deadline")
                 raise Overloaded(
                     f"an answer would take about {answered:.3g} s, longer than the deadline allows",
                     patience(seconds),
                 )
+            member.estimate = answered
         if not self._full(member):
             return ()
         greedier = self._greedier(member)
@@ -207,6 +210,7 @@ class Batcher:
                     and member.deadline <= now + takes
                 ):
                     turns.remove(member)
+                    self._headroom[priority].missed(member.estimate)
                     member.future.set_exception(
                         DeadlineExceeded(
                             "the deadline comes before the answer could: allow more time, or ask "
@@ -233,6 +237,18 @@ class Batcher:
             self.pace = min(self._first_pace, pace)
         else:
             self._first_pace = pace
+
+    def answered(self, member: Member) -> None:
+        """Learns how long the answer of that member took, beside the estimate."""
+        seconds = time.monotonic() - member.since
+        self._headroom[member.priority].answered(member.estimate, seconds)
+
+    def left(self, member: Member) -> None:
+        """Learns whether that member, whose caller is gone, was not answered by its deadline."""
+        if member.deadline is None or member.answered:
+            return
+        if time.monotonic() >= member.deadline - TELLS:
+            self._headroom[member.priority].missed(member.estimate)
 
     def tell(self) -> None:
         """Tells how many rows wait."""

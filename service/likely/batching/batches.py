@@ -54,6 +54,7 @@ class Member(Waiting):
         priority: which others it goes before.
         deadline: when it is worth nothing any more, by the monotonic clock; None for never.
         since: when it came, by the same clock.
+        estimate: seconds that its answer was to take when it was let in; 0 where none was made.
         guest: whether it may still be refused in favour of another client's.
         counted: whether its failure counts.
         batches: those that run rows of it.
@@ -66,6 +67,7 @@ class Member(Waiting):
     priority: Priority
     deadline: float | None = None
     since: float = 0.0
+    estimate: float = 0.0
     guest: bool = False
     counted: bool = True
     batches: set[Batch] = field(default_factory=set)
@@ -77,6 +79,12 @@ class Member(Waiting):
     def dead(self) -> bool:
         """Whether nobody waits for it any more: answered, failed, or its caller gone."""
         return self.future.done()
+
+    @property
+    def answered(self) -> bool:
+        """Whether it has its answer, and did not fail."""
+        future = self.future
+        return future.done() and not future.cancelled() and future.exception() is None
 
     def ran(self, graph: str, batch: Batch, seconds: float, start: int, stop: int) -> None:
         """Tells the trace, if there is one, of those rows, which ran in a batch for so long."""

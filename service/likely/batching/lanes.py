@@ -158,6 +158,8 @@ class Lanes:
                 began = any(batch.began for member in members for batch in member.batches)
                 self._traffic.dropped.labels(self._name, "run" if began else "queue").inc()
             for member, ask in zip(members, asks, strict=True):
+                if isinstance(error, asyncio.CancelledError):
+                    self._batchers[ask.role].left(member)
                 self._abandon(member, ask.role)
             raise
 
@@ -430,6 +432,8 @@ class Lanes:
                 member.ran(role, batch, seconds, start, stop)
                 member.batches.discard(batch)
                 member.take(start, stop, outcome)
+                if member.answered:
+                    self._batchers[role].answered(member)
                 if isinstance(outcome, Exception):
                     self._failed(member, role, outcome)
         except Exception as error:
