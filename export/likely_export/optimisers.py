@@ -38,7 +38,8 @@ class Training:
         more_epochs: further stretches, each of so many epochs: the rates, fallen to 0, rise
             anew to half the peaks of the stretch before and fall again (a warm restart:
             Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983). A finished run
-            goes on when its recipe gains a stretch.
+            goes on when its recipe gains a stretch, and keeps the mean of the weights that
+            ended its stretches, where that validates better.
         average: decay of the weight average, min(average, (1 + t) / (10 + t)) at step t.
         precision: of the arithmetic, by Lightning Fabric's name; weights stay float32. A
             recipe's is what it is meant for, a run's what its machine took.

@@ -258,6 +258,28 @@ def test_a_finished_run_goes_on_when_its_recipe_gains_a_stretch(
         train.fit(toy(pictures), pictures, replace(LONGER, more_epochs=(2,)), tmp_path / "grown")
 
 
+@pytest.mark.parametrize("found", [[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]])
+def test_what_ended_the_stretches_is_averaged_where_that_is_better(
+    pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[float]
+) -> None:
+    told = iter(found)
+    monkeypatch.setattr(train, "mean_of", lambda *_: next(told))
+    training = replace(TRAINING, epochs=1, validations=1, keep_best=False)
+    train.fit(toy(pictures), pictures, training, tmp_path)
+    first = state(tmp_path)
+    training = replace(training, more_epochs=(1,))
+    grown = train.fit(toy(pictures), pictures, training, tmp_path)
+    average = torch.load(tmp_path / train.CHECKPOINT, weights_only=True)["average"]
+    for name, weight in state(tmp_path).items():
+        last = average[f"module.{name}"]
+        assert not torch.equal(first[name], last)
+        is_mean = found[2] < found[1] and last.is_floating_point()
+        torch.testing.assert_close(weight, (first[name] + last) / 2 if is_mean else last)
+    assert grown.validation == min(found)
+    lines = [json.loads(line) for line in (tmp_path / train.LOG).read_text().splitlines()]
+    assert [line.get("validation_of_ends") for line in lines] == [None, found[2]]
+
+
 def test_nothing_but_whole_files_is_ever_seen(
     pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

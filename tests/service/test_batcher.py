@@ -665,7 +665,7 @@ def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int) ->
             waiting = going(ask(lanes, 1))
             await settled()
             # What runs, what waits, and its own.
-            answered = headroom.FIRST * pace * (0.5 + 1 + rows)
+            answered = headroom.MOST * pace * (0.5 + 1 + rows)
             own, now = range(rows), time.monotonic()
             with pytest.raises(Overloaded, match="longer than the deadline allows"):
                 await going(ask(lanes, *own, client="a", deadline=now + answered - 1))

@@ -1,11 +1,11 @@
-"""One answer in a hundred may take longer than the multiple of its estimate: not more."""
+"""One answer in two hundred may take longer than the multiple of its estimate: not more."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from likely.batching.headroom import FIRST, LEAST, MISSED, MOST, TELLS, Headroom
+from likely.batching.headroom import LEAST, MISSED, MOST, TELLS, Headroom
 
 ESTIMATE = 10 * TELLS
 
@@ -17,31 +17,39 @@ def test_one_in_a_hundred_exceeds_it_whatever_the_spread(spread: float) -> None:
         exceeded.append(times > headroom.times)
         headroom.answered(ESTIMATE, times * ESTIMATE)
     assert LEAST < headroom.times < MOST
-    assert np.mean(exceeded[1000:]) == pytest.approx(MISSED, abs=0.1 * MISSED)
+    assert np.mean(exceeded[5000:]) == pytest.approx(MISSED, abs=0.1 * MISSED)
 
 
-def test_it_grows_within_a_few_late_answers_and_comes_back() -> None:
+def calm(answers: int) -> Headroom:
     headroom = Headroom()
-    for _ in range(4):
+    for _ in range(answers):
+        headroom.answered(ESTIMATE, ESTIMATE)
+    return headroom
+
+
+def test_it_shrinks_while_answers_come_in_time_and_grows_within_a_few_late_ones() -> None:
+    assert MOST == calm(0).times > calm(500).times > calm(1000).times > LEAST == calm(10_000).times
+    headroom = calm(1000)
+    before = headroom.times
+    for _ in range(3):
         headroom.answered(ESTIMATE, 3 * ESTIMATE)
-    assert headroom.times > FIRST + 0.35
+    assert headroom.times > before + 0.25
     for _ in range(100):
         headroom.answered(ESTIMATE, 3 * ESTIMATE)
     assert headroom.times == MOST
-    for _ in range(10_000):
-        headroom.answered(ESTIMATE, ESTIMATE)
-    assert headroom.times == LEAST
 
 
 def test_a_missed_deadline_counts_as_late() -> None:
-    headroom = Headroom()
+    headroom = calm(1000)
+    before = headroom.times
     headroom.missed(ESTIMATE)
-    assert headroom.times > FIRST
+    assert headroom.times > before
 
 
 def test_what_is_short_or_was_not_estimated_tells_nothing() -> None:
-    headroom = Headroom()
+    headroom = calm(1000)
+    before = headroom.times
     for estimate in (0.0, 0.9 * TELLS):
         headroom.answered(estimate, 100.0)
         headroom.missed(estimate)
-    assert headroom.times == FIRST
+    assert headroom.times == before

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-FIRST = 1.5  # times the estimate, while nothing is known
-LEAST, MOST = 1.25, 2.0
-MISSED = 0.01  # of the answers, those that may take longer
+LEAST, MOST = 1.25, 2.0  # times the estimate
+MISSED = 0.005  # of the answers, those that may take longer
 TELLS = 0.01  # seconds: what is expected sooner says more of the clock than of the estimate
 _STEP = 0.1
 
 
 class Headroom:
-    """A multiple of the estimate, which one answer in a hundred exceeds in the long run.
+    """A multiple of the estimate, which one answer in two hundred exceeds in the long run.
 
     How good an estimate is depends on what else wants the cores, and that changes. So each answer
     that exceeds the multiple raises it by much, and each that does not lowers it by little: the
@@ -18,11 +17,11 @@ class Headroom:
     inference (Gibbs and Candès, 2021).
 
     Attributes:
-        times: the multiple, from `LEAST` to `MOST`.
+        times: the multiple, from `LEAST` to `MOST`, where it begins.
     """
 
     def __init__(self) -> None:
-        self.times = FIRST
+        self.times = MOST
 
     def answered(self, estimate: float, seconds: float) -> None:
         """Learns from an answer that took so many seconds; without an estimate, nothing."""
