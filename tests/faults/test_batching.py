@@ -564,6 +564,33 @@ def test_ten_times_the_capacity_costs_little_of_it(running: Running) -> None:
         alive(live)
 
 
+@pytest.mark.fault(25)
+def test_what_is_let_in_under_overload_is_answered_in_time(running: Running) -> None:
+    with running(max_batch=4, queued_images=4000) as live:  # only deadlines bound the queue
+        rigged = rig(live)
+        rigged.pause = 0.1
+
+        async def load() -> tuple[float, float, Counter[str], list[Any]]:
+            async with grpc.aio.insecure_channel(live.address) as channel:
+                stub = ScoringServiceStub(channel)
+                peak = await closed(stub, callers=8, seconds=3.0)  # what a run takes is learnt
+                goodput, codes, errors = await open_loop(stub, rate=200, seconds=4.0, deadline=1.0)
+                return peak, goodput, codes, errors
+
+        for _ in range(4):  # what else runs on the machine spoils one attempt or two
+            peak, goodput, codes, errors = live.run(load())
+            late = codes["DEADLINE_EXCEEDED"]
+            if goodput >= 0.7 * peak and late <= 0.03 * codes["OK"]:
+                break
+        assert set(codes) <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+        assert codes["RESOURCE_EXHAUSTED"] > 2 * codes["OK"]
+        assert late <= 0.03 * codes["OK"] and goodput >= 0.7 * peak
+        refused = [e for e in errors if e.code() is grpc.StatusCode.RESOURCE_EXHAUSTED]
+        assert "longer than the deadline allows" in str(refused[-1].details())
+        told_to_come_again(dict(refused[-1].trailing_metadata() or ()))
+        alive(live)
+
+
 async def closed(stub: Any, callers: int, seconds: float) -> float:
     """Answers a second to so many callers, each of which waits for its answer."""
     end, done = time.monotonic() + seconds, 0
@@ -580,7 +607,7 @@ async def closed(stub: Any, callers: int, seconds: float) -> float:
 
 
 async def open_loop(
-    stub: Any, rate: float, seconds: float
+    stub: Any, rate: float, seconds: float, deadline: float = SECONDS
 ) -> tuple[float, Counter[str], list[grpc.aio.AioRpcError]]:
     """Good answers a second, how all ended, and errors, where requests come whatever happens."""
     codes: Counter[str] = Counter()
@@ -589,7 +616,7 @@ async def open_loop(
 
     async def caller() -> None:
         try:
-            await stub.Score(score(), timeout=SECONDS)
+            await stub.Score(score(), timeout=deadline)
             ended.append(time.monotonic())
             codes["OK"] += 1
         except grpc.aio.AioRpcError as error:
