@@ -12,9 +12,9 @@ class Headroom:
     """A multiple of the estimate, which one answer in two hundred exceeds in the long run.
 
     How good an estimate is depends on what else wants the cores, and that changes. So each answer
-    that exceeds the multiple raises it by much, and each that does not lowers it by little: the
-    share that exceeds it settles at `MISSED`, whatever the distribution, as in adaptive conformal
-    inference (Gibbs and Candès, 2021).
+    that exceeds the multiple raises it by much, and each that does not lowers it by little:
+    between its bounds, the share that exceeds it settles at `MISSED`, whatever the distribution,
+    as in adaptive conformal inference (Gibbs and Candès, 2021, https://arxiv.org/abs/2106.00170).
 
     Attributes:
         times: the multiple, from `LEAST` to `MOST`, where it begins.
