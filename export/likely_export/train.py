@@ -494,6 +494,8 @@ class _Loop:
         changed = [key for key, value in now.items() if state[key] != value]
         if not self.training.continues(state["training"]):
             changed.append("training")
+        if "of_ends" not in state:
+            changed.append("version of likely-export")
         if changed:
             raise InvalidInput(
                 str(path), f"was made with another {changed[0]}: train afresh or elsewhere"

@@ -240,6 +240,15 @@ def test_a_checkpoint_of_another_training_is_refused(pictures: Dataset, tmp_path
     train.fit(toy(pictures), pictures, replace(TRAINING, batch=8), tmp_path, resume=False)
 
 
+def test_a_checkpoint_of_an_older_version_is_refused(pictures: Dataset, tmp_path: Path) -> None:
+    train.fit(toy(pictures), pictures, TRAINING, tmp_path)
+    content = torch.load(tmp_path / train.CHECKPOINT, weights_only=True)
+    del content["of_ends"]
+    torch.save(content, tmp_path / train.CHECKPOINT)
+    with pytest.raises(InvalidInput, match="another version of likely-export"):
+        train.fit(toy(pictures), pictures, TRAINING, tmp_path)
+
+
 def test_a_finished_run_goes_on_when_its_recipe_gains_a_stretch(
     pictures: Dataset, tmp_path: Path
 ) -> None:
