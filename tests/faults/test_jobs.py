@@ -92,7 +92,8 @@ def told_to_end(toy: Toy, tmp_path: Path, *before: str, more: tuple[object, ...]
     assert "ended by SIGTERM" in told
     assert "Traceback" not in told
     assert 2 <= shards_of(out) < 60
-    assert not list(out.glob(".*.part"))
+    # Ray ends its workers as it likes, and one may write until then; the resumed job clears that.
+    assert more or not list(out.glob(".*.part"))
     done(*words(toy), out)
     done(*words(toy), tmp_path / "whole")
     assert same(tmp_path / "whole", out)

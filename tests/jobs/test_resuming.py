@@ -105,6 +105,18 @@ def test_what_killed_writers_left_is_cleared(
     assert contents(out) == whole
 
 
+def test_a_job_that_fails_clears_what_its_killed_writers_left(
+    backend: Backend, tmp_path: Path
+) -> None:
+    request = Request.of(Generation(RUNS), backend.info, Format.PARQUET, 20)
+    with pytest.raises(LikelyError, match="enough"), Ledger(tmp_path, request):
+        (tmp_path / STAGE).mkdir()
+        for folder in (tmp_path, tmp_path / STAGE):
+            (folder / ".part-00002.parquet.0123abcd.part").write_bytes(b"half")
+        raise LikelyError("enough")
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_a_job_is_resumed_while_it_is_finished(
     judge: Job, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,8 +78,7 @@ class Ledger:
             if told is not None:
                 request.require(told["request"])
             self._beside = {key: each for key, each in (told or beside).items() if key in BESIDE}
-            files.clear(folder)
-            files.clear(folder / STAGE)
+            self._clear()
             self.summary: dict[str, Any] | None = (told or {}).get("summary")
             self._measured = self._whole(told, "measured", True)
             self._done = self._whole(told, "shards", False)
@@ -106,6 +105,9 @@ class Ledger:
             if not self._is_written:
                 with suppress(OSError) if error else nullcontext():  # what broke the job is told
                     self._write()
+            if error:
+                with suppress(OSError):
+                    self._clear()
         finally:
             os.close(self._lock)
 
@@ -140,6 +142,10 @@ class Ledger:
         self._write()
         self._forget()
         return self.summary
+
+    def _clear(self) -> None:
+        for folder in (self.folder, self.folder / STAGE):
+            files.clear(folder)
 
     def _forget(self) -> None:
         """Frees the room of what was measured, once nothing is to come of it."""
