@@ -32,7 +32,7 @@ AT_LEAST = {
     "mnist": {"accuracy": 0.992, "train_on_draws_accuracy": 0.97},
     "fashion_mnist": {"accuracy": 0.91, "train_on_draws_accuracy": 0.84},
 }
-NATS_AT_MOST = 78.1  # of black and white digits: 78.03 were reached, of the 78.0 that were asked
+NATS_AT_MOST = 78.0  # of black and white digits, as asked; 77.996 were reached
 DATA = ROOT.parent / "shared" / "data"
 SIZE_LIMIT = 10_000_000
 
