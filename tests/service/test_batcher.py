@@ -20,7 +20,7 @@ from likely.batching import batcher as batching
 from likely.batching import callers, gathering, headroom, tuning
 from likely.batching.admission import Bounds, Quota
 from likely.batching.batcher import Batcher
-from likely.batching.batches import rows_of
+from likely.batching.batches import Batch, rows_of
 from likely.batching.callers import Caller, Priority
 from likely.batching.lanes import Ask, Lanes
 from likely.batching.traffic import Traffic
@@ -1057,6 +1057,61 @@ def test_what_nobody_waits_for_any_more_is_ready_in_vain() -> None:
             assert graph.runs == [[0, 0], [2, 2]]
             await settled()
             assert gauge(traffic, "running") == gauge(traffic, "waiting") == lanes.ready == 0
+
+    run(work())
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_batch_whose_start_fails_fails_alone_and_holds_no_lane(
+    monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    async def work() -> None:
+        graph, traffic, begun = Doubler(), Traffic(), list[int]()
+        began = Batcher.began
+
+        def failing(batcher: Batcher, batch: Batch) -> None:
+            begun.append(batch.rows)
+            if len(begun) == fails:
+                raise RuntimeError("a fault of the queue's own")
+            began(batcher, batch)
+
+        monkeypatch.setattr(Batcher, "began", failing)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        async with opened(graph, best={Role.DENSITY: Best(2)}, traffic=traffic) as lanes:
+            graph.hold()  # the second is ready, and the lane takes it by itself
+            asked = [going(ask(lanes, i, i)) for i in range(fails)]
+            if fails == 2:
+                await graph.arrived()
+                await settled()
+                assert lanes.ready == 2
+            graph.release()
+            with pytest.raises(Unavailable):
+                await asked.pop()
+            for each in asked:
+                assert await each == [0, 0]
+            assert await ask(lanes, 7) == [14]
+            assert gauge(traffic, "running") == gauge(traffic, "waiting") == 0
+            assert gauge(traffic, "restarts") == 1
+
+    run(work())
+
+
+def test_a_queue_begun_anew_counts_what_a_lane_has_taken_by_itself() -> None:
+    async def work() -> None:
+        graph, traffic = Doubler(), Traffic()
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        async with opened(graph, best={Role.DENSITY: Best(2)}, traffic=traffic) as lanes:
+            graph.hold()
+            asked = [going(ask(lanes, i, i)) for i in range(2)]
+            await graph.arrived()
+            await settled()
+            assert lanes.ready == 2
+            graph.release()
+            graph.await_arrival()  # the event loop has not heard of it yet
+            lanes._restart(RuntimeError("a fault of the queue's own"))
+            assert [await each for each in asked] == [[0, 0], [2, 2]]
+            assert gauge(traffic, "running") == gauge(traffic, "waiting") == 0
+            assert lanes._batchers[Role.DENSITY].rows == 0
 
     run(work())
 

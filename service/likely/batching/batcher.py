@@ -157,13 +157,13 @@ class Batcher:
 
     def began(self, batch: Batch) -> None:
         """That batch runs from now on, or since a lane took it."""
-        self._runs += 1
-        self._running.inc()
-        self.unready(batch)
         now = batch.began or time.monotonic()
         for member, start, _ in batch.spans:
             if start == 0:
                 self._waits.observe(now - member.since)
+        self.unready(batch)
+        self._runs += 1
+        self._running.inc()
 
     def unready(self, batch: Batch) -> None:
         """That batch is not ready any more, if it was."""
@@ -259,8 +259,13 @@ class Batcher:
 
     def clear(self) -> Sequence[Member]:
         """All members that waited for their turn; none waits any more."""
-        self._ready = 0
         return [member for turns in self._turns for member in turns.clear()]
+
+    def forget(self) -> None:
+        """Forgets all that an earlier event loop has left waiting."""
+        self.clear()
+        self._ready = 0  # what a lane has taken by itself is never told to have begun
+        self.tell()
 
     def _full(self, member: Member, less_rows: int = 0, less_bytes: int = 0) -> bool:
         """Whether there is no room for a member, where so much less waits."""

@@ -231,8 +231,7 @@ class Lanes:
         if loop is not self._loop:
             self._loop = loop
             for batcher in self._batchers.values():
-                batcher.clear()
-                batcher.tell()
+                batcher.forget()
             for role in self._running.values():
                 self._batchers[role].ended()
             self._running.clear()
@@ -261,7 +260,7 @@ class Lanes:
 
     def _wake(self) -> None:
         """Gives free lanes what waits for them, and makes ready what busy ones shall take next."""
-        self._woken = False
+        self._woken, started = False, None
         try:
             while started := self._next(self._count - len(self._running)):
                 self._start(*started)
@@ -271,7 +270,7 @@ class Lanes:
             for batcher in self._batchers.values():
                 batcher.tell()
         except Exception as error:
-            self._restart(error)
+            self._restart(error, started and started[1])
 
     def _start(self, role: Role, batch: Batch) -> None:
         """Runs a batch in a lane, or here."""
@@ -290,8 +289,8 @@ class Lanes:
             self._ended(batch, [(span, closed) for span in batch.spans], 0.0)
 
     def _began(self, role: Role, batch: Batch) -> None:
-        self._running[batch] = role
         self._batchers[role].began(batch)
+        self._running[batch] = role
         if batch.priority is Priority.BULK:
             self._passed = 0
 
@@ -407,8 +406,11 @@ class Lanes:
         following: tuple[Role, Batch] | None,
     ) -> None:
         """Hands the answers out, and the lane on where it has not taken the next batch itself."""
-        if following:
-            self._began(*following)
+        try:
+            if following:
+                self._began(*following)
+        except Exception as error:
+            self._restart(error, following and following[1])
         self._ended(batch, outcomes, seconds)
         self._wake()
 
@@ -448,8 +450,13 @@ class Lanes:
         member.leave()
 
     def _restart(self, error: Exception, batch: Batch | None = None) -> None:
-        """Begins the queues anew after a fault of their own: what waits fails at once."""
+        """Begins the queues anew after a fault of their own: what waits fails at once.
+
+        So does the batch that met with it, which holds no lane any more.
+        """
         self._traffic.restarts.labels(self._name).inc()
+        if batch and (role := self._running.pop(batch, None)):
+            self._batchers[role].ended()
         context = {"message": f"the queue of model {self._name} broke", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
         for member, _, _ in batch.spans if batch else ():
