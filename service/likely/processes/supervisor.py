@@ -407,6 +407,8 @@ class Supervisor:
 
     def _strayed(self, index: int) -> None:
         """Begins a worker anew that did not make a change; it drains meanwhile."""
+        if self._ending:  # all are told already, and refuse changes; told again, it would drop all
+            return
         self._log.error("worker could not follow a change", worker=index)
         self._ready.discard(index)
         self._together.ready(len(self._ready))
