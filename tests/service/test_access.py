@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from likely import logs
 from likely.errors import AccessDenied, SettingsError, Unauthenticated
-from likely.serving.access import Gate, Holder, Issuer, Scope, Secrets, gate
+from likely.serving.access import UNKNOWN, Gate, Holder, Issuer, Scope, Secrets, gate
 from likely.settings import load
 
 LOG = logs.logger("debug", "json", io.StringIO())
@@ -99,6 +99,8 @@ def test_scopes_are_those_of_the_service(tokens: Path) -> None:
     ):
         assert refused(known, mine, service) == "SCOPE_MISSING"
         assert known.admit(service, bearer("staple-of-the-house"))
+    assert known.admit(UNKNOWN, mine)  # who asks for what there is not is told so
+    assert refused(known, [], UNKNOWN) == "TOKEN_MISSING"
     assert known.admit("grpc.health.v1.Health", []) is None
     assert refused(known, [], "grpc.reflection.v1alpha.ServerReflection") == "TOKEN_MISSING"
 

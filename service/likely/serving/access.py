@@ -40,6 +40,9 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
+UNKNOWN = "unknown"
+"""What stands for a service or a method that there is not."""
+
 OPEN = frozenset({"grpc.health.v1.Health"})
 """Services that ask for no token: what starts and watches a server has none."""
 
@@ -51,6 +54,7 @@ SCOPES: dict[str, Scope | None] = {
     "inference.GRPCInferenceService": None,
     "grpc.reflection.v1.ServerReflection": None,
     "grpc.reflection.v1alpha.ServerReflection": None,
+    UNKNOWN: None,
 }
 """The scope that each service asks for; None is any valid token, a service not listed is ADMIN.
 

@@ -29,7 +29,7 @@ from likely.batching import callers
 from likely.batching.callers import Caller, Priority
 from likely.errors import DeadlineExceeded, DeviceLost, InvalidInput, MethodUnknown, Unavailable
 from likely.serving import tallies
-from likely.serving.access import Gate, Holder
+from likely.serving.access import UNKNOWN, Gate, Holder
 from likely.serving.doors import Door
 from likely.telemetry.metrics import Metrics
 from likely.tracing import Trace, Tracing
@@ -87,7 +87,7 @@ class Guarded(grpc.GenericRpcHandler):
         self._services: list[grpc.GenericRpcHandler] = []
         self._handlers: dict[str, Handler] = {}  # of the methods that there are
         # Named by nobody's wish: callers must not grow logs and metrics.
-        self._unknown = guard.guarded(_NO_METHOD, "unknown", "unknown")
+        self._unknown = guard.guarded(_NO_METHOD, UNKNOWN, UNKNOWN)
         server.add_generic_rpc_handlers((self,))
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
