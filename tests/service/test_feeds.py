@@ -135,6 +135,28 @@ def test_a_bad_message_is_refused_alone(stub: ScoringServiceStub, x: Any) -> Non
         assert error.field == field
 
 
+def test_messages_are_merged_as_far_as_one_request_may_go_and_parted_as_little_as_needed(
+    running: Running, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(images_per_request=16) as live, grpc.insecure_channel(live.address) as channel:
+        engine, asked = live.server.registry.find("toy"), list[int]()
+        ask, cursed = engine.score, x[17]
+
+        async def noted(x: Any, *args: Any, **more: Any) -> Any:
+            asked.append(len(x))
+            await asyncio.sleep(0.05)  # all messages have come by the second
+            if any(np.array_equal(each, cursed) for each in x):
+                raise errors.Overloaded("not this one")
+            return await ask(x, *args, **more)
+
+        monkeypatch.setattr(engine, "score", noted)
+        outcomes = told(ScoringServiceStub(channel), [score(each[None]) for each in x])
+    failed = [n for n, outcome in outcomes.items() if outcome.HasField("failure")]
+    assert failed == [n for n in range(len(x)) if np.array_equal(x[n], cursed)]
+    assert max(asked) == 16
+    assert len(asked) < len(x) / 2 + 10 * len(failed)
+
+
 def test_an_unknown_model_or_version_is_not_found(stub: ScoringServiceStub, x: Any) -> None:
     (outcome,) = told(stub, [score(x[:1], model_name="other")]).values()
     error = statuses.error_of(outcome.failure)

@@ -83,6 +83,7 @@ class Feed(Generic[R]):
         self._merges = merges
         self._door = door
         self._most_bytes = limits.request_bytes
+        self._most_rows = min(ROWS, limits.images_per_request)
         self._waiting: deque[_Waiting] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._ready: deque[tuple[list[Outcome[R]], int]] = deque()
@@ -141,7 +142,7 @@ class Feed(Generic[R]):
         group, rows = [first], merging.rows(first.request) if first.key else 0
         while first.key and self._waiting and self._waiting[0].key == first.key:
             rows += merging.rows(self._waiting[0].request)
-            if rows > ROWS:
+            if rows > self._most_rows:
                 break
             group.append(self._waiting.popleft())
         task = asyncio.create_task(self._run(group))
@@ -150,30 +151,24 @@ class Feed(Generic[R]):
         task.add_done_callback(self._running.discard)
 
     async def _run(self, group: Sequence[_Waiting]) -> None:
-        asks = callers.current()
-        # Each group has to be let in anew: a stream that runs must not fill the queue for ever.
-        callers.announce(replace(asks, admitted=False))
         answers = await self._answers([each.request for each in group])
         outcomes = [(each.sequence_id, answer) for each, answer in zip(group, answers, strict=True)]
         self._ready.append((outcomes, sum(each.nbytes for each in group)))
 
     async def _answers(self, requests: Sequence[Any]) -> Sequence[R | Exception]:
-        if len(requests) > 1:
-            asks = callers.current()
-            asks.counted = False
-            try:
-                whole: Any = await self._checked(merging.merged(requests))
-                return merging.parted(whole, requests)
-            except Exception:  # of one of them, perhaps: each is told of its own
-                asks.counted = True
-                return [await self._alone(request) for request in requests]
-        return [await self._alone(requests[0])]
-
-    async def _alone(self, request: Any) -> R | Exception:
+        half = len(requests) // 2
+        # Each group has to be let in anew: a stream that runs must not fill the queue for ever.
+        callers.announce(replace(callers.current(), admitted=False, counted=not half))
         try:
-            return await self._checked(request)
+            if not half:
+                return [await self._checked(requests[0])]
+            whole: Any = await self._checked(merging.merged(requests))
+            return merging.parted(whole, requests)
         except Exception as error:
-            return error
+            if not half:
+                return [error]
+        # Of one of them, perhaps: each is told of its own.
+        return [*await self._answers(requests[:half]), *await self._answers(requests[half:])]
 
     async def _checked(self, request: Any) -> R:
         if self._merges and request.model_name != self._model:
