@@ -178,6 +178,18 @@ def test_a_rollback_goes_one_change_back(
         assert admin.answers() == "1"
 
 
+def test_a_rollback_leads_to_the_very_bundle_that_answered(
+    running: Running, make_toy: Callable[..., Toy], toys: dict[str, Toy]
+) -> None:
+    other = make_toy("toy", "1", seed=9)
+    with administered(running, bundles=(toys["1"].path,)) as admin:
+        admin.load(toys["2"].path)
+        admin.unload("1")
+        admin.load(other.path)
+        assert refusal(admin.rollback) is grpc.StatusCode.FAILED_PRECONDITION
+        assert admin.answers() == "2"
+
+
 @pytest.mark.parametrize("folder", ["", "bundles/toy", "/no/such/folder", "/\0"])
 def test_no_folder_no_bundle(running: Running, toys: dict[str, Toy], folder: str) -> None:
     with administered(running, bundles=(toys["1"].path,)) as admin:

@@ -88,6 +88,15 @@ def test_nothing_is_found_before_it_is_loaded() -> None:
     assert not Registry().known("a")
 
 
+def test_requests_find_nothing_before_all_is_there(registry: Registry) -> None:
+    for ask in (lambda: registry.lease("a"), registry.served):
+        with pytest.raises(Unavailable, match="still being loaded"):
+            ask()
+    registry.open()
+    assert registry.lease("a").engine is registry.find("a")
+    assert registry.served() == registry.engines()
+
+
 def test_a_model_is_described(
     toy: Toy, manifest: Manifest, settings: Callable[..., Settings]
 ) -> None:

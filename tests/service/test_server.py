@@ -6,11 +6,13 @@ import asyncio
 import json
 import math
 import random
+import shutil
 import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -31,6 +33,7 @@ from likely.v1.models_pb2 import GetModelRequest, ListModelsRequest
 from likely.v1.models_pb2_grpc import ModelServiceStub
 from likely.v1.scoring_pb2 import ClassifyRequest, EncodeRequest, ScoreRequest, Verdict
 from likely.v1.scoring_pb2_grpc import ScoringServiceStub
+from likely.versions.watch import Watcher
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Running, Toy
@@ -383,6 +386,46 @@ def test_reflection_can_be_off(running: Running) -> None:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         error = failure(lambda: list(stub.ServerReflectionInfo(iter([request]))))
         assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_requests_wait_for_the_watched_folder_and_the_labels_too(
+    running: Running, make_toy: Callable[..., Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, more = make_toy("toy", "1"), make_toy("toy", "2", seed=3), make_toy("more", "1")
+    begun, go_on, follow = threading.Event(), threading.Event(), Watcher._follow
+
+    async def slow(watcher: Watcher, settled: Any) -> None:
+        begun.set()
+        await asyncio.to_thread(go_on.wait, 30)
+        await follow(watcher, settled)
+
+    monkeypatch.setattr(Watcher, "_follow", slow)
+    shutil.copytree(more.path, tmp_path / "watched" / "more")
+    with (
+        running(
+            load=False,
+            bundles=(old.path, new.path),
+            watch=tmp_path / "watched",
+            labels=("toy:stable=1",),
+        ) as live,
+        grpc.insecure_channel(live.address) as channel,
+    ):
+        stubs = Stubs(channel)
+        asks = (
+            partial(stubs.ask, on_toy(ScoreRequest)),
+            partial(stubs.ask, on_toy(ScoreRequest, model_name="more")),
+            partial(stubs.ask, GetModelRequest(model_name="more")),
+            partial(stubs.models.ListModels, ListModelsRequest()),
+        )
+        loading = asyncio.run_coroutine_threadsafe(live.server.load(), live.loop)
+        assert begun.wait(30)
+        for ask in asks:
+            assert failure(ask).code() is grpc.StatusCode.UNAVAILABLE
+        go_on.set()
+        loading.result(30)
+        assert asks[0]().model_version == "1"
+        for ask in asks[1:]:
+            ask()
 
 
 def test_until_models_are_loaded_the_server_is_not_ready(running: Running) -> None:

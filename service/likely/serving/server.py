@@ -190,6 +190,7 @@ class Server:
                 raise SettingsError(f"{settings.watch} cannot be read: {error.strerror}") from error
             self._watching = asyncio.create_task(self._watcher.run())
         self.lifecycle.pin(settings.version_labels)
+        self.registry.open()
         self._loaded = True
         await self._tell()
 

@@ -338,15 +338,15 @@ class Models(models_pb2_grpc.ModelServiceServicer):
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
         """Every version that is served."""
-        engines = self._registry.engines()
-        infos = [self._described(engine) for engine in engines]
+        infos = [self._described(engine) for engine in self._registry.served()]
         return models_pb2.ListModelsResponse(models=[codec.model(info) for info in infos])
 
     async def GetModel(
         self, request: models_pb2.GetModelRequest, context: Context
     ) -> models_pb2.GetModelResponse:
         """One version."""
-        info = self._described(self._registry.find(request.model_name, request.model_version))
+        held = self._registry.lease(request.model_name, request.model_version)
+        info = self._described(held.engine)
         return models_pb2.GetModelResponse(model_version=info.version, model=codec.model(info))
 
     def _described(self, engine: Engine) -> ModelInfo:

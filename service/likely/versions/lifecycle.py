@@ -336,13 +336,17 @@ class Lifecycle:
         if not former:
             raise Refused(f"no earlier version of {name} has answered by default")
         target = former[-1]
-        if (name, target.version) not in self._folders:
-            found = await asyncio.to_thread(self._loader.verified, target.folder)
-            if found.digest != target.digest:
-                raise Refused(
-                    f"{target.folder} does not hold {name}@{target.version} any more, "
-                    "but another bundle"
-                )
+        serves = (name, target.version) in self._folders
+        if serves:
+            found = self._registry.find(name, target.version).digest
+        else:
+            found = (await asyncio.to_thread(self._loader.verified, target.folder)).digest
+        if found != target.digest:
+            raise Refused(
+                f"{name}@{target.version} is another bundle by now than that which answered, "
+                f"in {target.folder}"
+            )
+        if not serves:
             await self._load(target.folder)
         self._registry.set_label(name, "stable", target.version)
         # Loading it may itself have been a change worth undoing; this one is its undoing.

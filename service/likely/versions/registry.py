@@ -27,6 +27,8 @@ METHODS = {
     "Traverse": "likely.v1.LatentService/Traverse",
 }
 
+LOADING = "the models are still being loaded"
+
 Policy = Literal["newest", "oldest"]
 
 
@@ -65,7 +67,7 @@ class Held:
 
 
 class Registry:
-    """The engines of a server; empty and unavailable until it is filled.
+    """The engines of a server; requests find them once it is filled and open.
 
     All methods belong to the event loop's thread, so that each is one step for every request.
 
@@ -77,6 +79,7 @@ class Registry:
         self.policy = policy
         self._shelves: dict[str, dict[str, Held]] | None = None
         self._labels: dict[str, dict[str, str]] = {}
+        self._is_open = False
 
     def fill(self, engines: Sequence[Engine]) -> None:
         """Serves these engines from now on.
@@ -87,6 +90,10 @@ class Registry:
         self._shelves = {}
         for engine in engines:
             self.add(engine)
+
+    def open(self) -> None:
+        """Lets requests find what is served, all of it being there, and labelled."""
+        self._is_open = True
 
     def add(self, engine: Engine) -> None:
         """Serves this engine too.
@@ -142,24 +149,19 @@ class Registry:
         Raises:
             InvalidInput: the name or the version is none that a bundle can have.
             ModelNotFound: no such model is served.
-            Unavailable: the models are still being loaded.
+            Unavailable: the first models are still being loaded.
         """
-        return self.lease(name, version).engine
+        return self._found(name, version).engine
 
     def lease(self, name: str, version: str = "") -> Held:
-        """What `find` finds; while it is entered as a context, it is not unloaded.
+        """What `find` finds, for a request; while entered as a context, it is not unloaded.
 
         Raises:
-            InvalidInput, ModelNotFound, Unavailable: as `find`.
+            InvalidInput, ModelNotFound: as `find`.
+            Unavailable: the models are still being loaded.
         """
-        named = self._labels.get(name, {}).get(version, version) or self.default(name) or ""
-        held = (self._shelves or {}).get(name, {}).get(named)
-        if held is not None:
-            return held
-        check_name("model_name", name)
-        if version:
-            check_name("model_version", version)
-        return self._held(name, named)
+        self._require_open()
+        return self._found(name, version)
 
     def default(self, name: str) -> str | None:
         """The version that answers a request that names none: the stable one, or by policy."""
@@ -190,9 +192,22 @@ class Registry:
         return tuple(sorted(label for label, target in named.items() if target == version))
 
     def engines(self) -> list[Engine]:
-        """All engines, sorted by name and then by age of version."""
+        """All engines, sorted by name and then by age of version.
+
+        Raises:
+            Unavailable: the first models are still being loaded.
+        """
         shelves = self._filled()
         return [held.engine for name in sorted(shelves) for held in shelves[name].values()]
+
+    def served(self) -> list[Engine]:
+        """All engines, for a request.
+
+        Raises:
+            Unavailable: the models are still being loaded.
+        """
+        self._require_open()
+        return self.engines()
 
     def known(self, name: str) -> bool:
         """Whether a model of that name is served."""
@@ -204,6 +219,17 @@ class Registry:
             engine.close()
         self._shelves = None
         self._labels = {}
+        self._is_open = False
+
+    def _found(self, name: str, version: str) -> Held:
+        named = self._labels.get(name, {}).get(version, version) or self.default(name) or ""
+        held = (self._shelves or {}).get(name, {}).get(named)
+        if held is not None:
+            return held
+        check_name("model_name", name)
+        if version:
+            check_name("model_version", version)
+        return self._held(name, named)
 
     def _held(self, name: str, version: str) -> Held:
         versions = self._filled().get(name)
@@ -217,8 +243,12 @@ class Registry:
 
     def _filled(self) -> dict[str, dict[str, Held]]:
         if self._shelves is None:
-            raise Unavailable("the models are still being loaded")
+            raise Unavailable(LOADING)
         return self._shelves
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise Unavailable(LOADING)
 
     def _listed(self) -> str:
         names = [f"{e.manifest.name}@{e.manifest.version}" for e in self.engines()]

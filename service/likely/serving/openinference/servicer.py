@@ -74,7 +74,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: inference_pb2.ServerReadyRequest, context: Context
     ) -> inference_pb2.ServerReadyResponse:
         """Whether there is a model to ask."""
-        ready = self._ready() and any(engine.healthy for engine in self._registry.engines())
+        ready = self._ready() and any(engine.healthy for engine in self._registry.served())
         return inference_pb2.ServerReadyResponse(ready=ready)
 
     async def ModelReady(
@@ -110,7 +110,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
             name=request.name,
             versions=[
                 each.manifest.version
-                for each in self._registry.engines()
+                for each in self._registry.served()
                 if each.manifest.name == manifest.name
             ],
             platform=PLATFORM,
@@ -266,7 +266,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         return response
 
     def _found(self, name: str, version: str) -> tuple[Engine, Operation]:
-        engine = self._registry.find(operations.named(name)[0], version)
+        engine = self._registry.lease(operations.named(name)[0], version).engine
         return engine, self._operation(engine, name)
 
     def _operation(self, engine: Engine, name: str) -> Operation:
@@ -283,7 +283,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     def _listed(self) -> Iterator[tuple[Key, Engine]]:
         """Every model and version, and what answers for it."""
-        for engine in self._registry.engines():
+        for engine in self._registry.served():
             for operation in operations.offered(engine):
                 name = operations.full(engine.manifest.name, operation)
                 yield (name, engine.manifest.version), engine
