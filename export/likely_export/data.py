@@ -181,7 +181,7 @@ def load(
             file or a folder of them, or a folder of pictures, with one subfolder a label where
             labels are known.
         sizes: how many pictures each part takes.
-        levels: quantise to so many levels, evenly, what does not have so few already; 0 keeps
+        levels: quantise to so many levels what does not have so few already; 0 keeps
             the source's, which its pixels must span.
         binarise: two levels, 1 with probability x / (levels - 1): held-out parts
             are drawn once by Philox(key=(20261122, k)), training afresh each time. Zeros and
@@ -238,7 +238,10 @@ def binarised(split: Split, whole: Source, draw: int) -> Split:
 
 
 def quantised(x: Pixels, whole: Source, levels: int) -> Pixels:
-    """Pictures of a source in so many levels, evenly wide; as they are if it has no others.
+    """Pictures of a source in so many levels, as image files are read; as they are if it has none.
+
+    Value v of a source of L levels is level round(v * (levels - 1) / (L - 1)), so that black stays
+    black, white white, and a picture is the same from an image file (`likely.levels.of_image`).
 
     Raises:
         InvalidInput: the source does not span its levels.
@@ -246,7 +249,8 @@ def quantised(x: Pixels, whole: Source, levels: int) -> Pixels:
     if whole.peak < levels:
         return x
     _require_span(whole)
-    return (x.astype(np.int64) * levels // whole.levels).astype(np.uint8)
+    fewer: Pixels = np.rint(x * ((levels - 1) / (whole.levels - 1))).astype(np.uint8)
+    return fewer
 
 
 def _require_span(whole: Source) -> None:

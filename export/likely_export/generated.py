@@ -191,7 +191,7 @@ class Drawing:
         sizes = self.manifest.calibrated.statistics
         if Role.SAMPLE not in self.manifest.graphs or not {"surprise", "entropy"} <= set(sizes):
             return {}
-        if _leading(self.manifest, Role.SAMPLE) != _leading(self.manifest, Role.DENSITY):
+        if self.manifest.leader(Role.SAMPLE) != self.manifest.leader(Role.DENSITY):
             return {}
         spec = self.manifest.graphs[Role.SAMPLE]
         session = Session(self.bundle.graph(Role.SAMPLE), spec, Device("cpu"))
@@ -260,12 +260,6 @@ def _joined(chunks: Sequence[Draws]) -> Draws:
         for name in ("images", "label", "draws", "accepted")
     )
     return replace(chunks[0], images=images, label=label, draws=draws, accepted=accepted)
-
-
-def _leading(manifest: Manifest, role: Role) -> Any:
-    """The name of the model that plays a role, of several the first."""
-    named = manifest.recipe.get("roles", {}).get(role)
-    return named[0] if isinstance(named, list | tuple) else named
 
 
 def _nearest(x: Pixels, among: Pixels) -> tuple[Labels, Doubles]:

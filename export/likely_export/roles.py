@@ -83,7 +83,7 @@ class Density(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """log_px (n,), surprise (n, c, h, w), statistics (n, s)[, label (n,)] of uint8 x."""
         seen = self.tables(x)
-        label = () if seen.reconstruction is None else (seen.redrawn.bounds.argmax(1),)
+        label = () if seen.reconstruction is None else (seen.redrawn.log_weights.argmax(1),)
         log_px = -seen.surprise.flatten(1).sum(1)
         return log_px, seen.surprise, statistics(seen, self.names), *label
 
@@ -110,14 +110,14 @@ def _reconstruction(cvae: CVAE, x: Tensor) -> Reconstruction:
     mean, log_variance = cvae.posterior(cvae.features(x)[:, None], labels)
     middle = torch.zeros(1, 1, 1, cvae.config.latent, device=x.device)
     levels = x.flatten(1)[:, None, None]
-    bounds = cvae.weights_of(mean, log_variance, levels, labels, middle)[..., 0]
-    likeliest = bounds.argmax(1)
+    weights = cvae.weights_of(mean, log_variance, levels, labels, middle)[..., 0]
+    likeliest = weights.argmax(1)
     chosen = likeliest[:, None, None].expand(-1, 1, cvae.config.latent)
     mean, log_variance = (
         part.expand(-1, len(labels), -1).gather(1, chosen)[:, 0] for part in (mean, log_variance)
     )
     return Reconstruction(
-        bounds=bounds,
+        log_weights=weights,
         mean=cvae.from_centre(mean, likeliest),
         log_variance=log_variance,
         expected=cvae.expected(mean, likeliest),

@@ -25,14 +25,15 @@ class Reconstruction:
     """What a CVAE says of a picture at the mean of its posterior, under its likeliest label.
 
     Attributes:
-        bounds: (n, labels), the ELBO at that mean for every label, nats.
+        log_weights: (n, labels), log p(x, z|y) - log q(z|x) at that mean z for every label, nats:
+            what the ELBO is the mean of, and itself no bound.
         mean: (n, z), of the latent features, from the mean of their prior.
         log_variance: (n, z).
         expected: (n, c, h, w), the expected picture, levels scaled to [0, 1].
         picture: (n, c, h, w), the picture itself, scaled likewise.
     """
 
-    bounds: Tensor
+    log_weights: Tensor
     mean: Tensor
     log_variance: Tensor
     expected: Tensor
@@ -144,19 +145,19 @@ def regional_gain(t: Tables) -> Tensor:
 
 
 def bound(t: Tables) -> Tensor:
-    """The largest of the labels' bounds."""
-    return t.redrawn.bounds.topk(1, 1).values  # the exporter's ReduceMax has no CUDA kernel
+    """The largest of the labels' log-weights."""
+    return t.redrawn.log_weights.topk(1, 1).values  # the exporter's ReduceMax has no CUDA kernel
 
 
 def margin(t: Tables) -> Tensor:
-    """By how much the likeliest label's bound exceeds the next one's."""
-    bounds = t.redrawn.bounds
-    best = bounds.topk(min(2, bounds.shape[1]), 1).values
+    """By how much the likeliest label's log-weight exceeds the next one's."""
+    weights = t.redrawn.log_weights
+    best = weights.topk(min(2, weights.shape[1]), 1).values
     return best[:, :1] - best[:, -1:]
 
 
 def disagreement(t: Tables) -> Tensor:
-    """log p(x) of the density beyond the largest bound of the CVAE."""
+    """log p(x) of the density beyond the largest log-weight of the CVAE."""
     return -bound(t) - _total(t.surprise)
 
 

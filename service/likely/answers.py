@@ -159,9 +159,10 @@ class Classifications:
 
     @property
     def label_sets(self) -> Accepted:
-        """Which labels are plausible, bool (n, labels): none for an outlier, several if unsure.
+        """Which labels are plausible, bool (n, labels): several if unsure.
 
-        At an alpha finer than a label's own calibration can tell, always that label too.
+        Whether it is an outlier, `verdict` tells, not whether this is empty. At an alpha finer
+        than a label's own calibration can tell, always that label too.
         """
         return self.label_p_values > self.alpha
 

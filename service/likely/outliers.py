@@ -399,7 +399,7 @@ def benjamini_hochberg(p_values: npt.ArrayLike, rate: float) -> npt.NDArray[np.b
     """Which pictures of a batch to reject so that the false ones are at most that share.
 
     Benjamini and Hochberg, 1995; valid for p-values of one calibration split (Bates et al.,
-    2023). A batch of m pictures can only lose one if rate >= m * finest_alpha.
+    2023). Of a batch of m, k pictures can only be rejected if rate >= m * finest_alpha / k.
 
     Args:
         p_values: (n,), of `Score` or `Classify` with the marginal guarantee.

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from likely.errors import InvalidInput
+from likely.levels import brightness, of_image
 from likely_export import data, sources
 from likely_export.data import PARTS, Sizes, Split, spread
 
@@ -241,11 +242,25 @@ def test_pictures_may_have_no_labels(tmp_path: Path, form: str) -> None:
         data.load(source, sizes, labels=("a",))
 
 
-def test_fewer_levels_are_evenly_wide() -> None:
+def test_fewer_levels_are_the_nearest() -> None:
     found = data.load("digits", Sizes(160, 260, 120, 300), levels=4)
     assert found.levels == 4 and set(np.unique(found.train.x)) == {0, 1, 2, 3}
     raw = data.load("digits", Sizes(160, 260, 120, 300))
-    assert np.array_equal(found.test.x, raw.test.x.astype(int) * 4 // 17)
+    assert np.array_equal(found.test.x, (raw.test.x * 3 + 8) // 16)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 8, 16, 64, 200, 255, 256])
+def test_a_picture_has_the_same_levels_from_a_data_set_and_from_an_image_file(
+    tmp_path: Path, levels: int
+) -> None:
+    x = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(40, 0)
+    y = np.zeros(40, int)
+    np.savez(tmp_path / "set.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    found = data.load(tmp_path / "set.npz", NO_TEST, levels=levels).test.x[0]
+    Image.fromarray(x[0, 0]).save(tmp_path / "x.png")
+    assert np.array_equal(found, of_image(tmp_path / "x.png", "x", 1, levels))
+    Image.fromarray(brightness(found[0], levels)).save(tmp_path / "shown.png")
+    assert np.array_equal(found, of_image(tmp_path / "shown.png", "x", 1, levels))
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def check(request: Any, manifest: Manifest, detector: Detector) -> dict[str, Any
         checks.geometry(request, manifest, LIMITS)
         known = checks.mask(request)
         x = checks.pixels(request, manifest, LIMITS, known)
-        return {"x": x, "completions": checks.completions(request, LIMITS)}
+        return {"x": x, "completions": checks.completions(request, manifest, LIMITS)}
     x = checks.pixels(request, manifest, LIMITS)
     checked: dict[str, Any] = {"x": x}
     if isinstance(request, EncodeRequest):
@@ -180,6 +180,20 @@ def test_a_bad_value_is_refused_with_its_field_and_what_is_allowed(
     assert caught.value.field == field
 
 
+def test_proposals_need_the_density_of_the_model_that_draws(manifest: Manifest) -> None:
+    request = CompleteRequest(images=GOOD, mask=bytes(18), proposals=2)
+    roles: dict[str, Any] = {"density": ["a", "near"], "sample": "a"}
+    one = manifest.model_copy(update={"recipe": {"roles": roles}})
+    two = manifest.model_copy(update={"recipe": {"roles": {**roles, "sample": "b"}}})
+    for each in (manifest, one):
+        assert checks.completions(request, each, LIMITS) == (1, 2)
+    with pytest.raises(InvalidInput, match="2 need a model that tells") as caught:
+        checks.completions(request, two, LIMITS)
+    assert caught.value.field == "proposals"
+    request.proposals = 1
+    assert checks.completions(request, two, LIMITS) == (1, 1)
+
+
 @pytest.mark.parametrize("seed", [0, 2**63 - 1, -(2**63)])
 def test_every_seed_is_a_seed(seed: int) -> None:
     assert checks.seed(GenerateRequest(seed=seed)) == seed
@@ -211,8 +225,8 @@ def test_allowed_pictures_come_through(manifest: Manifest) -> None:
     assert np.array_equal(checks.pixels(request, manifest, LIMITS), x)
 
 
-def test_more_pictures_than_may_be_drawn_are_named() -> None:
+def test_more_pictures_than_may_be_drawn_are_named(manifest: Manifest) -> None:
     request = CompleteRequest(images=codec.images(np.zeros((3, 1, 3, 3), np.uint8)))
     with pytest.raises(InvalidInput, match="3 pictures") as caught:
-        checks.completions(request, replace(LIMITS, images_per_generation=2))
+        checks.completions(request, manifest, replace(LIMITS, images_per_generation=2))
     assert caught.value.field == "images.shape[0]"

@@ -224,6 +224,12 @@ class Manifest(_Entry):
         spec = graph.output("mean") if role is Role.ENCODE else graph.input("z")
         return int(spec.shape[-1]) if spec else 0
 
+    def leader(self, role: Role) -> str | None:
+        """The name of the model in that role, of several the first; None if it is not told."""
+        named = self.recipe.get("roles", {}).get(role)
+        leader: str | None = named[0] if isinstance(named, list | tuple) else named
+        return leader
+
     @property
     def deterministic(self) -> bool:
         """Whether features have no variance and stand for pictures without a distribution."""

@@ -30,6 +30,7 @@ from likely.answers import (
     Pixels,
     SelfCheck,
 )
+from likely.bundle import Role
 from likely.errors import InvalidInput
 from likely.latent import Drawing
 from likely.noise import SEED_LIMIT
@@ -260,7 +261,9 @@ def mask(request: generation_pb2.CompleteRequest) -> Accepted:
     return known.reshape(claimed).astype(np.bool_)
 
 
-def completions(request: generation_pb2.CompleteRequest, limits: Limits) -> tuple[int, int]:
+def completions(
+    request: generation_pb2.CompleteRequest, manifest: Manifest, limits: Limits
+) -> tuple[int, int]:
     """How many completions of each picture, from how many proposals each.
 
     Pictures times completions times proposals are held to the limit of one request.
@@ -276,6 +279,9 @@ def completions(request: generation_pb2.CompleteRequest, limits: Limits) -> tupl
     given = request.proposals if request.HasField("proposals") else 1
     if given > 1 and (request.HasField("label") or request.HasField("temperature")):
         raise InvalidInput("proposals", f"{given} need an absent label and temperature")
+    if given > 1 and manifest.leader(Role.SAMPLE) != manifest.leader(Role.DENSITY):
+        told = f"{given} need a model that tells log p(x) of what it draws"
+        raise InvalidInput("proposals", told)
     _within("proposals", given, min(MOST_PROPOSALS, limits.images_per_generation // (n * count)))
     return count, given
 

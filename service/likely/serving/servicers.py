@@ -227,7 +227,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         checks.geometry(request, engine.manifest, self._limits)
         known = checks.mask(request)
         x = checks.pixels(request, engine.manifest, self._limits, known)
-        completions, proposals = checks.completions(request, self._limits)
+        completions, proposals = checks.completions(request, engine.manifest, self._limits)
         drawn = engine.complete(
             x,
             known,

@@ -252,8 +252,9 @@ class CompleteRequest(google.protobuf.message.Message):
     given all that comes before it in raster order, so 1 is exact where no
     fixed pixel follows an open one. Elsewhere more proposals come closer to
     p(open | fixed): one is chosen in proportion to how probable it makes the
-    fixed pixels. More than 1 needs an absent label and temperature, and counts
-    towards the limit as if each were asked for. Absent: 1.
+    fixed pixels. More than 1 needs an absent label and temperature, and a model
+    that both draws and tells log p(x); it counts towards the limit as if each
+    were asked for. Absent: 1.
     """
     @property
     def images(self) -> likely.v1.images_pb2.Images:
