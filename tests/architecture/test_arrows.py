@@ -212,7 +212,7 @@ WITHIN = {
         "catalogue": "values",
         "plans": "catalogue values",
         "line": "catalogue channels",
-        "admin": "channels line",
+        "admin": "channels line values",
         "ledger": "plans values",
         "feeds": "ledger plans",
         "blocking": "catalogue channels feeds line plans values",

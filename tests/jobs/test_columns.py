@@ -145,6 +145,39 @@ def test_a_tensor_with_an_empty_level_is_refused(tmp_path: Path) -> None:
         opened(parquet(tmp_path / "in.parquet", column)).read(0, 3)
 
 
+@pytest.mark.parametrize(
+    ("keys", "called"),
+    [
+        (pa.array(["a", None, "c"]), ["a", "in.parquet[1]", "c"]),
+        (pa.array([b"a", b"b\xff", None]), ["a", "b\N{REPLACEMENT CHARACTER}", "in.parquet[2]"]),
+        (pa.array([b"ab", b"cd", b"ef"], pa.binary(2)), ["ab", "cd", "ef"]),
+        (pa.array(["a", None, "a"]).dictionary_encode(), ["a", "in.parquet[1]", "a"]),
+        (pa.array([7, None, 9]), ["7", "in.parquet[1]", "9"]),
+    ],
+)
+def test_keys_are_texts_numbers_or_none(tmp_path: Path, keys: Any, called: list[str]) -> None:
+    rows = pa.array(drawn(3)[:, 0].tolist())
+    pq.write_table(
+        pa.table({"image": rows, "key": keys}), tmp_path / "in.parquet", row_group_size=2
+    )
+    assert opened(tmp_path / "in.parquet").read(0, 3)[1] == called
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pa.array([{"a": 1}] * 3),
+        pa.array([["a"]] * 3),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(drawn(3)),
+    ],
+)
+def test_keys_that_are_nested_are_refused_as_a_file_is_opened(tmp_path: Path, keys: Any) -> None:
+    rows = pa.array(drawn(3)[:, 0].tolist())
+    pq.write_table(pa.table({"image": rows, "key": keys}), tmp_path / "in.parquet")
+    with pytest.raises(InvalidInput, match=r"in\.parquet: column key is of .* a text or a number"):
+        opened(tmp_path / "in.parquet")
+
+
 def test_levels_that_begin_like_a_bitmap_are_levels(tmp_path: Path) -> None:
     x = drawn(3)
     x[:, 0, 0, :2] = (*b"BM",)

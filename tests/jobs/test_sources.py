@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from likely import levels
@@ -27,6 +28,20 @@ def npy(x: Pixels) -> bytes:
     out = io.BytesIO()
     np.save(out, x)
     return out.getvalue()
+
+
+def packed(path: Path, members: dict[str, bytes | str]) -> Path:
+    """A tar archive of files, and of hard links to others."""
+    with tarfile.open(path, "w") as archive:
+        for name, given in members.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(given, str):
+                member.type, member.linkname = tarfile.LNKTYPE, given
+                archive.addfile(member)
+            else:
+                member.size = len(given)
+                archive.addfile(member, io.BytesIO(given))
+    return path
 
 
 def test_an_array_of_another_shape_is_refused_as_it_is_opened(tmp_path: Path) -> None:
@@ -112,6 +127,46 @@ def test_arrays_are_held_two_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
             assert np.array_equal(found, x[start:stop])
             assert keys[0] == f"{start // 3 * 3:02d}.np{'zy'[start // 3 * 3 % 4 == 0]}[{start % 3}]"
     assert len(held._held) == 2
+
+
+def test_row_groups_are_held_two_at_a_time_of_all_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = drawn(60)
+    for i in range(0, 60, 6):
+        column = pa.FixedShapeTensorArray.from_numpy_ndarray(x[i : i + 6])
+        pq.write_table(pa.table({"x": column}), tmp_path / f"{i:02d}.parquet", row_group_size=3)
+    read: list[int] = []
+    whole = pq.ParquetFile.read_row_group
+
+    def noted(file: Any, group: int, *more: Any) -> Any:
+        read.append(group)
+        return whole(file, group, *more)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
+    pictures = opened(tmp_path)
+    assert np.array_equal(pictures.read(0, 60)[0], x)
+    assert read == [0, 1] * 10
+    pictures.read(55, 60)
+    assert len(read) == 20
+    (held,) = {id(each.held): each.held for each in pictures._sources}.values()  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(8) as pool:
+        spans = [(i % 50, i % 50 + 10) for i in range(0, 400, 7)]
+        for (start, stop), (found, keys) in zip(
+            spans, pool.map(lambda span: pictures.read(*span), spans), strict=True
+        ):
+            assert np.array_equal(found, x[start:stop])
+            assert keys[0] == f"{start // 6 * 6:02d}.parquet[{start % 6}]"
+    assert len(held._held) == 2
+
+
+def test_a_file_of_two_names_keeps_both(tmp_path: Path) -> None:
+    column = pa.FixedShapeTensorArray.from_numpy_ndarray(drawn(1))
+    pq.write_table(pa.table({"x": column}), tmp_path / "a.parquet")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "b.parquet").symlink_to(tmp_path / "a.parquet")
+    _, keys = opened(tmp_path).read(0, 2)
+    assert keys == ["a.parquet[0]", "in/b.parquet[0]"]
 
 
 def test_more_arrays_are_read_than_files_may_be_open(tmp_path: Path) -> None:
@@ -260,12 +315,8 @@ def test_an_archive_that_cannot_be_read_is_refused(
 @pytest.mark.parametrize("one_channel", [False, True])
 def test_samples_may_be_arrays(tmp_path: Path, one_channel: bool) -> None:
     x = drawn(4)
-    with tarfile.open(tmp_path / "in.tar", "w") as archive:
-        for i, each in enumerate(x):
-            data = npy(each[0] if one_channel else each)
-            member = tarfile.TarInfo(f"{i}.npy")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+    arrays = [npy(each[0] if one_channel else each) for each in x]
+    packed(tmp_path / "in.tar", {f"{i}.npy": data for i, data in enumerate(arrays)})
     read, keys = opened(tmp_path / "in.tar").read(1, 4)
     assert np.array_equal(read, x[1:])
     assert keys == ["1", "2", "3"]
@@ -277,3 +328,61 @@ def test_an_archive_in_an_archive_is_no_picture(tmp_path: Path) -> None:
         archive.add(tmp_path / "in.npz", "a.npy")
     with pytest.raises(InvalidInput, match=r"in\.tar:a\.npy: shape"):
         opened(tmp_path / "in.tar").read(0, 1)
+
+
+def test_an_archive_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    path = packed(tmp_path / "in.tar", {f"{i}.png": encoded(drawn(1)[0, 0]) for i in range(5)})
+    data = path.read_bytes()
+    assert len(opened(path)) == 5
+    path.write_bytes(data[: 10 * 512 + 1024])  # an end marker alone, without what fills a record
+    assert len(opened(path)) == 5
+
+    def refused(broken: bytes) -> None:
+        path.write_bytes(broken)
+        with pytest.raises(InvalidInput, match=r"in\.tar: (no tar|the tar archive is cut off)"):
+            opened(path)
+
+    for length in (9 * 512, 9 * 512 + 10, 10 * 512 - 1, 10 * 512, 10 * 512 + 511, 2148):
+        refused(data[:length])
+    for place in (0, 2 * 512 + 10, 8 * 512 + 10):
+        refused(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
+    refused(data[: 4 * 512] + bytes(512) + data[5 * 512 :])
+    refused(data + data)
+
+
+def test_hard_links_are_what_they_lead_to(tmp_path: Path) -> None:
+    x = drawn(2)
+    files = {"a.npy": npy(x[0]), "deep/b.npy": npy(x[1])}
+    members: dict[str, bytes | str] = {**files, "c.npy": "a.npy", "d.npy": "c.npy"}
+    read, keys = opened(packed(tmp_path / "in.tar", members)).read(0, 4)
+    assert np.array_equal(read, x[[0, 1, 0, 0]])
+    assert keys == ["a", "deep/b", "c", "d"]
+    packed(tmp_path / "in.tar", {"c.npy": "a.npy", **files})
+    with pytest.raises(InvalidInput, match=r"in\.tar:c\.npy: neither a plain file nor a hard link"):
+        opened(tmp_path / "in.tar")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.FIFOTYPE])
+def test_a_picture_that_is_no_file_is_not_passed_over(tmp_path: Path, kind: bytes) -> None:
+    with tarfile.open(packed(tmp_path / "in.tar", {"a.npy": npy(drawn(1)[0])}), "a") as archive:
+        for name, of in (("folder.png", tarfile.DIRTYPE), ("words.txt", kind), ("b.npy", kind)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = of, "a.npy"
+            archive.addfile(member)
+    with pytest.raises(InvalidInput, match=r"in\.tar:b\.npy: neither a plain file"):
+        opened(tmp_path / "in.tar")
+
+
+def test_a_sample_is_called_by_its_name_up_to_the_first_dot(tmp_path: Path) -> None:
+    x, other = drawn(1), npy(drawn(2)[1])
+    hidden: dict[str, bytes | str] = {"._7.npy": b"of a file system", ".npy": other}
+    members = {"7.mask.npy": other, "7.NPY": npy(x[0]), "7.txt": b"", **hidden}
+    read, keys = opened(packed(tmp_path / "in.tar", members)).read(0, 1)
+    assert np.array_equal(read, x)
+    assert keys == ["7"]
+    for name in ("7.2024.npy", "deep/scan.2024.png"):
+        packed(tmp_path / "in.tar", {"8.npy": npy(x[0]), name: other})
+        with pytest.raises(
+            InvalidInput, match=rf"in\.tar:{name}: a name of several dots, and sample"
+        ):
+            opened(tmp_path / "in.tar")

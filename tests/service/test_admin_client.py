@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -127,6 +127,22 @@ def test_what_is_refused_is_told_by_its_error(
         admin.unload("toy", "1")
 
 
+def test_a_value_that_cannot_be_sent_is_named() -> None:
+    with AdminClient("127.0.0.1:1") as client:
+        asks: list[tuple[str, Callable[[Any], Any]]] = [
+            ("folder", lambda name: client.load(f"/{name}")),
+            ("model_name", lambda name: client.unload(name, "1")),
+            ("model_version", lambda _: client.unload("toy", 1)),  # type: ignore[arg-type]
+            ("label", lambda name: client.set_label("toy", name, None)),
+            ("model_name", client.rollback),
+            ("model_version", lambda name: client.reset_drift("toy", name)),
+        ]
+        for field, ask in asks:
+            with pytest.raises(InvalidInput, match="cannot be sent") as caught:
+                ask("\udce9")  # as the shell's words have what is no UTF-8
+            assert caught.value.field == field
+
+
 def test_where_no_admin_port_is(live: Live) -> None:
     with AdminClient("127.0.0.1:1") as client, pytest.raises(Unavailable, match="--admin-port"):
         client.versions()
@@ -179,6 +195,7 @@ def test_a_refusal_by_a_command_is_one_sentence(
 ) -> None:
     for args, sentence in (
         (("load", tmp_path), "has no"),
+        (("load", "/\udce9"), "folder: '/\\udce9' cannot be sent"),
         (("rollback", "toy"), "no earlier version"),
         (("versions", "--address", "127.0.0.1:1", "--timeout", "5"), "--admin-port"),
     ):

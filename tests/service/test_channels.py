@@ -65,6 +65,11 @@ def test_addresses_that_are_none_are_refused(addresses: list[str], sentence: str
         Client(addresses)
 
 
+def test_a_name_of_a_server_is_ascii() -> None:
+    with pytest.raises(SettingsError, match="is no name of a server"):
+        Client("127.0.0.1:1", server_name="\udce9")
+
+
 def test_a_token_goes_unencrypted_to_no_other_machine_of_several() -> None:
     Route(["127.0.0.1:1", "127.0.0.2:2"], token="secret")
     for addresses in (["127.0.0.1:1", "10.0.0.1:2"], "dns:///models.example.org:1"):

@@ -65,6 +65,47 @@ def test_bytes_divide_inputs_too(running: Running, toy: Toy, x: Any) -> None:
     assert len(sizes) == 3  # 11 pictures of 9 bytes fit into 100
 
 
+SIZED: list[Callable[[Any, Any], Any]] = [
+    lambda c, x: c.score(x),
+    lambda c, x: c.classify(x),
+    lambda c, x: c.encode(x),
+    lambda c, x: c.complete(x, True),
+    lambda c, x: c.traverse(x, "brightness", [0]),
+    lambda c, x: c.interpolate(x, x, [0, 1]),
+]
+
+
+@pytest.mark.parametrize("ask", SIZED)
+def test_a_picture_above_the_servers_limit_is_refused_unsent(
+    running: Running, x: Any, ask: Callable[[Any, Any], Any]
+) -> None:
+    large = np.zeros((2, 1, 32, 32), np.uint8)  # 1024 bytes each, without what is asked
+    with running(request_bytes=1024) as live, Client(live.address, timeout=30) as client:
+        ask(client, x[:2])
+        with pytest.raises(InvalidInput, match="the server takes 1024 at a time") as caught:
+            ask(client, large)
+        assert caught.value.field == "images"
+
+        async def likewise() -> None:
+            async with AsyncClient(live.address, timeout=30) as other:
+                await ask(other, large)
+
+        with pytest.raises(InvalidInput, match=re.escape(str(caught.value))):
+            live.run(likewise())
+
+
+@pytest.mark.parametrize("ask", SIZED)
+def test_a_limit_that_a_picture_exceeded_is_asked_anew(
+    client: Client, x: Any, ask: Callable[[Any, Any], Any]
+) -> None:
+    info = client.model()
+    low = replace(info, limits=replace(info.limits, request_bytes=20))
+    client._catalogue.moved(None, None, low)  # as it once was
+    with pytest.raises(InvalidInput, match="the server takes 20 at a time"):
+        ask(client, x[:2])
+    ask(client, x[:2])
+
+
 def test_bytes_of_maps_divide_inputs_too(running: Running, toy: Toy, x: Any) -> None:
     with running(response_bytes=1024) as live, Client(live.address) as client:
         found = client.score(x[:60], surprise=True).surprise
@@ -155,6 +196,28 @@ def test_proposals_divide_what_is_completed(client: Client, x: Any) -> None:
     assert found.images.shape == (30, 2, 1, 3, 3)
     alone = client.complete(x[20:21], known, completions=2, proposals=4, seed=3, first_index=20)
     assert np.array_equal(found.images[20:21], alone.images)
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape", "first"),
+    [
+        (3, (3, 4, 4), (slice(None), 0)),  # (c, h, w)
+        (3, (4, 4), (slice(None), slice(None), 0)),
+        (3, (3, 1, 4, 4), (0,)),
+        (1, (3, 4, 4), (0,)),  # (n, h, w)
+        (1, (1, 4, 4), (slice(None),)),
+    ],
+)
+def test_a_mask_broadcasts_to_the_pictures(
+    client: Client, channels: int, shape: tuple[int, ...], first: Any
+) -> None:
+    x = np.zeros((3, channels, 4, 4), np.uint8)
+    mask = np.zeros(shape, bool)
+    mask[0] = True
+    expected = np.zeros_like(x)
+    expected[first] = 1
+    (request,) = plans.completions(client.model(), None, x, mask, None, 1, 1, 0, None, 1)
+    assert np.array_equal(np.frombuffer(request.mask, np.uint8).reshape(x.shape), expected)
 
 
 def test_a_seed_that_the_server_picked_holds_for_all_parts(client: Client) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from likely import Client, machine
 from likely.bundle import MANIFEST
-from likely.cli import main
+from likely.cli import main, show
 from likely.cli.serve import FLAGS, OTHERS
 from likely.settings import Settings
 from tests.faults.history import events
@@ -298,6 +298,27 @@ def test_a_table_is_shown_where_output_lacks_its_signs(live: Live) -> None:
     assert b"alpha ?" in ran.stdout
 
 
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
+def test_a_name_that_is_no_utf8_is_shown_as_far_as_it_is(
+    live: Live, tmp_path: Path, encoding: str
+) -> None:
+    Image.new("L", (3, 3)).save(tmp_path / os.fsdecode(b"\xe9t\xe9.png"))
+    told = {"LIKELY_ADDRESS": live.address, "PYTHONIOENCODING": encoding, "COLUMNS": "500"}
+    ran = subprocess.run(
+        [*COMMAND, "score", tmp_path],
+        capture_output=True,
+        env={**os.environ, **told},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (b"/?t?.png" if "strict" in encoding else b"/\xe9t\xe9.png") in ran.stdout
+
+
+def test_what_a_table_is_of_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    show.rows([{"picture": 50 * "x"}], False, {"written to": "[red]x[/red] [/a] :pen:.png"})
+    assert "written to [red]x[/red] [/a] :pen:.png" in capsys.readouterr().out
+
+
 def test_a_table_of_models_fits_a_narrow_terminal(
     likely: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -504,6 +525,7 @@ def test_health_is_one_word_or_one_sentence(
 def test_health_of_one_model(likely: Callable[..., Result]) -> None:
     assert likely("health", *PATIENT, "--model", "toy").output == "SERVING\n"
     assert "no model other is served" in failed(likely("health", *PATIENT, "--model", "other"))
+    assert "is no UTF-8" in failed(likely("health", "--model", "\udce9"))
     assert "longer than 64 bytes" in failed(likely("health", "--model", 65 * "x"))
     assert "timeout = nan is not allowed" in failed(likely("health", "--timeout", "nan"))
 

@@ -47,8 +47,8 @@ class Commands(click.Group):
     def main(self, *args: Any, **more: Any) -> Any:
         """Runs the command that the words name, and ends the process."""
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
-                stream.reconfigure(errors="replace")  # tables have signs that cp1252 lacks
+            if isinstance(stream, TextIOWrapper) and _may_fail(stream):
+                stream.reconfigure(errors="replace")
         try:
             return super().main(*args, **more)
         finally:
@@ -90,6 +90,11 @@ class Commands(click.Group):
             raise  # who reads has enough, as `head` does: click ends without a word
         except (LikelyError, OSError) as error:
             raise click.ClickException(str(error)) from error
+
+
+def _may_fail(stream: TextIOWrapper) -> bool:
+    """Whether it lacks signs of tables, as cp1252 does, or refuses names that are no UTF-8."""
+    return stream.errors == "strict" or codecs.lookup(stream.encoding).name != "utf-8"
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -37,7 +37,10 @@ def health(server: Connection, model: str | None) -> None:
 
 def _request(model: str) -> bytes:
     """The HealthCheckRequest whose `service`, its field 1, is that model's."""
-    name = f"model/{model}".encode()
+    try:
+        name = f"model/{model}".encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput("model", f"{model!r} is no UTF-8, as every name is") from error
     if len(model.encode()) > _LONGEST:
         raise InvalidInput("model", f"{model!r} is longer than {_LONGEST} bytes, as no name is")
     return b"\x0a" + bytes([len(name)]) + name

@@ -49,7 +49,8 @@ def rows(entries: Sequence[Mapping[str, Any]], as_json: bool, about: Mapping[str
         for entry in entries:
             click.echo(json.dumps({**entry, **about}))
         return
-    caption = ", ".join(f"{key} {value}" for key, value in about.items()) or None
+    told = ", ".join(f"{key} {value}" for key, value in about.items())
+    caption = Text(told, "table.caption") if told else None  # a str would be read as markup
     table = Table(
         caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )

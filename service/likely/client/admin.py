@@ -13,6 +13,7 @@ from likely import codec
 from likely.answers import ModelVersion
 from likely.client.channels import Address, File, Route, Token
 from likely.client.line import CLOSED, as_error, positive
+from likely.client.values import built
 from likely.errors import LikelyError
 from likely.v1 import admin_pb2
 from likely.v1.admin_pb2_grpc import AdminServiceStub
@@ -93,7 +94,7 @@ class AdminClient:
             BundleError: it is refused; what was served is served still.
             LikelyError: InvalidInput, DeviceError, or as `versions`.
         """
-        request = admin_pb2.LoadModelRequest(folder=fspath(folder))
+        request = built(admin_pb2.LoadModelRequest, folder=fspath(folder))
         return codec.model_version(self._ask(self._stub.LoadModel, request).version)
 
     def unload(self, model: str, version: str) -> None:
@@ -103,10 +104,8 @@ class AdminClient:
             Refused: a label names it.
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
         """
-        self._ask(
-            self._stub.UnloadModel,
-            admin_pb2.UnloadModelRequest(model_name=model, model_version=version),
-        )
+        request = built(admin_pb2.UnloadModelRequest, model_name=model, model_version=version)
+        self._ask(self._stub.UnloadModel, request)
 
     def set_label(self, model: str, label: str, version: str | None) -> None:
         """Lets a label, `stable` or `canary`, name a version, or none.
@@ -114,10 +113,10 @@ class AdminClient:
         Raises:
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
         """
-        self._ask(
-            self._stub.SetLabel,
-            admin_pb2.SetLabelRequest(model_name=model, label=label, model_version=version or ""),
+        request = built(
+            admin_pb2.SetLabelRequest, model_name=model, label=label, model_version=version or ""
         )
+        self._ask(self._stub.SetLabel, request)
 
     def rollback(self, model: str) -> ModelVersion:
         """The version that answered by default before the last change, which is stable now.
@@ -127,7 +126,7 @@ class AdminClient:
             BundleError: it has to be loaded again, and is refused.
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
         """
-        request = admin_pb2.RollbackRequest(model_name=model)
+        request = built(admin_pb2.RollbackRequest, model_name=model)
         return codec.model_version(self._ask(self._stub.Rollback, request).version)
 
     def reset_drift(self, model: str, version: str | None = None) -> str:
@@ -136,7 +135,7 @@ class AdminClient:
         Raises:
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
         """
-        request = admin_pb2.ResetDriftRequest(model_name=model, model_version=version or "")
+        request = built(admin_pb2.ResetDriftRequest, model_name=model, model_version=version or "")
         found: str = self._ask(self._stub.ResetDrift, request).model_version
         return found
 

@@ -142,8 +142,12 @@ class Naming:
                 self._catalogue.moved(self._model, self._version, other)
         return False
 
-    def _anew(self) -> Plan[ModelInfo]:
+    def forget(self) -> None:
+        """Has the description asked for anew when the question is put next: it may be old."""
         self._catalogue.forget(self._model, self._version)
+
+    def _anew(self) -> Plan[ModelInfo]:
+        self.forget()
         return (yield from self._catalogue.model(self._model, self._version))
 
     def follow(self, plan: Callable[[ModelInfo], Plan[T]]) -> Plan[T]:
@@ -161,14 +165,19 @@ class Naming:
                 rounds += 1
                 if rounds == ROUNDS:
                     raise
-                self._catalogue.forget(self._model, self._version)
+                self.forget()
 
     def _first(self, plan: Callable[[ModelInfo], Plan[T]]) -> Plan[tuple[Plan[T], Any]]:
         """A plan begun, and the first answer that holds."""
         while True:
             info = yield from self.begin()
             asking = plan(info)
-            answer = yield next(asking)
+            try:
+                request = next(asking)
+            except InvalidInput:
+                self.forget()
+                raise
+            answer = yield request
             if self.holds(info, answer.model_version):
                 return asking, answer
 
@@ -258,7 +267,11 @@ class Parts(Generic[G]):
         if self._requests is None:
             self.info = yield from self._naming.begin()
             self._requests = self._divide(self.info)
-        request, self._rest = self._rest or next(self._requests, None), None
+        try:
+            request, self._rest = self._rest or next(self._requests, None), None
+        except InvalidInput:
+            self._naming.forget()
+            raise
         if request is not None and self._settled:
             request.model_version, request.seed = self._settled
         self._asked, self._came = request, 0

@@ -104,7 +104,8 @@ class Route:
         Raises:
             SettingsError: a file cannot be read, one of certificate and key is missing, one
                 of several addresses is no IP address, several are encrypted and have no
-                server name, or the token is none or would go unencrypted to another machine.
+                server name, that name is not ASCII, or the token is none or would go
+                unencrypted to another machine.
         """
         check_address(address)
         several = [address] if isinstance(address, str) else list(address)
@@ -131,6 +132,8 @@ class Route:
         self._token = credentials.bearer(token) if isinstance(token, str) else token
         self._secure = tls or any(each is not None for each in (ca, certificate, server_name))
         if server_name is not None:
+            if not server_name.isascii():
+                raise SettingsError(f"{server_name!r} is no name of a server; it has ASCII letters")
             self._options += (("grpc.default_authority", server_name),)
         elif self._secure and "," in self._target:
             raise SettingsError(

@@ -12,7 +12,7 @@ from likely import statuses
 from likely.answers import Pixels
 from likely.client import plans, values
 from likely.client.plans import A
-from likely.errors import InvalidInput, LikelyError, Overloaded, Unavailable
+from likely.errors import LikelyError, Overloaded, Unavailable
 
 WINDOW = 128  # messages that have no answer yet
 FIRST_DELAY, DELAY_GROWTH, LONGEST_DELAY = 0.2, 2.0, 5.0  # seconds before one more attempt
@@ -137,14 +137,7 @@ class Ledger(Generic[A]):
     def _message(self, x: Pixels, number: int) -> Any:
         request = self._questions.ask(x, self._questions.version)
         message = self._questions.stream(sequence_id=number, request=request)
-        # The server would end the whole stream for it.
-        if self._questions.most is not None and message.ByteSize() > self._questions.most:
-            raise InvalidInput(
-                "images",
-                f"{message.ByteSize()} bytes with what is asked about them; the server takes "
-                f"{self._questions.most} at a time",
-            )
-        return message
+        return plans.within(message, self._questions.most)  # or the whole stream would end
 
     def _failed(self, item: _Item, error: LikelyError, now: float) -> None:
         """Keeps the error, unless the item is worth another attempt within its time.

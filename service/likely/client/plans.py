@@ -43,6 +43,7 @@ from likely.errors import InvalidInput
 from likely.v1 import generation_pb2, latent_pb2, scoring_pb2
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Any)  # a message
 Held: TypeAlias = Guarantee | Literal["marginal", "pac"]
 Rule: TypeAlias = LabelRule | Literal["generative", "discriminative"]
 A = TypeVar("A", Scores, Classifications, Features, Draws, Redrawings, Traversal)
@@ -71,6 +72,23 @@ class Questions(Generic[A]):
     stream: Any = None
     most: int | None = None
     pictures: int | None = None
+
+
+def within(request: R, most: int | None, field: str = "images") -> R:
+    """The same request, if a server takes it.
+
+    Args:
+        request: about a single picture, or with room for what it says beside its pictures.
+        most: bytes that the server takes at a time; None for any.
+        field: that makes it large.
+
+    Raises:
+        InvalidInput: it is larger.
+    """
+    if most is not None and (size := request.ByteSize()) > most:
+        told = f"{size} bytes with what is asked about them; the server takes {most} at a time"
+        raise InvalidInput(field, told)
+    return request
 
 
 def score_questions(
@@ -290,7 +308,9 @@ def decode(
                 labels=given and given[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
-            answer: latent_pb2.DecodeResponse = yield message
+            answer: latent_pb2.DecodeResponse = yield within(
+                message, info.limits.request_bytes, "features"
+            )
             parts.append(codec.redrawn(answer, how.draws))
         return joined(parts)
 
@@ -328,7 +348,7 @@ def traverse(
                 labels=given and given[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
-            answer: latent_pb2.TraverseResponse = yield message
+            answer: latent_pb2.TraverseResponse = yield within(message, info.limits.request_bytes)
             parts.append(codec.traversal(answer, how.draws, (len(places),)))
         return joined(parts)
 
@@ -367,7 +387,9 @@ def interpolate(
                 other_labels=others_given and others_given[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
-            answer: latent_pb2.InterpolateResponse = yield message
+            answer: latent_pb2.InterpolateResponse = yield within(
+                message, info.limits.request_bytes
+            )
             parts.append(codec.redrawn(answer, how.draws, (len(places),)))
         return joined(parts)
 
@@ -450,7 +472,7 @@ def completions(
     count, first = whole("completions", count), whole("first_index", first_index)
     drawn = max(1, count) * max(1, whole("proposals", proposals))  # of each picture
     known = array("mask", mask, np.bool_)
-    known = known[:, None] if known.ndim == 3 else known
+    known = known[:, None] if known.ndim == 3 and x.shape[1] == 1 else known
     try:
         known = np.broadcast_to(known, x.shape).astype(np.uint8)
     except ValueError as error:
@@ -461,7 +483,7 @@ def completions(
     step = max(1, min(info.limits.images_per_request, fitting, most))
     for at in range(0, max(len(x), 1), step):
         part = x[at : at + step]
-        yield built(
+        request = built(
             generation_pb2.CompleteRequest,
             model_name=info.name,
             model_version=version or "",
@@ -474,6 +496,7 @@ def completions(
             temperature=temperature,
             proposals=proposals,
         )
+        yield within(request, info.limits.request_bytes)
 
 
 def completed(
@@ -561,12 +584,13 @@ def _divided(x: Pixels, info: ModelInfo, questions: Questions[A]) -> Plan[A]:
     fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, x[:1].nbytes)
     most = info.limits.images_per_request
     step = max(1, min(most, fitting, most if questions.pictures is None else questions.pictures))
+    largest = info.limits.request_bytes if step == 1 else None  # several fit, as was reckoned
     answers: list[A] = []
     for at in range(0, max(len(x), 1), step):
         part = x[at : at + step]
         # Once one version has answered, the others must be the same one.
         pinned = answers[0].model_version if answers else questions.version
-        answer = yield questions.ask(part, pinned)
+        answer = yield within(questions.ask(part, pinned), largest)
         answers.append(questions.read(answer, part.shape))
     return joined(answers)
 

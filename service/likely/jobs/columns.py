@@ -71,6 +71,32 @@ def require_fit(kind: pa.DataType, name: str, geometry: Geometry) -> None:
         levels.check_fit(name, _with_channel(shape), geometry.shape)
 
 
+def require_keys(column: pa.Field, name: str) -> None:
+    """Returns if a column may tell what to call pictures.
+
+    Args:
+        column: of a file.
+        name: what to call the file.
+
+    Raises:
+        InvalidInput: its rows are lists or structs.
+    """
+    kind = column.type
+    plain = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    if pa.types.is_nested(plain):
+        raise InvalidInput(name, f"column {column.name} is of {kind}; a key is a text or a number")
+
+
+def called(keys: pa.ChunkedArray, otherwise: Sequence[str]) -> list[str]:
+    """What a column of keys calls each picture, and what to call those that it leaves empty."""
+    named = zip(keys.to_pylist(), otherwise, strict=True)
+    return [other if key is None else _text(key) for key, other in named]
+
+
+def _text(key: Any) -> str:
+    return key.decode(errors="replace") if isinstance(key, bytes) else str(key)
+
+
 def _order(kind: pa.FixedShapeTensorType, geometry: Geometry) -> list[int]:
     """Where each axis of a tensor lies in its storage.
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import tarfile
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from io import BytesIO
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +25,26 @@ from likely.answers import Pixels
 from likely.client.values import pixels
 from likely.errors import InvalidInput, JobError
 from likely.jobs import files
-from likely.jobs.columns import Geometry, check_levels, chosen, pictures, require_fit
+from likely.jobs.columns import (
+    Geometry,
+    called,
+    check_levels,
+    chosen,
+    pictures,
+    require_fit,
+    require_keys,
+)
 
 ARRAYS = (".npy", ".npz")
 PARQUET = (".parquet", ".pq")
 TAR = (".tar",)
 KEY = "key"
-# Row groups of a Parquet file, and arrays, that are held: workers are at neighbouring shards.
+# Row groups of Parquet files, and arrays, that are held: workers are at neighbouring shards.
 _GROUPS = 2
 _ARRAYS = 2
 
 Part = tuple[Pixels, list[str]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +120,7 @@ class Pictures:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    @functools.cached_property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over the columns, and the names, the order and the contents of all files."""
         total = hashlib.sha256(f"{self._given.column}\0{self._given.key}\n".encode())
@@ -141,34 +150,33 @@ class Pictures:
         return np.concatenate(parts), keys
 
 
-class _Arrays:
-    """The arrays that were read last: all of a job's need not fit in memory, or be open at once."""
+class _Held(Generic[T]):
+    """What was read last: all of a job's need not fit in memory, or be open at once."""
 
-    def __init__(self) -> None:
-        self._held: dict[Path, npt.NDArray[Any]] = {}
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held: dict[Hashable, T] = {}
         self._lock = threading.Lock()
 
-    def read(self, file: Found) -> npt.NDArray[Any]:
+    def get(self, key: Hashable, read: Callable[[], T]) -> T:
         with self._lock:
-            x = self._held.pop(file.path, None)
-            if x is None:
-                while len(self._held) >= _ARRAYS:
+            found = self._held.pop(key, None)
+            if found is None:
+                while len(self._held) >= self._most:
                     del self._held[next(iter(self._held))]
-                x = levels.of_array(file.path, mapped="r")
-                if not isinstance(x, np.memmap):
-                    x = pixels(x, file.name)
-            self._held[file.path] = x
-            return x
+                found = read()
+            self._held[key] = found
+            return found
 
 
 @dataclass(slots=True)
 class _Array:
     file: Found
     rows: int
-    held: _Arrays
+    held: _Held[npt.NDArray[Any]]
 
     @classmethod
-    def opened(cls, file: Found, geometry: Geometry, held: _Arrays) -> _Array:
+    def opened(cls, file: Found, geometry: Geometry, held: _Held[npt.NDArray[Any]]) -> _Array:
         shape, kind = levels.header(file.path)
         none = pixels(np.empty((0, *shape[1:]) if shape else (), kind), file.name)
         if shape[0]:
@@ -176,9 +184,14 @@ class _Array:
         return cls(file, shape[0], held)
 
     def read(self, start: int, stop: int) -> Part:
-        x = np.array(self.held.read(self.file)[start:stop])  # a part would hold the whole
+        held = self.held.get(self.file, self._read)
+        x = np.array(held[start:stop])  # a part would hold the whole
         keys = [f"{self.file.name}[{i}]" for i in range(start, stop)]
         return pixels(x, self.file.name), keys
+
+    def _read(self) -> npt.NDArray[Any]:
+        x = levels.of_array(self.file.path, mapped="r")
+        return x if isinstance(x, np.memmap) else pixels(x, self.file.name)
 
 
 @dataclass(slots=True)
@@ -206,21 +219,32 @@ class _Tar:
 
     @classmethod
     def opened(cls, file: Found, geometry: Geometry) -> _Tar:
-        members = []
-        try:
-            with tarfile.open(file.path, "r:") as archive:
-                for member in archive:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, ending = base.partition(".")
-                    if member.isfile() and f".{ending.lower()}" in (*levels.IMAGES, ".npy"):
-                        key = f"{folder}/{stem}" if folder else stem
-                        told = _shown(key), _shown(member.name)
-                        members.append((*told, member.offset_data, member.size))
-        except tarfile.TarError as error:
-            raise InvalidInput(file.name, f"no tar archive: {error}") from error
+        members: list[tuple[str, str, int, int]] = []
+        dotted: dict[str, str] = {}  # keys to names that have more than one dot
+        places: dict[str, tuple[int, int] | None] = {}
+        for member in _members(file):
+            place = places.get(member.linkname) if member.islnk() else _place(member)
+            places[member.name] = place
+            folder, _, base = member.name.rpartition("/")
+            stem, _, ending = base.partition(".")
+            suffix = Path(base).suffix.lower()
+            if member.isdir() or not stem or suffix not in (*levels.IMAGES, ".npy"):
+                continue
+            key, name = _shown(f"{folder}/{stem}" if folder else stem), _shown(member.name)
+            if f".{ending.lower()}" != suffix:
+                dotted[key] = name
+            elif place is None:
+                told = "neither a plain file nor a hard link to one before it"
+                raise InvalidInput(f"{file.name}:{name}", told)
+            else:
+                members.append((key, name, *place))
         keys = [key for key, *_ in members]
         if twice := next((a for a, b in pairwise(keys) if a == b), None):
             raise InvalidInput(file.name, f"sample {twice} has several pictures; one is asked")
+        sampled = {*keys}
+        if lone := next((key for key in dotted if key not in sampled), None):
+            told = f"a name of several dots, and sample {lone} has no picture whose name has one"
+            raise InvalidInput(f"{file.name}:{dotted[lone]}", told)
         return cls(file, geometry, members)
 
     @property
@@ -249,11 +273,10 @@ class _Parquet:
     column: str
     key: str | None
     ends: list[int]  # of its row groups
-    _held: dict[int, Part] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    held: _Held[Part]
 
     @classmethod
-    def opened(cls, file: Found, given: Input, geometry: Geometry) -> _Parquet:
+    def opened(cls, file: Found, given: Input, geometry: Geometry, held: _Held[Part]) -> _Parquet:
         try:
             with pq.ParquetFile(file.path) as opened:
                 form, told = opened.schema_arrow, opened.metadata
@@ -263,9 +286,11 @@ class _Parquet:
         key = given.key or (KEY if KEY in form.names else None)
         if key is not None and key not in form.names:
             raise InvalidInput(file.name, f"no column {key}; there are {', '.join(form.names)}")
+        if key is not None:
+            require_keys(form.field(key), file.name)
         column = chosen(form, given.column, file.name)
         require_fit(form.field(column).type, file.name, geometry)
-        return cls(file, geometry, column, key, list(accumulate(ends)))
+        return cls(file, geometry, column, key, list(accumulate(ends)), held)
 
     @property
     def rows(self) -> int:
@@ -277,22 +302,13 @@ class _Parquet:
         at = start
         while at < stop:
             group = bisect_right(self.ends, at)
-            x, named = self._group(group)
+            x, named = self.held.get((self.file, group), partial(self._decoded, group))
             offset = self.ends[group] - len(x)
             here = slice(at - offset, min(stop, self.ends[group]) - offset)
             parts.append(x[here])
             keys += named[here]
             at = min(stop, self.ends[group])
         return np.concatenate(parts), keys
-
-    def _group(self, group: int) -> Part:
-        """A row group's pictures, kept until later ones are asked for."""
-        with self._lock:
-            if group not in self._held:
-                while len(self._held) >= _GROUPS:
-                    del self._held[min(self._held)]
-                self._held[group] = self._decoded(group)
-            return self._held[group]
 
     def _decoded(self, group: int) -> Part:
         wanted = [self.column, *([self.key] if self.key else [])]
@@ -303,9 +319,8 @@ class _Parquet:
             raise InvalidInput(self.file.name, f"cannot be read: {error}") from error
         first = self.ends[group] - len(table)
         x = pictures(table[self.column], self.file.name, self.geometry, first)
-        if self.key:
-            return x, [str(key) for key in table[self.key].to_pylist()]
-        return x, [f"{self.file.name}[{first + i}]" for i in range(len(x))]
+        rows = [f"{self.file.name}[{first + i}]" for i in range(len(x))]
+        return x, called(table[self.key], rows) if self.key else rows
 
 
 def require_apart(given: Input, out: Path) -> None:
@@ -389,7 +404,8 @@ def _shown(name: str) -> str:
 
 def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterator[Source]:
     images: list[Found] = []
-    arrays = _Arrays()
+    arrays = _Held[npt.NDArray[Any]](_ARRAYS)
+    groups = _Held[Part](_GROUPS)
     for file in found:
         suffix = file.path.suffix.lower()
         if suffix in levels.IMAGES:
@@ -403,9 +419,32 @@ def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterat
         elif suffix in TAR:
             yield _Tar.opened(file, geometry)
         else:
-            yield _Parquet.opened(file, given, geometry)
+            yield _Parquet.opened(file, given, geometry, groups)
     if images:
         yield _Images(images, geometry)
+
+
+def _members(file: Found) -> Iterator[tarfile.TarInfo]:
+    """What a tar archive holds.
+
+    Raises:
+        InvalidInput: it is none, or not whole: tarfile takes a broken header for the end.
+    """
+    try:
+        with file.path.open("rb") as data, tarfile.open(fileobj=data, mode="r:") as archive:
+            yield from archive
+            data.seek(archive.offset)
+            end = data.read(2 * tarfile.RECORDSIZE)  # another archive would begin within
+    except tarfile.TarError as error:
+        raise InvalidInput(file.name, f"no tar archive: {error}") from error
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise InvalidInput(file.name, "the tar archive is cut off, broken or followed by more")
+
+
+def _place(member: tarfile.TarInfo) -> tuple[int, int] | None:
+    """Offset and size of a member's data, if that is a file as it is."""
+    plain = member.isfile() and not member.issparse()
+    return (member.offset_data, member.size) if plain else None
 
 
 def _image(file: Path | BytesIO, name: str, geometry: Geometry) -> Pixels:
