@@ -65,8 +65,17 @@ def _version_label(text: str) -> str:
     return text
 
 
+def _once(labels: tuple[str, ...]) -> tuple[str, ...]:
+    named = [label.partition("=")[0] for label in labels]
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        raise ValueError(f"{twice} names two versions")
+    return labels
+
+
 VersionLabel = Annotated[str, AfterValidator(_version_label)]
-VersionLabels = Annotated[tuple[VersionLabel, ...], NoDecode, BeforeValidator(_words)]
+VersionLabels = Annotated[
+    tuple[VersionLabel, ...], NoDecode, BeforeValidator(_words), AfterValidator(_once)
+]
 
 
 class Settings(BaseSettings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 # Who looks at a trace is to look at the server for these; for the others, at its caller.
 _FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 _PARENT = ("traceparent", "tracestate")
+LAST = 2.0  # seconds in which what is left may yet be sent
 
 
 class Trace:
@@ -77,7 +79,8 @@ class Tracing:
         own = Resource.create({"service.name": "likely", "service.version": version})
         resource = own.merge(OTELResourceDetector().detect())  # OTEL_SERVICE_NAME counts more
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._exporter = OTLPSpanExporter()
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("likely", version)
         self._propagator = TraceContextTextMapPropagator()
 
@@ -98,4 +101,9 @@ class Tracing:
 
     def close(self) -> None:
         """Sends what is left, for some seconds at most."""
+        # By itself it would wait half a minute for a collector that does not answer.
+        cut = threading.Timer(LAST, self._exporter.shutdown)
+        cut.daemon = True
+        cut.start()
         self._provider.shutdown()
+        cut.cancel()

@@ -258,7 +258,7 @@ WITHIN = {
         "guard": "access doors tallies",
         "checks": "",
         "servicers": "checks feeds guard",
-        "openinference": "access feeds guard servicers",
+        "openinference": "access checks feeds guard servicers",
         "reflecting": "",
         "ports": "tls",
         "admin": "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
-from likely import codec
+from likely import codec, tracing
 from likely.errors import SettingsError
 from likely.tracing import Tracing
 from likely.v1.scoring_pb2 import ClassifyRequest, ScoreRequest
@@ -203,6 +204,19 @@ def test_a_collector_that_is_gone_costs_nothing(
         for _ in range(5):
             assert caller.ask(on_toy(ScoreRequest)).scores
     # It has ended, too, though what it had to tell could not be sent.
+
+
+def test_a_collector_that_does_not_answer_holds_no_end_up(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(tracing, "LAST", 0.2)
+        with running(tracing=True) as live, calling(live.address) as caller:
+            assert caller.ask(on_toy(ScoreRequest)).scores
+            began = time.monotonic()
+        assert time.monotonic() - began < 8  # OpenTelemetry would wait for 10, or 30
 
 
 def test_without_the_extra_the_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,11 +125,32 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(tokens: Path) -> None:
     assert "horse" not in out.getvalue()
 
 
+def test_all_tokens_may_be_withdrawn(tokens: Path) -> None:
+    known = Gate(Secrets(tokens, LOG, interval=0))
+    assert known.admit(SCORING, bearer("correct-horse-battery"))
+    tokens.write_text("token = []")
+    assert refused(known, bearer("correct-horse-battery")) == "TOKEN_INVALID"
+    assert not known.is_open
+
+
+def test_all_keys_may_be_withdrawn(tmp_path: Path) -> None:
+    path = jwks(tmp_path / "jwks.json", "ES256")
+    known = issuing(path, interval=0)
+    assert known.admit(SCORING, bearer(signed()))
+    for broken in ("{}", '{"keys": 1}'):
+        path.write_text(broken)
+        assert known.admit(SCORING, bearer(signed()))
+    path.write_text('{"keys": []}')
+    assert refused(known, bearer(signed())) == "TOKEN_INVALID"
+    with pytest.raises(SettingsError, match="holds no key"):
+        issuing(path)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("", "token: Field required"),
-        ("token = []", "at least 1 item"),
+        ("token = []", "holds no token"),
         ('[[token]]\nname = "a"\nscopes = []', "exactly one of secret and sha256"),
         (TOKENS.replace("correct-horse-battery", "short"), "secret"),
         (TOKENS.replace('"score"]', '"everything"]'), "'score', 'generate' or 'admin'"),
@@ -410,6 +431,8 @@ def test_no_text_is_a_token(tmp_path_factory: Any, text: str) -> None:
         ({"tls_key": Path("k")}, "together"),
         ({"tls_client_ca": Path("k")}, "tls_client_ca needs"),
         ({"jwt_keys": Path("k")}, "jwt_keys needs jwt_issuer and jwt_audience"),
+        ({"jwt_issuer": "i", "jwt_audience": "a"}, "jwt_issuer and jwt_audience need jwt_keys"),
+        ({"tokens": None, "jwt_issuer": "i"}, "need jwt_keys"),
         ({"tokens": Path("none")}, "none cannot be read: No such file"),
         ({"host": "0.0.0.0"}, "unencrypted to 0.0.0.0"),
         ({"admin_host": "0.0.0.0", "admin_port": 0}, "unencrypted to 0.0.0.0"),

@@ -16,11 +16,12 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from likely import Client, LabelRule, statuses
+from likely import Client, LabelRule, Verdict, statuses
 from likely.bundle import Role
 from likely.engine import Engine
 from likely.inference import inference_pb2 as pb
 from likely.inference.inference_pb2_grpc import GRPCInferenceServiceStub
+from likely.serving import tallies
 from likely.serving.openinference import tensors
 from likely.telemetry.metrics import CODES, INFERRING
 
@@ -185,7 +186,7 @@ def test_models_are_described(stub: GRPCInferenceServiceStub) -> None:
     listed = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
     names = [model.name for model in listed]
     suffixes = ["score", "classify", "discriminate", "surprise", "encode", "generate", "complete"]
-    assert names == ["toy", *(f"toy/{suffix}" for suffix in suffixes)]
+    assert names == ["toy", *(f"toy/{suffix}" for suffix in sorted(suffixes))]
     for model in listed:
         meta = stub.ModelMetadata(pb.ModelMetadataRequest(name=model.name))
         config = stub.ModelConfig(pb.ModelConfigRequest(name=model.name)).config
@@ -283,6 +284,8 @@ BAD: list[tuple[pb.ModelInferRequest, str]] = [
     (pictures("toy/score", GOOD, seed=1), "parameters[seed]"),
     (pictures("toy/classify", GOOD, priors="1,0"), "priors"),
     (pictures("toy/classify", GOOD, priors="1,0,0,0"), "parameters[priors]"),
+    (pictures("toy", GOOD, outputs=("p_value",), priors="1,0"), "priors"),
+    (pictures("toy", GOOD, outputs=("p_value",), min_posterior=7.0), "min_posterior"),
     (pictures("toy/score", np.zeros((101, 1, 3, 3))), "images.shape[0]"),
     (question("toy/generate", {"count": ("INT64", [51])}), "count"),
     (question("toy/generate", {"count": ("INT64", [1, 1])}), "count.shape[0]"),
@@ -344,6 +347,31 @@ def test_a_version_that_is_unloaded_answers_what_it_has_begun_to_read(
 
 async def _served(live: Live) -> list[str]:
     return [engine.manifest.version for engine in live.server.registry.engines()]
+
+
+def test_many_single_elements_are_written_piece_by_piece(
+    stub: GRPCInferenceServiceStub, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = arrays(stub.ModelInfer(pictures("toy", x, raw=False), timeout=30))
+    monkeypatch.setattr(tensors, "PIECE", 4)
+    answer = stub.ModelInfer(pictures("toy", x, raw=False), timeout=30)
+    assert not answer.raw_output_contents
+    for name, values in arrays(answer).items():
+        np.testing.assert_allclose(values, whole[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_verdicts_are_counted_whatever_the_order_of_outputs(
+    stub: GRPCInferenceServiceStub, x: Any, raw: bool
+) -> None:
+    for outputs in (("verdict", "outlier"), ("outlier", "verdict")):
+        request = pictures("toy", x, raw=raw, outputs=outputs, min_posterior=0.9)
+        answer = stub.ModelInfer(request, timeout=30)
+        found = tallies.verdicts(answer)
+        assert found == arrays(answer)["verdict"].tolist()
+        assert Verdict.AMBIGUOUS in found
+    outlier = stub.ModelInfer(pictures("toy", x, raw=raw, outputs=("outlier",)), timeout=30)
+    assert tallies.verdicts(outlier) == [1 + each for each in arrays(outlier)["outlier"]]
 
 
 def test_an_unknown_model_is_not_found(stub: GRPCInferenceServiceStub) -> None:

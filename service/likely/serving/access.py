@@ -99,19 +99,21 @@ class _Token(BaseModel):
 class _TokenFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    token: tuple[_Token, ...] = Field(min_length=1)
+    token: tuple[_Token, ...]
 
 
 class Secrets:
     """The tokens of a TOML file: name, scopes, and a secret or its SHA-256."""
 
     def __init__(self, path: Path, log: FilteringBoundLogger, interval: float = INTERVAL) -> None:
-        """The tokens of that file, read again when it changes.
+        """The tokens of that file, read again when it changes; all may be withdrawn then.
 
         Raises:
-            SettingsError: it cannot be read, or is no such file.
+            SettingsError: it cannot be read, is no such file, or holds no token.
         """
         self._known = Fresh([path], lambda: _secrets(path), log, interval)
+        if not self._known.value():
+            raise SettingsError(f"{path} holds no token")
 
     def find(self, token: str) -> Holder | None:
         """Whose token it is; None where it is nobody's."""
@@ -148,6 +150,8 @@ class Issuer:
             SettingsError: the file cannot be read, or holds no key that these algorithms can use.
         """
         self._keys = Fresh([keys], lambda: _keys(keys, algorithms), log, interval)
+        if not self._keys.value():
+            raise SettingsError(f"{keys} holds no key")
         self._log = log
         self._name = name
         self._audience = audience
@@ -285,6 +289,8 @@ def gate(
         raise SettingsError("tls_certificate and tls_key are given together, or neither")
     if settings.tls_client_ca and not settings.tls_certificate:
         raise SettingsError("tls_client_ca needs tls_certificate and tls_key")
+    if (settings.jwt_issuer or settings.jwt_audience) and not settings.jwt_keys:
+        raise SettingsError("jwt_issuer and jwt_audience need jwt_keys")
     secrets = Secrets(settings.tokens, log) if settings.tokens else None
     issuer = None
     if settings.jwt_keys:
@@ -371,16 +377,16 @@ def _secrets(path: Path) -> dict[bytes, Holder]:
 
 
 def _keys(path: Path, algorithms: Sequence[str]) -> tuple[jwt.PyJWK, ...]:
-    """The keys of a file, each once for every algorithm that it may serve."""
+    """The keys of a file, each once for every algorithm that it may serve; none if it has none."""
     try:
-        found = json.loads(_read(path)).get("keys", ())
+        found = json.loads(_read(path)).get("keys")
         keys = tuple(key for each in found for key in _of_each(each, algorithms))
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path} is no JSON Web Key Set: {error}") from error
-    if not keys:
+    if found and not keys:
         raise SettingsError(f"{path} holds no key for {', '.join(algorithms)}")
     alike = Counter((key.key_id, key.algorithm_name) for key in keys)
-    if max(alike.values()) > MOST_ALIKE:
+    if max(alike.values(), default=0) > MOST_ALIKE:
         raise SettingsError(f"{path} holds more than {MOST_ALIKE} keys of one kid, or of none")
     return keys
 

@@ -92,14 +92,15 @@ def _of_outcomes(answer: Outcomes) -> list[int]:
 
 
 def _inferred(answer: inference_pb2.ModelInferResponse) -> list[int]:
-    for at, output in enumerate(answer.outputs):
-        if output.name in ("verdict", "outlier"):
-            raw = answer.raw_output_contents
-            typed = output.contents.int_contents or output.contents.bool_contents
-            values = np.frombuffer(raw[at], np.int8).tolist() if raw else [int(v) for v in typed]
-            first = 1 if output.name == "outlier" else 0  # false is ACCEPTED, true OUTLIER
-            return [first + value for value in values]
-    return []
+    places = {output.name: at for at, output in enumerate(answer.outputs)}
+    name = next((name for name in ("verdict", "outlier") if name in places), None)
+    if name is None:
+        return []
+    contents, raw = answer.outputs[places[name]].contents, answer.raw_output_contents
+    typed = contents.int_contents or contents.bool_contents
+    values = np.frombuffer(raw[places[name]], np.int8) if raw else map(int, typed)
+    first = 1 if name == "outlier" else 0  # false is ACCEPTED, true OUTLIER
+    return [first + int(value) for value in values]
 
 
 # By the answer's type: a chain of comparisons would cost every answer microseconds.

@@ -27,6 +27,7 @@ import numpy as np
 from likely.answers import Classifications, Draws, Limits, ScoreTable, Verdict
 from likely.bundle import Role
 from likely.errors import InvalidInput
+from likely.serving import checks
 from likely.serving.openinference.tensors import Array, Arrays, Tensor
 from likely.serving.servicers import Generation, Scoring
 from likely.v1 import generation_pb2, images_pb2, scoring_pb2
@@ -166,6 +167,9 @@ async def _everything(services: Services, question: Question) -> Answer:
     """What both say; labels are asked for only where an output of theirs is wanted."""
     if question.wanted & {tensor.name for tensor in _labelled(question.manifest)}:
         return await _classify(services, question)
+    unused = scoring_pb2.ClassifyRequest(**question.settings)
+    checks.priors(unused, question.manifest)
+    checks.min_posterior(unused)
     keep = {name: question.settings[name] for name in _JUDGED & set(question.settings)}
     return await _score(services, replace(question, settings=keep))
 

@@ -214,7 +214,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         return inference_pb2.RepositoryIndexResponse(
             models=[
                 kind(name=name, version=version, state=state, reason=reason)
-                for (name, version), engine in self._listed()
+                for (name, version), engine in sorted(self._listed(), key=_name)
                 if engine.healthy or not request.ready
                 for state, reason in [states[engine.healthy]]
             ]
@@ -260,7 +260,10 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
             given.HasField("contents") for given in request.inputs
         )
         outputs = [(tensor, answer.outputs[tensor.name]) for tensor in wanted]
-        tensors.write(response, outputs, raw)
+        if raw or sum(values.size for _, values in outputs) <= tensors.PIECE:
+            tensors.write(response, outputs, raw)
+        else:
+            await asyncio.to_thread(tensors.write, response, outputs, raw)
         watch.lap()
         watch.succeeded(statistics, len(outputs[0][1]))
         return response
@@ -287,6 +290,10 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
             for operation in operations.offered(engine):
                 name = operations.full(engine.manifest.name, operation)
                 yield (name, engine.manifest.version), engine
+
+
+def _name(listed: tuple[Key, Engine]) -> str:
+    return listed[0][0]
 
 
 def _allow(operation: Operation) -> None:
