@@ -178,6 +178,14 @@ def test_keys_that_are_nested_are_refused_as_a_file_is_opened(tmp_path: Path, ke
         opened(tmp_path / "in.parquet")
 
 
+@pytest.mark.parametrize("names", [["image", "image", "key"], ["image", "key", "key"]])
+def test_of_columns_of_one_name_none_is_taken(tmp_path: Path, names: list[str]) -> None:
+    rows = pa.array(drawn(3)[:, 0].tolist())
+    pq.write_table(pa.table([rows, rows, rows], names=names), tmp_path / "in.parquet")
+    with pytest.raises(InvalidInput, match=r"in\.parquet: several columns (image|key)"):
+        opened(tmp_path / "in.parquet")
+
+
 def test_levels_that_begin_like_a_bitmap_are_levels(tmp_path: Path) -> None:
     x = drawn(3)
     x[:, 0, 0, :2] = (*b"BM",)

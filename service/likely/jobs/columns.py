@@ -44,7 +44,7 @@ def chosen(form: pa.Schema, column: str | None, name: str) -> str:
         name: what to call the file.
 
     Raises:
-        InvalidInput: there is no such column.
+        InvalidInput: there is no such column, or more than one.
     """
     wanted = USUAL if column is None else (column,)
     found = next((each for each in wanted if each in form.names), None)
@@ -52,7 +52,18 @@ def chosen(form: pa.Schema, column: str | None, name: str) -> str:
         raise InvalidInput(
             name, f"no column {' or '.join(wanted)}; there are {', '.join(form.names)}"
         )
+    require_one(form, found, name)
     return found
+
+
+def require_one(form: pa.Schema, column: str, name: str) -> None:
+    """Returns if a file has not several columns of that name.
+
+    Raises:
+        InvalidInput: it has.
+    """
+    if form.names.count(column) > 1:
+        raise InvalidInput(name, f"several columns {column}; one is asked")
 
 
 def require_fit(kind: pa.DataType, name: str, geometry: Geometry) -> None:

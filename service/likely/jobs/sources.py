@@ -33,6 +33,7 @@ from likely.jobs.columns import (
     pictures,
     require_fit,
     require_keys,
+    require_one,
 )
 
 ARRAYS = (".npy", ".npz")
@@ -287,6 +288,7 @@ class _Parquet:
         if key is not None and key not in form.names:
             raise InvalidInput(file.name, f"no column {key}; there are {', '.join(form.names)}")
         if key is not None:
+            require_one(form, key, file.name)
             require_keys(form.field(key), file.name)
         column = chosen(form, given.column, file.name)
         require_fit(form.field(column).type, file.name, geometry)
