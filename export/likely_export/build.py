@@ -89,7 +89,7 @@ def _bound(run: Run, data: Dataset) -> dict[str, float | int] | None:
     if Role.DENSITY in run.recipe.roles or Role.ENCODE not in run.recipe.roles:
         return None
     (name,) = run.recipe.models_of(Role.ENCODE)
-    model = graphs.halved(run.model(name, data.digest))
+    model = graphs.halved(run.model(name, data))
     if not isinstance(model, VAE):
         return None
     part = data.test.some(decisions.COMPARED)
@@ -134,7 +134,7 @@ def extend(
     if Role.DISCRIMINATE not in opened.recipe.roles:
         raise InvalidInput(str(run), "its recipe has no model of the role discriminate")
     data = opened.recipe.data.load()
-    if data.digest != given.manifest.data_digest:
+    if data.identity != (given.manifest.data_digest, given.manifest.levels):
         raise InvalidInput(opened.recipe.data.source, "is not what the bundle was made with")
     if not given.manifest.labels:
         raise InvalidInput(str(bundle), "has no labels, so there are none to tell apart")
@@ -199,7 +199,7 @@ def _export(
 
 
 def _exported(run: Run, role: Role, data: Dataset, folder: Path) -> Exported:
-    models = [graphs.halved(run.model(name, data.digest)) for name in run.recipe.models_of(role)]
+    models = [graphs.halved(run.model(name, data)) for name in run.recipe.models_of(role)]
     for model in models:
         if isinstance(model, Classifier):
             fit_temperature(model, data.fit)

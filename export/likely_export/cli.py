@@ -119,8 +119,9 @@ def train(
                 warn=display.warn,
             )
     except KeyboardInterrupt:
+        without_fresh = "" if resume else " without --fresh"
         raise click.ClickException(
-            "interrupted; the same command goes on from the last checkpoint"
+            f"interrupted; the same command{without_fresh} goes on from the last checkpoint"
         ) from None
     if quiet:
         return
@@ -268,7 +269,7 @@ def features(bundle: Path, source: str | None, as_json: bool) -> None:
     manifest = Bundle.open(bundle).manifest
     recipe = recipes.from_table(dict(manifest.recipe), source)
     data = recipe.data.load()
-    if data.digest != manifest.data_digest:
+    if data.identity != (manifest.data_digest, manifest.levels):
         raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
     if not data.labels:
         raise InvalidInput(recipe.data.source, "has no labels, by which features are judged")
@@ -286,7 +287,7 @@ def features(bundle: Path, source: str | None, as_json: bool) -> None:
 @click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     default=Path("compare.html"),
     show_default=True,
     help="The report; the figures lie beside it as .json.",
@@ -297,6 +298,10 @@ def compare(bundles: tuple[Path, ...], source: str | None, out: Path) -> None:
     from likely_export import compare, recipes
     from likely_export.report import family
 
+    if out.suffix == ".json":
+        raise click.UsageError(
+            "--out is the report, beside which the figures lie as .json; name it .html"
+        )
     recipe = recipes.from_table(dict(Bundle.open(bundles[0]).manifest.recipe), source)
     with _steps() as report:
         report("compare")
@@ -322,7 +327,7 @@ def _evaluated(
     if write:
         check_unsigned(bundle)  # before minutes are spent
     data = recipe.data.load()
-    if data.digest != manifest.data_digest:
+    if data.identity != (manifest.data_digest, manifest.levels):
         raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
     _tell_absent(recipe)
     others = recipe.others(data.levels)

@@ -133,7 +133,7 @@ def _require_alike(bundles: Sequence[Bundle], data: Dataset) -> None:
     names: set[str] = set()
     for bundle in bundles:
         manifest = bundle.manifest
-        if manifest.data_digest != data.digest:
+        if (manifest.data_digest, manifest.levels) != data.identity:
             raise InvalidInput(manifest.name, "was made with other data, or data divided otherwise")
         if manifest.name in names:
             raise InvalidInput(manifest.name, "is the name of two bundles")

@@ -95,8 +95,11 @@ class CVAEConfig:
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise InvalidInput(name, f"{getattr(self, name)}; a CVAE needs at least 1")
-        if self.labels < 0:
-            raise InvalidInput("labels", f"{self.labels} is below 0")
+        for name in ("labels", "logistics"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(name, f"{getattr(self, name)} is below 0")
+        if not all(channels >= 1 for channels in self.convolutions):
+            raise InvalidInput("convolutions", f"{self.convolutions} are not all at least 1")
         for name in ("label_prior", "contrast"):
             if not self.labels and getattr(self, name):
                 raise InvalidInput(name, "is of labels, and there are none")

@@ -94,7 +94,7 @@ class Dataset:
         calibrate: what scores are ranked against.
         validate: what training is watched on.
         test: what is reported.
-        digest: SHA-256 over all pictures and labels in their parts.
+        digest: SHA-256 over all pictures, as the source has them, and labels in their parts.
     """
 
     name: str
@@ -106,6 +106,11 @@ class Dataset:
     validate: Split
     test: Split
     digest: str
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """What tells these data from any others: the digest, and the levels made of them."""
+        return self.digest, self.levels
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -102,7 +102,7 @@ def create(
             )
         except InvalidInput:
             raise
-        except ValueError as error:  # modules of torch alone know no other errors
+        except (ValueError, RuntimeError) as error:  # modules of torch alone know no other errors
             raise InvalidInput(name, str(error)) from error
     return model
 

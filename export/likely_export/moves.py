@@ -49,6 +49,11 @@ class Moves:
         Levels between pixels are interpolated and rounded; beyond its edge, a picture goes on
         as its edge is.
         """
+        # Places in bfloat16 would lie between pixels, and blur them.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._moved(x)
+
+    def _moved(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
 
         def drawn(bound: float) -> Tensor:

@@ -87,6 +87,15 @@ class Training:
         for name in ("warm_up", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInput(f"training.{name}", f"{getattr(self, name)} is not in [0, 1)")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InvalidInput("training.betas", f"{self.betas} are not both in [0, 1)")
+        for name in ("weight_decay", "muon_weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidInput(
+                    f"training.{name}", f"{getattr(self, name)} is not 0 or above, and finite"
+                )
+        if not -(1 << 63) <= self.seed < 1 << 64:  # what torch takes
+            raise InvalidInput("training.seed", f"{self.seed} is not in [-2^63, 2^64)")
 
     def rate(self, progress: float) -> float:
         """The learning rates' factor in [0, 1] after so many stretches, 1.5 for half the second."""

@@ -404,10 +404,10 @@ class Recipe(_Table):
     def write(self, path: Path) -> None:
         """Writes the recipe as TOML, by rename and where it is not there yet; `load` reads it."""
         text = tomli_w.dumps(self.as_table())
-        if path.is_file() and path.read_text() == text:
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
             return
         temporary = path.with_name(f".{path.name}")
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 
 
@@ -440,10 +440,17 @@ def load(name_or_path: str | Path, source: str | None = None, size: str = "") ->
     elif not path.is_file():
         raise InvalidInput("recipe", f"{path} is not there")
     else:
-        recipe = parse(path.read_text(), path.parent, size)
+        recipe = parse(_read(path), path.parent, size)
     if source is None:
         return recipe
     return _relocated(recipe, source if source == "digits" else str(Path(source).resolve()))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput("recipe", f"{path} is not UTF-8: {error.reason}") from error
 
 
 def parse(text: str, folder: Path | None = None, size: str = "") -> Recipe:
@@ -456,6 +463,10 @@ def parse(text: str, folder: Path | None = None, size: str = "") -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput("recipe", f"is not TOML: {error}") from error
     sizes = table.pop("sizes", {})
+    if not isinstance(sizes, Mapping):
+        raise InvalidInput("sizes", f"must be a table of sizes, not {sizes!r}")
+    if wrong := [name for name, other in sizes.items() if not isinstance(other, Mapping)]:
+        raise InvalidInput(f"sizes.{wrong[0]}", f"must be a table, not {sizes[wrong[0]]!r}")
     if size and size not in sizes:
         raise InvalidInput("size", f"{size} is none of {', '.join(sizes) or 'no sizes'}")
     table = _merged(table, sizes.get(size, {}))
@@ -486,7 +497,9 @@ def refusal(error: ValidationError, whole: str) -> InvalidInput:
 def _merged(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """The table with the other's values in place of its own, down to the leaves."""
     both = {
-        key: _merged(table[key], value) if isinstance(value, Mapping) and key in table else value
+        key: _merged(own, value)
+        if isinstance(value, Mapping) and isinstance(own := table.get(key), Mapping)
+        else value
         for key, value in other.items()
     }
     return {**table, **both}

@@ -50,7 +50,7 @@ def replacing(out: Path) -> Iterator[Path]:
     Raises:
         BundleError: `out` holds something other than a bundle.
     """
-    if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
+    if out.exists() and not _gives_way(out):
         raise BundleError(f"{out} exists and is no bundle; it is not replaced")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +61,11 @@ def replacing(out: Path) -> Iterator[Path]:
         _exchange(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _gives_way(out: Path) -> bool:
+    """Whether it is a bundle or an empty folder."""
+    return (out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))
 
 
 def _exchange(new: Path, old: Path) -> None:

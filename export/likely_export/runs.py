@@ -12,6 +12,7 @@ thread to itself, and as many run at once as there are processors.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import multiprocessing
 import os
 import queue
@@ -20,7 +21,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -68,12 +70,12 @@ class Run:
             raise InvalidInput(str(folder), f"holds no {RECIPE}, so it is no training run")
         return cls(folder, recipes.load(folder / RECIPE, source))
 
-    def model(self, name: str, digest: str = "") -> nn.Module:
+    def model(self, name: str, data: Dataset | None = None) -> nn.Module:
         """The trained model of that name, in evaluation mode on the CPU.
 
         Args:
             name: of a model of the recipe.
-            digest: of the data that it must have been trained on; not asked by default.
+            data: that it must have been trained on; not asked by default.
 
         Raises:
             InvalidInput: it was not trained to the end, or in another way than the recipe says
@@ -81,10 +83,16 @@ class Run:
         """
         weights, chosen = self.folder / name / train.WEIGHTS, self.recipe.models[name]
         model = families.restore(weights)
-        if digest:
-            train.check_data(self.folder / name, digest)
+        if data is not None:
+            train.check_data(self.folder / name, data.digest)
         train.check_trained(weights, chosen.training)
         _check_made(weights, model, chosen)
+        if data is not None and (its := cast(Any, model.config).levels) != data.levels:
+            raise InvalidInput(
+                str(weights),
+                f"was trained on {its} levels where the recipe's data have {data.levels}: "
+                "train this model afresh",
+            )
         return model
 
 
@@ -141,8 +149,8 @@ def train_all(
     Raises:
         InvalidInput: no such model, a model or a set to report against does not go with the data,
             no bundle could be built of the models, a training does not go with so many devices,
-            the folder is of another recipe or other data, or a model has begun in another
-            precision than was chosen.
+            the folder is of another recipe or other data, another process trains one of the
+            models there, or a model has begun in another precision than was chosen.
         LikelyError: a training failed.
     """
     names = list(only) or list(recipe.models)
@@ -168,19 +176,18 @@ def train_all(
             f"{data.name} holds pictures twice: of those to train on, {copies} are copies, to the "
             "byte, which look more probable and are accepted more often than new ones"
         )
-    digest = data.digest
-    if hardware.devices > 1:
-        # From here on one process a device runs this very code; the first keeps the folder.
-        fabric = hardware.fabric()
-        if fabric.is_global_zero:
-            _prepare(recipe, folder, names, resume, digest)
-        fabric.barrier()
-        report = report if fabric.is_global_zero else None
-    else:
-        _prepare(recipe, folder, names, resume, digest)
-    if len(jobs) == 1 or hardware.devices > 1:
-        return {job.name: job.run(report) for job in jobs}
-    return _side_by_side(jobs, report)
+    # With several devices Fabric runs this very code once for each; the first keeps the folder.
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if resume:
+        _require_same(recipe, folder, data.digest)
+    with _alone(folder, names) if is_first else nullcontext():
+        if is_first:
+            _prepare(recipe, folder, names, resume)
+        if hardware.devices > 1:
+            hardware.fabric().barrier()
+        if len(jobs) == 1 or hardware.devices > 1:
+            return {job.name: job.run(report if is_first else None) for job in jobs}
+        return _side_by_side(jobs, report)
 
 
 def _begun(recipe: Recipe, folder: Path, afresh: Sequence[str]) -> dict[str, Precision]:
@@ -233,17 +240,48 @@ def _check(recipe: Recipe) -> Dataset:
     return data
 
 
-def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool, digest: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RECIPE
-    if path.is_file() and resume:
-        if not recipe.continues(recipes.load(path)):
-            raise InvalidInput(
-                str(folder), "was trained by another recipe: choose another folder or train afresh"
-            )
-        for name in recipe.models:
-            train.check_data(folder / name, digest)
-    recipe.write(path)
+def _require_same(recipe: Recipe, folder: Path, digest: str) -> None:
+    """Returns if the folder is of that recipe and of those data, or of none yet.
+
+    Raises:
+        InvalidInput: it is of others.
+    """
+    if not (folder / RECIPE).is_file():
+        return
+    if not recipe.continues(recipes.load(folder / RECIPE)):
+        raise InvalidInput(
+            str(folder), "was trained by another recipe: choose another folder or train afresh"
+        )
+    for name in recipe.models:
+        train.check_data(folder / name, digest)
+
+
+@contextmanager
+def _alone(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Within it, no other process trains these models in that folder, which is made.
+
+    Raises:
+        InvalidInput: one does, or it is no folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InvalidInput(str(folder), "is a file: a run needs a folder") from error
+    with ExitStack() as stack:
+        for name in names:
+            lock = stack.enter_context((folder / f".{name}.lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                told = "is being trained by another process"
+                raise InvalidInput(str(folder / name), told) from error
+            except OSError:
+                pass  # a file system without locks
+        yield
+
+
+def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool) -> None:
+    recipe.write(folder / RECIPE)
     if not resume:
         for name in names:
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -126,11 +126,7 @@ def _digits() -> Source:
 
 
 def _npz(path: Path) -> Source:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InvalidInput(str(path), f"not a readable .npz file: {error}") from error
+    arrays = _arrays(path)
     tests = ("x_test", "y_test")
     keys = ("x_train", "y_train") if arrays.keys() & {"x_train", "y_train"} else ("x", "y")
     has_test = bool(arrays.keys() & {*tests})
@@ -149,6 +145,18 @@ def _npz(path: Path) -> Source:
     names = arrays.get("class_names", np.array(()))
     known = tuple(map(str, names)) or None
     return _source(path, x, y, test, () if unlabelled else known)
+
+
+def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an .npz file by their names."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            with found as file:
+                return dict(file)
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InvalidInput(str(path), f"not a readable .npz file: {error}") from error
+    raise InvalidInput(str(path), "is an .npy file of one array; np.savez writes an .npz file")
 
 
 def _require_no_labels(

@@ -626,10 +626,18 @@ def _cut_log(path: Path, step: int) -> None:
 
 
 def _write(path: Path, content: object) -> None:
-    """Writes by rename, so that a reader finds the old file or the new one, whole."""
+    """Writes by rename, so that a reader finds the old file or the new one, whole.
+
+    Raises:
+        LikelyError: it cannot be written; nothing of it is left.
+    """
     temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk by the latter
+        temporary.unlink(missing_ok=True)
+        raise LikelyError(f"{path} cannot be written; is the disk full? {error}") from error

@@ -228,6 +228,13 @@ def test_sizes_of_zero_are_refused(field: str) -> None:
         replace(SOFTMAX, **{field: 0})  # type: ignore[arg-type]
 
 
-def test_fewer_labels_than_none_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="labels: -1 is below 0"):
-        replace(SOFTMAX, labels=-1)
+@pytest.mark.parametrize("field", ["labels", "logistics"])
+def test_fewer_than_none_are_refused(field: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{field}: -1 is below 0"):
+        replace(SOFTMAX, **{field: -1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("channels", [0, -1])
+def test_convolutions_of_no_channels_are_refused(channels: int) -> None:
+    with pytest.raises(InvalidInput, match=r"convolutions: .* are not all at least 1"):
+        replace(SOFTMAX, convolutions=(4, channels))

@@ -331,6 +331,29 @@ def no_zip(folder: Path) -> Path:
     return folder / "set.npz"
 
 
+def damaged(folder: Path) -> Path:
+    np.savez_compressed(folder / "set.npz", x=np.zeros((99, 5, 4), np.uint8), y=np.zeros(99, int))
+    content = bytearray((folder / "set.npz").read_bytes())
+    start = 30 + sum(struct.unpack("<2H", content[26:30]))  # of what is compressed
+    content[start] = 0xFF
+    (folder / "set.npz").write_bytes(content)
+    return folder / "set.npz"
+
+
+def encrypted(folder: Path) -> Path:
+    np.savez(folder / "set.npz", x=pictures(3), y=[0, 1, 2])
+    content = bytearray((folder / "set.npz").read_bytes())
+    for header, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(header) + flags] |= 1
+    (folder / "set.npz").write_bytes(content)
+    return folder / "set.npz"
+
+
+def one_array(folder: Path) -> Path:
+    np.save(folder / "set.npy", pictures(3))
+    return (folder / "set.npy").rename(folder / "set.npz")
+
+
 def pickled(folder: Path) -> Path:
     np.savez(folder / "set.npz", x=np.array([{}], object), y=[0])
     return folder / "set.npz"
@@ -408,6 +431,9 @@ def empty_subfolder(folder: Path) -> Path:
         (broken_gzip, "cannot be read"),
         (without_labels, "a-labels-idx1-ubyte"),
         (no_zip, "not a readable .npz"),
+        (damaged, "not a readable .npz file: .*decompressing"),
+        (encrypted, "not a readable .npz file: .*encrypted"),
+        (one_array, "is an .npy file of one array"),
         (pickled, "not a readable .npz"),
         (other_names, "no array x"),
         (floats, "float64"),

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from likely.bundle import Bundle, Manifest, Role
 from likely.bundle.manifest import FileRecord
-from likely.errors import InvalidInput
+from likely.errors import BundleError, InvalidInput
 from likely_export import recipes, runs
 from likely_export.cli import _Sentences, main
 from likely_export.material import Material
@@ -144,15 +144,23 @@ def test_a_mistake_is_one_sentence_on_stderr(
     assert says in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [((), "the same command goes on"), (("--fresh",), "the same command without --fresh goes on")],
+)
 def test_an_interruption_says_how_to_go_on(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+    says: str,
 ) -> None:
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "train_all", interrupted)
-    result = call("train", "--recipe", recipe, "--out", tmp_path / "run")
-    assert result.exit_code == 1 and "goes on from the last checkpoint" in result.stderr
+    result = call("train", "--recipe", recipe, "--out", tmp_path / "run", *more)
+    assert result.exit_code == 1 and f"{says} from the last checkpoint" in result.stderr
 
 
 def test_figures_may_be_written_into_a_bundle_again(
@@ -241,6 +249,32 @@ def test_build_reports_its_steps_and_its_bundle(
     assert result.exit_code == 0 and "export density" in result.stderr
     assert "tiny 3" in result.stdout
     assert ("evaluate" in result.stderr) == ("nll_nats.mean" in result.stdout) == evaluated
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("figures.json", "beside which the figures lie as .json"), ("folder", "is a directory")],
+)
+def test_a_comparison_that_could_not_be_written_is_not_begun(
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from likely_export import compare
+
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("has begun"))
+    result = call("compare", "bundles/digits", "--out", tmp_path / name)
+    assert result.exit_code == 2 and says in " ".join(result.stderr.split())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_file_is_not_replaced_by_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with (
+        pytest.raises(BundleError, match=r"notes\.txt exists and is no bundle"),
+        replacing(tmp_path / "notes.txt"),
+    ):
+        pytest.fail("has begun")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_sigterm_leaves_no_half_of_a_bundle(tmp_path: Path) -> None:

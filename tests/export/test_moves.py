@@ -85,6 +85,16 @@ def test_what_is_erased_is_a_rectangle_of_at_most_that_share() -> None:
         assert np.array_equal(each, np.outer(rows, columns))
 
 
+def test_places_are_not_rounded_to_bfloat16() -> None:
+    x = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
+    for moves in (Moves(shift=1), Moves(turn=10.0, zoom=0.1, shear=0.1)):
+        torch.manual_seed(1)
+        plain = moves.of(x)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(moves.of(x), plain)
+
+
 def test_the_generator_decides() -> None:
     x = torch.randint(0, 256, (8, 1, 12, 12), dtype=torch.uint8)
     moves = Moves(turn=20, zoom=0.2, shear=0.2, shift=3, flip=True, erase=0.3)

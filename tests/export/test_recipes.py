@@ -198,7 +198,7 @@ def test_a_recipe_is_written_whole_or_not_at_all(
     recipe.write(path)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
 
-    def half(self: Path, text: str) -> None:
+    def half(self: Path, text: str, encoding: str) -> None:
         self.write_bytes(text[:50].encode())
         raise OSError("no space left on device")
 
@@ -319,6 +319,33 @@ def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, field: str, says
     with pytest.raises(InvalidInput, match=says) as caught:
         recipes.load(tmp_path / "mine.toml")
     assert caught.value.field.startswith(field)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_recipe_that_is_not_utf_8(tmp_path: Path, encoding: str) -> None:
+    text = TINY.replace("[data]", 'description = "für Ziffern"\n[data]', 1)
+    (tmp_path / "mine.toml").write_text(text, encoding=encoding)
+    with pytest.raises(InvalidInput, match=r"recipe: .*mine\.toml is not UTF-8"):
+        recipes.load(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ("[sizes]\npaper = 3\n", r"sizes\.paper: must be a table, not 3"),
+        ("[[sizes]]\npaper = 3\n", "sizes: must be a table of sizes"),
+        ("[sizes.paper.name]\nlong = 3\n", "name: .*string"),
+        ("[sizes.paper]\nmodels = 3\n", "models: .*dictionary"),
+    ],
+)
+def test_a_size_that_is_no_table_or_puts_one_in_the_wrong_place(sizes: str, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        recipes.parse(TINY + sizes, size="paper")
+
+
+def test_options_that_torch_alone_refuses_are_named_by_the_family() -> None:
+    with pytest.raises(InvalidInput, match=r"classifier: .*negative dimension"):
+        families.create("classifier", {"width": -1}, shape=(1, 8, 8), levels=4, labels=2, seed=0)
 
 
 @pytest.mark.parametrize("name", ["letters", "absent.toml"])

@@ -1,3 +1,4 @@
+import fcntl
 import io
 import math
 import queue
@@ -258,7 +259,7 @@ def test_a_run_is_gone_on_with_where_its_data_are_now(recipe: Recipe, tmp_path: 
     assert there.continues(recipe)
     opened = runs.Run.open(folder, moved)
     assert opened.recipe == there
-    assert opened.model("b", opened.recipe.data.load().digest) is not None
+    assert opened.model("b", opened.recipe.data.load()) is not None
     told: list[str] = []
     runs.train_all(there, folder, report=lambda name, _: told.append(name))
     assert set(told) == {"a"} and runs.Run.open(folder).recipe == there
@@ -321,8 +322,8 @@ def test_weights_of_other_data_or_another_division_are_not_built(
     folder = tmp_path / "run"
     runs.train_all(recipe, folder, only=["b"])
     divided = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seed": 1})})
-    digest, other = (each.data.load().digest for each in (recipe, divided))
-    assert runs.Run.open(folder).model("b", digest) is not None
+    data, other = (each.data.load() for each in (recipe, divided))
+    assert runs.Run.open(folder).model("b", data) is not None
     divided.write(folder / runs.RECIPE)
     with pytest.raises(InvalidInput, match=r"b/weights\.pt: was trained on other data"):
         build(folder, tmp_path / "bundle", print)
@@ -334,9 +335,61 @@ def test_weights_of_other_data_or_another_division_are_not_built(
     torch.save(older, weights)  # which leaves it to the checkpoint
     with pytest.raises(InvalidInput, match="other data"):
         runs.Run.open(folder).model("b", other)
-    assert runs.Run.open(folder).model("b", digest) is not None
+    assert runs.Run.open(folder).model("b", data) is not None
     (folder / "b" / train.CHECKPOINT).unlink()
     assert runs.Run.open(folder).model("b", other) is not None
+
+
+def test_weights_of_other_levels_are_not_built(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    runs.train_all(recipe, folder, only=["b"])
+    update = {"data": recipe.data.model_copy(update={"binarise": True})}
+    coins = recipe.model_copy(update=update)
+    drawn = coins.data.load()
+    assert drawn.digest == recipe.data.load().digest and drawn.levels == 2
+    coins.write(folder / runs.RECIPE)
+    with pytest.raises(InvalidInput, match=r"b/weights\.pt: was trained on 256 levels .* have 2"):
+        runs.Run.open(folder).model("b", drawn)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_one_process_trains_a_model(recipe: Recipe, tmp_path: Path, resume: bool) -> None:
+    folder = tmp_path / "run"
+    runs.train_all(recipe, folder, only=["b"])
+    before = (folder / "b" / train.WEIGHTS).read_bytes()
+    with (folder / ".b.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InvalidInput, match="b: is being trained by another process"):
+            runs.train_all(recipe, folder, resume=resume)
+        assert not (folder / "a").exists()
+        runs.train_all(recipe, folder, only=["a"])
+    assert (folder / "b" / train.WEIGHTS).read_bytes() == before
+
+
+def test_a_run_needs_a_folder(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InvalidInput, match="is a file: a run needs a folder"):
+            runs.train_all(recipe, folder)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    runs.train_all(recipe, folder, only=["b"])
+    before = (folder / "b" / train.CHECKPOINT).read_bytes()
+
+    def full(_: object, file: Any) -> None:
+        file.write(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    longer = recipe._with_training(lambda own: replace(own, more_epochs=(1,)))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(LikelyError, match="is the disk full"):
+        runs.train_all(longer, folder, only=["b"])
+    assert (folder / "b" / train.CHECKPOINT).read_bytes() == before
+    assert not list((folder / "b").glob(".*"))
 
 
 def test_weights_of_another_training_are_not_those_of_the_recipe(

@@ -360,11 +360,23 @@ def test_rates_rise_anew_to_half_their_peaks() -> None:
         {"steps": 1, "more_epochs": (1, 0)},
         {"steps": 1, "more_epochs": (float("inf"),)},
         {"budget_seconds": 1, "more_epochs": (1,)},
+        {"steps": 1, "weight_decay": -0.1},
+        {"steps": 1, "weight_decay": float("inf")},
+        {"steps": 1, "muon_weight_decay": -0.1},
+        {"steps": 1, "betas": (0.9, 1.0)},
+        {"steps": 1, "betas": (-0.1, 0.9)},
+        {"steps": 1, "seed": 1 << 64},
+        {"steps": 1, "seed": -(1 << 63) - 1},
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match="training"):
         Training(**wrong)
+
+
+@pytest.mark.parametrize("seed", [-(1 << 63), (1 << 64) - 1])
+def test_the_outermost_seeds_are_torchs_too(seed: int) -> None:
+    torch.Generator().manual_seed(Training(steps=1, seed=seed).seed)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has what is to be missing")

@@ -180,8 +180,9 @@ def test_keys_that_are_nested_are_refused_as_a_file_is_opened(tmp_path: Path, ke
 
 @pytest.mark.parametrize("names", [["image", "image", "key"], ["image", "key", "key"]])
 def test_of_columns_of_one_name_none_is_taken(tmp_path: Path, names: list[str]) -> None:
-    rows = pa.array(drawn(3)[:, 0].tolist())
-    pq.write_table(pa.table([rows, rows, rows], names=names), tmp_path / "in.parquet")
+    kinds = {"image": pa.array(drawn(3)[:, 0].tolist()), "key": pa.array(["a", "b", "c"])}
+    columns = [kinds[name] for name in names]
+    pq.write_table(pa.table(columns, names=names), tmp_path / "in.parquet")
     with pytest.raises(InvalidInput, match=r"in\.parquet: several columns (image|key)"):
         opened(tmp_path / "in.parquet")
 
