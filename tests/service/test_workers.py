@@ -343,8 +343,9 @@ while [ ! -e "$0" ]; do sleep 0.05; done
 """
 
 
+@pytest.mark.parametrize("first", ["change", "end"])
 def test_a_worker_that_missed_a_change_drains_on_when_the_server_ends(
-    settings: Callable[..., Settings], tmp_path: Path
+    settings: Callable[..., Settings], tmp_path: Path, first: str
 ) -> None:
     drained = tmp_path / "drained"
 
@@ -354,33 +355,14 @@ def test_a_worker_that_missed_a_change_drains_on_when_the_server_ends(
             "sh", "-c", TRAPS, str(drained), stdout=subprocess.PIPE
         )
         assert worker.stdout and await worker.stdout.readline() == b"ready\n"
-        keeper._strayed(0)
-        assert await worker.stdout.readline() == b"told\n"
-        waiting = asyncio.create_task(worker.wait())
-        ending = asyncio.create_task(keeper._end(signal.SIGTERM, [waiting]))  # type: ignore[list-item]
-        await asyncio.sleep(0.3)
-        drained.touch()
-        await ending
-        return await worker.wait()
-
-    assert asyncio.run(ended()) == 0
-
-
-def test_a_worker_that_refuses_a_change_since_the_server_ends_drains_on(
-    settings: Callable[..., Settings], tmp_path: Path
-) -> None:
-    drained = tmp_path / "drained"
-
-    async def ended() -> int:
-        keeper = supervised(settings(workers=2), tmp_path, io.StringIO())
-        worker = keeper._running[0] = await asyncio.create_subprocess_exec(
-            "sh", "-c", TRAPS, str(drained), stdout=subprocess.PIPE
-        )
-        assert worker.stdout and await worker.stdout.readline() == b"ready\n"
-        waiting = asyncio.create_task(worker.wait())
-        ending = asyncio.create_task(keeper._end(signal.SIGTERM, [waiting]))  # type: ignore[list-item]
-        assert await worker.stdout.readline() == b"told\n"
-        keeper._strayed(0)
+        waiting: Any = asyncio.create_task(worker.wait())
+        if first == "change":
+            keeper._strayed(0)
+            assert await worker.stdout.readline() == b"told\n"
+        ending = asyncio.create_task(keeper._end(signal.SIGTERM, [waiting]))
+        if first == "end":
+            assert await worker.stdout.readline() == b"told\n"
+            keeper._strayed(0)
         await asyncio.sleep(0.3)
         drained.touch()
         await ending
