@@ -94,7 +94,7 @@ class Dataset:
         calibrate: what scores are ranked against.
         validate: what training is watched on.
         test: what is reported.
-        digest: SHA-256 over all pictures, as the source has them, and labels in their parts.
+        digest: SHA-256 over all pictures, before `binarise` draws them, and labels in their parts.
     """
 
     name: str

@@ -66,9 +66,9 @@ def _version_label(text: str) -> str:
 
 
 def _once(labels: tuple[str, ...]) -> tuple[str, ...]:
-    named = [label.partition("=")[0] for label in labels]
+    named = [label.partition("=")[0] for label in dict.fromkeys(labels)]
     if twice := next((name for name in named if named.count(name) > 1), None):
-        raise ValueError(f"{twice} names two versions")
+        raise ValueError(f"one version for {twice}")
     return labels
 
 

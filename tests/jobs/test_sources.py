@@ -347,7 +347,8 @@ def test_an_archive_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     for place in (0, 2 * 512 + 10, 8 * 512 + 10):
         refused(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
     refused(data[: 4 * 512] + bytes(512) + data[5 * 512 :])
-    refused(data + data)
+    for more in (0, 20, 128, 5000):  # blocks that archives of larger records end with
+        refused(data + bytes(more * 512) + data)
 
 
 def test_hard_links_are_what_they_lead_to(tmp_path: Path) -> None:

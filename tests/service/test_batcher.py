@@ -1062,7 +1062,7 @@ def test_what_nobody_waits_for_any_more_is_ready_in_vain() -> None:
 
 
 @pytest.mark.parametrize("fails", [1, 2])
-def test_a_batch_whose_start_fails_fails_alone_and_holds_no_lane(
+def test_a_batch_whose_start_fails_is_told_and_holds_no_lane(
     monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
     async def work() -> None:
@@ -1092,6 +1092,28 @@ def test_a_batch_whose_start_fails_fails_alone_and_holds_no_lane(
             assert await ask(lanes, 7) == [14]
             assert gauge(traffic, "running") == gauge(traffic, "waiting") == 0
             assert gauge(traffic, "restarts") == 1
+
+    run(work())
+
+
+def test_a_fault_in_choosing_a_batch_is_not_that_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work() -> None:
+        graph, traffic, asked = Doubler(), Traffic(), list[int]()
+        choose = Lanes._next
+
+        def failing(lanes: Lanes, free: int) -> Any:
+            asked.append(free)
+            if len(asked) == 2:
+                raise RuntimeError("a fault of the queue's own")
+            return choose(lanes, free)
+
+        monkeypatch.setattr(Lanes, "_next", failing)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        async with opened(graph, traffic=traffic) as lanes:
+            assert await ask(lanes, 1) == [2]
+            assert gauge(traffic, "restarts") == 1 and gauge(traffic, "running") == 0
 
     run(work())
 

@@ -157,6 +157,23 @@ def test_messages_are_merged_as_far_as_one_request_may_go_and_parted_as_little_a
     assert len(asked) < len(x) / 2 + 10 * len(failed)
 
 
+def test_what_no_message_causes_is_told_of_all_at_once(
+    live: Live, stub: ScoringServiceStub, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+
+    async def gone(x: Any, *_: Any, **__: Any) -> Any:
+        asked.append(len(x))
+        await asyncio.sleep(0.05)  # all messages have come by the second
+        raise errors.Unavailable("the queue broke and was begun anew")
+
+    monkeypatch.setattr(live.server.registry.find("toy"), "score", gone)
+    outcomes = told(stub, [score(each[None]) for each in x])
+    codes = {outcome.failure.code for outcome in outcomes.values()}
+    assert codes == {grpc.StatusCode.UNAVAILABLE.value[0]} and len(outcomes) == len(x)
+    assert sum(asked) == len(x) and len(asked) < 10
+
+
 def test_an_unknown_model_or_version_is_not_found(stub: ScoringServiceStub, x: Any) -> None:
     (outcome,) = told(stub, [score(x[:1], model_name="other")]).values()
     error = statuses.error_of(outcome.failure)

@@ -264,6 +264,7 @@ class Lanes:
         try:
             while started := self._next(self._count - len(self._running)):
                 self._start(*started)
+                started = None
             while len(self._ready) < self._count and (full := self._next_full()):
                 self._ready.append(full)
             self._hurried = self._waits(Priority.INTERACTIVE)
@@ -452,7 +453,7 @@ class Lanes:
     def _restart(self, error: Exception, batch: Batch | None = None) -> None:
         """Begins the queues anew after a fault of their own: what waits fails at once.
 
-        So does the batch that met with it, which holds no lane any more.
+        So do the members of the batch that met with it, which is not counted as running any more.
         """
         self._traffic.restarts.labels(self._name).inc()
         if batch and (role := self._running.pop(batch, None)):

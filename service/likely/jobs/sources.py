@@ -436,10 +436,12 @@ def _members(file: Found) -> Iterator[tarfile.TarInfo]:
         with file.path.open("rb") as data, tarfile.open(fileobj=data, mode="r:") as archive:
             yield from archive
             data.seek(archive.offset)
-            end = data.read(2 * tarfile.RECORDSIZE)  # another archive would begin within
+            length, rest = 0, False
+            while chunk := data.read(1 << 20):  # zeros, up to a whole number of blocks
+                length, rest = length + len(chunk), rest or any(chunk)
     except tarfile.TarError as error:
         raise InvalidInput(file.name, f"no tar archive: {error}") from error
-    if len(end) < tarfile.BLOCKSIZE or any(end):
+    if length < tarfile.BLOCKSIZE or rest:
         raise InvalidInput(file.name, "the tar archive is cut off, broken or followed by more")
 
 

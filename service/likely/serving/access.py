@@ -109,11 +109,11 @@ class Secrets:
         """The tokens of that file, read again when it changes; all may be withdrawn then.
 
         Raises:
-            SettingsError: it cannot be read, is no such file, or holds no token.
+            SettingsError: it cannot be read, or is no such file.
         """
         self._known = Fresh([path], lambda: _secrets(path), log, interval)
         if not self._known.value():
-            raise SettingsError(f"{path} holds no token")
+            log.warning("no token is valid", file=str(path))
 
     def find(self, token: str) -> Holder | None:
         """Whose token it is; None where it is nobody's."""
@@ -151,7 +151,7 @@ class Issuer:
         """
         self._keys = Fresh([keys], lambda: _keys(keys, algorithms), log, interval)
         if not self._keys.value():
-            raise SettingsError(f"{keys} holds no key")
+            log.warning("no signed token is valid", file=str(keys))
         self._log = log
         self._name = name
         self._audience = audience
@@ -380,6 +380,8 @@ def _keys(path: Path, algorithms: Sequence[str]) -> tuple[jwt.PyJWK, ...]:
     """The keys of a file, each once for every algorithm that it may serve; none if it has none."""
     try:
         found = json.loads(_read(path)).get("keys")
+        if not isinstance(found, list):
+            raise TypeError("its keys are no list")
         keys = tuple(key for each in found for key in _of_each(each, algorithms))
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path} is no JSON Web Key Set: {error}") from error

@@ -17,12 +17,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from likely.answers import Limits
 from likely.batching import callers
-from likely.errors import InvalidInput, Unavailable
+from likely.errors import DeadlineExceeded, DeviceLost, InvalidInput, Unavailable
 from likely.serving import merging
 from likely.serving.doors import Door
 
 MESSAGES = 256  # of one stream that are not answered yet: beyond, it is not read
 AT_ONCE = 2  # groups of one stream: one is put together while another runs
+OF_ALL = (DeadlineExceeded, DeviceLost, Unavailable)  # no message of a group alone causes them
 ROWS = 63  # pictures of a group: as many as a request may have that yields to nobody
 
 R = TypeVar("R")
@@ -165,8 +166,8 @@ class Feed(Generic[R]):
             whole: Any = await self._checked(merging.merged(requests))
             return merging.parted(whole, requests)
         except Exception as error:
-            if not half:
-                return [error]
+            if not half or isinstance(error, OF_ALL):
+                return [error] * len(requests)
         # Of one of them, perhaps: each is told of its own.
         return [*await self._answers(requests[:half]), *await self._answers(requests[half:])]
 

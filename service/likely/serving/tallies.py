@@ -98,9 +98,9 @@ def _inferred(answer: inference_pb2.ModelInferResponse) -> list[int]:
         return []
     contents, raw = answer.outputs[places[name]].contents, answer.raw_output_contents
     typed = contents.int_contents or contents.bool_contents
-    values = np.frombuffer(raw[places[name]], np.int8) if raw else map(int, typed)
+    values = np.frombuffer(raw[places[name]], np.int8).tolist() if raw else typed
     first = 1 if name == "outlier" else 0  # false is ACCEPTED, true OUTLIER
-    return [first + int(value) for value in values]
+    return [first + value for value in values]
 
 
 # By the answer's type: a chain of comparisons would cost every answer microseconds.
