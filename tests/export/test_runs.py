@@ -373,25 +373,6 @@ def test_a_run_needs_a_folder(recipe: Recipe, tmp_path: Path) -> None:
             runs.train_all(recipe, folder)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "run"
-    runs.train_all(recipe, folder, only=["b"])
-    before = (folder / "b" / train.CHECKPOINT).read_bytes()
-
-    def full(_: object, file: Any) -> None:
-        file.write(b"half")
-        raise RuntimeError("unexpected pos 64 vs 0")
-
-    longer = recipe._with_training(lambda own: replace(own, more_epochs=(1,)))
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(LikelyError, match="is the disk full"):
-        runs.train_all(longer, folder, only=["b"])
-    assert (folder / "b" / train.CHECKPOINT).read_bytes() == before
-    assert not list((folder / "b").glob(".*"))
-
-
 def test_weights_of_another_training_are_not_those_of_the_recipe(
     recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -289,19 +289,23 @@ def test_what_ended_the_stretches_is_averaged_where_that_is_better(
     assert [line.get("validation_of_ends") for line in lines] == [None, found[2]]
 
 
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("unexpected pos 4 vs 0")])
 def test_nothing_but_whole_files_is_ever_seen(
-    pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     train.fit(toy(pictures), pictures, TRAINING, tmp_path)
     before = (tmp_path / train.CHECKPOINT).read_bytes()
 
-    def full(content: object, file: object) -> None:
-        raise OSError("no space left on device")
+    def full(_: object, file: Any) -> None:
+        file.write(b"half")
+        raise error
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space"):
+    told = rf"checkpoint\.pt cannot be written; is the disk full\? {error}"
+    with pytest.raises(LikelyError, match=told):
         train.fit(toy(pictures), pictures, TRAINING, tmp_path, resume=False)
     assert (tmp_path / train.CHECKPOINT).read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_muon_moves_kernels_in_place_and_along_orthogonal_directions() -> None:
