@@ -171,7 +171,7 @@ def test_what_no_message_causes_is_told_of_all_at_once(
     outcomes = told(stub, [score(each[None]) for each in x])
     codes = {outcome.failure.code for outcome in outcomes.values()}
     assert codes == {grpc.StatusCode.UNAVAILABLE.value[0]} and len(outcomes) == len(x)
-    assert sum(asked) == len(x) and len(asked) < 10
+    assert sum(asked) == len(x) > len(asked)
 
 
 def test_an_unknown_model_or_version_is_not_found(stub: ScoringServiceStub, x: Any) -> None:
