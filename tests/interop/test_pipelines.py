@@ -58,7 +58,7 @@ def test_the_table_lists_what_there_is(server: Served) -> None:
     with grpc.insecure_channel(server.address) as channel:
         stub = GRPCInferenceServiceStub(channel)
         index = stub.RepositoryIndex(inference_pb2.RepositoryIndexRequest())
-        assert list(table) == [model.name for model in index.models]
+        assert sorted(table) == [model.name for model in index.models]
         for name, (inputs, outputs, _) in table.items():
             meta = stub.ModelMetadata(inference_pb2.ModelMetadataRequest(name=name))
             assert inputs == {tensor.name for tensor in meta.inputs}
