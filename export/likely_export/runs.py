@@ -4,6 +4,7 @@
     RUN/<model>/checkpoint.pt    everything needed to go on
     RUN/<model>/weights.pt       the averaged weights and their config
     RUN/<model>/log.jsonl        a line a validation
+    RUN/.<model>.lock            held by the process that trains it
 
 Small models gain nothing from a second thread, so each has a process of one
 thread to itself, and as many run at once as there are processors.
@@ -177,7 +178,7 @@ def train_all(
             "byte, which look more probable and are accepted more often than new ones"
         )
     # With several devices Fabric runs this very code once for each; the first keeps the folder.
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    is_first = hardware.devices == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     if resume:
         _require_same(recipe, folder, data.digest)
     with _alone(folder, names) if is_first else nullcontext():

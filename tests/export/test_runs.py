@@ -366,6 +366,14 @@ def test_one_process_trains_a_model(recipe: Recipe, tmp_path: Path, resume: bool
     assert (folder / "b" / train.WEIGHTS).read_bytes() == before
 
 
+def test_one_device_is_the_first_whatever_a_launcher_has_set(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    runs.train_all(recipe, tmp_path / "run", only=["b"])
+    assert runs.Run.open(tmp_path / "run").model("b") is not None
+
+
 def test_a_run_needs_a_folder(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
