@@ -137,14 +137,19 @@ class Engine:
         self._seen = terms.seen
         self._trust = Trust(self.manifest.name, terms.patience, traffic)
 
-        def runner(role: Role, threads: int) -> Runner:
-            session = opened(role, threads)
+        def completed(role: Role, runner: Runner) -> Runner:
             if role is Role.DENSITY and self._detector is not None:
-                return Ranked(session, self._detector, self.manifest.dimensions)
-            return session
+                return Ranked(runner, self._detector, self.manifest.dimensions)
+            return runner
 
         warm = warm_up(
-            bundle, runner, lanes=terms.lanes, cores=cores, max_batch=max_batch, filled=filled
+            bundle,
+            opened,
+            completed,
+            lanes=terms.lanes,
+            cores=cores,
+            max_batch=max_batch,
+            filled=filled,
         )
         self._lanes = Lanes(
             self.manifest.name,

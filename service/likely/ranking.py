@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from likely.answers import Doubles
+from likely.batching.batches import Runner
 from likely.bundle import Graph
-from likely.graphs import Array, Session, Stop
+from likely.graphs import Array, Stop
 from likely.outliers import Detector
 
 RANKED = "ranked"
@@ -28,17 +29,17 @@ class Ranked:
         providers: what really runs it.
     """
 
-    def __init__(self, session: Session, detector: Detector, dimensions: int) -> None:
+    def __init__(self, runner: Runner, detector: Detector, dimensions: int) -> None:
         """A ranked density graph.
 
         Args:
-            session: runs the graph.
+            runner: runs the graph.
             detector: turns its statistics into scores and p-values.
             dimensions: of a picture: pixels times channels.
         """
-        self.spec: Graph = session.spec
-        self.providers = session.providers
-        self._session = session
+        self.spec: Graph = runner.spec
+        self.providers = runner.providers
+        self._runner = runner
         self._detector = detector
         self._bit = -math.log(2) * dimensions  # what a bit a dimension is in log p(x)
 
@@ -47,16 +48,16 @@ class Ranked:
     ) -> list[Array]:
         """The outputs of that name."""
         if RANKED not in outputs:
-            return self._session.run(feeds, outputs, stop)
+            return self._runner.run(feeds, outputs, stop)
         own = self._own(outputs)
-        found = dict(zip(own, self._session.run(feeds, own, stop), strict=True))
+        found = dict(zip(own, self._runner.run(feeds, own, stop), strict=True))
         found[RANKED] = self._ranked(found[_LOG_PX], found[_STATISTICS], found.get(_LABEL))
         return [found[name] for name in outputs]
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
         """The outputs of no rows."""
         own = self._own(outputs)
-        found = dict(zip(own, self._session.empty(own), strict=True))
+        found = dict(zip(own, self._runner.empty(own), strict=True))
         found[RANKED] = np.empty((0, _COLUMNS))
         return [found[name] for name in outputs]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from likely.batching import tuning
 from likely.batching.batches import Runner
-from likely.batching.filling import Filled
+from likely.batching.portions import Portions
 from likely.batching.tuning import Best
 from likely.bundle import Bundle, Manifest, Role
 from likely.errors import BundleError
@@ -42,6 +42,7 @@ class Warm:
 def warm_up(
     bundle: Bundle,
     opened: Callable[[Role, int], Runner],
+    completed: Callable[[Role, Runner], Runner],
     *,
     lanes: int,
     cores: int,
@@ -53,6 +54,7 @@ def warm_up(
     Args:
         bundle: verified.
         opened: opens the graph of a role, for runs on so many cores.
+        completed: adds what is computed from the outputs of a role's graph.
         lanes: runs at once; 0 to find how many are best.
         cores: the most runs at once, where that is to be found, and the most that one run takes.
         max_batch: rows of one run; 0 to find what is best.
@@ -65,9 +67,10 @@ def warm_up(
     widest = 1 if max_batch else min(cores, WIDEST)
     several = [role for role in roles if role in LONG and widest > 1]
     with ThreadPoolExecutor(cores) as pool:
-        found = list(pool.map(opened, roles + several, [1] * len(roles) + [widest] * len(several)))
+        bare = list(pool.map(opened, roles + several, [1] * len(roles) + [widest] * len(several)))
+    found = [completed(role, runner) for role, runner in zip(roles + several, bare, strict=True)]
     if filled:
-        found = [Filled(runner, max_batch) for runner in found]
+        found = [Portions(runner, max_batch, fill=True) for runner in found]
     runners = dict(zip(roles, found, strict=False))
     wide = dict(zip(several, found[len(roles) :], strict=True))
     golden = bundle.golden()
@@ -78,6 +81,9 @@ def warm_up(
         best = dict.fromkeys(runners, Best(max_batch, grain=max_batch if filled else 1))
     else:
         best = {role: _best(role, runner, golden) for role, runner in runners.items()}
+        for role, runner in zip(roles, bare, strict=False):
+            if best[role].run:
+                runners[role] = completed(role, Portions(runner, best[role].run))
         for role, runner in wide.items():
             if _is_worth_all_cores(role, runner, runners[role], best[role], golden):
                 best[role] = replace(best[role], wide=runner)

@@ -401,7 +401,7 @@ def test_who_would_be_answered_too_late_makes_room_for_others_that_wait(crowded:
                     await late
             else:
                 assert await late == [4, 4]
-        assert ([2, 2] in graph.runs) is not crowded
+        assert any(2 in rows for rows in graph.runs) is not crowded
 
     run(work())
 
@@ -566,7 +566,7 @@ def test_what_is_refused_for_now_is_counted_where_that_is_all_of_it(
 ) -> None:
     async def work() -> None:
         graph, traffic = Doubler(), Traffic()
-        options = {"best": {Role.DENSITY: Best(4, pace=10.0)}, "bounds": Bounds(rows=2)}
+        options = {"best": {Role.DENSITY: Best(4, grain=4, pace=10.0)}, "bounds": Bounds(rows=2)}
         async with opened(graph, traffic=traffic, **options) as lanes:
             graph.hold()
             first = going(ask(lanes, 0))
@@ -853,20 +853,47 @@ def test_a_full_batch_begins_without_the_event_loop() -> None:
     run(work())
 
 
-def test_less_than_a_full_batch_is_not_ready() -> None:
+@pytest.mark.parametrize(
+    ("grain", "runs"),
+    [
+        (1, [[1], [2, 2], [3]]),  # half of what there is, for one lane
+        (3, [[1], [2, 2, 3]]),  # more may come for a run that costs much whatever its rows
+    ],
+)
+def test_a_lanes_share_is_ready_where_it_is_worth_a_run(grain: int, runs: list[list[int]]) -> None:
     async def work() -> None:
         graph = Doubler()
-        async with opened(graph, best={Role.DENSITY: Best(3)}) as lanes:
+        async with opened(graph, best={Role.DENSITY: Best(3, grain, pace=1.0)}) as lanes:
             graph.hold()
             first = going(ask(lanes, 1))
             await graph.arrived()
             second = going(ask(lanes, 2, 2))
             await settled()
+            assert lanes.ready == (2 if grain == 1 else 0)
             third = going(ask(lanes, 3))
             await settled()
             graph.release()
             assert [await each for each in (first, second, third)] == [[2], [4, 4], [6]]
-            assert graph.runs == [[1], [2, 2, 3]]
+            assert graph.runs == runs
+
+    run(work())
+
+
+def test_few_callers_keep_all_lanes_busy_and_one_batch_ahead_for_each() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, lanes=2, best={Role.DENSITY: Best(64, pace=1.0)}) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            others = [going(ask(lanes, i)) for i in range(1, 8)]
+            await graph.arrived()
+            assert list(map(len, graph.runs)) == [1, 4]  # a half of all eight, and not what waits
+            await settled()
+            assert lanes.ready == 2  # and of that, a quarter of all
+            graph.release()
+            assert await asyncio.gather(first, *others) == [[2 * i] for i in range(8)]
+            assert sorted(map(len, graph.runs)) == [1, 1, 2, 4]
 
     run(work())
 
@@ -1413,6 +1440,29 @@ def test_the_best_batch_is_found(
     found = tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=1.0)
     assert (found.rows, found.grain) == (rows, grain)
     assert found.pace == pytest.approx(each + once / rows)
+
+
+@pytest.mark.parametrize(
+    ("crowded", "rows", "run"),
+    [
+        (1.0, 8, 0),  # the more rows the better, or no worse
+        (1.2, 8, 4),  # what eight rows work on has no room in the cache
+        (1.01, 8, 0),  # near enough: every run costs beside its rows
+    ],
+)
+def test_a_batch_is_run_by_as_many_rows_as_are_quickest(
+    monkeypatch: pytest.MonkeyPatch, crowded: float, rows: int, run: int
+) -> None:
+    class Cached(Timed):
+        def run(self, feeds: Any, *more: Any) -> list[Array]:
+            self.each = 5e-3 * (crowded if len(feeds["x"]) > 4 else 1)
+            return super().run(feeds, *more)
+
+    graph = Cached(0.0, 0.0)
+    monkeypatch.setattr("time.thread_time", lambda: graph.now)
+    found = tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=1.0)
+    assert (found.rows, found.run) == (rows, run)
+    assert found.pace == pytest.approx(5e-3 * (1 if run else crowded))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from likely.batching.turns import Turns
 from likely.batching.width import Width
 from likely.errors import DeadlineExceeded, Overloaded
 
+SHARED = 8e-3  # seconds of a run from which on what a batch costs beside it is no matter
 BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs
 _SMOOTHING = 0.1
 
@@ -58,10 +59,12 @@ class Batcher:
         )
         self._most = max(1, min(best.rows, BATCH_BYTES // self.row_bytes))
         self.grain = min(best.grain, self._most)
+        self._measured = best.pace
         self._gathering = Gathering(self.grain, best.fixed)
         self._headroom = tuple(Headroom() for _ in Priority)
         self._ready = 0  # rows of batches that a lane has not taken yet
         self._runs = 0  # batches that run
+        self._under_way = 0  # rows of these
         self._bounds = bounds
         self._turns: tuple[Turns[Member], ...] = tuple(Turns() for _ in Priority)
         self._name = name
@@ -82,9 +85,9 @@ class Batcher:
         """How many rows of that priority wait for their turn."""
         return self._turns[priority].rows
 
-    def fills_a_batch(self, priority: Priority) -> bool:
-        """Whether as many rows of that priority wait as run at once."""
-        return self._turns[priority].rows >= self._most
+    def is_enough(self, priority: Priority, lanes: int) -> bool:
+        """Whether as many rows of that priority wait as a busy one of so many lanes takes next."""
+        return self._turns[priority].rows >= self._share(lanes, 2)
 
     def ahead(self, priority: Priority) -> int:
         """How many rows wait that go before a newcomer of that priority."""
@@ -163,6 +166,7 @@ class Batcher:
                 self._waits.observe(now - member.since)
         self.unready(batch)
         self._runs += 1
+        self._under_way += batch.rows
         self._running.inc()
 
     def unready(self, batch: Batch) -> None:
@@ -170,9 +174,10 @@ class Batcher:
         self._ready -= batch.ready
         batch.ready = 0
 
-    def ended(self) -> None:
-        """One of its batches runs no more."""
+    def ended(self, batch: Batch) -> None:
+        """That batch runs no more."""
         self._runs -= 1
+        self._under_way -= batch.rows
         self._running.dec()
 
     def remove(self, member: Member) -> None:
@@ -184,30 +189,34 @@ class Batcher:
                 batch.ready -= rows
                 self._ready -= rows
 
-    def batch(self, priority: Priority, free: int, *, ready: bool = False) -> Batch | None:
+    def batch(
+        self, priority: Priority, free: int, lanes: int, *, ready: bool = False
+    ) -> Batch | None:
         """The next batch of that priority; None where no living member waits.
 
         Args:
             priority: of its members.
             free: lanes that are free: what waits is spread over them, as far as it is
                 worth a lane.
+            lanes: that share the work.
             ready: whether it is for a lane that still runs another.
         """
         turns, now = self._turns[priority], time.monotonic()
         while turns.rows:
-            even = -(-turns.rows // max(1, free))
-            spans = turns.take(min(self._most, max(self.grain, even)))
-            # Where others wait, whoever would be answered too late makes room for them.
-            takes = 0.0
-            if turns.rows:
-                # Of what the lane runs, about half is left.
-                halves = self._most / 2 if ready else 0.0
-                takes = self.pace * (halves + sum(stop - start for _, start, stop in spans))
+            size = self._share(lanes, 2) if ready else self._share(lanes)
+            if free > 0:
+                size = min(size, max(self.grain, -(-turns.rows // free)))
+            spans = turns.take(size)
+            # Of what the lane runs, about half is left.
+            half = self._under_way / lanes / 2 if ready else 0.0
+            takes = self.pace * (half + sum(stop - start for _, start, stop in spans))
             for member, _, _ in spans:
+                # Where others wait, whoever would be answered too late makes room for them.
+                spare = takes if turns.rows > member.left else 0.0
                 if (
                     not member.dead
                     and member.deadline is not None
-                    and member.deadline <= now + takes
+                    and member.deadline <= now + spare
                 ):
                     turns.remove(member)
                     self._headroom[priority].missed(member.estimate)
@@ -266,6 +275,13 @@ class Batcher:
         self.clear()
         self._ready = 0  # what a lane has taken by itself is never told to have begun
         self.tell()
+
+    def _share(self, lanes: int, each: int = 1) -> int:
+        """Rows of a batch where all that waits and runs is to be so many for each of the lanes."""
+        share = math.ceil((self.rows + self._under_way) / (lanes * each))
+        pace = self._measured or self.pace
+        least = int(SHARED / pace) if pace else self._most
+        return min(self._most, max(self.grain, least, share))
 
     def _full(self, member: Member, less_rows: int = 0, less_bytes: int = 0) -> bool:
         """Whether there is no room for a member, where so much less waits."""

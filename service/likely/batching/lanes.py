@@ -2,7 +2,7 @@
 
 Requests wait in a queue for each graph. As soon as a lane, a thread of its own, is
 free, it takes a batch of what waits: an idle server answers at once, and a busy one
-merges what has come meanwhile. Where a full batch waits, it is made ready for a busy
+merges what has come meanwhile. Where enough waits, a batch is made ready for a busy
 lane, which takes it as it ends, without a way to the event loop and back. All else
 happens on the event loop but the runs; and those too, where they are shorter than the
 way to a lane. A batch that is all there is may run on all cores.
@@ -232,8 +232,8 @@ class Lanes:
             self._loop = loop
             for batcher in self._batchers.values():
                 batcher.forget()
-            for role in self._running.values():
-                self._batchers[role].ended()
+            for batch, role in self._running.items():
+                self._batchers[role].ended(batch)
             self._running.clear()
             self._ready = deque()  # runs of the earlier loop keep theirs
             self._woken, self._alarm = False, None
@@ -265,8 +265,8 @@ class Lanes:
             while started := self._next(self._count - len(self._running)):
                 self._start(*started)
                 started = None
-            while len(self._ready) < self._count and (full := self._next_full()):
-                self._ready.append(full)
+            while len(self._ready) < self._count and (ready := self._next_ready()):
+                self._ready.append(ready)
             self._hurried = self._waits(Priority.INTERACTIVE)
             for batcher in self._batchers.values():
                 batcher.tell()
@@ -309,13 +309,13 @@ class Lanes:
             for role in [r for r, b in self._batchers.items() if b.waiting(priority)]:
                 if not self._is_worth_a_lane(role, priority) or self._gathers(role, priority):
                     continue
-                if batch := self._batchers[role].batch(priority, free):
+                if batch := self._batchers[role].batch(priority, free, self._count):
                     self._turned(role, priority)
                     return role, batch
         return None
 
-    def _next_full(self) -> tuple[Role, Batch] | None:
-        """The batch whose turn it is, where no more rows can join it and all lanes run its like.
+    def _next_ready(self) -> tuple[Role, Batch] | None:
+        """The batch whose turn it is, where it is a lane's share and all lanes run its like.
 
         So nobody in a hurry is kept for the end of a long run; and as soon as one waits,
         what is ready of bulk waits as well.
@@ -328,9 +328,9 @@ class Lanes:
         if any(batch.priority is not priority for batch in beside):
             return None
         role = next((r for r, b in self._batchers.items() if b.waiting(priority)), None)
-        if role is None or not self._batchers[role].fills_a_batch(priority):
+        if role is None or not self._batchers[role].is_enough(priority, self._count):
             return None
-        if batch := self._batchers[role].batch(priority, 1, ready=True):
+        if batch := self._batchers[role].batch(priority, 0, self._count, ready=True):
             self._turned(role, priority)
             return role, batch
         return None
@@ -421,7 +421,7 @@ class Lanes:
         role = self._running.pop(batch, None)
         if role is None:
             return  # of an earlier loop
-        self._batchers[role].ended()
+        self._batchers[role].ended(batch)
         try:
             failed = any(isinstance(outcome, Exception) for _, outcome in outcomes)
             if not failed:
@@ -457,7 +457,7 @@ class Lanes:
         """
         self._traffic.restarts.labels(self._name).inc()
         if batch and (role := self._running.pop(batch, None)):
-            self._batchers[role].ended()
+            self._batchers[role].ended(batch)
         context = {"message": f"the queue of model {self._name} broke", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
         for member, _, _ in batch.spans if batch else ():

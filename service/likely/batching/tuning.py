@@ -17,6 +17,7 @@ from likely.graphs import CPU, Array
 HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
 BETWEEN = 2e-3  # seconds that are lost from batch to batch while all cores are busy
 AT_ONCE = 1e-3  # seconds that a run may hold the event loop up
+SLOWER = 1.02  # than the fastest, a run of more rows may be: each of them costs beside its rows
 NEAR = 1.05  # a small batch this near to the fastest one is better: it holds up less
 FEWER = 1.1  # lanes are fewer than cores only where that is faster by so much
 SPARE = 0.25  # of what its rows cost, a run may cost whatever its rows
@@ -35,6 +36,7 @@ class Best:
         at_once: the most rows that are run where they came, on the event loop: the way to a
             lane and back would take longer.
         fixed: seconds that a run costs whatever its rows.
+        run: rows of each run, where a batch is sooner done in several; 0 where in one.
         wide: runs what has all lanes to itself, on all cores; None where that is not sooner.
     """
 
@@ -43,12 +45,18 @@ class Best:
     pace: float = 0.0
     at_once: int = 0
     fixed: float = 0.0
+    run: int = 0
     wide: Runner | None = None
 
     def told(self) -> dict[str, object]:
         """What a log says of it."""
         pace = float(f"{1000 * self.pace:.3g}")
-        return {"rows": self.rows, "ms_a_row": pace, "alone_on_all_cores": self.wide is not None}
+        return {
+            "rows": self.rows,
+            "rows_a_run": self.run or self.rows,
+            "ms_a_row": pace,
+            "alone_on_all_cores": self.wide is not None,
+        }
 
 
 def batch(
@@ -61,7 +69,7 @@ def batch(
     seconds: float,
     growth: float | None = None,
 ) -> Best:
-    """The batch size that gives most rows a second, or a smaller one that is near.
+    """The batch size that gives most rows a second, or a smaller one that is near; in which runs.
 
     Args:
         runner: what runs the graph.
@@ -99,6 +107,10 @@ def batch(
     while not on_card and (again := [s for s in took if clock() + took[s] < end]):
         for size in again:
             took[size] = min(took[size], _timed(runner, sample, outputs, size, clock))
+    run = max(took) if on_card else _quickest(took)
+    if not on_card:  # in runs of that size, whatever more is asked for takes as long a row
+        sizes = (step**i for i in range(most.bit_length()))
+        took |= {size: size / run * took[run] for size in sizes if run < size <= most}
     costs = {size: (spent + BETWEEN) / size for size, spent in took.items()}
     rows = min(size for size, cost in costs.items() if cost <= NEAR * min(costs.values()))
     pace = took[rows] / rows
@@ -106,7 +118,7 @@ def batch(
     fixed = max(0.0, took[1] - each) + HOP
     grain = min(rows, math.ceil(fixed / each / SPARE))
     at_once = max((size for size, spent in took.items() if spent <= AT_ONCE), default=0)
-    return Best(rows, grain, pace, min(rows, at_once), fixed)
+    return Best(rows, grain, pace, min(rows, at_once), fixed, run if run < rows else 0)
 
 
 def lanes(
@@ -179,6 +191,12 @@ def is_sooner(
         if time.perf_counter() > end or (sooner and turn >= TURNS / 2):
             break
     return sooner
+
+
+def _quickest(took: Mapping[int, float]) -> int:
+    """The size of run that takes least a row, or a larger one that is near."""
+    least = min(spent / size for size, spent in took.items())
+    return max(size for size, spent in took.items() if spent / size <= SLOWER * least)
 
 
 def _timed(
