@@ -127,8 +127,7 @@ def rig_beneath(live: Live) -> Rigged:
     batcher = live.server.registry.find("toy")._lanes._batchers[Role.DENSITY]
     ranked: Any = copy.copy(batcher.runner)
     assert isinstance(ranked, Ranked)
-    rigged = Rigged(ranked._session)
-    ranked._session = rigged  # type: ignore[assignment]
+    ranked._runner = rigged = Rigged(ranked._runner)
     batcher.runner = ranked
     return rigged
 

@@ -142,7 +142,7 @@ def test_a_batch_that_is_sooner_done_in_several_runs_is_divided_and_ranked_at_on
         assert runner.run({"x": x[:3]}, ["log_px"])[0].shape == (3,)
         assert sizes == [3, 3, 2, 3]
     for array, expected in zip(found, ranked.run({"x": x}, ["log_px", RANKED]), strict=True):
-        assert np.allclose(array, expected)
+        assert np.allclose(array, expected, rtol=1e-4)
 
 
 def test_a_batch_in_several_runs_ends_between_them() -> None:
