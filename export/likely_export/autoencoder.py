@@ -17,11 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from likely.errors import InvalidInput
+from likely_export.limits import at_least, shares
 from likely_export.moves import NONE, Moves
 from likely_export.trunks import layers, trunk
-
-SIZES = ("latent", "width", "depth", "convolution_depth")
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,8 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if isinstance(self.moves, Mapping):  # as a file of weights holds it
             object.__setattr__(self, "moves", Moves(**self.moves))
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise InvalidInput(name, f"{getattr(self, name)}; an autoencoder needs at least 1")
+        at_least(1, self, "latent", "width", "depth", "convolutions", "convolution_depth")
+        shares(self, "dropout")
 
 
 class Autoencoder(nn.Module):

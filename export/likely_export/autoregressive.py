@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from likely.errors import InvalidInput
 from likely_export import mixture
+from likely_export.limits import at_least, shares
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,9 @@ class AutoregressiveConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("label_dropout", "dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InvalidInput(name, f"{getattr(self, name)} is not in [0, 1]")
-        for name in ("channels", "layers", "head", "digits"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(name, f"{getattr(self, name)}; at least 1 is needed")
-        if self.logistics < 0:
-            raise InvalidInput("logistics", f"{self.logistics} is below 0")
+        shares(self, "label_dropout", "dropout")
+        at_least(1, self, "channels", "layers", "head", "digits")
+        at_least(0, self, "logistics")
         rows, side, left = self.stem
         if rows < 1 or side < 0 or left < 1:
             raise InvalidInput("stem", f"{list(self.stem)}; at least [1, 0, 1] is needed")

@@ -22,6 +22,7 @@ from torch.nn import functional
 from likely.errors import InvalidInput
 from likely_export import calibrate
 from likely_export.data import Split
+from likely_export.limits import at_least, shares
 from likely_export.moves import NONE, Moves
 
 
@@ -54,6 +55,8 @@ class ClassifierConfig:
             raise InvalidInput("labels", f"{self.labels}; a classifier needs at least 2")
         if not self.channels:
             raise InvalidInput("channels", "none are given; a classifier needs a stage")
+        at_least(1, self, "channels", "width")
+        shares(self, "dropout")
 
 
 class Classifier(nn.Module):

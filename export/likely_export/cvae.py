@@ -30,17 +30,10 @@ from torch.nn import functional
 
 from likely.errors import InvalidInput
 from likely_export import logistic
+from likely_export.limits import at_least, shares
 from likely_export.moves import NONE, Moves
 from likely_export.trunks import layers, trunk
 
-SIZES = (
-    "latent",
-    "width",
-    "depth",
-    "importance_samples",
-    "training_samples",
-    "convolution_depth",
-)
 NARROWEST, WIDEST = -10.0, 4.0  # bounds of log_variance
 AT_ONCE = 1 << 26  # of what a decoder gives where bounds are validated; memory is in proportion
 HALVES = 120  # factors of 1/2 whose product is a normal float32 still: above 2 ** -126
@@ -92,14 +85,10 @@ class CVAEConfig:
     def __post_init__(self) -> None:
         if isinstance(self.moves, Mapping):  # as a file of weights holds it
             object.__setattr__(self, "moves", Moves(**self.moves))
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise InvalidInput(name, f"{getattr(self, name)}; a CVAE needs at least 1")
-        for name in ("labels", "logistics"):
-            if getattr(self, name) < 0:
-                raise InvalidInput(name, f"{getattr(self, name)} is below 0")
-        if not all(channels >= 1 for channels in self.convolutions):
-            raise InvalidInput("convolutions", f"{self.convolutions} are not all at least 1")
+        at_least(1, self, "latent", "width", "depth", "convolutions", "convolution_depth")
+        at_least(1, self, "importance_samples", "training_samples")
+        at_least(0, self, "labels", "logistics")
+        shares(self, "dropout")
         for name in ("label_prior", "contrast"):
             if not self.labels and getattr(self, name):
                 raise InvalidInput(name, "is of labels, and there are none")

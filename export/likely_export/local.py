@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from likely.errors import InvalidInput
 from likely_export import mixture
+from likely_export.limits import at_least
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,8 @@ class LocalConfig:
     logistics: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("channels", 1), ("layers", 0), ("digits", 1), ("logistics", 0)):
-            if getattr(self, name) < least:
-                raise InvalidInput(name, f"{getattr(self, name)}; at least {least} is needed")
+        at_least(1, self, "channels", "digits")
+        at_least(0, self, "layers", "logistics")
 
 
 class LocalPixelCNN(nn.Module):

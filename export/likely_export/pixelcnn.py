@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from likely.errors import InvalidInput
 from likely_export.autoregressive import Autoregressive, AutoregressiveConfig
+from likely_export.limits import at_least
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,8 @@ class PixelCNNConfig(AutoregressiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.row_layers < 0:
-            raise InvalidInput("row_layers", f"{self.row_layers} is below 0")
-        for name in ("row_width", "row_heads"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(name, f"{getattr(self, name)}; at least 1 is needed")
+        at_least(0, self, "row_layers")
+        at_least(1, self, "row_width", "row_heads")
         if self.row_layers and self.row_width % self.row_heads:
             raise InvalidInput(
                 "row_width", f"{self.row_width} is no multiple of {self.row_heads} (row_heads)"

@@ -230,11 +230,11 @@ def test_sizes_of_zero_are_refused(field: str) -> None:
 
 @pytest.mark.parametrize("field", ["labels", "logistics"])
 def test_fewer_than_none_are_refused(field: str) -> None:
-    with pytest.raises(InvalidInput, match=f"{field}: -1 is below 0"):
+    with pytest.raises(InvalidInput, match=f"{field}: -1; at least 0 is needed"):
         replace(SOFTMAX, **{field: -1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("channels", [0, -1])
 def test_convolutions_of_no_channels_are_refused(channels: int) -> None:
-    with pytest.raises(InvalidInput, match=r"convolutions: .* are not all at least 1"):
+    with pytest.raises(InvalidInput, match=r"convolutions: .*; at least 1 is needed"):
         replace(SOFTMAX, convolutions=(4, channels))

@@ -26,7 +26,7 @@ NAMES = tuple(name for name, each in STATISTICS.items() if each.needs is None)
     [
         ("pixelcnn", {"digits": 0}, "digits: 0; at least 1"),
         ("pixelcnn", {"channels": 0}, "channels: 0; at least 1"),
-        ("pixelcnn", {"logistics": -1}, "logistics: -1 is below 0"),
+        ("pixelcnn", {"logistics": -1}, "logistics: -1; at least 0 is needed"),
         ("pixelcnn", {"stem": (0, 0, 0)}, r"stem: \[0, 0, 0\]; at least \[1, 0, 1\]"),
         ("pixelcnn", {"row_layers": 1, "row_width": 30}, "row_width: 30 is no multiple of 4"),
         ("pixelcnn", {"row_layers": 1, "row_heads": 0}, "row_heads: 0; at least 1"),

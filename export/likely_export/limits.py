@@ -1,0 +1,30 @@
+"""What the configs of all families are checked for."""
+
+from __future__ import annotations
+
+from likely.errors import InvalidInput
+
+
+def at_least(least: int, config: object, *names: str) -> None:
+    """Returns if these attributes, or each of their items, are at least so much.
+
+    Raises:
+        InvalidInput: one is not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        items = value if isinstance(value, tuple) else (value,)
+        if not all(item >= least for item in items):
+            told = list(value) if isinstance(value, tuple) else value
+            raise InvalidInput(name, f"{told}; at least {least} is needed")
+
+
+def shares(config: object, *names: str) -> None:
+    """Returns if these attributes lie in [0, 1].
+
+    Raises:
+        InvalidInput: one does not.
+    """
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise InvalidInput(name, f"{getattr(config, name)} is not in [0, 1]")
