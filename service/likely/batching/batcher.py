@@ -279,8 +279,8 @@ class Batcher:
     def _share(self, lanes: int, each: int = 1) -> int:
         """Rows of a batch where all that waits and runs is to be so many for each of the lanes."""
         share = math.ceil((self.rows + self._under_way) / (lanes * each))
-        pace = self._measured or self.pace
-        least = int(SHARED / pace) if pace else self._most
+        # Where nothing was measured, nobody knows what a run costs whatever its rows.
+        least = int(SHARED / self._measured) if self._measured else self._most
         return min(self._most, max(self.grain, least, share))
 
     def _full(self, member: Member, less_rows: int = 0, less_bytes: int = 0) -> bool:

@@ -17,7 +17,7 @@ from likely.graphs import CPU, Array
 HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
 BETWEEN = 2e-3  # seconds that are lost from batch to batch while all cores are busy
 AT_ONCE = 1e-3  # seconds that a run may hold the event loop up
-SLOWER = 1.02  # than the fastest, a run of more rows may be: each of them costs beside its rows
+SLOWER = 1.05  # than the fastest, a run of more rows may be: each of them costs beside its rows
 NEAR = 1.05  # a small batch this near to the fastest one is better: it holds up less
 FEWER = 1.1  # lanes are fewer than cores only where that is faster by so much
 SPARE = 0.25  # of what its rows cost, a run may cost whatever its rows
@@ -103,9 +103,10 @@ def batch(
         if size == most or clock() + (growth or step) * took[size] > end:
             break
         size = min(size * step, most)
-    # A core's times are disturbed, and the first of a size grows memory: the fastest counts.
-    while not on_card and (again := [s for s in took if clock() + took[s] < end]):
-        for size in again:
+    # A core's times are disturbed, and the first of a size grows memory: the fastest counts, of
+    # all sizes or of none, as a size that was run again looks quicker beside the others.
+    while not on_card and clock() + sum(took.values()) < end:
+        for size in took:
             took[size] = min(took[size], _timed(runner, sample, outputs, size, clock))
     run = max(took) if on_card else _quickest(took)
     if not on_card:  # in runs of that size, whatever more is asked for takes as long a row
