@@ -41,19 +41,21 @@ def of_image(file: Path | IO[bytes], name: str, channels: int, levels: int) -> P
         levels: of the model.
 
     Raises:
-        InvalidInput: it is no image, a broken one, has not 8 bits a channel, or lets some
-            background show through.
+        InvalidInput: it is no image, a broken one, one of several pictures, has not 8 bits a
+            channel, or lets some background show through.
     """
     try:
         with Image.open(file) as image:
             if image.mode not in _EIGHT_BIT:
                 raise InvalidInput(name, f"mode {image.mode}; 8 bits a channel are asked")
+            if (several := getattr(image, "n_frames", 1)) > 1:
+                raise InvalidInput(name, f"holds {several} pictures: give each a file of its own")
             if _shows_through(image):
                 raise InvalidInput(name, "is transparent in places: lay it on a background first")
             turned = image.convert("L" if channels == 1 else "RGB")
     except UnidentifiedImageError as error:
         raise InvalidInput(name, "neither an image nor .npy nor .npz") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, InvalidInput) or getattr(error, "errno", None) is not None:
             raise
         raise InvalidInput(name, f"a broken image: {error}") from error

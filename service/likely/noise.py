@@ -5,7 +5,8 @@ opens a stream of its own for every picture, and the counter's two highest words
 divide it by use and by attempt. A graph names its noise inputs by their distribution:
 `eps` is standard normal, `gumbel` standard Gumbel. Adding Gumbel noise to
 log-probabilities and taking the largest draws from them (Gumbel, 1954), and
-multiplying that noise by t draws from the probabilities to the power 1/t.
+multiplying that noise by t draws from the probabilities to the power 1/t: those of the
+digits, where a level is drawn digit by digit.
 """
 
 from __future__ import annotations

@@ -141,6 +141,10 @@ def test_files_that_do_not_fit_are_named(likely: Callable[..., Result], tmp_path
     assert "clear.png: is transparent in places" in failed(likely("score", tmp_path / "clear.png"))
     clear.convert("P").save(tmp_path / "few.gif", transparency=0)
     assert "few.gif: is transparent in places" in failed(likely("score", tmp_path / "few.gif"))
+    several = [Image.new("L", (3, 3), shade) for shade in (0, 255)]
+    for name in ("pages.tiff", "frames.gif"):
+        several[0].save(tmp_path / name, save_all=True, append_images=several[1:])
+        assert f"{name}: holds 2 pictures" in failed(likely("score", tmp_path / name))
     (tmp_path / "text.png").write_text("no picture")
     assert "neither an image nor" in failed(likely("score", tmp_path / "text.png"))
     (tmp_path / "text.npy").write_text("no array")

@@ -115,7 +115,9 @@ class GenerateRequest(google.protobuf.message.Message):
     """
     temperature: builtins.float
     """Multiplies the noise that levels are drawn with, in [0, 2]: 1 draws from
-    the model, 0 takes the most probable level every time. Absent: 1.
+    the model, 0 takes the most probable level every time. Absent: 1. A model
+    may draw a level digit by digit (of 256 levels, two of 16): 0 then takes the
+    most probable digit each time, which need not make the most probable level.
     """
     @property
     def self_check(self) -> Global___SelfCheck:
@@ -245,7 +247,9 @@ class CompleteRequest(google.protobuf.message.Message):
     """The index of the first picture, 0 or more, so that a job can be divided."""
     temperature: builtins.float
     """Multiplies the noise that levels are drawn with, in [0, 2]: 1 draws from
-    the model, 0 takes the most probable level every time. Absent: 1.
+    the model, 0 takes the most probable level every time. Absent: 1. A model
+    may draw a level digit by digit (of 256 levels, two of 16): 0 then takes the
+    most probable digit each time, which need not make the most probable level.
     """
     proposals: builtins.int
     """Proposals behind each completion, from 1 to 256. An open pixel is drawn
