@@ -41,6 +41,12 @@ class _Sentences(click.Group):
                 return super().invoke(ctx)
         except LikelyError as error:
             raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            if (name := (error.name or "").partition(".")[0]).startswith("likely"):
+                raise
+            raise click.ClickException(
+                f"{name} is missing; pip install 'likely[cpu,export]'"
+            ) from error
 
 
 @click.group(cls=_Sentences, context_settings={"help_option_names": ["-h", "--help"]})

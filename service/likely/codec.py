@@ -393,13 +393,18 @@ def version(told: ModelVersion) -> admin_pb2.ModelVersion:
         model_name=told.name,
         model_version=told.version,
         state=_STATES[told.state],
-        folder=str(told.folder),
+        folder=_sent(str(told.folder)),
         digest=told.digest,
         labels=told.labels,
         is_default=told.is_default,
         reason=told.reason,
-        message=told.message,
+        message=_sent(told.message),
     )
+
+
+def _sent(text: str) -> str:
+    """The text, with a sign of its own for every byte of a path that is no UTF-8."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def model_version(message: admin_pb2.ModelVersion) -> ModelVersion:

@@ -206,8 +206,11 @@ class Engine:
         # A card runs one graph at a time; more lanes would only queue there.
         cores = 1 if device.kind == "cuda" else threads
 
+        weights = bundle.weights()
+
         def opened(role: Role, threads: int) -> Session:
-            return Session(bundle.graph(role), bundle.manifest.graphs[role], device, threads)
+            graph = bundle.manifest.graphs[role]
+            return Session(bundle.graph(role), graph, device, threads, weights)
 
         return cls(
             bundle,
@@ -644,6 +647,9 @@ def _detector(bundle: Bundle) -> Detector | None:
             f"{len(detector.scores)} scores; the manifest says {width} and {calibration.size}",
             "calibration",
         )
+    labels = len(bundle.manifest.labels) if Role.CONDITIONAL in bundle.manifest.graphs else 0
+    if flaw := detector.flaw(labels):
+        raise BundleError(f"{calibration.file}: {flaw}", "calibration")
     return detector
 
 

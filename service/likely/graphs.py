@@ -167,7 +167,14 @@ class Session:
         providers: what really runs it, as the session itself reports.
     """
 
-    def __init__(self, path: Path, spec: Graph, device: Device, threads: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: Graph,
+        device: Device,
+        threads: int = 1,
+        weights: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Opens the graph.
 
         Args:
@@ -175,6 +182,8 @@ class Session:
             spec: what the manifest says of it.
             device: where it shall run.
             threads: of one run; several runs at once share them.
+            weights: files beside it, by name, that hold weights of it; what is not here is mapped
+                from the disk for as long as the session is there, and changes as the file does.
 
         Raises:
             BundleError: the file is no graph, or not the one that the manifest describes.
@@ -184,7 +193,7 @@ class Session:
         """
         self.spec = spec
         self._device = device.resolve()
-        self._session = _open(path, self._device, threads)
+        self._session = _open(path, self._device, threads, weights or {})
         self.providers = tuple(self._session.get_providers())
         _check_interface(path, "input", spec.inputs, self._session.get_inputs())
         _check_interface(path, "output", spec.outputs, self._session.get_outputs())
@@ -328,9 +337,12 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def _open(path: Path, device: Device, threads: int) -> Any:
+def _open(path: Path, device: Device, threads: int, weights: Mapping[str, bytes]) -> Any:
     ort = _runtime()
     options = ort.SessionOptions()
+    options.add_external_initializers_from_files_in_memory(
+        list(weights), list(weights.values()), [len(each) for each in weights.values()]
+    )
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4 if device.kind == "cuda" else 3

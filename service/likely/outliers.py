@@ -322,6 +322,27 @@ class Detector:
         """How many statistics a picture has."""
         return int(self.combination.ranks.knots.shape[1])
 
+    def flaw(self, labels: int) -> str | None:
+        """What the arrays are not that they must be; None where all is right.
+
+        Args:
+            labels: that pictures are ranked under; 0 where they are under none.
+        """
+        counts, n = self.label_counts, len(self.scores)
+        if not _ascend(self.scores):
+            return "scores do not ascend"
+        if self.confident.shape != (n + 1,) or not _ascend(self.confident):
+            return f"confident is not {n + 1} p-values that ascend"
+        if not 0 < self.confident[0] <= self.confident[-1] <= 1:
+            return "confident is not within (0, 1]"
+        if labels and counts.shape != (labels,):
+            return f"label_counts is not of {labels} labels"
+        if counts.min(initial=0) < 0 or counts.sum() != len(self.label_scores):
+            return f"label_counts does not divide {len(self.label_scores)} label_scores"
+        if not all(map(_ascend, np.split(self.label_scores, np.cumsum(counts)[:-1]))):
+            return "label_scores do not ascend within a label"
+        return None
+
     @property
     def finest_alpha(self) -> float:
         """The smallest alpha that n calibration scores can promise: 1 / (n + 1)."""
@@ -451,3 +472,7 @@ def _times(rows: Doubles, matrix: Doubles) -> Doubles:
     blocks.reshape(-1, width)[:n] = rows
     products: Doubles = (blocks @ matrix).reshape(-1, matrix.shape[1])[:n]
     return products
+
+
+def _ascend(values: Doubles) -> bool:
+    return bool(np.isfinite(values).all() and (np.diff(values) >= 0).all())

@@ -289,3 +289,12 @@ def test_sigterm_leaves_no_half_of_a_bundle(tmp_path: Path) -> None:
     assert ended.exit_code == 1
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_is_not_installed_is_named() -> None:
+    code = "import sys; sys.modules['scipy'] = None; from likely_export.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "recipes"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "Error: scipy is missing; pip install 'likely[cpu,export]'\n",
+    )

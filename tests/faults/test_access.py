@@ -474,6 +474,23 @@ def test_a_certificate_is_exchanged_while_serving(running: Running, authority: A
 
 
 @pytest.mark.fault(38)
+def test_our_clients_do_not_say_that_nobody_is_there_where_tls_fails(
+    guarded: Live, running: Running, authority: Authority, stranger: Authority
+) -> None:
+    with running() as plain:
+        for address, given in (
+            (guarded.address, {}),
+            (guarded.address, {"ca": stranger.ca}),
+            (guarded.address, {"ca": authority.ca, "server_name": "elsewhere"}),
+            (plain.address, {"ca": authority.ca}),
+        ):
+            with Client(address, retries=False, **given) as client:  # type: ignore[arg-type]
+                with pytest.raises(Unavailable, match="is TLS on one side only") as failed:
+                    client.models()
+                assert "starts one" not in str(failed.value)
+
+
+@pytest.mark.fault(38)
 def test_our_clients_tell_what_was_denied(guarded: Live, authority: Authority) -> None:
     with Client(guarded.address, ca=authority.ca) as client:
         with pytest.raises(Unauthenticated) as missing:

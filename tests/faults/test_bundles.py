@@ -222,3 +222,46 @@ def test_a_manifest_that_could_not_be_written_is_none(
     with pytest.raises(BundleError, match=r"no manifest\.json"):
         Bundle.open(folder)
     assert not list(folder.glob(".*"))
+
+
+BUNDLES = Path(__file__).parents[2] / "bundles"
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("name", ["digits", "mnist_binary"])
+def test_a_bundle_that_is_written_over_while_it_is_served_answers_as_before(
+    tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(BUNDLES / name, tmp_path / name))
+    bundle = Bundle.open(folder)
+    golden, weights = bundle.golden(), bundle.weights()
+    sessions = {
+        role: graphs.Session(bundle.graph(role), graph, Device("cpu"), 1, weights)
+        for role, graph in bundle.manifest.graphs.items()
+    }
+    for file in folder.iterdir():
+        with file.open("r+b") as handle:  # the same length, then none: in place, as cp writes
+            handle.write(b"\x37" * file.stat().st_size)
+    _agree(sessions, golden)
+    for file in folder.iterdir():
+        os.truncate(file, 0)
+    _agree(sessions, golden)
+
+
+def _agree(sessions: dict[Any, graphs.Session], golden: dict[str, Any]) -> None:
+    for role, session in sessions.items():
+        outputs = [spec.name for spec in session.spec.outputs]
+        feeds = {spec.name: golden[f"{role}/{spec.name}"] for spec in session.spec.inputs}
+        for output, got in zip(outputs, session.run(feeds, outputs), strict=True):
+            assert graphs.agrees(got, golden[f"{role}/{output}"]), (role, output)
+
+
+@pytest.mark.fault(33)
+def test_weights_that_changed_before_they_were_read_are_refused(folder: Path) -> None:
+    outside(folder, "weights.data")
+    (folder / "weights.data").write_bytes(WEIGHTS)
+    rewrite(folder)
+    bundle = Bundle.open(folder)
+    (folder / "weights.data").write_bytes(WEIGHTS[::-1])
+    with pytest.raises(BundleError, match="changed while it was opened"):
+        Engine.load(bundle, device=Device("cpu"), threads=1)

@@ -59,6 +59,30 @@ def escape(folder: Path) -> None:
     change_manifest(folder, files={**files, "../secret": files["density.onnx"]})
 
 
+def one_more(folder: Path) -> list[dict[str, Any]]:
+    labels = json.loads((folder / MANIFEST).read_text())["labels"]
+    return [*labels, {"name": "more", "prior": 0.0}]
+
+
+def change_graph(folder: Path, role: str, name: str) -> None:
+    """Says that an output of that name has one axis, and that there are weights for two experts."""
+    graphs = json.loads((folder / MANIFEST).read_text())["graphs"]
+    graphs[role]["outputs"].append({"name": name, "dtype": "float32", "shape": ["batch"]})
+    change_manifest(folder, graphs=graphs)
+    change_calibration(folder, weights=[0.5, 0.5])
+
+
+def change_samples(folder: Path, samples: int) -> None:
+    graphs = json.loads((folder / MANIFEST).read_text())["graphs"]
+    graphs["conditional"]["importance_samples"] = samples
+    change_manifest(folder, graphs=graphs)
+
+
+def change_calibration(folder: Path, **fields: Any) -> None:
+    calibration = json.loads((folder / MANIFEST).read_text())["calibration"]
+    change_manifest(folder, calibration={**calibration, **fields})
+
+
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "is not a folder"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "no manifest.json"),
@@ -75,6 +99,11 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no density": (lambda f: change_manifest(f, graphs={}), "density"),
     "path outside": (escape, r"files"),
     "priors": (lambda f: change_manifest(f, labels=[{"name": "a", "prior": 0.5}]), "sum to 1"),
+    "another shape": (lambda f: change_manifest(f, shape=[1, 3, 4]), r"x of the \w+ graph is"),
+    "a label more": (lambda f: change_manifest(f, labels=one_more(f)), "for every label"),
+    "a flat evidence": (lambda f: change_graph(f, "conditional", "evidence"), "weights for 0 exp"),
+    "endless samples": (lambda f: change_samples(f, 2**40), "importance_samples"),
+    "no temperature": (lambda f: change_calibration(f, temperature=1e-320), "temperature"),
     "labels that p(y|x) does not have": (lambda f: change_manifest(f, labels=[]), "log_pyx"),
 }
 
@@ -131,6 +160,38 @@ def test_other_answers_than_the_recorded_ones_are_refused(folder: Path) -> None:
     rewrite(folder)
     with pytest.raises(BundleError, match=r"toy@1\.0 .* golden log_px"):
         load(folder)
+
+
+FLAWS: dict[str, tuple[dict[str, Any], str]] = {
+    "scores": ({"scores": lambda a: a[::-1]}, "scores do not ascend"),
+    "scores of none": ({"scores": lambda a: np.where(a == a[3], np.nan, a)}, "do not ascend"),
+    "confident": ({"confident": lambda a: a[:-1]}, "p-values that ascend"),
+    "confident of none": ({"confident": lambda a: np.full_like(a, np.nan)}, "that ascend"),
+    "confident above 1": ({"confident": lambda a: a + 1}, r"within \(0, 1\]"),
+    "few counts": ({"label_counts": lambda a: a[:1]}, "is not of"),
+    "other counts": ({"label_counts": lambda a: a + 1}, "does not divide"),
+    "counts below 0": ({"label_counts": lambda a: a * 0 + [-1, *a[1:-1], a[0] + a[-1] + 1]}, "div"),
+    "label scores": ({"label_scores": lambda a: a[::-1]}, "within a label"),
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_calibration_arrays_that_no_p_value_can_be_made_of_are_refused(
+    folder: Path, flaw: str
+) -> None:
+    changes, sentence = FLAWS[flaw]
+    with np.load(folder / "calibration.npz") as arrays:
+        held: dict[str, Any] = dict(arrays)
+    np.savez(folder / "calibration.npz", **held | {k: f(held[k]) for k, f in changes.items()})
+    rewrite(folder)
+    with pytest.raises(BundleError, match=sentence):
+        load(folder)
+
+
+@pytest.mark.parametrize("roles", [[], {"sample": []}, {"sample": [1]}, None])
+def test_who_draws_is_not_told_where_the_recipe_does_not(folder: Path, roles: Any) -> None:
+    change_manifest(folder, recipe={"roles": roles})
+    assert Bundle.open(folder).manifest.leader(Role.SAMPLE) is None
 
 
 def test_a_sound_bundle_opens(toy: Toy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -20,8 +21,10 @@ from likely.answers import (
     LabelRule,
     Limits,
     ModelInfo,
+    ModelVersion,
     ScoreTable,
     Verdict,
+    VersionState,
 )
 from likely.errors import InvalidInput
 from likely.serving import merging, tallies
@@ -175,3 +178,10 @@ def test_model_descriptions(conditional: str | None) -> None:
         discriminative=conditional is None,
     )
     assert codec.model_info(codec.model(info)) == info
+
+
+def test_paths_that_are_no_text_are_told_nevertheless() -> None:
+    folder = Path("w/mod\udce8le")  # as Python gives a byte of Latin-1
+    told = ModelVersion(VersionState.FAILED, folder, message=f"{folder} is no bundle")
+    message = codec.version(told)
+    assert (message.folder, message.message) == ("w/mod\ufffdle", "w/mod\ufffdle is no bundle")

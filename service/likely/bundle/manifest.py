@@ -81,7 +81,7 @@ class Graph(_Entry):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     kind: Kind | None = None
-    importance_samples: int = Field(0, ge=0)
+    importance_samples: int = Field(0, ge=0, le=2**31 - 1)
 
     def input(self, name: str) -> TensorSpec | None:
         """The input of that name, None where there is none."""
@@ -108,7 +108,7 @@ class Calibration(_Entry):
 
     file: FileName
     size: int = Field(ge=1)
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, ge=1e-6, allow_inf_nan=False)
     weights: tuple[Probability, ...] = ()
     statistics: dict[str, Annotated[int, Field(ge=1)]] = {}
 
@@ -188,7 +188,7 @@ class Manifest(_Entry):
             raise ValueError("the priors of the labels must sum to 1")
         conditional = self.graphs.get(Role.CONDITIONAL)
         evidence = conditional.output("evidence") if conditional else None
-        experts = evidence.shape[1] if evidence else 0
+        experts = evidence.shape[1] if evidence and len(evidence.shape) > 1 else 0
         weights = self.calibration.weights if self.calibration else ()
         if len(weights) != experts:
             raise ValueError(f"{len(weights)} weights for {experts} experts")
@@ -196,6 +196,12 @@ class Manifest(_Entry):
         p_label = discriminate.output("log_pyx") if discriminate else None
         if discriminate and (p_label is None or p_label.shape != ("batch", len(self.labels))):
             raise ValueError("the discriminate graph must give log_pyx, a number for every label")
+        for role, graph in self.graphs.items():
+            if (x := graph.input("x") or graph.output("x")) and x.shape != ("batch", *self.shape):
+                raise ValueError(f"x of the {role} graph is {x.shape}, and pictures {self.shape}")
+        p_under = conditional.output("log_pxy") if conditional else None
+        if p_under and p_under.shape != ("batch", len(self.labels)):
+            raise ValueError("log_pxy of the conditional graph is not a number for every label")
         named = {graph.file for graph in self.graphs.values()}
         named |= {part.file for part in (self.calibration, self.latent) if part}
         named.add(self.golden)
@@ -226,9 +232,10 @@ class Manifest(_Entry):
 
     def leader(self, role: Role) -> str | None:
         """The name of the model in that role, of several the first; None if it is not told."""
-        named = self.recipe.get("roles", {}).get(role)
-        leader: str | None = named[0] if isinstance(named, list | tuple) else named
-        return leader
+        roles = self.recipe.get("roles")
+        named = roles.get(role) if isinstance(roles, dict) else None
+        first = next(iter(named), None) if isinstance(named, list | tuple) else named
+        return first if isinstance(first, str) else None
 
     @property
     def deterministic(self) -> bool:
@@ -326,6 +333,18 @@ class Bundle:
     def golden(self) -> dict[str, npt.NDArray[Any]]:
         """Inputs and outputs to replay, named `role/input` and `role/output`."""
         return self._arrays(self.manifest.golden)
+
+    def weights(self) -> dict[str, bytes]:
+        """The files with weights that lie outside of a graph, by name, as they were verified.
+
+        Raises:
+            BundleError: one was changed since.
+        """
+        found = {name: (self.path / name).read_bytes() for name in self._outside}
+        for name, data in found.items():
+            if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+                raise BundleError(f"{self.path} changed while it was opened", "changed")
+        return found
 
     def _check_outside(self) -> None:
         for name in self._outside:

@@ -43,6 +43,8 @@ ENDED = "this client was closed before all was answered"
 PAUSES = (0.2, 0.4, 0.8)  # seconds before a request is put again whose answer was cut off
 # How gRPC's words begin where no server was reached at all.
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
+# What is among them where a server was reached that speaks another TLS, or none.
+_INSECURE = ("Socket closed", "handshake", "erification", "VERIFY_FAILED", "WRONG_VERSION")
 # All that it says where the time was over, be a server reached or not, or an answer under way.
 _LATE = ("Deadline Exceeded", "Stream removed (Deadline Exceeded)")
 
@@ -238,6 +240,11 @@ def as_error(failure: Any, address: str, start: str = "likely serve") -> LikelyE
 
 def unreached(address: str, words: str, start: str = "likely serve") -> Unavailable:
     """What says that nobody answers there, before gRPC's own words."""
+    if any(sign in words for sign in _INSECURE):
+        return Unavailable(
+            f"no connection with {address}: is TLS on one side only, or the server's certificate "
+            f"not trusted, or of another name? gRPC says: {words}"
+        )
     return Unavailable(
         f"no likely server answers at {address}; `{start}` starts one. gRPC says: {words}"
     )
