@@ -484,7 +484,7 @@ def test_our_clients_do_not_say_that_nobody_is_there_where_tls_fails(
             (guarded.address, {"ca": authority.ca, "server_name": "elsewhere"}),
             (plain.address, {"ca": authority.ca}),
         ):
-            with Client(address, retries=False, **given) as client:  # type: ignore[arg-type]
+            with Client(address, retries=False, **given) as client:
                 with pytest.raises(Unavailable, match="is TLS on one side only") as failed:
                     client.models()
                 assert "starts one" not in str(failed.value)
