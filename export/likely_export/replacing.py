@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from likely.bundle import MANIFEST
+from likely.bundle import LARGEST_MANIFEST, MANIFEST
 from likely.bundle.signing import SIGNATURE
 from likely.errors import BundleError
+
+_KEYS = {"format", "graphs", "files"}  # of a manifest, of whatever version
 
 
 @contextmanager
@@ -64,8 +67,18 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def _gives_way(out: Path) -> bool:
-    """Whether it is a bundle or an empty folder."""
-    return (out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))
+    """Whether it is a bundle, be it damaged or of another version, or an empty folder."""
+    return out.is_dir() and (_is_bundle(out) or not any(out.iterdir()))
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether its manifest is a bundle's: others call theirs so too, as web apps do."""
+    try:
+        with (folder / MANIFEST).open("rb") as handle:
+            told = json.loads(handle.read(LARGEST_MANIFEST + 1))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(told, dict) and told.keys() >= _KEYS
 
 
 def _exchange(new: Path, old: Path) -> None:

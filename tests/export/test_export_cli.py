@@ -277,6 +277,31 @@ def test_a_file_is_not_replaced_by_a_bundle(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "manifest", ['{"name": "My web app", "icons": []}', "[]", "{", "[" * 100_000, None]
+)
+def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path, manifest: str | None) -> None:
+    folder = tmp_path / "app"
+    folder.mkdir()
+    if manifest is None:
+        (folder / "manifest.json").mkdir()
+    else:
+        (folder / "manifest.json").write_text(manifest)
+    (folder / "thesis.tex").write_text("mine")
+    with pytest.raises(BundleError, match="exists and is no bundle"), replacing(folder):
+        pytest.fail("has begun")
+    assert (folder / "thesis.tex").read_text() == "mine"
+
+
+def test_a_damaged_or_older_bundle_is_replaced(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "manifest.json").write_text('{"format": 0, "graphs": {}, "files": {"a.onnx": 1}}')
+    with replacing(old) as folder:
+        (folder / "new").touch()
+    assert [entry.name for entry in old.iterdir()] == ["new"]
+
+
 def test_sigterm_leaves_no_half_of_a_bundle(tmp_path: Path) -> None:
     @click.command()
     def wait() -> None:

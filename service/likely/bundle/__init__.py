@@ -1,6 +1,7 @@
 """Bundles: their manifest, what their files may be, their signatures; refused before opened."""
 
 from likely.bundle.manifest import (
+    LARGEST_MANIFEST,
     MANIFEST,
     Bundle,
     Graph,
@@ -15,6 +16,7 @@ from likely.bundle.manifest import (
 )
 
 __all__ = [
+    "LARGEST_MANIFEST",
     "MANIFEST",
     "Bundle",
     "Graph",
