@@ -61,6 +61,41 @@ def test_what_was_signed_opens(folder: Path, key: Path, tmp_path: Path) -> None:
     assert Bundle.open(folder, trusted)
 
 
+def test_a_former_signature_stays_where_signing_fails(folder: Path, key: Path) -> None:
+    before = signing.sign(folder, key).read_bytes()
+    (folder / "link").symlink_to("density.onnx")
+    with pytest.raises(SettingsError, match="cannot be signed with"):
+        signing.sign(folder, key)
+    (folder / "link").unlink()
+    assert (folder / "model.sig").read_bytes() == before
+    assert not (folder / ".model.sig").exists()
+    assert Bundle.open(folder, [key.with_suffix(".pub")])
+
+
+def test_what_was_left_half_written_is_not_signed(folder: Path, key: Path) -> None:
+    (folder / ".model.sig").write_text("half")
+    signing.sign(folder, key)
+    assert Bundle.open(folder, [key.with_suffix(".pub")])
+
+
+@pytest.mark.parametrize("left_out", ["manifest.json", "density.onnx", "sub"])
+def test_a_signature_leaves_nothing_out(folder: Path, key: Path, left_out: str) -> None:
+    import model_signing
+
+    (folder / "sub").mkdir()
+    (folder / "sub" / "file").touch()
+    paths = [folder / "model.sig", folder / left_out]
+    hashing = model_signing.hashing.Config().set_ignored_paths(paths=paths)
+    config = model_signing.signing.Config().set_hashing_config(hashing)
+    config.use_elliptic_key_signer(private_key=key).sign(folder, folder / "model.sig")
+    model_signing.verifying.Config().use_elliptic_key_verifier(
+        public_key=key.with_suffix(".pub")
+    ).verify(folder, folder / "model.sig")
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder, [key.with_suffix(".pub")])
+    assert caught.value.reason == "signature"
+
+
 @pytest.mark.parametrize("curve", [ec.SECP384R1, ec.SECP521R1])
 def test_other_curves_and_encrypted_keys_sign(folder: Path, tmp_path: Path, curve: Any) -> None:
     key = pair(tmp_path, "secret", curve, b"open sesame")

@@ -29,7 +29,7 @@ def sign(
     certificate: Path | None = None,
     chain: Sequence[Path] = (),
 ) -> Path:
-    """The signature's file, written into the folder.
+    """The signature's file, written into the folder by rename: where it fails, a former one stays.
 
     Args:
         folder: the bundle, complete.
@@ -43,6 +43,7 @@ def sign(
     """
     library = _library()
     path = folder / SIGNATURE
+    temporary = folder / f".{SIGNATURE}"
     config = library.signing.Config().set_hashing_config(_hashing(library))
     try:
         if certificate is None:
@@ -51,10 +52,15 @@ def sign(
             config.use_certificate_signer(
                 private_key=private_key, signing_certificate=certificate, certificate_chain=chain
             )
-        path.unlink(missing_ok=True)
-        config.sign(folder, path)
+        temporary.unlink(missing_ok=True)
+        if path.is_symlink():  # no signature, and the library signs no folder with a link
+            path.unlink()
+        config.sign(folder, temporary)
+        temporary.replace(path)
     except Exception as error:  # the library raises what its own libraries raise
         raise SettingsError(f"{folder} cannot be signed with {private_key}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -78,7 +84,9 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
         raise BundleError(f"{path} has more than {LARGEST_SIGNATURE} bytes", "signature")
     said = []
     for key in trusted:
-        config = library.verifying.Config().set_hashing_config(_hashing(library))
+        hashing = _hashing(library)
+        hashing.add_ignored_paths = _obey_none  # what a signature itself asks to leave out
+        config = library.verifying.Config().set_hashing_config(hashing)
         try:
             pem = key.read_bytes()
             if pem.lstrip().startswith(_CERTIFICATE):
@@ -113,6 +121,10 @@ def _hashing(library: Any) -> Any:
     return library.hashing.Config().set_ignored_paths(
         paths=[Path(SIGNATURE)], ignore_git_paths=False
     )
+
+
+def _obey_none(**_: object) -> None:
+    """Takes the place of what would leave more paths out."""
 
 
 def _bytes(password: str | None) -> Any:
