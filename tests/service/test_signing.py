@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from likely.bundle import Bundle, signing, write_manifest
+from likely.bundle import MANIFEST, Bundle, signing, write_manifest
 from likely.cli import main
 from likely.errors import BundleError, SettingsError
 
@@ -147,6 +147,50 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "a huge one": lambda folder: (folder / "model.sig").write_bytes(b" " * (2 << 20)),
     "a linked one": link_signature,
 }
+
+
+def enlarge(path: Path, size: int = 20 << 30) -> None:
+    with path.open("ab") as file:
+        file.truncate(size)
+
+
+def enlarge_half(folder: Path) -> None:
+    """Signed files that the manifest does not name, each within the limit."""
+    for name in ("LICENSE", "README"):
+        enlarge(folder / name, 5 << 30)
+
+
+SPARSE: dict[str, Callable[[Path], object]] = {
+    "a file added": lambda folder: enlarge(folder / "added"),
+    "a small file added": lambda folder: enlarge(folder / "added", 1),
+    "in a subfolder": lambda folder: [(folder / "s").mkdir(), enlarge(folder / "s" / "x", 9)],
+    "a graph": lambda folder: enlarge(folder / "density.onnx"),
+    "the manifest": lambda folder: enlarge(folder / MANIFEST, 7 << 30),
+    "the signature": lambda folder: enlarge(folder / "model.sig"),
+    "a signed file that the manifest does not name": lambda folder: enlarge(folder / "README"),
+    "several": enlarge_half,
+}
+
+
+@pytest.mark.parametrize("harm", SPARSE)
+def test_what_need_not_be_hashed_is_not(
+    folder: Path, key: Path, harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import model_signing
+
+    for name in ("LICENSE", "README"):
+        (folder / name).write_text("x")
+    signing.sign(folder, key)
+    assert Bundle.open(folder, [key.with_suffix(".pub")])
+    SPARSE[harm](folder)
+
+    def hashed(*_: object, **__: object) -> None:
+        pytest.fail("files are hashed")
+
+    monkeypatch.setattr(model_signing.hashing.Config, "hash", hashed)
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder, [key.with_suffix(".pub")])
+    assert caught.value.reason == "signature"
 
 
 @pytest.mark.parametrize("harm", HARMS)

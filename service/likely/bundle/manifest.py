@@ -290,6 +290,7 @@ class Bundle:
             SettingsError: a trusted key cannot be used.
         """
         if trusted:
+            _check_sizes(path)
             signing.verify(path, trusted)
         text = _manifest_bytes(path)
         manifest = _parsed(path, text)
@@ -416,6 +417,37 @@ def _manifest_bytes(path: Path) -> bytes:
             f"{manifest} is too long; at most {LARGEST_MANIFEST} bytes are read", "manifest"
         )
     return text
+
+
+def _check_sizes(path: Path) -> None:
+    """Returns if no file is of a size that is refused anyway, so that all of them may be hashed.
+
+    Raises:
+        BundleError: a file is not as long as the manifest says, or there is too much.
+    """
+    try:
+        sizes = {name: record.size for name, record in read_manifest(path).files.items()}
+    except BundleError:  # whether that was signed is yet to be seen
+        sizes = {}
+    most = {MANIFEST: LARGEST_MANIFEST, signing.SIGNATURE: signing.LARGEST_SIGNATURE}
+    total = 0
+    for entry in path.rglob("*"):
+        try:
+            found = entry.lstat()
+        except OSError as error:
+            raise BundleError(f"{entry} cannot be read: {error.strerror}", "unreadable") from error
+        if not stat.S_ISREG(found.st_mode):
+            continue
+        name, size = entry.relative_to(path).as_posix(), found.st_size
+        total += size
+        if size != sizes.get(name, size) or size > most.get(name, LARGEST_BUNDLE):
+            raise BundleError(
+                f"{entry} has {size} bytes, so it is not what the manifest names", "signature"
+            )
+    if total > LARGEST_BUNDLE + sum(most.values()):
+        raise BundleError(
+            f"{path} has {total} bytes; at most {LARGEST_BUNDLE} are read", "signature"
+        )
 
 
 def _check_file(path: Path, record: FileRecord) -> None:

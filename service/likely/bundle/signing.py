@@ -7,8 +7,10 @@ network: signatures are made with a key, or with a certificate of one's own auth
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,7 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
         raise BundleError(f"{folder} has no {SIGNATURE}, and a signature is asked", "signature")
     if path.stat().st_size > LARGEST_SIGNATURE:
         raise BundleError(f"{path} has more than {LARGEST_SIGNATURE} bytes", "signature")
+    _check_names(folder)
     said = []
     for key in trusted:
         hashing = _hashing(library)
@@ -103,6 +106,24 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
         else:
             return
     raise BundleError(f"{folder} is not signed by a trusted key", "signature", "; ".join(said))
+
+
+def _check_names(folder: Path) -> None:
+    """Returns if the signature names every file; nothing is believed, but no other need be hashed.
+
+    Raises:
+        BundleError: it does not.
+    """
+    try:
+        envelope = json.loads((folder / SIGNATURE).read_bytes())["dsseEnvelope"]
+        statement = json.loads(base64.b64decode(envelope["payload"]))
+        names = {SIGNATURE, *(one["name"] for one in statement["predicate"]["resources"])}
+    except Exception as error:  # whatever it holds, it is no valid signature
+        raise BundleError(f"{folder / SIGNATURE} is no signature", "signature") from error
+    for entry in folder.rglob("*"):
+        name = entry.relative_to(folder).as_posix()
+        if name not in names and (entry.is_symlink() or not entry.is_dir()):
+            raise BundleError(f"{entry} is not among the files that were signed", "signature")
 
 
 def _library() -> Any:
