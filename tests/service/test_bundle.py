@@ -198,3 +198,26 @@ def test_a_sound_bundle_opens(toy: Toy) -> None:
     bundle = Bundle.open(toy.path)
     assert set(bundle.manifest.graphs) == set(Role)
     assert len(bundle.digest) == 64
+
+
+@pytest.mark.parametrize("name", [".nfs000123", "sub", "sub.d", "link.npz", "no extension"])
+def test_what_does_not_belong_into_a_bundle_is_named(folder: Path, name: str) -> None:
+    before = (folder / MANIFEST).read_bytes()
+    if name.startswith("sub"):
+        (folder / name).mkdir()
+    elif name.startswith("link"):
+        (folder / name).symlink_to("golden.npz")
+    else:
+        (folder / name).touch()
+    fields = {key: value for key, value in json.loads(before).items() if key != "files"}
+    with pytest.raises(BundleError) as caught:
+        write_manifest(folder, fields)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert (folder / MANIFEST).read_bytes() == before
+
+
+def test_a_manifest_left_half_written_is_written_over(folder: Path) -> None:
+    (folder / f".{MANIFEST}").write_text("half")
+    rewrite(folder)
+    assert Bundle.open(folder)
+    assert not (folder / f".{MANIFEST}").exists()

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -33,7 +34,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _LINKS = (errno.ELOOP, errno.ENXIO)  # a link; a socket, or a pipe that nobody writes to
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[a-z0-9]{1,8}){1,2}$")]
+_FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[a-z0-9]{1,8}){1,2}$"
+FileName = Annotated[str, Field(pattern=_FILE_NAME)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -370,15 +372,18 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
     Args:
         folder: holds the graphs and arrays, and nothing that does not belong.
         manifest: the manifest's fields except `files`.
+
+    Raises:
+        BundleError: something lies there that no bundle can hold.
     """
+    temporary = folder / f".{MANIFEST}"
     files = {
-        entry.name: FileRecord(size=entry.stat().st_size, sha256=_sha256(entry))
+        entry.name: _record(entry)
         for entry in sorted(folder.iterdir())
-        if entry.name not in (MANIFEST, signing.SIGNATURE)
+        if entry.name not in (MANIFEST, signing.SIGNATURE, temporary.name)
     }
     checked = Manifest.model_validate({**manifest, "files": files})
     text = json.dumps(checked.model_dump(mode="json"), indent=1) + "\n"
-    temporary = folder / f".{MANIFEST}"
     try:
         with temporary.open("w", encoding="utf-8") as handle:
             handle.write(text)
@@ -388,6 +393,19 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
     finally:
         temporary.unlink(missing_ok=True)
     return checked
+
+
+def _record(path: Path) -> FileRecord:
+    """How the file looks.
+
+    Raises:
+        BundleError: a bundle holds no such file.
+    """
+    if not re.fullmatch(_FILE_NAME, path.name):
+        raise BundleError(f"{path} does not belong into a bundle, whose files are not named so")
+    with _plain(path) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        return FileRecord(size=size, sha256=hashlib.file_digest(handle, "sha256").hexdigest())
 
 
 def _parsed(path: Path, text: bytes) -> Manifest:
@@ -500,8 +518,3 @@ def _plain(path: Path) -> BufferedReader:
             return handle
         handle.close()
     raise BundleError(f"{path} is a link or no plain file; a bundle holds plain files only", "link")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
