@@ -401,9 +401,11 @@ def _record(path: Path) -> FileRecord:
     Raises:
         BundleError: a bundle holds no such file.
     """
+    if not path.is_file():
+        raise BundleError(f"{path} does not belong into a bundle, which holds plain files only")
     if not re.fullmatch(_FILE_NAME, path.name):
         raise BundleError(f"{path} does not belong into a bundle, whose files are not named so")
-    with _plain(path) as handle:
+    with path.open("rb") as handle:
         size = os.fstat(handle.fileno()).st_size
         return FileRecord(size=size, sha256=hashlib.file_digest(handle, "sha256").hexdigest())
 
