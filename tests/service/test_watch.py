@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import itertools
+import json
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -284,6 +286,55 @@ def test_a_link_that_leads_nowhere_hides_nothing(tmp_path: Path) -> None:
     after = scan(tmp_path, before)
     assert set(after) == set(before) == {tmp_path / "toy" / "1", tmp_path / "toy" / "2"}
     assert {path for path in before if before[path] != after[path]} == {tmp_path / "toy" / "1"}
+
+
+@pytest.mark.parametrize("under", [".", "toy"])
+def test_an_entry_that_cannot_be_looked_at_hides_no_other(under: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        put(tmp_path / "toy" / "1", "1")
+        odd = tmp_path / under / "odd"
+        odd.symlink_to("x" * 300)  # longer than a name can be
+        follower = Watched(tmp_path)
+        told = io.StringIO()
+        follower.watcher._log = logs.logger("warning", "json", told)
+        await follower.lifecycle.begin(())
+        await follower.watcher.begin()
+        assert follower.served() == {"1": "1"}
+        put(tmp_path / "toy" / "2", "2")
+        assert await follower.look(2) == {"1": "1", "2": "2"}
+        assert follower.counted("likely_watch_lost") == 0
+        (line,) = map(json.loads, told.getvalue().splitlines())
+        assert line["event"] == "passed over"
+        assert (line["folder"], line["reason"]) == (str(odd), os.strerror(errno.ENAMETOOLONG))
+        await follower.lifecycle.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("lost", ["toy", "toy/1"])
+def test_what_was_in_an_entry_that_cannot_be_looked_at_is_served_on(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        put(tmp_path / "toy" / "1", "1")
+        async with watched(tmp_path, other="2") as follower:
+            stat = Path.stat
+
+            def failing(path: Path, **options: Any) -> os.stat_result:
+                if path.is_relative_to(tmp_path / lost):
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+                return stat(path, **options)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(Path, "stat", failing)
+                put(tmp_path / "new", "3")
+                shutil.rmtree(tmp_path / "other")
+                assert await follower.look(3) == {"1": "1", "3": "new"}
+                assert follower.counted("likely_watch_lost") == 0
+            shutil.rmtree(tmp_path / "toy")
+            assert await follower.look(3) == {"3": "new"}
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])

@@ -85,6 +85,7 @@ class Watcher:
         self._done: dict[Path, Mark | None] = {}  # None for what is tried again at every look
         self._short: dict[Path, _Short] = {}
         self._kept: set[Path] = set()
+        self._unread: dict[Path, str] = {}
         self._lost = ""
 
     async def begin(self) -> None:
@@ -139,7 +140,12 @@ class Watcher:
         self._lost = reason
 
     async def _scan(self) -> dict[Path, Mark]:
-        return await asyncio.to_thread(scan, self._folder, self._seen)
+        unread: dict[Path, str] = {}
+        found = await asyncio.to_thread(scan, self._folder, self._seen, unread)
+        for path in unread.keys() - self._unread.keys():
+            self._log.warning("passed over", folder=str(path), reason=unread[path])
+        self._unread = unread
+        return found
 
     async def _follow(self, settled: dict[Path, Mark]) -> None:
         for path, mark in settled.items():
@@ -192,23 +198,30 @@ class Watcher:
                 self._kept.discard(path)
 
 
-def scan(folder: Path, before: Mapping[Path, Mark] = MappingProxyType({})) -> dict[Path, Mark]:
+def scan(
+    folder: Path,
+    before: Mapping[Path, Mark] = MappingProxyType({}),
+    unread: dict[Path, str] | None = None,
+) -> dict[Path, Mark]:
     """The bundles in a folder and in its subfolders, each with what changes when it does.
 
     Args:
         folder: holds them.
         before: what was found last time, which stands for what cannot be read now.
+        unread: takes what cannot be read now, and why.
 
     Raises:
         OSError: the folder cannot be read.
     """
     found: dict[Path, Mark] = {}
+    unread = {} if unread is None else unread
     for path in _folders(folder):
         try:
             bundles = [path] if is_bundle(path) else _folders(path)
         except (FileNotFoundError, NotADirectoryError):
             continue  # it went while it was looked at
-        except OSError:
+        except OSError as error:
+            unread[path] = error.strerror or str(error)
             found |= {known: before[known] for known in before if path in (known, known.parent)}
             continue
         for bundle in bundles:
@@ -217,16 +230,31 @@ def scan(folder: Path, before: Mapping[Path, Mark] = MappingProxyType({})) -> di
                     found[bundle] = _mark(bundle)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            except OSError:
+            except OSError as error:
+                unread[bundle] = error.strerror or str(error)
                 found |= {bundle: before[bundle]} if bundle in before else {}
     return found
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The subfolders that are not hidden: a bundle may be made in `.name` and then renamed."""
+    """The subfolders that are not hidden: a bundle may be made in `.name` and then renamed.
+
+    With them, what cannot be told to be one or not.
+
+    Raises:
+        OSError: the folder cannot be read, or nothing in it can be looked at.
+    """
+    os.stat(f"{folder}/.")  # noqa: PTH116 -- a Path drops the dot, which asks leave to look inside
     return sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+        path for path in folder.iterdir() if not path.name.startswith(".") and _may_be_folder(path)
     )
+
+
+def _may_be_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # of this one alone: a link to too long a name, or one to a volume that is lost
+        return True
 
 
 def _mark(bundle: Path) -> Mark:
