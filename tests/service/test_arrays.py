@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from likely.bundle import arrays
-from likely.errors import BundleError
+from likely.errors import BundleError, OutOfMemory
 
 HEADER = "{'descr': '|u1', 'fortran_order': False, 'shape': (3,), }"
 
@@ -34,8 +38,61 @@ def test_numbers_are_read(tmp_path: Path) -> None:
         HEADER.replace("(3,)", "(-3,)"),
         HEADER.replace("(3,)", "(4,)"),
         "",
+        "-" * 9000,  # which Python's parser calls a lack of memory
     ],
 )
 def test_what_is_no_array_of_numbers_is_refused(header: str, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="no archive of arrays"):
+    with pytest.raises(BundleError, match="no archive of arrays") as caught:
         arrays.read(archive(tmp_path / "a.npz", header))
+    assert caught.value.reason == "arrays"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"PK\5\6" + bytes(18),
+        b"PK\5\6" + bytes(8) + b"\xff" * 8 + bytes(2),
+        b"PK\5\6" + bytes(8) + struct.pack("<LL", 8, 0) + bytes(2),
+    ],
+)
+def test_an_archive_that_is_broken_is_no_file_that_cannot_be_read(
+    start: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "a.npz").write_bytes(start)
+    try:
+        assert arrays.read(tmp_path / "a.npz") == {}  # an empty one is whole
+    except BundleError as error:
+        assert error.reason == "arrays"
+
+
+@pytest.mark.parametrize("reads", range(6))
+def test_what_cannot_be_read_now_is_not_broken(
+    reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = archive(tmp_path / "a.npz", HEADER)
+
+    class Failing(io.FileIO):
+        left = reads
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return super().read(size) or b""
+
+    monkeypatch.setattr("zipfile.io.open", Failing)
+    with pytest.raises(BundleError, match="cannot be read: Stale file handle") as caught:
+        arrays.read(path)
+    assert caught.value.reason == "unreadable"
+
+
+def test_what_there_is_no_memory_for_is_not_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", failing)
+    with pytest.raises(OutOfMemory, match="no memory for the arrays"):
+        arrays.read(archive(tmp_path / "a.npz", HEADER))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -230,6 +232,18 @@ def test_graphs_may_be_nested_a_little(tmp_path: Path) -> None:
 def test_another_ending_is_another_format(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"does not end in \.onnx"):
         check_graph(written(tmp_path / "density.ort", model()), FILES)
+
+
+def test_a_graph_that_cannot_be_read_now_is_not_forbidden(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(BundleError, match="cannot be read: Stale file handle") as caught:
+        check_graph(toy.path / "density.onnx", {})
+    assert caught.value.reason == "unreadable"
 
 
 def test_a_file_of_tiny_fields_ends_soon() -> None:

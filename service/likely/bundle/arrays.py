@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import struct
 import tokenize
@@ -14,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from likely.errors import BundleError
+from likely.errors import BundleError, OutOfMemory
 
 MOST_ARRAYS = 256
 LARGEST = 1 << 30
@@ -33,13 +34,13 @@ _BROKEN = (
     NotImplementedError,
     OverflowError,
     RuntimeError,
-    MemoryError,
     SyntaxError,
     struct.error,
     tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
 )
+_SOUGHT = {errno.EINVAL, errno.EOVERFLOW}  # of places that an archive names and no file has
 
 
 def read(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -47,7 +48,9 @@ def read(path: Path) -> dict[str, npt.NDArray[Any]]:
 
     Raises:
         BundleError: it is no archive, or holds what is no array of numbers (a pickle, say),
-            or more than MOST_ARRAYS or LARGEST bytes; its reason is `arrays`.
+            or more than MOST_ARRAYS or LARGEST bytes; its reason is `arrays`. Or it cannot be
+            read, and its reason is `unreadable`.
+        OutOfMemory: there is no memory for them.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -56,9 +59,22 @@ def read(path: Path) -> dict[str, npt.NDArray[Any]]:
             return {
                 entry.filename.removesuffix(_ENDING): _array(archive, entry) for entry in entries
             }
+    except MemoryError as error:
+        raise OutOfMemory(f"no memory for the arrays of {path}") from error
     except _BROKEN as error:
+        if unread := _unread(error):
+            raise BundleError(f"{path} cannot be read: {unread.strerror}", "unreadable") from error
         said = f"{type(error).__name__}: {error}"[:200]
         raise BundleError(f"{path} is no archive of arrays", "arrays", said) from error
+
+
+def _unread(error: BaseException | None) -> OSError | None:
+    """What the system said, where it could not read the file; zipfile hides some of it."""
+    while error:
+        if isinstance(error, OSError) and error.errno and error.errno not in _SOUGHT:
+            return error
+        error = error.__context__
+    return None
 
 
 def _check(entries: list[zipfile.ZipInfo]) -> None:
@@ -96,7 +112,10 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     if version not in readers:
         raise ValueError(f"an array is of version {version}")
     with warnings.catch_warnings(action="ignore"):
-        shape, fortran, dtype = readers[version](file)
+        try:
+            shape, fortran, dtype = readers[version](file)
+        except MemoryError as error:  # as Python's parser says of what is nested too deep
+            raise ValueError("an array's header cannot be read") from error
     if any(length < 0 for length in shape):
         raise ValueError("an array has a negative length")
     return shape, fortran, dtype

@@ -134,7 +134,8 @@ def check_graph(path: Path, files: Mapping[str, int]) -> frozenset[str]:
         files: bytes of every file that the manifest names, by name.
 
     Raises:
-        BundleError: the first thing that is not allowed; its reason is `graph`.
+        BundleError: the first thing that is not allowed, its reason is `graph`; or the file
+            cannot be read, its reason is `unreadable`.
     """
     if path.suffix != ENDING:
         raise BundleError(f"{path} does not end in {ENDING}, so it is no graph", "graph")
@@ -148,7 +149,7 @@ def check_graph(path: Path, files: Mapping[str, int]) -> frozenset[str]:
     except (WireError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not a graph that is allowed: {error}", "graph") from error
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}", "graph") from error
+        raise BundleError(f"{path} cannot be read: {error.strerror}", "unreadable") from error
     return frozenset(scan.external)
 
 
