@@ -178,6 +178,28 @@ def test_a_rollback_goes_one_change_back(
         assert admin.answers() == "1"
 
 
+def test_a_rollback_to_what_cannot_be_read_is_refused_as_loading_it_is(
+    running: Running, toys: dict[str, Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with administered(running, bundles=(toys["1"].path,)) as admin:
+        admin.load(toys["2"].path)
+        admin.label("stable", "2")
+        admin.unload("1")
+        told = set()
+        monkeypatch.setattr("likely.bundle.manifest.hashlib.file_digest", failing)
+        for change in (partial(admin.load, toys["1"].path), admin.rollback):
+            with pytest.raises(grpc.RpcError) as caught:
+                change()
+            told.add((caught.value.code(), caught.value.details()))
+        sentence = f"{toys['1'].path} cannot be read"
+        assert told == {(grpc.StatusCode.FAILED_PRECONDITION, sentence)}
+        monkeypatch.undo()
+        assert admin.rollback().model_version == "1"
+
+
 def test_a_rollback_leads_to_the_very_bundle_that_answered(
     running: Running, make_toy: Callable[..., Toy], toys: dict[str, Toy]
 ) -> None:

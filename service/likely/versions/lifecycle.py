@@ -242,8 +242,7 @@ class Lifecycle:
                 engine = await asyncio.to_thread(self._loader.proved, bundle)
                 await self._admit(engine, folder)
         except (LikelyError, OSError, MemoryError) as error:
-            is_none = await asyncio.to_thread(_is_none, folder)
-            raise self._refused(folder, error, is_none) from error
+            raise await self._refused(folder, error) from error
         finally:
             self._loading = None
         self._forget(folder)
@@ -340,7 +339,10 @@ class Lifecycle:
         if serves:
             found = self._registry.find(name, target.version).digest
         else:
-            found = (await asyncio.to_thread(self._loader.verified, target.folder)).digest
+            try:
+                found = (await asyncio.to_thread(self._loader.verified, target.folder)).digest
+            except (LikelyError, OSError, MemoryError) as error:
+                raise await self._refused(target.folder, error) from error
         if found != target.digest:
             raise Refused(
                 f"{name}@{target.version} is another bundle by now than that which answered, "
@@ -377,9 +379,11 @@ class Lifecycle:
         name, version = _key(held.engine)
         self._log.info("unloaded", name=name, version=version)
 
-    def _refused(
-        self, folder: Path, error: LikelyError | OSError | MemoryError, is_none: bool
+    async def _refused(
+        self, folder: Path, error: LikelyError | OSError | MemoryError
     ) -> LikelyError:
+        """Counts and tells what a folder is refused for, which is returned to be raised."""
+        is_none = await asyncio.to_thread(_is_none, folder)
         match error:
             case BundleError():
                 reason = error.reason
