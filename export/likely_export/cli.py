@@ -41,6 +41,10 @@ class _Sentences(click.Group):
                 return super().invoke(ctx)
         except LikelyError as error:
             raise click.ClickException(str(error)) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise click.ClickException(str(error)) from error
         except ModuleNotFoundError as error:
             if (name := (error.name or "").partition(".")[0]).startswith("likely"):
                 raise

@@ -262,7 +262,7 @@ def generate_response(answer: Draws) -> generation_pb2.GenerateResponse:
         first_index=answer.first_index,
         seed=answer.seed,
         draws=answer.draws,
-        accepted=answer.accepted,
+        accepted=answer.accepted.tolist(),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -119,7 +120,7 @@ class Device:
         """The same device with `auto` decided: CUDA where the driver reports a card."""
         if self.kind != "auto":
             return self
-        there = CUDA in _runtime().get_available_providers() and cuda_devices() > 0
+        there = CUDA in runtime().get_available_providers() and cuda_devices() > 0
         return replace(self, kind="cuda" if there else "cpu")
 
     def __str__(self) -> str:
@@ -152,7 +153,7 @@ class Stop:
     """Ends a run from another thread, once for all that it is given to."""
 
     def __init__(self) -> None:
-        self.options = _runtime().RunOptions()
+        self.options = runtime().RunOptions()
 
     def now(self) -> None:
         """Ends the run at its next node."""
@@ -240,7 +241,7 @@ class Session:
         kind, index = self._device.kind, self._device.index
         binding = self._session.io_binding()
         for name, feed in filled(feeds, bucket(n)).items():
-            value = _runtime().OrtValue.ortvalue_from_numpy(feed, kind, index)
+            value = runtime().OrtValue.ortvalue_from_numpy(feed, kind, index)
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, "cpu")
@@ -312,7 +313,7 @@ def _unopened(error: Exception, path: Path, device: Device) -> LikelyError:
         if _NO_LIBRARIES.search(text):
             return _no_libraries(device, "the runtime cannot load CUDA")
     return BundleError(
-        f"{path} is not a graph that ONNX Runtime {_runtime().__version__} opens", "graph", text
+        f"{path} is not a graph that ONNX Runtime {runtime().__version__} opens", "graph", text
     )
 
 
@@ -330,15 +331,22 @@ def _from(text: str, found: re.Match[str] | None) -> str:
 
 
 @cache  # every batch asks
-def _runtime() -> Any:
+def runtime() -> Any:
+    """ONNX Runtime, which reports to its maker on import from 1.29 on, unless it is told not to.
+
+    Raises:
+        RuntimeMissing: there is none; the message names the extras that bring one.
+        ImportError: it cannot be imported.
+    """
     require_runtime()
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     return onnxruntime
 
 
 def _open(path: Path, device: Device, threads: int, weights: Mapping[str, bytes]) -> Any:
-    ort = _runtime()
+    ort = runtime()
     options = ort.SessionOptions()
     options.add_external_initializers_from_files_in_memory(
         list(weights), list(weights.values()), [len(each) for each in weights.values()]
@@ -401,7 +409,7 @@ def _preload() -> None:
     """Loads CUDA's libraries; those that are not found are told on standard error."""
     # Of two redirections at once the one that ends last would leave its own behind.
     with _PRELOADING, redirect_stdout(sys.stderr):
-        _runtime().preload_dlls()
+        runtime().preload_dlls()
 
 
 def _check_interface(

@@ -59,7 +59,7 @@ SERVICE = {
     ),
     "cli": (
         "answers bundle client engine errors graphs jobs levels logs machine processes settings "
-        "signals versions click grpc numpy onnxruntime PIL rich"
+        "signals versions click grpc numpy PIL rich"
     ),
     "__main__": "cli",
 }
@@ -397,14 +397,14 @@ def test_arrows_run_one_way(package: str) -> None:
         assert not above, f"{name} may not know {', '.join(above)}, which stand above it"
 
 
-def test_the_runtime_is_known_to_its_room_and_to_the_doctor_only() -> None:
+def test_the_runtime_is_known_to_its_room_only() -> None:
     folder = PACKAGES["likely"][0]
     found = {
         str(p.relative_to(folder))
         for p in folder.rglob("*.py")
         if "onnxruntime" in imported("likely", p)
     }
-    assert found == {"graphs.py", "cli/doctor.py"}
+    assert found == {"graphs.py"}
 
 
 def test_two_rooms_know_onnx_and_the_service_knows_nothing_of_training() -> None:

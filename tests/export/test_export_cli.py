@@ -323,3 +323,12 @@ def test_what_is_not_installed_is_named() -> None:
         1,
         "Error: scipy is missing; pip install 'likely[cpu,export]'\n",
     )
+
+
+def test_what_cannot_be_written_is_one_sentence() -> None:
+    code = "from likely_export.cli import main; main()"
+    command = [sys.executable, "-c", code, "recipes"]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: [Errno 28]") and done.stderr.count("\n") == 1

@@ -152,7 +152,7 @@ def failing(
         if request.param != "processor":
             session._device = Device("cuda")
             fake = SimpleNamespace(OrtValue=SimpleNamespace(ortvalue_from_numpy=copied))
-            monkeypatch.setattr(graphs, "_runtime", lambda: fake)
+            monkeypatch.setattr(graphs, "runtime", lambda: fake)
 
     return session, fail
 

@@ -342,6 +342,15 @@ def test_doctor_opens_a_real_session(likely: Callable[..., Result], toy: Toy) ->
     assert rows["python"]["found"] == sys.version.split()[0]
 
 
+def test_the_runtime_reports_to_nobody(toy: Toy, tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path)}  # where it keeps what it would send
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    command = [sys.executable, "-m", "likely", "doctor", "--bundle", str(toy.path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.rglob("*onnxruntime*")) == []
+
+
 def test_doctor_tells_what_is_broken(
     likely: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

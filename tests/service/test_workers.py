@@ -438,7 +438,7 @@ def test_as_many_workers_as_cores_but_one_on_a_card(
     monkeypatch.setattr(machine, "cores", lambda: 64)
     monkeypatch.setattr(graphs, "cuda_devices", lambda: reported)
     runtime = SimpleNamespace(get_available_providers=lambda: [graphs.CUDA, graphs.CPU])
-    monkeypatch.setattr(graphs, "_runtime", lambda: runtime)
+    monkeypatch.setattr(graphs, "runtime", lambda: runtime)
     begun: list[int] = []
 
     def several(workers: int) -> NoReturn:

@@ -37,7 +37,7 @@ def doctor(bundle: Path | None, device: str, as_json: bool) -> None:
     A bare install is a sound client; with a server's packages, a runtime that opens a
     graph and gives its recorded answers is asked for too.
     """
-    findings = [*_installed(), *_runtime(bundle, device)]
+    findings = [*_installed(), *_runtime(bundle, device, asked=bool(bundle) or device != "auto")]
     rows = [
         {"what": f.what, "found": f.found, "state": "ok" if f.ok else "broken"} for f in findings
     ]
@@ -51,11 +51,11 @@ def _installed() -> list[Finding]:
     return [*versions, Finding("CPU cores", str(machine.cores()))]
 
 
-def _runtime(bundle: Path | None, device: str) -> list[Finding]:
+def _runtime(bundle: Path | None, device: str, *, asked: bool) -> list[Finding]:
     found = machine.runtimes()
     missing = [name for name in SERVER_NEEDS if importlib.util.find_spec(name) is None]
     if not found:
-        client_only = len(missing) == len(SERVER_NEEDS)
+        client_only = len(missing) == len(SERVER_NEEDS) and not asked
         return [Finding("ONNX Runtime", f"none; to serve, {machine.INSTALL}", client_only)]
     named = " and ".join(f"{name} {number}" for name, number in found.items())
     if len(found) > 1:
@@ -68,11 +68,13 @@ def _runtime(bundle: Path | None, device: str) -> list[Finding]:
 
 
 def _providers() -> list[Finding]:
+    from likely.graphs import runtime
+
     try:
-        import onnxruntime
+        built_in = runtime().get_available_providers()
     except ImportError as error:
         return [Finding("providers built in", f"onnxruntime cannot be imported: {error}", False)]
-    return [Finding("providers built in", ", ".join(onnxruntime.get_available_providers()))]
+    return [Finding("providers built in", ", ".join(built_in))]
 
 
 def _opened(path: Path | None, device: str) -> Finding:
