@@ -13,9 +13,9 @@ def at_least(least: int, config: object, *names: str) -> None:
     """
     for name in names:
         value = getattr(config, name)
-        items = value if isinstance(value, tuple) else (value,)
-        if not all(item >= least for item in items):
-            told = list(value) if isinstance(value, tuple) else value
+        several = isinstance(value, tuple | list)
+        if not all(item >= least for item in (value if several else (value,))):
+            told = list(value) if several else value
             raise InvalidInput(name, f"{told}; at least {least} is needed")
 
 

@@ -48,7 +48,7 @@ def of_image(file: Path | IO[bytes], name: str, channels: int, levels: int) -> P
         with Image.open(file) as image:
             if image.mode not in _EIGHT_BIT:
                 raise InvalidInput(name, f"mode {image.mode}; 8 bits a channel are asked")
-            if (several := getattr(image, "n_frames", 1)) > 1:
+            if (several := _pictures(image, name)) > 1:
                 raise InvalidInput(name, f"holds {several} pictures: give each a file of its own")
             if _shows_through(image):
                 raise InvalidInput(name, "is transparent in places: lay it on a background first")
@@ -61,6 +61,16 @@ def of_image(file: Path | IO[bytes], name: str, channels: int, levels: int) -> P
         raise InvalidInput(name, f"a broken image: {error}") from error
     bright = np.atleast_3d(np.asarray(turned)).transpose(2, 0, 1)
     return np.rint(bright * ((levels - 1) / 255)).astype(np.uint8)
+
+
+def _pictures(image: Image.Image, name: str) -> int:
+    """How many pictures the file holds; what a camera adds to its own is none."""
+    if image.format == "MPO":
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception as error:  # Pillow raises what it meets with in frames that are broken
+        raise InvalidInput(name, f"a broken image: {error}") from error
 
 
 def _shows_through(image: Image.Image) -> bool:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from likely import Client, machine
+from likely import Client, levels, machine
 from likely.bundle import MANIFEST
 from likely.cli import main, show
 from likely.cli.serve import FLAGS, OTHERS
+from likely.errors import InvalidInput
 from likely.settings import Settings
 from tests.faults.history import events
 
@@ -129,6 +130,12 @@ def test_images_become_levels(likely: Callable[..., Result], toy: Toy, tmp_path:
     assert rows[1]["picture"] == str(tmp_path / "grey.png")
 
 
+def test_what_a_camera_adds_to_its_picture_is_no_picture(tmp_path: Path) -> None:
+    several = [Image.new("L", (3, 3), shade) for shade in (255, 0)]
+    several[0].save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=several[1:])
+    assert (levels.of_image(tmp_path / "x.jpg", "x", 1, 4) == 3).all()
+
+
 def test_files_that_do_not_fit_are_named(likely: Callable[..., Result], tmp_path: Path) -> None:
     Image.new("L", (28, 30)).save(tmp_path / "large.png")
     sentence = failed(likely("score", tmp_path / "large.png"))
@@ -145,6 +152,11 @@ def test_files_that_do_not_fit_are_named(likely: Callable[..., Result], tmp_path
     for name in ("pages.tiff", "frames.gif"):
         several[0].save(tmp_path / name, save_all=True, append_images=several[1:])
         assert f"{name}: holds 2 pictures" in failed(likely("score", tmp_path / name))
+        whole = (tmp_path / name).read_bytes()
+        for end in range(len(whole) // 2, len(whole)):  # cut off anywhere, it is told in words
+            (tmp_path / name).write_bytes(whole[:end])
+            with suppress(InvalidInput):
+                levels.of_image(tmp_path / name, name, 1, 4)
     (tmp_path / "text.png").write_text("no picture")
     assert "neither an image nor" in failed(likely("score", tmp_path / "text.png"))
     (tmp_path / "text.npy").write_text("no array")

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from likely.bundle import arrays, scan, signing
-from likely.errors import BundleError, NotAnswered
+from likely.errors import BundleError, NotAnswered, OutOfMemory
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 20
@@ -341,9 +341,17 @@ class Bundle:
         """The files with weights that lie outside of a graph, by name, as they were verified.
 
         Raises:
-            BundleError: one was changed since.
+            BundleError: one was changed since, or cannot be read now.
+            OutOfMemory: there is no memory for them.
         """
-        found = {name: (self.path / name).read_bytes() for name in self._outside}
+        try:
+            found = {name: (self.path / name).read_bytes() for name in self._outside}
+        except OSError as error:
+            raise BundleError(
+                f"{error.filename or self.path} cannot be read: {error.strerror}", "unreadable"
+            ) from error
+        except MemoryError as error:
+            raise OutOfMemory(f"no memory for the weights of {self.path}") from error
         for name, data in found.items():
             if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
                 raise BundleError(f"{self.path} changed while it was opened", "changed")
@@ -460,7 +468,9 @@ def _check_sizes(path: Path) -> None:
             continue
         name, size = entry.relative_to(path).as_posix(), found.st_size
         total += size
-        if size != sizes.get(name, size) or size > most.get(name, LARGEST_BUNDLE):
+        if size > (limit := most.get(name, LARGEST_BUNDLE)):
+            raise BundleError(f"{entry} has {size} bytes; at most {limit} are read", "signature")
+        if size != sizes.get(name, size):
             raise BundleError(
                 f"{entry} has {size} bytes, so it is not what the manifest names", "signature"
             )

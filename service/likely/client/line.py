@@ -43,8 +43,9 @@ ENDED = "this client was closed before all was answered"
 PAUSES = (0.2, 0.4, 0.8)  # seconds before a request is put again whose answer was cut off
 # How gRPC's words begin where no server was reached at all.
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
-# What is among them where a server was reached that speaks another TLS, or none.
-_INSECURE = ("Socket closed", "handshake", "erification", "VERIFY_FAILED", "WRONG_VERSION")
+# What is among them where a server was reached whose TLS failed.
+_INSECURE = ("Tls handshake failed", "Hostname Verification Check failed", "SSL_ERROR_SSL")
+_CLOSED = "Socket closed"  # by a server that asks for TLS, or by what stands for none
 # All that it says where the time was over, be a server reached or not, or an answer under way.
 _LATE = ("Deadline Exceeded", "Stream removed (Deadline Exceeded)")
 
@@ -245,8 +246,9 @@ def unreached(address: str, words: str, start: str = "likely serve") -> Unavaila
             f"no connection with {address}: is TLS on one side only, or the server's certificate "
             f"not trusted, or of another name? gRPC says: {words}"
         )
+    closed = " (or one asks for TLS)" if _CLOSED in words else ""
     return Unavailable(
-        f"no likely server answers at {address}; `{start}` starts one. gRPC says: {words}"
+        f"no likely server answers at {address}{closed}; `{start}` starts one. gRPC says: {words}"
     )
 
 
