@@ -34,6 +34,8 @@ def test_sizes_below_one_and_shares_beyond_one_are_refused(config: Any) -> None:
         several = isinstance(getattr(config, name), tuple)
         with pytest.raises(InvalidInput, match=rf"{name}: .*0\]?; at least 1 is needed"):
             replace(config, **{name: (4, 0) if several else 0})
+        if several:
+            replace(config, **{name: [4]})  # as a caller in Python may give them
     for share in (-0.1, 1.5):
         for name in names & {"dropout", "label_dropout"}:
             with pytest.raises(InvalidInput, match=rf"{name}: {share} is not in \[0, 1\]"):

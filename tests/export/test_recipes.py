@@ -344,8 +344,8 @@ def test_a_size_that_is_no_table_or_puts_one_in_the_wrong_place(sizes: str, says
 
 
 def test_options_that_torch_alone_refuses_are_named_by_the_family() -> None:
-    with pytest.raises(InvalidInput, match=r"classifier: .*negative dimension"):
-        families.create("classifier", {"width": -1}, shape=(1, 8, 8), levels=4, labels=2, seed=0)
+    with pytest.raises(InvalidInput, match=r"classifier: .*overflowed"):
+        families.create("classifier", {"width": 2**61}, shape=(1, 8, 8), levels=4, labels=2, seed=0)
 
 
 @pytest.mark.parametrize("name", ["letters", "absent.toml"])
