@@ -151,6 +151,11 @@ class BundleError(LikelyError):
         self.reason = reason
         self.beneath = beneath
 
+    @classmethod
+    def unreadable(cls, path: object, error: OSError) -> BundleError:
+        """What says that a file of it cannot be read now, which may pass."""
+        return cls(f"{path} cannot be read: {error.strerror}", "unreadable")
+
     @property
     def told(self) -> str:
         """The message alone: what a library said stays in the log."""

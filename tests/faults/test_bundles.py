@@ -265,3 +265,18 @@ def test_weights_that_changed_before_they_were_read_are_refused(folder: Path) ->
     (folder / "weights.data").write_bytes(WEIGHTS[::-1])
     with pytest.raises(BundleError, match="changed while it was opened"):
         Engine.load(bundle, device=Device("cpu"), threads=1)
+
+
+@pytest.mark.fault(35)
+@pytest.mark.parametrize("make", [Path.symlink_to, lambda path, _: os.mkfifo(path)])
+def test_weights_that_became_a_link_or_a_pipe_are_refused(
+    folder: Path, make: Callable[[Path, Path], object]
+) -> None:
+    outside(folder, "weights.data")
+    (folder / "weights.data").write_bytes(WEIGHTS)
+    rewrite(folder)
+    bundle = Bundle.open(folder)
+    (folder / "weights.data").unlink()
+    make(folder / "weights.data", folder.parent.parent / "secret")  # the same bytes, elsewhere
+    with pytest.raises(BundleError, match="a link or no plain file"):
+        bundle.weights()

@@ -87,6 +87,16 @@ def test_what_cannot_be_read_now_is_not_broken(
     assert caught.value.reason == "unreadable"
 
 
+def test_an_error_that_is_being_handled_tells_nothing_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"no archive")
+    try:
+        raise OSError(errno.EIO, "of something else")
+    except OSError:
+        with pytest.raises(BundleError) as caught:
+            arrays.read(tmp_path / "a.npz")
+    assert caught.value.reason == "arrays"
+
+
 def test_what_there_is_no_memory_for_is_not_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import struct
+import sys
 import tokenize
 import warnings
 import zipfile
@@ -52,6 +53,7 @@ def read(path: Path) -> dict[str, npt.NDArray[Any]]:
             read, and its reason is `unreadable`.
         OutOfMemory: there is no memory for them.
     """
+    outer = sys.exception()
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -62,15 +64,20 @@ def read(path: Path) -> dict[str, npt.NDArray[Any]]:
     except MemoryError as error:
         raise OutOfMemory(f"no memory for the arrays of {path}") from error
     except _BROKEN as error:
-        if unread := _unread(error):
-            raise BundleError(f"{path} cannot be read: {unread.strerror}", "unreadable") from error
+        if unread := _unread(error, outer):
+            raise BundleError.unreadable(path, unread) from error
         said = f"{type(error).__name__}: {error}"[:200]
         raise BundleError(f"{path} is no archive of arrays", "arrays", said) from error
 
 
-def _unread(error: BaseException | None) -> OSError | None:
-    """What the system said, where it could not read the file; zipfile hides some of it."""
-    while error:
+def _unread(error: BaseException | None, outer: BaseException | None) -> OSError | None:
+    """What the system said, where it could not read the file; zipfile hides some of it.
+
+    Args:
+        error: what came of it.
+        outer: what was being handled before, and tells nothing of this file.
+    """
+    while error and error is not outer:
         if isinstance(error, OSError) and error.errno and error.errno not in _SOUGHT:
             return error
         error = error.__context__

@@ -344,16 +344,17 @@ class Bundle:
             BundleError: one was changed since, or cannot be read now.
             OutOfMemory: there is no memory for them.
         """
-        try:
-            found = {name: (self.path / name).read_bytes() for name in self._outside}
-        except OSError as error:
-            raise BundleError(
-                f"{error.filename or self.path} cannot be read: {error.strerror}", "unreadable"
-            ) from error
-        except MemoryError as error:
-            raise OutOfMemory(f"no memory for the weights of {self.path}") from error
-        for name, data in found.items():
-            if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+        found = {}
+        for name in self._outside:
+            path, record = self.path / name, self.manifest.files[name]
+            try:
+                with _plain(path) as handle:
+                    found[name] = handle.read(record.size + 1)
+            except OSError as error:
+                raise BundleError.unreadable(path, error) from error
+            except MemoryError as error:
+                raise OutOfMemory(f"no memory for the weights of {self.path}") from error
+            if hashlib.sha256(found[name]).hexdigest() != record.sha256:
                 raise BundleError(f"{self.path} changed while it was opened", "changed")
         return found
 
@@ -463,7 +464,7 @@ def _check_sizes(path: Path) -> None:
         try:
             found = entry.lstat()
         except OSError as error:
-            raise BundleError(f"{entry} cannot be read: {error.strerror}", "unreadable") from error
+            raise BundleError.unreadable(entry, error) from error
         if not stat.S_ISREG(found.st_mode):
             continue
         name, size = entry.relative_to(path).as_posix(), found.st_size
@@ -524,7 +525,7 @@ def _plain(path: Path) -> BufferedReader:
         raise
     except OSError as error:
         if error.errno not in _LINKS:
-            raise BundleError(f"{path} cannot be read: {error.strerror}", "unreadable") from error
+            raise BundleError.unreadable(path, error) from error
     else:
         if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
             return handle

@@ -149,7 +149,7 @@ def check_graph(path: Path, files: Mapping[str, int]) -> frozenset[str]:
     except (WireError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not a graph that is allowed: {error}", "graph") from error
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}", "unreadable") from error
+        raise BundleError.unreadable(path, error) from error
     return frozenset(scan.external)
 
 

@@ -119,9 +119,7 @@ def _check_names(folder: Path) -> None:
         statement = json.loads(base64.b64decode(envelope["payload"]))
         names = {SIGNATURE, *(one["name"] for one in statement["predicate"]["resources"])}
     except OSError as error:
-        raise BundleError(
-            f"{folder / SIGNATURE} cannot be read: {error.strerror}", "unreadable"
-        ) from error
+        raise BundleError.unreadable(folder / SIGNATURE, error) from error
     except Exception as error:  # whatever it holds, it is no valid signature
         raise BundleError(f"{folder / SIGNATURE} is no signature", "signature") from error
     for entry in folder.rglob("*"):
