@@ -1,4 +1,4 @@
-"""Where servers listen and clients ask: whether an address ever leaves this machine."""
+"""Checks of addresses: whether a client can dial one, and whether it stays on this machine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from likely.errors import SettingsError
 
 _HERE = ("unix:", "unix-abstract:")
-_RESOLVED = (*_HERE, "dns:", "ipv4:", "ipv6:", "vsock:", "xds:")  # what gRPC resolves by itself
+_RESOLVED = (*_HERE, "dns:", "ipv4:", "ipv6:", "vsock:", "xds:")  # schemes that gRPC resolves
 
 
 def check_address(address: str | Sequence[str]) -> None:
-    """Returns if a client may dial that address, or each of several.
+    """Checks that a client can dial an address; of several addresses, only that they are strings.
 
     Raises:
-        SettingsError: it is no text, has another scheme such as `http://`, or no port.
+        SettingsError: an address is no string, or a single one has another scheme, such as
+            `http://`, or no port.
     """
     if not isinstance(address, str):
         if not isinstance(address, Sequence) or not all(isinstance(each, str) for each in address):
@@ -32,11 +33,11 @@ def check_address(address: str | Sequence[str]) -> None:
 
 
 def is_local(address: str) -> bool:
-    """Whether only this machine can hear what goes to that address.
+    """Whether what is sent to an address stays on this machine.
 
     Args:
-        address: a host, host:port, or a `unix:` socket. A name that has to be looked up is
-            not local, `localhost` excepted.
+        address: a host, host:port, or a `unix:` socket. A name that has to be looked up does
+            not count as local, except `localhost`.
     """
     if address.startswith(_HERE):
         return True

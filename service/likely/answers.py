@@ -1,4 +1,4 @@
-"""The typed answers that engine and client both give: numpy arrays, one row a picture."""
+"""The typed answers of the engine and the client: numpy arrays with one row per picture."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Labels = npt.NDArray[np.int64]
 Verdicts = npt.NDArray[np.int8]
 Accepted = npt.NDArray[np.bool_]
 
-VERSION_LABELS = ("stable", "canary")  # which name versions, and are none themselves
+VERSION_LABELS = ("stable", "canary")  # labels of versions, which no version may be called
 
 
 class Verdict(IntEnum):
-    """What is decided about one picture; the numbers are those of the wire contract."""
+    """The decision about one picture; the numbers are those of the wire contract."""
 
     ACCEPTED = 1
     OUTLIER = 2
@@ -38,7 +38,7 @@ class Guarantee(IntEnum):
 
 
 class LabelRule(IntEnum):
-    """What a label is assigned by; the numbers are those of the wire contract."""
+    """The rule that assigns labels; the numbers are those of the wire contract."""
 
     GENERATIVE = 1
     DISCRIMINATIVE = 2
@@ -50,13 +50,14 @@ class Scores:
 
     Attributes:
         log_px: float64 (n,), log p(x) in nats.
-        bits_per_dim: float64 (n,), -log2 p(x) a pixel and channel.
+        bits_per_dim: float64 (n,), -log2 p(x) per pixel and channel.
         unusualness: float64 (n,), the score that is ranked: about standard normal for
             in-distribution pictures, and unbounded where p-values saturate.
-        p_value: float64 (n,), calibrated, in (0, 1].
-        verdict: int8 (n,) of `Verdict`: OUTLIER where p_value <= alpha.
-        alpha: the rate of false rejections that the verdicts were given at.
-        surprise: float32 (n, c, h, w) in nats, summing to -log p(x), if asked for.
+        p_value: float64 (n,), the calibrated p-value, in (0, 1].
+        verdict: int8 (n,), values of `Verdict`: OUTLIER where p_value <= alpha.
+        alpha: the rate of false rejections at which the verdicts were given.
+        surprise: float32 (n, c, h, w), -log p of every pixel in nats, which sums to -log p(x);
+            None if it was not requested.
         model_version: the version that gave the answer.
     """
 
@@ -72,12 +73,12 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class ScoreTable:
-    """`Scores` as an engine gives them: rows, whose columns are cut out where they are asked for.
+    """`Scores` as an engine returns them: one table, whose columns are views.
 
     Attributes:
         rows: float64 (n, 4): `log_px`, `bits_per_dim`, `unusualness` and `p_value` of each picture.
-        alpha: the rate of false rejections that the verdicts are given at.
-        surprise: float32 (n, c, h, w) in nats, if asked for.
+        alpha: the rate of false rejections at which the verdicts are given.
+        surprise: float32 (n, c, h, w), -log p of every pixel in nats; None if not requested.
         model_version: the version that gave the answer.
     """
 
@@ -93,7 +94,7 @@ class ScoreTable:
 
     @property
     def bits_per_dim(self) -> Doubles:
-        """Float64 (n,), -log2 p(x) a pixel and channel."""
+        """Float64 (n,), -log2 p(x) per pixel and channel."""
         return self.rows[:, 1]
 
     @property
@@ -103,16 +104,16 @@ class ScoreTable:
 
     @property
     def p_value(self) -> Doubles:
-        """Float64 (n,), calibrated, in (0, 1]."""
+        """Float64 (n,), the calibrated p-value, in (0, 1]."""
         return self.rows[:, 3]
 
     @property
     def verdict(self) -> Verdicts:
-        """Int8 (n,) of `Verdict`: OUTLIER where p_value <= alpha."""
+        """Int8 (n,), values of `Verdict`: OUTLIER where p_value <= alpha."""
         return np.where(self.p_value <= self.alpha, _OUTLIER, _ACCEPTED)
 
     def scores(self) -> Scores:
-        """The same, column by column."""
+        """The same answer, column by column."""
         return Scores(
             log_px=self.log_px,
             bits_per_dim=self.bits_per_dim,
@@ -131,19 +132,19 @@ class Classifications:
 
     Attributes:
         log_pxy: float64 (n, labels), the conditional model's log p(x|y) in nats, or a bound
-            on it; empty (n, 0) where it was not asked.
-        posterior: float64 (n, labels), rows sum to 1.
+            on it; empty (n, 0) if that model was not asked.
+        posterior: float64 (n, labels), p(y|x); rows sum to 1.
         label: int64 (n,), the most probable label, whatever the verdict.
-        p_value: float64 (n,), of the picture under p(x), in (0, 1].
-        label_p_values: float64 (n, labels), of the picture under each label: those above
-            alpha make a set that holds the true label with probability 1 - alpha, for every
-            label; empty (n, 0) where `log_pxy` is.
-        verdict: int8 (n,) of `Verdict`.
-        alpha: the rate of false rejections that the verdicts were given at.
+        p_value: float64 (n,), the p-value of the picture under p(x), in (0, 1].
+        label_p_values: float64 (n, labels), the p-values of the picture under each label. The
+            labels whose p-value is above alpha form a set that contains the true label with
+            probability 1 - alpha, whatever that label is. Empty (n, 0) if `log_pxy` is.
+        verdict: int8 (n,), values of `Verdict`.
+        alpha: the rate of false rejections at which the verdicts were given.
         model_version: the version that gave the answer.
-        composed: float64 (n, labels), log p(y|x) + log p(x) - log p(y) in nats, of the
-            discriminative model; empty (n, 0) where it was not asked.
-        rule: what the posterior and the label are by.
+        composed: float64 (n, labels), log p(x|y) = log p(y|x) + log p(x) - log p(y) in nats, by
+            the discriminative model; empty (n, 0) if that model was not asked.
+        rule: the rule that the posterior and the label come from.
     """
 
     log_pxy: Doubles
@@ -159,10 +160,10 @@ class Classifications:
 
     @property
     def label_sets(self) -> Accepted:
-        """Which labels are plausible, bool (n, labels): several if unsure.
+        """Which labels are plausible, bool (n, labels): several for an ambiguous picture.
 
-        Whether it is an outlier, `verdict` tells, not whether this is empty. At an alpha finer
-        than a label's own calibration can tell, always that label too.
+        `verdict` tells whether a picture is an outlier; an empty set does not. If alpha is finer
+        than the calibration pictures of a label can resolve, every set contains that label.
         """
         return self.label_p_values > self.alpha
 
@@ -172,10 +173,11 @@ class Features:
     """Latent features.
 
     Attributes:
-        mean: float32 (n, z), of q(z|x, y).
-        log_variance: float32 (n, z), natural logarithm; None of a deterministic model.
-        label: int64 (n,), the labels that the features were computed under; -1 where they
-            depend on none.
+        mean: float32 (n, z), the means of q(z|x, y).
+        log_variance: float32 (n, z), the natural logarithms of its variances; None for a
+            deterministic model.
+        label: int64 (n,), the labels under which the features were computed; -1 if they do not
+            depend on a label.
         model_version: the version that gave the answer.
     """
 
@@ -187,14 +189,15 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Redrawings:
-    """What features stand for; leading axes are (n,) of Decode, else (n, points).
+    """Decoded features; the leading axes are (n,) for Decode, else (n, points).
 
     Attributes:
-        mean: float32 (..., c, h, w), of every pixel, levels scaled to [0, 1]; for two levels
-            the probability of level 1.
-        deviation: float32 (..., c, h, w), likewise; None of a deterministic model.
-        drawn: uint8 (..., draws, c, h, w) of levels.
-        seed: what they were drawn with.
+        mean: float32 (..., c, h, w), the mean of every pixel, with levels scaled to [0, 1]; for
+            two levels, the probability of level 1.
+        deviation: float32 (..., c, h, w), the standard deviation of every pixel, scaled
+            likewise; None for a deterministic model.
+        drawn: uint8 (..., draws, c, h, w), the levels of the draws.
+        seed: the seed of the draws.
         model_version: the version that gave the answer.
     """
 
@@ -210,10 +213,11 @@ class Traversal(Redrawings):
     """Pictures redrawn along a direction.
 
     Attributes:
-        position: float64 (n,), where the pictures' own features lie along it, in the unit of
-            its points: the mean over q(z|x).
-        spread: float64 (n,), the standard deviation of that; None of a deterministic model.
-        label: int64 (n,), the labels that the features were computed under; -1 for none.
+        position: float64 (n,), the position of each picture's own features along the direction,
+            in the unit of its points: the mean over q(z|x).
+        spread: float64 (n,), the standard deviation of the position; None for a deterministic
+            model.
+        label: int64 (n,), the labels under which the features were computed; -1 for none.
     """
 
     position: Doubles
@@ -223,12 +227,12 @@ class Traversal(Redrawings):
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """A way through the latent features, along which one thing changes.
+    """A direction in the space of latent features, along which one property changes.
 
     Attributes:
-        name: of an attribute, or `label ` and a label's name.
-        kind: of an attribute a point of 1 is one standard deviation within a label; of a
-            label it is the way from the mean of all others to its own.
+        name: the name of an attribute, or `label ` and the name of a label.
+        kind: `attribute`, where a point of 1 is one standard deviation within a label; or
+            `label`, where it is the way from the mean of all other labels to that label's mean.
     """
 
     name: str
@@ -240,13 +244,13 @@ class Draws:
     """Pictures drawn from the model, in the order of their index.
 
     Attributes:
-        images: uint8 (n, c, h, w) of levels.
-        label: int64 (n,); -1 where the model draws from p(x) without one.
-        first_index: index of the first picture.
-        seed: what they were drawn with.
+        images: uint8 (n, c, h, w), levels.
+        label: int64 (n,), the labels; -1 if the model draws from p(x) without a label.
+        first_index: the index of the first picture.
+        seed: the seed of the draws.
         draws: int64 (n,), how often each picture was drawn until it passed.
-        accepted: bool (n,), whether its last draw passed the self-check, or was kept by
-            acceptance; true without either.
+        accepted: bool (n,), whether the last draw of each picture passed the self-check, or was
+            kept by acceptance; true if neither was requested.
         model_version: the version that drew them.
     """
 
@@ -261,18 +265,18 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits that a server holds requests to.
+    """The limits that a server enforces on requests.
 
     Attributes:
-        images_per_request: pictures in one request that brings some.
-        images_per_generation: pictures that one request may have drawn or redrawn.
-        images_per_chunk: pictures in one chunk of Generate's or Complete's stream.
-        request_bytes: bytes of one request message.
-        response_bytes: bytes of the pictures, or maps, in one answer message.
-        queued_images: pictures that may wait for one of a model's graphs.
-        queued_bytes: bytes of what may wait for one of a model's graphs.
-        client_images_per_second: that one client may ask for; 0 for no limit.
-        client_images_at_once: that one client may ask for after a pause.
+        images_per_request: most pictures in one request.
+        images_per_generation: most pictures that one request may have drawn or redrawn.
+        images_per_chunk: most pictures in one chunk of the stream of Generate or Complete.
+        request_bytes: most bytes of one request message.
+        response_bytes: most bytes of the pictures, or maps, in one answer message.
+        queued_images: most pictures that may wait for one of a model's graphs.
+        queued_bytes: most bytes that may wait for one of a model's graphs.
+        client_images_per_second: pictures per second that one client may ask for; 0 for no limit.
+        client_images_at_once: pictures that one client may ask for at once after a pause.
     """
 
     images_per_request: int
@@ -288,7 +292,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What one model version takes, gives and promises.
+    """The description of one model version.
 
     Attributes:
         name: the model's name.
@@ -298,23 +302,25 @@ class ModelInfo:
         levels: number of levels of a pixel: every value lies in [0, levels).
         labels: the labels' names in the model's order.
         priors: p(y) in the same order.
-        methods: the full RPC names that the model answers, sorted.
-        density_kind: what Score's log-likelihoods are: exact, elbo or iwae.
-        conditional_kind: what Classify's are; None where it is not answered.
-        importance_samples: behind each of Classify's bounds; 0 where exact.
-        latent_dimensions: of Encode's features; 0 where there are none.
-        calibration_size: in-distribution pictures that p-values are ranked against.
-        finest_alpha: the smallest alpha that the calibration can promise.
-        default_alpha: used where a request names none.
-        posterior_temperature: applied to log-likelihoods before Bayes' rule.
-        execution_providers: what really runs the model, in order of preference.
-        limits: what requests are held to.
+        methods: the full names of the RPCs that the model answers, sorted.
+        density_kind: the kind of Score's log-likelihoods: exact, elbo or iwae; None if the model
+            does not answer Score.
+        conditional_kind: the kind of Classify's log-likelihoods; None if the model does not
+            answer Classify.
+        importance_samples: number of samples of each of Classify's bounds; 0 if exact.
+        latent_dimensions: number of Encode's features; 0 if there are none.
+        calibration_size: number of in-distribution pictures that p-values are ranked against.
+        finest_alpha: the smallest alpha that the calibration can guarantee.
+        default_alpha: the alpha of requests that name none.
+        posterior_temperature: divides log-likelihoods before Bayes' rule is applied.
+        execution_providers: the providers that run the model, in order of preference.
+        limits: the limits on requests.
         digest: SHA-256 of the bundle's manifest, hexadecimal.
         version_labels: those of `stable` and `canary` that name this version.
-        discriminative: whether it has p(y|x) itself.
-        directions: that Traverse takes.
-        deterministic: whether features are points without a variance, which stand for
-            pictures without a distribution: nothing can be drawn.
+        discriminative: whether the model has p(y|x) itself.
+        directions: the directions that Traverse accepts.
+        deterministic: whether features have no variance and are decoded to pictures without a
+            distribution, so that nothing can be drawn from them.
     """
 
     name: str
@@ -343,7 +349,7 @@ class ModelInfo:
 
 
 class VersionState(StrEnum):
-    """How far a model's version has come."""
+    """The state of a version of a model."""
 
     LOADING = "loading"
     SERVING = "serving"
@@ -356,15 +362,16 @@ class ModelVersion:
     """One version of a model, or a bundle that was to become one.
 
     Attributes:
-        state: how far it has come.
-        folder: of its bundle, as the server sees it.
-        name: of the model; empty where the bundle does not tell.
-        version: of the model; empty where the bundle does not tell.
+        state: the state of the version.
+        folder: the folder of its bundle, as the server sees it.
+        name: the name of the model; empty if it cannot be read from the bundle.
+        version: the name of the version; empty if it cannot be read from the bundle.
         digest: SHA-256 of the bundle's manifest, hexadecimal.
-        labels: those that name it.
-        is_default: whether it answers requests that name no version.
-        reason: why its bundle was refused, in one word.
-        message: the same in one sentence; what a library said of it is in the server's log.
+        labels: the labels that name this version.
+        is_default: whether this version answers requests that name no version.
+        reason: why the bundle was refused, in one word.
+        message: why the bundle was refused, in one sentence; a library's own message is only in
+            the server's log.
     """
 
     state: VersionState
@@ -383,8 +390,8 @@ class Completions:
     """Pictures whose open pixels were drawn.
 
     Attributes:
-        images: uint8 (n, completions, c, h, w) of levels; fixed pixels unchanged.
-        seed: what they were drawn with.
+        images: uint8 (n, completions, c, h, w), levels; fixed pixels are unchanged.
+        seed: the seed of the draws.
         model_version: the version that drew them.
     """
 
@@ -393,17 +400,17 @@ class Completions:
     model_version: str
 
 
-HOTTEST = 2.0  # temperature of a draw
-USUAL_DRAWS, MOST_DRAWS = 16, 100  # of a picture that checks itself
+HOTTEST = 2.0  # highest temperature of a draw
+USUAL_DRAWS, MOST_DRAWS = 16, 100  # default and largest number of draws with a self-check
 
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """What a draw must pass; one that does not is drawn again.
+    """A check of every draw; a picture that does not pass is drawn again.
 
     Attributes:
-        alpha: a draw whose p-value is at most alpha is rejected, as Score would.
-        max_draws: draws of one picture, the first included.
+        alpha: a draw is rejected if its p-value is at most alpha, as in Score.
+        max_draws: most draws of one picture, including the first.
     """
 
     alpha: float
@@ -412,10 +419,10 @@ class SelfCheck:
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """Drawing from p(x) and keeping what p(y|x) makes of the label.
+    """Draws from p(x) that are kept with probability p(y|x) of the label.
 
     Attributes:
-        max_draws: draws of one picture, the first included.
+        max_draws: most draws of one picture, including the first.
     """
 
     max_draws: int

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from likely.answers import Doubles
 from likely.errors import InvalidInput
 
-SLACK = 1e-6  # by which priors may miss 1
+SLACK = 1e-6  # by which the sum of priors may differ from 1
 
 
 def logsumexp(values: npt.NDArray[np.floating], axis: int = -1) -> Doubles:
@@ -31,10 +31,10 @@ def posterior(
     Args:
         log_pxy: log p(x|y) in nats (n, labels).
         priors: p(y) (labels,), not negative, with a positive sum.
-        temperature: above 1 flattens: sums over pixels are over-confident.
+        temperature: above 1 flattens the posterior, because sums over pixels are overconfident.
     """
     wide = log_pxy.astype(np.float64) / temperature
-    # Taken off first: beside 1e30 nats, priors and the number of labels would be lost.
+    # Subtracted first: added to 1e30 nats, log-priors would be lost to rounding.
     peak = np.max(wide, axis=-1, keepdims=True, where=priors > 0, initial=-np.inf)
     with np.errstate(divide="ignore"):
         joint = wide - np.where(np.isfinite(peak), peak, 0.0) + np.log(priors)
@@ -45,16 +45,16 @@ def posterior(
 def composed(
     log_pyx: npt.NDArray[np.floating], log_px: npt.NDArray[np.floating], priors: Doubles
 ) -> Doubles:
-    """log p(x|y) = log p(y|x) + log p(x) - log p(y), in nats (n, labels): Bayes' rule turned round.
+    """log p(x|y) = log p(y|x) + log p(x) - log p(y): Bayes' rule in the other direction.
 
     Args:
-        log_pyx: log p(y|x) of a discriminative model (n, labels).
-        log_px: log p(x) (n,).
-        priors: p(y) that the discriminative model learnt with (labels,).
+        log_pyx: log p(y|x) of a discriminative model, in nats (n, labels).
+        log_px: log p(x) in nats (n,).
+        priors: the p(y) of the discriminative model's training (labels,).
 
     Returns:
-        Minus infinity for a label of prior 0. Of any x, softmax_y(log p(x|y) + log p(y)) is
-        the discriminative p(y|x), under those priors or others.
+        log p(x|y) in nats (n, labels); minus infinity for a label of prior 0. For any x,
+        softmax_y(log p(x|y) + log p(y)) is the discriminative p(y|x), with these priors or others.
     """
     seen = priors > 0
     log_py = np.log(priors, out=np.zeros_like(priors), where=seen)
@@ -75,11 +75,11 @@ def pooled(evidence: npt.NDArray[np.floating], weights: Doubles) -> Doubles:
 
 
 def check_priors(priors: Sequence[float], labels: int) -> Doubles:
-    """The priors as an array.
+    """Returns the priors as an array.
 
     Raises:
-        InvalidInput: not one for each label, not finite, negative, or not summing
-            to 1 within 1e-6.
+        InvalidInput: there is not one prior for each label, one is negative or not finite, or
+            they do not sum to 1 within 1e-6.
     """
     if len(priors) != labels:
         raise InvalidInput("priors", f"{len(priors)} values; the model has {labels} labels")
@@ -93,15 +93,16 @@ def check_priors(priors: Sequence[float], labels: int) -> Doubles:
 
 
 def reweighted(posterior: Doubles, priors: Doubles, others: Doubles) -> Doubles:
-    """p(y|x) (n, labels) under other priors: what was p(y|x) times other p(y) / p(y), normalised.
+    """p(y|x) under other priors: p(y|x) times the ratio of the priors, normalised.
 
     Args:
-        posterior: (n, labels), under `priors`.
+        posterior: p(y|x) under `priors` (n, labels).
         priors: (labels,).
-        others: (labels,); a label that `priors` rule out stays ruled out.
+        others: the other priors (labels,). A label that `priors` rule out stays ruled out.
 
     Returns:
-        Rows that sum to 1; a row for which the others rule out every label is left as it was.
+        p(y|x) under `others` (n, labels). A row is left as it was if `others` rule out all of its
+        labels.
     """
     ratio = np.divide(others, priors, out=np.zeros_like(others), where=priors > 0)
     weights = posterior * ratio
@@ -111,15 +112,16 @@ def reweighted(posterior: Doubles, priors: Doubles, others: Doubles) -> Doubles:
 
 
 def under_priors(log_pyx: npt.NDArray[np.floating], priors: Doubles, others: Doubles) -> Doubles:
-    """p(y|x) (n, labels) under other priors, of log p(y|x) in nats: `reweighted` without underflow.
+    """p(y|x) under other priors, from log p(y|x): `reweighted` without underflow.
 
     Args:
-        log_pyx: (n, labels), under `priors`.
+        log_pyx: log p(y|x) under `priors`, in nats (n, labels).
         priors: (labels,).
-        others: (labels,); a label that `priors` rule out stays ruled out.
+        others: the other priors (labels,). A label that `priors` rule out stays ruled out.
 
     Returns:
-        Rows that sum to 1; as they were where the others rule out every label.
+        p(y|x) under `others` (n, labels). A row is left as it was if `others` rule out all of its
+        labels.
     """
     possible = (priors > 0) & (others > 0)
     ratio = np.log(np.divide(others, priors, out=np.ones_like(others), where=possible))
@@ -133,18 +135,18 @@ def under_priors(log_pyx: npt.NDArray[np.floating], priors: Doubles, others: Dou
 def estimated_priors(
     posterior: Doubles, priors: Doubles, *, tolerance: float = 1e-9, most: int = 10_000
 ) -> Doubles:
-    """p(y) (labels,) of the pictures that have these posteriors, by maximum likelihood.
+    """Estimates the p(y) (labels,) of pictures from their posteriors, by maximum likelihood.
 
-    Expectation-maximisation (Saerens, Latinne and Decaestecker, 2002,
-    https://doi.org/10.1162/089976602753284446): no picture's label is asked for; that the
-    pictures of a label look as they did, p(x|y), is taken for granted. The likelihood is
-    concave in p(y), so that the start does not matter.
+    The method is expectation-maximisation (Saerens, Latinne and Decaestecker, 2002,
+    https://doi.org/10.1162/089976602753284446). It needs no labels of the pictures, and assumes
+    that p(x|y), how the pictures of a label look, has not changed. The likelihood is concave in
+    p(y), so the starting point does not matter.
 
     Args:
-        posterior: (n, labels), under `priors`; for n = 0 the answer is `priors`.
+        posterior: p(y|x) under `priors` (n, labels); for n = 0, `priors` are returned.
         priors: (labels,).
-        tolerance: ends where no prior moves by more.
-        most: steps after which it ends all the same.
+        tolerance: the iteration ends once no prior changes by more than this.
+        most: the largest number of iterations.
     """
     found = priors
     for _ in range(most if len(posterior) else 0):

@@ -1,6 +1,6 @@
-"""Messages to numpy arrays and back; what the wire says, byte by byte, is known here alone.
+"""Converts messages to numpy arrays and back; only this module knows how arrays are encoded.
 
-What a request may ask is another room's question: `checks`.
+What a request may ask for is checked elsewhere, in `serving.checks`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _STATES_BACK = {number: state for state, number in _STATES.items()}
 
 
 def images(x: Pixels) -> images_pb2.Images:
-    """Pictures x: uint8 (n, c, h, w) as a message."""
+    """Pictures, uint8 (n, c, h, w), as a message."""
     return images_pb2.Images(data=x.tobytes(), shape=x.shape)
 
 
@@ -55,9 +55,9 @@ def shape(message: images_pb2.Images) -> tuple[int, int, int, int]:
     """The shape (n, c, h, w) that a message claims.
 
     Raises:
-        InvalidInput: it has not four dimensions, or one is negative.
+        InvalidInput: it does not have four dimensions, or one is negative.
     """
-    if len(message.shape) != 4:  # before it is taken: it may be as long as a message
+    if len(message.shape) != 4:  # checked first: it may be as long as the message
         raise InvalidInput(
             "images.shape",
             f"{len(message.shape)} dimensions; 4 are asked: pictures, channels, rows, columns",
@@ -71,12 +71,12 @@ def shape(message: images_pb2.Images) -> tuple[int, int, int, int]:
 
 
 def pixels(message: images_pb2.Images) -> Pixels:
-    """The pictures of a message, uint8 (n, c, h, w), read-only, of one copy of its bytes.
+    """The pictures of a message, uint8 (n, c, h, w), read-only; its bytes are copied once.
 
     Raises:
-        InvalidInput: the shape is none, or the bytes do not fit it.
+        InvalidInput: the shape is not valid, or does not fit the bytes.
     """
-    claimed, data = shape(message), message.data  # once: each access copies the bytes
+    claimed, data = shape(message), message.data  # read once: each access copies the bytes
     expected = math.prod(claimed)  # Python's integers cannot overflow
     if len(data) != expected:
         raise InvalidInput(
@@ -84,7 +84,7 @@ def pixels(message: images_pb2.Images) -> Pixels:
         )
     try:
         return np.frombuffer(data, dtype=np.uint8).reshape(claimed)
-    except ValueError as error:  # one length is 0, and numpy multiplies the others
+    except ValueError as error:  # one length is 0, and the product of the others is too large
         raise InvalidInput("images.shape", f"{claimed} is too large for an array") from error
 
 
@@ -104,7 +104,7 @@ def score_response(scores: ScoreTable) -> scoring_pb2.ScoreResponse:
 
 
 def scores(message: scoring_pb2.ScoreResponse, surprise: Sequence[int] | None) -> Scores:
-    """The scores of a message; `surprise` is its map's shape (n, c, h, w) if asked for."""
+    """The scores of a message; `surprise` is the map's shape (n, c, h, w), if requested."""
     rows = message.scores
     return Scores(
         log_px=np.array([row.log_likelihood for row in rows], dtype=np.float64),
@@ -143,7 +143,7 @@ def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
 
 
 def classifications(message: scoring_pb2.ClassifyResponse, labels: int) -> Classifications:
-    """The classifications of a message, for a model of so many labels."""
+    """The classifications of a message, for a model with that number of labels."""
     rows = message.classifications
     return Classifications(
         log_pxy=_matrix([row.log_likelihoods for row in rows], labels),
@@ -155,12 +155,12 @@ def classifications(message: scoring_pb2.ClassifyResponse, labels: int) -> Class
         alpha=message.alpha,
         model_version=message.model_version,
         composed=_matrix([row.composed_log_likelihoods for row in rows], labels),
-        rule=LabelRule(message.rule or LabelRule.GENERATIVE),  # of a server that knows no other
+        rule=LabelRule(message.rule or LabelRule.GENERATIVE),  # unset by servers with one rule
     )
 
 
 def _matrix(rows: Sequence[Sequence[float]], labels: int) -> Doubles:
-    """The rows, (n, labels), or (n, 0) where the answer leaves them out."""
+    """The rows as an array (n, labels), or (n, 0) if the answer leaves them out."""
     width = len(rows[0]) if rows else labels
     return np.array(rows, dtype=np.float64).reshape(len(rows), width)
 
@@ -189,7 +189,7 @@ def features(message: scoring_pb2.EncodeResponse) -> Features:
 
 
 def redrawings(answer: Redrawings) -> latent_pb2.Redrawings:
-    """What features stand for as a message, the leading axes as one."""
+    """Decoded features as a message, with their leading axes merged into one."""
     picture = answer.mean.shape[-3:]
     return latent_pb2.Redrawings(
         shape=(math.prod(answer.mean.shape[:-3]), *picture),
@@ -200,7 +200,7 @@ def redrawings(answer: Redrawings) -> latent_pb2.Redrawings:
 
 
 def traverse_response(answer: Traversal) -> latent_pb2.TraverseResponse:
-    """Pictures along a direction as a message."""
+    """Pictures redrawn along a direction, as a message."""
     return latent_pb2.TraverseResponse(
         model_version=answer.model_version,
         redrawings=redrawings(answer),
@@ -216,7 +216,7 @@ def redrawn(
     draws: int,
     axes: tuple[int, ...] = (),
 ) -> Redrawings:
-    """What features stand for, of a message, (n, *axes, c, h, w), and so many draws of each."""
+    """The decoded features of a message, (n, *axes, c, h, w), each with `draws` draws."""
     return Redrawings(
         **_redrawn(message.redrawings, draws, axes),
         seed=message.seed,
@@ -225,7 +225,7 @@ def redrawn(
 
 
 def traversal(message: latent_pb2.TraverseResponse, draws: int, axes: tuple[int, ...]) -> Traversal:
-    """Pictures along a direction, of a message, (n, *axes, c, h, w), and so many draws of each."""
+    """The pictures along a direction of a message, (n, *axes, c, h, w), with `draws` draws."""
     has_spread = bool(message.deviations) or not message.positions
     return Traversal(
         **_redrawn(message.redrawings, draws, axes),
@@ -249,7 +249,7 @@ def _redrawn(message: latent_pb2.Redrawings, draws: int, axes: tuple[int, ...]) 
 
 
 def latents(data: bytes, z: int) -> Floats:
-    """Packed features, float32 (n, z)."""
+    """Unpacks features, float32 (n, z)."""
     return _floats(data, (len(data) // (4 * z), z))
 
 
@@ -277,7 +277,7 @@ def complete_response(answer: Draws) -> generation_pb2.CompleteResponse:
 
 
 def completions(message: generation_pb2.CompleteResponse) -> Completions:
-    """The completions of a chunk, (rows, c, h, w): not yet divided by picture."""
+    """The completions of a chunk, (rows, c, h, w), not yet grouped by picture."""
     return Completions(
         images=pixels(message.images),
         seed=message.seed,
@@ -346,7 +346,7 @@ def model(info: ModelInfo) -> models_pb2.Model:
 
 
 def model_info(message: models_pb2.Model) -> ModelInfo:
-    """The model's description of a message."""
+    """The model's description in a message."""
     return ModelInfo(
         name=message.name,
         version=message.version,
@@ -388,7 +388,7 @@ def model_info(message: models_pb2.Model) -> ModelInfo:
 
 
 def version(told: ModelVersion) -> admin_pb2.ModelVersion:
-    """What became of a model's version, as a message."""
+    """A version of a model, as a message."""
     return admin_pb2.ModelVersion(
         model_name=told.name,
         model_version=told.version,
@@ -403,12 +403,12 @@ def version(told: ModelVersion) -> admin_pb2.ModelVersion:
 
 
 def _sent(text: str) -> str:
-    """The text, with a sign of its own for every byte of a path that is no UTF-8."""
+    """The text, with a replacement for every byte of a path that is not UTF-8."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def model_version(message: admin_pb2.ModelVersion) -> ModelVersion:
-    """What a message says of a model's version."""
+    """The version of a model in a message."""
     return ModelVersion(
         state=_STATES_BACK[message.state],
         folder=Path(message.folder),

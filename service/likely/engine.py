@@ -1,4 +1,4 @@
-"""The use cases on one model version: score, classify, encode, redraw, generate, complete."""
+"""The use cases of one model version: score, classify, encode, redraw, generate, complete."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ Seen: TypeAlias = "Callable[[Engine, str, Doubles], None]"
 
 
 def _unseen(_: Engine, __: str, ___: Doubles) -> None:
-    """Nobody watches."""
+    """Does nothing: the default, where no monitor is told."""
 
 
 class How(TypedDict, total=False):
-    """What `Engine.judge` may be told beside the pictures and alpha."""
+    """The keyword arguments of `Engine.judge`."""
 
     priors: Doubles | None
     min_posterior: float
@@ -75,15 +75,15 @@ class How(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How an engine holds requests.
+    """How an engine queues requests, and whom it tells of scores.
 
     Attributes:
-        lanes: runs at once; 0 to find how many are best.
-        bounds: how much may wait for each graph.
-        patience: answers withheld in a row of one graph, as not finite, until the version
-            counts as unhealthy; 0 for any number.
-        seen: is told by which method of which engine pictures were scored, and the rows of
-            `ScoreTable`.
+        lanes: number of runs at once; 0 lets the warm-up find the best number.
+        bounds: how much may wait in the queue of each graph.
+        patience: number of consecutive non-finite answers of one graph after which the
+            version counts as unhealthy; 0 for no limit.
+        seen: callback that is called with the engine, the name of the method, and the rows of
+            the `ScoreTable` whenever pictures were scored.
     """
 
     lanes: int = 0
@@ -93,14 +93,14 @@ class Terms:
 
 
 class Engine:
-    """One model version that answers; its methods may run concurrently.
+    """Answers requests for one model version; its methods may run concurrently.
 
     Attributes:
-        manifest: what the bundle says of itself.
+        manifest: the bundle's manifest.
         digest: SHA-256 of that manifest.
-        arrangement: what the warm-up found best, as a log tells it.
-        directions: through the latent features, by name.
-        providers: what really runs the graphs, as their sessions report.
+        arrangement: the lanes and batch sizes that the warm-up found best, for the log.
+        directions: the directions in the space of latent features, by name.
+        providers: the execution providers of the graphs, as the opened sessions report them.
     """
 
     def __init__(
@@ -114,16 +114,16 @@ class Engine:
         terms: Terms | None = None,
         traffic: Traffic | None = None,
     ) -> None:
-        """An engine over a bundle's graphs, warmed up by replaying its golden outputs.
+        """Opens a bundle's graphs and warms them up by replaying the golden outputs.
 
         Args:
-            bundle: verified, so that only checked files are opened.
-            opened: opens the graph of a role for runs on so many cores.
-            cores: the most runs at once, and the most cores of one.
-            max_batch: rows of one run; 0 to find what is best.
-            filled: whether every run is filled up to `max_batch` rows, which is then not 0.
-            terms: how requests are held.
-            traffic: is told of queues and batches.
+            bundle: a verified bundle, so that only checked files are opened.
+            opened: opens the graph of a role for runs on the given number of cores.
+            cores: the most runs at once, and the most cores of one run.
+            max_batch: rows of one run at most; 0 lets the warm-up find the best number.
+            filled: whether every run is padded to `max_batch` rows, which then must not be 0.
+            terms: how requests are queued.
+            traffic: the metrics of queues and batches.
         """
         terms, traffic = terms or Terms(), traffic or Traffic()
         self.manifest = bundle.manifest
@@ -186,24 +186,25 @@ class Engine:
         terms: Terms | None = None,
         traffic: Traffic | None = None,
     ) -> Engine:
-        """The engine of a verified bundle, warmed up by replaying its golden outputs.
+        """Returns the engine of a bundle, warmed up by replaying its golden outputs.
 
         Args:
-            bundle: verified, so that only checked files are opened.
-            device: where the graphs shall run.
-            threads: cores to use, each as a lane of its own; together for what is all there is.
-            max_batch: rows of one run; 0 to find what is best.
-            filled: whether every run is filled up to `max_batch` rows, which is then not 0.
-            terms: how requests are held.
-            traffic: is told of queues and batches.
+            bundle: a verified bundle, so that only checked files are opened.
+            device: where the graphs run.
+            threads: number of CPU cores to use: each is a lane, and a batch that is the only
+                work may run on several.
+            max_batch: rows of one run at most; 0 lets the warm-up find the best number.
+            filled: whether every run is padded to `max_batch` rows, which then must not be 0.
+            terms: how requests are queued.
+            traffic: the metrics of queues and batches.
 
         Raises:
-            BundleError: a graph does not open, is not the one described, or does not
-                give its golden outputs.
-            DeviceError: the device is not really there.
+            BundleError: a graph cannot be opened, is not the one that the manifest describes,
+                or does not reproduce its golden outputs.
+            DeviceError: the device is not available.
         """
         device = device.resolve()
-        # A card runs one graph at a time; more lanes would only queue there.
+        # A card runs one graph at a time; with more lanes, runs would only queue there.
         cores = 1 if device.kind == "cuda" else threads
 
         weights = bundle.weights()
@@ -224,7 +225,7 @@ class Engine:
 
     @property
     def detector(self) -> Detector:
-        """Turns outlier statistics into p-values.
+        """The detector, which turns outlier statistics into p-values.
 
         Raises:
             NotAnswered: the bundle has no density.
@@ -238,15 +239,18 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the model's answers have been finite, but for a few."""
+        """Whether the version may answer: false after too many non-finite answers in a row."""
         return self._trust.healthy
 
     def when_unhealthy(self, told: Callable[[], None]) -> None:
-        """Lets that be called, on the event loop, when the version becomes unhealthy."""
+        """Registers a callback for the moment when the version becomes unhealthy.
+
+        It is called on the event loop.
+        """
         self._trust.lost = told
 
     def answers(self, method: str) -> bool:
-        """Whether the bundle has a graph for that RPC, such as `Score`."""
+        """Whether the bundle has the graphs that an RPC, such as `Score`, needs."""
         if method in _BESIDE and _BESIDE[method] not in self._lanes:
             return False
         if method == "Traverse" and not self.directions:
@@ -254,10 +258,10 @@ class Engine:
         return any(role in self._lanes for role in _METHODS[method])
 
     def require(self, method: str) -> None:
-        """Returns if the bundle answers that RPC.
+        """Checks that the bundle answers an RPC.
 
         Raises:
-            NotAnswered: it does not.
+            NotAnswered: the bundle lacks a graph, or directions, that the RPC needs.
         """
         if not self.answers(method):
             role = _METHODS[method][0]
@@ -273,14 +277,14 @@ class Engine:
         guarantee: Guarantee = Guarantee.MARGINAL,
         seen: bool = True,
     ) -> ScoreTable:
-        """How plausible pictures are.
+        """Scores how plausible pictures are.
 
         Args:
-            x: uint8 (n, c, h, w), levels below the model's.
-            alpha: accepted rate of false rejections, promisable by the calibration.
-            surprise: whether to give the per-pixel map.
-            guarantee: what alpha is to hold for.
-            seen: whether monitors are told.
+            x: pictures, uint8 (n, c, h, w), with values below the model's number of levels.
+            alpha: accepted rate of false rejections, one that the calibration can guarantee.
+            surprise: whether to return the map of -log p for each pixel.
+            guarantee: whether alpha holds on average over calibration sets, or for this one.
+            seen: whether monitors are told of the scores.
         """
         self._trust.require()
         outputs = _SURPRISE if surprise else _SCORE
@@ -291,7 +295,7 @@ class Engine:
         return scores
 
     async def classify(self, x: Pixels, alpha: float, **how: Unpack[How]) -> Classifications:
-        """Which label is assigned, if any; of `judge`, the half that tells of labels."""
+        """Decides which label is assigned, if any: the second result of `judge`."""
         return (await self.judge(x, alpha, **how))[1]
 
     async def judge(
@@ -306,17 +310,17 @@ class Engine:
         both: bool = False,
         seen: bool = True,
     ) -> tuple[ScoreTable, Classifications]:
-        """How plausible pictures are, and which label is assigned, if any.
+        """Scores how plausible pictures are, and decides which label is assigned, if any.
 
         Args:
-            x: uint8 (n, c, h, w), levels below the model's.
-            alpha: accepted rate of false rejections, promisable by the calibration.
-            priors: p(y) (labels,); None for the model's own.
+            x: pictures, uint8 (n, c, h, w), with values below the model's number of levels.
+            alpha: accepted rate of false rejections, one that the calibration can guarantee.
+            priors: p(y), float64 (labels,); None for the model's own.
             min_posterior: the smallest posterior at which a label is assigned.
-            guarantee: what alpha is to hold for.
-            rule: what assigns the label.
-            both: whether to give log p(x|y) by the other rule too.
-            seen: whether monitors are told.
+            guarantee: whether alpha holds on average over calibration sets, or for this one.
+            rule: the rule that assigns the label.
+            both: whether to return log p(x|y) by the other rule too.
+            seen: whether monitors are told of the scores.
         """
         self._trust.require()
         asks = [_ask(Role.DENSITY, {"x": x}, _SCORE)]
@@ -331,7 +335,8 @@ class Engine:
         if (conditional := found.get(Role.CONDITIONAL)) is not None:
             log_pxy = conditional["log_pxy"].astype(np.float64)
             evidence = self._evidence(conditional)
-            # What a label's pictures look like does not depend on how many of them are expected.
+            # Label p-values use the model's own priors: what the pictures of a label look like
+            # does not depend on how many of them a request expects.
             own = self._posterior(evidence)
             posterior = own if priors is None else self._posterior(evidence, priors)
             label_p_values = self.detector.label_p_values(scores.unusualness, own)
@@ -362,12 +367,12 @@ class Engine:
         )
 
     async def encode(self, x: Pixels, label: Labels | None = None) -> Features:
-        """The latent features of pictures.
+        """Computes the latent features of pictures.
 
         Args:
-            x: uint8 (n, c, h, w), levels below the model's.
-            label: int64 (n,); None for each picture's most probable one, where features
-                depend on it.
+            x: pictures, uint8 (n, c, h, w), with values below the model's number of levels.
+            label: int64 (n,), the label of each picture. If None, and features depend on a
+                label, the most probable label of each picture is used.
         """
         self._trust.require()
         graph = self._lanes.graph(Role.ENCODE)
@@ -392,12 +397,12 @@ class Engine:
         )
 
     async def decode(self, z: Floats, label: Labels | None, drawing: Drawing) -> Redrawings:
-        """What features stand for, each row by itself.
+        """Decodes features into pictures, each row independently.
 
         Args:
-            z: float32 (n, z).
-            label: int64 (n,); None where the model decodes under none.
-            drawing: how many are drawn of each row, and how.
+            z: features, float32 (n, z).
+            label: int64 (n,), the label of each row; None if the model decodes without labels.
+            drawing: how many pictures are drawn for each row, and how.
         """
         self._trust.require()
         labels = None if label is None else label[:, None]
@@ -415,14 +420,15 @@ class Engine:
         *,
         label: Labels | None = None,
     ) -> Traversal:
-        """Pictures redrawn at points along a direction, and where they themselves lie.
+        """Redraws pictures at points along a direction, and finds their own positions on it.
 
         Args:
-            x: uint8 (n, c, h, w), levels below the model's.
-            direction: one of `directions`.
-            points: (points,), from the picture's own place.
-            drawing: how many are drawn at each point, and how.
-            label: int64 (n,); None for each picture's most probable one, where there is any.
+            x: pictures, uint8 (n, c, h, w), with values below the model's number of levels.
+            direction: the name of one of `directions`.
+            points: float64 (points,), distances from the picture's own position.
+            drawing: how many pictures are drawn at each point, and how.
+            label: int64 (n,), the label of each picture. If None, and features depend on a
+                label, the most probable label of each picture is used.
         """
         self.require("Traverse")
         features = await self.encode(x, label)
@@ -453,15 +459,18 @@ class Engine:
         label: Labels | None = None,
         other_label: Labels | None = None,
     ) -> Redrawings:
-        """Pictures redrawn on the line between the features of two.
+        """Redraws pictures at points on the line between the features of two pictures.
+
+        Points from 0.5 on are decoded under the label of `other`.
 
         Args:
-            x: uint8 (n, c, h, w), at point 0.
-            other: likewise, at point 1.
-            points: (points,), in [0, 1].
-            drawing: how many are drawn at each point, and how.
-            label: int64 (n,), of x; None for the most probable ones, where there are any.
-            other_label: of `other`, likewise.
+            x: the pictures at point 0, uint8 (n, c, h, w).
+            other: the pictures at point 1, uint8 (n, c, h, w).
+            points: float64 (points,), in [0, 1].
+            drawing: how many pictures are drawn at each point, and how.
+            label: int64 (n,), the labels of `x`. If None, and features depend on a label, the
+                most probable label of each picture is used.
+            other_label: int64 (n,), the labels of `other`; None likewise.
         """
         self.require("Interpolate")
         if other_label is not None and self._lanes.graph(Role.ENCODE).input("y") is None:
@@ -487,17 +496,19 @@ class Engine:
         check: SelfCheck | None = None,
         acceptance: Acceptance | None = None,
     ) -> AsyncGenerator[Draws, None]:
-        """Pictures drawn from the model, in chunks.
+        """Draws pictures from the model, in chunks.
 
         Args:
-            label: of all pictures; None draws each from the model's own priors.
-            count: how many pictures.
-            seed: where the random numbers come from.
-            first_index: of the first picture; picture i depends on i, not on the chunking.
-            temperature: multiplies the noise that levels are drawn with.
-            chunk: pictures of one chunk.
-            check: redraw what does not pass.
-            acceptance: draw from p(x), and redraw what p(y|x) does not keep; without a check.
+            label: the label of all pictures; None draws each label from the model's priors.
+            count: number of pictures.
+            seed: seed of the random numbers.
+            first_index: index of the first picture. A picture depends on the seed and its
+                index, not on the chunks.
+            temperature: factor of the noise that levels are drawn with.
+            chunk: pictures in one chunk.
+            check: if given, pictures that do not pass this check are drawn again.
+            acceptance: if given, pictures are drawn from p(x) and kept with probability p(y|x).
+                `check` is then ignored.
         """
         self._trust.require()
         if acceptance:
@@ -533,21 +544,22 @@ class Engine:
         proposals: int = 1,
         chunk: int = 64,
     ) -> AsyncGenerator[Draws, None]:
-        """Pictures with their open pixels drawn from the model, in chunks.
+        """Completes pictures by drawing their open pixels from the model, in chunks.
 
         Args:
-            x: uint8 (n, c, h, w); levels of open pixels do not matter.
+            x: pictures, uint8 (n, c, h, w); the levels of open pixels do not matter.
             known: bool (n, c, h, w), true where a pixel is fixed.
-            label: of all pictures; None for p(x).
-            completions: of each picture.
-            seed: where the random numbers come from.
-            first_index: of the first picture.
-            temperature: multiplies the noise that levels are drawn with.
-            proposals: behind each completion, where fixed pixels follow open ones.
-            chunk: completions of one chunk.
+            label: the label of all pictures; None draws from p(x).
+            completions: number of completions of each picture.
+            seed: seed of the random numbers.
+            first_index: index of the first picture.
+            temperature: factor of the noise that levels are drawn with.
+            proposals: number of candidates from which each completion is chosen; more than 1
+                helps where fixed pixels follow open ones.
+            chunk: completions in one chunk.
 
         Returns:
-            Draws whose row r completes picture r // completions.
+            Draws; row r completes picture r // completions.
         """
         self._trust.require()
         return self._generator.complete(
@@ -563,12 +575,12 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Lets running graphs end and frees the lanes."""
+        """Refuses queued requests, waits for running graphs, and frees the lanes."""
         self._lanes.close()
         self._trust.end()
 
     async def _passes(self, x: Pixels, labels: Labels, alpha: float) -> Accepted:
-        """Whether draws would be accepted, and assigned the labels they were drawn with."""
+        """Whether draws are accepted, and classified as the labels that they were drawn with."""
         if Role.CONDITIONAL in self._lanes and np.all(labels >= 0):
             answer = await self.classify(x, alpha, seen=False)
             assigned: Accepted = (answer.verdict == Verdict.ACCEPTED) & (answer.label == labels)
@@ -578,14 +590,14 @@ class Engine:
         return plausible
 
     async def _p_label(self, x: Pixels, labels: Labels) -> Doubles:
-        """p(y|x) of a label for each picture, as the discriminative model says, float64 (n,)."""
+        """The discriminative model's p(y|x) of one label for each picture, float64 (n,)."""
         found = await self._lanes.run(Role.DISCRIMINATE, {"x": x}, ["log_pyx"])
         self._trust.check(Role.DISCRIMINATE, *found.values())
         p: Doubles = np.exp(found["log_pyx"][np.arange(len(x)), labels].astype(np.float64))
         return p
 
     def _decoded_under(self, label: Labels) -> Labels | None:
-        """The labels, where the model decodes under any."""
+        """The labels, or None if the model decodes without labels."""
         return None if self._lanes.graph(Role.DECODE).input("y") is None else label
 
     def _check_redrawn(self, found: Redrawings) -> None:
@@ -611,7 +623,7 @@ class Engine:
         return ScoreTable(rows, alpha, arrays.get("surprise"), self.manifest.version)
 
     def _evidence(self, conditional: Mapping[str, Array]) -> Doubles:
-        """What speaks for each label (n, labels): log p(x|y), pooled where there are experts."""
+        """log p(x|y) of each label, float64 (n, labels); pooled if there are several experts."""
         self._trust.check(Role.CONDITIONAL, *conditional.values())
         if "evidence" not in conditional:
             return conditional["log_pxy"].astype(np.float64)
@@ -632,7 +644,7 @@ class Engine:
 
 
 def _detector(bundle: Bundle) -> Detector | None:
-    """The bundle's detector, held to what the manifest says of it; None without a density."""
+    """The bundle's detector, checked against the manifest; None if there is no density."""
     calibration, graph = bundle.manifest.calibration, bundle.manifest.graphs.get(Role.DENSITY)
     if calibration is None or graph is None:
         return None

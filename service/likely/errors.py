@@ -5,37 +5,37 @@
     ├── ModelNotFound         no such model or version is served
     ├── NotAnswered           the model has no graph for this question
     ├── Overloaded            try again later; carries a delay where one is known
-    ├── Unavailable           the server cannot be reached or is going away; likewise
+    ├── Unavailable           the server cannot be reached or is shutting down; likewise
     ├── DeadlineExceeded      no answer in time
     ├── AccessDenied          a valid token that does not allow this
     │   └── Unauthenticated   no token, or none that is valid; carries the reason
-    ├── MethodUnknown         the server has no such method: older than its client, or another
-    ├── Forked                a client whose channel another process opened
+    ├── MethodUnknown         the server has no such method: it is older, or another server
+    ├── Forked                a client is used in another process than opened its channel
     ├── ServerFault           the server failed; carries its request id
     ├── BundleError           a bundle is incomplete, altered or foreign
-    ├── Refused               a change of what is served that may not be made now
-    ├── DeviceError           the device asked for is not really there
-    ├── DeviceLost            the device that served is gone; only a restart helps
+    ├── Refused               what is served cannot be changed in this way now
+    ├── DeviceError           the requested device is not available
+    ├── DeviceLost            the device in use is gone; only a restart helps
     ├── OutOfMemory           the runtime found no memory for a batch
-    ├── RunStopped            a run was ended because nobody waits for it
+    ├── RunStopped            a run was stopped because nobody waits for it
     ├── RuntimeMissing        no ONNX Runtime is installed
-    ├── JobError              a batch job that cannot be done, or resumed, as it was asked for
+    ├── JobError              a batch job cannot be done, or resumed, as requested
     └── SettingsError         settings that cannot be used
 
-The engine raises the first three. The client raises all up to ServerFault, as the server's
-status says, and `AdminClient` BundleError, Refused and DeviceError too. OutOfMemory and
-RunStopped stay within a server, JobError within a job; the others end `likely serve`.
+The client raises the errors up to ServerFault, depending on the server's status. `AdminClient`
+also raises BundleError, Refused and DeviceError. OutOfMemory and RunStopped do not leave a
+server, and JobError does not leave a job. The others end `likely serve`.
 """
 
 from __future__ import annotations
 
 
 class LikelyError(Exception):
-    """The root: everything that likely raises on purpose."""
+    """The base class of all errors that likely raises on purpose."""
 
     @property
     def told(self) -> str:
-        """What callers of a server read of it."""
+        """The text that callers of a server get."""
         return str(self)
 
 
@@ -52,7 +52,7 @@ class InvalidInput(LikelyError, ValueError):
         self.description = message
 
     def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str]]:
-        """Rebuilt from both arguments where it crosses a process."""
+        """Pickles the error with both its arguments."""
         return type(self), (self.field, self.description)
 
 
@@ -68,7 +68,7 @@ class ModelNotFound(LikelyError, LookupError):
         self.resource = resource
 
     def __reduce__(self) -> tuple[type[ModelNotFound], tuple[str, str]]:
-        """Rebuilt from both arguments where it crosses a process."""
+        """Pickles the error with both its arguments."""
         return type(self), (self.resource, str(self))
 
 
@@ -77,10 +77,10 @@ class NotAnswered(LikelyError):
 
 
 class Overloaded(LikelyError):
-    """The server sheds load.
+    """The server refuses the request because of its load.
 
     Attributes:
-        retry_after: seconds after which a retry makes sense, where known.
+        retry_after: seconds after which a retry makes sense; None if unknown.
     """
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
@@ -89,10 +89,10 @@ class Overloaded(LikelyError):
 
 
 class Unavailable(LikelyError, ConnectionError):
-    """The server cannot be reached or is going away.
+    """The server cannot be reached or is shutting down.
 
     Attributes:
-        retry_after: seconds after which a retry makes sense, where the server said so.
+        retry_after: seconds after which a retry makes sense; None if the server did not say.
     """
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
@@ -105,11 +105,11 @@ class DeadlineExceeded(LikelyError, TimeoutError):
 
 
 class AccessDenied(LikelyError, PermissionError):
-    """The server wants credentials, or other ones."""
+    """The caller's credentials are missing, invalid, or do not allow this."""
 
 
 class Unauthenticated(AccessDenied):
-    """The server wants a token, or a valid one.
+    """The token is missing or invalid.
 
     Attributes:
         reason: one of TOKEN_MISSING, TOKEN_INVALID and TOKEN_EXPIRED.
@@ -120,7 +120,7 @@ class Unauthenticated(AccessDenied):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[Unauthenticated], tuple[str, str]]:
-        """Rebuilt from both arguments where it crosses a process."""
+        """Pickles the error with both its arguments."""
         return type(self), (str(self), self.reason)
 
 
@@ -133,7 +133,7 @@ class Forked(LikelyError, RuntimeError):
 
 
 class ServerFault(LikelyError):
-    """The server failed; its log tells why under the request id in the message."""
+    """The server failed; its log has the cause under the request id in the message."""
 
 
 class BundleError(LikelyError):
@@ -142,7 +142,7 @@ class BundleError(LikelyError):
     Attributes:
         message: what is wrong, in likely's own words.
         reason: the kind of fault in one word, as metrics count it.
-        beneath: what a library said of it, for the log and the shell.
+        beneath: the message of a library, for the log and the shell; empty if there is none.
     """
 
     def __init__(self, message: str, reason: str = "refused", beneath: str = "") -> None:
@@ -153,37 +153,37 @@ class BundleError(LikelyError):
 
     @classmethod
     def unreadable(cls, path: object, error: OSError) -> BundleError:
-        """What says that a file of it cannot be read now, which may pass."""
+        """The error for a file that cannot be read now, which may be temporary."""
         return cls(f"{path} cannot be read: {error.strerror}", "unreadable")
 
     @property
     def told(self) -> str:
-        """The message alone: what a library said stays in the log."""
+        """The message alone: the library's message stays in the log."""
         return self.message
 
     def __reduce__(self) -> tuple[type[BundleError], tuple[str, str, str]]:
-        """Rebuilt from all arguments where it crosses a process."""
+        """Pickles the error with all its arguments."""
         return type(self), (self.message, self.reason, self.beneath)
 
 
 class Refused(LikelyError):
-    """What is served stays as it is: a change was asked for that the server may not make now."""
+    """The server cannot make the requested change now; what it serves stays as it is."""
 
 
 class DeviceError(LikelyError):
-    """The device asked for is not really there."""
+    """The requested device is not available."""
 
 
 class DeviceLost(LikelyError):
-    """The device that served can run nothing any more; a new process may."""
+    """The device in use can no longer run anything; that of a new process may."""
 
 
 class OutOfMemory(LikelyError, MemoryError):
-    """The runtime found no memory for a batch; a smaller one may run."""
+    """The runtime found no memory for a batch; a smaller batch may run."""
 
 
 class RunStopped(LikelyError):
-    """A run was ended before it had an answer, because nobody waits for it."""
+    """A run was stopped before it had an answer, because nobody waits for it."""
 
 
 class RuntimeMissing(LikelyError, ImportError):
@@ -191,7 +191,7 @@ class RuntimeMissing(LikelyError, ImportError):
 
 
 class JobError(LikelyError):
-    """A batch job that cannot be done, or resumed, as it was asked for."""
+    """A batch job cannot be done, or resumed, as requested."""
 
 
 class SettingsError(LikelyError):

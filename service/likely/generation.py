@@ -1,4 +1,4 @@
-"""Drawing pictures: which noise, which label, which pixels are given, and what is kept."""
+"""Draws pictures: chooses their noise and labels, fixes given pixels, decides what is kept."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from likely.bundle import Manifest, Role, TensorSpec
 from likely.errors import NotAnswered
 
 Mask = npt.NDArray[np.bool_]
-TOWER = np.float32(1e6)  # noise that no log-probability outweighs
+TOWER = np.float32(1e6)  # noise that outweighs every log-probability
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Pictures to draw: picture indices[i] for the attempts[i]-th time, with labels[i].
+    """Pictures to draw: row i is attempt attempts[i] at picture indices[i], with label labels[i].
 
-    `given` and `known` are the levels that are fixed and where, each (n, c, h, w).
+    `given` has the levels of fixed pixels, and `known` is true where a pixel is fixed; both are
+    (n, c, h, w).
     """
 
     seed: int
@@ -54,12 +55,13 @@ class Generator:
         """A generator over opened graphs.
 
         Args:
-            manifest: of the model.
-            lanes: run its graphs.
-            passes: whether draws with these labels stand the self-check at an alpha.
-            surprise: -log p of every pixel, float32 (n, c, h, w).
-            p_label: the discriminative p(y|x) of pictures and a label each, float64 (n,).
-            rows: that are best drawn at once.
+            manifest: the model's manifest.
+            lanes: runs the model's graphs.
+            passes: tells whether draws with given labels pass the self-check at an alpha.
+            surprise: computes -log p of every pixel, float32 (n, c, h, w).
+            p_label: computes the discriminative p(y|x) of one label for each picture,
+                float64 (n,).
+            rows: the number of rows that are best drawn at once.
         """
         self._manifest = manifest
         self._lanes = lanes
@@ -79,7 +81,7 @@ class Generator:
         chunk: int,
         check: SelfCheck | None,
     ) -> AsyncGenerator[Draws, None]:
-        """Chunks of pictures; the next is drawn while one is consumed."""
+        """Draws pictures in chunks; the next chunk is drawn while one is consumed."""
         role = self._role(label)
         self._check_label(role, label)
 
@@ -109,10 +111,11 @@ class Generator:
         chunk: int,
         acceptance: Acceptance,
     ) -> AsyncGenerator[Draws, None]:
-        """Chunks of pictures of p(x) that p(y|x) kept; the next is drawn while one is consumed.
+        """Draws pictures from p(x) and keeps each with probability p(y|x), in chunks.
 
         A draw is kept if the uniform number of its picture and attempt is below p(y|x), so
-        that those kept follow p(y|x) p(x) / p(y) (von Neumann, 1951).
+        that those kept follow p(y|x) p(x) / p(y) (von Neumann, 1951). The next chunk is drawn
+        while one is consumed.
         """
         for role in (Role.SAMPLE, Role.DISCRIMINATE):
             self._lanes.graph(role)
@@ -142,12 +145,12 @@ class Generator:
         proposals: int,
         chunk: int,
     ) -> AsyncGenerator[Draws, None]:
-        """Chunks of completions, all of a picture before those of the next.
+        """Draws completions in chunks; all of one picture come before those of the next.
 
-        An open pixel is drawn given all that comes before it in raster order, which is
-        exact where no fixed pixel follows an open one. Elsewhere each completion is
-        chosen among proposals in proportion to how probable they make the fixed pixels
-        (sampling-importance-resampling; Rubin, 1988): exact in the limit.
+        An open pixel is drawn given everything before it in raster order. This is exact if
+        no fixed pixel follows an open one. Otherwise each completion is chosen among
+        proposals, in proportion to the probability that each gives to the fixed pixels
+        (sampling-importance-resampling; Rubin, 1988). This is exact in the limit.
         """
         self._lanes.graph(Role.SAMPLE)
         self._check_label(Role.SAMPLE, label)
@@ -179,16 +182,16 @@ class Generator:
 
     @property
     def _null(self) -> int:
-        """The label that stands for none."""
+        """The index that stands for no label."""
         return len(self._manifest.labels)
 
     def _check_label(self, role: Role, label: int | None) -> None:
-        """Refuses a label that the graph cannot take."""
+        """Raises `NotAnswered` if a label is given and the graph cannot take one."""
         if label is not None and not self._takes_label(role):
             raise NotAnswered(f"model {self._manifest.name} draws from p(x) alone: no label")
 
     def _role(self, label: int | None) -> Role:
-        """The graph to draw with: pixel by pixel where it can take the label, if one is asked."""
+        """The graph to draw with: SAMPLE, unless only GENERATE is there or takes the label."""
         if Role.SAMPLE in self._lanes and (label is None or self._takes_label(Role.SAMPLE)):
             return Role.SAMPLE
         if Role.SAMPLE in self._lanes and Role.GENERATE not in self._lanes:
@@ -199,13 +202,13 @@ class Generator:
         return self._lanes.graph(role).input("y") is not None
 
     def _labels(self, role: Role, label: int | None, seed: int, indices: Sequence[int]) -> Labels:
-        """The label of each picture: the one asked for, or drawn; -1 where there are none."""
+        """The label of each picture: the requested one, or a draw; -1 if the graph takes none."""
         if not self._takes_label(role):
             return np.full(len(indices), -1)
         return self._chosen(label, seed, indices)
 
     def _chosen(self, label: int | None, seed: int, indices: Sequence[int]) -> Labels:
-        """The label asked for, or one of the priors for each picture."""
+        """The label of each picture: the requested one, or a draw from the priors."""
         if label is not None:
             return np.full(len(indices), label)
         bounds = np.cumsum(self._manifest.priors)[:-1]
@@ -223,7 +226,11 @@ class Generator:
     async def _checked(
         self, role: Role, plan: _Plan, images: Pixels, check: SelfCheck
     ) -> tuple[Labels, Mask]:
-        """Redraws in place what fails; how many draws each took, and whether the last passed."""
+        """Redraws, in place, pictures that fail the check.
+
+        Returns:
+            The number of draws of each picture, and whether its last draw passed.
+        """
         attempts = np.ones(len(images), dtype=np.int64)
         failing = np.flatnonzero(~await self._passes(images, plan.labels, check.alpha))
         for attempt in range(1, check.max_draws):
@@ -247,10 +254,10 @@ class Generator:
     async def _kept(
         self, labels: Labels, seed: int, temperature: float, indices: Sequence[int], most: int
     ) -> tuple[Pixels, Labels, Mask]:
-        """Draws of p(x), each the first that its label's p(y|x) keeps, else the last one.
+        """Draws from p(x): for each picture the first draw that p(y|x) keeps, else the last.
 
         Returns:
-            The pictures, how many draws each took, and whether it was kept.
+            The pictures, the number of draws of each, and whether it was kept.
         """
         n = len(labels)
         images = np.empty((n, *self._manifest.shape), dtype=np.uint8)
@@ -273,16 +280,16 @@ class Generator:
         return images, draws, accepted
 
     def _ahead_of(self, labels: Labels) -> int:
-        """How many draws of each picture are made at once, where few pictures are left.
+        """The number of draws of each picture that are made at once.
 
-        Enough to fill a batch, but no more than the rarest label takes on average. What is
-        drawn beyond the first that is kept is thrown away, so that the number changes no answer.
+        They are enough to fill a batch, but no more than the rarest label takes on average.
+        Draws after the first one that is kept are discarded, so the number changes no answer.
         """
         rarest = max(float(self._manifest.priors[labels].min()), 1e-3)
         return max(1, min(self._rows // len(labels), math.ceil(1 / rarest)))
 
     async def _resampled(self, plan: _Plan, images: Pixels, known: Mask, proposals: int) -> Pixels:
-        """One of each picture's proposals, drawn by how probable it makes the fixed pixels."""
+        """Chooses one of each completion's proposals, by how probable they make fixed pixels."""
         surprise = await self._surprise(images)
         weights = -(surprise.astype(np.float64) * known).sum((1, 2, 3))
         firsts = range(0, len(images), proposals)
@@ -317,7 +324,7 @@ class Generator:
 
 
 def _feed(spec: TensorSpec, plan: _Plan, rows: slice) -> npt.NDArray[Any]:
-    """The graph's input of that name for those rows of the plan."""
+    """One input of the graph, for some rows of the plan."""
     shape = spec.array_shape(1)[1:]
     indices, attempts = plan.indices[rows], plan.attempts[rows]
     if spec.name == "y":
@@ -333,7 +340,7 @@ def _feed(spec: TensorSpec, plan: _Plan, rows: slice) -> npt.NDArray[Any]:
 
 
 def _fix(gumbel: Floats, given: Pixels, known: Mask) -> None:
-    """Makes the noise (n, h, w, c[, digits], base) tower at the digits of the given levels."""
+    """Sets the noise, (n, h, w, c[, digits], base), to `TOWER` at the digits of known levels."""
     base = gumbel.shape[-1]
     digits = gumbel.reshape(*gumbel.shape[:4], -1, base)
     level = given.transpose(0, 2, 3, 1).astype(np.int64)
@@ -347,7 +354,7 @@ def _fix(gumbel: Floats, given: Pixels, known: Mask) -> None:
 async def _ahead(
     draw: Callable[[int, int], Coroutine[Any, Any, Draws]], count: int, chunk: int
 ) -> AsyncGenerator[Draws, None]:
-    """The draws of rows 0..count-1 in chunks, each begun while the one before is consumed."""
+    """The draws of rows 0..count-1 in chunks; each starts while the one before is consumed."""
     upcoming: asyncio.Task[Draws] | None = None
     try:
         for start in range(0, count, chunk):
@@ -362,4 +369,4 @@ async def _ahead(
         if upcoming is not None:
             upcoming.cancel()
             with suppress(asyncio.CancelledError, Exception):
-                await upcoming  # or its failure would be told to nobody, in the log
+                await upcoming  # else asyncio logs that nobody retrieved its failure

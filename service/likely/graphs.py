@@ -1,8 +1,8 @@
-"""The only room with ONNX Runtime: devices, sessions, and running a graph.
+"""The only module that uses ONNX Runtime: devices, sessions, and runs of a graph.
 
-The device rule: `cuda` asked for and not really there is an error, never a
-silent fall-back. What is really there is what the opened session reports, not
-the list of providers that the installed package was built with.
+If `cuda` is requested and not available, that is an error, never a silent
+fallback. What is available is what the opened session reports, not the list of
+providers that the installed package was built with.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ from likely.errors import (
 Array = npt.NDArray[Any]
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-# ONNX Runtime tells these apart by their text alone.
+# ONNX Runtime's errors of these kinds differ only in their text.
 _STOPPED = re.compile(r"terminate flag")
-# The last two are of an arena that has come to its limit.
+# The last two come from an arena that has reached its limit.
 _NO_MEMORY = re.compile(
     r"[Ff]ailed to allocate|bad_alloc|out of memory|MEMORY_ALLOC|ALLOC(?:ATION)?_FAILED|"
     r"CUDA failure 2:|CUBLAS failure 3:|bad allocation|Available memory of \d+ is smaller|"
     r"[Ff]ailed to find a free memory block"
 )
-# A card's library, as the runtime names it before what it said.
+# The name of a card's library, which the runtime puts before the library's message.
 _SAID = re.compile(r"\bCU[A-Z_]+ (?:failure|error)\b")
 _NO_CUDNN = re.compile(r"cuDNN is (?:unavailable|not available)")
 _NO_LIBRARIES = re.compile(r"CUDA wasn'?t able to be loaded")
-# Errors that leave the process's CUDA context unusable (cudaError_t in the CUDA runtime's manual),
-# or tell that the card is gone, as a call and as a launch of a kernel tells them.
-# Those of cuDNN and cuBLAS tell nothing of it: where it is gone, the next run fails with one.
+# CUDA errors (cudaError_t in the CUDA runtime's manual) that mean that the card is gone, or that
+# leave the process's CUDA context unusable: by number, as a failed call reports them, and by name,
+# as a failed launch of a kernel does. Errors of cuDNN and cuBLAS do not show whether the context
+# is lost; if it is, the next run fails with one of these.
 _GONE = {46: "DevicesUnavailable", 100: "NoDevice"}
 _FATAL = {
     214: "ECCUncorrectable",
@@ -86,12 +87,12 @@ _PRELOADING = Lock()
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where graphs shall run: `cpu`, `cuda[:index]`, or `auto` for CUDA where there is one.
+    """Where graphs run: `cpu`, `cuda[:index]`, or `auto` for CUDA if it is available.
 
     Attributes:
-        kind: what computes.
-        index: which card.
-        memory: bytes of a card that each graph's arena may take; 0 for all there are.
+        kind: the kind of device.
+        index: the number of the card.
+        memory: bytes of the card's memory that each graph's arena may take; 0 for no limit.
     """
 
     kind: Literal["auto", "cpu", "cuda"]
@@ -100,11 +101,11 @@ class Device:
 
     @classmethod
     def parse(cls, text: str, memory: int = 0) -> Device:
-        """The device that `auto`, `cpu`, `cuda` or `cuda:1` names.
+        """Parses the name of a device.
 
         Args:
-            text: one of these.
-            memory: bytes of a card that each graph's arena may take; 0 for all there are.
+            text: `auto`, `cpu`, `cuda`, or `cuda:` and the number of a card.
+            memory: bytes of the card's memory that each graph's arena may take; 0 for no limit.
 
         Raises:
             SettingsError: the text is none of these.
@@ -117,7 +118,7 @@ class Device:
         raise SettingsError(f"device {text!r} is none of auto, cpu, cuda, cuda:0, cuda:1, …")
 
     def resolve(self) -> Device:
-        """The same device with `auto` decided: CUDA where the driver reports a card."""
+        """The device with `auto` resolved: CUDA if runtime and driver have it, else the CPU."""
         if self.kind != "auto":
             return self
         there = CUDA in runtime().get_available_providers() and cuda_devices() > 0
@@ -128,17 +129,17 @@ class Device:
 
 
 def require_runtime() -> None:
-    """Returns if an ONNX Runtime is installed.
+    """Checks that an ONNX Runtime is installed.
 
     Raises:
-        RuntimeMissing: there is none; the message names the extras that bring one.
+        RuntimeMissing: none is; the message names the extras that install one.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise RuntimeMissing(f"no ONNX Runtime is installed; {machine.INSTALL}")
 
 
 def cuda_devices() -> int:
-    """How many cards the NVIDIA driver reports; 0 where there is no driver."""
+    """The number of cards that the NVIDIA driver reports; 0 if there is no driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -150,13 +151,13 @@ def cuda_devices() -> int:
 
 
 class Stop:
-    """Ends a run from another thread, once for all that it is given to."""
+    """Stops, from another thread, every run that it is passed to; it cannot be reset."""
 
     def __init__(self) -> None:
         self.options = runtime().RunOptions()
 
     def now(self) -> None:
-        """Ends the run at its next node."""
+        """Stops the runs at their next node."""
         self.options.terminate = True
 
 
@@ -165,7 +166,7 @@ class Session:
 
     Attributes:
         spec: the graph's inputs and outputs as the manifest names them.
-        providers: what really runs it, as the session itself reports.
+        providers: the execution providers that the session itself reports.
     """
 
     def __init__(
@@ -180,16 +181,17 @@ class Session:
 
         Args:
             path: the ONNX file.
-            spec: what the manifest says of it.
-            device: where it shall run.
-            threads: of one run; several runs at once share them.
-            weights: files beside it, by name, that hold weights of it; what is not here is mapped
-                from the disk for as long as the session is there, and changes as the file does.
+            spec: the manifest's description of the graph.
+            device: where the graph runs.
+            threads: number of threads of one run; simultaneous runs share them.
+            weights: by name, the contents of files beside the ONNX file that hold its weights.
+                A file that is not given here is memory-mapped as long as the session exists,
+                so that the weights change if the file does.
 
         Raises:
             BundleError: the file is no graph, or not the one that the manifest describes.
-            DeviceError: the device is not really there.
-            DeviceLost: the card can run nothing any more.
+            DeviceError: the device is not available.
+            DeviceLost: the card can no longer run anything.
             OutOfMemory: there is no memory for the graph.
         """
         self.spec = spec
@@ -202,18 +204,18 @@ class Session:
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
     ) -> list[Array]:
-        """The outputs of that name, in that order.
+        """Runs the graph; returns the outputs with the given names, in that order.
 
         Args:
             feeds: an array for each input.
             outputs: names of the graph's outputs.
-            stop: what can end this run before it has an answer.
+            stop: can stop this run before it has an answer.
 
         Raises:
-            RunStopped: it was ended so.
-            OutOfMemory: the runtime found no memory for it; a smaller batch may run.
-            DeviceLost: the card can run nothing any more.
-            DeviceError: cuDNN is not there, and the graph needs it on a card.
+            RunStopped: `stop` ended the run.
+            OutOfMemory: the runtime found no memory for the run; a smaller batch may run.
+            DeviceLost: the card can no longer run anything.
+            DeviceError: cuDNN was not found, and the graph needs it on a card.
         """
         options = stop.options if stop else None
         try:
@@ -225,17 +227,17 @@ class Session:
         return arrays
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
-        """The outputs of no rows."""
+        """The outputs of a run with no rows."""
         specs = {spec.name: spec for spec in self.spec.outputs}
         return [np.empty(specs[name].array_shape(0), dtype=specs[name].dtype) for name in outputs]
 
     def run_bound(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], options: Any = None
     ) -> list[Array]:
-        """The same as `run`, by copies of its own to and from the device, in a batch of few sizes.
+        """Does the same as `run` with explicit copies to and from the device, for a padded batch.
 
-        A card sees every size of batch for the first time once: it then chooses kernels and
-        grows its arena. So rows are filled up to a power of two, and cut off the outputs.
+        At the first batch of each size, a card chooses kernels and grows its arena. Batches are
+        therefore padded to a power of two, and the extra rows are cut off the outputs.
         """
         n = rows(feeds)
         kind, index = self._device.kind, self._device.index
@@ -250,19 +252,19 @@ class Session:
 
 
 def rows(feeds: Mapping[str, Array]) -> int:
-    """How many rows there are in every feed."""
+    """The number of rows of the feeds."""
     return len(next(iter(feeds.values())))
 
 
 def bucket(n: int) -> int:
-    """The size of batch in which `n` rows run, at least 1: the next power of two."""
+    """The padded size of a batch of `n` rows: the next power of two, at least 1."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def filled(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
-    """The feeds with their last row repeated up to `size` rows, each in one block of memory.
+    """The feeds padded to `size` rows by repeating their last row, each contiguous in memory.
 
-    A row that is there cannot be what a graph has never seen, as zeros could.
+    Unlike zeros, a repeated row is an input of the kind that the graph was made for.
     """
     missing = size - rows(feeds)
     return {
@@ -274,14 +276,14 @@ def filled(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
 
 
 def device_fault(error: Exception) -> DeviceError | None:
-    """The same as an error of the device, where one of a card's libraries failed with it."""
+    """The error as a `DeviceError`, if one of a card's libraries failed with it; else None."""
     text = str(error)
     found = _SAID.search(text)
     return DeviceError(f"the device failed: {_from(text, found)}") if found else None
 
 
 def _failure(error: Exception, what: str = "the run") -> Exception:
-    """What the runtime's error means, or the error itself."""
+    """The likely error for an error of the runtime; that error itself if there is none."""
     text = str(error)
     if _STOPPED.search(text):
         return RunStopped("the run was stopped")
@@ -296,12 +298,12 @@ def _failure(error: Exception, what: str = "the run") -> Exception:
 
 
 def _unopened(error: Exception, path: Path, device: Device) -> LikelyError:
-    """What it means that a graph does not open."""
+    """The likely error for a runtime's error in opening a graph."""
     text, failure = str(error), _failure(error, f"the graph {path}")
     if isinstance(failure, OutOfMemory):
         return failure
     if device.kind == "cuda":
-        # A card that is busy, or not there, was not had yet: that is not the loss of one.
+        # A card that is busy or absent was never in use, so it is not lost.
         if isinstance(failure, DeviceError) or (
             isinstance(failure, DeviceLost) and _BROKEN.search(text)
         ):
@@ -325,17 +327,17 @@ def _no_libraries(device: Device, sign: str) -> DeviceError:
 
 
 def _from(text: str, found: re.Match[str] | None) -> str:
-    """The cause in a runtime's error, which stands between the places that it came through."""
+    """The cause in the text of a runtime's error, without the source locations around it."""
     begin = min((match.start() for match in (found, _SAID.search(text)) if match), default=0)
     return text[begin:].partition(" ; GPU=")[0][:200].strip()
 
 
-@cache  # every batch asks
+@cache  # called for every batch
 def runtime() -> Any:
-    """ONNX Runtime, which reports to its maker on import from 1.29 on, unless it is told not to.
+    """Imports ONNX Runtime with telemetry off; from 1.29 on, it would report to its maker.
 
     Raises:
-        RuntimeMissing: there is none; the message names the extras that bring one.
+        RuntimeMissing: none is installed; the message names the extras that install one.
         ImportError: it cannot be imported.
     """
     require_runtime()
@@ -354,8 +356,8 @@ def _open(path: Path, device: Device, threads: int, weights: Mapping[str, bytes]
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4 if device.kind == "cuda" else 3
-    # Threads that sleep within a run are woken for every node; those that spin after it take the
-    # cores from others.
+    # The pool's threads spin during a run, because sleeping ones would have to be woken for every
+    # node. They stop after it, because spinning ones would take the cores from others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     providers: list[Any] = [CPU]
@@ -363,7 +365,7 @@ def _open(path: Path, device: Device, threads: int, weights: Mapping[str, bytes]
         _check_cuda(ort, device)
         providers = [(CUDA, _cuda_options(device)), CPU]
     try:
-        # Where a card fails, the runtime would open the graph on the processor, and print that.
+        # With its fallback, if the card fails, the runtime would use the CPU and print that.
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises its own types, one for each status
         raise _unopened(error, path, device) from error
@@ -375,14 +377,14 @@ def _open(path: Path, device: Device, threads: int, weights: Mapping[str, bytes]
 def _cuda_options(device: Device) -> dict[str, str]:
     options = {
         "device_id": str(device.index),
-        # TensorFloat-32 would leave the tolerance that the parity gate promised.
+        # TensorFloat-32 would exceed the tolerance of the parity gate.
         "use_tf32": "0",
-        # The default, EXHAUSTIVE, times every convolution anew for each size of batch: the first
-        # request of a size would wait for it, and two servers could choose, and round, differently.
+        # The default, EXHAUSTIVE, times every convolution for each size of batch. The first request
+        # of a size would wait for that, and two servers could choose, and round, differently.
         "cudnn_conv_algo_search": "HEURISTIC",
     }
     if device.memory:
-        # Growing by powers of two would reach for twice the memory and fail below the limit.
+        # Growing by powers of two would request twice the memory, and fail below the limit.
         options |= {
             "gpu_mem_limit": str(device.memory),
             "arena_extend_strategy": "kSameAsRequested",
@@ -406,8 +408,8 @@ def _check_cuda(ort: Any, device: Device) -> None:
 
 @cache  # once a process
 def _preload() -> None:
-    """Loads CUDA's libraries; those that are not found are told on standard error."""
-    # Of two redirections at once the one that ends last would leave its own behind.
+    """Loads CUDA's libraries; those that are not found are reported on standard error."""
+    # Only one at a time: of two redirections at once, one would remain in place.
     with _PRELOADING, redirect_stdout(sys.stderr):
         runtime().preload_dlls()
 
@@ -425,9 +427,9 @@ _ONNX_TYPES = {"uint8": "tensor(uint8)", "int64": "tensor(int64)", "float32": "t
 
 
 def agrees(got: Array, expected: Array) -> bool:
-    """Whether a replayed output is the recorded one.
+    """Whether a replayed output agrees with the recorded one.
 
-    Whole numbers must be equal, others within 1e-3 absolute or 1e-4 relative.
+    Integers must be equal; other numbers may differ by 1e-3 plus 1e-4 of their size.
     """
     if got.dtype != expected.dtype or got.shape != expected.shape:
         return False

@@ -1,8 +1,9 @@
-"""What features stand for: pictures redrawn where they are, along a direction, between two.
+"""Decodes latent features into pictures, and defines directions in the space of features.
 
-A direction moves features z by `step` for each unit of a point. Where features lie along it
-is `probe . z + offset`, and probe . step = 1: so a point t moves that place by exactly t, and
-over q(z|x) the place has the mean of the features' mean and the variance probe^2 . variance.
+A direction moves features z to z + t * step at a point t. The position of features along it
+is `probe . z + offset`, with probe . step = 1, so that a point t moves the position by exactly
+t. Over q(z|x), the mean of the position is the position of the features' mean, and its variance
+is probe^2 . variance.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from likely.batching.lanes import Ask, Lanes
 from likely.bundle import Latent, Manifest, Role
 from likely.errors import BundleError, InvalidInput, NotAnswered
 
-_CONSISTENT = 1e-3  # of probe . step, which is 1
+_CONSISTENT = 1e-3  # most by which probe . step may differ from 1
 
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """A way through the features.
+    """A direction in the space of latent features.
 
     Attributes:
-        step: float64 (z,), how a point of 1 moves them.
-        probe: float64 (z,), of the place along the way.
-        offset: of that place.
+        step: float64 (z,), the change of features for a point of 1.
+        probe: float64 (z,), the weights of the features in their position.
+        offset: constant that is added to a position.
     """
 
     step: Doubles
@@ -39,7 +40,10 @@ class Direction:
     offset: float
 
     def place(self, features: Features) -> tuple[Doubles, Doubles | None]:
-        """Mean and standard deviation (n,) of where features lie; None without a variance."""
+        """The positions of features: mean and standard deviation, each float64 (n,).
+
+        The deviation is None if the features have no variance.
+        """
         mean: Doubles = features.mean @ self.probe + self.offset
         if features.log_variance is None:
             return mean, None
@@ -50,15 +54,16 @@ class Direction:
 def directions(
     latent: Latent | None, arrays: Mapping[str, npt.NDArray[Any]], z: int
 ) -> dict[str, Direction]:
-    """The directions by name, held to what the manifest says.
+    """The directions by name, checked against the manifest.
 
     Args:
-        latent: the manifest's entry.
-        arrays: `steps` and `probes` (k, z) and `offsets` (k,).
-        z: size of the features.
+        latent: the manifest's entry; None if the bundle has no directions.
+        arrays: `steps` and `probes`, both (k, z), and `offsets`, (k,), of k directions.
+        z: number of latent features.
 
     Raises:
-        BundleError: an array is missing, of another shape, not finite or not consistent.
+        BundleError: an array is missing, has another shape or is not finite; a name occurs
+            twice; or a probe does not belong to its step.
     """
     if latent is None:
         return {}
@@ -84,13 +89,13 @@ def directions(
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How pictures are drawn from what features stand for.
+    """How pictures are drawn from decoded features.
 
     Attributes:
-        count: of each row of features; 0 for means and deviations alone.
-        seed: where the random numbers come from.
-        first_index: of the first picture.
-        temperature: multiplies the noise that levels are drawn with.
+        count: number of draws for each row of features; 0 gives only means and deviations.
+        seed: seed of the random numbers.
+        first_index: index of the first picture.
+        temperature: factor of the noise that levels are drawn with.
     """
 
     count: int = 0
@@ -100,23 +105,23 @@ class Drawing:
 
 
 class Redrawer:
-    """Decodes features of one model."""
+    """Decodes the latent features of one model."""
 
     def __init__(self, manifest: Manifest, lanes: Lanes) -> None:
         self._manifest = manifest
         self._lanes = lanes
 
     async def redraw(self, z: Floats, label: Labels | None, drawing: Drawing) -> Redrawings:
-        """What features stand for, draws of all points of a picture with the same noise.
+        """Decodes features; the draws of one picture use the same noise at all points.
 
         Args:
-            z: float32 (n, points, z).
-            label: int64 (n, points); None where the model decodes under none.
-            drawing: how many are drawn of each point, and how.
+            z: features, float32 (n, points, z).
+            label: int64 (n, points), the labels; None if the model decodes without labels.
+            drawing: how many pictures are drawn at each point, and how.
 
         Raises:
-            NotAnswered: draws are asked of a model that gives no distribution.
-            InvalidInput: labels are missing, or there is nothing that they could change.
+            NotAnswered: draws are requested from a model that gives no distribution.
+            InvalidInput: labels are missing, or the model decodes without labels.
         """
         graph = self._lanes.graph(Role.DECODE)
         shape, gumbel = z.shape[:2], graph.input("gumbel")
@@ -154,7 +159,7 @@ class Redrawer:
         )
 
     def _labelled(self, label: Labels | None, shape: tuple[int, ...]) -> Labels | None:
-        """The labels as the graph takes them, for rows of that shape."""
+        """The labels as the graph takes them, for rows of the given shape."""
         takes = self._lanes.graph(Role.DECODE).input("y") is not None
         if label is not None and not takes:
             raise InvalidInput("labels", "the model decodes under no label")
@@ -171,10 +176,10 @@ def _noise(
     numbers: npt.NDArray[np.integer],
     shape: tuple[int, ...],
 ) -> Floats:
-    """Gumbel noise (n, *shape) of these draws of these pictures; none where none is drawn."""
+    """Gumbel noise, float32 (n, *shape), for draws of pictures; zeros if nothing is drawn."""
     if not drawing.count:
         return np.zeros((len(pictures), *shape), np.float32)
-    # Plain integers: an index may lie beyond 2**63 less a little, where numpy's would wrap.
+    # Python's integers: an index may exceed 2**63 - 1, where numpy's int64 would overflow.
     indices = [drawing.first_index + picture for picture in pictures.tolist()]
     gumbel = noise.gumbel(drawing.seed, indices, shape, numbers.tolist())
     if drawing.temperature != 1:

@@ -1,4 +1,4 @@
-"""Files of pictures, and the levels that they hold: arrays as they are, images by brightness."""
+"""Reads the levels of pictures from files: of arrays as they are, of images by brightness."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _EIGHT_BIT = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
 
 def brightness(x: Pixels, levels: int) -> Pixels:
-    """Levels in [0, levels) as brightness from 0 to 255."""
+    """Converts levels in [0, levels) to brightness from 0 to 255."""
     bright: Pixels = np.rint(x * (255 / (levels - 1))).astype(np.uint8)
     return bright
 
 
 def of_image(file: Path | IO[bytes], name: str, channels: int, levels: int) -> Pixels:
-    """The levels (c, h, w) of an image file: brightness b is level round(b * (levels - 1) / 255).
+    """The levels of an image file, uint8 (c, h, w).
 
-    It becomes grey for one channel, and red, green, blue for three; nothing is resized,
-    cropped or inverted.
+    Brightness b becomes level round(b * (levels - 1) / 255). The image is converted to grey for
+    one channel, and to red, green, blue for three. Nothing is resized, cropped or inverted.
 
     Args:
         file: an image in any of Pillow's formats.
-        name: what to call it.
+        name: the name of the file in errors.
         channels: 1 or 3.
-        levels: of the model.
+        levels: the model's number of levels.
 
     Raises:
-        InvalidInput: it is no image, a broken one, one of several pictures, has not 8 bits a
-            channel, or lets some background show through.
+        InvalidInput: the file is no image, is broken, holds several pictures, does not have 8
+            bits per channel, or is transparent in places.
     """
     try:
         with Image.open(file) as image:
@@ -64,17 +64,17 @@ def of_image(file: Path | IO[bytes], name: str, channels: int, levels: int) -> P
 
 
 def _pictures(image: Image.Image, name: str) -> int:
-    """How many pictures the file holds; what a camera adds to its own is none."""
+    """The number of pictures in a file; what a camera adds to its picture does not count."""
     if image.format == "MPO":
         return 1
     try:
         return getattr(image, "n_frames", 1)
-    except Exception as error:  # Pillow raises what it meets with in frames that are broken
+    except Exception as error:  # Pillow raises errors of many types for broken frames
         raise InvalidInput(name, f"a broken image: {error}") from error
 
 
 def _shows_through(image: Image.Image) -> bool:
-    """Whether a pixel is not opaque, so that its brightness depends on what lies behind it."""
+    """Whether some pixel is not opaque, so that its brightness depends on the background."""
     if not {"A", "a"} & {*image.getbands()} and "transparency" not in image.info:
         return False
     return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
@@ -83,15 +83,15 @@ def _shows_through(image: Image.Image) -> bool:
 def of_array(
     file: Path | IO[bytes], name: str = "", mapped: Literal["r"] | None = None
 ) -> npt.NDArray[Any]:
-    """The array of an `.npy`; of an `.npz` the one called by one of `KEYS`, else the first.
+    """The array of an `.npy` file; of an `.npz` file, one named by one of `KEYS`, else the first.
 
     Args:
-        file: where it is; pickles are refused.
-        name: what to call it; its path, where none is given.
-        mapped: "r" to leave what an `.npy` holds in the file until it is looked at.
+        file: a path or an open file; pickles are refused.
+        name: the name of the file in errors; by default, its path.
+        mapped: "r" to memory-map an `.npy` file.
 
     Raises:
-        InvalidInput: no array can be read from it, or it does not fit in memory.
+        InvalidInput: no array can be read from the file, or it does not fit in memory.
     """
     with _reading(name or str(file)):
         loaded = np.load(file, mapped, allow_pickle=False)
@@ -105,10 +105,10 @@ def of_array(
 
 
 def header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """The shape and the type of the array that `of_array` gives; it is not read.
+    """The shape and type of the array that `of_array` would return, without reading the array.
 
     Raises:
-        InvalidInput: no array can be read from it.
+        InvalidInput: no array can be read from the file.
     """
     with _reading(str(path)):
         loaded = np.load(path, "r", allow_pickle=False)
@@ -130,22 +130,22 @@ def header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
                     raise ValueError("less data than its header tells")
                 if min(shape, default=0) < 0:
                     raise ValueError("a length below none")
-                np.empty((0, *shape[1:]), kind)  # raises where there can be no such rows
+                np.empty((0, *shape[1:]), kind)  # raises if there can be no such rows
                 return shape, kind
 
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Whatever goes wrong in reading an array, as what is said of its file."""
+    """Raises errors in reading an array as `InvalidInput`, but lets faults of the disk pass."""
     try:
         yield
     except MemoryError as error:
         raise InvalidInput(name, f"its array does not fit in memory: {error}") from error
     except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # of the file, not of what it tells of places
+        if error.errno not in (None, errno.EINVAL):  # EINVAL: an offset in the file is wrong
             raise
         raise InvalidInput(name, NO_ARRAY) from error
-    except Exception as error:  # a dozen kinds, by what is broken: headers, zips, each compression
+    except Exception as error:  # about a dozen types: of headers, zips, each compression
         raise InvalidInput(name, NO_ARRAY) from error
 
 
@@ -154,10 +154,15 @@ def _chosen(archive: Any) -> str:
 
 
 def check_fit(name: str, given: Sequence[int], asked: Sequence[int]) -> None:
-    """Returns if a picture's shape (c, h, w) is the model's.
+    """Checks that the shape (c, h, w) of a picture is the one that the model takes.
+
+    Args:
+        name: the name of the picture's file in errors.
+        given: the shape of the picture.
+        asked: the shape that the model takes.
 
     Raises:
-        InvalidInput: it is not; named by what it was read from.
+        InvalidInput: the shapes differ.
     """
     if tuple(given) != tuple(asked):
         sizes = (" x ".join(str(size) for size in shape) for shape in (given, asked))

@@ -1,4 +1,4 @@
-"""Structured logs on standard error: one line an event, JSON or for reading."""
+"""Structured logs on standard error: one line per event, as JSON or for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 @contextmanager
 def _absent(name: str) -> Iterator[None]:
-    """Lets what is imported meanwhile find that module not installed."""
+    """Hides a module from what is imported within this context."""
     there = {name: sys.modules[name]} if name in sys.modules else {}
     sys.modules[name] = None  # type: ignore[assignment]
     try:
@@ -21,8 +21,8 @@ def _absent(name: str) -> Iterator[None]:
         sys.modules.update(there)
 
 
-# structlog takes rich, where it is there, to colour tracebacks: for that a server would start
-# .2 s later, a twelfth, and keep 3 MiB more.
+# If rich is installed, structlog imports it to colour tracebacks. A server would then start 0.2 s
+# (a twelfth) later and use 3 MiB more.
 with _absent("rich"):
     import structlog
 
@@ -33,14 +33,14 @@ Format = Literal["auto", "json", "console"]
 
 
 class _Writer(structlog.WriteLogger):
-    """Writes events; loses those that cannot be written, as `logging` does.
+    """Writes events, and drops those that cannot be written, as `logging` does.
 
-    A full disk or a reader that is gone ends no request, and no server.
+    A full disk, or a reader that is gone, must not fail a request or end the server.
     """
 
     def msg(self, message: str) -> None:
-        """Writes an event, if that can be done."""
-        with suppress(OSError, ValueError):  # ValueError: it is closed
+        """Writes an event if possible."""
+        with suppress(OSError, ValueError):  # ValueError: the stream is closed
             super().msg(message)
 
     log = debug = info = warn = warning = msg
@@ -50,7 +50,7 @@ class _Writer(structlog.WriteLogger):
 def logger(
     level: str = "info", form: Format = "auto", stream: TextIO | None = None
 ) -> FilteringBoundLogger:
-    """A logger of events at least that grave."""
+    """A logger of events of at least that level."""
     out = stream or sys.stderr
     *prepare, render = _processors(form, out)
     bound: FilteringBoundLogger = structlog.wrap_logger(
@@ -62,7 +62,7 @@ def logger(
 
 
 def adopt_stdlib(form: Format = "auto") -> None:
-    """Gives what libraries log by `logging` (warnings and worse) the same form."""
+    """Gives the same form to what libraries log through `logging` (warnings and above)."""
     *prepare, render = _processors(form, sys.stderr)
     handler = logging.StreamHandler()
     remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta

@@ -18,13 +18,13 @@ _QUOTAS = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")  # of 
 
 
 def cores(groups: Path = _GROUPS) -> int:
-    """CPU cores that this process may use: its affinity, and its container's quota."""
+    """Number of CPU cores that this process may use, by its affinity and its container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return math.ceil(min(count or 1, max(1.0, _quota(groups))))
 
 
 def _quota(groups: Path) -> float:
-    """The cores that a container may use, as its control group says; infinite for any."""
+    """The number of cores that the container's control group allows; infinite for no limit."""
     for files in _QUOTAS:
         try:
             words = " ".join((groups / file).read_text(encoding="ascii") for file in files).split()
@@ -36,7 +36,7 @@ def _quota(groups: Path) -> float:
 
 
 def version(distribution: str) -> str | None:
-    """The installed version of a distribution, None where it is not installed."""
+    """The installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -50,7 +50,7 @@ def runtimes() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what the client runs on."""
+    """The versions of Python, likely, and the client's main dependencies."""
     names = ("likely", "numpy", "grpcio", "protobuf")
     return {"python": platform.python_version()} | {
         name: version(name) or "not installed" for name in names

@@ -1,12 +1,12 @@
-"""Random numbers keyed by (seed, picture): the same in whatever batch, chunk or worker.
+"""Random numbers keyed by (seed, picture), so that they depend on no batch, chunk or worker.
 
-Philox is a counter-based generator (Salmon et al., 2011): the key (seed, index)
-opens a stream of its own for every picture, and the counter's two highest words
-divide it by use and by attempt. A graph names its noise inputs by their distribution:
-`eps` is standard normal, `gumbel` standard Gumbel. Adding Gumbel noise to
-log-probabilities and taking the largest draws from them (Gumbel, 1954), and
-multiplying that noise by t draws from the probabilities to the power 1/t: those of the
-digits, where a level is drawn digit by digit.
+Philox is a counter-based generator (Salmon et al., 2011). The key (seed, index) gives
+every picture a stream of its own, and the counter's two highest words divide it by use
+and by attempt. A graph names its noise inputs by their distribution: `eps` is standard
+normal, `gumbel` standard Gumbel. Adding Gumbel noise to log-probabilities and taking
+the largest sum draws from the distribution (Gumbel, 1954). If that noise is multiplied
+by t, the draw is from the probabilities to the power 1/t. Where a level is drawn digit
+by digit, these are the probabilities of the digits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEED_LIMIT = 1 << 63
 
 
 class Use(IntEnum):
-    """What a stream's numbers are for; each use has a counter range of its own."""
+    """The purpose of a stream's numbers; each has a counter range of its own."""
 
     LABEL = 0
     LATENT = 1
@@ -36,8 +36,8 @@ def stream(seed: int, index: int, use: Use, attempt: int = 0) -> np.random.Gener
 
     Args:
         seed: in [-2**63, 2**63).
-        index: of the picture, in [0, 2**63).
-        use: the part of the picture's stream.
+        index: the picture's index, in [0, 2**63).
+        use: the purpose of the numbers.
         attempt: how often the picture has been drawn before.
     """
     key = np.array([seed % (1 << 64), index], dtype=np.uint64)
@@ -69,10 +69,10 @@ def gumbel(
 
 
 def common(shape: tuple[int, ...]) -> Floats:
-    """The same standard normal noise for every picture, float32 (n, ...), to estimate bounds with.
+    """The same standard normal noise for every picture, float32 (n, ...), to estimate bounds.
 
-    So an answer depends on its picture alone, and errors of the estimate are shared by
-    the labels that it compares.
+    An answer then depends on its picture alone, and the labels that it compares share the
+    error of the estimate.
     """
     return np.broadcast_to(normal(0, [0], shape[1:]), shape)
 
@@ -83,7 +83,7 @@ def uniform(
     use: Use = Use.LABEL,
     attempts: Sequence[int] | None = None,
 ) -> Doubles:
-    """One uniform number in [0, 1) a picture, float64 (n,), to draw its label, or keep it."""
+    """A uniform number in [0, 1) for each picture, float64 (n,), for its label or acceptance."""
     return np.array([each.random() for each in _streams(seed, indices, use, attempts)])
 
 

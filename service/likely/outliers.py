@@ -1,13 +1,13 @@
-"""From outlier statistics to one calibrated p-value; pure numpy.
+"""Turns outlier statistics into one calibrated p-value; pure numpy.
 
 The statistics of a picture (columns of the density graph's `statistics`) are mapped to
-normal scores by their ranks on the *fit* split. Several parts, each a way to say how
-unusual a vector is, look at some of them; the parts' scores are mapped to normal ones
-again, averaged, set against what is usual for the label that the picture is taken for,
-and ranked once against the *calibration* split, which neither the models nor the
+normal scores by their ranks on the *fit* split. Several parts each turn some of these
+into one score of how unusual the picture is. The parts' scores are mapped to normal
+scores again and averaged. The average is standardised by what is usual for the predicted
+label, and ranked once against the *calibration* split, which neither the models nor the
 combination have seen. Then P(p <= alpha) <= alpha for a new in-distribution picture, for
-any alpha and whatever the dependence of the statistics (Vovk et al., 2005; Bates et al.,
-2023, https://arxiv.org/abs/2104.08279).
+any alpha and any dependence of the statistics (Vovk et al., 2005; Bates et al., 2023,
+https://arxiv.org/abs/2104.08279).
 
 `likely_export.calibrate` makes the arrays that everything here is built from.
 """
@@ -27,37 +27,38 @@ from likely.errors import InvalidInput
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 BLOCK = 8
-FEW = 4  # rows
-GROUP = 16  # values of which the smallest is found first
-ROUNDING = 1e-12  # of a rank's bound, relative
+FEW = 4  # most rows whose values are compared with all knots
+GROUP = 16  # values in a group, of which the smallest is found first
+ROUNDING = 1e-12  # relative tolerance of a rank's bound
 
 
 class _Stored:
-    """A dataclass of arrays that goes into an archive and comes back."""
+    """A dataclass of arrays that can be stored in an archive and read back."""
 
     @classmethod
     def read(cls, arrays: Arrays, prefix: str = "") -> Self:
-        """The instance whose fields are stored under that prefix.
+        """Reads the instance whose fields are stored under a prefix.
 
         Raises:
-            KeyError: one of them is not there.
+            KeyError: a field is missing.
         """
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         return cls(**{name: np.asarray(arrays[prefix + name], np.float64) for name in names})
 
     def stored(self, prefix: str = "") -> dict[str, Doubles]:
-        """The fields under that prefix."""
+        """The fields by name, each with the prefix."""
         return {prefix + field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Ranks(_Stored):
-    """Maps values to the normal scores of their ranks; linear beyond the outermost ranks.
+    """Maps values to the normal scores of their ranks; linear beyond the outermost knots.
 
     Attributes:
-        knots: (k, s), quantiles of each of s columns.
+        knots: (k, s), k quantiles of each of s columns.
         normals: (k,), the standard normal quantiles of the same ranks.
-        spreads: (s,), beyond the knots, where ranks would saturate, so much counts as one.
+        spreads: (s,), the distance beyond the outermost knots, where ranks would saturate,
+            that changes the score by 1.
     """
 
     knots: Doubles
@@ -72,8 +73,8 @@ class Ranks(_Stored):
         return scores
 
     def _line(self, values: Doubles) -> npt.NDArray[np.intp]:
-        """The number of the line that each value lies on: how many knots are not above it."""
-        if len(values) <= FEW:  # a search for each column costs more than to compare with all knots
+        """The index (n, s) of each value's line: the number of knots that are not above it."""
+        if len(values) <= FEW:  # cheaper for few rows than a search in each column
             return np.asarray(np.count_nonzero(self.knots <= values[:, None], axis=1))
         searched = zip(self._columns, values.T, strict=True)
         return np.stack([own.searchsorted(v, "right") for own, v in searched], 1)
@@ -84,9 +85,9 @@ class Ranks(_Stored):
 
     @cached_property
     def _lines(self) -> Doubles:
-        """A knot, its normal score and the slope, (3, k + 1, s), of the lines between knots."""
+        """The lines between and beyond the knots, (3, k + 1, s): a knot, its score, the slope."""
         k, s = self.knots.shape
-        with np.errstate(divide="ignore", invalid="ignore"):  # no value lies between equal knots
+        with np.errstate(divide="ignore", invalid="ignore"):  # of equal knots
             slopes = np.diff(self.normals)[:, None] / np.diff(self.knots, axis=0)
         normals = np.append(self.normals[0], self.normals)[:, None]
         beyond = 1 / self.spreads[None]
@@ -100,23 +101,23 @@ class Ranks(_Stored):
 
 
 class Part(Protocol):
-    """One way to say how unusual a vector of normal scores is."""
+    """One measure of how unusual a vector of normal scores is."""
 
     def __call__(self, normal: Doubles, label: Labels) -> Doubles:
-        """Scores (n,), large is unusual, of normal scores (n, s) and the labels taken for (n,)."""
+        """Scores (n,) of normal scores (n, s) and predicted labels (n,); large is unusual."""
 
     def stored(self, prefix: str = "") -> dict[str, Doubles]:
-        """Its arrays."""
+        """The part's arrays by name, each with the prefix."""
 
 
 @dataclass(frozen=True)
 class Mahalanobis(_Stored):
-    """The squared Mahalanobis distance from the centre of the label taken for.
+    """The squared Mahalanobis distance from the centre of the predicted label.
 
     Attributes:
-        columns: (c,), the statistics that it looks at.
-        centres: (labels, c), or (1, c) for one centre of all.
-        whitening: (c, r), maps differences to independent ones.
+        columns: (c,), the indices of the statistics that are used.
+        centres: (labels, c), the centre of each label; or (1, c), one centre for all.
+        whitening: (c, r), maps differences to independent numbers.
     """
 
     columns: Doubles
@@ -136,12 +137,12 @@ class Mixture(_Stored):
     """Minus the log-density of a mixture of normal distributions.
 
     Attributes:
-        columns: (c,), the statistics that it looks at.
-        centre: (c,), what is subtracted first.
-        whitening: (c, r), maps the rest to r principal components.
-        means: (m, r), of the terms.
-        roots: (m, r, r), R with R R' the inverse covariance.
-        offsets: (m,), log of the weight, and of the determinant of R.
+        columns: (c,), the indices of the statistics that are used.
+        centre: (c,), subtracted from their normal scores.
+        whitening: (c, r), maps the differences to r principal components.
+        means: (m, r), the means of the m terms.
+        roots: (m, r, r), for each term a matrix R, where R R' is the inverse covariance.
+        offsets: (m,), for each term the logarithm of its weight times the determinant of R.
     """
 
     columns: Doubles
@@ -152,7 +153,7 @@ class Mixture(_Stored):
     offsets: Doubles
 
     def __call__(self, normal: Doubles, label: Labels) -> Doubles:  # noqa: ARG002
-        """Minus log-densities (n,), but for a constant."""
+        """Minus log-densities (n,), up to a constant."""
         v = _times(normal[:, self.columns.astype(int)] - self.centre, self.whitening)
         roots, origins = self._side_by_side
         independent = (_times(v, roots) - origins).reshape(len(v), *self.means.shape)
@@ -162,7 +163,7 @@ class Mixture(_Stored):
 
     @cached_property
     def _side_by_side(self) -> tuple[Doubles, Doubles]:
-        """The roots of all terms as one matrix (r, m * r), and their means by them, (m * r,)."""
+        """The roots of all terms as one matrix (r, m * r), and the means times them, (m * r,)."""
         r = self.means.shape[1]
         origins = (self.means[:, None] @ self.roots).reshape(-1)
         return np.ascontiguousarray(self.roots.transpose(1, 0, 2).reshape(r, -1)), origins
@@ -170,14 +171,14 @@ class Mixture(_Stored):
 
 @dataclass(frozen=True)
 class Neighbours(_Stored):
-    """The mean distance to the nearest of the fit split's pictures.
+    """The mean distance to the nearest pictures of the fit split.
 
     Attributes:
-        columns: (c,), the statistics that it looks at.
-        centre: (c,), what is subtracted first.
-        whitening: (c, r), maps the rest to independent numbers.
-        bank: (b, r), those of the fit split.
-        count: (), how many of the nearest are averaged.
+        columns: (c,), the indices of the statistics that are used.
+        centre: (c,), subtracted from their normal scores.
+        whitening: (c, r), maps the differences to independent numbers.
+        bank: (b, r), these numbers for b pictures of the fit split.
+        count: (), the number of nearest pictures whose distances are averaged.
     """
 
     columns: Doubles
@@ -191,7 +192,7 @@ class Neighbours(_Stored):
         v = _times(normal[:, self.columns.astype(int)] - self.centre, self.whitening)
         ones, k = np.ones((len(v), 1)), int(self.count)
         found = np.empty(len(v))
-        for start in range(0, len(v), BLOCK):  # a block of distances fits a cache
+        for start in range(0, len(v), BLOCK):  # the distances of a block fit in a cache
             rows = v[start : start + BLOCK]
             apart = _times(np.concatenate((rows, ones[start : start + BLOCK]), 1), self._apart)
             squares = _smallest(apart, k) + np.square(rows).sum(1)[:, None]
@@ -200,7 +201,7 @@ class Neighbours(_Stored):
 
     @cached_property
     def _apart(self) -> Doubles:
-        """Maps a vector v and a one to |v - b|^2 - |v|^2 for every b of the bank, (r + 1, b)."""
+        """The matrix (r + 1, b) from (v, 1) to |v - u|^2 - |v|^2 for each of the bank's rows u."""
         return np.concatenate((-2 * self.bank.T, np.square(self.bank).sum(1)[None]))
 
 
@@ -209,9 +210,9 @@ class Contrast(_Stored):
     """The log-odds of a corrupted picture against a real one.
 
     Attributes:
-        columns: (c,), the statistics that it looks at.
-        slopes: (c,), weights of the normal scores, which are held to +-`HELD`.
-        bends: (c,), weights of their absolute values.
+        columns: (c,), the indices of the statistics that are used.
+        slopes: (c,), the weights of their normal scores, which are clipped to +-`HELD`.
+        bends: (c,), the weights of the absolute values of these.
     """
 
     columns: Doubles
@@ -221,9 +222,9 @@ class Contrast(_Stored):
     HELD = 6.0
 
     def __call__(self, normal: Doubles, label: Labels) -> Doubles:  # noqa: ARG002
-        """The log-odds (n,), but for a constant."""
+        """The log-odds (n,), up to a constant."""
         v = np.clip(normal[:, self.columns.astype(int)], -self.HELD, self.HELD)
-        # numpy sums a row in another order where rows do not lie in one piece.
+        # numpy sums a row in another order if rows are not contiguous.
         v = np.ascontiguousarray(v)
         odds: Doubles = (v * self.slopes).sum(1) + (np.abs(v) * self.bends).sum(1)
         return odds
@@ -239,15 +240,15 @@ PARTS: Mapping[str, type[Mahalanobis | Mixture | Neighbours | Contrast]] = {
 
 @dataclass(frozen=True)
 class Combination:
-    """Statistics to one score; large is unusual.
+    """Combines statistics into one score; large is unusual.
 
     Attributes:
-        ranks: of the statistics.
-        parts: what looks at them.
-        part_ranks: of the parts' scores.
-        weights: (parts,), of the parts' normal scores.
-        usual: (labels, 2), mean and deviation of that average for each label taken for,
-            or (1, 2) for all.
+        ranks: maps the statistics to normal scores.
+        parts: each turns these normal scores into one score.
+        part_ranks: maps the parts' scores to normal scores.
+        weights: (parts,), the weights of these in the average.
+        usual: (labels, 2), mean and standard deviation of the average for each predicted
+            label; or (1, 2), for all labels together.
     """
 
     ranks: Ranks
@@ -257,7 +258,7 @@ class Combination:
     usual: Doubles
 
     def __call__(self, statistics: npt.NDArray[np.floating], label: Labels) -> Doubles:
-        """Scores (n,), about standard normal in distribution, of statistics (n, s)."""
+        """Scores (n,) of statistics (n, s); about standard normal in distribution."""
         parts = self.part_ranks(self.parts_of(self.ranks(statistics), label))
         average = (parts * self.weights).sum(1)
         mean, deviation = self.usual[label if len(self.usual) > 1 else np.zeros_like(label)].T
@@ -265,15 +266,15 @@ class Combination:
         return score
 
     def parts_of(self, normal: Doubles, label: Labels) -> Doubles:
-        """The parts' scores (n, parts)."""
+        """The parts' scores (n, parts) of normal scores (n, s)."""
         return np.stack([part(normal, label) for part in self.parts], 1)
 
     @classmethod
     def read(cls, arrays: Arrays) -> Combination:
-        """The combination in an archive.
+        """Reads the combination from the arrays of an archive.
 
         Raises:
-            KeyError: an array is not there.
+            KeyError: an array is missing.
         """
         headed = {key.split(".")[0] for key in arrays if key[:1].isdigit()}
         parts: list[Part] = []
@@ -289,7 +290,7 @@ class Combination:
         )
 
     def stored(self) -> dict[str, Doubles]:
-        """Its arrays."""
+        """The arrays of the combination by name."""
         kinds = {kind: name for name, kind in PARTS.items()}
         arrays = {**self.ranks.stored("statistics."), **self.part_ranks.stored("parts.")}
         for index, part in enumerate(self.parts):
@@ -298,16 +299,16 @@ class Combination:
 
 
 class Detector:
-    """Turns statistics into p-values by the arrays that calibration wrote.
+    """Turns statistics into p-values, with the arrays that calibration wrote.
 
     Attributes:
-        combination: statistics to one score.
-        scores: float64 (n,), the calibration split's, ascending.
-        label_scores: float64 (n,), its scores under the true label (`label_score`), label by
-            label and ascending within each; empty where there are no labels.
-        label_counts: int64 (labels,), how many of them each label has.
-        confident: float64 (n + 1,), by how many calibration scores are at least as large: the
-            p-value that is large enough with a confidence of 95 %.
+        combination: turns statistics into one score.
+        scores: float64 (n,), the scores of the calibration split, ascending.
+        label_scores: float64 (n,), the scores of the calibration split under the true labels
+            (`label_score`), grouped by label and ascending within each; empty without labels.
+        label_counts: int64 (labels,), the number of calibration pictures of each label.
+        confident: float64 (n + 1,), where entry i is the p-value of the PAC guarantee, with a
+            confidence of 95 %, if i calibration scores are at least as large.
     """
 
     def __init__(self, arrays: Arrays) -> None:
@@ -319,14 +320,14 @@ class Detector:
 
     @property
     def statistics(self) -> int:
-        """How many statistics a picture has."""
+        """The number of statistics of a picture."""
         return int(self.combination.ranks.knots.shape[1])
 
     def flaw(self, labels: int) -> str | None:
-        """What the arrays are not that they must be; None where all is right.
+        """Says what is wrong with the arrays; None if nothing is.
 
         Args:
-            labels: that pictures are ranked under; 0 where they are under none.
+            labels: number of labels under which pictures are ranked; 0 for none.
         """
         counts, n = self.label_counts, len(self.scores)
         if not _ascend(self.scores):
@@ -345,26 +346,27 @@ class Detector:
 
     @property
     def finest_alpha(self) -> float:
-        """The smallest alpha that n calibration scores can promise: 1 / (n + 1)."""
+        """The smallest alpha that n calibration scores can guarantee: 1 / (n + 1)."""
         return 1 / (len(self.scores) + 1)
 
     def score(self, statistics: npt.NDArray[np.floating], label: Labels | None = None) -> Doubles:
-        """How unusual pictures are (n,); about standard normal in distribution.
+        """The scores (n,) of how unusual pictures are; about standard normal in distribution.
 
         Args:
-            statistics: (n, s).
-            label: int64 (n,), the labels taken for, where the density graph gives them.
+            statistics: (n, s), the density graph's statistics.
+            label: int64 (n,), the predicted labels; None if the density graph gives none.
         """
         if label is None:
             label = np.zeros(len(statistics), np.int64)
         return self.combination(statistics, label)
 
     def p_value(self, score: Doubles, guarantee: Guarantee = Guarantee.MARGINAL) -> Doubles:
-        """The calibrated p-value (n,) in (0, 1] of scores (n,); ties count against.
+        """The calibrated p-values (n,), in (0, 1], of scores (n,).
 
-        Rejecting at p <= alpha rejects at most the share alpha of in-distribution pictures:
-        on average over calibration splits (MARGINAL), or with a confidence of 95 % in this
-        very split (PAC; Vovk, 2012: the false-rejection rate of a split is beta-distributed).
+        Calibration scores that are equal to a score count as at least as large. Rejecting at
+        p <= alpha rejects at most the share alpha of in-distribution pictures: on average over
+        calibration splits (MARGINAL), or with a confidence of 95 % for this split (PAC; Vovk,
+        2012: the false-rejection rate of a split is beta-distributed).
         """
         n = len(self.scores)
         as_large = n - np.searchsorted(self.scores, score, side="left")
@@ -373,13 +375,13 @@ class Detector:
         return (1 + as_large) / (n + 1)
 
     def label_p_values(self, score: Doubles, posterior: Doubles) -> Doubles:
-        """A p-value for every label (n, labels), of scores (n,) and posteriors (n, labels).
+        """The p-values under every label (n, labels), of scores (n,) and posteriors (n, labels).
 
-        Each ranks among calibration pictures of that label only, so the set of labels whose
-        p-value exceeds alpha holds the true one with probability 1 - alpha, for every label
-        (Sadinle et al., 2019): several for an ambiguous picture, and for an outlier perhaps some
-        too; whether it is one, its own p-value tells. At an alpha below 1 / (n + 1), a label of n
-        calibration pictures is in every set.
+        Each label ranks pictures among its own calibration pictures only. The labels whose
+        p-value exceeds alpha therefore form a set that contains the true label with probability
+        1 - alpha, whatever that label is (Sadinle et al., 2019). An ambiguous picture has several
+        labels in its set. An outlier may have some too: only its own p-value shows that it is an
+        outlier. At an alpha below 1 / (n + 1), a label with n calibration pictures is in every set.
         """
         found = label_score(score, posterior)
         p = np.empty_like(found)
@@ -391,10 +393,10 @@ class Detector:
         return p
 
     def check_alpha(self, alpha: float, guarantee: Guarantee = Guarantee.MARGINAL) -> float:
-        """The same alpha if the calibration can promise it.
+        """Returns alpha, if the calibration can guarantee it.
 
         Raises:
-            InvalidInput: alpha is not in [finest, 1).
+            InvalidInput: alpha is not in [finest, 1), where PAC has a larger finest alpha.
         """
         finest = self.confident[0] if guarantee == Guarantee.PAC else self.finest_alpha
         if not finest <= alpha < 1:
@@ -407,27 +409,28 @@ class Detector:
 
 
 def label_score(score: Doubles, posterior: Doubles) -> Doubles:
-    """How unusual pictures are under each label (n, labels), of scores (n,) and posteriors.
+    """How unusual pictures are under each label (n, labels), from scores (n,) and posteriors.
 
-    Half the square of a positive score is about minus the log of a normal tail: what speaks
-    against the picture, in nats. To it comes -log p(y|x): what speaks against the label.
+    Half the square of a positive score is about minus the log of a normal tail probability: the
+    evidence against the picture, in nats. -log p(y|x), the evidence against the label, is added.
     """
     against: Doubles = np.square(np.maximum(score, 0))[:, None] / 2
     return against - np.log(np.maximum(posterior, 1e-300))
 
 
 def benjamini_hochberg(p_values: npt.ArrayLike, rate: float) -> npt.NDArray[np.bool_]:
-    """Which pictures of a batch to reject so that the false ones are at most that share.
+    """Decides which pictures of a batch to reject, at a given false discovery rate.
 
-    Benjamini and Hochberg, 1995; valid for p-values of one calibration split (Bates et al.,
-    2023). Of a batch of m, k pictures can only be rejected if rate >= m * finest_alpha / k.
+    The procedure of Benjamini and Hochberg, 1995, is valid for p-values of one calibration split
+    (Bates et al., 2023). Of a batch of m, k pictures can only be rejected if
+    rate >= m * finest_alpha / k.
 
     Args:
-        p_values: (n,), of `Score` or `Classify` with the marginal guarantee.
-        rate: the accepted expected share of in-distribution pictures among the rejected.
+        p_values: (n,), from `Score` or `Classify` with the marginal guarantee.
+        rate: the accepted expected share of in-distribution pictures among those rejected.
 
     Returns:
-        bool (n,), true where rejected.
+        bool (n,), true where a picture is to be rejected.
 
     Raises:
         InvalidInput: rate is not in (0, 1).
@@ -437,7 +440,7 @@ def benjamini_hochberg(p_values: npt.ArrayLike, rate: float) -> npt.NDArray[np.b
     p = np.asarray(p_values, np.float64)
     n = len(p)
     order = np.argsort(p, kind="stable")
-    # Ranks among m pictures are k / m: what equals its bound must not miss it by rounding.
+    # P-values are ratios of whole numbers: one that equals its bound must pass despite rounding.
     bounds = rate * np.arange(1, n + 1) / max(n, 1) * (1 + ROUNDING)
     passing = np.flatnonzero(p[order] <= bounds)
     rejected = np.zeros(n, bool)
@@ -446,13 +449,13 @@ def benjamini_hochberg(p_values: npt.ArrayLike, rate: float) -> npt.NDArray[np.b
 
 
 def _smallest(values: Doubles, k: int) -> Doubles:
-    """The k smallest of each row (n, k), in no order, of values (n, m).
+    """The k smallest values of each row, (n, k) in no order, of values (n, m).
 
-    They lie in the k groups that begin with the smallest: a row is not searched whole.
+    They lie in the k groups with the smallest minima, so only these groups are searched.
     """
     n, m = values.shape
     size = m // GROUP * GROUP
-    groups = values[:, :size].reshape(n, GROUP, -1)  # of values m / GROUP apart: numpy's quick way
+    groups = values[:, :size].reshape(n, GROUP, -1)  # of strided values: fastest in numpy
     if k >= groups.shape[2]:
         return np.partition(values, k - 1, axis=1)[:, :k]
     first = np.argpartition(groups.min(1), k - 1, axis=1)[:, :k]
@@ -462,10 +465,10 @@ def _smallest(values: Doubles, k: int) -> Doubles:
 
 
 def _times(rows: Doubles, matrix: Doubles) -> Doubles:
-    """rows @ matrix (n, r), each row with the same bits in whatever company.
+    """rows @ matrix (n, r), where the bits of a row do not depend on the other rows.
 
-    BLAS chooses its kernel, and so the order of roundings, by the number of rows: here
-    it is always given `BLOCK` of them.
+    BLAS chooses its kernel, and with it the order of additions, by the number of rows. Here
+    it always gets `BLOCK` rows.
     """
     n, width = rows.shape
     blocks = np.zeros((-(-n // BLOCK), BLOCK, width))

@@ -1,4 +1,4 @@
-"""The density graph with what Score tells of a picture: for a whole batch at a time, in a lane."""
+"""Computes what Score returns for the pictures of a whole batch, in the lane that runs them."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ _COLUMNS = 4
 
 
 class Ranked:
-    """Runs the density graph; has `ranked` beside the graph's own outputs.
+    """Runs the density graph, and adds the output `ranked` to the graph's own outputs.
 
-    That is float64 (n, 4): log p(x) in nats, bits a dimension, how unusual the picture is, and
-    its p-value with the marginal guarantee. The last two say nothing where the third is NaN.
+    `ranked` is float64 (n, 4): log p(x) in nats, bits per dimension, the score of how unusual the
+    picture is, and its p-value with the marginal guarantee. Where the score is NaN, the p-value
+    has no meaning.
 
     Attributes:
-        spec: what the manifest says of the graph.
-        providers: what really runs it.
+        spec: the manifest's description of the graph.
+        providers: the execution providers that run the graph.
     """
 
     def __init__(self, runner: Runner, detector: Detector, dimensions: int) -> None:
-        """A ranked density graph.
+        """Wraps the runner of a density graph.
 
         Args:
             runner: runs the graph.
-            detector: turns its statistics into scores and p-values.
-            dimensions: of a picture: pixels times channels.
+            detector: turns the graph's statistics into scores and p-values.
+            dimensions: number of pixels of a picture times its channels.
         """
         self.spec: Graph = runner.spec
         self.providers = runner.providers
         self._runner = runner
         self._detector = detector
-        self._bit = -math.log(2) * dimensions  # what a bit a dimension is in log p(x)
+        self._bit = -math.log(2) * dimensions  # log p(x) at one bit per dimension
 
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
     ) -> list[Array]:
-        """The outputs of that name."""
+        """The outputs with these names, in this order."""
         if RANKED not in outputs:
             return self._runner.run(feeds, outputs, stop)
         own = self._own(outputs)
@@ -55,7 +56,7 @@ class Ranked:
         return [found[name] for name in outputs]
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
-        """The outputs of no rows."""
+        """The outputs of a run with no rows."""
         own = self._own(outputs)
         found = dict(zip(own, self._runner.empty(own), strict=True))
         found[RANKED] = np.empty((0, _COLUMNS))
@@ -79,6 +80,6 @@ class Ranked:
         return score
 
     def _own(self, outputs: Sequence[str]) -> tuple[str, ...]:
-        """What the graph itself must give for these outputs."""
+        """The outputs that the graph itself must give to compute these."""
         needed = [_LOG_PX, _STATISTICS, *(o.name for o in self.spec.outputs if o.name == _LABEL)]
         return tuple(dict.fromkeys([*(o for o in outputs if o != RANKED), *needed]))

@@ -1,4 +1,4 @@
-"""Every setting of the server: flags over environment (LIKELY_*) over TOML file over default."""
+"""The server's settings: from flags, else the environment (LIKELY_*), a TOML file, or defaults."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _paths(value: Any) -> Any:
 
 
 def _named(value: Any) -> Any:
-    if value == "":  # as of a variable that is set to nothing; Path would take it for the folder
+    if value == "":  # such as an empty variable; Path would take it for the current folder
         raise ValueError("the name of a file or folder, or not be given")
     return value
 
@@ -52,7 +52,7 @@ Paths = Annotated[tuple[File, ...], NoDecode, BeforeValidator(_paths)]
 Algorithm = Literal[
     "EdDSA", "ES256", "ES384", "ES512", "PS256", "PS384", "PS512", "RS256", "RS384", "RS512"
 ]
-# Of a token's signature; none of them with a shared secret.
+# Algorithms of a token's signature; none of them uses a shared secret.
 Algorithms = Annotated[
     tuple[Algorithm, ...], NoDecode, BeforeValidator(_words), Field(min_length=1)
 ]
@@ -88,13 +88,13 @@ class Settings(BaseSettings):
     bundles: Paths = ()
     """Folders of bundles to serve; none means those that the package ships."""
     watch: File | None = None
-    """Folder of further bundles, followed while serving: what comes or changes is loaded."""
+    """Folder of further bundles, polled while serving: new and changed bundles are loaded."""
     watch_seconds: float = Field(5.0, gt=0, le=3600, allow_inf_nan=False)
-    """Seconds between two looks at that folder."""
+    """Seconds between two polls of that folder."""
     labels: VersionLabels = ()
-    """Labels of versions, such as digits:stable=1.0; there are stable and canary."""
+    """Labels of versions, such as digits:stable=1.0; a label is stable or canary."""
     default_version: Literal["newest", "oldest"] = "newest"
-    """Which version answers a request that names none, where none is labelled stable."""
+    """Which version answers a request that names none, if no version is labelled stable."""
     host: str = Field("127.0.0.1", min_length=1)
     """Address to listen on; 0.0.0.0 listens on all."""
     port: Port = 50051
@@ -112,75 +112,75 @@ class Settings(BaseSettings):
     tls_key: File | None = None
     """PEM file of that certificate's key, unencrypted."""
     tls_client_ca: File | None = None
-    """PEM file of the authorities of which a client must show a certificate."""
+    """PEM file of authorities: a client must show a certificate that one of them issued."""
     tokens: File | None = None
     """TOML file of bearer tokens; with it, or with jwt_keys, a request needs a token."""
     jwt_keys: File | None = None
-    """JWKS file of the issuer whose signed tokens are believed."""
+    """JWKS file of the issuer whose signed tokens are accepted."""
     jwt_issuer: str = ""
-    """Claim `iss` that a signed token must have."""
+    """Value of the claim `iss` that a signed token must have."""
     jwt_audience: str = ""
-    """Claim `aud` that a signed token must have."""
+    """Value of the claim `aud` that a signed token must have."""
     jwt_algorithms: Algorithms = ("ES256", "EdDSA", "RS256", "PS256")
     """Algorithms that a token may be signed with."""
     jwt_leeway: float = Field(30.0, ge=0, le=600, allow_inf_nan=False)
-    """Seconds that the issuer's clock may differ from ours."""
+    """Seconds by which the issuer's clock may differ from ours."""
     plaintext_tokens: bool = False
-    """Whether tokens may come unencrypted from other machines, as behind a proxy that has TLS."""
+    """Whether other machines may send tokens unencrypted, as a proxy that terminates TLS does."""
     require_signature: Annotated[Paths, BeforeValidator(_keys)] = ()
-    """PEM files of public keys or certificates; a bundle is opened if one of them signed it."""
+    """PEM files of keys or certificates; a bundle is opened only if one of them signed it."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")
-    """What runs the models: auto, cpu, cuda or cuda:N; cuda or nothing, never a silent fallback."""
+    """What runs the models: auto, cpu, cuda or cuda:N. There is no silent fallback from cuda."""
     gpu_memory: int = Field(0, ge=0, le=1 << 20)
-    """MiB of a card that each graph may take for its runs, beside their inputs; 0 is no limit."""
+    """MiB of a card's memory for the runs of each graph, besides their inputs; 0 is no limit."""
     workers: int = Field(1, ge=0, le=256)
-    """Processes that serve side by side on one port; 0 takes one a core, on a card one."""
+    """Processes that serve on one port; 0 starts one for each core, or one if there is a card."""
     threads: int = Field(0, ge=0, le=1024)
     """Threads of the runtime in each process; 0 divides the cores among the processes."""
     lanes: int = Field(0, ge=0, le=1024)
-    """Runs of a model at once; 0 finds at warm-up how many are best."""
+    """Runs of a model at once; 0 lets the warm-up find the best number."""
     max_batch: int = Field(0, ge=0, le=4096)
-    """Pictures that one run of a graph takes at most; 0 finds at warm-up how many are best."""
+    """Most pictures of one run of a graph; 0 lets the warm-up find the best number."""
     queued_images: int = Field(4096, ge=1, le=1 << 24)
     """Pictures that may wait for one of a model's graphs."""
     queued_bytes: int = Field(64 << 20, ge=1024, le=1 << 40)
-    """Bytes of what may wait for one of a model's graphs."""
+    """Bytes that may wait for one of a model's graphs."""
     client_images_per_second: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Pictures a second that one client may ask for; 0 is no limit."""
     client_images_at_once: int = Field(1024, ge=1, le=1 << 24)
-    """Pictures that one client may ask for at once after a pause, where there is such a limit."""
+    """Pictures that one client may ask for at once after a pause, if there is such a limit."""
     withheld_answers: int = Field(10, ge=0, le=1 << 20)
-    """Answers in a row that are withheld, as not finite, until a version ends; 0 for any number."""
+    """Non-finite answers in a row after which a version stops answering; 0 is no limit."""
     images_per_request: int = Field(1024, ge=1, le=1 << 20)
-    """Pictures that one request may bring."""
+    """Most pictures in one request."""
     images_per_generation: int = Field(4096, ge=1, le=1 << 20)
-    """Pictures that one request may have drawn, completed or decoded."""
+    """Most pictures that one request may have drawn, completed or decoded."""
     images_per_chunk: int = Field(64, ge=1, le=4096)
     """Pictures in one chunk of a Generate or Complete stream."""
     request_bytes: int = Field(16 << 20, ge=1024, le=1 << 30)
     """Bytes of the largest request."""
     response_bytes: int = Field(64 << 20, ge=1024, le=1 << 30)
-    """Bytes of the pictures, or maps, in one answer."""
+    """Most bytes of pictures, or maps, in one answer."""
     default_alpha: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
     """Rate of false rejections where a request names none."""
     tracing: bool = False
-    """Whether traces are sent by OTLP; OpenTelemetry's OTEL_* variables say where to."""
+    """Whether traces are sent by OTLP; OpenTelemetry's OTEL_* variables set the destination."""
     drift_level: float = Field(1e-3, ge=0, lt=1, allow_inf_nan=False)
-    """Accepted probability that a version ever raises a false alarm of drift; 0 is no test."""
+    """Accepted probability that a version ever raises a false drift alarm; 0 is no test."""
     drain_delay: float = Field(1.0, ge=0, le=600, allow_inf_nan=False)
-    """Seconds after SIGTERM in which requests are still taken, while health says NOT_SERVING."""
+    """Seconds after SIGTERM in which requests are accepted, though health says NOT_SERVING."""
     drain_seconds: float = Field(30.0, ge=0, le=3600, allow_inf_nan=False)
-    """How long requests that were taken may take to end after that."""
+    """Seconds after that in which accepted requests may finish."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least grave event that is logged."""
+    """The lowest level of events that are logged."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """How events are logged; auto is console on a terminal and json elsewhere."""
     connection_seconds: float = Field(0.0, ge=0, le=86_400 * 7, allow_inf_nan=False)
-    """How old a connection grows before its client is sent to make a new one; 0 is no limit."""
+    """Seconds after which a connection's client is told to open a new one; 0 is no limit."""
     streams_per_connection: int = Field(100, ge=2, le=1 << 20)
-    """Requests, watches among them, that one connection may have at once; more wait there."""
+    """Requests, and watches, that one connection may have at once; more wait in the client."""
     slow_reader_seconds: float = Field(60.0, gt=0, le=3600, allow_inf_nan=False)
-    """How long a stream waits for a caller that does not read before it is cut off."""
+    """Seconds that a stream waits for a caller that does not read, before it is cut off."""
     reflection: bool = True
     """Whether gRPC reflection is served."""
 
@@ -193,7 +193,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then environment, then the TOML file that one of them names."""
+        """Flags, then the environment, then the TOML file that one of these two names."""
         given = {k: v for k, v in env_settings().items() if not is_link(k, v)}
         path = init_settings().get("config") or given.get("config")
         file = InitSettingsSource(settings_cls, _file(Path(path)) if path else {})
@@ -226,7 +226,7 @@ class Settings(BaseSettings):
 
 
 def is_link(name: str, value: Any) -> bool:
-    """Whether Kubernetes set a variable for a Service of such a name: LIKELY_PORT=tcp://..."""
+    """Whether a variable is one of Kubernetes for a Service, such as LIKELY_PORT=tcp://..."""
     return name.lower().endswith("port") and bool(_LINK.match(str(value)))
 
 
@@ -234,10 +234,10 @@ def load(flags: Mapping[str, Any]) -> Settings:
     """The settings in force.
 
     Args:
-        flags: what the command line names, by field.
+        flags: the values that the command line gives, by field.
 
     Raises:
-        SettingsError: a key that is none, or a value that is not allowed.
+        SettingsError: a key does not exist, or a value is not allowed.
     """
     try:
         return Settings(**flags)

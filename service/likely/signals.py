@@ -1,7 +1,7 @@
-"""How a process ends: by SIGTERM, the first one of a container too, and whatever its threads do.
+"""Ends a process on SIGTERM, also as the first process of a container, whatever its threads do.
 
-The kernel gives the first one no default handlers, so that it hears of no signal that it does not
-handle itself.
+The kernel applies no default handlers to the first process of a container, so this process
+receives only signals that it handles itself.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import NoReturn
 
 
 class Told(SystemExit):
-    """The process was told to end; raised wherever its main thread is."""
+    """The process was told to end; raised in the main thread, wherever that is."""
 
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Within it the first SIGTERM raises `Told` in the main thread.
+    """Within this context, the first SIGTERM raises `Told` in the main thread.
 
-    A second one ends at once, be it within or behind: whoever was told has only to end. Where
-    SIGTERM is handled or ignored already, that is left so.
+    A second SIGTERM ends the process at once, also after the context: the process has nothing
+    left to do but end. If SIGTERM is handled or ignored already, nothing changes.
     """
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -36,7 +36,7 @@ def ending() -> Iterator[None]:
 
     try:
         signal.signal(signal.SIGTERM, tell)
-    except ValueError:  # not the main thread, which alone hears of signals
+    except ValueError:  # only the main thread may set signal handlers
         yield
         return
     try:
@@ -47,10 +47,10 @@ def ending() -> Iterator[None]:
 
 
 def end(number: int, frame: FrameType | None = None) -> None:  # noqa: ARG001  Python's
-    """Ends the process by a signal, at once; the first one of a container by its exit code.
+    """Ends the process by a signal, at once; the first process of a container by its exit code.
 
-    What a stream still holds is not written: who reads it may stand still, and the signal may
-    have come in the middle of a write.
+    Buffered output is not written: its reader may have stopped reading, and the signal may have
+    interrupted a write.
     """
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -58,7 +58,7 @@ def end(number: int, frame: FrameType | None = None) -> None:  # noqa: ARG001  P
 
 
 def forget() -> None:
-    """Gives up a standard error that cannot be written, or the process would end with code 120."""
+    """Drops a standard error that cannot be written, or the process would end with code 120."""
     try:
         if sys.stderr:
             sys.stderr.flush()
@@ -67,8 +67,8 @@ def forget() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with that code, at once, whatever its threads do.
+    """Ends the process with that exit code, at once, whatever its threads do.
 
-    What was logged is written by then: standard error holds no line back.
+    What was logged is written already, because standard error is written line by line.
     """
     os._exit(code)

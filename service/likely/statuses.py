@@ -17,7 +17,7 @@
 | anything else    | INTERNAL            |                                          |
 
 docs/errors.md lists the reasons that ErrorInfo gives.
-NotAnswered is not UNIMPLEMENTED: proxies and clients take that as a server too
+NotAnswered is not UNIMPLEMENTED: proxies and clients take that to mean a server too
 old to know the method, whereas here another model on the same server may answer.
 """
 
@@ -38,10 +38,10 @@ DOMAIN = "likely"
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 RETRY_SECONDS = 1.0
-LONGEST = 1000  # bytes of a text: clients refuse an answer with more than 8 KiB of metadata
-OWN = ("Channel closed", "Locally cancelled")  # what gRPC says of what its caller ended
-CUT = "RST_STREAM"  # in what gRPC says of a stream that was cut off
-# All that gRPC's asyncio says where a stream ended while it was sent on: the status is lost.
+LONGEST = 1000  # bytes of a text: clients reject answers with more than 8 KiB of metadata
+OWN = ("Channel closed", "Locally cancelled")  # gRPC's messages for calls that the caller ended
+CUT = "RST_STREAM"  # occurs in gRPC's message for a stream that was reset
+# The whole message of gRPC's asyncio for a stream that ended during a write: the status is lost.
 LOST = "Internal error from Core"
 
 _CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
@@ -64,7 +64,7 @@ _PLAIN: dict[grpc.StatusCode, type[errors.LikelyError]] = {
     grpc.StatusCode.PERMISSION_DENIED: errors.AccessDenied,
     grpc.StatusCode.UNIMPLEMENTED: errors.MethodUnknown,
 }
-# What only an admin RPC answers, by its reason.
+# Errors that only admin RPCs return, by their reason.
 _CHANGES: dict[str, type[errors.LikelyError]] = {
     _CODES[kind][1]: kind for kind in (errors.BundleError, errors.DeviceError, errors.Refused)
 }
@@ -80,14 +80,14 @@ REASONS: dict[str, grpc.StatusCode] = {
     "TOKEN_MISSING": grpc.StatusCode.UNAUTHENTICATED,
     "TOKEN_EXPIRED": grpc.StatusCode.UNAUTHENTICATED,
 }
-"""Every reason that ErrorInfo can give, and the status that it comes with."""
+"""Every reason that ErrorInfo can give, with its status."""
 
 M = TypeVar("M", bound=Message)
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 class Failure(Protocol):
-    """A failed call, synchronous or not, as grpc raises it."""
+    """A failed call as grpc raises it, blocking or asynchronous."""
 
     def code(self) -> grpc.StatusCode:
         """Its status code."""
@@ -96,16 +96,16 @@ class Failure(Protocol):
         """Its message."""
 
     def trailing_metadata(self) -> Any:
-        """Pairs of key and value."""
+        """Its trailing metadata: pairs of key and value."""
 
 
 def is_told(error: Exception) -> TypeGuard[errors.LikelyError]:
-    """Whether callers may read the error's text; any other stays in the log."""
+    """Whether callers get the error's text; the texts of other errors stay in the log."""
     return type(error) in _CODES
 
 
 def status(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str, Metadata]:
-    """Code, message and trailing metadata that tell the caller of an error."""
+    """The code, message and trailing metadata that report an error to the caller."""
     rich = _status(error, request_id)
     metadata: Metadata = ((DETAILS_KEY, rich.SerializeToString()),)
     if (delay := _delay(error)) is not None:
@@ -114,23 +114,23 @@ def status(error: Exception, request_id: str) -> tuple[grpc.StatusCode, str, Met
 
 
 def failure(error: Exception, request_id: str) -> failures_pb2.Failure:
-    """What tells the caller of an error with one message of a stream."""
+    """The failure that reports an error with one message of a stream to the caller."""
     return failures_pb2.Failure.FromString(_status(error, request_id).SerializeToString())
 
 
 def error(failure: Failure) -> errors.LikelyError:
-    """The error that a failed call tells of."""
+    """The error that a failed call reports."""
     return _error(failure.code(), failure.details() or "", _rich(failure))
 
 
 def error_of(failure: failures_pb2.Failure) -> errors.LikelyError:
-    """The error that the failure of one message of a stream tells of."""
+    """The error that the failure of one message of a stream reports."""
     rich = status_pb2.Status.FromString(failure.SerializeToString())
     return _error(code_of(failure.code), rich.message, rich)
 
 
 def code_of(number: int) -> grpc.StatusCode:
-    """The status code of that number; UNKNOWN for one that there is not."""
+    """The status code with that number; UNKNOWN if there is none."""
     return _NUMBERS.get(number, grpc.StatusCode.UNKNOWN)
 
 
@@ -169,8 +169,9 @@ def _error(
         return kind(message)
     cancelled = code is grpc.StatusCode.CANCELLED and not message.startswith(OWN)
     if rich is None and (cancelled or CUT in message or message == LOST):
-        # A proxy lost its server, or gRPC ended what came as it stopped: not our server's word,
-        # which has details. Where that is lost, it comes again with the next attempt.
+        # Our server's own statuses have details. This one came from a proxy that lost its server,
+        # or from gRPC, which cancels requests that arrive as it stops. If our server's status was
+        # lost on the way, the next attempt gets it again.
         return errors.Unavailable(message)
     return errors.ServerFault(message if code is grpc.StatusCode.INTERNAL else f"{code}: {message}")
 
@@ -196,7 +197,7 @@ def _details(error: Exception) -> list[Message]:
 
 
 def _short(text: str) -> str:
-    """A text, or its beginning."""
+    """The text, cut after `LONGEST` bytes."""
     data = text.encode(errors="replace")
     return f"{data[:LONGEST].decode(errors='ignore')}…" if len(data) > LONGEST else data.decode()
 
@@ -213,12 +214,12 @@ def _rich(failure: Failure) -> status_pb2.Status | None:
             try:
                 return status_pb2.Status.FromString(value)
             except DecodeError:
-                return None  # not our server's: the code and the message still stand
+                return None  # not from our server: its code and message are still used
     return None
 
 
 def _reason(rich: status_pb2.Status | None) -> str:
-    """Of our own server; empty where there is none."""
+    """The reason in the ErrorInfo of our server; empty if there is none."""
     info = _detail(rich, details_pb2.ErrorInfo)
     return info.reason if info else ""
 

@@ -1,4 +1,4 @@
-"""Traces of OpenTelemetry: a span for each request, and within it one for each wait and run."""
+"""OpenTelemetry traces: a span for each request, with child spans for its waits and runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from likely.errors import SettingsError
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
-# Who looks at a trace is to look at the server for these; for the others, at its caller.
+# Codes that mark a span as an error: the server is at fault. With others, the caller is.
 _FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 _PARENT = ("traceparent", "tracestate")
-LAST = 2.0  # seconds in which what is left may yet be sent
+LAST = 2.0  # seconds in which the remaining spans may be sent at the end
 
 
 class Trace:
-    """The span of one request while it runs, and those within it; times by the monotonic clock."""
+    """The span of a running request, and its child spans; times are of the monotonic clock."""
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
         from opentelemetry.trace import set_span_in_context
@@ -31,15 +31,15 @@ class Trace:
         self._epoch = time.time_ns() - time.monotonic_ns()
 
     def waited(self, graph: str, since: float, until: float, rows: int) -> None:
-        """So many rows have waited for a graph."""
+        """Records that rows of the request waited for a graph."""
         self._part(f"queue {graph}", since, until, {"likely.rows": rows})
 
     def ran(self, graph: str, since: float, until: float, rows: int, batch: int) -> None:
-        """So many rows have run, in a batch of so many."""
+        """Records that rows of the request ran, in a batch of `batch` rows."""
         self._part(f"run {graph}", since, until, {"likely.rows": rows, "likely.batch_rows": batch})
 
     def end(self, code: str, number: int, attributes: Mapping[str, str | int]) -> None:
-        """The request has been answered with that gRPC status, by name and number."""
+        """Ends the request's span with a gRPC status, given by its name and number."""
         from opentelemetry.trace import StatusCode
 
         self._span.set_attributes({"rpc.grpc.status_code": number, **attributes})
@@ -58,7 +58,7 @@ class Trace:
 
 
 class Tracing:
-    """Sends traces by OTLP; OpenTelemetry's own variables say where to, and how many.
+    """Sends traces by OTLP, where and how many as OpenTelemetry's own variables say.
 
     Raises:
         SettingsError: the extra `tracing` is not installed.
@@ -77,7 +77,7 @@ class Tracing:
             ) from error
         version = machine.version("likely") or ""
         own = Resource.create({"service.name": "likely", "service.version": version})
-        resource = own.merge(OTELResourceDetector().detect())  # OTEL_SERVICE_NAME counts more
+        resource = own.merge(OTELResourceDetector().detect())  # OTEL_SERVICE_NAME takes precedence
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._exporter = OTLPSpanExporter()
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
@@ -87,7 +87,7 @@ class Tracing:
     def begin(
         self, service: str, method: str, metadata: Iterable[tuple[str, str | bytes]]
     ) -> Trace | None:
-        """The trace of a request that has come; None for one that is not sampled."""
+        """Starts the trace of a request that has arrived; None if it is not sampled."""
         from opentelemetry.trace import SpanKind
 
         carrier = {key: value for key, value in metadata if key in _PARENT}
@@ -100,8 +100,8 @@ class Tracing:
         return Trace(self._tracer, span) if span.is_recording() else None
 
     def close(self) -> None:
-        """Sends what is left, for some seconds at most."""
-        # By itself it would wait half a minute for a collector that does not answer.
+        """Sends the remaining spans, for at most `LAST` seconds."""
+        # By itself, the provider waits half a minute for a collector that does not answer.
         cut = threading.Timer(LAST, self._exporter.shutdown)
         cut.daemon = True
         cut.start()

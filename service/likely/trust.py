@@ -1,4 +1,4 @@
-"""Whether a model's answers may leave: what is not finite stays here and is counted."""
+"""Withholds a model's answers that are not finite, and counts them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from likely.graphs import Array
 
 
 def _nobody() -> None:
-    """Nobody has to be told."""
+    """Does nothing: the default callback."""
 
 
 class Trust:
-    """How far one model version can be believed.
+    """Whether one model version can be trusted.
 
     Attributes:
-        healthy: false once so many answers in a row of one graph had to be withheld.
-        lost: called when that happens.
+        healthy: false once too many answers of one graph in a row were withheld.
+        lost: callback for the moment when that happens.
     """
 
     def __init__(self, name: str, patience: int, traffic: Traffic) -> None:
-        """Full trust.
+        """Starts with a healthy version.
 
         Args:
-            name: of the model.
-            patience: answers withheld in a row of one graph, until the version is unhealthy;
-                0 for any number.
-            traffic: is told of them.
+            name: the model's name.
+            patience: number of answers of one graph, withheld in a row, after which the version
+                is unhealthy; 0 for no limit.
+            traffic: the metrics of withheld answers and unhealthy versions.
         """
         self.healthy = True
         self.lost: Callable[[], None] = _nobody
@@ -39,13 +39,13 @@ class Trust:
         self._patience = patience
         self._withheld = traffic.withheld.labels(name)
         self._unhealthy = traffic.unhealthy.labels(name)
-        self._in_a_row: dict[str, int] = {}  # by graph: where others are well, it is still ill
+        self._in_a_row: dict[str, int] = {}  # for each graph by itself
 
     def require(self) -> None:
-        """Returns while the version is healthy.
+        """Checks that the version is healthy.
 
         Raises:
-            Unavailable: it is not: another server, or another version, may answer.
+            Unavailable: it is not; another server, or another version, may answer.
         """
         if not self.healthy:
             raise Unavailable(
@@ -54,12 +54,13 @@ class Trust:
             )
 
     def check(self, graph: str, *arrays: Array) -> None:
-        """Returns if all values of a graph's answer are finite.
+        """Checks that all values of a graph's answer are finite.
 
-        What is asked again in parts is not counted: each of them is.
+        A withheld answer is not counted if the request will be repeated in parts, because each
+        part is counted.
 
         Raises:
-            ServerFault: one is not; it must not leave the service.
+            ServerFault: a value is not finite, so the answer must not leave the service.
         """
         for values in arrays:
             if not np.isfinite(values).all():
@@ -81,6 +82,6 @@ class Trust:
             self.lost()
 
     def end(self) -> None:
-        """Is not counted any more, where it was unhealthy."""
+        """Stops counting the version as unhealthy, if it was."""
         if not self.healthy:
             self._unhealthy.dec()

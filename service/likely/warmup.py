@@ -1,4 +1,4 @@
-"""The warm-up of a model version: graphs opened, proven on this machine, tried for the best way."""
+"""The warm-up of a model version: opens and checks its graphs, and measures how to run them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from likely.errors import BundleError
 from likely.graphs import CPU, Array, agrees
 from likely.ranking import RANKED
 
-LARGEST = 64  # rows of a batch: beyond, nothing is gained on cores, and others wait
+LARGEST = 64  # rows of a batch on CPUs: larger ones gain nothing, and other requests wait
 LARGEST_ON_CARD = 256
-WIDEST = 8  # cores of one run: graphs of this size are not sooner done on more
-LONG = (Role.DENSITY,)  # whose runs may be worth several cores
-TUNING = 0.06  # seconds for each graph
-DRAWING = 0.25  # for one that draws pixel by pixel
-DRAWING_ON_CARD = 4.0  # a card takes as long for one picture as for many, a second may be
+WIDEST = 8  # cores of one run: graphs of this size are not faster on more
+LONG = (Role.DENSITY,)  # roles whose runs may be worth several cores
+TUNING = 0.06  # seconds of measuring for each graph
+DRAWING = 0.25  # the same for a graph that draws pixel by pixel
+DRAWING_ON_CARD = 4.0  # on a card, a drawing takes perhaps a second, of one picture or of many
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Warm:
     """What a warm-up found.
 
     Attributes:
-        runners: one for each graph of the bundle.
-        lanes: runs at once.
+        runners: the runner of each graph of the bundle.
+        lanes: number of runs at once.
         best: how each graph runs best.
     """
 
@@ -49,19 +49,19 @@ def warm_up(
     max_batch: int,
     filled: bool = False,
 ) -> Warm:
-    """Opens a bundle's graphs, replays its golden outputs, then measures what is not given.
+    """Opens a bundle's graphs, replays its golden outputs, and measures what is not given.
 
     Args:
-        bundle: verified.
-        opened: opens the graph of a role, for runs on so many cores.
-        completed: adds what is computed from the outputs of a role's graph.
-        lanes: runs at once; 0 to find how many are best.
-        cores: the most runs at once, where that is to be found, and the most that one run takes.
-        max_batch: rows of one run; 0 to find what is best.
-        filled: whether every run is filled up to `max_batch` rows, which is then not 0.
+        bundle: a verified bundle.
+        opened: opens the graph of a role for runs on the given number of cores.
+        completed: wraps the runner of a role, to add what is computed from the graph's outputs.
+        lanes: number of runs at once; 0 to find the best number.
+        cores: the largest number of lanes that is tried, and the most cores of one run.
+        max_batch: rows of one run at most; 0 to find the best number.
+        filled: whether every run is padded to `max_batch` rows, which then must not be 0.
 
     Raises:
-        BundleError: a graph does not open or give its golden outputs, or there are none of it.
+        BundleError: a graph cannot be opened, has no golden outputs, or does not reproduce them.
     """
     roles = list(bundle.manifest.graphs)
     widest = 1 if max_batch else min(cores, WIDEST)
@@ -77,7 +77,7 @@ def warm_up(
     for role, runner in (*runners.items(), *wide.items()):
         _prove(bundle.manifest, role, runner, golden)
     if max_batch:
-        # Filled up, few rows cost a run as much as many: they are not spread over the lanes.
+        # A padded run costs the same for few rows as for many: do not spread rows over lanes.
         best = dict.fromkeys(runners, Best(max_batch, grain=max_batch if filled else 1))
     else:
         best = {role: _best(role, runner, golden) for role, runner in runners.items()}
@@ -88,7 +88,7 @@ def warm_up(
             if _is_worth_all_cores(role, runner, runners[role], best[role], golden):
                 best[role] = replace(best[role], wide=runner)
     if not lanes and cores > 1:
-        # Any graph tells how many runs at once this machine takes; most ask the density.
+        # Any graph shows how many runs at once suit this machine; most requests use the density.
         role = Role.DENSITY if Role.DENSITY in runners else next(iter(runners))
         lanes = _lanes(role, runners[role], golden, best[role].rows, cores)
     return Warm(runners, lanes or cores, best)
@@ -111,15 +111,15 @@ def _prove(manifest: Manifest, role: Role, runner: Runner, golden: Mapping[str, 
 
 
 def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
-    """How a graph runs best on this machine, found on its golden inputs."""
+    """Measures how a graph runs best on this machine, with its golden inputs."""
     sample, outputs = _sample(role, runner, golden)
     on_card = runner.providers[0] != CPU
     most = LARGEST_ON_CARD if on_card else LARGEST
-    # Drawing gains most from large batches and takes longest: fewer and larger steps.
+    # Drawing gains most from large batches and takes longest: try fewer sizes.
     step = 4 if role in (Role.SAMPLE, Role.GENERATE) else 2
     seconds, growth = TUNING, None
     if role == Role.SAMPLE:
-        # Pixel after pixel, a run takes long whatever its rows: four times as many, twice the time.
+        # Pixel by pixel, a run has a high fixed cost: four times the rows take twice the time.
         seconds, growth = (DRAWING_ON_CARD, 1.0) if on_card else (DRAWING, 2.0)
     return tuning.batch(
         runner, sample, outputs, most=most, step=step, seconds=seconds, growth=growth
@@ -129,13 +129,13 @@ def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
 def _is_worth_all_cores(
     role: Role, wide: Runner, narrow: Runner, best: Best, golden: Mapping[str, Array]
 ) -> bool:
-    """Whether one row is sooner done on all cores, and no matter for the event loop."""
+    """Whether one row runs faster on all cores, and takes too long for the event loop."""
     sample, outputs = _sample(role, narrow, golden)
     return not best.at_once and tuning.is_sooner(wide, narrow, sample, outputs, seconds=2 * TUNING)
 
 
 def _lanes(role: Role, runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:
-    """How many runs at once are best on this machine."""
+    """Measures how many runs at once are best on this machine."""
     sample, outputs = _sample(role, runner, golden)
     return tuning.lanes(runner, sample, outputs, rows=rows, most=cores, seconds=2 * TUNING)
 

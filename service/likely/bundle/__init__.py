@@ -1,4 +1,4 @@
-"""Bundles: their manifest, what their files may be, their signatures; refused before opened."""
+"""Bundles: manifest, checks of every file, and signatures; nothing is opened before its check."""
 
 from likely.bundle.manifest import (
     LARGEST_MANIFEST,

@@ -1,4 +1,4 @@
-"""Archives of arrays (.npz), read without trust: numbers alone, and no more than they claim."""
+"""Reads untrusted archives of arrays (.npz): only numbers, and only bounded sizes."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ _BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
 )
-_SOUGHT = {errno.EINVAL, errno.EOVERFLOW}  # of places that an archive names and no file has
+_SOUGHT = {errno.EINVAL, errno.EOVERFLOW}  # from offsets in an archive that no file can have
 
 
 def read(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of an archive by name; truth values, whole and floating-point numbers.
+    """The arrays of an archive by name: Booleans, integers and floating-point numbers.
 
     Raises:
-        BundleError: it is no archive, or holds what is no array of numbers (a pickle, say),
-            or more than MOST_ARRAYS or LARGEST bytes; its reason is `arrays`. Or it cannot be
-            read, and its reason is `unreadable`.
-        OutOfMemory: there is no memory for them.
+        BundleError: with reason `arrays`, the file is no archive, or contains something other
+            than arrays of numbers (such as a pickle), more than `MOST_ARRAYS` arrays or more than
+            `LARGEST` bytes. With reason `unreadable`, it cannot be read.
+        OutOfMemory: there is no memory for the arrays.
     """
     outer = sys.exception()
     try:
@@ -71,11 +71,11 @@ def read(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def _unread(error: BaseException | None, outer: BaseException | None) -> OSError | None:
-    """What the system said, where it could not read the file; zipfile hides some of it.
+    """The system's error, if the file could not be read; zipfile may hide it behind its own.
 
     Args:
-        error: what came of it.
-        outer: what was being handled before, and tells nothing of this file.
+        error: the error that was raised.
+        outer: an error that was being handled before, which does not concern this file.
     """
     while error and error is not outer:
         if isinstance(error, OSError) and error.errno and error.errno not in _SOUGHT:
@@ -85,7 +85,11 @@ def _unread(error: BaseException | None, outer: BaseException | None) -> OSError
 
 
 def _check(entries: list[zipfile.ZipInfo]) -> None:
-    """Returns if all can be read into memory: none is unpacked to a path."""
+    """Checks that all entries may be read into memory; none is ever unpacked to a path.
+
+    Raises:
+        ValueError: one may not.
+    """
     if len(entries) > MOST_ARRAYS or len({entry.filename for entry in entries}) < len(entries):
         raise ValueError(f"it has more than {MOST_ARRAYS} entries, or two of one name")
     for entry in entries:
@@ -100,10 +104,10 @@ def _check(entries: list[zipfile.ZipInfo]) -> None:
 def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> npt.NDArray[Any]:
     with archive.open(entry) as file:
         shape, fortran, dtype = _header(file)
-        if dtype.kind not in _NUMBERS:  # before a byte of it is read: objects are pickles
+        if dtype.kind not in _NUMBERS:  # checked before reading: objects are pickles
             raise ValueError(f"{entry.filename[:80]!r} holds {dtype}, not numbers")
         size = math.prod(shape) * dtype.itemsize
-        # The archive's own size, not the header's claim, decides what is read.
+        # Read by the size in the archive, which was checked, not by the header's claim.
         data = file.read(entry.file_size)
     if len(data) != size:
         raise ValueError(f"{entry.filename[:80]!r} claims {size} bytes and has {len(data)}")
@@ -121,7 +125,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     with warnings.catch_warnings(action="ignore"):
         try:
             shape, fortran, dtype = readers[version](file)
-        except MemoryError as error:  # as Python's parser says of what is nested too deep
+        except MemoryError as error:  # Python's parser, if it is nested too deeply
             raise ValueError("an array's header cannot be read") from error
     if any(length < 0 for length in shape):
         raise ValueError("an array has a negative length")

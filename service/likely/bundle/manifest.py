@@ -1,7 +1,7 @@
-"""The bundle: the folder in which training ends and serving begins.
+"""The bundle: the folder that training produces and a server serves.
 
-A bundle holds `manifest.json`, ONNX graphs and `.npz` arrays. The manifest is
-written last and by rename, so a folder without one is no bundle; it names every
+A bundle contains `manifest.json`, ONNX graphs and `.npz` arrays. The manifest is
+written last and by rename, so a folder without one is no bundle. It names every
 other file with its size and SHA-256, so a folder that fails a check is refused
 before anything in it is opened.
 """
@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 20
 LARGEST_BUNDLE = 8 << 30
 _PACKAGE = Path(__file__).resolve().parents[1]
-_LINKS = (errno.ELOOP, errno.ENXIO)  # a link; a socket, or a pipe that nobody writes to
+_LINKS = (errno.ELOOP, errno.ENXIO)  # from a link; from a socket, or a pipe without a writer
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 _FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[a-z0-9]{1,8}){1,2}$"
@@ -41,7 +41,7 @@ Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Role(StrEnum):
-    """What a graph answers."""
+    """What a graph computes."""
 
     DENSITY = "density"  # x -> log p(x), surprise, statistics
     CONDITIONAL = "conditional"  # x[, noise] -> log p(x|y) for all labels
@@ -53,7 +53,7 @@ class Role(StrEnum):
 
 
 class Kind(StrEnum):
-    """What a graph's log-likelihoods are."""
+    """The kind of a graph's log-likelihoods."""
 
     EXACT = "exact"
     ELBO = "elbo"
@@ -86,26 +86,26 @@ class Graph(_Entry):
     importance_samples: int = Field(0, ge=0, le=2**31 - 1)
 
     def input(self, name: str) -> TensorSpec | None:
-        """The input of that name, None where there is none."""
+        """The input with that name; None if there is none."""
         return next((spec for spec in self.inputs if spec.name == name), None)
 
     def output(self, name: str) -> TensorSpec | None:
-        """The output of that name, None where there is none."""
+        """The output with that name; None if there is none."""
         return next((spec for spec in self.outputs if spec.name == name), None)
 
 
 class Label(_Entry):
-    """A label and how probable it is before a picture is seen."""
+    """A label and its prior probability."""
 
     name: str = Field(min_length=1, max_length=64)
     prior: Probability
 
 
 class Calibration(_Entry):
-    """Where the calibration arrays are and what they can promise.
+    """The file of the calibration arrays, and how they are used.
 
-    The posterior is softmax_y(sum_e weights_e log p_e(x|y) / temperature + log p(y)), with
-    one expert where there are no weights. `statistics` says how many numbers each gives.
+    The posterior is softmax_y(sum_e weights_e log p_e(x|y) / temperature + log p(y)); without
+    weights, there is one expert. `statistics` maps each statistic to its number of values.
     """
 
     file: FileName
@@ -116,15 +116,15 @@ class Calibration(_Entry):
 
     @property
     def finest_alpha(self) -> float:
-        """The smallest alpha that ranking against `size` scores can promise."""
+        """The smallest alpha that ranking against `size` scores can guarantee."""
         return 1 / (self.size + 1)
 
 
 class Direction(_Entry):
-    """A way through the latent features, along which one thing changes.
+    """A direction in the space of latent features, along which one property changes.
 
     A point of 1 is one standard deviation of an attribute within a label, or the way from the
-    mean of all other labels to the label's own.
+    mean of all other labels to the label's own mean.
     """
 
     name: str = Field(min_length=1, max_length=80)
@@ -132,14 +132,14 @@ class Direction(_Entry):
 
 
 class Latent(_Entry):
-    """Where the directions' arrays are, and which there are, in the arrays' order."""
+    """The file of the directions' arrays, and the directions in the order of the arrays."""
 
     file: FileName
     directions: tuple[Direction, ...]
 
 
 class FileRecord(_Entry):
-    """How a file of the bundle must look."""
+    """The size in bytes and the SHA-256 that a file of the bundle must have."""
 
     size: int = Field(ge=0)
     sha256: Digest
@@ -216,7 +216,7 @@ class Manifest(_Entry):
         """The calibration.
 
         Raises:
-            NotAnswered: the bundle has no density, so that there is none.
+            NotAnswered: the bundle has no density graph, and therefore no calibration.
         """
         if self.calibration is None:
             raise NotAnswered(
@@ -225,7 +225,7 @@ class Manifest(_Entry):
         return self.calibration
 
     def latent_dimensions(self, role: Role = Role.ENCODE) -> int:
-        """The size of the features that the graph of that role gives or takes; 0 without one."""
+        """The number of features that a graph gives or takes; 0 if there is no such graph."""
         graph = self.graphs.get(role)
         if graph is None:
             return 0
@@ -233,7 +233,7 @@ class Manifest(_Entry):
         return int(spec.shape[-1]) if spec else 0
 
     def leader(self, role: Role) -> str | None:
-        """The name of the model in that role, of several the first; None if it is not told."""
+        """The name of the (first) model in a role, by the recipe; None if the recipe has none."""
         roles = self.recipe.get("roles")
         named = roles.get(role) if isinstance(roles, dict) else None
         first = next(iter(named), None) if isinstance(named, list | tuple) else named
@@ -241,7 +241,7 @@ class Manifest(_Entry):
 
     @property
     def deterministic(self) -> bool:
-        """Whether features have no variance and stand for pictures without a distribution."""
+        """Whether features have no variance, or are decoded without a distribution of pictures."""
         encode, decode = self.graphs.get(Role.ENCODE), self.graphs.get(Role.DECODE)
         return bool(
             (encode and not encode.output("log_variance")) or (decode and not decode.output("x"))
@@ -249,7 +249,7 @@ class Manifest(_Entry):
 
     @property
     def dimensions(self) -> int:
-        """Pixels times channels."""
+        """The number of pixels of a picture times its channels."""
         c, h, w = self.shape
         return c * h * w
 
@@ -265,13 +265,13 @@ class Bundle:
     def __init__(
         self, path: Path, manifest: Manifest, digest: str, outside: frozenset[str]
     ) -> None:
-        """A bundle that `open` has found to be one.
+        """A bundle that `open` has verified.
 
         Args:
             path: the folder.
-            manifest: what it says of itself.
-            digest: SHA-256 of that.
-            outside: names of the files with weights that lie outside of a graph.
+            manifest: its manifest.
+            digest: SHA-256 of the manifest.
+            outside: names of the files that hold weights of graphs.
         """
         self.path = path
         self.manifest = manifest
@@ -280,15 +280,15 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path, trusted: Sequence[Path] = ()) -> Bundle:
-        """The bundle in that folder, verified.
+        """Opens and verifies the bundle in a folder.
 
         Args:
             path: the folder.
-            trusted: PEM files of keys or certificates; where there are any, one of them must
-                have signed the folder.
+            trusted: PEM files of keys or certificates; if there are any, one of them must have
+                signed the folder.
 
         Raises:
-            BundleError: one sentence on the first thing that is wrong.
+            BundleError: the bundle is not valid; the message names the first fault.
             SettingsError: a trusted key cannot be used.
         """
         if trusted:
@@ -310,10 +310,10 @@ class Bundle:
         return bundle
 
     def check_again(self) -> None:
-        """Returns if the folder still holds the very bytes that were verified.
+        """Checks that the folder still has the bytes that were verified.
 
         Raises:
-            BundleError: a file was changed since, or can be through another name.
+            BundleError: a file has changed, or a weights file can be changed by another name.
         """
         if hashlib.sha256(_manifest_bytes(self.path)).hexdigest() != self.digest:
             raise BundleError(f"{self.path} changed while it was opened", "changed")
@@ -322,7 +322,7 @@ class Bundle:
         self._check_outside()
 
     def graph(self, role: Role) -> Path:
-        """The ONNX file of that role."""
+        """The path of the ONNX file of a role."""
         return self.path / self.manifest.graphs[role].file
 
     def calibration(self) -> dict[str, npt.NDArray[Any]]:
@@ -330,19 +330,19 @@ class Bundle:
         return self._arrays(self.manifest.calibrated.file)
 
     def latent(self) -> dict[str, npt.NDArray[Any]]:
-        """The directions' arrays by name; none where there are no directions."""
+        """The directions' arrays by name; empty if there are no directions."""
         return self._arrays(self.manifest.latent.file) if self.manifest.latent else {}
 
     def golden(self) -> dict[str, npt.NDArray[Any]]:
-        """Inputs and outputs to replay, named `role/input` and `role/output`."""
+        """The recorded (golden) inputs and outputs, named `role/input` and `role/output`."""
         return self._arrays(self.manifest.golden)
 
     def weights(self) -> dict[str, bytes]:
-        """The files with weights that lie outside of a graph, by name, as they were verified.
+        """Reads and verifies the files that hold weights of graphs; their contents by name.
 
         Raises:
-            BundleError: one was changed since, or cannot be read now.
-            OutOfMemory: there is no memory for them.
+            BundleError: a file has changed since it was verified, or cannot be read now.
+            OutOfMemory: there is no memory for the weights.
         """
         found = {}
         for name in self._outside:
@@ -367,23 +367,23 @@ class Bundle:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What a folder says of itself; its other files are not looked at.
+    """Reads the manifest of a folder, without checking the other files.
 
     Raises:
-        BundleError: it says nothing that can be read.
+        BundleError: there is no valid manifest.
     """
     return _parsed(path, _manifest_bytes(path))
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
-    """Records every file of the folder and writes the manifest, last and by rename.
+    """Records every file of a folder, and writes the manifest last, by rename.
 
     Args:
-        folder: holds the graphs and arrays, and nothing that does not belong.
+        folder: contains the graphs and arrays, and nothing else.
         manifest: the manifest's fields except `files`.
 
     Raises:
-        BundleError: something lies there that no bundle can hold.
+        BundleError: the folder contains something that a bundle must not contain.
     """
     temporary = folder / f".{MANIFEST}"
     files = {
@@ -405,10 +405,10 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
 
 
 def _record(path: Path) -> FileRecord:
-    """How the file looks.
+    """The size and digest of a file.
 
     Raises:
-        BundleError: a bundle holds no such file.
+        BundleError: a bundle must not contain such a file.
     """
     if not path.is_file():
         raise BundleError(f"{path} does not belong into a bundle, which holds plain files only")
@@ -449,14 +449,15 @@ def _manifest_bytes(path: Path) -> bytes:
 
 
 def _check_sizes(path: Path) -> None:
-    """Returns if no file is of a size that is refused anyway, so that all of them may be hashed.
+    """Checks the sizes of all files, before verifying the signature hashes their contents.
 
     Raises:
-        BundleError: a file is not as long as the manifest says, or there is too much.
+        BundleError: a file does not have the size that the manifest says, or a file or the
+            folder is too large.
     """
     try:
         sizes = {name: record.size for name, record in read_manifest(path).files.items()}
-    except BundleError:  # whether that was signed is yet to be seen
+    except BundleError:  # raised again after the signature is verified
         sizes = {}
     most = {MANIFEST: LARGEST_MANIFEST, signing.SIGNATURE: signing.LARGEST_SIGNATURE}
     total = 0
@@ -502,9 +503,9 @@ def _check_file(path: Path, record: FileRecord) -> None:
 
 
 def _check_alone(path: Path) -> None:
-    """Returns if the file has no other name: what is written to that would be read by the runtime.
+    """Checks that a file is no hard link, through which the weights could be changed.
 
-    Those of the package are another matter: installers link them to their cache.
+    Files of the package may be hard links, because installers link them to their cache.
     """
     if path.stat().st_nlink > 1 and not path.resolve().is_relative_to(_PACKAGE):
         raise BundleError(
@@ -513,11 +514,11 @@ def _check_alone(path: Path) -> None:
 
 
 def _plain(path: Path) -> BufferedReader:
-    """The file, opened without following a link or waiting for a pipe.
+    """Opens a file without following a link or waiting for a pipe.
 
     Raises:
-        BundleError: it is no plain file, or cannot be read.
-        FileNotFoundError: there is none.
+        BundleError: it is not a plain file, or cannot be read.
+        FileNotFoundError: there is no such file.
     """
     try:
         handle = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")

@@ -1,8 +1,8 @@
-"""What an ONNX file may be, found out before ONNX Runtime opens it.
+"""Checks what an ONNX file contains, before ONNX Runtime opens it.
 
-A file that passes holds one graph of ai.onnx operators from a list, nested a few levels at
-most, with weights that are all there: inside the file, or in a plain file of the bundle
-that the manifest names. No functions, no other domains, no unknown fields.
+A file that passes holds one graph of listed ai.onnx operators, nested at most a few levels,
+with complete weights: inside the file, or in a plain file of the bundle that the manifest
+names. It has no functions, no other domains and no unknown fields.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _OPERATORS = """
     Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
 """
 OPERATORS = frozenset(_OPERATORS.split())
-"""What the export side can write (a test holds the two equal)."""
+"""The operators that the export can write (a test keeps the two equal)."""
 
-ENDING = ".onnx"  # ONNX Runtime takes the ending .ort for another format, without these checks
-LARGEST_FILE = (1 << 31) - 1  # protocol buffers' own limit
+ENDING = ".onnx"  # ONNX Runtime reads .ort files as another format, without these checks
+LARGEST_FILE = (1 << 31) - 1  # limit of protocol buffers
 MOST_FIELDS = 4_000_000
 DEEPEST = 4
 MOST_AXES = 16
 _LARGEST_TEXT = 1 << 12
 _LARGEST_PACKED = 1 << 22
 
-# Bytes of an element by ONNX's number of its type; what is missing is not allowed.
+# Bytes of an element by ONNX's number of its type; other types are not allowed.
 _SIZES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 _EXTERNAL = 1
 
@@ -51,8 +51,8 @@ def _many(name: str, kinds: tuple[Kind, ...] = _TEXT) -> Field:
     return Field(name, kinds, many=True)
 
 
-# The numbers of onnx.proto. What is left out is refused: metadata that the runtime reads
-# settings from, training, functions, quantisation, sparse and sharded tensors.
+# Field numbers of onnx.proto. Fields that are left out are refused: metadata (from which the
+# runtime reads settings), training, functions, quantisation, sparse and sharded tensors.
 _MODEL: Schema = {
     1: _one("ir_version", _NUMBER),
     2: _one("producer_name"),
@@ -115,7 +115,7 @@ _TYPE: Schema = {1: _one("tensor"), 6: _one("denotation")}
 _TENSOR_TYPE: Schema = {1: _one("elem_type", _NUMBER), 2: _one("shape")}
 _SHAPE: Schema = {1: _many("dim")}
 _DIM: Schema = {1: _one("dim_value", _NUMBER), 2: _one("dim_param"), 3: _one("denotation")}
-# Typed data and the element types that it is for; all others than the first two are varints.
+# Fields of typed data, with their element types; all but the first two hold varints.
 _TYPED = {
     "float_data": {1},
     "double_data": {11},
@@ -127,15 +127,15 @@ _EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 
 
 def check_graph(path: Path, files: Mapping[str, int]) -> frozenset[str]:
-    """The files of weights that the graph reads beside its own; returns if all is allowed.
+    """Checks a graph; returns the names of the weights files that it reads besides its own file.
 
     Args:
         path: the ONNX file.
-        files: bytes of every file that the manifest names, by name.
+        files: the size in bytes of every file that the manifest names, by name.
 
     Raises:
-        BundleError: the first thing that is not allowed, its reason is `graph`; or the file
-            cannot be read, its reason is `unreadable`.
+        BundleError: with reason `graph`, something in the file is not allowed (the first fault is
+            named); with reason `unreadable`, the file cannot be read.
     """
     if path.suffix != ENDING:
         raise BundleError(f"{path} does not end in {ENDING}, so it is no graph", "graph")
@@ -154,7 +154,7 @@ def check_graph(path: Path, files: Mapping[str, int]) -> frozenset[str]:
 
 
 class _Scan:
-    """One pass through one file."""
+    """One pass over one file."""
 
     def __init__(self, files: Mapping[str, int]) -> None:
         self._files = files
@@ -224,7 +224,7 @@ class _Scan:
         self._check_inside(tensor, given, kind, count)
 
     def _outside(self, tensor: Values, expected: int) -> None:
-        """Returns if the weights lie in a file of the bundle, all of them."""
+        """Checks that external weights lie completely in a file of the bundle."""
         entries: dict[str, str] = {}
         for part in _parts(tensor, "external_data"):
             entry = self._read(part, _ENTRY, "an entry")
@@ -233,7 +233,7 @@ class _Scan:
                 raise WireError(f"a tensor in another file gives {key[:40]!r}, or gives it twice")
             entries[key] = _text(entry, "value")
         location = entries.get("location", "")
-        # Names in the manifest are plain: without a slash, never `..` or an address in memory.
+        # Names in the manifest contain no slash, and are never `..` or an address in memory.
         if location not in self._files:
             raise WireError(
                 f"a tensor lies in {location[:80]!r}, which is no file that the manifest names"
@@ -247,7 +247,7 @@ class _Scan:
         self.external.add(location)
 
     def _check_inside(self, tensor: Values, given: list[str], kind: int, count: int) -> None:
-        """Returns if the file holds as many elements as the shape claims: none is made up."""
+        """Checks that the file holds exactly as many elements as the tensor's shape claims."""
         name = given[0] if given else "raw_data"
         data = next(_parts(tensor, name), memoryview(b""))
         if name in _TYPED and kind not in _TYPED[name]:
@@ -260,7 +260,7 @@ class _Scan:
             raise WireError(f"a tensor of {count} elements of type {kind} has {len(data)} bytes")
 
     def _check_lists(self, attribute: Values) -> None:
-        """Returns if numbers that are packed together are whole."""
+        """Checks that packed numbers of an attribute are complete."""
         for value in attribute.get("floats", ()):
             if isinstance(value, memoryview) and len(value) % 4:
                 raise WireError("an attribute's numbers end within one")
@@ -269,7 +269,7 @@ class _Scan:
                 self._count(value)
 
     def _count(self, data: memoryview) -> int:
-        """How many numbers are packed there."""
+        """The number of packed varints."""
         if len(data) > _LARGEST_PACKED:
             raise WireError(
                 f"{len(data)} bytes of numbers are packed; at most {_LARGEST_PACKED} are"

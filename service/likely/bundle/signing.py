@@ -1,8 +1,8 @@
 """Signatures of bundles, by OpenSSF model signing: `model.sig` covers every file of the folder.
 
-The library brings much that a server without signatures does not need, so it is the extra
-`likely[signing]` and is imported when something is signed or verified. Nothing here asks the
-network: signatures are made with a key, or with a certificate of one's own authority.
+The library has many dependencies that a server without signatures does not need. It is therefore
+the extra `likely[signing]`, and is imported only when something is signed or verified. Nothing
+here uses the network: signatures are made with a key, or with a certificate of one's own authority.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ def sign(
     certificate: Path | None = None,
     chain: Sequence[Path] = (),
 ) -> Path:
-    """The signature's file, written into the folder by rename: where it fails, a former one stays.
+    """Signs a bundle; returns the path of the signature's file.
+
+    The file is written by rename, so that an earlier signature stays if this fails.
 
     Args:
-        folder: the bundle, complete.
-        private_key: PEM; an elliptic curve's (P-256, P-384 or P-521).
-        password: of the key, where it is encrypted.
-        certificate: PEM; where given, the signature names it and is verified by its authority.
-        chain: PEM files of the authorities in between.
+        folder: the complete bundle.
+        private_key: PEM file of a key on an elliptic curve (P-256, P-384 or P-521).
+        password: the password of the key, if it is encrypted.
+        certificate: PEM file; if given, the signature names this certificate, and is verified
+            with the certificate's authority.
+        chain: PEM files of the intermediate authorities.
 
     Raises:
         SettingsError: the library is not installed, or a key cannot be used.
@@ -55,11 +58,11 @@ def sign(
                 private_key=private_key, signing_certificate=certificate, certificate_chain=chain
             )
         temporary.unlink(missing_ok=True)
-        if path.is_symlink():  # no signature, and the library signs no folder with a link
+        if path.is_symlink():  # not a signature; the library signs no folder with links
             path.unlink()
         config.sign(folder, temporary)
         temporary.replace(path)
-    except Exception as error:  # the library raises what its own libraries raise
+    except Exception as error:  # the library lets errors of its own libraries pass
         raise SettingsError(f"{folder} cannot be signed with {private_key}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -67,15 +70,15 @@ def sign(
 
 
 def verify(folder: Path, trusted: Sequence[Path]) -> None:
-    """Returns if one of the trusted keys signed all that is in the folder.
+    """Checks that one of the trusted keys signed everything in the folder.
 
     Args:
         folder: the bundle.
         trusted: PEM files, each a public key or the certificates of an authority.
 
     Raises:
-        BundleError: there is no signature, or none of them made it, or a file is another one,
-            missing or added since; its reason is `signature`.
+        BundleError: with reason `signature`: there is no signature, none of the keys made it, or
+            a file was changed, removed or added since.
         SettingsError: the library is not installed, or a trusted file cannot be read.
     """
     library = _library()
@@ -88,7 +91,7 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
     said = []
     for key in trusted:
         hashing = _hashing(library)
-        hashing.add_ignored_paths = _obey_none  # what a signature itself asks to leave out
+        hashing.add_ignored_paths = _obey_none  # exclusions that a signature itself names
         config = library.verifying.Config().set_hashing_config(hashing)
         try:
             pem = key.read_bytes()
@@ -101,7 +104,7 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the library prints its warnings
                 config.verify(folder, path)
-        except Exception as error:  # whatever goes wrong, it is no valid signature
+        except Exception as error:  # any error means that the signature is not valid
             said.append(f"{key}: {' '.join(str(error).split())[:300] or type(error).__name__}")
         else:
             return
@@ -109,10 +112,12 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
 
 
 def _check_names(folder: Path) -> None:
-    """Returns if the signature names every file; nothing is believed, but no other need be hashed.
+    """Checks that the signature names every file, so that no other file is hashed.
+
+    The signature itself is not trusted yet.
 
     Raises:
-        BundleError: it does not.
+        BundleError: the signature cannot be read, or does not name a file.
     """
     try:
         envelope = json.loads((folder / SIGNATURE).read_bytes())["dsseEnvelope"]
@@ -120,7 +125,7 @@ def _check_names(folder: Path) -> None:
         names = {SIGNATURE, *(one["name"] for one in statement["predicate"]["resources"])}
     except OSError as error:
         raise BundleError.unreadable(folder / SIGNATURE, error) from error
-    except Exception as error:  # whatever it holds, it is no valid signature
+    except Exception as error:  # any error means that it is not a valid signature
         raise BundleError(f"{folder / SIGNATURE} is no signature", "signature") from error
     for entry in folder.rglob("*"):
         name = entry.relative_to(folder).as_posix()
@@ -140,14 +145,14 @@ def _library() -> Any:
 
 
 def _hashing(library: Any) -> Any:
-    """Every file but the signature itself counts, a `.gitignore` too."""
+    """Covers every file except the signature itself, also a `.gitignore`."""
     return library.hashing.Config().set_ignored_paths(
         paths=[Path(SIGNATURE)], ignore_git_paths=False
     )
 
 
 def _obey_none(**_: object) -> None:
-    """Takes the place of what would leave more paths out."""
+    """Ignores a request to exclude more paths."""
 
 
 def _bytes(password: str | None) -> Any:

@@ -1,8 +1,8 @@
-"""Protocol buffers as they lie in a file: field by field, with nothing built and nothing guessed.
+"""A strict parser of protocol buffers: field by field, without building messages.
 
-A library's parser forgives: it drops what it does not know, merges what comes twice and
-lets the last of two values win. Two parsers can then read one file differently, so here
-such a message is refused.
+A library's parser is lenient: it drops unknown fields, merges repeated messages, and
+lets the last of two values win. Two parsers can then read one file differently. This
+parser refuses such messages instead.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Values: TypeAlias = dict[str, list[Value]]
 
 
 class WireError(ValueError):
-    """Bytes that are no message of the kind that was expected."""
+    """The bytes are not a message of the expected type."""
 
 
 class Kind(IntEnum):
-    """How a value is written, as the format numbers it."""
+    """The wire type of a value, by the format's numbers."""
 
     VARINT = 0
     FIXED64 = 1
@@ -35,11 +35,11 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """What a message may hold under one number.
+    """A field that a message may have.
 
     Attributes:
-        name: the field's.
-        kinds: how it may be written.
+        name: the field's name.
+        kinds: the wire types that it may have.
         many: whether it may occur more than once.
     """
 
@@ -52,7 +52,10 @@ Schema: TypeAlias = Mapping[int, Field]
 
 
 class Reader:
-    """Reads messages, up to so many fields and packed numbers in all: tiny ones take longest."""
+    """Reads messages with at most `most_fields` fields and packed numbers in all.
+
+    The limit bounds the time, because many tiny fields take longest.
+    """
 
     def __init__(self, most_fields: int) -> None:
         self._left = most_fields
@@ -62,12 +65,12 @@ class Reader:
 
         Args:
             data: the message's bytes.
-            schema: what it may hold.
+            schema: the fields that it may have.
             what: the message's type, for errors.
 
         Raises:
-            WireError: malformed bytes, a field that the schema does not name or allow twice,
-                or more fields than this reader takes.
+            WireError: the bytes are malformed, a field is not in the schema or occurs too
+                often, or there are more fields than this reader accepts.
         """
         found: Values = {}
         for number, kind, value in self._fields(data, what):
@@ -104,10 +107,11 @@ class Reader:
             at += size
 
     def numbers(self, data: memoryview) -> Iterator[int]:
-        """The numbers that are packed there.
+        """Yields the packed numbers of a field.
 
         Raises:
-            WireError: malformed bytes, or more fields and numbers than this reader takes.
+            WireError: the bytes are malformed, or there are more fields and numbers than this
+                reader accepts.
         """
         at = 0
         while at < len(data):
@@ -122,10 +126,10 @@ class Reader:
 
 
 def varint(data: memoryview, at: int) -> tuple[int, int]:
-    """The whole number at that place, from 0 to 2**64 - 1, and the place after it.
+    """The varint at an offset, from 0 to 2**64 - 1, and the offset after it.
 
     Raises:
-        WireError: the bytes end within it, or it has more than 64 bits.
+        WireError: the bytes end within the number, or it has more than 64 bits.
     """
     value = 0
     for shift in range(_LONGEST_VARINT):

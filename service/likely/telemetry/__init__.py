@@ -1,1 +1,1 @@
-"""What a server tells of itself to Prometheus."""
+"""The metrics that a server exports to Prometheus."""

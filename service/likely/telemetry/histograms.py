@@ -9,10 +9,10 @@ from likely.answers import Doubles
 
 
 class Tally(Histogram):
-    """A histogram whose cost does not grow with every value, as `observe` in a loop would."""
+    """A histogram that counts many values together, faster than `observe` in a loop."""
 
     def observe_all(self, values: Doubles) -> None:
-        """Counts finite values (n,), each as `observe` would."""
+        """Counts finite values (n,), each as `observe` does."""
         found = np.searchsorted(self._upper_bounds, values, side="left")
         counts = np.bincount(found, minlength=len(self._buckets))
         for bucket in np.flatnonzero(counts):

@@ -1,4 +1,4 @@
-"""What Prometheus is told: requests, time, pictures, verdicts, and which models really run."""
+"""The metrics of requests, times, pictures, verdicts and served models, and their exporter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 
 
 class Children(dict[tuple[str, ...], M]):
-    """A metric's children by their labels; `labels` itself is slow for what every request does."""
+    """A metric's children by their labels; `labels` itself is too slow for every request."""
 
     def __init__(self, metric: M) -> None:
         super().__init__()
@@ -53,22 +53,22 @@ class Children(dict[tuple[str, ...], M]):
 
 
 class Metrics:
-    """Counters of one server in a registry of their own.
+    """The metrics of one server, in a registry of their own.
 
-    Labels are bounded: methods are those of the contract, models those served.
+    Label values are bounded: methods are those of the contract, models those served.
 
     Attributes:
-        registry: all of them.
-        traffic: those of queues and batches.
-        monitor: those of what was scored.
+        registry: the registry of all these metrics.
+        traffic: the metrics of queues and batches.
+        monitor: the metrics of scored pictures.
     """
 
     def __init__(self, drift_level: float = 0.0, workers: int = 1) -> None:
-        """Metrics that begin with 0.
+        """Metrics that start at 0.
 
         Args:
-            drift_level: accepted probability of a false alarm of drift; 0 for no test.
-            workers: processes that serve side by side.
+            drift_level: accepted probability of a false drift alarm; 0 for no test.
+            workers: number of processes that serve side by side.
         """
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -185,14 +185,14 @@ class Metrics:
         self._messages[method, model, code].inc()
 
     def answered(self, method: str, model: str, images: int, verdicts: Sequence[int]) -> None:
-        """Pictures have been answered for, with verdicts of these numbers."""
+        """Pictures have been answered, with verdicts of these numbers."""
         if images:
             self._images[method, model].inc(images)
         for verdict in set(verdicts):
             self._verdicts[method, model, _VERDICTS[verdict]].inc(verdicts.count(verdict))
 
     def serving(self, engines: Iterable[Engine]) -> None:
-        """These models are served from now on."""
+        """These models, and no others, are served from now on."""
         engines = list(engines)
         self.monitor.serving(engines)
         served = {_labels_of(engine) for engine in engines}
@@ -207,7 +207,7 @@ class Metrics:
         self._served = served
 
     def _expect(self, engine: Engine) -> None:
-        """Lets what alerts watch begin with 0: of a series that appears, no rate sees the first."""
+        """Creates the series that alerts watch at 0: a rate misses a series' first increment."""
         name = engine.manifest.name
         for reason in SHED:
             self.traffic.shed.labels(name, reason)
@@ -226,15 +226,15 @@ class Metrics:
                 self._verdicts[method, name, verdict.name.lower()]
 
     def ready(self, ready: bool) -> None:
-        """Requests are taken from now on, or not any more."""
+        """Requests are accepted from now on, or no longer."""
         self._ready.set(ready)
 
     def refused(self, count: int) -> None:
-        """So many bundles are refused."""
+        """This number of bundles is refused at present."""
         self._refusals.set(count)
 
     def watch_lost(self, lost: bool) -> None:
-        """The watched folder is lost, or is not any more."""
+        """The watched folder is lost, or no longer lost."""
         self._watch_lost.set(lost)
 
     def load_failed(self, reason: str) -> None:
@@ -252,7 +252,7 @@ class Exporter:
     """The HTTP server that Prometheus scrapes.
 
     Attributes:
-        port: where it listens.
+        port: the port on which it listens.
 
     Raises:
         SettingsError: the address cannot be listened on.

@@ -1,4 +1,4 @@
-"""What monitors are told of the pictures that were scored: gathered first, then told together."""
+"""Metrics and drift tests of scored pictures; pictures are collected and processed together."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from likely.telemetry.histograms import Tally
 if TYPE_CHECKING:
     from likely.engine import Engine
 
-METHODS = ("Score", "Classify")  # each a stream of its own: some ask both of the same pictures
-PERIOD = 0.2  # seconds in which pictures gather
+METHODS = ("Score", "Classify")  # tested separately: some callers send both the same pictures
+PERIOD = 0.2  # seconds for which pictures are collected
 NATS = (10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000, 5000, 7000,
         10000)  # fmt: skip
 NATS_PER_DIMENSION = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.4, 1.6, 1.8, 2, 2.25, 2.5, 2.75, 3,
@@ -28,15 +28,15 @@ P_VALUES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6,
 
 
 class Families:
-    """The metrics of all versions.
+    """The metrics of scored pictures, for all versions.
 
     Attributes:
         nats: -log p(x), by model and version.
-        per_dimension: the same for each pixel and channel.
-        p_values: as they were answered, by model and version.
-        pictures: those bet on, by model, version and method.
-        logs: log10 of the martingale, likewise.
-        alarms: whether it has reached its threshold, likewise.
+        per_dimension: -log p(x) per pixel and channel, by model and version.
+        p_values: the p-values that were returned, by model and version.
+        pictures: pictures that were bet on, by model, version and method.
+        logs: log10 of the martingale, by model, version and method.
+        alarms: whether the martingale has reached its threshold, likewise.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -86,22 +86,23 @@ class Families:
 
 
 class Monitor:
-    """The distributions of what one process scored, and whether they drift.
+    """Records the scores of one process, and tests whether they drift.
 
-    Belongs to the event loop's thread. Labels are bounded: models and versions are those served.
+    Use it only in the thread of the event loop. Label values are bounded: models and versions
+    are those served.
 
     Attributes:
-        threshold: the log10 of a martingale at which there is an alarm; inf without a test.
+        threshold: log10 of the martingale at which the alarm is raised; inf without a test.
     """
 
     def __init__(self, registry: CollectorRegistry, level: float = 0.0, workers: int = 1) -> None:
         """A monitor.
 
         Args:
-            registry: where its metrics are.
-            level: the accepted probability of a false alarm, ever, for each version served
+            registry: the registry of its metrics.
+            level: the accepted probability that a served version ever raises a false alarm;
                 0 for no test.
-            workers: processes that share the level.
+            workers: number of processes that share the level.
         """
         self.threshold = math.log10(workers * len(METHODS) / level) if level else math.inf
         self._families = Families(registry)
@@ -115,7 +116,7 @@ class Monitor:
         self._telling: asyncio.TimerHandle | None = None
 
     def serving(self, engines: Iterable[Engine]) -> None:
-        """These models are watched from now on, and no others."""
+        """These models, and no others, are monitored from now on."""
         self.tell()
         served = [engine for engine in engines if engine.answers("Score")]
         for engine in [engine for engine in self._watched if engine not in served]:
@@ -125,22 +126,22 @@ class Monitor:
                 self._watched[engine] = _Watched(self._families, engine, self.threshold)
 
     def saw(self, engine: Engine, method: str, rows: Doubles) -> None:
-        """Pictures have been scored by one of `METHODS`; where the event loop runs.
+        """Pictures have been scored by one of `METHODS`; called in the event loop.
 
         Args:
-            engine: that scored them.
-            method: by which.
-            rows: of `ScoreTable`, float64 (n, 4).
+            engine: the engine that scored them.
+            method: the method.
+            rows: the rows of the `ScoreTable`, float64 (n, 4).
         """
         watched = self._watched.get(engine)
         if watched is None:
-            return  # on its way out: it has no gauges any more
+            return  # being unloaded: no longer monitored
         watched.gathered[method].append(rows)
         if self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(PERIOD, self.tell)
 
     def tell(self) -> None:
-        """Tells what has gathered."""
+        """Processes the pictures that were collected."""
         if self._telling:
             self._telling.cancel()
             self._telling = None
@@ -148,17 +149,17 @@ class Monitor:
             watched.tell()
 
     def reset(self, engine: Engine) -> None:
-        """Begins the test of a version anew."""
+        """Restarts the drift tests of a version."""
         self.tell()
         if engine in self._watched:
             self._watched[engine].begin()
 
 
 class _Watched:
-    """One version that is served.
+    """The metrics and tests of one served version.
 
     Attributes:
-        gathered: by method, the rows of `ScoreTable` that have not been told yet.
+        gathered: by method, the rows of `ScoreTable`s that are not processed yet.
     """
 
     def __init__(self, families: Families, engine: Engine, threshold: float) -> None:
@@ -177,13 +178,13 @@ class _Watched:
         self.begin()
 
     def begin(self) -> None:
-        """Begins the tests anew."""
+        """Restarts the tests."""
         if math.isfinite(self._threshold):
             self._tests = {method: Martingale(self._reference) for method in METHODS}
         self.end()
 
     def end(self) -> None:
-        """Leaves no alarm behind."""
+        """Resets the gauges, so that no alarm remains."""
         for gauge in (*self._logs.values(), *self._alarms.values()):
             gauge.set(0)
 
