@@ -1,11 +1,11 @@
-"""likely: explicit-density models over gRPC; this package's face is the client.
+"""likely: explicit-density models over gRPC. This package exports the client.
 
     from likely import Client
 
     with Client("127.0.0.1:50051") as client:
         scores = client.score(images, alpha=0.01)
 
-Importing it reaches neither onnxruntime nor anything that only a server needs.
+Importing it imports neither onnxruntime nor anything else that only a server needs.
 """
 
 from likely.answers import (

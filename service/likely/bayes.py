@@ -88,7 +88,7 @@ def check_priors(priors: Sequence[float], labels: int) -> Doubles:
         first = int(np.argmax(wrong))
         raise InvalidInput(f"priors[{first}]", f"{values[first]:g} is no probability in [0, 1]")
     if abs(values.sum() - 1) > SLACK:
-        raise InvalidInput("priors", f"they sum to {values.sum():.9g}; 1 within 1e-6 is asked")
+        raise InvalidInput("priors", f"they sum to {values.sum():.9g}; 1 within 1e-6 is needed")
     return values
 
 

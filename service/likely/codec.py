@@ -60,7 +60,7 @@ def shape(message: images_pb2.Images) -> tuple[int, int, int, int]:
     if len(message.shape) != 4:  # checked first: it may be as long as the message
         raise InvalidInput(
             "images.shape",
-            f"{len(message.shape)} dimensions; 4 are asked: pictures, channels, rows, columns",
+            f"{len(message.shape)} dimensions; 4 are needed: pictures, channels, rows, columns",
         )
     n, c, h, w = message.shape
     claimed = n, c, h, w

@@ -9,8 +9,8 @@
     ├── DeadlineExceeded      no answer in time
     ├── AccessDenied          a valid token that does not allow this
     │   └── Unauthenticated   no token, or none that is valid; carries the reason
-    ├── MethodUnknown         the server has no such method: it is older, or another server
-    ├── Forked                a client is used in another process than opened its channel
+    ├── MethodUnknown         the server has no such method: it may be older than the client
+    ├── Forked                a client is used in a process that did not open its channel
     ├── ServerFault           the server failed; carries its request id
     ├── BundleError           a bundle is incomplete, altered or foreign
     ├── Refused               what is served cannot be changed in this way now
@@ -129,7 +129,7 @@ class MethodUnknown(LikelyError):
 
 
 class Forked(LikelyError, RuntimeError):
-    """A client is used in another process than the one that opened its channel."""
+    """A client is used in a process that did not open its channel."""
 
 
 class ServerFault(LikelyError):
@@ -175,7 +175,7 @@ class DeviceError(LikelyError):
 
 
 class DeviceLost(LikelyError):
-    """The device in use can no longer run anything; that of a new process may."""
+    """The device in use can no longer run anything; a new process may be able to use it."""
 
 
 class OutOfMemory(LikelyError, MemoryError):

@@ -234,7 +234,7 @@ class Session:
     def run_bound(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], options: Any = None
     ) -> list[Array]:
-        """Does the same as `run` with explicit copies to and from the device, for a padded batch.
+        """Like `run`, but with explicit copies to and from the device, and a padded batch.
 
         At the first batch of each size, a card chooses kernels and grows its arena. Batches are
         therefore padded to a power of two, and the extra rows are cut off the outputs.
@@ -283,7 +283,7 @@ def device_fault(error: Exception) -> DeviceError | None:
 
 
 def _failure(error: Exception, what: str = "the run") -> Exception:
-    """The likely error for an error of the runtime; that error itself if there is none."""
+    """The `LikelyError` that an error of the runtime means; else that error itself."""
     text = str(error)
     if _STOPPED.search(text):
         return RunStopped("the run was stopped")
@@ -298,7 +298,7 @@ def _failure(error: Exception, what: str = "the run") -> Exception:
 
 
 def _unopened(error: Exception, path: Path, device: Device) -> LikelyError:
-    """The likely error for a runtime's error in opening a graph."""
+    """The `LikelyError` that a runtime's error in opening a graph means."""
     text, failure = str(error), _failure(error, f"the graph {path}")
     if isinstance(failure, OutOfMemory):
         return failure

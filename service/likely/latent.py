@@ -78,7 +78,7 @@ def directions(
     steps, probes, offsets = found
     if len(set(names)) < len(names) or np.any(abs((steps * probes).sum(1) - 1) > _CONSISTENT):
         raise BundleError(
-            f"{latent.file} has two directions of one name, or one whose probe is not of its step",
+            f"{latent.file} has two directions of one name, or a probe that does not fit its step",
             "latent",
         )
     return {
@@ -165,7 +165,7 @@ class Redrawer:
             raise InvalidInput("labels", "the model decodes under no label")
         if takes and label is None:
             if math.prod(shape):
-                raise InvalidInput("labels", "the model decodes under labels: one a row is asked")
+                raise InvalidInput("labels", "the model decodes under labels: each row needs one")
             return np.empty(shape, np.int64)
         return label
 

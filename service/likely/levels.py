@@ -18,7 +18,7 @@ from likely.errors import InvalidInput
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 KEYS = ("x", "images", "image")
-NO_ARRAY = "no array can be read from it; .npy, or .npz, of numbers is asked, and whole"
+NO_ARRAY = "no array can be read from it; it must be a complete .npy or .npz file of numbers"
 _EIGHT_BIT = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
 
@@ -47,7 +47,7 @@ def of_image(file: Path | IO[bytes], name: str, channels: int, levels: int) -> P
     try:
         with Image.open(file) as image:
             if image.mode not in _EIGHT_BIT:
-                raise InvalidInput(name, f"mode {image.mode}; 8 bits a channel are asked")
+                raise InvalidInput(name, f"mode {image.mode}; it must have 8 bits per channel")
             if (several := _pictures(image, name)) > 1:
                 raise InvalidInput(name, f"holds {several} pictures: give each a file of its own")
             if _shows_through(image):
@@ -136,7 +136,7 @@ def header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Raises errors in reading an array as `InvalidInput`, but lets faults of the disk pass."""
+    """Turns errors in reading an array into `InvalidInput`; lets errors of the disk pass."""
     try:
         yield
     except MemoryError as error:

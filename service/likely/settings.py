@@ -128,13 +128,13 @@ class Settings(BaseSettings):
     plaintext_tokens: bool = False
     """Whether other machines may send tokens unencrypted, as a proxy that terminates TLS does."""
     require_signature: Annotated[Paths, BeforeValidator(_keys)] = ()
-    """PEM files of keys or certificates; a bundle is opened only if one of them signed it."""
+    """PEM files of public keys or certificates; one of them must have signed each bundle."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")
     """What runs the models: auto, cpu, cuda or cuda:N. There is no silent fallback from cuda."""
     gpu_memory: int = Field(0, ge=0, le=1 << 20)
     """MiB of a card's memory for the runs of each graph, besides their inputs; 0 is no limit."""
     workers: int = Field(1, ge=0, le=256)
-    """Processes that serve on one port; 0 starts one for each core, or one if there is a card."""
+    """Processes that serve on one port; 0 starts one per core, or one on a card."""
     threads: int = Field(0, ge=0, le=1024)
     """Threads of the runtime in each process; 0 divides the cores among the processes."""
     lanes: int = Field(0, ge=0, le=1024)

@@ -58,7 +58,7 @@ class Trace:
 
 
 class Tracing:
-    """Sends traces by OTLP, where and how many as OpenTelemetry's own variables say.
+    """Sends traces by OTLP; OpenTelemetry's own variables set the destination and sampling.
 
     Raises:
         SettingsError: the extra `tracing` is not installed.

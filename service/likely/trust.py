@@ -39,7 +39,7 @@ class Trust:
         self._patience = patience
         self._withheld = traffic.withheld.labels(name)
         self._unhealthy = traffic.unhealthy.labels(name)
-        self._in_a_row: dict[str, int] = {}  # for each graph by itself
+        self._in_a_row: dict[str, int] = {}  # by graph: sound answers of others do not reset it
 
     def require(self) -> None:
         """Checks that the version is healthy.

@@ -70,7 +70,7 @@ class Long(list[int]):
 
 def test_a_shape_is_counted_before_it_is_taken() -> None:
     images: Any = SimpleNamespace(shape=Long(), data=b"")
-    with pytest.raises(InvalidInput, match=r"15728640 dimensions; 4 are asked"):
+    with pytest.raises(InvalidInput, match=r"15728640 dimensions; 4 are needed"):
         codec.pixels(images)
     request: Any = SimpleNamespace(images=images)
     assert merging.key(request) is None

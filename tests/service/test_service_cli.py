@@ -252,11 +252,11 @@ def test_what_would_do_nothing_is_wrong_usage(
 ) -> None:
     out = ("--count", 1, "--out", tmp_path / "x.png")
     told = failed(likely("generate", "--alpha", 0.1, *out), 2)
-    assert "--alpha is that of --self-check" in told
+    assert "--alpha needs --self-check" in told
     told = failed(likely("generate", "--max-draws", 3, *out), 2)
-    assert "--max-draws is that of --self-check or --acceptance" in told
+    assert "--max-draws needs --self-check or --acceptance" in told
     assert likely("generate", "--max-draws", 3, "--self-check", *out).exit_code == 0
-    assert "--both is shown by --json" in failed(likely("classify", array, "--both"), 2)
+    assert "--both needs --json" in failed(likely("classify", array, "--both"), 2)
     assert "neither in .png" in failed(likely("score", array, "--surprise", tmp_path / "m.jpg"))
 
 
@@ -287,7 +287,7 @@ def test_no_label_is_shown_of_what_is_not_accepted(
 
 
 def test_a_command_that_is_none_is_guessed(likely: Callable[..., Result]) -> None:
-    assert "No such command 'scor'. Is score meant?" in failed(likely("scor"), 2)
+    assert "No such command 'scor'. Did you mean score?" in failed(likely("scor"), 2)
 
 
 def test_a_reader_that_has_enough_ends_a_command_silently(live: Live, array: Path) -> None:

@@ -24,7 +24,7 @@ _ENDING = ".npy"
 _NUMBERS = "biuf"
 _STORED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _ENCRYPTED = 1
-# What zipfile and numpy raise at bytes that are no archive of arrays, as fuzzing found.
+# What zipfile and numpy raise for bytes that are no archive of arrays, as fuzzing found.
 _BROKEN = (
     OSError,
     ValueError,

@@ -299,7 +299,7 @@ class Bundle:
         sizes = {name: record.size for name, record in manifest.files.items()}
         if (total := sum(sizes.values())) > LARGEST_BUNDLE:
             raise BundleError(
-                f"{path} is to have {total} bytes; at most {LARGEST_BUNDLE} are read", "manifest"
+                f"{path} has {total} bytes of files; at most {LARGEST_BUNDLE} are read", "manifest"
             )
         for name, record in manifest.files.items():
             _check_file(path / name, record)
@@ -411,9 +411,9 @@ def _record(path: Path) -> FileRecord:
         BundleError: a bundle must not contain such a file.
     """
     if not path.is_file():
-        raise BundleError(f"{path} does not belong into a bundle, which holds plain files only")
+        raise BundleError(f"{path} cannot be in a bundle: it is not a plain file")
     if not re.fullmatch(_FILE_NAME, path.name):
-        raise BundleError(f"{path} does not belong into a bundle, whose files are not named so")
+        raise BundleError(f"{path} cannot be in a bundle: its name is not allowed")
     with path.open("rb") as handle:
         size = os.fstat(handle.fileno()).st_size
         return FileRecord(size=size, sha256=hashlib.file_digest(handle, "sha256").hexdigest())

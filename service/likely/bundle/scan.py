@@ -214,11 +214,11 @@ class _Scan:
         given = [name for name in ("raw_data", *_TYPED) if name in tensor]
         if _number(tensor, "data_location") == _EXTERNAL:
             if given:
-                raise WireError("a tensor lies in the file and in another one")
+                raise WireError("a tensor has its data in the file and in another one")
             self._outside(tensor, count * _SIZES[kind])
             return
         if "external_data" in tensor or _number(tensor, "data_location"):
-            raise WireError("a tensor names another file without lying there")
+            raise WireError("a tensor names another file, but is not marked as external")
         if len(given) > 1:
             raise WireError(f"a tensor has its data twice, as {' and '.join(given)}")
         self._check_inside(tensor, given, kind, count)
@@ -241,7 +241,7 @@ class _Scan:
         offset, length = _decimal(entries, "offset", 0), _decimal(entries, "length", expected)
         if length != expected or offset + length > self._files[location]:
             raise WireError(
-                f"a tensor of {expected} bytes is to be bytes {offset} to {offset + length} of "
+                f"a tensor of {expected} bytes claims the bytes {offset} to {offset + length} of "
                 f"{location}, which has {self._files[location]}"
             )
         self.external.add(location)
@@ -263,7 +263,7 @@ class _Scan:
         """Checks that packed numbers of an attribute are complete."""
         for value in attribute.get("floats", ()):
             if isinstance(value, memoryview) and len(value) % 4:
-                raise WireError("an attribute's numbers end within one")
+                raise WireError("the last of an attribute's numbers is incomplete")
         for value in attribute.get("ints", ()):
             if isinstance(value, memoryview):
                 self._count(value)
@@ -285,7 +285,7 @@ class _Scan:
                 dims += islice(self._reader.numbers(value), MOST_AXES + 1)
             if len(dims) > MOST_AXES:
                 raise WireError(f"a tensor has more than {MOST_AXES} axes")
-        if any(length >= 1 << 31 for length in dims):  # negative ones are larger still
+        if any(length >= 1 << 31 for length in dims):  # negative ones are encoded as larger numbers
             raise WireError("a tensor's dimension is negative, or above 2**31")
         return dims
 

@@ -84,7 +84,7 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
     library = _library()
     path = folder / SIGNATURE
     if path.is_symlink() or not path.is_file():
-        raise BundleError(f"{folder} has no {SIGNATURE}, and a signature is asked", "signature")
+        raise BundleError(f"{folder} has no {SIGNATURE}, but must be signed", "signature")
     if path.stat().st_size > LARGEST_SIGNATURE:
         raise BundleError(f"{path} has more than {LARGEST_SIGNATURE} bytes", "signature")
     _check_names(folder)

@@ -69,8 +69,8 @@ class Reader:
             what: the message's type, for errors.
 
         Raises:
-            WireError: the bytes are malformed, a field is not in the schema or occurs too
-                often, or there are more fields than this reader accepts.
+            WireError: the bytes are malformed; a field is not in the schema, has another wire
+                type or occurs too often; or there are more fields than this reader accepts.
         """
         found: Values = {}
         for number, kind, value in self._fields(data, what):
@@ -100,7 +100,7 @@ class Reader:
             elif kind == Kind.FIXED64:
                 size = 8
             else:
-                raise WireError(f"{what} holds field {number} of kind {kind}, which is none")
+                raise WireError(f"{what} holds field {number} of kind {kind}, which does not exist")
             if size > end - at:
                 raise WireError(f"{what} ends within field {number}")
             yield number, kind, data[at : at + size]

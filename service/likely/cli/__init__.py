@@ -1,7 +1,7 @@
-"""The command line: `likely` serves, asks a server, and says how it and a bundle are.
+"""The command line: `likely` serves models, asks a server, and checks servers and bundles.
 
-Exit codes: 0 done, 1 an error (one sentence on standard error), 2 wrong usage. SIGTERM ends a
-command by that signal; as the first process of a container, with the code 143.
+Exit codes: 0 for success, 1 for an error (one sentence on standard error), 2 for wrong usage.
+SIGTERM ends a command by that signal; as the first process of a container, with the code 143.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import click
 from likely import signals
 from likely.errors import LikelyError
 
-# In the module of this package that has it. A server starts sooner without what only others
-# need: tables, progress bars, pictures.
+# The module of this package that has each command. It is imported only when needed: a server
+# starts sooner without tables, progress bars and pictures, which only other commands need.
 MODULES: Final = {
     "serve": "serve",
     "score": "ask",
@@ -39,13 +39,13 @@ MODULES: Final = {
 
 
 class Commands(click.Group):
-    """Commands that are imported when they are named.
+    """Commands that are imported only when they are named.
 
-    Their expected errors end in one sentence, not in a traceback.
+    Expected errors are shown as one sentence, not as a traceback.
     """
 
     def main(self, *args: Any, **more: Any) -> Any:
-        """Runs the command that the words name, and ends the process."""
+        """Runs the command that the arguments name, and ends the process."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, TextIOWrapper) and _may_fail(stream):
                 stream.reconfigure(errors="replace")
@@ -59,7 +59,7 @@ class Commands(click.Group):
         return sorted(MODULES)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """The command of that name."""
+        """The command with that name."""
         if cmd_name not in MODULES:
             return None
         command: click.Command = getattr(import_module(f"likely.cli.{MODULES[cmd_name]}"), cmd_name)
@@ -68,14 +68,14 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that the words name."""
+        """The command that the arguments name; an unknown one raises an error with a guess."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             near = get_close_matches(args[0], MODULES, 1)
             if not near:
                 raise
-            raise click.UsageError(f"{error.message} Is {near[0]} meant?", ctx) from error
+            raise click.UsageError(f"{error.message} Did you mean {near[0]}?", ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
@@ -87,13 +87,13 @@ class Commands(click.Group):
                 click.echo("ended by SIGTERM", err=True)
             signals.end(signal.SIGTERM)
         except BrokenPipeError:
-            raise  # who reads has enough, as `head` does: click ends without a word
+            raise  # the reader ended, as `head` does: click exits silently
         except (LikelyError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
 
 def _may_fail(stream: TextIOWrapper) -> bool:
-    """Whether it lacks signs of tables, as cp1252 does, or refuses names that are no UTF-8."""
+    """Whether a stream may be unable to write table borders, or names that are not UTF-8."""
     return stream.errors == "strict" or codecs.lookup(stream.encoding).name != "utf-8"
 
 

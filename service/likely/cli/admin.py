@@ -1,4 +1,4 @@
-"""`likely admin`: which versions a server has, and what it shall do with them."""
+"""`likely admin`: lists and changes the versions that a server has."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="For programs.")
 def admin() -> None:
     """Load, unload, label and roll back the versions that a server has.
 
-    The server opens its admin port by --admin-port; where tokens are asked for, the token's scope
-    has to be admin.
+    The server needs --admin-port. If it requires tokens, yours must have the scope admin.
     """
 
 
@@ -29,7 +28,7 @@ def admin() -> None:
 @ASKED
 @AS_JSON
 def versions(server: Connection, as_json: bool) -> None:
-    """List what is served, what comes and goes, and which bundles were refused."""
+    """List versions that are served, loading or draining, and bundles that were refused."""
     with server.admin() as client:
         found = client.versions()
     show.rows([_told(version, as_json) for version in found], as_json, {})
@@ -51,7 +50,7 @@ def load(server: Connection, folder: Path, as_json: bool) -> None:
 @click.argument("version")
 @ASKED
 def unload(server: Connection, model: str, version: str) -> None:
-    """Serve a VERSION of MODEL no more; ends when its requests have ended and it is freed."""
+    """Stop serving a VERSION of MODEL; ends when its requests have ended and it is freed."""
     with server.admin() as client:
         client.unload(model, version)
     click.echo(f"{model} {version} is served no more")
@@ -63,7 +62,7 @@ def unload(server: Connection, model: str, version: str) -> None:
 @click.argument("version", required=False)
 @ASKED
 def label(server: Connection, model: str, label: str, version: str | None) -> None:
-    """Let a LABEL name a VERSION of MODEL; without VERSION, none."""
+    """Let LABEL name a VERSION of MODEL; without VERSION, take the label away."""
     with server.admin() as client:
         client.set_label(model, label, version)
     click.echo(f"{model} {version} is {label}" if version else f"no version of {model} is {label}")
@@ -74,7 +73,7 @@ def label(server: Connection, model: str, label: str, version: str | None) -> No
 @ASKED
 @AS_JSON
 def rollback(server: Connection, model: str, as_json: bool) -> None:
-    """Make the version of MODEL stable that answered by default before the last change."""
+    """Label as stable the version of MODEL that was the default before the last change."""
     with server.admin() as client:
         back = client.rollback(model)
     show.rows([_told(back, as_json)], as_json, {})
@@ -85,14 +84,14 @@ def rollback(server: Connection, model: str, as_json: bool) -> None:
 @click.argument("version", required=False)
 @ASKED
 def reset_drift(server: Connection, model: str, version: str | None) -> None:
-    """Begin the test for drift of MODEL anew: of a VERSION, or of the one that answers."""
+    """Restart the drift test of MODEL: of a VERSION, or of the default version."""
     with server.admin() as client:
         found = client.reset_drift(model, version)
     click.echo(f"the test for drift of {model} {found} begins anew")
 
 
 def _told(version: ModelVersion, as_json: bool) -> dict[str, Any]:
-    """A row: everything for programs, what there is to say for people."""
+    """A row of the output: every field for programs, the relevant ones for people."""
     found: dict[str, Any] = {
         "model": version.name,
         "version": version.version,

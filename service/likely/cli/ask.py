@@ -92,7 +92,7 @@ def score(
 @_FILES
 @asks
 @_ALPHA
-@click.option("--priors", help="p(y) in the model's order, with commas. [the model's own]")
+@click.option("--priors", help="p(y) in the model's order, separated by commas. [the model's]")
 @click.option(
     "--min-posterior", type=float, default=0.0, help="Smallest posterior that assigns a label."
 )
@@ -103,7 +103,7 @@ def score(
     show_default=True,
     help="Bayes' rule over p(x|y), or the discriminative model's own p(y|x).",
 )
-@click.option("--both", is_flag=True, help="Give log p(x|y) by the other rule too, in --json.")
+@click.option("--both", is_flag=True, help="Add log p(x|y) by the other rule; needs --json.")
 @_AS_JSON
 def classify(
     files: tuple[Path, ...],
@@ -119,7 +119,7 @@ def classify(
 ) -> None:
     """Which label is assigned, if any?"""
     if both and not as_json:
-        raise click.UsageError("--both is shown by --json alone")
+        raise click.UsageError("--both needs --json")
     given = numbers(priors)
     with server.client() as client:
         info = client.model(model, version)
@@ -203,9 +203,9 @@ def generate(
 ) -> None:
     """Draw pictures, with a label if you like; for very many see `likely batch generate`."""
     if alpha is not None and not self_check:
-        raise click.UsageError("--alpha is that of --self-check")
+        raise click.UsageError("--alpha needs --self-check")
     if max_draws is not None and not (self_check or acceptance):
-        raise click.UsageError("--max-draws is that of --self-check or --acceptance")
+        raise click.UsageError("--max-draws needs --self-check or --acceptance")
     pictures.require_form(out, folder=True)
     with server.client() as client:
         info = client.model(model, version)
@@ -268,7 +268,7 @@ def models(server: Connection, as_json: bool) -> None:
 
 
 def _short(methods: Sequence[str]) -> list[str]:
-    """The methods' own names; a stream goes without saying where its unary sister is named."""
+    """The methods' names without their services, and without streams of listed methods."""
     names = [method.rpartition("/")[2] for method in methods]
     streams = {f"{name}Stream" for name in names}
     return [name for name in names if name not in streams]
@@ -279,12 +279,12 @@ def _about(name: str, answer: Scores | Classifications) -> dict[str, Any]:
 
 
 def numbers(text: str | None, field: str = "priors") -> list[float] | None:
-    """The numbers of a text such as `0.2,0.8`.
+    """Parses a text such as `0.2,0.8`.
 
     Raises:
-        InvalidInput: it is no such text.
+        InvalidInput: the text is not a list of numbers separated by commas.
     """
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise InvalidInput(field, f"{text!r} are no numbers with commas between") from error
+        raise InvalidInput(field, f"{text!r} is not numbers separated by commas") from error

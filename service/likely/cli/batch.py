@@ -1,4 +1,4 @@
-"""`likely batch generate|score|classify`: jobs over many pictures, resumed where they ended."""
+"""`likely batch generate|score|classify`: resumable jobs over many pictures."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 INPUT_HELP = (
     "INPUTS are Parquet files, arrays (.npy, .npz), WebDataset shards (.tar), image files, and "
-    "folders of these. The job's folder holds shards and a manifest; the same command resumes "
-    "a job that was ended, and a folder of another job is refused."
+    "folders of these. The job's folder holds shards and a manifest. The same command resumes "
+    "an interrupted job; the folder of another job is refused."
 )
 
 
 @click.group()
 def batch() -> None:
-    """Do this for many pictures, resumed if ended.
+    """Draw, score or classify many pictures, resumably.
 
-    Draw, score or classify them, in shards that the same command resumes.
+    The pictures are processed in shards. The same command resumes an interrupted job.
     """
 
 
 @batch.command()
 @click.option("--labels", help="Counts by label, such as 3=100,5=200 (names or indices).")
-@click.option("--each", type=click.IntRange(1), help="So many pictures of every label.")
-@click.option("--count", type=click.IntRange(1), help="So many, each label drawn by the priors.")
+@click.option("--each", type=click.IntRange(1), help="Number of pictures of every label.")
+@click.option("--count", type=click.IntRange(1), help="Number of pictures, labels by the priors.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="The same seed gives the same pictures."
 )
@@ -61,16 +61,16 @@ def generate(
     alpha: float | None,
     max_draws: int | None,
 ) -> None:
-    """Draw pictures by the thousand.
+    """Draw very many pictures.
 
-    They are the same ones, however often the job was ended.
+    However often the job is interrupted, they are the same pictures.
     """
     if sum(wish is not None for wish in (labels, each, count)) != 1:
-        raise click.UsageError("one of --labels, --each and --count says how many are drawn")
+        raise click.UsageError("give one of --labels, --each and --count")
     if alpha is not None and not self_check:
-        raise click.UsageError("--alpha is that of --self-check")
+        raise click.UsageError("--alpha needs --self-check")
     if max_draws is not None and not self_check:
-        raise click.UsageError("--max-draws is that of --self-check")
+        raise click.UsageError("--max-draws needs --self-check")
 
     def ask(info: ModelInfo, _: Pictures | None) -> Task:
         from likely.jobs.requests import Generation, runs
@@ -90,21 +90,21 @@ def generate(
 
 
 def _judging(command: F) -> F:
-    """Adds the options of jobs that look at pictures."""
+    """Adds the options of jobs that score or classify pictures."""
     for option in (
         job,
         click.option(
             "--fdr", type=float,
-            help="Tell also whom to reject so that at most this share of the job's rejections "
-            "is false (Benjamini-Hochberg).",
+            help="Also decide which pictures to reject so that at most this share of the job's "
+            "rejections is false (Benjamini-Hochberg).",
         ),
         click.option(
             "--guarantee", type=click.Choice(["marginal", "pac"]), default="marginal",
-            show_default=True, help="What alpha holds for: on average, or with 95 % confidence.",
+            show_default=True, help="Whether alpha holds on average, or with 95 % confidence.",
         ),
         click.option("--alpha", type=float, help=ALPHA_HELP),
         click.option(
-            "--key-column", help="Parquet's column of what to call each picture. [key, if there]"
+            "--key-column", help="Parquet's column of the pictures' names. [key, if there]"
         ),
         click.option("--column", help="Parquet's column of pictures. [image, images, x, …]"),
         click.argument(
@@ -123,10 +123,10 @@ def score(job: Job, **given: Any) -> None:
 
 
 @batch.command(epilog=INPUT_HELP)
-@click.option("--priors", help="p(y) in the model's order, with commas. [the model's own]")
+@click.option("--priors", help="p(y) in the model's order, separated by commas. [the model's]")
 @click.option(
     "--estimate-priors", is_flag=True,
-    help="Estimate p(y) from the pictures, and weigh the posteriors by it.",
+    help="Estimate p(y) from the pictures, and use it in the posteriors.",
 )  # fmt: skip
 @click.option(
     "--min-posterior", type=float, default=0.0, help="Smallest posterior that assigns a label."

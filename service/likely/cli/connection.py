@@ -1,4 +1,4 @@
-"""The options of every command that asks a server: where it is and what is shown to it."""
+"""The options of every command that asks a server: its address, credentials and encryption."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What the options say."""
+    """The values of the options."""
 
     address: str
     timeout: float
@@ -43,7 +43,7 @@ class Connection:
         )
 
     def route(self) -> Route:
-        """The way to that server, without a token."""
+        """The route to that server, without a token."""
         return Route(self.address, **self._encryption())
 
     def _token(self) -> dict[str, Any]:
@@ -65,15 +65,15 @@ def connected(
     address: str = ADDRESS,
     variable: str = "LIKELY_ADDRESS",
 ) -> Callable[[F], F]:
-    """Adds the options, and gives the command its `server: Connection`.
+    """Returns a decorator that adds the options, and passes `server: Connection` to a command.
 
     Args:
-        timeout: seconds of a request, where none are named.
-        optional: whether the command can do without a server: then `server` is None where
-            neither the command line nor the environment names an address.
-        token: whether the command shows one.
-        address: of the server, where none is named.
-        variable: of the environment that may name it.
+        timeout: default number of seconds of a request.
+        optional: whether the command can do without a server. `server` is then None if neither
+            the command line nor the environment gives an address.
+        token: whether the command sends a token.
+        address: default address of the server.
+        variable: the environment variable that may give the address.
     """
 
     def decorate(command: F) -> F:
@@ -85,7 +85,7 @@ def connected(
                 connection = _with_one_token(connection)
             command(server=None if connection.address is None else connection, **given)
 
-        # click fills the options in by name, so that the two need not have one signature.
+        # click passes the options by name, so the two functions may have different signatures.
         decorated = cast("F", run)
         for option in _options(timeout, None if optional else address, variable, token):
             decorated = option(decorated)
@@ -95,33 +95,33 @@ def connected(
 
 
 def on_the_command_line(option: str) -> bool:
-    """Whether the option of that name is given there, and not by the environment."""
+    """Whether an option is given on the command line, not by the environment or a default."""
     source = click.get_current_context().get_parameter_source(option)
     return source is click.core.ParameterSource.COMMANDLINE
 
 
 def _not_empty(_: click.Context, __: click.Parameter, address: str | None) -> str | None:
-    """The address, if one is named; an empty one is a variable of the shell's that is not set.
+    """Refuses an empty address, which comes from a shell variable that is not set.
 
     Raises:
-        BadParameter: it is empty.
+        BadParameter: the address is empty.
     """
     if address is not None and not address.strip():
-        raise click.BadParameter("it is empty; host:port is asked")
+        raise click.BadParameter("it is empty; it must be host:port")
     return address
 
 
 def _with_one_token(connection: Connection) -> Connection:
-    """The same, with the token alone that is shown: the command line's before a variable's.
+    """The same connection with one token: that of the command line before the environment's.
 
     Raises:
-        UsageError: there are two in the same place.
+        UsageError: both are on the command line, or both in the environment.
     """
     if not (connection.token and connection.token_file):
         return connection
     named = on_the_command_line("token")
     if named == on_the_command_line("token_file"):
-        raise click.UsageError("either --token or --token-file (or their variables)")
+        raise click.UsageError("give either --token or --token-file (or their variables)")
     return replace(connection, token_file=None) if named else replace(connection, token=None)
 
 
@@ -132,18 +132,18 @@ def _options(
     return (
         click.option(
             "--server-name", envvar="LIKELY_SERVER_NAME", show_envvar=True,
-            help="What the server's certificate has to bear, if not the address.",
+            help="Name in the server's certificate, if it is not the address.",
         ),
         click.option(
-            "--key", type=file, envvar="LIKELY_KEY", show_envvar=True, help="PEM file, its key."
+            "--key", type=file, envvar="LIKELY_KEY", show_envvar=True, help="PEM file of its key."
         ),
         click.option(
             "--certificate", type=file, envvar="LIKELY_CERTIFICATE", show_envvar=True,
-            help="PEM file that the client shows of itself.",
+            help="PEM file of the client's certificate.",
         ),
         click.option(
             "--ca", type=file, envvar="LIKELY_CA", show_envvar=True,
-            help="PEM file of who vouches for the server.",
+            help="PEM file of the authorities that may have signed the server's certificate.",
         ),
         click.option(
             "--tls", is_flag=True,
@@ -151,11 +151,11 @@ def _options(
         ),
         click.option(
             "--plaintext-token", is_flag=True, hidden=not token,
-            help="Show the token unencrypted, as to a proxy that has TLS.",
+            help="Send the token unencrypted, as to a proxy that adds TLS.",
         ),
         click.option(
             "--token-file", type=file, envvar="LIKELY_TOKEN_FILE", show_envvar=True,
-            hidden=not token, help="A file that holds one, read again when it changes.",
+            hidden=not token, help="A file with a token, read again when it changes.",
         ),
         click.option(
             "--token", envvar="LIKELY_TOKEN", show_envvar=True, hidden=not token,
@@ -163,11 +163,11 @@ def _options(
         ),
         click.option(
             "--timeout", type=click.FloatRange(0, LONGEST, min_open=True), default=timeout,
-            show_default=True, help="Seconds a request.",
+            show_default=True, help="Seconds for each request.",
         ),
         click.option(
             "--address", envvar=variable, default=address, show_default=True, show_envvar=True,
             callback=_not_empty,
-            help="The server." if address else "A server to ask, in place of a bundle.",
+            help="The server." if address else "A server to ask, instead of a bundle.",
         ),
     )  # fmt: skip

@@ -20,7 +20,7 @@ SERVER_NEEDS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at."""
+    """The result of one check."""
 
     what: str
     found: str
@@ -34,8 +34,8 @@ class Finding:
 def doctor(bundle: Path | None, device: str, as_json: bool) -> None:
     """Say what is installed, what really runs, and what is broken.
 
-    A bare install is a sound client; with a server's packages, a runtime that opens a
-    graph and gives its recorded answers is asked for too.
+    A bare install is enough for a client. If a server's packages are installed, a runtime
+    must also open a graph and reproduce its recorded answers.
     """
     findings = [*_installed(), *_runtime(bundle, device, asked=bool(bundle) or device != "auto")]
     rows = [

@@ -1,4 +1,4 @@
-"""`likely health`: whether a server is ready, for probes; quiet in its logs."""
+"""`likely health`: tells probes whether a server is ready; servers log it only at debug level."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from likely.cli.connection import Connection, connected
 from likely.client.line import positive, unreached
 from likely.errors import InvalidInput, LikelyError, ModelNotFound, Unavailable
 
-# The health protocol's response whose status is SERVING: messages of one field need no generated
-# code on the client's side.
+# The health protocol's response with status SERVING, encoded: messages of one field need no
+# generated code in the client.
 _SERVING = b"\x08\x01"
-_LONGEST = 64  # of a model's name
+_LONGEST = 64  # bytes of a model's name
 
 
 @click.command()
 @connected(timeout=3.0, token=False)
 @click.option("--model", help="Ask for this model alone. [the whole server]")
 def health(server: Connection, model: str | None) -> None:
-    """End well if a server answers SERVING. No token is shown: health is told to all."""
+    """Exit with 0 if a server answers SERVING. No token is sent: health needs none."""
     asked = b"" if model is None else _request(model)
     with server.route().channel(once=True) as channel:
         check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
@@ -36,13 +36,13 @@ def health(server: Connection, model: str | None) -> None:
 
 
 def _request(model: str) -> bytes:
-    """The HealthCheckRequest whose `service`, its field 1, is that model's."""
+    """The encoded HealthCheckRequest whose `service`, field 1, is that of the model."""
     try:
         name = f"model/{model}".encode()
     except UnicodeEncodeError as error:
-        raise InvalidInput("model", f"{model!r} is no UTF-8, as every name is") from error
+        raise InvalidInput("model", f"{model!r} is no UTF-8, so it is no name") from error
     if len(model.encode()) > _LONGEST:
-        raise InvalidInput("model", f"{model!r} is longer than {_LONGEST} bytes, as no name is")
+        raise InvalidInput("model", f"{model!r} is longer than {_LONGEST} bytes, so it is no name")
     return b"\x0a" + bytes([len(name)]) + name
 
 

@@ -1,4 +1,4 @@
-"""The options of every batch job, and what they set going."""
+"""The options of every batch job, and how they run it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NEEDS = ("pyarrow", "ray")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the options say."""
+    """The values of the options."""
 
     bundle: Path | None
     device: str
@@ -47,15 +47,15 @@ class Job:
     as_json: bool
 
     def run(self, ask: Ask, what: str, given: Input | None = None) -> None:
-        """Does the job, or what is left of it, and tells what came of it.
+        """Does the job, or what is left of it, and prints its result.
 
         Args:
-            ask: what to do, given the model and the pictures.
-            what: is shown beside the progress.
-            given: where the pictures are, if any are looked at.
+            ask: makes the task from the model and the pictures.
+            what: the text beside the progress.
+            given: where the pictures are; None if the job draws pictures.
 
         Raises:
-            LikelyError: it cannot be done as it is asked for, or not now.
+            LikelyError: the job cannot be done as requested, or not now.
             OSError: something cannot be read or written.
         """
         from likely.jobs import ledger
@@ -70,7 +70,7 @@ class Job:
         begun = ledger.begun(out)
         if begun and self._may_mean(begun):
             opener = opener.pinned(begun.model, begun.version)
-            if begun.done and opener.elsewhere:  # where the version may be gone
+            if begun.done and opener.elsewhere:  # the server may no longer have the version
                 request, _ = self._request(ask, begun.done, given)
                 with ledger.Ledger(out, request) as folder:
                     again = folder.summary
@@ -112,10 +112,10 @@ class Job:
         show.rows(lines, self.as_json, {"model": info.name, "version": info.version})
 
     def _may_mean(self, begun: Begun) -> bool:
-        """Whether the options leave room for the version that the job began with.
+        """Whether the options can mean the version that the job began with.
 
-        The label that it was asked for by may name another one by now; what another label
-        names, the server says.
+        The label by which the job asked for it counts, though it may name another version by
+        now. What another label names is up to the server.
         """
         versions = (None, begun.version, begun.label)
         return self.model in (None, begun.model) and self.version in versions
@@ -125,22 +125,22 @@ class Job:
 
         server = self.server
         if self.bundle and server and not on_the_command_line("address"):
-            server = None  # a bundle that is named goes before a server of the environment
+            server = None  # a bundle on the command line overrides the environment
         if server is None:
             if self.model or self.version:
-                raise click.UsageError("--model and --model-version are those of --address")
+                raise click.UsageError("--model and --model-version need --address")
             if self.engine == "ray" and self.device.startswith("cuda:"):
                 raise click.UsageError(
-                    "with --engine ray it is --device cuda: Ray reserves one card for each actor, "
+                    "with --engine ray, use --device cuda: Ray reserves one card for each actor, "
                     "which sees no other"
                 )
             bundle = self.bundle and self.bundle.absolute()
-            # Ray begins many engines: each has the cores that it counts for.
+            # With Ray there are many engines: each gets the cores that Ray reserves for it.
             cores = max(1, self.threads) if self.engine == "ray" else self.threads
             keys = tuple(key.absolute() for key in self.keys)
             return Bundled(bundle, self.device, cores, keys)
         if self.bundle:
-            raise click.UsageError("either --bundle or --address")
+            raise click.UsageError("give either --bundle or --address")
         return Served(
             server.address,
             self.model,
@@ -159,7 +159,7 @@ class Job:
 
 
 def job(command: F) -> F:
-    """Adds the options, and gives the command its `job: Job`."""
+    """Adds the options to a command, and passes it `job: Job`."""
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -180,29 +180,29 @@ def job(command: F) -> F:
 def _options() -> tuple[Callable[[F], F], ...]:
     file = click.Path(dir_okay=False, path_type=Path)
     return (
-        click.option("--json", "as_json", is_flag=True, help="Tell the end as a JSON object."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object."),
         click.option(
             "--engine", type=click.Choice(["threads", "ray"]), default="threads",
-            show_default=True, help="Who makes the shards: this process, or actors of Ray.",
+            show_default=True, help="What makes the shards: threads here, or actors of Ray.",
         ),
         click.option(
             "--batch", type=click.IntRange(1), default=512, show_default=True,
-            help="Pictures asked about at once.",
+            help="Pictures processed at once.",
         ),
         click.option(
             "--workers", type=click.IntRange(0), default=0,
-            help="Shards in hand at once. [2; with Ray, as many as it has cores, or cards, for]",
+            help="Shards in progress at once. [2; with Ray, as many as its cores, or cards, allow]",
         ),
         click.option(
             "--threads", type=click.IntRange(0), default=0,
             help="Cores of each engine. [all; with Ray, 1]",
         ),
         click.option(
-            "--shard", type=int, default=4096, show_default=True, help="Pictures of a shard."
+            "--shard", type=int, default=4096, show_default=True, help="Pictures in one shard."
         ),
         click.option(
             "--format", "form", type=click.Choice(["parquet", "npz", "webdataset"]),
-            default="parquet", show_default=True, help="What the shards are.",
+            default="parquet", show_default=True, help="Format of the shards.",
         ),
         click.option(
             "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
@@ -210,7 +210,7 @@ def _options() -> tuple[Callable[[F], F], ...]:
         ),
         click.option(
             "--patience", type=float, default=300.0, show_default=True,
-            help="Seconds to go on asking a server that is busy or away.",
+            help="Seconds to keep asking a server that is busy or away.",
         ),
         connected(optional=True),
         click.option("--model-version", "version", help="Of the server's. [the default one]"),
@@ -230,7 +230,7 @@ def _options() -> tuple[Callable[[F], F], ...]:
 
 
 def _flat(found: dict[str, Any]) -> dict[str, Any]:
-    """What was found, without levels: `fdr.rate` and not `fdr` with a `rate`."""
+    """The result without nesting: `fdr.rate`, not `fdr` with a `rate`."""
     flat: dict[str, Any] = {}
     for name, value in found.items():
         if isinstance(value, dict):

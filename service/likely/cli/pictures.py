@@ -1,4 +1,4 @@
-"""Files to pictures and back: images, .npy, .npz."""
+"""Reads pictures from files and writes them: images, .npy, .npz."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _GAP = 1
 
 
 def read(paths: Sequence[Path], info: ModelInfo) -> tuple[Pixels, list[str]]:
-    """All pictures, uint8 (n, c, h, w) of levels, and what to call each of them.
+    """Reads all pictures: their levels, uint8 (n, c, h, w), and a name for each picture.
 
     A folder stands for its images and arrays, in the order of their names.
-    Arrays hold levels: (n, c, h, w), or (n, h, w) for one channel; in an `.npz`
-    under `x`, else `images`, else the first one. Image files hold brightness from
-    0 to 255: they become grey for a model of one channel and red, green, blue for
-    one of three, and brightness b becomes level round(b * (levels - 1) / 255).
-    Nothing is resized, cropped or inverted.
+    Arrays contain levels: (n, c, h, w), or (n, h, w) for one channel. In an `.npz`, the
+    array is the one named by one of `levels.KEYS`, else the first. Image files contain
+    brightness from 0 to 255. They are converted to grey for a model of one channel, and to
+    red, green, blue for one of three; brightness b becomes level
+    round(b * (levels - 1) / 255). Nothing is resized, cropped or inverted.
 
     Raises:
-        InvalidInput: a file is no such file, or its pictures do not fit the model.
+        InvalidInput: a file cannot be read as such a file, or its pictures do not fit the model.
     """
     parts, names = [], []
     for path in chain.from_iterable(map(_files, paths)):
@@ -67,16 +67,17 @@ def _files(path: Path) -> list[Path]:
 
 
 def require_form(out: Path, *, folder: bool = False) -> None:
-    """Returns if pictures can be written there without loss, and nothing lies in their way.
+    """Checks that pictures can be written to a path without loss.
 
-    It is asked before there are any, which may take long.
+    Call it before the pictures are made, which may take long.
 
     Args:
         out: a file, .png or .npz.
-        folder: whether it may be a folder too, which is then made, or is empty.
+        folder: whether `out` may also be a folder, which must be empty or not exist yet.
 
     Raises:
-        InvalidInput: it is neither, or a file in a folder that is none.
+        InvalidInput: `out` is neither, the folder is not empty, or the file's folder does not
+            exist.
     """
     if out.suffix.lower() in FORMS and not out.is_dir():
         if not out.parent.is_dir():
@@ -111,10 +112,10 @@ def write_draws(out: Path, drawn: Draws, info: ModelInfo) -> None:
 
 
 def write_surprise(out: Path, x: Pixels, surprise: Floats, info: ModelInfo) -> None:
-    """Writes surprise maps: `.npz` with `x` and `surprise` in nats, or pictures beside maps.
+    """Writes surprise maps: `.npz` with `x` and `surprise` in nats, or an image of both.
 
-    In a picture file each input is followed by its map, summed over channels, white
-    where the surprise is the largest of the file.
+    In an image, each picture is followed by its map, summed over channels, which is white
+    at the largest surprise of the file.
     """
     if out.suffix.lower() == ".npz":
         with _whole(out) as part:
@@ -128,16 +129,16 @@ def write_surprise(out: Path, x: Pixels, surprise: Floats, info: ModelInfo) -> N
 
 
 def write_redrawn(out: Path, given: Pixels, found: Redrawings, info: ModelInfo) -> None:
-    """Writes what features stand for: `.npz` with all arrays, or a contact sheet.
+    """Writes decoded features: `.npz` with all arrays, or a contact sheet.
 
-    A row of the sheet is what was given of a picture, then the means at all points; below
-    them stand the draws, a row for each.
+    For each entry, the sheet has a row of the given pictures and the means at all points,
+    followed by one row for each draw.
 
     Args:
         out: the file.
-        given: uint8 (n, k, c, h, w) of levels.
-        found: (n, points, ...).
-        info: of the model.
+        given: the given pictures, uint8 (n, k, c, h, w), levels.
+        found: the decoded features, (n, points, ...).
+        info: the model's description.
     """
     if out.suffix.lower() == ".npz":
         arrays: dict[str, Any] = {"mean": found.mean, "drawn": found.drawn}
@@ -158,10 +159,15 @@ def write_redrawn(out: Path, given: Pixels, found: Redrawings, info: ModelInfo) 
 
 
 def grid(x: Pixels, *, even: bool = False, across: int = 0) -> Pixels:
-    """Pictures (n, c, h, w) side by side, in a square unless `across` says how many.
+    """Arranges pictures (n, c, h, w) in a square grid, or in one of `across` columns.
+
+    Args:
+        x: the pictures, uint8.
+        even: whether the number of columns must be even.
+        across: the number of columns; 0 for about as many as rows.
 
     Returns:
-        (rows, columns) grey or (rows, columns, 3) colour.
+        The image, (rows, columns) if grey or (rows, columns, 3) if coloured.
     """
     n, c, h, w = x.shape
     across = across or max(1, math.ceil(math.sqrt(n)))
@@ -181,7 +187,7 @@ def slices(n: int, step: int) -> Iterator[slice]:
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """Where to write a file that appears when it is whole, and not at all if that fails."""
+    """Yields a temporary path, which is renamed to `out` if all goes well, else removed."""
     part = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
         yield part

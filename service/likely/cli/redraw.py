@@ -1,4 +1,4 @@
-"""The commands that redraw pictures by their features: traverse, interpolate."""
+"""The commands that redraw pictures from their features: traverse, interpolate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from likely.errors import InvalidInput
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DRAWS = click.option(
-    "--draws", type=int, default=0, show_default=True, help="Drawn at each point, below the mean."
+    "--draws", type=int, default=0, show_default=True, help="Draws at each point, below the mean."
 )
 _SEED = click.option("--seed", type=int, help="The same seed gives the same draws. [a fresh one]")
 _OUT = click.option(
@@ -32,7 +32,7 @@ _AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object
 @asks
 @click.option("--direction", required=True, help="One of the model's, such as slant.")
 @click.option(
-    "--points", default="-2,-1,0,1,2", show_default=True, help="Where to redraw, with commas."
+    "--points", default="-2,-1,0,1,2", show_default=True, help="Points, separated by commas."
 )
 @_DRAWS
 @_SEED
@@ -52,7 +52,7 @@ def traverse(
 ) -> None:
     """Redraw pictures along a direction of their features.
 
-    A row of the sheet is a picture: as it is, then redrawn at each point.
+    Each row of the sheet shows a picture as it is, then redrawn at each point.
     """
     pictures.require_form(out)
     places = numbers(points, "points") or []
@@ -95,9 +95,9 @@ def interpolate(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Redraw what lies between two files' pictures.
+    """Redraw pictures between those of two files.
 
-    A row of the sheet is a pair: the two as they are, then from one to the other.
+    Each row of the sheet shows a pair as it is, then the way from one to the other.
     """
     pictures.require_form(out)
     with server.client() as client:

@@ -1,4 +1,4 @@
-"""`likely serve`: every setting as a flag."""
+"""`likely serve`, with every setting as a flag."""
 
 from __future__ import annotations
 
@@ -19,60 +19,60 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# The names are those of `likely.settings.Settings`, which only a server install can
-# import; the types and the allowed values are checked there, for all sources alike.
+# The names are those of `likely.settings.Settings`, which only a server's installation can
+# import. It checks the types and the values, for all sources alike.
 FLAGS = {
     "config": "TOML file with settings.",
-    "watch": "Folder of further bundles, followed while serving.",
-    "watch_seconds": "Seconds between two looks at it. [5]",
+    "watch": "Folder of further bundles, polled while serving.",
+    "watch_seconds": "Seconds between two polls of that folder. [5]",
     "labels": "Labels of versions, such as digits:stable=1.0,digits:canary=1.1.",
-    "default_version": "Which version answers where none is named or stable: newest or oldest.",
+    "default_version": "Which version answers if none is named or stable: newest or oldest.",
     "host": "Address to listen on. [127.0.0.1]",
     "port": "Port of the gRPC server; 0 takes any free one. [50051]",
     "admin_host": "Address of the admin RPCs. [127.0.0.1]",
-    "admin_port": "Their port; 0 takes any free one, off none. [off]",
+    "admin_port": "Port of the admin RPCs; 0 takes any free one, off is no port. [off]",
     "metrics_host": "Address of the Prometheus metrics. [127.0.0.1]",
-    "metrics_port": "Their port; 0 takes any free one, off none. [9464]",
+    "metrics_port": "Port of the metrics; 0 takes any free one, off is no port. [9464]",
     "tls_certificate": "PEM file of the server's certificate chain.",
     "tls_key": "PEM file of its key.",
-    "tls_client_ca": "PEM file of who vouches for clients, which then need a certificate.",
+    "tls_client_ca": "PEM file of authorities; clients then need a certificate of one of them.",
     "tokens": "TOML file of bearer tokens.",
     "jwt_keys": "JWKS file of the issuer of signed tokens.",
-    "jwt_issuer": "Their claim iss.",
-    "jwt_audience": "Their claim aud.",
-    "jwt_algorithms": "What they may be signed with. [ES256,EdDSA,RS256,PS256]",
+    "jwt_issuer": "Claim iss that a signed token must have.",
+    "jwt_audience": "Claim aud that a signed token must have.",
+    "jwt_algorithms": "Algorithms that may sign tokens. [ES256,EdDSA,RS256,PS256]",
     "jwt_leeway": "Seconds that the issuer's clock may differ. [30]",
-    "plaintext_tokens": "true where a proxy that has TLS passes tokens on. [false]",
+    "plaintext_tokens": "true if a proxy terminates TLS and passes tokens on. [false]",
     "require_signature": "PEM files of keys or authorities: one must have signed each bundle.",
     "device": "auto, cpu, cuda or cuda:N. [auto]",
-    "gpu_memory": "MiB of a card that each graph may take beside its inputs; 0 is no limit. [0]",
-    "workers": "Processes that serve on one port; 0 takes one a core, on a card one. [1]",
-    "threads": "Threads of the runtime in each; 0 divides the cores among them. [0]",
-    "lanes": "Runs of a model at once; 0 finds how many are best. [0]",
-    "max_batch": "Pictures that one run of a graph takes; 0 finds how many are best. [0]",
+    "gpu_memory": "MiB of a card for each graph, besides its inputs; 0 is no limit. [0]",
+    "workers": "Processes that serve on one port; 0 is one per core, or one on a card. [1]",
+    "threads": "Threads of the runtime in each process; 0 divides the cores. [0]",
+    "lanes": "Runs of a model at once; 0 finds the best number. [0]",
+    "max_batch": "Most pictures of one run of a graph; 0 finds the best number. [0]",
     "queued_images": "Pictures that may wait for a graph. [4096]",
-    "queued_bytes": "Bytes of what may wait for a graph. [64 MiB]",
+    "queued_bytes": "Bytes that may wait for a graph. [64 MiB]",
     "client_images_per_second": "Pictures a second that a client may ask for; 0 is no limit. [0]",
     "client_images_at_once": "Pictures that a client may ask for after a pause. [1024]",
-    "withheld_answers": "Answers not finite in a row until a version ends; 0 for any. [10]",
-    "images_per_request": "Pictures that a request may bring. [1024]",
-    "images_per_generation": "Pictures that a request may have drawn. [4096]",
-    "images_per_chunk": "Pictures in a chunk of drawn ones. [64]",
+    "withheld_answers": "Non-finite answers in a row that end a version; 0 is no limit. [10]",
+    "images_per_request": "Most pictures in a request. [1024]",
+    "images_per_generation": "Most pictures that a request may have drawn. [4096]",
+    "images_per_chunk": "Pictures in a chunk of a stream of draws. [64]",
     "request_bytes": "Bytes of the largest request. [16 MiB]",
-    "response_bytes": "Bytes of the pictures in an answer. [64 MiB]",
+    "response_bytes": "Most bytes of pictures in an answer. [64 MiB]",
     "default_alpha": "Rate of false rejections where a request names none. [0.05]",
-    "drift_level": "Probability that a version ever alarms falsely of drift; 0 is off. [0.001]",
-    "drain_delay": "Seconds after SIGTERM in which requests are still taken. [1]",
-    "drain_seconds": "How long those taken may then take to end. [30]",
-    "connection_seconds": "How old a connection grows before clients renew it; 0 is no limit. [0]",
+    "drift_level": "Probability that a version ever raises a false drift alarm; 0 is off. [0.001]",
+    "drain_delay": "Seconds after SIGTERM in which requests are still accepted. [1]",
+    "drain_seconds": "Seconds after that in which accepted requests may finish. [30]",
+    "connection_seconds": "Seconds after which clients renew a connection; 0 is no limit. [0]",
     "streams_per_connection": "Requests that one connection may have at once. [100]",
-    "slow_reader_seconds": "How long a stream waits for a caller that does not read. [60]",
+    "slow_reader_seconds": "Seconds that a stream waits for a caller that does not read. [60]",
     "log_level": "debug, info, warning or error. [info]",
     "log_format": "json, console, or auto: console on a terminal. [auto]",
 }
 
 
-# Variables of the commands that ask a server or sign a bundle: a server may run beside them.
+# Variables of commands that ask a server or sign a bundle. A server's environment may have them.
 OTHERS = (
     "LIKELY_ADDRESS",
     "LIKELY_ADMIN_ADDRESS",
@@ -86,7 +86,7 @@ OTHERS = (
 )
 
 
-# What Kubernetes sets in every container for a Service that is named `likely` or `likely-...`.
+# Variables that Kubernetes sets in every container for a Service named `likely` or `likely-...`.
 LINKS = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT)|PORT_\d+_)")
 
 
@@ -106,16 +106,16 @@ def flags(command: F) -> F:
     help="Folder of a bundle; may be repeated (LIKELY_BUNDLES). [the package's own]",
 )
 @flags
-@click.option("--tracing/--no-tracing", default=None, help="Traces by OTLP. [off]")
-@click.option("--reflection/--no-reflection", default=None, help="gRPC reflection. [on]")
+@click.option("--tracing/--no-tracing", default=None, help="Send traces by OTLP. [off]")
+@click.option("--reflection/--no-reflection", default=None, help="Serve gRPC reflection. [on]")
 @click.option("--print-config", is_flag=True, help="Print the settings in force, and exit.")
 def serve(print_config: bool, **given: Any) -> None:
     """Serve models over gRPC until SIGTERM or Ctrl-C.
 
     Each flag is also an environment variable (--max-batch is LIKELY_MAX_BATCH) and a
     key of the TOML file (max_batch). Flags win over the environment, which wins over
-    the file. For --bundle these are LIKELY_BUNDLES, with colons between folders, and
-    bundles.
+    the file. The variable of --bundle is LIKELY_BUNDLES, with colons between folders;
+    its key is bundles.
     """
     try:
         from likely import settings
@@ -134,7 +134,7 @@ def serve(print_config: bool, **given: Any) -> None:
 
 
 def _warn_of_unknown(chosen: Settings) -> None:
-    """Logs each variable that looks like a setting and is none."""
+    """Logs every variable that looks like a setting but is none."""
     from likely import logs, settings
 
     known = [name.upper() for name in settings.Settings.model_fields]
@@ -150,4 +150,4 @@ def _warn_of_unknown(chosen: Settings) -> None:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    return f"{error.name} is missing, which a server needs beside a runtime; {machine.INSTALL}"
+    return f"{error.name} is missing, which a server needs besides a runtime; {machine.INSTALL}"

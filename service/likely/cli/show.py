@@ -1,4 +1,4 @@
-"""Answers on a terminal as tables and progress bars, and for programs as JSON lines."""
+"""Prints answers as tables for people or JSON lines for programs, and shows progress."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ FILES_HELP = (
     "channel. Nothing is resized, cropped or inverted."
 )
 FOLDERS_HELP = FILES_HELP.replace("FILES are", "FILES are folders, or")
-TOLD_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
-# In a table: texts longer than so many characters may go on in the next line, but no column that
-# has such is narrower than so many.
+TOLD_EVERY = 30.0  # seconds between two lines of progress if there is no terminal
+# In a table, texts of more than _FOLDED characters may continue in the next line, in a column of
+# at least _LEAST characters.
 _FOLDED, _LEAST = 16, 11
-NONE = "\N{EN DASH}"  # in a table, where there is nothing to say
+NONE = "\N{EN DASH}"  # stands in a table for no value
 _COLOURS = {"accepted": "green", "outlier": "red", "ambiguous": "yellow"}
 
 
 def rows(entries: Sequence[Mapping[str, Any]], as_json: bool, about: Mapping[str, Any]) -> None:
-    """Prints rows: as a table under a caption, or as one JSON object a line.
+    """Prints rows: as a table with a caption, or as one JSON object per line.
 
     Args:
         entries: the rows, all with the same keys.
-        as_json: for programs; what holds for all rows is then in each.
-        about: what holds for all rows.
+        as_json: whether to print JSON, where every row also has the entries of `about`.
+        about: what holds for all rows; the caption of the table.
     """
     if as_json:
         for entry in entries:
@@ -56,7 +56,7 @@ def rows(entries: Sequence[Mapping[str, Any]], as_json: bool, about: Mapping[str
     )
     for key, value in (entries[0] if entries else {}).items():
         side: Literal["left", "right"] = "left" if isinstance(value, str) else "right"
-        # Only the longest texts are folded where the terminal is narrow.
+        # If the terminal is narrow, only long texts are folded.
         widest = max((len(str(entry[key])) for entry in entries), default=0)
         table.add_column(
             key.replace("_", " "), justify=side, overflow="fold", no_wrap=widest <= _FOLDED,
@@ -69,7 +69,7 @@ def rows(entries: Sequence[Mapping[str, Any]], as_json: bool, about: Mapping[str
 
 @contextmanager
 def bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, on a terminal only; gives what advances it."""
+    """A progress bar on standard error, on a terminal only; yields a function that advances it."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
@@ -80,24 +80,24 @@ def bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 
 class Rate(ProgressColumn):
-    """How many a second."""
+    """A column with the number of pictures per second."""
 
     def render(self, task: Task) -> Text:
-        """The rate of the last while; blank before there is one."""
+        """The recent rate; empty before there is one."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f}/s" if speed else "")
 
 
 @contextmanager
 def long_bar(total: int, done: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Progress of what takes long, on standard error: a bar, or a line now and then in a log.
+    """Shows the progress of a long job on standard error: as a bar, or as lines in a log.
 
-    Where it cannot be written, what takes long goes on unseen.
+    If standard error cannot be written, the job continues without it.
 
     Args:
-        total: how many there are.
-        done: how many were done before.
-        what: is done with them.
+        total: number of pictures.
+        done: number of pictures that were done before.
+        what: what is done with them.
     """
     console = Console(stderr=True)
     columns = (
@@ -132,7 +132,7 @@ def long_bar(total: int, done: int, what: str) -> Iterator[Callable[[int], None]
 
 
 def progress(parts: Iterable[slice], total: int, what: str) -> Iterator[slice]:
-    """The same slices, under a progress bar."""
+    """Yields the same slices, and shows a progress bar."""
     with bar(total, what) as advance:
         for part in parts:
             yield part

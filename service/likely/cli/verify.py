@@ -1,4 +1,4 @@
-"""`likely verify`: whether a bundle is whole, allowed, and signed by whom it should be."""
+"""`likely verify`: checks that a bundle is complete, allowed, and signed by a trusted key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from likely.errors import RuntimeMissing
     "keys",
     multiple=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="PEM file of a key, or of an authority's certificates, one of which must have signed.",
+    help="PEM file of a key, or of an authority's certificates; one of them must have signed.",
 )
 def verify(bundle: Path, keys: tuple[Path, ...]) -> None:
     """Check every byte of a BUNDLE.
