@@ -189,7 +189,7 @@ def test_all_options_reach_the_job(batch: Batch, toy: Toy, tmp_path: Path) -> No
         (("--count", 1, "--alpha", 0.1), 2, "--alpha needs --self-check"),
         (("--count", 1, "--max-draws", 3), 2, "--max-draws needs --self-check"),
         (("--count", 1, "--address", "127.0.0.1:1"), 2, "either --bundle or --address"),
-        (("--count", 1, "--model", "toy"), 2, "are those of --address"),
+        (("--count", 1, "--model", "toy"), 2, "need --address"),
         (("--labels", "9=1"), 1, "labels: '9=1' is no LABEL=COUNT; labels are label-0, label-1"),
         (("--count", 1, "--seed", 2**63), 1, "seed: "),
         (("--count", 1, "--temperature", "nan"), 1, "temperature: nan is not in [0, 2]"),
@@ -211,7 +211,7 @@ def test_ray_itself_chooses_the_card(toy: Toy, tmp_path: Path) -> None:
     command = ["batch", "generate", "--count", "1", "--bundle", str(toy.path), *words]
     found = CliRunner().invoke(main, command)
     assert found.exit_code == 2, found.output
-    assert "it is --device cuda:" in " ".join(found.stderr.replace("│", " ").split())
+    assert "use --device cuda:" in " ".join(found.stderr.replace("│", " ").split())
 
 
 def test_the_environment_names_a_server_where_no_bundle_is_named(

@@ -183,7 +183,7 @@ def test_errors_of_the_server_are_sentences(likely: Callable[..., Result], array
     assert "no model other; served are toy@1.0" in failed(
         likely("score", array, "--model", "other")
     )
-    assert "'a,b' are no numbers" in failed(likely("classify", array, "--priors", "a,b"))
+    assert "'a,b' is no list of numbers" in failed(likely("classify", array, "--priors", "a,b"))
     assert "No such option" in failed(likely("score", array, "--nonsense"), 2)
 
 

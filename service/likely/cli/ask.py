@@ -287,4 +287,4 @@ def numbers(text: str | None, field: str = "priors") -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise InvalidInput(field, f"{text!r} is not numbers separated by commas") from error
+        raise InvalidInput(field, f"{text!r} is no list of numbers separated by commas") from error
