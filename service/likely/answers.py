@@ -1,10 +1,15 @@
-"""The typed answers that engine and client both give: numpy arrays, one row a picture."""
+"""What engine, client and wire have in common: typed answers, and what may be asked for.
+
+An answer is of numpy arrays, one row a picture.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum, StrEnum
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +33,19 @@ class Verdict(IntEnum):
 
 
 _ACCEPTED, _OUTLIER = np.int8(Verdict.ACCEPTED), np.int8(Verdict.OUTLIER)
+
+
+def verdicts(outlier: Accepted, posterior: Doubles, min_posterior: float) -> Verdicts:
+    """What is decided about classified pictures, int8 (n,) of `Verdict`.
+
+    Args:
+        outlier: bool (n,), rejected by p(x), which goes before all else.
+        posterior: (n, labels).
+        min_posterior: a picture whose largest posterior is smaller is ambiguous.
+    """
+    unsure = posterior.max(1, initial=0.0) < min_posterior
+    verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
+    return np.where(outlier, Verdict.OUTLIER, verdict).astype(np.int8)
 
 
 class Guarantee(IntEnum):
@@ -419,3 +437,19 @@ class Acceptance:
     """
 
     max_draws: int
+
+
+A = TypeVar("A", Scores, Classifications, Features, Draws, Redrawings, Traversal)
+
+
+def joined(parts: Sequence[A]) -> A:
+    """One answer from the answers for consecutive pictures."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in (field.name for field in fields(first))
+        if isinstance(getattr(first, name), np.ndarray)
+    }
+    return replace(first, **columns)

@@ -22,9 +22,11 @@
     ├── JobError              a batch job that cannot be done, or resumed, as it was asked for
     └── SettingsError         settings that cannot be used
 
-The engine raises the first three. The client raises all up to ServerFault, as the server's
-status says, and `AdminClient` BundleError, Refused and DeviceError too. OutOfMemory and
-RunStopped stay within a server, JobError within a job; the others end `likely serve`.
+`Client` and `AsyncClient` raise those up to ServerFault, as the server's status says, and
+SettingsError for what they are made with; `AdminClient` raises BundleError, Refused and
+DeviceError too. OutOfMemory and RunStopped stay within a server, JobError within a job. DeviceLost,
+RuntimeMissing and SettingsError end `likely serve`; so do BundleError and DeviceError while its
+first bundles load.
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ class DeadlineExceeded(LikelyError, TimeoutError):
 
 
 class AccessDenied(LikelyError, PermissionError):
-    """The server wants credentials, or other ones."""
+    """The token is valid, and does not allow this."""
 
 
 class Unauthenticated(AccessDenied):

@@ -274,7 +274,7 @@ def filled(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
 
 
 def device_fault(error: Exception) -> DeviceError | None:
-    """The same as an error of the device, where one of a card's libraries failed with it."""
+    """A DeviceError that tells of the error, if one of a card's libraries raised it; else None."""
     text = str(error)
     found = _SAID.search(text)
     return DeviceError(f"the device failed: {_from(text, found)}") if found else None

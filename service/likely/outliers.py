@@ -57,7 +57,8 @@ class Ranks(_Stored):
     Attributes:
         knots: (k, s), quantiles of each of s columns.
         normals: (k,), the standard normal quantiles of the same ranks.
-        spreads: (s,), beyond the knots, where ranks would saturate, so much counts as one.
+        spreads: (s,), beyond the outermost knots, where ranks saturate, the difference in value
+            that is one unit of normal score.
     """
 
     knots: Doubles

@@ -1,4 +1,4 @@
-"""The density graph with what Score tells of a picture: for a whole batch at a time, in a lane."""
+"""Adds p-values to the density graph's outputs, for a whole batch at once, in the lane's thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Ranked:
     """Runs the density graph; has `ranked` beside the graph's own outputs.
 
     That is float64 (n, 4): log p(x) in nats, bits a dimension, how unusual the picture is, and
-    its p-value with the marginal guarantee. The last two say nothing where the third is NaN.
+    its p-value with the marginal guarantee. Where a statistic is not finite, the third is NaN
+    and the fourth means nothing.
 
     Attributes:
         spec: what the manifest says of the graph.

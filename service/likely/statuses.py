@@ -39,9 +39,9 @@ DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 RETRY_SECONDS = 1.0
 LONGEST = 1000  # bytes of a text: clients refuse an answer with more than 8 KiB of metadata
-OWN = ("Channel closed", "Locally cancelled")  # what gRPC says of what its caller ended
-CUT = "RST_STREAM"  # in what gRPC says of a stream that was cut off
-# All that gRPC's asyncio says where a stream ended while it was sent on: the status is lost.
+OWN = ("Channel closed", "Locally cancelled")  # how gRPC's words begin where the caller cancelled
+CUT = "RST_STREAM"  # among gRPC's words where the peer cut the stream off
+# All that grpc.aio says where the peer ended a stream still written to: its status is lost.
 LOST = "Internal error from Core"
 
 _CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {

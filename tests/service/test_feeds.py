@@ -333,12 +333,12 @@ def test_a_message_that_is_refused_is_counted_once() -> None:
     async def run() -> None:
         traffic, sizes = Traffic(), []
         quota, all_read = Quota(1e-6, 4, traffic=traffic), asyncio.Event()
-        quota.take("a", 2)
+        quota.take("", 2)
 
         async def spent(request: ScoreRequest) -> ScoreResponse:
             await all_read.wait()
             sizes.append(merging.rows(request))
-            with quota.charged("a", sizes[-1], "m"):
+            with quota.charged(sizes[-1], "m"):
                 return await empty(request)
 
         fed = Fed(40, spent)

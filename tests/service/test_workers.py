@@ -240,8 +240,11 @@ def test_the_port_of_a_server_that_has_ended_is_free_again(
 
 def test_a_port_is_held_by_one_server_alone(settings: Callable[..., Settings]) -> None:
     with supervisor.reserved(settings()) as port:
-        with pytest.raises(SettingsError, match="Address already in use"):
-            supervisor.reserved(settings(port=port))
+        with (
+            pytest.raises(SettingsError, match="Address already in use"),
+            supervisor.reserved(settings(port=port)),
+        ):
+            pass
         with socket.socket() as worker:
             for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
                 worker.setsockopt(socket.SOL_SOCKET, option, 1)

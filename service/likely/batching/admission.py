@@ -75,14 +75,14 @@ class Quota:
         self._sweep(now)
         self._owed[client] = owed + rows, now
 
-    def charged(self, client: str, rows: int, model: str) -> AbstractContextManager[None]:
-        """As `take`; but what is within may be refused for now, and is not counted then.
+    def charged(self, rows: int, model: str) -> AbstractContextManager[None]:
+        """As `take`, for the block that this context encloses.
 
-        Nor is what fails and is asked again in parts, each of which is.
+        If the block raises Overloaded or Unavailable, the pictures are given back. So they are
+        if a merged request fails: its parts are asked, and counted, one by one.
 
         Args:
-            client: who asks.
-            rows: pictures.
+            rows: pictures that the caller of this task asks for.
             model: by whose name a refusal is told.
 
         Raises:
@@ -90,13 +90,14 @@ class Quota:
         """
         if not self._rate:
             return _FREE
+        caller = callers.current()
         try:
-            self.take(client, rows)
+            self.take(caller.client, rows)
         except Overloaded:
-            if callers.current().counted:
+            if caller.counted:
                 self._traffic.shed.labels(model, "quota").inc()
             raise
-        return self._unless_refused(client, rows)
+        return self._unless_refused(caller.client, rows)
 
     @contextmanager
     def _unless_refused(self, client: str, rows: int) -> Iterator[None]:

@@ -19,7 +19,7 @@ from likely.batching.turns import Turns
 from likely.batching.width import Width
 from likely.errors import DeadlineExceeded, Overloaded
 
-SHARED = 8e-3  # seconds of a run from which on what a batch costs beside it is no matter
+SHARED = 8e-3  # seconds: less work than this is not divided among lanes
 BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs
 _SMOOTHING = 0.1
 
@@ -213,19 +213,9 @@ class Batcher:
             for member, _, _ in spans:
                 # Where others wait, whoever would be answered too late makes room for them.
                 spare = takes if turns.rows > member.left else 0.0
-                if (
-                    not member.dead
-                    and member.deadline is not None
-                    and member.deadline <= now + spare
-                ):
-                    turns.remove(member)
-                    self._headroom[priority].missed(member.estimate)
-                    member.future.set_exception(
-                        DeadlineExceeded(
-                            "the deadline comes before the answer could: allow more time, or ask "
-                            "for less at once"
-                        )
-                    )
+                late = member.deadline is not None and member.deadline <= now + spare
+                if late and not member.dead:
+                    self._miss(member)
             if living := [span for span in spans if not span[0].dead]:
                 batch = Batch(self.runner, living)
                 self._batches.observe(batch.rows)
@@ -275,6 +265,17 @@ class Batcher:
         self.clear()
         self._ready = 0  # what a lane has taken by itself is never told to have begun
         self.tell()
+
+    def _miss(self, member: Member) -> None:
+        """Fails a member whose deadline comes before its answer could."""
+        self._turns[member.priority].remove(member)
+        self._headroom[member.priority].missed(member.estimate)
+        member.future.set_exception(
+            DeadlineExceeded(
+                "the deadline comes before the answer could: allow more time, or ask for less at "
+                "once"
+            )
+        )
 
     def _share(self, lanes: int, each: int = 1) -> int:
         """Rows of a batch where all that waits and runs is to be so many for each of the lanes."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 LONGEST = 5e-3  # seconds that a request waits for others
-WORTH = 4.0  # times what a run costs whatever its rows: so long the next rows may let wait
+WORTH = 4.0  # times the fixed cost of a run: so long a small batch waits for the next rows
 SMOOTHING = 0.1
 REMEMBERED = 0.1  # seconds in which somebody who was not alone is expected again
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 LEAST, MOST = 1.25, 2.0  # times the estimate
 MISSED = 0.005  # of the answers, those that may take longer
-TELLS = 0.01  # seconds: what is expected sooner says more of the clock than of the estimate
+TELLS = 0.01  # seconds: of a shorter estimate, the error is mostly the clock's noise
 _STEP = 0.1
 
 

@@ -37,7 +37,7 @@ from likely.errors import (
 from likely.graphs import Array
 
 BULK_ROWS = 64  # a request of so many rows yields to smaller ones
-SOON = 1e-3  # seconds of a run that a few rows rather wait for than wake another lane
+SOON = 1e-3  # seconds: for a run this short, few rows wait, and wake no other lane
 PASSES = 7  # batches that may go before waiting bulk: so it gets an eighth, at least
 _DRAWING = (Role.SAMPLE, Role.GENERATE)
 

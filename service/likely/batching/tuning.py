@@ -17,12 +17,12 @@ from likely.graphs import CPU, Array
 HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
 BETWEEN = 2e-3  # seconds that are lost from batch to batch while all cores are busy
 AT_ONCE = 1e-3  # seconds that a run may hold the event loop up
-SLOWER = 1.05  # than the fastest, a run of more rows may be: each of them costs beside its rows
+SLOWER = 1.05  # times the least cost a row: up to it larger runs are preferred, being fewer
 NEAR = 1.05  # a small batch this near to the fastest one is better: it holds up less
 FEWER = 1.1  # lanes are fewer than cores only where that is faster by so much
-SPARE = 0.25  # of what its rows cost, a run may cost whatever its rows
-SOONER = 1.25  # times as soon, a row's run on all cores is worth them
-TURNS = 8  # in which both are tried, at most
+SPARE = 0.25  # a batch is large enough once a run's fixed cost is this share of its rows' cost
+SOONER = 1.25  # times as fast as one core, all cores have to run a single row
+TURNS = 8  # of trying both, at most
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ import click
 from likely import signals
 from likely.errors import LikelyError
 
-# In the module of this package that has it. A server starts sooner without what only others
-# need: tables, progress bars, pictures.
+# Each command and the module of this package that defines it, imported only when the command is
+# run: a server starts sooner without tables, progress bars and pictures.
 MODULES: Final = {
     "serve": "serve",
     "score": "ask",

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from likely import codec
 from likely.answers import (
+    A,
     Classifications,
     Completions,
     Draws,
@@ -30,12 +31,13 @@ from likely.answers import (
     Redrawings,
     Scores,
     Traversal,
+    joined,
 )
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import AsyncFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
-from likely.client.plans import A, Held, Rule
+from likely.client.plans import Held, Rule
 from likely.client.values import Label
 from likely.errors import (
     DeadlineExceeded,
@@ -267,7 +269,7 @@ class AsyncClient:
             model=model,
             version=version,
         )
-        return plans.joined([chunk async for chunk in stream])
+        return joined([chunk async for chunk in stream])
 
     async def generate_stream(
         self,

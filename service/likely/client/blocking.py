@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from likely import codec
 from likely.answers import (
+    A,
     Classifications,
     Completions,
     Draws,
@@ -22,12 +23,13 @@ from likely.answers import (
     Redrawings,
     Scores,
     Traversal,
+    joined,
 )
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import BlockingFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
-from likely.client.plans import A, Held, Rule
+from likely.client.plans import Held, Rule
 from likely.client.values import Label
 from likely.errors import (
     DeadlineExceeded,
@@ -422,7 +424,7 @@ class Client:
             model=model,
             version=version,
         )
-        return plans.joined(list(stream))
+        return joined(list(stream))
 
     def generate_stream(
         self,

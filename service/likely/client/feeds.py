@@ -22,9 +22,9 @@ import grpc
 import numpy.typing as npt
 
 from likely import statuses
+from likely.answers import A
 from likely.client import plans
 from likely.client.ledger import LONGEST_DELAY, Ledger, delay
-from likely.client.plans import A
 from likely.errors import DeadlineExceeded, LikelyError, Overloaded, Unavailable
 
 BREAKS = 8  # of a stream between two answers, until it is given up: after some 16 seconds

@@ -9,9 +9,8 @@ from typing import Any, Generic
 import numpy.typing as npt
 
 from likely import statuses
-from likely.answers import Pixels
+from likely.answers import A, Pixels
 from likely.client import plans, values
-from likely.client.plans import A
 from likely.errors import LikelyError, Overloaded, Unavailable
 
 WINDOW = 128  # messages that have no answer yet

@@ -117,9 +117,9 @@ class Line:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Raises a failed call as the error that it tells of.
+        """Raises grpc's errors within the block as the LikelyErrors that they tell of.
 
-        So is one of asyncio that ended with the channel: its caller's task is not cancelled.
+        So too asyncio's CancelledError, where `close` cancelled the call and nobody its task.
         """
         try:
             yield

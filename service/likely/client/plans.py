@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -16,9 +17,9 @@ import numpy.typing as npt
 
 from likely import codec
 from likely.answers import (
+    A,
     Classifications,
     Completions,
-    Draws,
     Features,
     Guarantee,
     LabelRule,
@@ -27,13 +28,13 @@ from likely.answers import (
     Redrawings,
     Scores,
     Traversal,
+    joined,
 )
 from likely.client.catalogue import Catalogue, Naming, Plan, Request
 from likely.client.values import (
     Label,
     array,
     built,
-    check_levels,
     index_of,
     member,
     pixels,
@@ -46,7 +47,6 @@ T = TypeVar("T")
 R = TypeVar("R", bound=Any)  # a message
 Held: TypeAlias = Guarantee | Literal["marginal", "pac"]
 Rule: TypeAlias = LabelRule | Literal["generative", "discriminative"]
-A = TypeVar("A", Scores, Classifications, Features, Draws, Redrawings, Traversal)
 
 # What a request carries beside its pictures: names, priors, tags and lengths.
 OVERHEAD_BYTES = 16 << 10
@@ -212,7 +212,7 @@ def encode(
     x = pixels(images)
 
     def plan(info: ModelInfo) -> Plan[Features]:
-        left = _labels(labels, len(x), info) or []
+        given = iter(_labels(labels, len(x), info) or ())
 
         def ask(part: Pixels, version: str) -> Request:
             return built(
@@ -220,7 +220,7 @@ def encode(
                 model_name=info.name,
                 model_version=version,
                 images=codec.images(part),
-                labels=[left.pop(0) for _ in part] if left else (),
+                labels=list(islice(given, len(part))),
             )
 
         return (yield from _divided(x, info, Questions(ask, read, version or "")))
@@ -304,7 +304,7 @@ def decode(
         for at in range(0, max(len(z), 1), step):
             message = built(
                 latent_pb2.DecodeRequest,
-                features=np.ascontiguousarray(z[at : at + step], "<f4").tobytes(),
+                features=codec.packed(z[at : at + step]),
                 labels=given and given[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
@@ -314,7 +314,7 @@ def decode(
             parts.append(codec.redrawn(answer, how.draws))
         return joined(parts)
 
-    def check(info: ModelInfo) -> None:  # a request has no shape: its rows would be other ones
+    def check(info: ModelInfo) -> None:  # a server would cut bytes of another width into other rows
         if info.latent_dimensions and z.shape[1] != info.latent_dimensions:
             asked = f"(n, {info.latent_dimensions})"
             raise InvalidInput("features", f"shape {z.shape}; {asked} is asked")
@@ -555,7 +555,7 @@ def _checked(
     def check(info: ModelInfo) -> None:
         for field, given in (("images.data", x), ("others.data", far)):
             if given is not None and given.shape[1:] == info.shape:
-                check_levels(given, info.levels, field)
+                codec.check_levels(given, info.levels, field)
 
     yield from _held(catalogue, model, version, check)
 
@@ -593,16 +593,3 @@ def _divided(x: Pixels, info: ModelInfo, questions: Questions[A]) -> Plan[A]:
         answer = yield within(questions.ask(part, pinned), largest)
         answers.append(questions.read(answer, part.shape))
     return joined(answers)
-
-
-def joined(parts: Sequence[A]) -> A:
-    """One answer from the answers for consecutive pictures."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    columns: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in (field.name for field in fields(first))
-        if isinstance(getattr(first, name), np.ndarray)
-    }
-    return replace(first, **columns)

@@ -42,26 +42,6 @@ def pixels(images: npt.ArrayLike, name: str = "images") -> Pixels:
     return x.astype(np.uint8, copy=False).reshape(x.shape if x.ndim == 4 else _one_channel(x.shape))
 
 
-def check_levels(x: Pixels, levels: int, named: str | Sequence[str]) -> None:
-    """Returns if every level of pictures (n, c, h, w) is one of a model's.
-
-    Args:
-        x: the pictures.
-        levels: every value is to lie in [0, levels).
-        named: what to call them in an error, or each of them.
-
-    Raises:
-        InvalidInput: one is not.
-    """
-    if x.max(initial=0) < levels:
-        return
-    i, c, h, w = np.unravel_index(int(np.argmax(x >= levels)), x.shape)
-    where = f"channel {c}, row {h}, column {w} is not in [0, {levels})"
-    if isinstance(named, str):
-        raise InvalidInput(named, f"level {x[i, c, h, w]} at picture {i}, {where}")
-    raise InvalidInput(named[int(i)], f"level {x[i, c, h, w]} at {where}")
-
-
 def index_of(label: Label | None, names: Sequence[str], field: str = "label") -> int | None:
     """The index of a label that is given by its name or its index.
 

@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
-from likely.answers import Classifications, Draws, Limits, ModelInfo, Pixels, Scores, SelfCheck
-from likely.client import TIMEOUT, Client, TokenFile, plans
+from likely.answers import (
+    Classifications,
+    Draws,
+    Limits,
+    ModelInfo,
+    Pixels,
+    Scores,
+    SelfCheck,
+    joined,
+)
+from likely.client import TIMEOUT, Client, TokenFile
 from likely.client.channels import File
 from likely.errors import (
-    BundleError,
     DeadlineExceeded,
     InvalidInput,
     JobError,
@@ -124,9 +132,11 @@ class Bundled:
             raise JobError(f"name one of {', '.join(map(str, folders))} by --bundle")
         bundle = Bundle.open(folders[0], self.keys)
         engine = self._steady(bundle)
-        if Bundle.open(bundle.path).digest != bundle.digest:
+        try:
+            bundle.check_again()
+        except BaseException:
             engine.close()
-            raise BundleError(f"{bundle.path} changed while it was opened", "changed")
+            raise
         return Local(engine)
 
     def pinned(self, model: str, version: str) -> Bundled:  # noqa: ARG002
@@ -235,7 +245,7 @@ class Local:
             chunk=CHUNK,
             check=check,
         )
-        return plans.joined(self._run(_all(stream)))
+        return joined(self._run(_all(stream)))
 
     def stop(self) -> None:
         """As `Backend.stop`: what nobody waits for is not run on."""

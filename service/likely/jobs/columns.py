@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -273,14 +272,3 @@ def _shown(shape: Sequence[int]) -> str:
 
 def _is_fixed(kind: Any) -> bool:
     return bool(pa.types.is_fixed_size_binary(kind))
-
-
-def check_levels(x: npt.NDArray[Any], keys: Sequence[str], geometry: Geometry) -> None:
-    """Returns if every level is the model's.
-
-    Raises:
-        InvalidInput: one is not; names its picture.
-    """
-    if x.size and x.max() >= geometry.levels:
-        row = int(np.argmax((x >= geometry.levels).any((1, 2, 3))))
-        raise InvalidInput(keys[row], f"level {x[row].max()} is not in [0, {geometry.levels})")

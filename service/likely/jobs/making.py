@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from likely.answers import Classifications, Scores
-from likely.client import plans
+from likely.answers import Classifications, Scores, joined
 from likely.errors import JobError
 from likely.jobs import files, shards, tables
 from likely.jobs.backends import Backend, Opener
@@ -133,7 +132,7 @@ class Maker:
             self._go_on()
             parts.append(ask(x[at : at + self._plan.batch], task))
             advance(min(self._plan.batch, len(x) - at))
-        return tables.judged(plans.joined(parts), start, keys, self._schema)  # type: ignore[type-var]
+        return tables.judged(joined(parts), start, keys, self._schema)  # type: ignore[type-var]
 
     def _go_on(self) -> None:
         if self._stopped.is_set():

@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 from likely import levels
 from likely.answers import Pixels
 from likely.client.values import pixels
+from likely.codec import check_levels
 from likely.errors import InvalidInput, JobError
 from likely.jobs import files
 from likely.jobs.columns import (
     Geometry,
     called,
-    check_levels,
     chosen,
     pictures,
     require_fit,
@@ -144,7 +144,7 @@ class Pictures:
             offset = end - self._sources[which].rows
             x, named = self._sources[which].read(at - offset, min(stop, end) - offset)
             levels.check_fit(named[0], x.shape[1:], self._geometry.shape)
-            check_levels(x, named, self._geometry)
+            check_levels(x, self._geometry.levels, named)
             parts.append(x)
             keys += named
             at += len(named)

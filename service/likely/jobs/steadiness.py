@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from likely.answers import Pixels
-from likely.client.plans import joined
+from likely.answers import Pixels, joined
 
 if TYPE_CHECKING:
     from likely.engine import Engine

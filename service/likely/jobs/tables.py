@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from likely.answers import Classifications, Doubles, Draws, LabelRule, ModelInfo, Scores, Verdict
+from likely.answers import (
+    Classifications,
+    Doubles,
+    Draws,
+    LabelRule,
+    ModelInfo,
+    Scores,
+    Verdict,
+    verdicts,
+)
 from likely.jobs.requests import Judgement, Request
 
 VERDICTS = {verdict.value: verdict.name.lower() for verdict in Verdict}
@@ -141,11 +150,9 @@ def finished(
         columns[REJECTED] = rejected
     if posterior is not None:
         outlier = np.asarray(measured["verdict"]) == VERDICTS[Verdict.OUTLIER]
-        unsure = posterior.max(1, initial=0.0) < min_posterior
-        verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
         columns["posterior"] = _rows(posterior)
         columns["label"] = posterior.argmax(1)
-        columns["verdict"] = _verdicts(np.where(outlier, Verdict.OUTLIER, verdict))
+        columns["verdict"] = _verdicts(verdicts(outlier, posterior, min_posterior))
     return _table(form, columns)
 
 

@@ -99,16 +99,14 @@ def private(workers: int) -> Iterator[tuple[Path, Together]]:
     )
 
 
-class reserved(socket.socket):  # noqa: N801
-    """A socket that holds the port for the workers, and hears nothing itself.
-
-    As a context it gives the port.
+@contextmanager
+def reserved(settings: Settings) -> Iterator[int]:
+    """Holds the port for the workers, as a socket that hears nothing itself; gives its number.
 
     Raises:
         SettingsError: the port is taken, or the address is not this machine's.
     """
-
-    def __init__(self, settings: Settings) -> None:
+    with ExitStack() as stack:
         try:
             family, *_, address = socket.getaddrinfo(
                 settings.host, settings.port, type=socket.SOCK_STREAM
@@ -117,20 +115,18 @@ class reserved(socket.socket):  # noqa: N801
                 with socket.socket(family, socket.SOCK_STREAM) as alone:
                     alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     alone.bind(address)
-            super().__init__(family, socket.SOCK_STREAM)
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             # The port is free though a former server's connections are remembered for a minute;
             # but until the workers hear, no other server shall find it free.
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.bind(address)
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(address)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         except OSError as error:
             raise SettingsError(
                 f"gRPC cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
             ) from error
-
-    def __enter__(self) -> int:  # type: ignore[override]
-        return int(self.getsockname()[1])
+        yield int(held.getsockname()[1])
 
 
 class Supervisor:

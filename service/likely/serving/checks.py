@@ -38,6 +38,7 @@ from likely.v1 import generation_pb2, images_pb2, latent_pb2, scoring_pb2
 
 if TYPE_CHECKING:
     from likely.bundle import Manifest
+    from likely.engine import Engine
     from likely.outliers import Detector
 
 _HIGHEST = np.iinfo(np.uint8).max
@@ -63,14 +64,6 @@ class Pictured(Protocol):
         """The pictures."""
 
 
-class Judging(Protocol):
-    """What may have a detector."""
-
-    @property
-    def detector(self) -> Detector:
-        """The detector; raises NotAnswered where there is none."""
-
-
 def pixels(
     request: Pictured, manifest: Manifest, limits: Limits, known: Accepted | None = None
 ) -> Pixels:
@@ -82,13 +75,8 @@ def pixels(
     x = codec.pixels(request.images)
     if known is not None:
         x = x * known
-    if manifest.levels <= _HIGHEST and np.maximum.reduce(x, None, initial=0) >= manifest.levels:
-        i, c, h, w = np.unravel_index(int(np.argmax(x >= manifest.levels)), x.shape)
-        raise InvalidInput(
-            "images.data",
-            f"level {x[i, c, h, w]} at picture {i}, channel {c}, row {h}, column {w} "
-            f"is not in [0, {manifest.levels})",
-        )
+    if manifest.levels <= _HIGHEST:
+        codec.check_levels(x, manifest.levels, "images.data")
     return x
 
 
@@ -224,7 +212,7 @@ def temperature(request: Drawn) -> float:
 
 
 def self_check(
-    request: generation_pb2.GenerateRequest, engine: Judging, default_alpha: float
+    request: generation_pb2.GenerateRequest, engine: Engine, default_alpha: float
 ) -> SelfCheck | None:
     """What draws must pass; None where the request asks for no self-check."""
     if not request.HasField("self_check"):

@@ -14,7 +14,7 @@ Tasks: TypeAlias = "set[asyncio.Task[object]]"
 
 
 class Inside:
-    """One request inside; of a class, as a generator would cost more than the rest of the door."""
+    """One request inside: a context, as a class, since a generator costs more than all the rest."""
 
     __slots__ = ("_cut", "_empty", "_inside", "_task")
 

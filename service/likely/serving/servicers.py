@@ -74,7 +74,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         alpha = checks.alpha(request, engine.detector, self._default_alpha)
         surprise = checks.surprise(request, engine.manifest, self._limits)
         guarantee = checks.guarantee(request)
-        with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
+        with self._quota.charged(len(x), engine.manifest.name):
             return await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
 
     async def Classify(
@@ -93,7 +93,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         priors = checks.priors(request, engine.manifest)
         floor, rule = checks.min_posterior(request), checks.rule(request)
         guarantee = checks.guarantee(request)
-        with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
+        with self._quota.charged(len(x), engine.manifest.name):
             return await engine.judge(
                 x,
                 alpha,
@@ -115,7 +115,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         """What `Encode` says, as arrays."""
         x = checks.pixels(request, engine.manifest, self._limits)
         labels = checks.labels(request, engine.manifest, len(x))
-        with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
+        with self._quota.charged(len(x), engine.manifest.name):
             return await engine.encode(x, labels)
 
     async def ScoreStream(
@@ -249,7 +249,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[Draws, None]:
         """The chunks, which count against the quota unless already the first is refused for now."""
         async with aclosing(drawn) as chunks:
-            with self._quota.charged(callers.current().client, rows, engine.manifest.name):
+            with self._quota.charged(rows, engine.manifest.name):
                 first = await anext(chunks, None)
             if first is None:
                 return  # of no pictures
@@ -276,7 +276,7 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             labels = checks.labels(request, engine.manifest, len(z))
             drawing = checks.drawing(request, len(z), len(z), engine.manifest, self._limits)
             charged = len(z) * max(1, drawing.count)
-            with self._quota.charged(callers.current().client, charged, engine.manifest.name):
+            with self._quota.charged(charged, engine.manifest.name):
                 found = await engine.decode(z, labels, drawing)
         return latent_pb2.DecodeResponse(
             model_version=found.model_version,
@@ -297,7 +297,7 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             rows = len(x) * len(points)
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
             charged = rows * max(1, drawing.count)
-            with self._quota.charged(callers.current().client, charged, engine.manifest.name):
+            with self._quota.charged(charged, engine.manifest.name):
                 found = await engine.traverse(x, direction, points, drawing, label=labels)
         return codec.traverse_response(found)
 
@@ -315,7 +315,7 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             rows = len(x) * len(points)
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
             charged = rows * max(1, drawing.count)
-            with self._quota.charged(callers.current().client, charged, engine.manifest.name):
+            with self._quota.charged(charged, engine.manifest.name):
                 found = await engine.interpolate(
                     x, others, points, drawing, label=labels, other_label=other_labels
                 )

@@ -99,8 +99,8 @@ class Monitor:
 
         Args:
             registry: where its metrics are.
-            level: the accepted probability of a false alarm, ever, for each version served
-                0 for no test.
+            level: the accepted probability of a false alarm, ever, for each version
+                served; 0 for no test.
             workers: processes that share the level.
         """
         self.threshold = math.log10(workers * len(METHODS) / level) if level else math.inf

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from likely import codec
 from likely.answers import Classifications, Draws, Limits, ScoreTable, Verdict
 from likely.bundle import Role
 from likely.errors import InvalidInput
@@ -72,8 +73,7 @@ class Question:
     @property
     def images(self) -> images_pb2.Images:
         """The input `images`."""
-        x = self.inputs["images"]
-        return images_pb2.Images(data=x.tobytes(), shape=x.shape)
+        return codec.images(self.inputs["images"])
 
 
 @dataclass(frozen=True, slots=True)
