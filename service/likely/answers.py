@@ -443,7 +443,7 @@ A = TypeVar("A", Scores, Classifications, Features, Draws, Redrawings, Traversal
 
 
 def joined(parts: Sequence[A]) -> A:
-    """One answer from the answers for consecutive pictures."""
+    """Joins the answers for consecutive pictures into one."""
     first = parts[0]
     if len(parts) == 1:
         return first

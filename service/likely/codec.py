@@ -90,15 +90,15 @@ def pixels(message: images_pb2.Images) -> Pixels:
 
 
 def check_levels(x: Pixels, levels: int, named: str | Sequence[str]) -> None:
-    """Returns if every level of pictures (n, c, h, w) is one of a model's.
+    """Checks that every level of the pictures is in [0, levels).
 
     Args:
-        x: the pictures.
-        levels: every value is to lie in [0, levels).
-        named: what to call them in an error, or each of them.
+        x: the pictures, (n, c, h, w).
+        levels: the model's number of levels.
+        named: name of the argument in errors, or one name for each picture.
 
     Raises:
-        InvalidInput: one is not.
+        InvalidInput: a level is not.
     """
     if np.maximum.reduce(x, None, initial=0) < levels:
         return
