@@ -363,7 +363,7 @@ def test_garbage_is_an_invalid_argument(administered: Live, rpc: Rpc) -> None:
         for data in garbage(rpc):
             ask = partial(rpc.ask_bytes, caller.channel, data)
             failure = refused(ask, INVALID, "INVALID_INPUT")
-            assert failure.details() == "the request's bytes are not a message of the RPC's type"
+            assert failure.details() == "the request's bytes are no message of the RPC's type"
     is_well(administered)
 
 

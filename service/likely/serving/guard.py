@@ -370,7 +370,7 @@ def _decode(data: bytes, read: Read) -> Any:
     try:
         return read(data) if read else data
     except Exception as error:
-        raise InvalidInput("", "the request's bytes are not a message of the RPC's type") from error
+        raise InvalidInput("", "the request's bytes are no message of the RPC's type") from error
 
 
 def _caller(call: Call, context: Context, metadata: Metadata, holder: Holder | None) -> Caller:
