@@ -25,7 +25,7 @@ class Headroom:
         self.times = MOST
 
     def answered(self, estimate: float, seconds: float) -> None:
-        """Learns from an answer; ignores estimates below `TELLS`, as 0 for none.
+        """Learns from an answer; ignores estimates below `TELLS`, including 0 for none.
 
         Args:
             estimate: seconds that the answer was expected to take.

@@ -385,7 +385,7 @@ class Lanes:
         )
 
     def _is_short(self, role: Role, batch: Batch) -> bool:
-        """Whether a batch is short enough for the event loop, and nothing else runs or waits."""
+        """Whether a batch is short, no other batch runs, and no more rows of its graph wait."""
         batcher = self._batchers[role]
         return batch.rows <= batcher.at_once and len(self._running) == 1 and not batcher.rows
 

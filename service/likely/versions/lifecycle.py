@@ -113,8 +113,8 @@ class Lifecycle:
     async def load(self, folder: Path) -> ModelVersion:
         """Serves the bundle in a folder, once its checks have succeeded.
 
-        The version that came from this folder before is served until then. It is then unloaded,
-        unless another folder holds it too, and its labels move to the new version if that has the
+        The version that came from this folder before is served until then. Unless another folder
+        holds it too, it is then unloaded, and its labels move to the new version if that has the
         same name. If the bundle is already served, nothing is opened, unless the version is
         unhealthy: then it is opened again. A version is served as long as one of its folders
         holds it.
