@@ -188,7 +188,7 @@ def test_proposals_need_the_density_of_the_model_that_draws(manifest: Manifest) 
     two = manifest.model_copy(update={"recipe": {"roles": {**roles, "sample": "b"}}})
     for each in (manifest, one):
         assert checks.completions(request, each, LIMITS) == (1, 2)
-    with pytest.raises(InvalidInput, match="2 need a model that tells") as caught:
+    with pytest.raises(InvalidInput, match="2 need a model that can compute") as caught:
         checks.completions(request, two, LIMITS)
     assert caught.value.field == "proposals"
     request.proposals = 1

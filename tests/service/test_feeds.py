@@ -165,7 +165,7 @@ def test_what_no_message_causes_is_told_of_all_at_once(
     async def gone(x: Any, *_: Any, **__: Any) -> Any:
         asked.append(len(x))
         await asyncio.sleep(0.05)  # all messages have come by the second
-        raise errors.Unavailable("the queue broke and was begun anew")
+        raise errors.Unavailable("the queue failed and was restarted")
 
     monkeypatch.setattr(live.server.registry.find("toy"), "score", gone)
     outcomes = told(stub, [score(each[None]) for each in x])

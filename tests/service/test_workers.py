@@ -280,7 +280,7 @@ def test_a_worker_that_cannot_be_made_anew_is_tried_again(
         assert tries == 3
         assert told.getvalue().count("Resource temporarily unavailable") == 2
     else:
-        with pytest.raises(LikelyError, match="worker 0 could not begin: Resource temporarily"):
+        with pytest.raises(LikelyError, match="worker 0 could not start: Resource temporarily"):
             asyncio.run(kept())
 
 
