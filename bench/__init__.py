@@ -1,5 +1,5 @@
-"""How near the graphs are to what the hardware can do: `make bench`.
+"""Compares the graphs with the limits of the hardware: `make bench`.
 
-CPU time of one thread, variants interleaved in one process, minimum and median
-over rounds. Prints tables and writes `build/bench.json`.
+Measures CPU time on one thread. All variants take turns in one process; the figures are the
+minimum and the median over the rounds. Prints tables and writes `build/bench.json`.
 """

@@ -1,4 +1,4 @@
-"""Measures, prints, and writes the figures: `python -m bench`."""
+"""Measures the figures, prints them and writes them to a file: `python -m bench`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ BATCHES = (1, 16, 64, 256)
 
 
 def main() -> None:
-    """The whole bench, in about three minutes once the graphs are exported."""
+    """Runs the whole bench: about three minutes, if the graphs are already exported."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="of every measurement [9]")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of every measurement [9]")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="[1 16 64 256]")
     parser.add_argument("--quick", action="store_true", help="3 rounds of batches 1 and 16")
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"))

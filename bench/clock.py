@@ -1,4 +1,4 @@
-"""CPU time of calls that are to be compared with one another."""
+"""Measures the CPU time of calls, interleaved so that they can be compared."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-LONG_ENOUGH = 0.05  # seconds of one measurement; shorter calls are repeated within it
-SETTLED = 8.0  # seconds of CPU after which more rounds of short calls are not needed
+LONG_ENOUGH = 0.05  # least seconds of one measurement; shorter calls are repeated within it
+SETTLED = 8.0  # least seconds of CPU for all rounds together
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of CPU that one call took, over the rounds."""
+    """CPU time of one call in seconds: minimum and median over the rounds."""
 
     minimum: float
     median: float
 
     def over(self, other: Timing) -> Timing:
-        """Minimum over minimum and median over median."""
+        """The ratio of the minima and the ratio of the medians."""
         return Timing(self.minimum / other.minimum, self.median / other.median)
 
     def times(self, factor: float) -> Timing:
-        """Both, multiplied."""
+        """Both times, multiplied by a factor."""
         return Timing(self.minimum * factor, self.median * factor)
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """The time of every call, each measured once a round, in so many rounds at least.
+    """Measures every call once per round, in at least `rounds` rounds.
 
-    A machine that slows down for a while slows all of them, so their ratios hold. Calls
-    shorter than `LONG_ENOUGH` are repeated within a round, and there are more rounds of
-    short calls, whose minimum is found late: until `SETTLED`.
+    If the machine slows down for a while, it slows all calls, so their ratios hold. Calls shorter
+    than `LONG_ENOUGH` are repeated within a round. Rounds continue until `SETTLED` seconds have
+    passed, because the minimum of short calls takes many rounds to find.
     """
     repeats = {
         name: max(1, math.ceil(LONG_ENOUGH / _seconds(call))) for name, call in calls.items()

@@ -1,4 +1,4 @@
-"""What figures depend on: the machine and the versions."""
+"""The environment that figures depend on: the machine and the versions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMED = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "as
 
 
 def environment() -> dict[str, object]:
-    """The machine, its instruction sets, the versions; no name of a host or a folder."""
+    """The machine, its instruction sets and the versions; no names of hosts or folders."""
     runtime = next(name for name in machine.RUNTIMES if machine.version(name))
     return {
         "machine": platform.machine(),
@@ -34,7 +34,7 @@ def _flags() -> list[str]:
 
 
 def _field(name: str) -> str | None:
-    """The first core's entry, None where the system tells none."""
+    """The first core's entry of that name in /proc/cpuinfo; None if there is none."""
     if not CPUINFO.exists():
         return None
     for line in CPUINFO.read_text().splitlines():

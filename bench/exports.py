@@ -1,4 +1,4 @@
-"""Exported graphs, kept in a folder between runs: an export takes longer than a measurement."""
+"""A cache of exported graphs in a folder: an export takes longer than a measurement."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ class Exports:
     """A folder of ONNX files.
 
     Attributes:
-        folder: named by what the files depend on.
-        seconds: that each export took when it was made, wall clock, the gate left out.
+        folder: the folder, named by a digest of the sources that the files depend on.
+        seconds: duration of each export when it was made, in seconds of wall-clock time, without
+            the parity gate.
     """
 
     folder: Path
@@ -53,7 +54,7 @@ class Exports:
 
     @classmethod
     def of(cls, cache: Path, report: Callable[[str], None]) -> Exports:
-        """The graphs of today's sources, exported where they are not there yet."""
+        """The graphs of the present sources; exports them if the cache lacks them."""
         folder = cache / _digest()
         record = folder / "seconds.json"
         if not record.exists():

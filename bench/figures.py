@@ -1,4 +1,4 @@
-"""From measurements to the figures that are promised: `build/bench.json`."""
+"""Computes the figures in `build/bench.json` from measurements."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def collect(cache: Path, batches: Sequence[int], rounds: int, report: Report) ->
     """All figures, by name.
 
     Args:
-        cache: where exported graphs are kept.
-        batches: of the sampler.
-        rounds: of every measurement.
-        report: told what is being done.
+        cache: folder for exported graphs.
+        batches: batch sizes of the sampler.
+        rounds: least number of rounds of every measurement.
+        report: called with a description of each step as it begins.
     """
     exports = Exports.of(cache, report)
     timings: Timings = {}
@@ -76,7 +76,7 @@ def _pass(timings: Timings) -> Figures:
     rows, inner, columns = models.MATMUL
     limit = 2 * rows * inner * columns
     flops = models.pass_flops(models.PIXELCNN)
-    # Share of the MatMul's speed = its time over the pass's, both by operation.
+    # Share of the MatMul's speed = its time per operation over that of the pass.
     share = {
         n: each["matmul"].times(flops * n / limit).over(each["pass"]) for n, each in timings.items()
     }
@@ -121,7 +121,7 @@ def _milliseconds(timings: Timings, call: str) -> dict[int, Timing]:
 
 
 def _both(name: str, values: dict[int, Timing]) -> Figures:
-    """Minima under the name, medians beside it, each by batch."""
+    """The minima under `name` and the medians under `name.median`, each by batch size."""
     return {
         name: {str(n): round(value.minimum, 4) for n, value in values.items()},
         f"{name}.median": {str(n): round(value.median, 4) for n, value in values.items()},

@@ -1,7 +1,8 @@
-"""What batch jobs promise, measured at full size: `python -m bench.jobs`.
+"""Measures the guarantees of batch jobs at full size: `python -m bench.jobs`.
 
-Jobs that are killed, on threads and on Ray; the throughput that is kept; the false
-discoveries and the power over a whole job; the priors that are estimated.
+It measures whether killed jobs, on threads and on Ray, resume to the same bytes; how much of the
+engine's throughput a job keeps; the false discoveries and the power over a whole job; and the
+accuracy of estimated priors.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from likely.outliers import benjamini_hochberg
 LIKELY = [sys.executable, "-c", "from likely.cli import main; main()", "batch"]
 DIGITS = Path("bundles/digits")
 FASHION = Path("bundles/fashion_mnist")
-SECONDS = 600
+SECONDS = 600  # timeout of a job
 Doubles = npt.NDArray[np.float64]
 
 
 def done(*words: object) -> dict[str, Any]:
-    """What an undisturbed job tells at its end."""
+    """Runs a job without disturbance; returns its summary."""
     command = [*LIKELY, *map(str, words), "--json"]
     ran = subprocess.run(command, capture_output=True, check=True)  # noqa: S603
     told: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
@@ -49,9 +50,9 @@ def done(*words: object) -> dict[str, Any]:
 
 
 def killed(words: Sequence[object], out: Path, times: int, rng: random.Random) -> list[int]:
-    """The shards that were done at each of so many SIGKILLs; the job is not ended by any.
+    """Starts a job and kills it with SIGKILL, `times` times; the shards done at each kill.
 
-    Each kill comes at a random moment between two shards that random numbers choose.
+    Each kill comes at a random moment after a randomly chosen shard.
     """
     found: list[int] = []
     while len(found) < times:
@@ -70,7 +71,7 @@ def killed(words: Sequence[object], out: Path, times: int, rng: random.Random) -
 
 
 def shards_of(out: Path) -> int:
-    """How many shards a job's manifest counts."""
+    """Number of shards that a job's manifest lists."""
     try:
         return len(json.loads((out / MANIFEST).read_bytes())["shards"])
     except FileNotFoundError:
@@ -78,12 +79,12 @@ def shards_of(out: Path) -> int:
 
 
 def written(out: Path) -> int:
-    """How many shards lie there; the manifest may count several of them only at once."""
+    """Number of shard files in a folder; the manifest may list several of them at once, later."""
     return sum(1 for _ in out.glob("part-*"))
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files, byte for byte."""
+    """Whether two folders contain the same files, byte for byte."""
     names = sorted(path.name for path in one.iterdir())
     return names == sorted(path.name for path in other.iterdir()) and all(
         (one / name).read_bytes() == (other / name).read_bytes() for name in names
@@ -91,7 +92,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def actors(driver: int) -> list[int]:
-    """The processes of Ray's actors below a driver, as the kernel tells."""
+    """The processes of Ray's actors that descend from a driver, from /proc."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -110,7 +111,7 @@ def actors(driver: int) -> list[int]:
 
 
 def killed_worker(words: Sequence[object], out: Path) -> bool:
-    """Whether an actor was killed while its job ran; the job goes on to its end.
+    """Runs a job on Ray to its end and kills one actor meanwhile; whether the kill succeeded.
 
     Raises:
         RuntimeError: the job failed.
@@ -122,7 +123,7 @@ def killed_worker(words: Sequence[object], out: Path) -> bool:
     end, hit = time.monotonic() + SECONDS, False
     while job.poll() is None and time.monotonic() < end:
         if not hit and written(out) >= 2 and (found := actors(job.pid)):
-            with suppress(ProcessLookupError):  # it ended meanwhile
+            with suppress(ProcessLookupError):  # it has just ended
                 os.kill(found[0], signal.SIGKILL)
                 hit = True
         time.sleep(0.02)
@@ -134,8 +135,9 @@ def killed_worker(words: Sequence[object], out: Path) -> bool:
 def kept(bundle: Path, x: Pixels, folder: Path, rounds: int) -> dict[str, float]:
     """The throughput of an engine alone and of a job from Parquet to Parquet, in one process.
 
-    Other work on the machine slows one and not the other; so the job's own threads, which read,
-    encode and write, are also clocked in the run itself: the rest of its time is the engine's.
+    Other work on the machine may slow one of them and not the other. Therefore the CPU time of the
+    job's own threads, which read, encode and write, is also measured within the run: the rest of
+    the run's CPU time is the engine's.
     """
     from likely.jobs.backends import Bundled
     from likely.jobs.columns import Geometry
@@ -156,7 +158,7 @@ def kept(bundle: Path, x: Pixels, folder: Path, rounds: int) -> dict[str, float]
     shares: list[float] = []
 
     class Clocked(Maker):
-        """A maker that counts the processor time of its threads."""
+        """A maker that measures the CPU time of its own threads."""
 
         own = 0.0
 
@@ -201,7 +203,14 @@ def kept(bundle: Path, x: Pixels, folder: Path, rounds: int) -> dict[str, float]
 
 
 def discoveries(usual: Doubles, planted: Doubles, seeds: int, size: int) -> dict[str, float]:
-    """False discovery proportion and power of jobs with 5 % planted outliers, at q = 0.05."""
+    """False discovery proportion and power of jobs with 5 % planted outliers, at q = 0.05.
+
+    Args:
+        usual: p-values of in-distribution pictures.
+        planted: p-values of outliers.
+        seeds: number of simulated jobs.
+        size: number of pictures of each job.
+    """
     proportions, powers = [], []
     bad = size // 20
     for seed in range(seeds):
@@ -226,7 +235,15 @@ def discoveries(usual: Doubles, planted: Doubles, seeds: int, size: int) -> dict
 def shifted(
     posterior: Doubles, y: npt.NDArray[np.int64], priors: Doubles, seeds: int, size: int
 ) -> dict[str, float]:
-    """How well priors are estimated where one label has half of the pictures, label by label."""
+    """How well priors are estimated if one label, each in turn, has half of the pictures.
+
+    Args:
+        posterior: posteriors (n, labels) of pictures.
+        y: their labels (n,).
+        priors: the model's priors (labels,).
+        seeds: number of simulated jobs.
+        size: number of pictures of each job.
+    """
     labels = len(priors)
     errors, before, after = [], [], []
     for seed in range(seeds):
@@ -252,7 +269,7 @@ def shifted(
 
 
 def on_fashion(data: Path, others: Path, seeds: int) -> dict[str, Any]:
-    """False discoveries and priors, on Fashion-MNIST's test pictures and planted digits."""
+    """False discoveries and priors, on Fashion-MNIST's test pictures with digits as outliers."""
     opened = Bundle.open(FASHION)
     engine = Engine.load(opened, device=Device("cpu"), threads=2)
     with np.load(data) as arrays, np.load(others) as planted:
@@ -274,17 +291,17 @@ def on_fashion(data: Path, others: Path, seeds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The figures, in about half an hour; part by part if so asked."""
+    """Measures all figures, in about half an hour, or only the named parts."""
     parser = argparse.ArgumentParser(prog="python -m bench.jobs", description=__doc__)
     parser.add_argument("parts", nargs="*", default=["killed", "ray", "kept", "fashion"])
-    parser.add_argument("--each", type=int, default=2000, help="pictures of a label [2000]")
+    parser.add_argument("--each", type=int, default=2000, help="pictures per label [2000]")
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--pictures", type=int, default=60_000, help="to score [60000]")
+    parser.add_argument("--pictures", type=int, default=60_000, help="pictures to score [60000]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--data", type=Path, help="Fashion-MNIST, .npz with x_test and y_test")
-    parser.add_argument("--others", type=Path, help="MNIST, likewise")
-    parser.add_argument("--folder", type=Path, default=Path("build/jobs"), help="a fresh one")
+    parser.add_argument("--others", type=Path, help="MNIST, in the same form")
+    parser.add_argument("--folder", type=Path, default=Path("build/jobs"), help="folder to create")
     given = parser.parse_args()
     given.folder.mkdir(parents=True)
     words = ["generate", "--each", given.each, "--seed", 7, "--shard", 100, "--out"]

@@ -1,4 +1,4 @@
-"""The measurements, one function each."""
+"""The measurements of the graphs, one function each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEED = 0
 
 
 def sampling(exports: Exports, batch: int, rounds: int) -> dict[str, Timing]:
-    """Seconds of `pass`, `sample`, `naive` (one step of it), `noise` and `matmul`, interleaved."""
+    """CPU time of `pass`, `sample`, `naive` (a single step), `noise` and `matmul`, interleaved."""
     sample, density = exports.session("sample"), exports.session("pass")
     naive, product = exports.session("naive"), exports.session("matmul")
     shape = sample.spec.inputs[0].array_shape(batch)[1:]
@@ -50,7 +50,7 @@ def sampling(exports: Exports, batch: int, rounds: int) -> dict[str, Timing]:
 
 
 def differing(exports: Exports, pictures: int) -> int:
-    """How many pixels of drawn pictures a forward pass would have chosen otherwise."""
+    """Number of pixels of drawn pictures for which a forward pass chooses another level."""
     sample, choices = exports.session("sample"), exports.session("choices")
     gumbel = noise.gumbel(SEED, range(pictures), sample.spec.inputs[0].array_shape(1)[1:])
     (x,) = sample.run({"gumbel": gumbel}, ["x"])
@@ -59,7 +59,7 @@ def differing(exports: Exports, pictures: int) -> int:
 
 
 def conditional(exports: Exports, name: str, batch: int, rounds: int) -> dict[str, Timing]:
-    """Seconds of log p(x|y) for all labels: `fused` in one call, `single` with one a label."""
+    """CPU time of log p(x|y) for all labels: `fused` in one call, `single` in one per label."""
     fused, single = exports.session(f"{name}_fused"), exports.session(f"{name}_single")
     config = models.BOUNDS[name]
     feeds = example(fused.spec.inputs, batch, config.levels, config.labels, SEED)
@@ -78,7 +78,7 @@ def conditional(exports: Exports, name: str, batch: int, rounds: int) -> dict[st
 
 
 def shipped(folder: Path, batch: int, rounds: int) -> dict[str, Timing]:
-    """Seconds of a bundle's `density` and `sample` graphs, interleaved."""
+    """CPU time of a bundle's `density` and `sample` graphs, interleaved."""
     bundle = Bundle.open(folder)
     levels, labels = bundle.manifest.levels, len(bundle.manifest.labels)
     calls: dict[str, Callable[[], object]] = {}
@@ -95,14 +95,14 @@ def shipped(folder: Path, batch: int, rounds: int) -> dict[str, Timing]:
 
 
 def _as_served(session: Session, feeds: Mapping[str, Array], output: str) -> None:
-    """As many calls as the service makes of it."""
+    """Runs a batch in as many calls as the service would make."""
     for start in range(0, len(next(iter(feeds.values()))), LARGEST):
         part = {name: feed[start : start + LARGEST] for name, feed in feeds.items()}
         session.run(part, [output])
 
 
 def load_seconds(exports: Exports, names: Sequence[str], rounds: int) -> dict[str, float]:
-    """Wall-clock seconds until a session is open, the least of the rounds."""
+    """Wall-clock seconds to open each session, the minimum over the rounds."""
     return {name: min(_load(exports, name) for _ in range(rounds)) for name in names}
 
 

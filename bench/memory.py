@@ -1,4 +1,4 @@
-"""The peak memory of one run, measured in a process that does nothing else."""
+"""Measures the peak memory of one run, in a process that does nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATUS = Path("/proc/self/status")
 
 
 def peak(path: Path, batch: int) -> dict[str, int]:
-    """MiB resident at most, without and with a run of that batch."""
+    """Peak resident memory in MiB, without a run and with a run of that batch size."""
     command = [sys.executable, "-m", "bench.memory", str(path)]
     before, after = (
         int(subprocess.run([*command, str(n)], capture_output=True, check=True).stdout)  # noqa: S603
@@ -25,7 +25,7 @@ def peak(path: Path, batch: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Opens the graph, runs it unless the batch is 0, and prints MiB."""
+    """Opens the graph, runs it unless the batch is 0, and prints the peak in MiB."""
     path, batch = Path(sys.argv[1]), int(sys.argv[2])
     spec = Graph.model_validate_json(path.with_suffix(".json").read_text())
     session = Session(path, spec, Device("cpu"))
@@ -37,7 +37,7 @@ def main() -> None:
 
 def _peak_kib() -> int:
     if STATUS.exists():
-        # getrusage would count what the process that started this one held at the time.
+        # getrusage would include the memory of the parent process at the time of the fork.
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""The reference models, with random weights, and the graphs that are measured."""
+"""The reference models, with random weights, and the graphs to measure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOUNDS = {
     "logistic": CVAEConfig(
         (1, 28, 28), 256, 10, latent=32, width=400, importance_samples=16, logistics=2
     ),
-    # As those of MNIST and Fashion-MNIST are made.
+    # The form of the CVAEs of MNIST and Fashion-MNIST.
     "prior": CVAEConfig(
         (1, 28, 28), 256, 10, latent=24, width=256, importance_samples=4, logistics=1,
         convolutions=(32, 64, 64), convolution_depth=2, label_prior=True,
@@ -30,7 +30,7 @@ MATMUL = (2048, 512, 512)
 
 
 def pixelcnn() -> PixelCNN:
-    """The reference PixelCNN; the head's weights start at zero, so they are drawn as well."""
+    """The reference PixelCNN; the head's weights, zero before training, are drawn too."""
     torch.manual_seed(0)
     model = PixelCNN(PIXELCNN)
     nn.init.normal_(model.head.weight, std=0.3)
@@ -38,15 +38,16 @@ def pixelcnn() -> PixelCNN:
 
 
 def cvae(config: CVAEConfig) -> CVAE:
-    """A CVAE of random weights."""
+    """A CVAE with random weights."""
     torch.manual_seed(0)
     return CVAE(config).eval()
 
 
 def pass_flops(config: PixelCNNConfig) -> int:
-    """Floating-point operations of log p(x) of one picture, of a model of convolutions alone.
+    """Floating-point operations of log p(x) for one picture, for a model of convolutions only.
 
-    A multiplication and an addition are two; kernels are cropped, so that none is by zero.
+    A multiplication and an addition count as two. Kernels are cropped, so no multiplication is by
+    a masked zero.
     """
     c, h, w = config.shape
     rows, side, left = config.stem
@@ -58,7 +59,7 @@ def pass_flops(config: PixelCNNConfig) -> int:
 
 
 class Pass(nn.Module):
-    """x -> log p(x): the pass that sampling is compared with."""
+    """x -> log p(x): the forward pass that sampling is compared with."""
 
     def __init__(self, model: Autoregressive) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class Pass(nn.Module):
 
 
 class NaiveStep(nn.Module):
-    """One step of drawing the naive way: a whole pass to choose one pixel."""
+    """One step of naive sampling: a whole pass to choose one pixel."""
 
     def __init__(self, model: PixelCNN) -> None:
         super().__init__()
@@ -83,20 +84,20 @@ class NaiveStep(nn.Module):
 
 
 class Choices(nn.Module):
-    """What a pass over x chooses for every pixel; drawn pictures are its fixed points."""
+    """The level that a pass over x chooses for every pixel; drawn pictures are fixed points."""
 
     def __init__(self, model: PixelCNN) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor, gumbel: Tensor) -> Tensor:
-        """uint8 (n, 1, h, w) of x alike and noise (n, h, w, 1, 1, levels)."""
+        """The levels chosen for uint8 x (n, 1, h, w) with noise (n, h, w, 1, 1, levels), as x."""
         noisy = _logits(self.model, x) + gumbel[:, :, :, 0, 0]
         return noisy.argmax(-1)[:, None].to(torch.uint8)
 
 
 class OneLabel(nn.Module):
-    """log p(x|y) of one label a picture, the way that a fused graph saves."""
+    """log p(x|y) for one label per picture: the separate calls that a fused graph replaces."""
 
     def __init__(self, model: CVAE) -> None:
         super().__init__()
@@ -108,13 +109,13 @@ class OneLabel(nn.Module):
 
 
 def _logits(model: PixelCNN, x: Tensor) -> Tensor:
-    """(n, h, w, levels) of a grey model that writes a level as one digit."""
+    """Logits (n, h, w, levels) of a grey model that draws a level as one digit."""
     features = torch.relu(model.features(x).permute(0, 2, 3, 1))
     return features @ model.head.weight[0] + model.head.bias[0]
 
 
 def sources() -> dict[str, tuple[GraphSource, int, int]]:
-    """Every graph that is measured, with the levels and labels of its model."""
+    """Every graph to measure, with the numbers of levels and labels of its model."""
     model = pixelcnn()
     levels, (_, h, w) = PIXELCNN.levels, PIXELCNN.shape
     x = TensorSpec(name="x", dtype="uint8", shape=("batch", *PIXELCNN.shape))
@@ -143,7 +144,7 @@ def sources() -> dict[str, tuple[GraphSource, int, int]]:
 
 
 def matmul() -> tuple[onnx.ModelProto, Graph]:
-    """A large product of matrices, whose speed is the limit of what ONNX Runtime does here."""
+    """A large matrix product, whose speed is taken as ONNX Runtime's limit on this machine."""
     _, inner, columns = MATMUL
     weight = torch.randn(inner, columns, generator=torch.Generator().manual_seed(0)).numpy()
     graph = helper.make_graph(

@@ -1,13 +1,14 @@
-"""PixelCNN, Row LSTM and Diagonal BiLSTM at equal parameters and equal CPU time.
+"""Compares PixelCNN, Row LSTM and Diagonal BiLSTM at equal parameters and equal CPU time.
 
 `python -m bench.pixelrnn digits --seconds 60` or `... mnist --source mnist.npz --seconds 600`
-trains each with the same optimiser on one thread, and prints and writes what the test part's
-pictures cost, in nats. How many steps those seconds are is measured first, of all models in
-turn, so that a machine that slows down for a while does so for all of them; from then on a run
-is repeatable. MNIST is binarised afresh at each look in training; its test part is drawn once,
-by the seed that the recipe `mnist_binary` draws it by.
+trains each model with the same optimiser on one thread. It prints and writes -log p of the test
+split in nats. The number of steps that fit into the given seconds is measured first, for all
+models in turn, so that a slow phase of the machine affects all of them; given these numbers, a
+run is repeatable. MNIST is binarised afresh at each look in training; its test split is binarised
+once, with the seed of the recipe `mnist_binary`.
 
-`python -m bench.pixelrnn mnist --draw` measures what drawing costs instead, in passes of log p(x).
+`python -m bench.pixelrnn mnist --draw` measures the cost of drawing instead, in passes of
+log p(x).
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ class Comparison:
     """Models of equal size on one data set.
 
     Attributes:
-        recipe: whose data it is.
-        training: of each model, but for its length.
-        models: by name; parameters within 5 % of one another.
-        validate: pictures that training is watched on.
-        test: pictures that are reported on.
+        recipe: name of the recipe whose data is used.
+        training: settings of the training, except its length; the same for all models.
+        models: configurations by name; their parameter counts agree within 5 %.
+        validate: number of validation pictures.
+        test: number of test pictures.
     """
 
     recipe: str
@@ -92,7 +93,7 @@ COMPARISONS = {
 
 
 def model(config: AutoregressiveConfig, seed: int) -> Autoregressive:
-    """An untrained model of that shape; its weights are a function of the seed."""
+    """An untrained model of that configuration; its weights depend on the seed alone."""
     torch.manual_seed(seed)
     if isinstance(config, PixelRNNConfig):
         return PixelRNN(config)
@@ -103,7 +104,7 @@ def model(config: AutoregressiveConfig, seed: int) -> Autoregressive:
 def trained(
     config: AutoregressiveConfig, data: Dataset, training: Training, folder: Path
 ) -> dict[str, Any]:
-    """What became of a model: its size, its steps, and the test part's nats a picture."""
+    """Trains a model; returns its size, its steps, and -log p of the test split in nats."""
     net = model(config, training.seed)
     run = train.fit(net, data, training, folder, resume=False)
     train.restore_weights(net, run.weights)
@@ -121,7 +122,7 @@ def trained(
 
 @torch.no_grad()
 def _nats(part: Split, log_prob: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
-    """The mean of -log p over a part, and its standard error."""
+    """The mean of -log p over a split in nats, and its standard error."""
     x, y = torch.from_numpy(part.x), torch.from_numpy(part.y)
     pairs = zip(x.split(BATCH), y.split(BATCH), strict=True)
     nats = -torch.cat([log_prob(*pair) for pair in pairs]).double()
@@ -129,7 +130,7 @@ def _nats(part: Split, log_prob: Callable[[Tensor, Tensor], Tensor]) -> dict[str
 
 
 def step_seconds(chosen: Comparison, data: Dataset, training: Training) -> dict[str, float]:
-    """CPU time of one step of each model, the least of several."""
+    """CPU time in seconds of one training step of each model, the minimum of several."""
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
     x, y = x[: training.batch], y[: training.batch]
     steps = {
@@ -150,7 +151,7 @@ def _step(net: Autoregressive, moved_by: list[torch.optim.Optimizer], x: Tensor,
 def compared(
     chosen: Comparison, source: str | None, seconds: float, seed: int, only: list[str], out: Path
 ) -> None:
-    """Trains the models one after the other, and tells and writes what each came to."""
+    """Trains the models one after another; prints and writes the results of each."""
     data = recipes.load(chosen.recipe, source).data.load()
     validate, test = (np.arange(size) for size in (chosen.validate, chosen.test))
     data = replace(data, validate=data.validate.take(validate), test=data.test.take(test))
@@ -165,12 +166,12 @@ def compared(
 
 
 def drawing(chosen: Comparison, batches: Sequence[int], out: Path) -> dict[str, Any]:
-    """CPU time a picture of a pass and of drawing, milliseconds, and their ratio, by batch."""
+    """CPU time per picture of a pass and of drawing in ms, and their ratio, by batch size."""
     found: dict[str, Any] = {}
     for name, config in chosen.models.items():
         config = replace(config, labels=0)
         net = model(config, 0).eval()
-        torch.nn.init.normal_(net.head.weight, std=0.3)  # zeros would draw noise alone
+        torch.nn.init.normal_(net.head.weight, std=0.3)  # with zeros, only the noise would decide
         sample = roles.sample(net)
         log_px = TensorSpec(name="log_px", dtype="float32", shape=("batch",))
         log_likelihood = GraphSource(models.Pass(net), sample.outputs, (log_px,))
@@ -186,7 +187,7 @@ def drawing(chosen: Comparison, batches: Sequence[int], out: Path) -> dict[str, 
 
 
 def _call(source: GraphSource, path: Path, levels: int, n: int) -> Callable[[], object]:
-    """A run of that graph with a batch of n, on one thread."""
+    """A call that runs the graph with a batch of n on one thread; exports it if necessary."""
     if not path.exists():
         graphs.write(source, path, levels, 0)
     spec = Graph(file=path.name, inputs=source.inputs, outputs=source.outputs, importance_samples=0)
@@ -196,14 +197,14 @@ def _call(source: GraphSource, path: Path, levels: int, n: int) -> Callable[[], 
 
 
 def main() -> None:
-    """One comparison."""
+    """Runs one comparison."""
     parser = argparse.ArgumentParser(prog="python -m bench.pixelrnn", description=__doc__)
     parser.add_argument("comparison", choices=COMPARISONS)
-    parser.add_argument("--source", help="of the pictures; mnist: an .npz file")
-    parser.add_argument("--seconds", type=float, default=60, help="of CPU for each model [60]")
+    parser.add_argument("--source", help="source of the pictures; for mnist, an .npz file")
+    parser.add_argument("--seconds", type=float, default=60, help="CPU time for each model [60]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=[], help="some of the models")
-    parser.add_argument("--out", type=Path, default=Path("build/pixelrnn"), help="a folder")
+    parser.add_argument("--only", nargs="+", default=[], help="train only these models")
+    parser.add_argument("--out", type=Path, default=Path("build/pixelrnn"), help="output folder")
     parser.add_argument("--draw", action="store_true", help="measure drawing; train nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)

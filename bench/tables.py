@@ -1,4 +1,4 @@
-"""The figures as a table for a terminal."""
+"""The figures as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.table import Table
 GOALS: dict[str, Mapping[str, float]] = {
     "sampling.ratio": {"1": 5.0, "16": 1.25, "64": 1.0, "256": 1.0},
     "conditional.fused_speedup": {"1": 1.5, "16": 1.0, "64": 1.0},
-    "conditional.logistic.fused_speedup": {"1": 1.0, "16": 1.0, "64": 1.0},  # little is shared
-    "conditional.prior.fused_speedup": {"1": 4.0, "16": 4.0, "64": 4.0},  # one decoder for all
+    "conditional.logistic.fused_speedup": {"1": 1.0, "16": 1.0, "64": 1.0},  # labels share little
+    "conditional.prior.fused_speedup": {"1": 4.0, "16": 4.0, "64": 4.0},  # one decoder pass for all
 }
 BY_BATCH = {
     "sampling.ratio": "sampling / pass",
@@ -21,7 +21,7 @@ BY_BATCH = {
     "pass.ms_per_picture": "pass, ms",
     "pass.matmul_share_by_batch": "pass / MatMul, FLOP/s",
     "noise.ms_per_picture": "noise, ms",
-    "conditional.fused_speedup": "p(x|y) apart / fused",
+    "conditional.fused_speedup": "p(x|y) single / fused",
     "conditional.ms_per_picture": "p(x|y) fused, ms",
     "conditional.logistic.fused_speedup": "logistic, likewise",
     "conditional.logistic.ms_per_picture": "logistic, fused, ms",
@@ -31,9 +31,9 @@ BY_BATCH = {
 
 
 def by_batch(figures: Mapping[str, Any]) -> Table:
-    """Minimum and, in brackets, median over the rounds; goals below."""
+    """A table of the figures by batch size: minimum, median in brackets, and goals."""
     columns = list(figures["sampling.ratio"])
-    title = "CPU time of one thread, times by picture: minimum (median) over rounds"
+    title = "CPU time on one thread, times per picture: minimum (median) over rounds"
     table = Table(box=box.SIMPLE, title=title, padding=(0, 1, 0, 0))
     table.add_column("batch", no_wrap=True)
     for n in columns:
@@ -50,7 +50,7 @@ def by_batch(figures: Mapping[str, Any]) -> Table:
 
 
 def others(figures: Mapping[str, Any]) -> Table:
-    """What is one number, and what was measured with what."""
+    """A table of the figures that do not depend on the batch size, and of the environment."""
     seconds, load, memory = (
         figures[name] for name in ("export.seconds", "load.seconds", "memory.sample")
     )
@@ -61,7 +61,7 @@ def others(figures: Mapping[str, Any]) -> Table:
     for row in [
         ("pass / MatMul FLOP/s (goal 0.45)", f"{figures['pass.matmul_share']:.2f}"),
         ("MatMul", f"{figures['matmul.gflops']:.0f} GFLOP/s"),
-        ("pixels a pass chooses otherwise", str(figures["sampling.differing_pixels"])),
+        ("pixels where a pass chooses otherwise", str(figures["sampling.differing_pixels"])),
         ("export of the sampler (goal 60 s)", f"{seconds['sample']:.1f} s"),
         ("load of the sampler (goal 1 s)", f"{load['sample']:.2f} s"),
         ("peak memory of the sampler", peaks),

@@ -1,1 +1,1 @@
-"""A tour of likely: `python -m demo` serves the shipped bundle and asks it three questions."""
+"""A tour of likely: `python -m demo` serves three bundles and asks them three questions."""

@@ -1,4 +1,4 @@
-"""Serves three bundles, asks the three questions over gRPC, and draws what comes back."""
+"""Serves three bundles, asks three questions over gRPC, and plots the answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from likely.versions.loading import shipped
 ALPHAS = (0.01, 0.05, 0.1)
 ALPHA = 0.05
 SEED = 2026
-EACH = 6  # draws of a label
+EACH = 6  # pictures drawn for each label
 MODEL = "digits"
 BUNDLES = Path(__file__).parents[1] / "bundles"
 FIGURES = ("mnist.png", "fashion_mnist.png", "surprise.png", "likelihoods.png", "server.log")
@@ -29,9 +29,9 @@ DIGITS = "held-out digits"
 
 
 def main() -> None:
-    """The whole tour."""
+    """Runs the whole tour."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="[build/demo]")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder [build/demo]")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -47,13 +47,13 @@ def main() -> None:
 
 
 def draw(client: Client, names: Sequence[str], out: Path, console: Console) -> None:
-    """Pictures of every label from each model, and what the models say of each other's.
+    """Draws pictures of every label from each model, and scores them under all the models.
 
     Args:
-        client: of a server with models of one shape.
-        names: of these models.
+        client: a client of a server whose models have the same shape of pictures.
+        names: names of these models.
         out: folder for the figures.
-        console: where the table goes.
+        console: console to print the table on.
     """
     drawn: dict[str, Pixels] = {}
     for name in names:
@@ -84,13 +84,13 @@ def draw(client: Client, names: Sequence[str], out: Path, console: Console) -> N
 
 
 def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:
-    """The three questions.
+    """Scores and classifies held-out digits, and pictures that are not digits.
 
     Args:
-        client: of a server with the bundle of digits.
-        bundle: its folder, for the division of its data.
+        client: a client of a server with the bundle of digits.
+        bundle: folder of that bundle, which tells how its data was split.
         out: folder for the figures.
-        console: where the tables go.
+        console: console to print the tables on.
     """
     digits, y = pictures.held_out(Bundle.open(bundle).manifest)
     rng = np.random.default_rng(SEED)
@@ -121,7 +121,7 @@ def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:
 
 
 def _assigned(client: Client, shown: Sequence[Example]) -> list[str]:
-    """What label each picture gets, if any, and how sure Bayes' rule is."""
+    """The label assigned to each picture with its posterior, or "no label"."""
     answer = client.classify(np.stack([example.x for example in shown]), alpha=ALPHA, model=MODEL)
     names = client.model(MODEL).labels
     return [
@@ -140,7 +140,7 @@ def _greeting(info: ModelInfo, address: str) -> str:
 
 
 def _digits(x: Pixels, y: Sequence[int], scores: Scores) -> list[Example]:
-    """Four digits that are accepted, and the one that is most unlike the others."""
+    """Four accepted digits, and the one with the smallest p-value."""
     accepted = np.flatnonzero(scores.verdict == Verdict.ACCEPTED)
     rows = [*accepted[:4], int(scores.p_value.argmin())]
     return [_example(f"a {y[row]}", x, scores, row) for row in rows]
@@ -156,7 +156,7 @@ def _example(name: str, x: Pixels, scores: Scores, row: int) -> Example:
 
 
 def _hardest(scores: Scores) -> int:
-    """The row that looks most like a digit: by p-value, then by log p(x)."""
+    """The row of the picture most like a digit: by p-value, then by log p(x)."""
     return int(np.lexsort((scores.log_px, scores.p_value))[-1])
 
 

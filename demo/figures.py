@@ -1,4 +1,4 @@
-"""The demo's three figures."""
+"""Plots the demo's figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from likely import Scores
 from likely.answers import Floats, Pixels
 
-MOST_NATS = 8.0  # a pixel; one impossible pixel would darken all others
+MOST_NATS = 8.0  # top of the colour scale, nats per pixel: one extreme pixel must not darken all
 INK = "#1b2a41"
 ACCEPTED, REJECTED = "#2a7f62", "#c0392b"
 COLOURS = ("#e69f00", "#7f7f7f", "#b07aa1", "#c0392b", "#56b4e9", "#8c6d31")
@@ -35,15 +35,15 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and what the service says of it.
+    """One picture and its scores.
 
     Attributes:
-        name: what it is.
+        name: title of the picture.
         x: uint8 (h, w), levels.
-        surprise: float32 (h, w), nats.
+        surprise: float32 (h, w), -log p of each pixel in nats.
         log_px: log p(x) in nats.
-        p_value: calibrated, in (0, 1].
-        rejected: whether it is an outlier at the alpha asked for.
+        p_value: calibrated p-value, in (0, 1].
+        rejected: whether the picture is an outlier at the request's alpha.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Example:
 
 
 def generated(path: Path, rows: Sequence[Pixels], labels: Sequence[str]) -> None:
-    """A grid: one row a label, each uint8 (n, 1, h, w)."""
+    """Plots a grid of drawn pictures: one row per label, each uint8 (n, 1, h, w)."""
     levels = 1 + int(max(pictures.max() for pictures in rows))
     longest = max(map(len, labels))
     size, left = (15, 0.09) if longest < 3 else (9, 0.16)
@@ -68,7 +68,7 @@ def generated(path: Path, rows: Sequence[Pixels], labels: Sequence[str]) -> None
                 "bottom": 0.02,
             },
         )  # fmt: skip
-        figure.suptitle("Drawn from p(x|y): each row was asked for by its label", y=0.95)
+        figure.suptitle("Drawn from p(x|y): one row for each label", y=0.95)
         for label, axes, pictures in zip(labels, grid, rows, strict=True):
             for ax, x in zip(axes, pictures[:, 0], strict=True):
                 _picture(ax, x, levels=levels)
@@ -77,7 +77,7 @@ def generated(path: Path, rows: Sequence[Pixels], labels: Sequence[str]) -> None
 
 
 def surprise(path: Path, examples: Sequence[Example], alpha: float) -> None:
-    """Pictures over their surprise maps, on one scale of nats."""
+    """Plots pictures above their surprise maps, on a common scale of nats."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.2 * len(examples) + 1.1, 3.75))
         grid = figure.subplots(
@@ -106,12 +106,12 @@ def surprise(path: Path, examples: Sequence[Example], alpha: float) -> None:
             x=0.055, y=0.965, ha="left",
         )  # fmt: skip
         bar = figure.colorbar(shown, cax=figure.add_axes((0.935, 0.17, 0.012, 0.64)), extend="max")
-        bar.set_label("nats a pixel")
+        bar.set_label("nats per pixel")
         figure.savefig(path)
 
 
 def likelihoods(path: Path, digits: Scores, others: Mapping[str, Scores]) -> None:
-    """log p(x) of digits and of what is none; beside it, what calibrated p-values make of them."""
+    """Plots log p(x) of digits and of other pictures, and beside it their rates of rejection."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 5.2), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -123,7 +123,7 @@ def likelihoods(path: Path, digits: Scores, others: Mapping[str, Scores]) -> Non
 
 def _histograms(ax: Axes, digits: Scores, others: Mapping[str, Scores]) -> None:
     everything = np.concatenate([digits.log_px, *(scores.log_px for scores in others.values())])
-    # A few noise pictures would squeeze all others into a corner.
+    # Without this quantile, a few noise pictures would squeeze all others into a corner.
     bins = np.linspace(np.quantile(everything, 0.002), everything.max() + 5, 70).tolist()
     for scores, colour in zip(others.values(), COLOURS, strict=True):
         weights = np.full(len(scores.log_px), 1 / len(scores.log_px))
@@ -147,7 +147,7 @@ def _rejections(ax: Axes, digits: Scores, others: Mapping[str, Scores]) -> None:
     for (name, scores), colour in zip(others.items(), COLOURS, strict=True):
         ax.plot(alphas, share(scores), color=colour, linewidth=1.8, label=name)
     ax.plot(alphas, share(digits), color=INK, linewidth=2.4, label="held-out digits")
-    ax.plot(alphas, alphas, color=INK, linewidth=1, linestyle=":", label="what alpha promises")
+    ax.plot(alphas, alphas, color=INK, linewidth=1, linestyle=":", label="guaranteed by alpha")
     ax.set_xscale("log")
     ax.set_ylim(0, 1.03)
     ax.set_xlabel("alpha, the rate of false rejections that the caller accepts")

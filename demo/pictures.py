@@ -1,4 +1,4 @@
-"""Digits that training never saw, and pictures that are no digits."""
+"""Digits that were held out of training, and pictures that are not digits."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PARTS = ("train", "fit", "calibrate", "validate", "test")
 
 
 def held_out(manifest: Manifest) -> tuple[Pixels, Labels]:
-    """The test part, uint8 (n, 1, 8, 8) and int64 (n,), divided as the bundle's recipe says.
+    """The test split of the bundle's recipe: pictures uint8 (n, 1, 8, 8) and labels int64 (n,).
 
     Raises:
-        ValueError: the division is not the one that the bundle was trained on.
+        ValueError: the splits are not those that the bundle was trained on.
     """
     bunch = load_digits()
     x, y = bunch.images.astype(np.uint8)[:, None], bunch.target.astype("<i8")
     recipe = manifest.recipe["data"]
     sizes = [recipe["splits"][part] for part in PARTS[1:]]
-    # The order that likely_export.data draws; the digest below proves that it is the same.
+    # The same random order as in likely_export.data; the digest below verifies it.
     seeded = np.random.Generator(np.random.Philox(key=[recipe["seed"] % (1 << 64), 0]))
     cuts = np.cumsum([len(x) - sum(sizes), *sizes])[:-1]
     rows = dict(zip(PARTS, np.split(seeded.permutation(len(x)), cuts), strict=True))
@@ -45,39 +45,39 @@ def _digest(parts: dict[str, tuple[Pixels, Labels]]) -> str:
 
 
 def noise(digits: Pixels, rng: np.random.Generator) -> Pixels:
-    """Every level of every pixel equally probable."""
+    """Independent pixels with uniformly distributed levels."""
     return rng.integers(0, LEVELS, digits.shape, dtype=np.uint8)
 
 
 def blank(digits: Pixels, rng: np.random.Generator) -> Pixels:
-    """Empty paper."""
+    """Empty pictures: level 0 everywhere."""
     return np.zeros_like(digits)
 
 
 def flat(digits: Pixels, rng: np.random.Generator) -> Pixels:
-    """One grey all over, from the faintest to black."""
+    """One grey level everywhere, by turns from the faintest to black."""
     greys = 1 + np.arange(len(digits)) % (LEVELS - 1)
     return np.broadcast_to(greys[:, None, None, None], digits.shape).astype(np.uint8)
 
 
 def inverted(digits: Pixels, rng: np.random.Generator) -> Pixels:
-    """White ink on black paper."""
+    """Digits with inverted levels: white ink on black paper."""
     return (LEVELS - 1 - digits).astype(np.uint8)
 
 
 def shuffled(digits: Pixels, rng: np.random.Generator) -> Pixels:
-    """The pixels of a digit in random order."""
+    """Digits with their pixels in random order."""
     flattened = digits.reshape(len(digits), -1)
     return rng.permuted(flattened, axis=1).reshape(digits.shape)
 
 
 def photographs(digits: Pixels, rng: np.random.Generator) -> Pixels:
-    """Patches of the photographs that come with scikit-learn, in 17 levels of grey."""
+    """Patches of scikit-learn's sample photographs, in 17 levels of grey."""
     photos = [Image.fromarray(array).convert("L") for array in load_sample_images().images]
     patches: list[Pixels] = []
     while len(patches) < len(digits):
         patch = _patch(photos[rng.integers(len(photos))], rng)
-        if patch.std() >= 2:  # a black corner or a clear sky shows nothing of a photograph
+        if patch.std() >= 2:  # skips patches without structure, such as clear sky
             patches.append(patch)
     return np.stack(patches)[:, None]
 

@@ -1,4 +1,4 @@
-"""A real `likely serve` in a process of its own, for as long as it is needed."""
+"""Runs `likely serve` in its own process for the duration of a block."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-PATIENCE = 60.0
+PATIENCE = 60.0  # seconds for the server to become ready, and to end
 COMMAND = (sys.executable, "-m", "likely", "serve")
 
 
 class ServerFailed(Exception):
-    """The server did not start, or did not end as it should; tells its last words."""
+    """The server did not start or did not end properly; the message has the log's last line."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server that says SERVING.
+    """A server whose health is SERVING.
 
     Attributes:
-        address: of its gRPC port, host:port.
-        metrics: of its Prometheus port, host:port.
+        address: gRPC address, host:port.
+        metrics: Prometheus address, host:port.
     """
 
     address: str
@@ -38,16 +38,17 @@ class Served:
 
 @contextmanager
 def served(log: Path, *bundles: Path, command: Sequence[str] = COMMAND) -> Iterator[Served]:
-    """Serves on free ports until the block ends, then asks the server to end and sees that it does.
+    """Runs a server on free ports until the block ends, then stops it and checks its exit code.
 
     Args:
-        log: file that the server's log goes to.
-        bundles: the folders to serve; none for what the package ships.
-        command: what starts a server.
+        log: file for the server's log.
+        bundles: folders of the bundles to serve; none for those that the package ships.
+        command: command that starts a server, without its options.
 
     Raises:
-        ServerFailed: it ended early, did not become ready in a minute, or did not
-            end well on SIGTERM.
+        ServerFailed: the server ended early, did not become ready in a minute, or exited with
+            another code than 0 after SIGTERM.
+        subprocess.TimeoutExpired: the server did not end within a minute of SIGTERM.
     """
     options = ["--port", "0", "--metrics-port", "0", "--log-format", "json"]
     for bundle in bundles:
@@ -81,7 +82,7 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> Served:
 
 
 def _listening(process: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
-    """The log's event that names the ports."""
+    """The log event that names the ports."""
     end = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < end:
         for line in log.read_text().splitlines(keepends=True):

@@ -1,4 +1,4 @@
-"""The demo's tables, for a terminal of eighty columns."""
+"""The demo's tables, for a terminal with 80 columns."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SHADES = " .:-=+*%@"
 
 
 def rejection(answers: Mapping[str, Mapping[float, Scores]], reference: str) -> Table:
-    """What is rejected: one row a set of pictures, one column an alpha.
+    """Rates of rejection: one row per set of pictures, one column per alpha.
 
     Args:
-        answers: the scores of each set at each alpha.
-        reference: the set that is in distribution.
+        answers: scores by set and alpha.
+        reference: name of the in-distribution set.
     """
     alphas = list(answers[reference])
     inside = answers[reference][alphas[0]]
@@ -53,26 +53,32 @@ def rejection(answers: Mapping[str, Mapping[float, Scores]], reference: str) -> 
 
 
 def promise(alpha: float, calibration: int, test: int) -> str:
-    """Between which shares the digits rejected lie, for 99 in a hundred calibrations.
+    """A sentence with the range of rejected shares of digits for 99 % of calibrations.
 
-    The rate of one calibration is Beta(k, n + 1 - k), k = floor(alpha (n + 1)) (Vovk, 2012).
+    The rejection rate of one calibration of n pictures follows Beta(k, n + 1 - k), with
+    k = floor(alpha (n + 1)) (Vovk, 2012).
+
+    Args:
+        alpha: the accepted rate of false rejections.
+        calibration: number of calibration pictures.
+        test: number of digits that were scored.
     """
     k = int(alpha * (calibration + 1) + 1e-9)
     low, high = betabinom.ppf([0.005, 0.995], test, k, calibration + 1 - k) / test
     return (
-        "alpha holds on average over calibrations: by one of "
-        f"{calibration} pictures, 99 times in a hundred {_percent(low)} to {_percent(high)} "
+        "alpha is guaranteed on average over calibrations. With one calibration of "
+        f"{calibration} pictures, 99 times in a hundred, {_percent(low)} to {_percent(high)} "
         f"of {test} digits are rejected at {alpha:g}."
     )
 
 
 def strangers(found: Mapping[str, Mapping[str, Scores]]) -> Table:
-    """What each model says of what each has drawn: one row a set, two columns a model.
+    """Scores of each model's draws under each model: one row per set, two columns per model.
 
     Args:
-        found: the scores of each set by each model.
+        found: scores by the model that drew and the model that scored.
     """
-    table = _table("The known failure of likelihood, and what a calibrated p-value makes of it")
+    table = _table("A known failure of likelihood, and what calibrated p-values reject")
     table.add_column("drawn by", no_wrap=True)
     for model in found:
         table.add_column(f"bits/dim of {model}", justify="right")
@@ -89,7 +95,7 @@ def strangers(found: Mapping[str, Mapping[str, Scores]]) -> Table:
 
 
 def labels(answer: Classifications, strict: Classifications, y: Labels) -> Table:
-    """How often Bayes' rule is right, and about how many it keeps silent."""
+    """How often Bayes' rule assigns a label, and how often the label is right."""
     table = _table("Which label does Bayes' rule assign, if any?")
     table.add_column("held-out digits")
     for name in ("share", "labelled right"):
@@ -105,7 +111,7 @@ def labels(answer: Classifications, strict: Classifications, y: Labels) -> Table
 
 
 def examples(shown: Sequence[Example], posterior: Sequence[str]) -> Table:
-    """A few pictures side by side, with what is said of them."""
+    """A few pictures side by side, with their scores and labels."""
     table = _table("One picture at a time")
     for example in shown:
         table.add_column(example.name, justify="center", width=17)

@@ -1,4 +1,4 @@
-"""Measures, prints, and writes the figures: `python -m bench.serving`."""
+"""Measures the figures, prints them and writes them to a file: `python -m bench.serving`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ QUICK = Pace(rounds=1, seconds=0.25, batches=(1, 8))
 
 
 def main() -> None:
-    """The whole bench, in about six minutes, or a soak."""
+    """Runs the whole bench, in about six minutes, or a soak test."""
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round of quarters of a second")
-    parser.add_argument("--rounds", type=int, help=f"of every measurement [{WHOLE.rounds}]")
-    parser.add_argument("--soak", type=float, metavar="SECONDS", help="only load, that long")
+    parser.add_argument("--quick", action="store_true", help="one round of 0.25 seconds each")
+    parser.add_argument("--rounds", type=int, help=f"rounds of every measurement [{WHOLE.rounds}]")
+    parser.add_argument("--soak", type=float, metavar="SECONDS", help="only a soak test, this long")
     parser.add_argument(
         "--leaving",
         type=float,
         default=soak.LEAVING,
-        help=f"share of callers that leave a soak before they are answered [{soak.LEAVING}]",
+        help=f"share of the soak's requests that their callers cancel [{soak.LEAVING}]",
     )
     parser.add_argument("--out", type=Path, help="[build/bench-serving.json, build/soak.json]")
     parser.add_argument("--cache", type=Path, default=Path("build/bench-serving"))

@@ -1,7 +1,7 @@
 """The two scorers that servers are measured with: bundles of untrained PixelCNNs.
 
-What a model has learnt changes no time, so none is trained; the detector is calibrated on random
-pictures, so that the server does all that it does for a real one.
+The weights of a model do not affect its speed, so the models are not trained. The detector is
+calibrated on random pictures, so that the server does the same work as for a real bundle.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from likely_export import calibrate, graphs, heads, pixelcnn, roles, statistics
 from likely_export.calibrate import PartConfig, Seen
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
 
-# About 5 ms and 0.1 ms a picture on one thread of a server's core.
+# About 5 ms and 0.1 ms per picture on one thread of a server's core.
 SCORERS = {
     "heavy": PixelCNNConfig((1, 28, 28), 256, channels=64, layers=3, head=32),
     "light": PixelCNNConfig((1, 8, 8), 17, channels=20, layers=2, head=16),
@@ -36,7 +36,7 @@ _SOURCES = (calibrate, graphs, heads, pixelcnn, roles, statistics)
 
 
 def bundle(name: str, cache: Path, report: Callable[[str], None]) -> Path:
-    """The folder of that scorer's bundle, exported where today's sources have not made it yet."""
+    """The folder of a scorer's bundle; exports it if the present sources have not made it yet."""
     folder = cache / f"{name}-{_digest(SCORERS[name])}"
     if not (folder / MANIFEST).exists():
         report(f"exporting the {name} scorer")

@@ -1,4 +1,4 @@
-"""What other processes use: processor time, memory; and percentiles of what is timed."""
+"""CPU time and memory of other processes, and percentiles of latencies."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 def cpu_seconds(pid: int) -> float:
-    """Seconds of processor time that a process and its threads have had, to the nanosecond.
+    """CPU time of a process with its threads in seconds, with a resolution of nanoseconds.
 
     Raises:
         ProcessLookupError: there is no such process.
     """
-    # POSIX gives every process a clock; Python has no name for the call that finds it.
+    # POSIX has a CPU clock for every process; Python does not wrap the call that finds it.
     libc, clock = ctypes.CDLL(None), ctypes.c_int()
     if libc.clock_getcpuclockid(pid, ctypes.byref(clock)):
         raise ProcessLookupError(f"no process {pid}")
@@ -27,10 +27,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 def family(pid: int) -> list[int]:
-    """A process, its children, theirs, and so on."""
+    """A process and all its descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     found = [pid]
     for each in found:
@@ -39,13 +39,13 @@ def family(pid: int) -> list[int]:
 
 
 def resident_mib(pid: int) -> float:
-    """MiB of memory that a process holds."""
+    """Resident memory of a process in MiB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The count, the mean, the percentiles and the largest of some values; at least one."""
+    """The count, mean, percentiles and maximum of one or more values."""
     ordered = sorted(values)
     at = {name: ordered[math.ceil(share * len(ordered)) - 1] for name, share in SHARES.items()}
     return {"count": len(ordered), "mean": sum(ordered) / len(ordered), **at}

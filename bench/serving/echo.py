@@ -1,4 +1,4 @@
-"""A bare grpc.aio server that sends back what it gets: what gRPC in Python costs by itself.
+"""A bare grpc.aio server that returns each request unchanged: the cost of gRPC in Python itself.
 
 Prints its port, and serves until its standard input ends.
 """
@@ -18,20 +18,20 @@ UNARY, STREAM = f"/{SERVICE}/Echo", f"/{SERVICE}/EchoStream"
 
 
 async def echo(request: bytes, _: grpc.aio.ServicerContext[Any, Any]) -> bytes:
-    """The request."""
+    """Returns the request."""
     return request
 
 
 async def echo_stream(
     requests: AsyncIterator[bytes], _: grpc.aio.ServicerContext[Any, Any]
 ) -> AsyncIterator[bytes]:
-    """The requests, one by one."""
+    """Returns the requests, one by one."""
     async for request in requests:
         yield request
 
 
 async def main() -> None:
-    """Serves on a free port of this machine."""
+    """Serves on a free port of the loopback interface."""
     server = grpc.aio.server()
     handlers: dict[str, Any] = {
         "Echo": grpc.unary_unary_rpc_method_handler(echo),

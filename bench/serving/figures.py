@@ -1,4 +1,4 @@
-"""From measurements to the figures that are promised: `build/bench-serving.json`."""
+"""Computes the figures in `build/bench-serving.json` from measurements."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from likely import machine
 Figures = dict[str, Any]
 Report = Callable[[str], None]
 Samples = defaultdict[str, list[float]]
-CALLERS, FEW, LARGE = 32, 4, 64
-TIMES = 10  # so much more is offered than is answered at the peak
-CROWD = 8  # pictures of a request under overload: the generator shares these cores
-WINDOW = 8  # messages under way on each stream
+CALLERS, FEW, LARGE = 32, 4, 64  # many callers, few callers, pictures in a large request
+TIMES = 10  # offered load under overload, as a multiple of the peak throughput
+CROWD = 8  # pictures per request under overload: fewer requests, as the load shares the cores
+WINDOW = 8  # messages in flight on each stream
 
 
 def collect(bundles: Mapping[str, Path], pace: Pace, report: Report) -> Figures:
     """All figures, by name.
 
     Args:
-        bundles: of the two scorers, `heavy` and `light`.
-        pace: how long things are measured.
-        report: told what is being done.
+        bundles: bundles of the two scorers, `heavy` and `light`.
+        pace: duration and number of the measurements.
+        report: called with a description of each step as it begins.
     """
     cores = machine.cores()
     figures: Figures = {
@@ -72,7 +72,7 @@ def collect(bundles: Mapping[str, Path], pace: Pace, report: Report) -> Figures:
 
 
 def _start(pace: Pace) -> Figures:
-    """Until the bundle that comes along is served, from the start of the process."""
+    """Time, CPU time and memory from the start of the process until the shipped bundle serves."""
     starts = []
     for _ in range(min(3, pace.rounds)):
         with processes.serving(None) as server:
@@ -90,7 +90,7 @@ def _against(
     pace: Pace,
     report: Report,
 ) -> Figures:
-    """A scorer's server beside raw runs and the echo, in turns."""
+    """Measures a scorer's server, raw runs and the echo in turn."""
     seen: Samples = defaultdict(list)
     for round_ in range(pace.rounds):
         report(f"{name}: round {round_ + 1} of {pace.rounds}")
@@ -136,17 +136,17 @@ def _median_latency(result: Result) -> float:
 
 
 def _overload(bench: Bench, server: Running) -> Figures:
-    """Many times more than can be answered: what is answered, how soon, and how soon the rest."""
+    """Overloads a server: goodput, latency of answers, and latency of refusals."""
     peaked = bench.ask(server, "heavy", CALLERS // 2, CROWD)
     peak = peaked["rate"]
     found = bench.overload(server, "heavy", CROWD, TIMES * peak)
     shed = found["latency"].get("RESOURCE_EXHAUSTED", {})
     asked = sum(found["codes"].values()) / found["seconds"]
-    late = found["codes"].get("DEADLINE_EXCEEDED", 0)  # let in, and not answered in time
+    late = found["codes"].get("DEADLINE_EXCEEDED", 0)  # admitted, and not answered in time
     return {
         "overload.offered_of_peak": asked / peak,
         "overload.goodput_of_peak": found["rate"] / peak,
-        # The load shares the cores: what the server takes for an answer, refusals included.
+        # The load shares the cores. CPU time per answer, refusals included, does not depend on it.
         "overload.goodput_of_peak.by_cpu": cpu_per_request(peaked) / cpu_per_request(found),
         "overload.p99_of_deadline": found["latency"]["OK"]["p99"] / measures.DEADLINE,
         "overload.late_of_accepted": late / max(1, late + found["codes"].get("OK", 0)),
@@ -156,10 +156,11 @@ def _overload(bench: Bench, server: Running) -> Figures:
 
 
 def _workers(bench: Bench, name: str, bundle: Path, pace: Pace) -> Figures:
-    """Two workers of one thread beside one of them.
+    """Compares two workers of one thread each with one such worker.
 
-    Where the load comes from the same cores, one worker and the load may fill them, and two get
-    no further. What a request takes of the processor says what two would do on cores of their own.
+    If the load comes from the same cores, one worker and the load may already fill them, and two
+    workers gain nothing. The CPU time per request tells what two workers would do on cores of
+    their own.
     """
     seen: Samples = defaultdict(list)
     with ExitStack() as stack:
@@ -179,7 +180,7 @@ def _workers(bench: Bench, name: str, bundle: Path, pace: Pace) -> Figures:
 
 
 def _best(seen: Samples, key: str, other: str) -> dict[str, float]:
-    """Most over most, and median over median, over the rounds."""
+    """The ratio of the maxima and the ratio of the medians over the rounds."""
     return {
         "best": max(seen[key]) / max(seen[other]),
         "median": median(seen[key]) / median(seen[other]),
@@ -187,7 +188,7 @@ def _best(seen: Samples, key: str, other: str) -> dict[str, float]:
 
 
 def _least(seen: Samples, key: str, other: str) -> dict[str, float]:
-    """Least over least, and median over median, over the rounds."""
+    """The ratio of the minima and the ratio of the medians over the rounds."""
     return {
         "best": min(seen[key]) / min(seen[other]),
         "median": median(seen[key]) / median(seen[other]),
@@ -195,7 +196,7 @@ def _least(seen: Samples, key: str, other: str) -> dict[str, float]:
 
 
 def _around(seen: Samples) -> dict[str, float]:
-    """What the server takes beside the model's own runs, by what the echo takes."""
+    """The server's CPU time without the model's own runs, as a multiple of the echo's."""
     return {
         kind: (of(seen["32x1.cpu"]) - of(seen["raw.cpu"])) / of(seen["echo.cpu"])
         for kind, of in (("best", min), ("median", median))
@@ -203,7 +204,7 @@ def _around(seen: Samples) -> dict[str, float]:
 
 
 def _over(seen: Samples) -> dict[str, float]:
-    """What a lone request takes beside a raw run, on one core or all, by what the echo takes."""
+    """A lone request's latency beyond a raw run on one core or all, as a multiple of the echo's."""
     return {
         kind: (of(seen["lone"]) - min(of(seen["raw.lone"]), of(seen["raw.lone.wide"])))
         / of(seen["echo.lone"])

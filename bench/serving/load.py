@@ -1,8 +1,9 @@
-"""Asks a gRPC server, in a process of its own: without pause, or at a rate whatever it answers.
+"""A load generator in its own process: a closed loop of callers, or an open loop at a fixed rate.
 
-Any server and any method will do: a target is an address, a method's path and a request's bytes,
-which are sent as they are; answers are counted and not read. Reads a plan as JSON from each line
-of standard input and writes a result as JSON to a line of standard output.
+It works with any gRPC server and method: a target is an address, the path of a method and the
+bytes of a request, which are sent as they are; answers are counted and not decoded. It reads one
+plan as JSON from each line of standard input, and writes its result as a line of JSON to standard
+output.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from likely.bundle.wire import Field, Kind, Reader, Schema
 
 Ask: TypeAlias = Callable[[float], Awaitable[None]]
 
-MOST_FIELDS = 10_000  # of an answer
-LONGEST = 30.0  # seconds that a request may take where the plan names no deadline
-# Connections are the channel's own, refusals are seen as they are, large answers come through.
+MOST_FIELDS = 10_000  # most fields of an answer
+LONGEST = 30.0  # seconds: timeout of a request if the plan names no deadline
+# Each channel has its own connection; no retries, so that refusals are seen; no limit of size.
 OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
@@ -40,27 +41,29 @@ OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked, and how.
+    """One measurement: the target, and the load on it.
 
     Attributes:
-        address: of the server.
+        address: address of the server.
         method: path of the RPC, such as `/package.Service/Method`.
-        request: file of the request's bytes.
-        callers: each waits for its answer before it asks again; with a rate, not needed.
-        rate: requests a second, at random (exponentially distributed) distances; 0 for callers.
-        seconds: measured, at least.
-        answers: counted, at least.
-        warmup: seconds before, not measured.
-        deadline: seconds of each request; 0 for none but a long one.
-        cancelled: share of requests whose caller leaves before the answer.
-        leaves_after: seconds until such a caller leaves, at most.
-        connections: that requests are divided among.
-        streams: whether each caller sends its requests through one bidirectional stream.
-        window: messages that each stream has under way.
-        outcomes: number of the repeated field that answers a stream's messages, one an entry; 0
-            where each message has an answer of its own.
-        watched: processes whose processor time is measured, by name.
-        seed: of the distances and of who leaves.
+        request: file with the bytes of the request.
+        callers: number of callers, each of which waits for its answer before it asks again;
+            ignored if there is a rate.
+        rate: requests per second, with exponentially distributed intervals; 0 for a closed loop
+            of callers.
+        seconds: least duration of the measurement.
+        answers: least number of counted answers.
+        warmup: seconds of load before the measurement.
+        deadline: timeout of each request in seconds; 0 for `LONGEST`.
+        cancelled: share of requests that the caller cancels before the answer.
+        leaves_after: most seconds until such a caller cancels.
+        connections: number of connections that the requests are divided among.
+        streams: whether each caller sends its requests on one bidirectional stream.
+        window: number of messages in flight on each stream.
+        outcomes: number of the repeated field whose entries answer one message of a stream each;
+            0 if each message has its own answer.
+        watched: processes whose CPU time is measured, by name.
+        seed: seed of the intervals and of the cancellations.
     """
 
     address: str
@@ -83,7 +86,7 @@ class Plan:
 
 
 class Tally:
-    """What has come back, counted from an answer to an answer: so no part of one is lost."""
+    """Counts the answers. A measurement begins and ends at an answer, so none counts in part."""
 
     def __init__(self, plan: Plan) -> None:
         self.ended = asyncio.Event()
@@ -95,7 +98,7 @@ class Tally:
         self._latencies: dict[str, list[float]] = {}
 
     def count(self, code: str, due: float) -> None:
-        """Counts what came to requests that were due at that time."""
+        """Counts the answer, with this status code, to a request that was due at that time."""
         now = time.perf_counter()
         if now < self._warm or self.ended.is_set():
             return
@@ -110,7 +113,7 @@ class Tally:
             self.ended.set()
 
     def told(self) -> dict[str, Any]:
-        """The result: counts, rate, latencies and processor time, all in seconds."""
+        """The result: counts, requests per second, and latencies and CPU time in seconds."""
         return {
             "seconds": self._seconds,
             "codes": dict(self._codes),
@@ -121,10 +124,10 @@ class Tally:
 
 
 async def run(plan: Plan) -> dict[str, Any]:
-    """What came of a plan.
+    """Carries out a plan; returns its result.
 
     Raises:
-        TimeoutError: too few answers came.
+        TimeoutError: too few answers arrived in time.
     """
     request = await asyncio.to_thread(plan.request.read_bytes)
     rng = random.Random(plan.seed)  # noqa: S311
@@ -148,7 +151,7 @@ async def run(plan: Plan) -> dict[str, Any]:
 
 
 async def _closed(asks: Sequence[Ask]) -> None:
-    """Callers that ask again as soon as they are answered."""
+    """A closed loop: each caller asks again as soon as it is answered."""
 
     async def caller(ask: Ask) -> None:
         while True:
@@ -160,12 +163,12 @@ async def _closed(asks: Sequence[Ask]) -> None:
 
 
 async def _open(asks: Sequence[Ask], rate: float, rng: random.Random) -> None:
-    """Requests at that rate. Latency counts from when one was due, not from when it was sent."""
+    """An open loop at a fixed rate; latency counts from when a request was due, not sent."""
     due, sent = time.perf_counter(), 0
     async with asyncio.TaskGroup() as group:
         while True:
             due += rng.expovariate(rate)
-            # Waits at least one turn of the loop, for answers to come in beside.
+            # Sleeps for at least one turn of the event loop, so that answers can be read.
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             group.create_task(_of(asks[sent % len(asks)], due))
             sent += 1
@@ -178,7 +181,7 @@ async def _of(ask: Ask, due: float) -> None:
 def _asks(
     plan: Plan, channels: Sequence[grpc.aio.Channel], request: bytes, tally: Tally, rng: Any
 ) -> list[Ask]:
-    """One way to ask for each caller, or for each connection where requests come at a rate."""
+    """One function that sends a request per caller, or per connection if there is a rate."""
     if plan.streams:
         kinds = [_stream(plan, channel, request, tally) for channel in channels]
     else:
@@ -216,7 +219,7 @@ def _unary(
 def _stream(
     plan: Plan, channel: grpc.aio.Channel, request: bytes, tally: Tally
 ) -> Callable[[], Ask]:
-    """Each caller has a stream, and as many messages under way as the window is wide."""
+    """Each caller has its own stream, with `plan.window` messages in flight."""
     method: Any = channel.stream_stream(plan.method)
 
     def opened() -> Ask:
@@ -268,7 +271,7 @@ def _cpu(plan: Plan) -> dict[str, float]:
 
 
 async def main() -> None:
-    """Carries out the plans that come, one after the other."""
+    """Carries out the plans from standard input, one after another."""
     reader = asyncio.get_running_loop()
     while line := await reader.run_in_executor(None, sys.stdin.readline):
         given = json.loads(line)

@@ -1,4 +1,4 @@
-"""The measurements: each round asks raw runs, echo and servers in turn."""
+"""The measurements of servers, raw runs and the echo, which a round makes in turn."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from bench.serving.processes import Running, Talk
 
 SCORE = "/likely.v1.ScoringService/Score"
 STREAM = "/likely.v1.ScoringService/ScoreStream"
-DEADLINE = 1.0  # seconds, under overload
+DEADLINE = 1.0  # seconds: deadline of each request under overload
 Report = Callable[[str], None]
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long things are measured.
+    """Duration and number of the measurements.
 
     Attributes:
-        rounds: of every measurement.
-        seconds: of each.
-        batches: sizes that raw runs are tried with.
+        rounds: number of rounds of every measurement.
+        seconds: duration of each measurement.
+        batches: batch sizes to try for raw runs.
     """
 
     rounds: int
@@ -38,12 +38,12 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """How raw runs share two cores.
+    """How raw runs share the cores.
 
     Attributes:
-        batch: pictures of a run.
-        threads: of each run.
-        sessions: runs at once.
+        batch: number of pictures in a run.
+        threads: number of threads of a run.
+        sessions: number of concurrent runs.
     """
 
     batch: int
@@ -56,7 +56,7 @@ class Arrangement:
 
 
 class Bench:
-    """Everything that is measured against each other, under way at once."""
+    """The measurements that are compared with each other, with their processes running."""
 
     def __init__(
         self,
@@ -69,11 +69,11 @@ class Bench:
         """A bench.
 
         Args:
-            load: the load generator.
+            load: carries out a plan in the load generator.
             raw: the process of raw runs.
-            bundles: by scorer.
-            work: a folder for requests.
-            pace: how long.
+            bundles: bundle folders by scorer.
+            work: folder for the files of requests.
+            pace: duration and number of the measurements.
         """
         self._load = load
         self._raw = raw
@@ -82,7 +82,7 @@ class Bench:
         self._pace = pace
 
     def raw(self, scorer: str, how: Arrangement, seconds: float = 0.0) -> Result:
-        """What raw runs take: images a second, processor time of each, median time of a run."""
+        """Measures raw runs: images per second, CPU time per image, median duration of a run."""
         return self._raw.ask(
             {
                 "bundle": str(self._bundles[scorer]),
@@ -94,7 +94,7 @@ class Bench:
         )
 
     def best(self, scorer: str, cores: int) -> tuple[Arrangement, dict[str, float]]:
-        """The arrangement of most images a second, and what each of them gave."""
+        """The arrangement with the most images per second, and the rates of all arrangements."""
         tried = {
             how.told(): how
             for batch in self._pace.batches
@@ -108,25 +108,25 @@ class Bench:
         return tried[max(rates, key=rates.__getitem__)], rates
 
     def ask(self, server: Running, scorer: str, callers: int, images: int, **more: Any) -> Result:
-        """What comes of callers that score so many pictures a request."""
+        """Measures callers that score `images` pictures per request."""
         path = request(self._bundles[scorer], images, self._work)
         return self._run(
             server, Plan(server.address, SCORE, path, callers=callers, answers=2 * callers, **more)
         )
 
     def echo(self, server: Running, scorer: str, callers: int) -> Result:
-        """The same bytes to the bare echo."""
+        """Measures callers that send a request of one picture to the bare echo."""
         path = request(self._bundles[scorer], 1, self._work)
         return self._run(server, Plan(server.address, echo.UNARY, path, callers=callers))
 
     def stream(self, server: Running, scorer: str, callers: int, window: int) -> Result:
-        """What comes of messages of one picture, through one stream a caller."""
+        """Measures callers that send messages of one picture on a stream each."""
         path = request(self._bundles[scorer], 1, self._work, stream=True)
         plan = Plan(server.address, STREAM, path, callers=callers, streams=True)
         return self._run(server, replace(plan, window=window, outcomes=1))
 
     def overload(self, server: Running, scorer: str, images: int, rate: float) -> Result:
-        """What comes of so many requests a second, each with the deadline `DEADLINE`."""
+        """Measures `rate` requests per second, each with the deadline `DEADLINE`."""
         path = request(self._bundles[scorer], images, self._work)
         seconds = max(5 * self._pace.seconds, 2 * DEADLINE)
         plan = Plan(server.address, SCORE, path, rate=rate, seconds=seconds, deadline=DEADLINE)
@@ -135,7 +135,7 @@ class Bench:
     def cancelling(
         self, server: Running, scorer: str, callers: int, seconds: float, leaving: float
     ) -> Result:
-        """What comes of callers of whom that share leave before they are answered."""
+        """Measures callers that cancel the share `leaving` of their requests."""
         path = request(self._bundles[scorer], 1, self._work)
         plan = Plan(server.address, SCORE, path, callers=callers, seconds=seconds)
         return self._load(replace(plan, cancelled=leaving, watched=_watched(server)))
@@ -153,14 +153,14 @@ def _watched(server: Running) -> dict[str, int]:
 
 
 def cpu_per_request(result: Result) -> float:
-    """Seconds of the server's processor time for each answer."""
+    """CPU time of the server per answer, in seconds."""
     seconds: float = sum(result["cpu"][name] for name in result["cpu"] if name != "client")
     return seconds / max(1, int(result["codes"].get("OK", 0)))
 
 
 @contextmanager
 def prepared(bundles: Mapping[str, Path], work: Path, pace: Pace) -> Iterator[Bench]:
-    """A bench with its load generator and its raw runs."""
+    """A bench with running processes for the load generator and the raw runs."""
     with ExitStack() as stack:
         load = stack.enter_context(processes.loading())
         raw = stack.enter_context(processes.talking("bench.serving.raw"))

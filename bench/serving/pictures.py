@@ -1,4 +1,4 @@
-"""Random pictures: what they show changes no time."""
+"""Random pictures: their content does not affect the speed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SEED = 0
 
 
 def drawn(shape: tuple[int, ...], levels: int) -> Pixels:
-    """Pictures of that shape (n, c, h, w), levels evenly distributed."""
+    """Pictures of that shape (n, c, h, w), with uniformly distributed levels."""
     return np.random.default_rng(SEED).integers(0, levels, shape, np.uint8)
 
 
 def pictures(bundle: Path, n: int) -> Pixels:
-    """As many pictures for the bundle in that folder, uint8 (n, c, h, w)."""
+    """n pictures for the bundle in that folder, uint8 (n, c, h, w)."""
     manifest = Bundle.open(bundle).manifest
     return drawn((n, *manifest.shape), manifest.levels)
 
 
 def request(bundle: Path, n: int, into: Path, *, stream: bool = False) -> Path:
-    """A file with the bytes of a request to Score so many pictures, or of a stream's message."""
+    """Writes the bytes of a request to score n pictures, or of a ScoreStream message, to a file."""
     name = Bundle.open(bundle).manifest.name
     asked = ScoreRequest(model_name=name, images=codec.images(pictures(bundle, n)))
     message = ScoreStreamRequest(sequence_id=1, request=asked) if stream else asked

@@ -1,4 +1,4 @@
-"""The processes of a measurement: begun, spoken with in lines, ended."""
+"""Starts and ends the processes of a measurement, and exchanges lines with them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from bench.serving.load import Plan
 
 ENDS_WITHIN = 20.0  # seconds
 BEGINS_WITHIN = 120.0  # seconds
-# One thread is one thread, for whatever library opens a pool of its own; gRPC tells every
-# connection that is closed.
+# No library may open a thread pool of its own. Otherwise gRPC would log every closed connection.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -36,10 +35,10 @@ class Running:
     """A server's process.
 
     Attributes:
-        pid: its number.
-        address: where it listens.
-        ready_seconds: from its start until it said that it serves.
-        ready_cpu: seconds of processor time in that time.
+        pid: process id.
+        address: host:port of the server.
+        ready_seconds: seconds from the start of the process until it serves.
+        ready_cpu: CPU time that it used until then, in seconds.
     """
 
     pid: int
@@ -49,16 +48,16 @@ class Running:
 
 
 class Talk:
-    """A process of one of our modules that answers each line with one."""
+    """A process that runs one of our modules and answers each line with one line."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def line(self) -> str:
-        """The next line that it writes.
+        """The next line of its output.
 
         Raises:
-            RuntimeError: it has ended.
+            RuntimeError: the process has ended.
         """
         assert self._process.stdout is not None
         if line := self._process.stdout.readline():
@@ -66,7 +65,7 @@ class Talk:
         raise RuntimeError(f"{self._process.args!r} ended with {self._process.wait()}")
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """What it answers."""
+        """Sends a question as JSON and returns the answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
@@ -75,13 +74,13 @@ class Talk:
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process id."""
         return self._process.pid
 
 
 @contextmanager
 def talking(module: str, *arguments: str) -> Iterator[Talk]:
-    """A module's process, which ends when its standard input does."""
+    """Runs a module in a process, which ends when its standard input does."""
     with subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
@@ -99,21 +98,21 @@ def talking(module: str, *arguments: str) -> Iterator[Talk]:
 
 @contextmanager
 def loading() -> Iterator[Callable[[Plan], dict[str, Any]]]:
-    """A load generator: what comes of each plan that it is given."""
+    """Runs a load generator; yields a function that carries out a plan there."""
     with talking("bench.serving.load") as talk:
         yield lambda plan: talk.ask({**asdict(plan), "request": str(plan.request)})
 
 
 @contextmanager
 def echoing() -> Iterator[Running]:
-    """The bare echo."""
+    """Runs the bare echo server."""
     with talking("bench.serving.echo") as talk:
         yield Running(talk.pid, f"127.0.0.1:{int(talk.line())}")
 
 
 @contextmanager
 def serving(bundle: Path | None, *flags: str) -> Iterator[Running]:
-    """`likely serve` with that bundle, or those shipped, ready to be asked."""
+    """Runs `likely serve` with that bundle, or the shipped ones; yields once it serves."""
     named = ["--bundle", str(bundle)] if bundle else []
     command = [sys.executable, "-m", "likely", "serve", *named, "--port", "0", "--metrics-port"]
     with tempfile.TemporaryFile("w+") as log:
@@ -148,7 +147,7 @@ def serving(bundle: Path | None, *flags: str) -> Iterator[Running]:
 
 
 def _port(process: subprocess.Popen[bytes], log: IO[str], until: float) -> int:
-    """Where a server listens, as its log says once it serves."""
+    """The port of a server, from its log once it serves."""
     text = ""
     while time.perf_counter() < until:
         log.seek(0)

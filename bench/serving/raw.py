@@ -1,6 +1,7 @@
-"""Runs a bundle's density graph as fast as session.run will go, in a process of its own.
+"""Raw runs: calls session.run of a bundle's density graph without pause, in its own process.
 
-Reads what to run as JSON from each line of standard input, and writes what it took.
+Reads the arguments of `run` as JSON from each line of standard input, and writes its result as a
+line of JSON.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from bench.serving.pictures import pictures
 from likely.bundle import Bundle, Role
 from likely.graphs import Device, Session
 
-OUTPUTS = ("log_px", "statistics")  # what an answer to Score is made from
+OUTPUTS = ("log_px", "statistics")  # the outputs that an answer to Score needs
 
 
 def run(bundle: Path, batch: int, threads: int, sessions: int, seconds: float) -> dict[str, float]:
-    """Images a second, processor time of one image, and the median time of a run, all in seconds.
+    """Images per second, CPU seconds per image, and median duration of a run in seconds.
 
     Args:
-        bundle: whose density graph is run.
-        batch: pictures of one run.
-        threads: of each run.
-        sessions: runs at once.
-        seconds: to spend.
+        bundle: folder of the bundle.
+        batch: number of pictures in a run.
+        threads: number of threads of a run.
+        sessions: number of concurrent runs.
+        seconds: duration of the measurement.
     """
     session, feeds = _session(bundle, threads), _feeds(bundle, batch)
     session.run(feeds, OUTPUTS)
@@ -68,7 +69,7 @@ def _feeds(bundle: Path, batch: int) -> Mapping[str, Any]:
 
 
 def main() -> None:
-    """Runs what it is asked to."""
+    """Answers each line of standard input."""
     for line in sys.stdin:
         asked = json.loads(line)
         found = run(**{**asked, "bundle": Path(asked["bundle"])})

@@ -1,4 +1,4 @@
-"""A server under load for long, with callers that leave: does its memory grow?"""
+"""A soak test: does a server's memory grow under a long load with cancelled requests?"""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from bench.serving.clocks import resident_mib
 from bench.serving.measures import Pace
 
 CALLERS = 32
-LEAVING = 0.3  # share of callers that leave
+LEAVING = 0.3  # share of requests that are cancelled
 SAMPLES = 200
-SETTLED = 0.3  # of the time: arenas and pools have then grown to what they need
+SETTLED = 0.3  # share of the time after which arenas and pools have reached their size
 
 
 def soak(
     bundle: Path, seconds: float, report: Callable[[str], None], leaving: float = LEAVING
 ) -> dict[str, Any]:
-    """Memory over so many seconds of load, its slope once it has settled, and what was answered.
+    """Memory over a time of load, its slope once it has settled, and the counts of answers.
 
     Args:
-        bundle: what is served.
-        seconds: of load.
-        report: is told what is done.
-        leaving: share of callers that leave before they are answered; bytes a request count
-            theirs, too.
+        bundle: folder of the bundle to serve.
+        seconds: duration of the load.
+        report: called with a description of each step as it begins.
+        leaving: share of requests that are cancelled before the answer; the bytes per request
+            count them too.
     """
     with tempfile.TemporaryDirectory() as folder:
         pace = Pace(1, seconds, (1,))
@@ -59,10 +59,10 @@ def soak(
 
 
 def slope(times: Sequence[float] | np.ndarray, mib: Sequence[float] | np.ndarray) -> float:
-    """MiB an hour, by the median of the slopes between samples of the settled part (Theil, 1950).
+    """Growth in MiB per hour: the median slope between settled samples (Theil, 1950).
 
-    A step that happens once, such as an arena that grows, moves a line of least squares; it does
-    not move the median.
+    A single step, such as an arena that grows once, would move a least-squares line; it does not
+    move the median.
     """
     t, m = np.asarray(times), np.asarray(mib)
     settled = t >= t[0] + SETTLED * (t[-1] - t[0])
@@ -73,7 +73,7 @@ def slope(times: Sequence[float] | np.ndarray, mib: Sequence[float] | np.ndarray
 
 @contextmanager
 def sampled(pid: int, every: float) -> Iterator[list[tuple[float, float]]]:
-    """A process's memory in MiB with the time in seconds, filled while it is entered."""
+    """Samples a process's memory in the background: pairs of a time in seconds, and MiB."""
     samples: list[tuple[float, float]] = []
     ended = threading.Event()
 

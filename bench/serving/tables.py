@@ -1,4 +1,4 @@
-"""The figures as a table for a terminal."""
+"""The figures as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -8,53 +8,53 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-# Name, what is asked, and whether that is the least or the most allowed.
+# By name of a figure: its label, whether the goal is a minimum (≥) or a maximum (≤), and the goal.
 GOALS: Mapping[str, tuple[str, str, float]] = {
-    "throughput.heavy.32x1.of_raw": ("heavy, 32 callers x 1: images/s of raw", "≥", 0.95),
-    "throughput.heavy.4x64.of_raw": ("heavy, 4 callers x 64: images/s of raw", "≥", 0.97),
-    "throughput.light.4x64.of_raw": ("light, 4 callers x 64: images/s of raw", "≥", 0.75),
+    "throughput.heavy.32x1.of_raw": ("heavy, 32 callers x 1: throughput / raw", "≥", 0.95),
+    "throughput.heavy.4x64.of_raw": ("heavy, 4 callers x 64: throughput / raw", "≥", 0.97),
+    "throughput.light.4x64.of_raw": ("light, 4 callers x 64: throughput / raw", "≥", 0.75),
     "throughput.light.32x1.requests_per_second": ("light, 32 callers x 1: requests/s", "≥", 1990),
-    "cpu.light.32x1.of_echo": ("light, 32 callers x 1: CPU of the echo's", "≤", 1.6),
-    "cpu.light.stream.of_unary": ("light, streams: CPU of unary requests'", "≤", 0.6),
+    "cpu.light.32x1.of_echo": ("light, 32 callers x 1: CPU / echo", "≤", 1.6),
+    "cpu.light.stream.of_unary": ("light, streams: CPU / unary requests", "≤", 0.6),
     "latency.light.lone.over_raw.of_echo": ("light, lone request: (time - raw) / echo", "≤", 1.2),
     "latency.heavy.lone.over_raw.of_echo": ("heavy, lone request: (time - raw) / echo", "≤", 1.2),
-    "overload.goodput_of_peak": ("overload: answered, of the peak", "≥", 0.9),
-    "overload.p99_of_deadline": ("overload: p99 of what is answered, of the deadline", "≤", 1.0),
-    "overload.late_of_accepted": ("overload: let in and late, of what is let in", "≤", 0.01),
+    "overload.goodput_of_peak": ("overload: goodput / peak throughput", "≥", 0.9),
+    "overload.p99_of_deadline": ("overload: p99 latency of answers / deadline", "≤", 1.0),
+    "overload.late_of_accepted": ("overload: late share of admitted requests", "≤", 0.01),
     "workers.heavy.two_over_one": ("heavy, two workers / one", "≥", 1.7),
     "workers.light.two_over_one": ("light, two workers / one", "≥", 1.7),
     "ready.seconds": ("ready, s", "≤", 3.0),
 }
 OTHERS: Mapping[str, str] = {
-    "throughput.light.32x1.of_raw": "light, 32 callers x 1: images/s of raw",
-    "throughput.light.32x1.of_echo": "light, 32 callers x 1: requests/s of the echo's",
-    "cpu.light.32x1.around_the_model.of_echo": "  without the model's own runs",
-    "cpu.light.4x64.of_raw": "light, 4 callers x 64: CPU of raw",
-    "cpu.heavy.32x1.of_raw": "heavy, 32 callers x 1: CPU of raw",
-    "cpu.heavy.4x64.of_raw": "heavy, 4 callers x 64: CPU of raw",
-    "workers.heavy.two_over_one.by_cpu": "heavy, two workers / one, by CPU a request",
-    "workers.light.two_over_one.by_cpu": "light, two workers / one, by CPU a request",
-    "overload.goodput_of_peak.by_cpu": "overload: answered, of the peak, by the server's CPU",
-    "overload.offered_of_peak": "overload: offered, of the peak",
+    "throughput.light.32x1.of_raw": "light, 32 callers x 1: throughput / raw",
+    "throughput.light.32x1.of_echo": "light, 32 callers x 1: throughput / echo",
+    "cpu.light.32x1.around_the_model.of_echo": "  CPU without the model's own runs / echo",
+    "cpu.light.4x64.of_raw": "light, 4 callers x 64: CPU / raw",
+    "cpu.heavy.32x1.of_raw": "heavy, 32 callers x 1: CPU / raw",
+    "cpu.heavy.4x64.of_raw": "heavy, 4 callers x 64: CPU / raw",
+    "workers.heavy.two_over_one.by_cpu": "heavy, two workers / one, by CPU per request",
+    "workers.light.two_over_one.by_cpu": "light, two workers / one, by CPU per request",
+    "overload.goodput_of_peak.by_cpu": "overload: goodput / peak, by the server's CPU",
+    "overload.offered_of_peak": "overload: offered load / peak throughput",
     "ready.cpu_seconds": "ready, s of CPU",
     "ready.idle_mib": "idle, MiB",
 }
 
 
 def promised(figures: Mapping[str, Any]) -> Table:
-    """What is promised: best and median over the rounds, and the goal."""
+    """A table of the figures with goals: best and median over the rounds, and the goal."""
     table = Table(box=box.SIMPLE, title="best over rounds (median)", padding=(0, 1, 0, 0))
     for name in ("figure", "found", "goal"):
         table.add_column(name, justify="left" if name == "figure" else "right", no_wrap=True)
     for key, (label, sign, goal) in GOALS.items():
         table.add_row(label, _cell(figures[key]), f"{sign} {goal:g}")
     shed = figures["overload.shed_seconds"]
-    table.add_row("overload: refused within, ms, p50 (p99)", _milliseconds(shed), "≤ 10")
+    table.add_row("overload: latency of refusals, ms, p50 (p99)", _milliseconds(shed), "≤ 10")
     return table
 
 
 def others(figures: Mapping[str, Any]) -> Table:
-    """What explains it."""
+    """A table of further figures, which explain those with goals."""
     table = Table(box=box.SIMPLE, show_header=False)
     for key, label in OTHERS.items():
         table.add_row(label, _cell(figures[key]))
@@ -70,7 +70,7 @@ def others(figures: Mapping[str, Any]) -> Table:
 
 
 def soaked(figures: Mapping[str, Any]) -> Table:
-    """What a soak came to."""
+    """A table of the figures of a soak test."""
     table = Table(box=box.SIMPLE, show_header=False)
     for key, value in figures.items():
         if not isinstance(value, list):

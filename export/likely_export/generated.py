@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from likely import noise
-from likely.answers import Acceptance, Doubles, Draws, Labels, Pixels, SelfCheck
+from likely.answers import Acceptance, Doubles, Draws, Labels, Pixels, SelfCheck, joined
 from likely.bundle import Bundle, Graph, Manifest, Role
 from likely.engine import Engine
 from likely.graphs import Array, Device, Session
@@ -82,7 +82,7 @@ async def drawn_by_label(
         chunks = engine.generate(
             label, each, seed, first_index=at * each, check=check, acceptance=acceptance
         )
-        found.append(_joined([chunk async for chunk in chunks]))
+        found.append(joined([chunk async for chunk in chunks]))
     return found
 
 
@@ -251,15 +251,6 @@ class Drawing:
             drawn.append(ours[spread(len(ours), size)])
             held.append(theirs[spread(len(theirs), size)])
         return np.concatenate(drawn), np.concatenate(held)
-
-
-def _joined(chunks: Sequence[Draws]) -> Draws:
-    """Chunks that follow one another as one."""
-    images, label, draws, accepted = (
-        np.concatenate([getattr(chunk, name) for chunk in chunks])
-        for name in ("images", "label", "draws", "accepted")
-    )
-    return replace(chunks[0], images=images, label=label, draws=draws, accepted=accepted)
 
 
 def _nearest(x: Pixels, among: Pixels) -> tuple[Labels, Doubles]:

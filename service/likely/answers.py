@@ -1,10 +1,15 @@
-"""The typed answers of the engine and the client: numpy arrays with one row per picture."""
+"""What the engine, the client and the wire share: typed answers, and what may be asked for.
+
+An answer consists of numpy arrays with one row per picture.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum, StrEnum
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +33,19 @@ class Verdict(IntEnum):
 
 
 _ACCEPTED, _OUTLIER = np.int8(Verdict.ACCEPTED), np.int8(Verdict.OUTLIER)
+
+
+def verdicts(outlier: Accepted, posterior: Doubles, min_posterior: float) -> Verdicts:
+    """The verdicts on classified pictures, int8 (n,), values of `Verdict`.
+
+    Args:
+        outlier: bool (n,), whether p(x) rejects a picture; this takes precedence.
+        posterior: float64 (n, labels), p(y|x).
+        min_posterior: a picture whose largest posterior is smaller is ambiguous.
+    """
+    unsure = posterior.max(1, initial=0.0) < min_posterior
+    verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
+    return np.where(outlier, Verdict.OUTLIER, verdict).astype(np.int8)
 
 
 class Guarantee(IntEnum):
@@ -426,3 +444,19 @@ class Acceptance:
     """
 
     max_draws: int
+
+
+A = TypeVar("A", Scores, Classifications, Features, Draws, Redrawings, Traversal)
+
+
+def joined(parts: Sequence[A]) -> A:
+    """Joins the answers for consecutive pictures into one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in (field.name for field in fields(first))
+        if isinstance(getattr(first, name), np.ndarray)
+    }
+    return replace(first, **columns)

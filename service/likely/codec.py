@@ -1,12 +1,13 @@
-"""Converts messages to numpy arrays and back; only this module knows how arrays are encoded.
+"""Converts messages to numpy arrays and back.
 
-What a request may ask for is checked elsewhere, in `serving.checks`.
+What a request may ask for is checked in `serving.checks`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,33 @@ def pixels(message: images_pb2.Images) -> Pixels:
         raise InvalidInput("images.shape", f"{claimed} is too large for an array") from error
 
 
+def check_levels(x: Pixels, levels: int, named: str | Sequence[str]) -> None:
+    """Checks that every level of the pictures is in [0, levels).
+
+    Args:
+        x: the pictures, (n, c, h, w).
+        levels: the model's number of levels.
+        named: name of the argument in errors, or one name for each picture.
+
+    Raises:
+        InvalidInput: a level is not.
+    """
+    if np.maximum.reduce(x, None, initial=0) < levels:
+        return
+    i, c, h, w = np.unravel_index(int(np.argmax(x >= levels)), x.shape)
+    where = f"channel {c}, row {h}, column {w} is not in [0, {levels})"
+    if isinstance(named, str):
+        raise InvalidInput(named, f"level {x[i, c, h, w]} at picture {i}, {where}")
+    raise InvalidInput(named[int(i)], f"level {x[i, c, h, w]} at {where}")
+
+
 def score_response(scores: ScoreTable) -> scoring_pb2.ScoreResponse:
     """Scores as a message."""
     alpha = scores.alpha
     message = scoring_pb2.ScoreResponse(
         model_version=scores.model_version,
         alpha=alpha,
-        surprise=b"" if scores.surprise is None else _packed(scores.surprise),
+        surprise=b"" if scores.surprise is None else packed(scores.surprise),
     )
     add = message.scores.add  # a list of messages would be copied
     for log_px, bits, z, p in scores.rows.tolist():
@@ -170,8 +191,8 @@ def encode_response(answer: Features) -> scoring_pb2.EncodeResponse:
     return scoring_pb2.EncodeResponse(
         model_version=answer.model_version,
         latent_dimensions=answer.mean.shape[1],
-        mean=_packed(answer.mean),
-        log_variance=b"" if answer.log_variance is None else _packed(answer.log_variance),
+        mean=packed(answer.mean),
+        log_variance=b"" if answer.log_variance is None else packed(answer.log_variance),
         labels=answer.label,
     )
 
@@ -193,8 +214,8 @@ def redrawings(answer: Redrawings) -> latent_pb2.Redrawings:
     picture = answer.mean.shape[-3:]
     return latent_pb2.Redrawings(
         shape=(math.prod(answer.mean.shape[:-3]), *picture),
-        mean=_packed(answer.mean),
-        deviation=b"" if answer.deviation is None else _packed(answer.deviation),
+        mean=packed(answer.mean),
+        deviation=b"" if answer.deviation is None else packed(answer.deviation),
         drawn=images(answer.drawn.reshape(-1, *picture)),
     )
 
@@ -323,17 +344,7 @@ def model(info: ModelInfo) -> models_pb2.Model:
         default_alpha=info.default_alpha,
         posterior_temperature=info.posterior_temperature,
         execution_providers=info.execution_providers,
-        limits=models_pb2.Limits(
-            images_per_request=info.limits.images_per_request,
-            images_per_generation=info.limits.images_per_generation,
-            images_per_chunk=info.limits.images_per_chunk,
-            request_bytes=info.limits.request_bytes,
-            response_bytes=info.limits.response_bytes,
-            queued_images=info.limits.queued_images,
-            queued_bytes=info.limits.queued_bytes,
-            client_images_per_second=info.limits.client_images_per_second,
-            client_images_at_once=info.limits.client_images_at_once,
-        ),
+        limits=models_pb2.Limits(**asdict(info.limits)),
         digest=info.digest,
         version_labels=info.version_labels,
         discriminative=info.discriminative,
@@ -365,17 +376,7 @@ def model_info(message: models_pb2.Model) -> ModelInfo:
         default_alpha=message.default_alpha,
         posterior_temperature=message.posterior_temperature,
         execution_providers=tuple(message.execution_providers),
-        limits=Limits(
-            images_per_request=message.limits.images_per_request,
-            images_per_generation=message.limits.images_per_generation,
-            images_per_chunk=message.limits.images_per_chunk,
-            request_bytes=message.limits.request_bytes,
-            response_bytes=message.limits.response_bytes,
-            queued_images=message.limits.queued_images,
-            queued_bytes=message.limits.queued_bytes,
-            client_images_per_second=message.limits.client_images_per_second,
-            client_images_at_once=message.limits.client_images_at_once,
-        ),
+        limits=Limits(**{each.name: getattr(message.limits, each.name) for each in fields(Limits)}),
         digest=message.digest,
         version_labels=tuple(message.version_labels),
         discriminative=message.discriminative,
@@ -422,7 +423,8 @@ def model_version(message: admin_pb2.ModelVersion) -> ModelVersion:
     )
 
 
-def _packed(values: Floats) -> bytes:
+def packed(values: Floats) -> bytes:
+    """Packs floats for a message: 32 bits each, little-endian."""
     return values.astype(_FLOAT, copy=False).tobytes()
 
 

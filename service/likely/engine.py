@@ -26,6 +26,7 @@ from likely.answers import (
     SelfCheck,
     Traversal,
     Verdict,
+    verdicts,
 )
 from likely.batching.admission import Bounds
 from likely.batching.batches import Runner, rows_of
@@ -39,21 +40,20 @@ from likely.latent import Drawing, Redrawer, directions
 from likely.outliers import Detector
 from likely.ranking import RANKED, Ranked
 from likely.trust import Trust
-from likely.warmup import warm_up
+from likely.warmup import Warm, warm_up
 
 _SCORE, _SURPRISE = (RANKED,), (RANKED, "surprise")
-_METHODS: dict[str, tuple[Role, ...]] = {
-    "Score": (Role.DENSITY,),
-    "Classify": (Role.CONDITIONAL,),
-    "Encode": (Role.ENCODE,),
-    "Generate": (Role.SAMPLE, Role.GENERATE),
-    "Complete": (Role.SAMPLE,),
-    "Decode": (Role.DECODE,),
-    "Traverse": (Role.DECODE,),
-    "Interpolate": (Role.DECODE,),
+# A bundle that answers an RPC has at least one graph of each set.
+_NEEDS: dict[str, tuple[frozenset[Role], ...]] = {
+    "Score": (frozenset({Role.DENSITY}),),
+    "Classify": (frozenset({Role.CONDITIONAL}),),
+    "Encode": (frozenset({Role.ENCODE}),),
+    "Generate": (frozenset({Role.SAMPLE, Role.GENERATE}),),
+    "Complete": (frozenset({Role.SAMPLE}),),
+    "Decode": (frozenset({Role.DECODE}),),
+    "Traverse": (frozenset({Role.DECODE}), frozenset({Role.ENCODE})),
+    "Interpolate": (frozenset({Role.DECODE}), frozenset({Role.ENCODE})),
 }
-_BESIDE: dict[str, Role] = {"Traverse": Role.ENCODE, "Interpolate": Role.ENCODE}
-
 
 Seen: TypeAlias = "Callable[[Engine, str, Doubles], None]"
 
@@ -104,31 +104,20 @@ class Engine:
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        opened: Callable[[Role, int], Session],
-        *,
-        cores: int,
-        max_batch: int = 0,
-        filled: bool = False,
-        terms: Terms | None = None,
-        traffic: Traffic | None = None,
+        self, bundle: Bundle, detector: Detector | None, warm: Warm, terms: Terms, traffic: Traffic
     ) -> None:
-        """Opens a bundle's graphs and warms them up by replaying the golden outputs.
+        """An engine over warm graphs; `load` makes it.
 
         Args:
-            bundle: a verified bundle, so that only checked files are opened.
-            opened: opens the graph of a role for runs on the given number of cores.
-            cores: the most runs at once, and the most cores of one run.
-            max_batch: rows of one run at most; 0 lets the warm-up find the best number.
-            filled: whether every run is padded to `max_batch` rows, which then must not be 0.
+            bundle: a verified bundle.
+            detector: the bundle's detector; None if it has no density.
+            warm: the bundle's graphs, and how each runs best.
             terms: how requests are queued.
             traffic: the metrics of queues and batches.
         """
-        terms, traffic = terms or Terms(), traffic or Traffic()
         self.manifest = bundle.manifest
         self.digest = bundle.digest
-        self._detector = _detector(bundle)
+        self._detector = detector
         self.directions = directions(
             bundle.manifest.latent,
             bundle.latent(),
@@ -136,21 +125,6 @@ class Engine:
         )
         self._seen = terms.seen
         self._trust = Trust(self.manifest.name, terms.patience, traffic)
-
-        def completed(role: Role, runner: Runner) -> Runner:
-            if role is Role.DENSITY and self._detector is not None:
-                return Ranked(runner, self._detector, self.manifest.dimensions)
-            return runner
-
-        warm = warm_up(
-            bundle,
-            opened,
-            completed,
-            lanes=terms.lanes,
-            cores=cores,
-            max_batch=max_batch,
-            filled=filled,
-        )
         self._lanes = Lanes(
             self.manifest.name,
             warm.runners,
@@ -204,24 +178,29 @@ class Engine:
             DeviceError: the device is not available.
         """
         device = device.resolve()
-        # A card runs one graph at a time; with more lanes, runs would only queue there.
-        cores = 1 if device.kind == "cuda" else threads
-
-        weights = bundle.weights()
+        terms, traffic = terms or Terms(), traffic or Traffic()
+        detector, weights = _detector(bundle), bundle.weights()
 
         def opened(role: Role, threads: int) -> Session:
             graph = bundle.manifest.graphs[role]
             return Session(bundle.graph(role), graph, device, threads, weights)
 
-        return cls(
+        def completed(role: Role, runner: Runner) -> Runner:
+            if role is Role.DENSITY and detector is not None:
+                return Ranked(runner, detector, bundle.manifest.dimensions)
+            return runner
+
+        warm = warm_up(
             bundle,
             opened,
-            cores=cores,
+            completed,
+            lanes=terms.lanes,
+            # A card runs one graph at a time; with more lanes, runs would only queue there.
+            cores=1 if device.kind == "cuda" else threads,
             max_batch=max_batch,
             filled=filled,
-            terms=terms,
-            traffic=traffic,
         )
+        return cls(bundle, detector, warm, terms, traffic)
 
     @property
     def detector(self) -> Detector:
@@ -250,12 +229,8 @@ class Engine:
         self._trust.lost = told
 
     def answers(self, method: str) -> bool:
-        """Whether the bundle has the graphs that an RPC, such as `Score`, needs."""
-        if method in _BESIDE and _BESIDE[method] not in self._lanes:
-            return False
-        if method == "Traverse" and not self.directions:
-            return False
-        return any(role in self._lanes for role in _METHODS[method])
+        """Whether the bundle has what an RPC, such as `Score`, needs."""
+        return self._lacks(method) is None
 
     def require(self, method: str) -> None:
         """Checks that the bundle answers an RPC.
@@ -263,10 +238,15 @@ class Engine:
         Raises:
             NotAnswered: the bundle lacks a graph, or directions, that the RPC needs.
         """
-        if not self.answers(method):
-            role = _METHODS[method][0]
-            lacks = "no directions" if role in self._lanes else f"no {role} graph"
+        if lacks := self._lacks(method):
             raise NotAnswered(f"model {self.manifest.name} has {lacks}, so it does not answer this")
+
+    def _lacks(self, method: str) -> str | None:
+        """What the bundle lacks to answer an RPC; None if it lacks nothing."""
+        for roles in _NEEDS[method]:
+            if not any(role in self._lanes for role in roles):
+                return f"no {' or '.join(sorted(roles))} graph"
+        return "no directions" if method == "Traverse" and not self.directions else None
 
     async def score(
         self,
@@ -348,9 +328,6 @@ class Engine:
                 expected = learnt if priors is None else priors
                 posterior = bayes.under_priors(log_pyx, learnt, expected)
         label = posterior.argmax(1).astype(np.int64)
-        unsure = posterior.max(1, initial=0.0) < min_posterior
-        verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
-        verdict = np.where(scores.verdict == Verdict.OUTLIER, Verdict.OUTLIER, verdict)
         if seen:
             self._seen(self, "Classify", scores.rows)
         return scores, Classifications(
@@ -359,7 +336,7 @@ class Engine:
             label=label,
             p_value=scores.p_value,
             label_p_values=label_p_values,
-            verdict=verdict.astype(np.int8),
+            verdict=verdicts(scores.verdict == Verdict.OUTLIER, posterior, min_posterior),
             alpha=alpha,
             model_version=self.manifest.version,
             composed=composed,
@@ -652,7 +629,8 @@ def _detector(bundle: Bundle) -> Detector | None:
         detector = Detector(bundle.calibration())
     except KeyError as error:
         raise BundleError(f"{calibration.file} has no array {error}", "calibration") from error
-    width = next((out.shape[-1] for out in graph.outputs if out.name == "statistics"), None)
+    statistics = graph.output("statistics")
+    width = statistics.shape[-1] if statistics else None
     if detector.statistics != width or len(detector.scores) != calibration.size:
         raise BundleError(
             f"{calibration.file} is for {detector.statistics} statistics and "

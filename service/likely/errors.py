@@ -22,9 +22,11 @@
     ├── JobError              a batch job cannot be done, or resumed, as requested
     └── SettingsError         settings that cannot be used
 
-The client raises the errors up to ServerFault, depending on the server's status. `AdminClient`
-also raises BundleError, Refused and DeviceError. OutOfMemory and RunStopped do not leave a
-server, and JobError does not leave a job. The others end `likely serve`.
+`Client` and `AsyncClient` raise the errors up to ServerFault, depending on the server's status, and
+SettingsError for invalid arguments of their constructors. `AdminClient` also raises BundleError,
+Refused and DeviceError. OutOfMemory and RunStopped do not leave a server, and JobError does not
+leave a job. DeviceLost, RuntimeMissing and SettingsError end `likely serve`; so do BundleError and
+DeviceError while its first bundles load.
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ class DeadlineExceeded(LikelyError, TimeoutError):
 
 
 class AccessDenied(LikelyError, PermissionError):
-    """The caller's credentials are missing, invalid, or do not allow this."""
+    """The token is valid, but does not allow this."""
 
 
 class Unauthenticated(AccessDenied):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ class Generator:
         self._p_label = p_label
         self._rows = rows
 
-    async def generate(
+    def generate(
         self,
         label: int | None,
         count: int,
@@ -96,11 +96,9 @@ class Generator:
                 attempts, accepted = await self._checked(role, plan, images, check)
             return self._answer(images, labels, indices[0], seed, attempts, accepted)
 
-        async with aclosing(_ahead(draw, count, chunk)) as chunks:
-            async for answer in chunks:
-                yield answer
+        return _ahead(draw, count, chunk)
 
-    async def accept(
+    def accept(
         self,
         label: int | None,
         count: int,
@@ -128,11 +126,9 @@ class Generator:
             )
             return self._answer(images, labels, indices[0], seed, draws, accepted)
 
-        async with aclosing(_ahead(draw, count, chunk)) as chunks:
-            async for answer in chunks:
-                yield answer
+        return _ahead(draw, count, chunk)
 
-    async def complete(
+    def complete(
         self,
         given: Pixels,
         known: Mask,
@@ -176,9 +172,7 @@ class Generator:
             labels = np.full(stop - start, -1 if label is None else label)
             return self._answer(images, labels, start, seed, ones * proposals, ones.astype(bool))
 
-        async with aclosing(_ahead(draw, len(given) * completions, chunk)) as chunks:
-            async for answer in chunks:
-                yield answer
+        return _ahead(draw, len(given) * completions, chunk)
 
     @property
     def _null(self) -> int:

@@ -1,4 +1,4 @@
-"""Computes what Score returns for the pictures of a whole batch, in the lane that runs them."""
+"""Adds scores and p-values to the density graph's outputs, for a whole batch, in its lane."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Ranked:
     """Runs the density graph, and adds the output `ranked` to the graph's own outputs.
 
     `ranked` is float64 (n, 4): log p(x) in nats, bits per dimension, the score of how unusual the
-    picture is, and its p-value with the marginal guarantee. Where the score is NaN, the p-value
-    has no meaning.
+    picture is, and its p-value with the marginal guarantee. Where a statistic is not finite, the
+    score is NaN and the p-value has no meaning.
 
     Attributes:
         spec: the manifest's description of the graph.

@@ -6,6 +6,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -208,17 +209,7 @@ class Settings(BaseSettings):
     @property
     def limits(self) -> Limits:
         """The limits that requests are held to."""
-        return Limits(
-            self.images_per_request,
-            self.images_per_generation,
-            self.images_per_chunk,
-            self.request_bytes,
-            self.response_bytes,
-            self.queued_images,
-            self.queued_bytes,
-            self.client_images_per_second,
-            self.client_images_at_once,
-        )
+        return Limits(**{each.name: getattr(self, each.name) for each in fields(Limits)})
 
     def toml(self) -> str:
         """The settings as the TOML file that would give them."""

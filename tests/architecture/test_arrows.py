@@ -54,12 +54,12 @@ SERVICE = {
         "grpc grpc_health prometheus_client structlog"
     ),
     "jobs": (
-        "answers batching bayes bundle client engine errors graphs levels machine noise outliers "
-        "versions numpy pyarrow ray PIL"
+        "answers batching bayes bundle client codec engine errors graphs levels machine noise "
+        "outliers versions numpy pyarrow ray PIL"
     ),
     "cli": (
-        "answers bundle client engine errors graphs jobs levels logs machine processes settings "
-        "signals versions click grpc numpy PIL rich"
+        "answers bundle client codec engine errors graphs jobs levels logs machine processes "
+        "settings signals versions click grpc numpy PIL rich"
     ),
     "__main__": "cli",
 }

@@ -58,9 +58,9 @@ def test_lists_of_another_nesting_are_refused_by_their_row(tmp_path: Path) -> No
 
     refused(last, r"\[0\]: 4 x 5 x 3 .* takes 3 x 4 x 5: move the channels")
     refused([*x[:17].tolist(), *last[17:]], r"\[17\]: 4 x 5 x 3 .*: move the channels")
-    refused(x[:, 0].tolist(), "lists within 1 others; 2 or none", COLOUR)
-    refused(x.reshape(25, 3, 20).tolist(), "lists within 1 others")
-    refused(x[:, :, None].tolist(), "lists within 3 others")
+    refused(x[:, 0].tolist(), "lists within 1 other lists; 2 or none", COLOUR)
+    refused(x.reshape(25, 3, 20).tolist(), "lists within 1 other lists")
+    refused(x[:, :, None].tolist(), "lists within 3 other lists")
     y = drawn(25)[:, 0]
     flat = y.reshape(25, -1).tolist()
     refused(

@@ -380,7 +380,7 @@ def test_pictures_that_are_none_are_named(judge: Job, tmp_path: Path, pictures: 
     x[57, 0, 1, 1] = 4
     bad: dict[str, Any] = {}
     np.save(tmp_path / "level.npy", x)
-    bad["level.npy"] = r"level.npy\[57\]: level 4 is not in \[0, 4\)"
+    bad["level.npy"] = r"level.npy\[57\]: level 4 at channel 0, row 1, column 1 is not in \[0, 4\)"
     np.save(tmp_path / "shape.npy", x[:, :, :2])
     bad["shape.npy"] = r"1 x 2 x 3 .* takes 1 x 3 x 3"
     np.save(tmp_path / "float.npy", x.astype(float))

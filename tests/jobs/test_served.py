@@ -150,7 +150,7 @@ def test_a_job_that_is_done_says_so_without_its_version(
     (drawn / "part-00001.parquet").unlink()
     lacking = drawing(first, drawn)
     assert lacking.exit_code == 1
-    assert "has toy@1 no more" in lacking.stderr
+    assert "no longer has toy@1" in lacking.stderr
 
 
 def test_a_version_that_is_gone_for_good_is_named(
@@ -163,7 +163,7 @@ def test_a_version_that_is_gone_for_good_is_named(
     unload(first, "1")
     told = drawing(first, tmp_path)
     assert told.exit_code == 1
-    assert f"{first.address} has toy@1 no more, which this job began with" in told.stderr
+    assert f"{first.address} no longer has toy@1, with which this job began" in told.stderr
     assert contents(tmp_path) == before
 
 

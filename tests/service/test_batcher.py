@@ -1399,17 +1399,17 @@ def test_what_is_refused_for_now_costs_no_quota(monkeypatch: pytest.MonkeyPatch)
     traffic = Traffic()
     quota = Quota(1e-6, 5, traffic=traffic)
     for refusal in (Overloaded("the queue is full"), Unavailable("the server is ending")):
-        with pytest.raises(type(refusal)), quota.charged("a", 5, "m"):
+        with pytest.raises(type(refusal)), quota.charged(5, "m"):
             raise refusal
-    with pytest.raises(RunStopped), quota.charged("a", 4, "m"):
+    with pytest.raises(RunStopped), quota.charged(4, "m"):
         raise RunStopped
     with monkeypatch.context() as patch:
         patch.setattr(callers, "current", lambda: Caller("a", counted=False))
-        with pytest.raises(RunStopped), quota.charged("a", 1, "m"):
+        with pytest.raises(RunStopped), quota.charged(1, "m"):
             raise RunStopped  # it is asked again in parts
-    with quota.charged("a", 1, "m"):
+    with quota.charged(1, "m"):
         pass
-    with pytest.raises(Overloaded, match="quota"), quota.charged("a", 1, "m"):
+    with pytest.raises(Overloaded, match="quota"), quota.charged(1, "m"):
         raise AssertionError
     assert gauge(traffic, "shed") == 1
 

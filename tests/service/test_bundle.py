@@ -72,6 +72,13 @@ def change_graph(folder: Path, role: str, name: str) -> None:
     change_calibration(folder, weights=[0.5, 0.5])
 
 
+def rename(folder: Path, role: str, kind: str) -> None:
+    """Says that the first input or output of that role's graph is called otherwise."""
+    graphs = json.loads((folder / MANIFEST).read_text())["graphs"]
+    graphs[role][kind][0]["name"] = "other"
+    change_manifest(folder, graphs=graphs)
+
+
 def change_samples(folder: Path, samples: int) -> None:
     graphs = json.loads((folder / MANIFEST).read_text())["graphs"]
     graphs["conditional"]["importance_samples"] = samples
@@ -100,11 +107,17 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "path outside": (escape, r"files"),
     "priors": (lambda f: change_manifest(f, labels=[{"name": "a", "prior": 0.5}]), "sum to 1"),
     "another shape": (lambda f: change_manifest(f, shape=[1, 3, 4]), r"x of the \w+ graph is"),
+    "no log p(x|y)": (lambda f: rename(f, "conditional", "outputs"), "must give log_pxy"),
+    "no drawing": (lambda f: rename(f, "sample", "outputs"), "sample graph must give x"),
+    "a strange input": (lambda f: rename(f, "encode", "inputs"), "encode graph cannot take other"),
     "a label more": (lambda f: change_manifest(f, labels=one_more(f)), "for every label"),
     "a flat evidence": (lambda f: change_graph(f, "conditional", "evidence"), "weights for 0 exp"),
     "endless samples": (lambda f: change_samples(f, 2**40), "importance_samples"),
     "no temperature": (lambda f: change_calibration(f, temperature=1e-320), "temperature"),
-    "labels that p(y|x) does not have": (lambda f: change_manifest(f, labels=[]), "log_pyx"),
+    "labels that p(y|x) does not have": (
+        lambda f: change_manifest(f, labels=[]),
+        "for every label",
+    ),
 }
 
 

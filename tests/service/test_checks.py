@@ -71,13 +71,14 @@ requests = st.one_of(
 def check(request: Any, manifest: Manifest, detector: Detector) -> dict[str, Any]:
     """All checks that the request's RPC makes."""
     if isinstance(request, GenerateRequest):
+        judge: Any = SimpleNamespace(detector=detector)
         return {
             "label": checks.label(request, manifest),
             "count": checks.count(request, LIMITS),
             "seed": checks.seed(request),
             "first_index": checks.first_index(request, request.count),
             "temperature": checks.temperature(request),
-            "self_check": checks.self_check(request, SimpleNamespace(detector=detector), 0.05),
+            "self_check": checks.self_check(request, judge, 0.05),
         }
     if isinstance(request, CompleteRequest):
         checks.geometry(request, manifest, LIMITS)
@@ -187,7 +188,7 @@ def test_proposals_need_the_density_of_the_model_that_draws(manifest: Manifest) 
     two = manifest.model_copy(update={"recipe": {"roles": {**roles, "sample": "b"}}})
     for each in (manifest, one):
         assert checks.completions(request, each, LIMITS) == (1, 2)
-    with pytest.raises(InvalidInput, match="2 need a model that tells") as caught:
+    with pytest.raises(InvalidInput, match="2 need a model that can compute") as caught:
         checks.completions(request, two, LIMITS)
     assert caught.value.field == "proposals"
     request.proposals = 1

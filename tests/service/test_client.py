@@ -588,7 +588,7 @@ def test_a_labels_name_that_never_holds_is_told_in_the_end(client: Client, x: An
             return replace(info, version=f"0.{next(versions)}")
             yield
 
-    with pytest.raises(Unavailable, match="number the labels otherwise"):
+    with pytest.raises(Unavailable, match="number the labels differently"):
         plan = plans.encode(Restless(), x[:1], ["label-0"], None, None)
         client._follow(plan)
 

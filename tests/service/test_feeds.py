@@ -165,7 +165,7 @@ def test_what_no_message_causes_is_told_of_all_at_once(
     async def gone(x: Any, *_: Any, **__: Any) -> Any:
         asked.append(len(x))
         await asyncio.sleep(0.05)  # all messages have come by the second
-        raise errors.Unavailable("the queue broke and was begun anew")
+        raise errors.Unavailable("the queue failed and was restarted")
 
     monkeypatch.setattr(live.server.registry.find("toy"), "score", gone)
     outcomes = told(stub, [score(each[None]) for each in x])
@@ -333,12 +333,12 @@ def test_a_message_that_is_refused_is_counted_once() -> None:
     async def run() -> None:
         traffic, sizes = Traffic(), []
         quota, all_read = Quota(1e-6, 4, traffic=traffic), asyncio.Event()
-        quota.take("a", 2)
+        quota.take("", 2)
 
         async def spent(request: ScoreRequest) -> ScoreResponse:
             await all_read.wait()
             sizes.append(merging.rows(request))
-            with quota.charged("a", sizes[-1], "m"):
+            with quota.charged(sizes[-1], "m"):
                 return await empty(request)
 
         fed = Fed(40, spent)

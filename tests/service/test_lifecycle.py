@@ -282,7 +282,7 @@ def test_the_watch_outlives_a_bundle_that_makes_a_library_raise(
         eventually(lambda: admin.live.server.registry.default("toy") == "2")
         refused = admin.versions()[""]
         assert refused.reason == "graph"
-        assert refused.message == f"{tmp_path / 'odd'} cannot be tried"  # the rest is in the log
+        assert refused.message == f"{tmp_path / 'odd'} cannot be loaded"  # the rest is in the log
         assert "what no error of ours foresees" in admin.live.log.getvalue()
 
 

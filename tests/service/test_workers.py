@@ -240,8 +240,11 @@ def test_the_port_of_a_server_that_has_ended_is_free_again(
 
 def test_a_port_is_held_by_one_server_alone(settings: Callable[..., Settings]) -> None:
     with supervisor.reserved(settings()) as port:
-        with pytest.raises(SettingsError, match="Address already in use"):
-            supervisor.reserved(settings(port=port))
+        with (
+            pytest.raises(SettingsError, match="Address already in use"),
+            supervisor.reserved(settings(port=port)),
+        ):
+            pass
         with socket.socket() as worker:
             for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
                 worker.setsockopt(socket.SOL_SOCKET, option, 1)
@@ -277,7 +280,7 @@ def test_a_worker_that_cannot_be_made_anew_is_tried_again(
         assert tries == 3
         assert told.getvalue().count("Resource temporarily unavailable") == 2
     else:
-        with pytest.raises(LikelyError, match="worker 0 could not begin: Resource temporarily"):
+        with pytest.raises(LikelyError, match="worker 0 could not start: Resource temporarily"):
             asyncio.run(kept())
 
 

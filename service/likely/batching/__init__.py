@@ -1,1 +1,1 @@
-"""One queue a graph: requests are admitted, merged into batches, and run in lanes."""
+"""Batching: one queue per graph; requests are admitted, merged into batches, and run in lanes."""

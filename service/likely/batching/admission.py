@@ -1,4 +1,4 @@
-"""How much may wait, and how much one client may ask for: the rest is refused at once."""
+"""Limits of a queue and quotas of clients; requests beyond them are refused at once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from likely.batching import callers
 from likely.batching.traffic import Traffic
 from likely.errors import Overloaded, Unavailable
 
-SOONEST, LATEST = 0.05, 30.0  # seconds after which refused callers are told to come again
+SOONEST, LATEST = 0.05, 30.0  # bounds of the retry delay that refused callers are told, in seconds
 _FREE = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How much may wait for one graph.
+    """Limits of one graph's queue. A request of any size may wait if it is the only one.
 
     Attributes:
-        rows: of all requests together; one request may always wait alone.
-        nbytes: of these rows.
+        rows: rows of all waiting requests together.
+        nbytes: bytes of these rows.
     """
 
     rows: int = 4096
@@ -29,7 +29,7 @@ class Bounds:
 
 
 class Quota:
-    """How many pictures a second each client may ask for: a token bucket a client."""
+    """A limit on the pictures per second that each client may ask for; a token bucket each."""
 
     def __init__(
         self,
@@ -39,34 +39,35 @@ class Quota:
         *,
         traffic: Traffic | None = None,
     ) -> None:
-        """A quota for every client alike.
+        """Creates a quota that applies to each client separately.
 
         Args:
-            rate: pictures a second; 0 is no limit.
-            burst: pictures that may come at once after a pause. A request of more waits for
-                a full bucket, and leaves it in debt.
-            clock: seconds that only grow.
-            traffic: is told of what is refused.
+            rate: pictures per second; 0 for no limit.
+            burst: capacity of a bucket: pictures that may come at once after a pause. A larger
+                request is accepted only if the bucket is full, and leaves it in debt.
+            clock: returns monotonic time in seconds.
+            traffic: metrics in which refusals are counted.
         """
         self._traffic = traffic or Traffic()
         self._rate = rate
         self._burst = burst
         self._clock = clock
-        self._owed: dict[str, tuple[float, float]] = {}  # pictures below a full bucket, and when
+        # Per client: how many pictures its bucket lacked to be full, and when that was.
+        self._owed: dict[str, tuple[float, float]] = {}
         self._swept = clock()
 
     def take(self, client: str, rows: int) -> None:
-        """Counts pictures against the client's quota.
+        """Charges pictures to the client's quota.
 
         Raises:
-            Overloaded: the quota is spent; it says after how many seconds there is room.
+            Overloaded: the quota is used up; the error says after how many seconds to retry.
         """
         if not self._rate or not rows:
             return
         now = self._clock()
         owed = self._owing(client, now)
         excess = owed + min(rows, self._burst) - self._burst
-        if excess > 1e-9:  # sums of floats
+        if excess > 1e-9:  # allows for rounding
             raise Overloaded(
                 f"{rows} pictures are more than is left of the quota of {self._rate:g} a second, "
                 f"{self._burst} at once",
@@ -75,28 +76,30 @@ class Quota:
         self._sweep(now)
         self._owed[client] = owed + rows, now
 
-    def charged(self, client: str, rows: int, model: str) -> AbstractContextManager[None]:
-        """As `take`; but what is within may be refused for now, and is not counted then.
+    def charged(self, rows: int, model: str) -> AbstractContextManager[None]:
+        """Charges the current caller as `take` does; gives back what a refused request cost.
 
-        Nor is what fails and is asked again in parts, each of which is.
+        The pictures are given back if the body of the context raises `Overloaded` or
+        `Unavailable`. They are also given back if it fails in any way and the caller is not
+        `counted`: the request is then retried in halves, which are charged themselves.
 
         Args:
-            client: who asks.
-            rows: pictures.
-            model: by whose name a refusal is told.
+            rows: number of pictures.
+            model: name of the model, for the metric of refusals.
 
         Raises:
-            Overloaded: the quota is spent.
+            Overloaded: the quota is used up.
         """
         if not self._rate:
             return _FREE
+        caller = callers.current()
         try:
-            self.take(client, rows)
+            self.take(caller.client, rows)
         except Overloaded:
-            if callers.current().counted:
+            if caller.counted:
                 self._traffic.shed.labels(model, "quota").inc()
             raise
-        return self._unless_refused(client, rows)
+        return self._unless_refused(caller.client, rows)
 
     @contextmanager
     def _unless_refused(self, client: str, rows: int) -> Iterator[None]:
@@ -110,7 +113,7 @@ class Quota:
 
     @property
     def remembered(self) -> int:
-        """How many clients are remembered: those whose bucket is not full."""
+        """Number of clients remembered: those whose bucket may not be full."""
         return len(self._owed)
 
     def _owing(self, client: str, now: float) -> float:
@@ -118,7 +121,7 @@ class Quota:
         return max(0.0, owed - (now - since) * self._rate)
 
     def _sweep(self, now: float) -> None:
-        """Forgets, once in a while, the clients whose buckets are full again."""
+        """Forgets the clients whose buckets are full again, from time to time."""
         if now - self._swept < max(1.0, self._burst / self._rate):
             return
         self._swept = now
@@ -126,5 +129,9 @@ class Quota:
 
 
 def patience(seconds: float) -> float:
-    """After how many seconds a refused caller shall come again, from how long the queue is."""
+    """Seconds after which a refused caller should retry.
+
+    Args:
+        seconds: estimated time until the queue has been worked off.
+    """
     return min(LATEST, max(SOONEST, seconds))

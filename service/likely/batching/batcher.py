@@ -1,4 +1,4 @@
-"""One graph's queue: lets requests in or refuses them, and forms the batches."""
+"""One graph's queue: admits or refuses requests, and forms batches."""
 
 from __future__ import annotations
 
@@ -19,39 +19,40 @@ from likely.batching.turns import Turns
 from likely.batching.width import Width
 from likely.errors import DeadlineExceeded, Overloaded
 
-SHARED = 8e-3  # seconds of a run from which on what a batch costs beside it is no matter
-BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs
+SHARED = 8e-3  # minimum seconds of work in a share; for less, the overhead of a batch matters
+BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs, at most
 _SMOOTHING = 0.1
 
 
 class Batcher:
-    """The requests that wait for one graph.
+    """The queue of one graph.
 
     Attributes:
-        runner: what runs the graph.
-        pace: seconds that one row takes a lane, as of late; 0 while that is not known.
-        at_once: the most rows that need no lane.
-        grain: the fewest rows that are worth a lane while others run.
-        width: what runs that which has all lanes to itself.
+        runner: runs the graph.
+        pace: seconds per row in a lane, smoothed over recent runs; 0 while unknown.
+        at_once: maximum number of rows that may run on the event loop.
+        grain: minimum number of rows that are worth a lane while others run.
+        row_bytes: bytes of one row's inputs and outputs.
+        width: chooses between one core and all cores for lone batches.
     """
 
     def __init__(
         self, name: str, runner: Runner, best: Best, bounds: Bounds, traffic: Traffic, graph: str
     ) -> None:
-        """An empty queue.
+        """Creates an empty queue.
 
         Args:
-            name: of the model.
-            runner: what runs the graph.
-            best: sizes of batches.
-            bounds: how much may wait.
-            traffic: is told of it.
-            graph: its name there.
+            name: name of the model.
+            runner: runs the graph.
+            best: how the graph runs best, as the warm-up found.
+            bounds: limits of the queue.
+            traffic: metrics to update.
+            graph: name of the graph in the metrics.
         """
         specs = (*runner.spec.inputs, *runner.spec.outputs)
         self.runner = runner
         self.pace = best.pace
-        self._first_pace = 0.0  # of the first run, where the warm-up measured none
+        self._first_pace = 0.0  # pace of the first run, if the warm-up measured none
         self.at_once = best.at_once
         self.width = Width(best)
         self.row_bytes = sum(
@@ -62,9 +63,9 @@ class Batcher:
         self._measured = best.pace
         self._gathering = Gathering(self.grain, best.fixed)
         self._headroom = tuple(Headroom() for _ in Priority)
-        self._ready = 0  # rows of batches that a lane has not taken yet
-        self._runs = 0  # batches that run
-        self._under_way = 0  # rows of these
+        self._ready = 0  # rows of prepared batches that no lane has taken yet
+        self._runs = 0  # number of running batches
+        self._under_way = 0  # their rows
         self._bounds = bounds
         self._turns: tuple[Turns[Member], ...] = tuple(Turns() for _ in Priority)
         self._name = name
@@ -77,20 +78,20 @@ class Batcher:
 
     @property
     def rows(self) -> int:
-        """How many rows wait, for their turn or for a lane."""
+        """Number of rows that wait, for their turn or, in prepared batches, for a lane."""
         interactive, bulk = self._turns
         return interactive.rows + bulk.rows + self._ready
 
     def waiting(self, priority: Priority) -> int:
-        """How many rows of that priority wait for their turn."""
+        """Number of rows of that priority that wait for their turn."""
         return self._turns[priority].rows
 
     def is_enough(self, priority: Priority, lanes: int) -> bool:
-        """Whether as many rows of that priority wait as a busy one of so many lanes takes next."""
+        """Whether enough rows of that priority wait to prepare a batch for one of `lanes` lanes."""
         return self._turns[priority].rows >= self._share(lanes, 2)
 
     def ahead(self, priority: Priority) -> int:
-        """How many rows wait that go before a newcomer of that priority."""
+        """Number of waiting rows that go before a newcomer of that priority."""
         if priority is Priority.BULK:
             return self.rows
         return self._turns[priority].rows + self._ready
@@ -98,23 +99,26 @@ class Batcher:
     def check(
         self, member: Member, wait: Callable[[Priority], float], lanes: int
     ) -> Sequence[Member]:
-        """Whom a member takes the place of: requests of greedier clients, where there is no room.
+        """Decides whether a member may be queued, and returns the members to refuse in its favour.
+
+        If the queue is full, these are the latest requests of the clients with the most rows.
 
         Args:
-            member: does not wait yet.
-            wait: seconds until the turn of a newcomer of that priority, as far as can be told.
-            lanes: that share the work.
+            member: is not queued yet; its estimate is set.
+            wait: estimates the seconds until the turn of a newcomer of the given priority.
+            lanes: number of lanes that share the work.
 
         Raises:
-            Overloaded: not enough may give way, or its deadline comes before it would be answered.
+            Overloaded: refusing other members would not make enough room, or its deadline would
+                probably pass before its answer.
         """
         if not self.rows:
             return ()
         if member.deadline is not None:
             seconds, batch = wait(member.priority), min(member.rows, self._most)
-            # Its last batch runs when all before it have run, its own others too.
+            # Its last batch runs once everything before it has run, its own other batches included.
             answered = seconds + ((member.rows - batch) / lanes + batch) * self.pace
-            # What comes too late is work for nothing.
+            # An answer that comes too late is wasted work.
             if member.since + self._headroom[member.priority].times * answered > member.deadline:
                 self._shed(member, "deadline")
                 raise Overloaded(
@@ -135,10 +139,15 @@ class Batcher:
         return greedier
 
     def refuse(self, members: Sequence[Member], wait: Callable[[Priority], float]) -> None:
-        """Lets members give way to one of a client who asks for less; `wait` is as above."""
+        """Refuses members in favour of a client with fewer rows.
+
+        Args:
+            members: the members to refuse, as `check` returned them.
+            wait: as for `check`.
+        """
         for greedy in members:
             self._turns[greedy.priority].remove(greedy)
-            if greedy.dead:  # its caller left, and the loop has not come to that yet
+            if greedy.dead:  # its caller has left, and the event loop has not handled that yet
                 continue
             self._shed(greedy, "share")
             greedy.future.set_exception(
@@ -149,17 +158,17 @@ class Batcher:
             )
 
     def add(self, member: Member) -> None:
-        """Lets a member wait."""
+        """Queues a member."""
         self._gathering.came(alone=not (self.rows or self._runs))
         self._turns[member.priority].add(member)
 
     def wait(self, priority: Priority) -> float:
-        """Seconds that those of that priority shall wait for others; one must be there."""
+        """Seconds for which the rows of that priority wait for more; the queue must have some."""
         turns = self._turns[priority]
         return self._gathering.wait(turns.rows, turns.first().since)
 
     def began(self, batch: Batch) -> None:
-        """That batch runs from now on, or since a lane took it."""
+        """Notes that a batch runs, from now on or since a lane took it."""
         now = batch.began or time.monotonic()
         for member, start, _ in batch.spans:
             if start == 0:
@@ -170,18 +179,18 @@ class Batcher:
         self._running.inc()
 
     def unready(self, batch: Batch) -> None:
-        """That batch is not ready any more, if it was."""
+        """Notes that a batch no longer waits for a lane, if it did."""
         self._ready -= batch.ready
         batch.ready = 0
 
     def ended(self, batch: Batch) -> None:
-        """That batch runs no more."""
+        """Notes that a batch has ended."""
         self._runs -= 1
         self._under_way -= batch.rows
         self._running.dec()
 
     def remove(self, member: Member) -> None:
-        """Frees the place of a member."""
+        """Removes a member from the queue and from prepared batches."""
         self._turns[member.priority].remove(member)
         for batch in member.batches:
             if batch.ready:
@@ -192,14 +201,17 @@ class Batcher:
     def batch(
         self, priority: Priority, free: int, lanes: int, *, ready: bool = False
     ) -> Batch | None:
-        """The next batch of that priority; None where no living member waits.
+        """Takes the next batch from the queue; None if no living member waits.
+
+        Members that can no longer be answered in time fail with `DeadlineExceeded`. If
+        their deadline has not passed yet, they do so only if others wait.
 
         Args:
-            priority: of its members.
-            free: lanes that are free: what waits is spread over them, as far as it is
-                worth a lane.
-            lanes: that share the work.
-            ready: whether it is for a lane that still runs another.
+            priority: priority of the batch's members.
+            free: number of free lanes; the waiting rows are spread over them, but no batch
+                gets fewer rows than are worth a lane.
+            lanes: number of lanes that share the work.
+            ready: whether to prepare the batch for a lane that is still busy.
         """
         turns, now = self._turns[priority], time.monotonic()
         while turns.rows:
@@ -207,25 +219,15 @@ class Batcher:
             if free > 0:
                 size = min(size, max(self.grain, -(-turns.rows // free)))
             spans = turns.take(size)
-            # Of what the lane runs, about half is left.
+            # About half of what the lane runs is left.
             half = self._under_way / lanes / 2 if ready else 0.0
             takes = self.pace * (half + sum(stop - start for _, start, stop in spans))
             for member, _, _ in spans:
-                # Where others wait, whoever would be answered too late makes room for them.
+                # If others wait, a member that would be answered too late makes room for them.
                 spare = takes if turns.rows > member.left else 0.0
-                if (
-                    not member.dead
-                    and member.deadline is not None
-                    and member.deadline <= now + spare
-                ):
-                    turns.remove(member)
-                    self._headroom[priority].missed(member.estimate)
-                    member.future.set_exception(
-                        DeadlineExceeded(
-                            "the deadline comes before the answer could: allow more time, or ask "
-                            "for less at once"
-                        )
-                    )
+                late = member.deadline is not None and member.deadline <= now + spare
+                if late and not member.dead:
+                    self._miss(member)
             if living := [span for span in spans if not span[0].dead]:
                 batch = Batch(self.runner, living)
                 self._batches.observe(batch.rows)
@@ -236,55 +238,68 @@ class Batcher:
         return None
 
     def ran(self, rows: int, seconds: float) -> None:
-        """Learns from a run of so many rows in a lane; from none of them, nothing."""
+        """Updates the pace after a run in a lane; a run of no rows changes nothing."""
         if not rows:
             return
         pace = seconds / rows
         if self.pace:
             self.pace += (pace - self.pace) * _SMOOTHING
-        elif self._first_pace:  # one run alone may have stood still for want of a core
+        elif self._first_pace:  # a single run may have been stalled for want of a core
             self.pace = min(self._first_pace, pace)
         else:
             self._first_pace = pace
 
     def answered(self, member: Member) -> None:
-        """Learns how long the answer of that member took, beside the estimate."""
+        """Updates the headroom with the time that a member's answer took."""
         seconds = time.monotonic() - member.since
         self._headroom[member.priority].answered(member.estimate, seconds)
 
     def left(self, member: Member) -> None:
-        """Learns whether that member, whose caller is gone, was not answered by its deadline."""
+        """Updates the headroom if a member's caller left because the deadline passed."""
         if member.deadline is None or member.answered:
             return
         if time.monotonic() >= member.deadline - TELLS:
             self._headroom[member.priority].missed(member.estimate)
 
     def tell(self) -> None:
-        """Tells how many rows wait."""
+        """Updates the metric of waiting rows."""
         rows = self.rows
         if rows != self._told:
             self._waiting.inc(rows - self._told)
             self._told = rows
 
     def clear(self) -> Sequence[Member]:
-        """All members that waited for their turn; none waits any more."""
+        """Removes and returns all members that wait for their turn; not those of ready batches."""
         return [member for turns in self._turns for member in turns.clear()]
 
     def forget(self) -> None:
-        """Forgets all that an earlier event loop has left waiting."""
+        """Forgets everything that an earlier event loop has left waiting."""
         self.clear()
-        self._ready = 0  # what a lane has taken by itself is never told to have begun
+        self._ready = 0  # a batch that a lane took by itself is never reported as begun
         self.tell()
 
+    def _miss(self, member: Member) -> None:
+        """Fails a member whose answer would come after its deadline."""
+        self._turns[member.priority].remove(member)
+        self._headroom[member.priority].missed(member.estimate)
+        member.future.set_exception(
+            DeadlineExceeded(
+                "the answer would come after the deadline: allow more time, or ask for less at once"
+            )
+        )
+
     def _share(self, lanes: int, each: int = 1) -> int:
-        """Rows of a batch where all that waits and runs is to be so many for each of the lanes."""
+        """Rows of a batch if all rows that wait or run are divided into `each` batches per lane.
+
+        The result is at least `grain` and `SHARED` seconds of work, and at most a full batch.
+        """
         share = math.ceil((self.rows + self._under_way) / (lanes * each))
-        # Where nothing was measured, nobody knows what a run costs whatever its rows.
+        # If nothing was measured, the fixed cost of a run is unknown, so all batches are full.
         least = int(SHARED / self._measured) if self._measured else self._most
         return min(self._most, max(self.grain, least, share))
 
     def _full(self, member: Member, less_rows: int = 0, less_bytes: int = 0) -> bool:
-        """Whether there is no room for a member, where so much less waits."""
+        """Whether there is no room for a member, if so many fewer rows and bytes waited."""
         rows = self.rows - less_rows
         if not rows:
             return False
@@ -295,7 +310,11 @@ class Batcher:
         return nbytes + member.rows * member.row_bytes > self._bounds.nbytes
 
     def _greedier(self, member: Member) -> Sequence[Member]:
-        """The latest requests of clients with most rows waiting; none if they are too few."""
+        """The latest requests of the clients with the most waiting rows, enough to make room.
+
+        Empty if refusing them would not make enough room, or if no client has more rows waiting
+        than the member's client would have.
+        """
         found: list[Member] = []
         rows = nbytes = 0
         most = member.rows + sum(turns.held(member.client) for turns in self._turns)

@@ -1,4 +1,4 @@
-"""One run for several requests: put together, divided again, and none harmed by another."""
+"""A batch: one run for several requests, whose outcomes are separate again afterwards."""
 
 from __future__ import annotations
 
@@ -24,41 +24,42 @@ Outcome = Arrays | Exception
 
 
 class Runner(Protocol):
-    """What runs rows: an opened graph, alone or with what is computed from its outputs."""
+    """Runs an opened graph, possibly followed by computations on its outputs."""
 
     @property
     def spec(self) -> Graph:
-        """What the manifest says of the graph."""
+        """The manifest's description of the graph."""
 
     @property
     def providers(self) -> tuple[str, ...]:
-        """What really runs it."""
+        """The execution providers that really run the graph."""
 
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
     ) -> list[Array]:
-        """The outputs of that name, in that order."""
+        """Returns the named outputs, in the order of the names."""
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
-        """The outputs of no rows."""
+        """Returns the named outputs for zero rows."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Member(Waiting):
-    """One request's rows: waiting, running and answered in parts.
+    """The rows of one request for one graph, which may wait, run and be answered in parts.
 
     Attributes:
-        future: the answer, all outputs asked for over all rows.
-        feed: the graph's inputs for rows [start, stop); called in a lane.
-        outputs: names of those that the answer shall have.
-        priority: which others it goes before.
-        deadline: when it is worth nothing any more, by the monotonic clock; None for never.
-        since: when it came, by the same clock.
-        estimate: seconds that its answer was to take when it was let in; 0 where none was made.
-        guest: whether it may still be refused in favour of another client's.
-        counted: whether its failure counts.
-        batches: those that run rows of it.
-        trace: is told of its waits and runs; None where it is not traced.
+        future: the answer: all requested outputs over all rows.
+        feed: returns the graph's inputs for rows [start, stop); called in a lane.
+        outputs: names of the requested outputs.
+        priority: priority of the request.
+        deadline: when the answer becomes worthless, in seconds of the monotonic clock; None for
+            never.
+        since: arrival, by the same clock.
+        estimate: estimated seconds until its answer, made at admission; 0 if none was made.
+        guest: whether it may still be refused in favour of another client's request.
+        counted: whether metrics count its failure.
+        batches: batches that contain rows of it and have not ended.
+        trace: records waits and runs; None if the request is not traced.
     """
 
     future: asyncio.Future[Arrays]
@@ -77,35 +78,46 @@ class Member(Waiting):
 
     @property
     def dead(self) -> bool:
-        """Whether nobody waits for it any more: answered, failed, or its caller gone."""
+        """Whether nobody waits for it any more: it is answered or failed, or its caller left."""
         return self.future.done()
 
     @property
     def answered(self) -> bool:
-        """Whether it has its answer, and did not fail."""
+        """Whether it has been answered without an error."""
         future = self.future
         return future.done() and not future.cancelled() and future.exception() is None
 
     def ran(self, graph: str, batch: Batch, seconds: float, start: int, stop: int) -> None:
-        """Tells the trace, if there is one, of those rows, which ran in a batch for so long."""
+        """Records in the trace, if there is one, the run of rows [start, stop) in a batch.
+
+        Args:
+            graph: name of the graph.
+            batch: the batch that contained the rows.
+            seconds: duration of its run.
+            start: first row.
+            stop: one past the last row.
+        """
         if self.trace:
             if start == 0:
                 self.trace.waited(graph, self.since, batch.began, self.rows)
             self.trace.ran(graph, batch.began, batch.began + seconds, stop - start, batch.rows)
 
     def leave(self) -> None:
-        """Lets batches that run for nobody else end."""
+        """Leaves all its batches; a batch that runs for nobody else is stopped."""
         for batch in self.batches:
             batch.leave()
         self.batches.clear()
 
     def fail_with(self, other: asyncio.Future[Arrays]) -> None:
-        """Fails, where another ask of its request has."""
+        """Fails with the error of another ask of the same request, if that ask failed."""
         if not self.dead and not other.cancelled() and (error := other.exception()):
             self.future.set_exception(error)
 
     def take(self, start: int, stop: int, outcome: Outcome) -> None:
-        """Keeps the outcome of those rows; answers with the last of them, fails with the first."""
+        """Takes the outcome of rows [start, stop).
+
+        The future is resolved once all rows have an outcome, or at the first error.
+        """
         if self.dead:
             return
         if isinstance(outcome, Exception):
@@ -128,13 +140,14 @@ class Batch:
     """Rows of several members that run together.
 
     Attributes:
-        spans: the members, each with its first row and the one past its last.
-        rows: of all members.
-        priority: that of every member.
-        began: when its run began, by the monotonic clock; 0 until then.
-        ready: rows that wait in it for a lane to end; who leaves takes theirs along.
-        alone: whether it was all there was when it began.
-        wide: whether it then runs on all cores, and tells nothing of the pace of a lane.
+        spans: the members, each with its rows [start, stop).
+        rows: number of rows of all members.
+        priority: priority of all members.
+        began: when its run began, in seconds of the monotonic clock; 0 until then.
+        ready: rows that wait in this batch, prepared in advance, for a lane to take it; rows of
+            members that have left are not counted.
+        alone: whether nothing else of its version ran or waited when it began.
+        wide: whether it runs on all cores; such a run says nothing about a lane's pace.
     """
 
     began = 0.0
@@ -153,32 +166,32 @@ class Batch:
             member.batches.add(self)
 
     def widen(self, runner: Runner) -> None:
-        """Has it run by what takes all cores, for nothing else wants them."""
+        """Runs the batch on all cores, with a runner for them, as nothing else needs them."""
         self._runner, self.wide = runner, True
 
     def leave(self) -> None:
-        """Counts a member that does not wait any more; without the last one, the run ends."""
+        """Notes that a member has left; when the last one leaves, the run is stopped."""
         self._living -= 1
         if self._living == 0:
             self._stop.now()
 
     def timed(self) -> tuple[Sequence[tuple[Span, Outcome]], float]:
-        """What comes of every span, whatever happens, and how long it took in seconds."""
+        """Runs the batch; returns each span's outcome and the seconds taken, and never raises."""
         began = self.began = time.monotonic()
         outcomes: Sequence[tuple[Span, Outcome]]
         try:
             outcomes = self.run()
-        except BaseException as error:  # the lane must come back, the members hear of it
+        except BaseException as error:  # the lane must survive, and the members must be told
             fault = ServerFault(f"a batch failed: {error!r}")
             outcomes = [(span, fault) for span in self.spans]
         return outcomes, time.monotonic() - began
 
     def run(self) -> list[tuple[Span, Outcome]]:
-        """What comes of every span; called in a lane.
+        """Runs the batch and returns each span's outcome; called in a lane.
 
-        Where the run fails, halves of it are run, so that in the end only the member
-        that makes the model raise is told. Where it finds no memory, each half is run
-        once more, and then refused.
+        If the run fails, the batch is split in halves, repeatedly, so that in the end
+        only the member that makes the model raise gets the error. If the run finds no
+        memory, each half of its rows is run once, and refused if that fails as well.
         """
         return list(self._attempt(self.spans, halved=False))
 
@@ -192,7 +205,7 @@ class Batch:
             yield from ((span, error) for span in spans)
         except OutOfMemory as error:
             if halved or sum(stop - start for _, start, stop in spans) == 1:
-                for span in spans:  # each its own: a raised error gathers its traceback
+                for span in spans:  # one error each: raising an error adds to its traceback
                     refusal = Overloaded("there is no memory for the run, nor for half of it")
                     refusal.__cause__ = error
                     yield span, refusal
@@ -227,7 +240,7 @@ class Batch:
 
 
 def _halves(spans: list[Span]) -> tuple[list[Span], list[Span]]:
-    """The same rows in two parts, a member's rows divided where the middle is."""
+    """Splits the rows in two halves; a member in the middle is divided."""
     room = sum(stop - start for _, start, stop in spans) // 2
     first: list[Span] = []
     second: list[Span] = []
@@ -240,7 +253,7 @@ def _halves(spans: list[Span]) -> tuple[list[Span], list[Span]]:
 
 
 def rows_of(feeds: Mapping[str, Array]) -> Feed:
-    """The feed of arrays that are there already."""
+    """Returns a feed that takes its rows from existing arrays."""
 
     def feed(start: int, stop: int) -> Mapping[str, Array]:
         return {name: np.ascontiguousarray(array[start:stop]) for name, array in feeds.items()}

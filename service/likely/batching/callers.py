@@ -1,4 +1,4 @@
-"""Who asks: the client to be fair to, how urgent it is, and until when an answer counts."""
+"""The caller of a request: its client for fair queuing, its priority, and its deadline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Priority(IntEnum):
-    """Which of two waiting requests goes first; each is served in the end."""
+    """The priority of a request: interactive requests go first, but bulk is never starved."""
 
     INTERACTIVE = 0
     BULK = 1
@@ -20,17 +20,20 @@ class Priority(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class Caller:
-    """One request's caller.
+    """The caller of one request.
 
     Attributes:
-        client: whom the request is counted against; empty for the process itself.
-        priority: what the caller asks for; None leaves it to the request's kind and size.
-        deadline: when the answer is worth nothing any more, by the monotonic clock.
-        admitted: whether the request was let in: what it asks for later is not refused.
-        counted: whether its failure counts; not where what fails is asked again in parts.
-        request_id: what the caller and the log call the request.
-        trace: is told of its waits and runs; None where it is not traced.
-        scopes: what its token allows; None where none is asked for.
+        client: identity for quotas and fair queuing; empty for the process itself.
+        priority: the priority that the caller asked for; None lets the request's kind and size
+            decide.
+        deadline: when the answer becomes worthless, in seconds of the monotonic clock; None for
+            never.
+        admitted: whether the request has been admitted; its later rows are then never refused.
+        counted: whether metrics count a failure; False if a failed request is retried in halves,
+            each of which is counted.
+        request_id: identifies the request to the caller and in the log.
+        trace: records waits and runs; None if the request is not traced.
+        scopes: the scopes that its token grants; None if no token is required.
     """
 
     client: str
@@ -43,15 +46,15 @@ class Caller:
     scopes: frozenset[str] | None = None
 
 
-# Each RPC is a task of its own, and what it starts inherits its caller.
+# Each RPC runs in its own task, and the tasks that it starts inherit its caller.
 _CALLER: ContextVar[Caller] = ContextVar("caller")
 
 
 def announce(caller: Caller) -> None:
-    """Makes it the caller of this task and of all that it starts from now on."""
+    """Sets the caller of the current task and of all tasks that it starts from now on."""
     _CALLER.set(caller)
 
 
 def current() -> Caller:
-    """The caller of this task; the process itself, always admitted, where there is none."""
+    """Returns the caller of the current task; if none is set, the process itself, admitted."""
     return _CALLER.get(None) or Caller("", admitted=True)

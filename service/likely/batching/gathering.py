@@ -1,46 +1,47 @@
-"""Whether a few rows wait for company before they run."""
+"""Decides whether a small batch waits for more rows before it runs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-LONGEST = 5e-3  # seconds that a request waits for others
-WORTH = 4.0  # times what a run costs whatever its rows: so long the next rows may let wait
+LONGEST = 5e-3  # seconds that a request waits for others, at most
+WORTH = 4.0  # a batch waits for the next request for at most this multiple of the fixed cost
 SMOOTHING = 0.1
-REMEMBERED = 0.1  # seconds in which somebody who was not alone is expected again
+REMEMBERED = 0.1  # seconds during which a request that found others makes batches wait
 
 
 class Gathering:
-    """How closely rows have followed one another of late, and so whether a small batch waits.
+    """Tracks how closely requests follow one another, and so whether a small batch waits.
 
-    A run costs something whatever its rows. Where that is much beside them, and rows come so
-    fast that runs of single ones would keep a lane busy with it, it is worth a wait. A lone
-    caller finds nobody waiting and nothing running, however fast it comes: it never waits.
+    A run has a fixed cost, whatever its number of rows. Waiting pays off if that cost is high
+    beside the cost of the rows, and if requests arrive so fast that runs of single rows would keep
+    a lane busy with it. A lone caller never waits: however fast its requests come, they find no
+    other request waiting or running.
     """
 
     def __init__(
         self, grain: int, fixed: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Nothing has come yet.
+        """Starts with no arrivals.
 
         Args:
-            grain: so many rows wait for no others.
-            fixed: seconds that a run costs whatever its rows.
-            clock: seconds that only grow.
+            grain: number of rows from which on a batch does not wait.
+            fixed: fixed cost of a run, in seconds.
+            clock: returns monotonic time in seconds.
         """
         self._grain = grain
         self._lull = min(WORTH * fixed, LONGEST)
         self._clock = clock
-        self._gap = LONGEST  # seconds between two that come, smoothed
+        self._gap = LONGEST  # seconds between two arrivals, smoothed
         self._last = clock() - LONGEST
-        self._met = self._last - REMEMBERED  # when somebody last found others there
+        self._met = self._last - REMEMBERED  # when an arrival last found others waiting or running
 
     def came(self, *, alone: bool) -> None:
-        """Someone has come.
+        """Notes an arrival.
 
         Args:
-            alone: whether nothing waits or runs but what came now.
+            alone: whether no other request waits or runs.
         """
         now = self._clock()
         self._gap += (min(now - self._last, LONGEST) - self._gap) * SMOOTHING
@@ -49,11 +50,11 @@ class Gathering:
             self._met = now
 
     def wait(self, rows: int, since: float) -> float:
-        """Seconds until these rows shall run, if nobody comes until then; 0 for now.
+        """Returns the seconds until the waiting rows run if no request arrives; 0 for at once.
 
         Args:
-            rows: that wait.
-            since: when the first of those that wait came, by the clock.
+            rows: number of rows that wait.
+            since: arrival of the first waiting request, by the clock.
         """
         if rows >= self._grain or self._gap > self._lull or self._last - self._met > REMEMBERED:
             return 0.0

@@ -1,11 +1,11 @@
-"""Runs graphs side by side: rows in, rows out, merged with those of other requests.
+"""Lanes: worker threads that run the graphs of one bundle on batches of queued requests.
 
-Requests wait in a queue for each graph. As soon as a lane, a thread of its own, is
-free, it takes a batch of what waits: an idle server answers at once, and a busy one
-merges what has come meanwhile. Where enough waits, a batch is made ready for a busy
-lane, which takes it as it ends, without a way to the event loop and back. All else
-happens on the event loop but the runs; and those too, where they are shorter than the
-way to a lane. A batch that is all there is may run on all cores.
+Every graph has one queue. As soon as a lane is free, it takes a batch of what is
+queued, so an idle server answers at once, and a busy one merges the requests that
+arrived in the meantime. If enough rows are queued, a batch is prepared for a busy
+lane, which takes it as soon as its run ends, without a detour over the event loop.
+Everything but the runs happens on the event loop. A batch that is the only work also
+runs there if that takes about a millisecond or less; otherwise it may run on all cores.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from likely.errors import (
 )
 from likely.graphs import Array
 
-BULK_ROWS = 64  # a request of so many rows yields to smaller ones
-SOON = 1e-3  # seconds of a run that a few rows rather wait for than wake another lane
-PASSES = 7  # batches that may go before waiting bulk: so it gets an eighth, at least
+BULK_ROWS = 64  # a request with this many rows or more is bulk
+SOON = 1e-3  # a few rows wait for a run of at most this many seconds rather than wake a lane
+PASSES = 7  # interactive batches that may pass waiting bulk, which thus gets at least an eighth
 _DRAWING = (Role.SAMPLE, Role.GENERATE)
 
 Ready: TypeAlias = "deque[tuple[Role, Batch]]"
@@ -46,13 +46,14 @@ Ready: TypeAlias = "deque[tuple[Role, Batch]]"
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Rows for a graph.
+    """Rows to run through a graph.
 
     Attributes:
-        role: of the graph.
-        rows: how many.
-        feed: the graph's inputs for rows [start, stop); called in a lane, where work is cheap.
-        outputs: names of those that the answer shall have.
+        role: role of the graph.
+        rows: number of rows.
+        feed: returns the graph's inputs for rows [start, stop). It is called in a lane, so that
+            it does not delay the event loop.
+        outputs: names of the requested outputs.
     """
 
     role: Role
@@ -64,11 +65,12 @@ class Ask:
 class Lanes:
     """The opened graphs of one bundle, their queues, and the threads that run them.
 
-    Beside the lanes proper there is one that only interactive requests may take, and
-    only where none of theirs runs: so a long bulk run holds nobody up, and no core idles.
+    Beside the configured lanes there is an express lane. It serves interactive requests
+    only, and only while all other lanes run bulk batches. Bulk may thus occupy every
+    lane, so that no core is idle, without delaying interactive requests.
 
     Attributes:
-        providers: what really runs the graphs, as their sessions report.
+        providers: the execution providers that really run the graphs, as their sessions report.
     """
 
     def __init__(
@@ -81,15 +83,15 @@ class Lanes:
         bounds: Bounds | None = None,
         traffic: Traffic | None = None,
     ) -> None:
-        """Lanes over opened graphs.
+        """Creates the queues and threads for opened graphs.
 
         Args:
-            name: of the model, for threads, metrics and messages.
-            runners: one for each graph of the bundle.
-            lanes: runs at once.
+            name: name of the model, for threads, metrics and messages.
+            runners: one runner for each graph of the bundle.
+            lanes: number of concurrent runs, without the express lane.
             best: how each graph runs best.
-            bounds: how much may wait for each graph.
-            traffic: is told of queues and batches.
+            bounds: limits of each graph's queue.
+            traffic: metrics of queues and batches.
         """
         self.providers = next(iter(runners.values())).providers
         self._name = name
@@ -102,11 +104,13 @@ class Lanes:
         self._threads = ThreadPoolExecutor(lanes + 1, thread_name_prefix=f"lane-{name}")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: dict[Batch, Role] = {}
-        self._ready: Ready = deque()  # for lanes to take as they end, all of one priority
-        self._hurried = False  # interactive rows wait: no lane takes bulk by itself
-        self._passed = 0  # interactive batches that went before bulk that waits or is ready
-        self._woken = False
-        self._alarm: asyncio.TimerHandle | None = None  # when those wake that wait for others
+        # Prepared batches, all of one priority, which lanes take when their runs end.
+        self._ready: Ready = deque()
+        self._hurried = False  # interactive rows wait, so no lane takes bulk by itself
+        self._passed = 0  # interactive batches that passed waiting or prepared bulk
+        self._woken = False  # whether `_wake` has been scheduled
+        # Wakes the lanes when rows have waited long enough for others.
+        self._alarm: asyncio.TimerHandle | None = None
         self._closed = False
 
     def __contains__(self, role: Role) -> bool:
@@ -114,42 +118,45 @@ class Lanes:
 
     @property
     def ready(self) -> int:
-        """Rows of batches that are ready for lanes to take."""
+        """Number of rows in prepared batches."""
         return sum(batch.rows for _, batch in tuple(self._ready))
 
     def graph(self, role: Role) -> Graph:
-        """What the manifest says of the graph of that role.
+        """Returns the manifest's description of the graph with that role.
 
         Raises:
-            NotAnswered: the bundle has none.
+            NotAnswered: the bundle has no such graph.
         """
         return self._batcher(role).runner.spec
 
     async def run(
         self, role: Role, feeds: Mapping[str, Array], outputs: Sequence[str]
     ) -> dict[str, Array]:
-        """The graph's outputs of these names over all rows of the feeds.
+        """Returns the named outputs of a graph over all rows of the feeds.
 
         Raises:
             NotAnswered: the bundle has no such graph.
-            Overloaded: there is no room to wait, or no memory to run.
-            Unavailable: the queue broke, or is closed.
+            Overloaded: the queue is full, the answer would probably come after the deadline, or
+                there is no memory for the run.
+            DeadlineExceeded: the request could no longer be answered in time, so it was not run.
+            Unavailable: the queue failed, or is closed.
         """
         rows = len(next(iter(feeds.values())))
         return (await self.run_all(Ask(role, rows, rows_of(feeds), tuple(outputs))))[0]
 
     async def run_all(self, *asks: Ask) -> list[dict[str, Array]]:
-        """The outputs of each ask; as soon as one fails, the others are given up.
+        """Returns the outputs of each ask; as soon as one ask fails, the others are abandoned.
 
         Raises:
             As `run`.
         """
         members, found = self._admitted(asks), []
-        for before, member in pairwise(members):  # they are awaited in order
+        # Futures are awaited in order, so each failure is passed on to the ask before it.
+        for before, member in pairwise(members):
             member.future.add_done_callback(before.fail_with)
         try:
             for member in members:
-                found.append(await member.future)  # noqa: PERF401  that would be a coroutine more
+                found.append(await member.future)  # noqa: PERF401  saves a coroutine
             return found
         except BaseException as error:
             if members[0].counted and isinstance(error.__cause__, OutOfMemory):
@@ -164,7 +171,7 @@ class Lanes:
             raise
 
     def close(self) -> None:
-        """Refuses what waits, lets running graphs end and frees the threads."""
+        """Refuses everything that waits, lets running batches end, and frees the threads."""
         self._closed = True
         if self._loop and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._refuse, f"model {self._name} is being closed")
@@ -176,7 +183,7 @@ class Lanes:
         return self._batchers[role]
 
     def _admitted(self, asks: Sequence[Ask]) -> list[Member]:
-        """The asks as members that wait for their turn."""
+        """Admits the asks, and returns them as queued members."""
         if self._closed:
             raise Unavailable(f"model {self._name} is being closed")
         loop, caller = self._adopted(), callers.current()
@@ -185,7 +192,7 @@ class Lanes:
             (ask.role, member) for ask, member in zip(asks, members, strict=True) if ask.rows
         ]
         if not caller.admitted:
-            # Nobody gives way for a request that another graph has no room for.
+            # All graphs are checked before anybody is refused in favour of this request.
             greedier = [
                 self._batchers[role].check(member, self._wait, self._count)
                 for role, member in waiting
@@ -198,7 +205,7 @@ class Lanes:
             self._batchers[role].add(member)
             self._hurried |= member.priority is Priority.INTERACTIVE
         if waiting and not self._woken:
-            # What else is ready in this turn of the loop comes along in the same batch.
+            # Whatever else is queued in this turn of the event loop joins the same batch.
             self._woken = True
             loop.call_soon(self._wake)
         return members
@@ -226,7 +233,7 @@ class Lanes:
         return member
 
     def _adopted(self) -> asyncio.AbstractEventLoop:
-        """The running loop; what an earlier one left behind is forgotten."""
+        """Returns the running event loop; if it is a new one, forgets what the last one left."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop = loop
@@ -235,12 +242,12 @@ class Lanes:
             for batch, role in self._running.items():
                 self._batchers[role].ended(batch)
             self._running.clear()
-            self._ready = deque()  # runs of the earlier loop keep theirs
+            self._ready = deque()  # lanes started by the earlier loop keep their own deque
             self._woken, self._alarm = False, None
         return loop
 
     def _wait(self, priority: Priority) -> float:
-        """Seconds until the lanes have done what goes before a newcomer."""
+        """Estimated seconds until the lanes have finished what goes before a newcomer."""
         seconds = 0.0
         for batcher in self._batchers.values():
             if batcher.rows:
@@ -250,16 +257,16 @@ class Lanes:
         return seconds / self._count
 
     def _abandon(self, member: Member, role: Role) -> None:
-        """Frees the place of a member that nobody waits for, and ends a run that is its alone."""
+        """Dequeues a member that nobody waits for, and stops runs that contain no other."""
         if member.future.done() and not member.future.cancelled():
-            member.future.exception()  # seen: the loop need not complain that nobody looked
+            member.future.exception()  # marks it retrieved, so that the loop does not log it
         member.future.cancel()
         self._batchers[role].remove(member)
         self._batchers[role].tell()
         member.leave()
 
     def _wake(self) -> None:
-        """Gives free lanes what waits for them, and makes ready what busy ones shall take next."""
+        """Starts batches in free lanes, and prepares batches for busy ones."""
         self._woken, started = False, None
         try:
             while started := self._next(self._count - len(self._running)):
@@ -274,7 +281,7 @@ class Lanes:
             self._restart(error, started and started[1])
 
     def _start(self, role: Role, batch: Batch) -> None:
-        """Runs a batch in a lane, or here."""
+        """Runs a batch in a lane or, if it is short, here on the event loop."""
         self._began(role, batch)
         if self._is_short(role, batch):
             self._ended(batch, *batch.timed())
@@ -285,7 +292,7 @@ class Lanes:
                 batch.widen(wide)
         try:
             self._threads.submit(self._work, batch, self._ready, asyncio.get_running_loop())
-        except RuntimeError:  # the threads are freed already
+        except RuntimeError:  # the threads have been freed already
             closed = Unavailable(f"model {self._name} is being closed")
             self._ended(batch, [(span, closed) for span in batch.spans], 0.0)
 
@@ -296,8 +303,8 @@ class Lanes:
             self._passed = 0
 
     def _next(self, free: int) -> tuple[Role, Batch] | None:
-        """The batch whose turn it is, if one of so many free lanes, or the express, is for it."""
-        # What is ready has had its turn; but bulk lets those in a hurry go before.
+        """The batch to start next, if one of `free` lanes or the express lane may run it."""
+        # Prepared batches have had their turn, but bulk ones let interactive requests pass.
         if free > 0 and (ready := _taken(self._ready, Priority.INTERACTIVE)):
             return ready
         order = (Priority.BULK, Priority.INTERACTIVE)
@@ -315,10 +322,12 @@ class Lanes:
         return None
 
     def _next_ready(self) -> tuple[Role, Batch] | None:
-        """The batch whose turn it is, where it is a lane's share and all lanes run its like.
+        """The batch to prepare next; None if no batch should be prepared.
 
-        So nobody in a hurry is kept for the end of a long run; and as soon as one waits,
-        what is ready of bulk waits as well.
+        A batch is prepared if it is its turn, if enough rows wait for a lane's share, and
+        if all lanes run batches of its priority. Prepared batches thus never make an
+        interactive request wait for the end of a long run. As soon as an interactive
+        request is queued, lanes stop taking prepared bulk batches by themselves.
         """
         hurried = self._waits(Priority.INTERACTIVE)
         priority = Priority.INTERACTIVE if hurried else Priority.BULK
@@ -339,7 +348,7 @@ class Lanes:
         return any(batcher.waiting(priority) for batcher in self._batchers.values())
 
     def _turned(self, role: Role, priority: Priority) -> None:
-        """Lets other graphs, and bulk, have their turns after a batch."""
+        """Gives other graphs, and bulk, their turns after a batch of this graph."""
         self._batchers[role] = self._batchers.pop(role)
         if priority is Priority.INTERACTIVE:
             passed = self._waits(Priority.BULK) or self._bulk_is_ready()
@@ -351,14 +360,14 @@ class Lanes:
         )
 
     def _is_worth_a_lane(self, role: Role, priority: Priority) -> bool:
-        """Whether what waits is enough for a lane, or would wait long for one that is at it."""
+        """Whether the waiting rows are enough for a lane, or no short run will soon free one."""
         batcher = self._batchers[role]
         return batcher.waiting(priority) >= batcher.grain or not any(
             of is role and batch.rows * batcher.pace <= SOON for batch, of in self._running.items()
         )
 
     def _gathers(self, role: Role, priority: Priority) -> bool:
-        """Whether what waits shall wait for others; if so, the lanes are woken in time."""
+        """Whether the waiting rows should wait for more; if so, sets a timer to wake the lanes."""
         seconds = self._batchers[role].wait(priority)
         if not seconds:
             return False
@@ -376,16 +385,16 @@ class Lanes:
         )
 
     def _is_short(self, role: Role, batch: Batch) -> bool:
-        """Whether a batch is all there is, and done sooner than a lane would be."""
+        """Whether a batch is short, no other batch runs, and no more rows of its graph wait."""
         batcher = self._batchers[role]
         return batch.rows <= batcher.at_once and len(self._running) == 1 and not batcher.rows
 
     def _is_alone(self) -> bool:
-        """Whether the one batch that runs is all there is."""
+        """Whether one batch runs and nothing else waits or runs."""
         return len(self._running) == 1 and not any(b.rows for b in self._batchers.values())
 
     def _work(self, batch: Batch, ready: Ready, loop: asyncio.AbstractEventLoop) -> None:
-        """Runs a batch, and what was made ready meanwhile; in a lane."""
+        """Runs a batch in a lane, then prepared batches as long as there are any."""
         while True:
             outcomes, seconds = batch.timed()
             following = _taken(ready, *([Priority.INTERACTIVE] if self._hurried else Priority))
@@ -394,7 +403,7 @@ class Lanes:
             except RuntimeError:
                 if not loop.is_closed():
                     raise
-                return  # nobody waits any more
+                return  # the loop is closed, so nobody waits for the answers
             if following is None:
                 return
             _, batch = following
@@ -406,7 +415,14 @@ class Lanes:
         seconds: float,
         following: tuple[Role, Batch] | None,
     ) -> None:
-        """Hands the answers out, and the lane on where it has not taken the next batch itself."""
+        """Delivers the answers of a run, and finds work for the lane if it has taken none itself.
+
+        Args:
+            batch: the batch that ran.
+            outcomes: the outcome of each span.
+            seconds: duration of the run.
+            following: the prepared batch that the lane took next, if any.
+        """
         try:
             if following:
                 self._began(*following)
@@ -420,12 +436,12 @@ class Lanes:
     ) -> None:
         role = self._running.pop(batch, None)
         if role is None:
-            return  # of an earlier loop
+            return  # the batch belongs to an earlier loop
         self._batchers[role].ended(batch)
         try:
             failed = any(isinstance(outcome, Exception) for _, outcome in outcomes)
             if not failed:
-                # Who left before the run cost nothing, and teaches nothing.
+                # Rows of members that left before the run were not computed.
                 ran = sum(stop - start for (_, start, stop), _ in outcomes)
                 if batch.alone:
                     self._batchers[role].width.ran(ran, seconds, batch.wide)
@@ -443,7 +459,7 @@ class Lanes:
             self._restart(error, batch)
 
     def _failed(self, member: Member, role: Role, error: Exception) -> None:
-        """Counts a failed run, and gives up what else its member has waiting or running."""
+        """Counts a failed run, and abandons the member's other rows, waiting or running."""
         if member.counted:
             reason = type(error).__name__ if isinstance(error, LikelyError) else "raised"
             self._traffic.failures.labels(self._name, reason).inc()
@@ -451,19 +467,22 @@ class Lanes:
         member.leave()
 
     def _restart(self, error: Exception, batch: Batch | None = None) -> None:
-        """Begins the queues anew after a fault of their own: what waits fails at once.
+        """Restarts the queues after an internal error; everything that waits fails at once.
 
-        So do the members of the batch that met with it, which is not counted as running any more.
+        Args:
+            error: the internal error.
+            batch: the batch that was being handled, if any. Its members fail as well, and it no
+                longer counts as running.
         """
         self._traffic.restarts.labels(self._name).inc()
         if batch and (role := self._running.pop(batch, None)):
             self._batchers[role].ended(batch)
-        context = {"message": f"the queue of model {self._name} broke", "exception": error}
+        context = {"message": f"the queue of model {self._name} failed", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
         for member, _, _ in batch.spans if batch else ():
             if not member.dead:
-                member.future.set_exception(Unavailable("the queue broke and was begun anew"))
-        self._refuse("the queue broke and was begun anew")
+                member.future.set_exception(Unavailable("the queue failed and was restarted"))
+        self._refuse("the queue failed and was restarted")
 
     def _refuse(self, why: str) -> None:
         while ready := _taken(self._ready, *Priority):
@@ -479,7 +498,10 @@ class Lanes:
 
 
 def _taken(ready: Ready, *priorities: Priority) -> tuple[Role, Batch] | None:
-    """The batch that was made ready first, if of such a priority; called in lanes, too."""
+    """Takes the batch that was prepared first, if it has one of the priorities; else None.
+
+    Also called in lanes.
+    """
     try:
         first = ready.popleft()
     except IndexError:

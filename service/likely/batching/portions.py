@@ -1,4 +1,4 @@
-"""Runs of few rows one after another, or of one size, whatever is asked for."""
+"""Runs a graph in portions: a large batch as several small runs, or all runs at one size."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from likely.graphs import Array, Stop, filled, rows
 
 
 class Portions:
-    """Runs a graph on so many rows at most: more are divided, and fewer filled up where asked.
+    """Runs a graph on a limited number of rows at a time.
 
-    What a run of few rows works on stays in a core's own cache, where that of a whole batch does
-    not. And a runtime chooses its kernels, and with them the order in which they add, by the size
-    of a run: where that is always the same, a row's bits do not depend on how many came with it.
+    Larger inputs are divided into several runs, one after another. The working set of a small run
+    fits a core's own cache, where that of a whole batch may not.
+
+    Optionally, smaller runs are padded, so that all runs have the same size. A runtime chooses its
+    kernels, and with them the order of additions, by the size of a run. If that size never changes,
+    the bits of a row's outputs do not depend on how many rows are computed with it.
 
     Attributes:
-        spec: what the manifest says of the graph.
-        providers: what really runs it.
+        spec: the manifest's description of the graph.
+        providers: the execution providers that really run the graph.
     """
 
     def __init__(self, runner: Runner, size: int, *, fill: bool = False) -> None:
-        """The same graph in runs of that size.
+        """Wraps a runner.
 
         Args:
             runner: runs the graph.
-            size: rows of a run, at most.
-            fill: whether runs of fewer are filled up to it.
+            size: maximum number of rows per run.
+            fill: whether to pad smaller runs to `size` rows.
         """
         self.spec = runner.spec
         self.providers = runner.providers
@@ -39,7 +42,7 @@ class Portions:
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
     ) -> list[Array]:
-        """The outputs of that name."""
+        """Returns the named outputs, each over all rows of the feeds."""
         parts = [
             self._run(
                 {name: feed[at : at + self._size] for name, feed in feeds.items()}, outputs, stop
@@ -53,13 +56,13 @@ class Portions:
         return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
-        """The outputs of no rows."""
+        """Returns the named outputs for zero rows."""
         return self._runner.empty(outputs)
 
     def _run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None
     ) -> list[Array]:
-        """One run."""
+        """Runs at most `size` rows, padded if asked for; the padding's outputs are cut off."""
         if not self._fill:
             return self._runner.run(feeds, outputs, stop)
         found = self._runner.run(filled(feeds, self._size), outputs, stop)

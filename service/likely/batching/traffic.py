@@ -1,31 +1,34 @@
-"""What Prometheus is told of queues and batches, beside the requests they come from."""
+"""Prometheus metrics of queues and batches; those of requests are defined elsewhere."""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-SHED = ("deadline", "memory", "queue", "quota", "share")  # why requests are refused for now
-FAILED = ("ServerFault", "raised")  # why runs fail by the server's fault, of the usual reasons
+SHED = ("deadline", "memory", "queue", "quota", "share")  # reasons for refusing a request for now
+FAILED = ("ServerFault", "raised")  # the usual reasons why a run fails through the server's fault
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Traffic:
-    """Counters of all models of one server.
+    """The queue and batch metrics of all models of one server.
 
-    Labels are bounded: models are those served, graphs and reasons those of the code.
+    Label values are bounded: models are those served, graphs and reasons those in the code.
 
     Attributes:
-        waiting: rows in queues, by model and graph.
-        running: batches in lanes, by model and graph.
-        batches: rows of each batch, by model and graph.
-        waits: seconds in the queue of each request's first rows, by model and graph.
-        shed: requests refused for want of room, memory or quota, by model and reason.
-        dropped: requests whose caller was gone before the answer, by model and stage.
-        failures: runs that failed, by model and reason.
-        restarts: times that a queue broke and was begun anew, by model.
-        withheld: answers that were not finite and stayed here, by model.
-        unhealthy: versions that answer no more because too many were withheld, by model.
+        waiting: gauge of rows in queues, by model and graph.
+        running: gauge of batches running in lanes, by model and graph.
+        batches: histogram of rows per batch, by model and graph.
+        waits: histogram of the seconds that a request's first rows spent in the queue, by model
+            and graph.
+        shed: counter of requests refused for now (the reasons are in `SHED`), by model and reason.
+        dropped: counter of requests whose caller did not wait for the answer, by model and stage
+            ("queue" or "run").
+        failures: counter of failed runs, by model and reason.
+        restarts: counter of queues that failed and were restarted, by model.
+        withheld: counter of answers withheld because they were not finite, by model.
+        unhealthy: gauge of versions that no longer answer because too many answers were withheld,
+            by model.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -57,7 +60,7 @@ class Traffic:
         )
         self.restarts = Counter(
             "likely_queue_restarts",
-            "Queues that broke and were begun anew.",
+            "Queues that failed and were restarted.",
             ("model",),
             registry=into,
         )
@@ -66,12 +69,12 @@ class Traffic:
         )
         self.unhealthy = _gauge(
             "likely_unhealthy_versions",
-            "Versions that answer no more, too many of their answers being withheld; by worker.",
+            "Versions that no longer answer because too many answers were withheld; per worker.",
             ("model",),
             into,
         )
 
 
 def _gauge(name: str, text: str, labels: tuple[str, ...], into: CollectorRegistry) -> Gauge:
-    # Of several workers, what counts is the sum over those that live.
+    # With several workers, the metric is the sum over the live ones.
     return Gauge(name, text, labels, registry=into, multiprocess_mode="livesum")

@@ -1,4 +1,4 @@
-"""What suits this model on this machine: found by running it, not guessed."""
+"""Measures which batch size, run size and number of lanes suit a graph on this machine."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from likely.batching.batches import Runner
 from likely.errors import OutOfMemory
 from likely.graphs import CPU, Array
 
-HOP = 1e-4  # seconds that a batch costs beside its run: to a lane and back, apart and together
-BETWEEN = 2e-3  # seconds that are lost from batch to batch while all cores are busy
-AT_ONCE = 1e-3  # seconds that a run may hold the event loop up
-SLOWER = 1.05  # than the fastest, a run of more rows may be: each of them costs beside its rows
-NEAR = 1.05  # a small batch this near to the fastest one is better: it holds up less
-FEWER = 1.1  # lanes are fewer than cores only where that is faster by so much
-SPARE = 0.25  # of what its rows cost, a run may cost whatever its rows
-SOONER = 1.25  # times as soon, a row's run on all cores is worth them
-TURNS = 8  # in which both are tried, at most
+HOP = 1e-4  # seconds per batch beside its run: thread hop, joining the inputs, dividing the outputs
+BETWEEN = 2e-3  # seconds lost between two batches while all cores are busy
+AT_ONCE = 1e-3  # seconds for which a run may block the event loop
+SLOWER = 1.05  # a larger run may cost this much more per row than the fastest, as each run costs
+NEAR = 1.05  # a smaller batch this close to the fastest is preferred, as it delays others less
+FEWER = 1.1  # fewer lanes than cores are used only if they are faster by this factor
+SPARE = 0.25  # a run is worthwhile if its fixed cost is at most this fraction of its rows' cost
+SOONER = 1.25  # all cores are used for a lone row if they are faster than one by this factor
+TURNS = 8  # rounds in which one core and all cores are compared, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,13 @@ class Best:
     """How a graph runs best.
 
     Attributes:
-        rows: of a batch, at most.
-        grain: the fewest rows that are worth a run of their own while others come or run.
-        pace: seconds a row, in a full batch.
-        at_once: the most rows that are run where they came, on the event loop: the way to a
-            lane and back would take longer.
-        fixed: seconds that a run costs whatever its rows.
-        run: rows of each run, where a batch is sooner done in several; 0 where in one.
-        wide: runs what has all lanes to itself, on all cores; None where that is not sooner.
+        rows: maximum number of rows per batch.
+        grain: minimum number of rows that are worth a run of their own while others arrive or run.
+        pace: seconds per row in a full batch; 0 if not measured.
+        at_once: maximum number of rows that run on the event loop instead of in a lane.
+        fixed: seconds that a run costs whatever its number of rows.
+        run: rows per run, if a batch is faster in several runs; 0 for one run per batch.
+        wide: runner on all cores for lone batches; None if that is not faster.
     """
 
     rows: int
@@ -49,7 +48,7 @@ class Best:
     wide: Runner | None = None
 
     def told(self) -> dict[str, object]:
-        """What a log says of it."""
+        """Returns the fields that describe it in a log."""
         pace = float(f"{1000 * self.pace:.3g}")
         return {
             "rows": self.rows,
@@ -69,23 +68,25 @@ def batch(
     seconds: float,
     growth: float | None = None,
 ) -> Best:
-    """The batch size that gives most rows a second, or a smaller one that is near; in which runs.
+    """Finds the batch size with the most rows per second, or a smaller one that is close.
+
+    Also finds the size of the runs into which a batch is divided.
 
     Args:
-        runner: what runs the graph.
+        runner: runs the graph.
         sample: inputs of at least one row.
-        outputs: what is asked for.
-        most: the largest size that is tried.
-        step: each size is so many times the one before.
-        seconds: to spend on timed runs; the one in hand is finished, and a size too slow, or
-            too large for the memory there is, ends the search.
-        growth: how many times as long the next size is expected to take; `step` by default.
+        outputs: names of the outputs to compute.
+        most: the largest size to try.
+        step: ratio of two successive sizes.
+        seconds: time to spend on timed runs. A run in progress is finished. A size that is too
+            slow, or too large for the memory, ends the search.
+        growth: expected ratio of the times of two successive sizes; `step` by default.
 
     Raises:
         OutOfMemory: there is no memory for a single row.
     """
     on_card = runner.providers[0] != CPU
-    # A run on the processor is its thread's own: what others take of the core is not counted.
+    # On CPUs, the time of the thread is measured, so that other processes on the core do not count.
     clock = time.perf_counter if on_card else time.thread_time
     end = clock() + seconds
     took: dict[int, float] = {}
@@ -93,7 +94,7 @@ def batch(
     while True:
         try:
             if on_card or size == 1:
-                # What is built once is no row's: at the first run, and on a card for each size.
+                # Excludes one-time setup: at the first run, and on a card for each size.
                 end += _timed(runner, sample, outputs, size, clock)
             took[size] = _timed(runner, sample, outputs, size, clock)
         except OutOfMemory:
@@ -103,13 +104,14 @@ def batch(
         if size == most or clock() + (growth or step) * took[size] > end:
             break
         size = min(size * step, most)
-    # A core's times are disturbed, and the first of a size grows memory: the fastest counts, of
-    # all sizes or of none, as a size that was run again looks quicker beside the others.
+    # Times on CPUs are noisy, and the first run of a size allocates memory, so the fastest of
+    # several counts. All sizes are run again or none, as a size that was run more often looks
+    # faster than the others.
     while not on_card and clock() + sum(took.values()) < end:
         for size in took:
             took[size] = min(took[size], _timed(runner, sample, outputs, size, clock))
     run = max(took) if on_card else _quickest(took)
-    if not on_card:  # in runs of that size, whatever more is asked for takes as long a row
+    if not on_card:  # larger batches are divided into runs of that size, at the same time per row
         sizes = (step**i for i in range(most.bit_length()))
         took |= {size: size / run * took[run] for size in sizes if run < size <= most}
     costs = {size: (spent + BETWEEN) / size for size, spent in took.items()}
@@ -131,15 +133,17 @@ def lanes(
     most: int,
     seconds: float,
 ) -> int:
-    """How many runs at once give most rows a second: `most`, unless fewer are clearly better.
+    """Finds the number of concurrent runs with the most rows per second.
+
+    The result is `most`, unless a smaller number is clearly faster.
 
     Args:
-        runner: what runs the graph.
+        runner: runs the graph.
         sample: inputs of at least one row.
-        outputs: what is asked for.
-        rows: of each run.
-        most: cores that there are.
-        seconds: to spend, about.
+        outputs: names of the outputs to compute.
+        rows: rows per run.
+        most: number of cores.
+        seconds: approximate time to spend.
     """
     candidates = sorted({most, *(1 << i for i in range(most.bit_length()) if 1 << i < most)})
     if len(candidates) == 1:
@@ -155,7 +159,7 @@ def lanes(
                 runs += 1
             return runs
 
-        for _ in range(2):  # twice, in turns: a disturbance then hits one round only
+        for _ in range(2):  # in two rounds, so that a disturbance affects only one of them
             for n in candidates:
                 began = time.perf_counter()
                 runs = sum(pool.map(count, [began + share] * n))
@@ -171,18 +175,18 @@ def is_sooner(
     *,
     seconds: float,
 ) -> bool:
-    """Whether one row's run on all cores is clearly sooner done than that on one.
+    """Whether a run of one row on all cores is clearly faster than on one core.
 
     Args:
         wide: runs the graph on all cores.
-        narrow: runs it on one.
+        narrow: runs it on one core.
         sample: inputs of at least one row.
-        outputs: what is asked for.
-        seconds: to spend, about.
+        outputs: names of the outputs to compute.
+        seconds: approximate time to spend.
     """
     took, end = {wide: math.inf, narrow: math.inf}, time.perf_counter() + seconds
     for runner in took:
-        _timed(runner, sample, outputs, 1, time.perf_counter)  # what is built once is no row's
+        _timed(runner, sample, outputs, 1, time.perf_counter)  # excludes one-time setup
     sooner = False
     for turn in range(1, TURNS + 1):
         for runner in took:
@@ -195,7 +199,7 @@ def is_sooner(
 
 
 def _quickest(took: Mapping[int, float]) -> int:
-    """The size of run that takes least a row, or a larger one that is near."""
+    """The run size that takes the least time per row, or a larger one that is close."""
     least = min(spent / size for size, spent in took.items())
     return max(size for size, spent in took.items() if spent / size <= SLOWER * least)
 
@@ -214,7 +218,7 @@ def _timed(
 
 
 def _repeated(sample: Mapping[str, Array], size: int) -> dict[str, Array]:
-    """The sample's rows over and over, so many of them."""
+    """The sample's rows, repeated up to `size` rows."""
     return {
         name: np.take(rows, np.arange(size) % len(rows), axis=0) for name, rows in sample.items()
     }

@@ -1,4 +1,4 @@
-"""Whose rows are next: clients take turns, a few rows each, whatever each has waiting."""
+"""A fair queue: clients take turns, a few rows each, however much each has queued."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Generic, TypeVar
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """Rows of one request that wait.
+    """The rows of one request in a queue.
 
     Attributes:
-        client: whose they are.
-        rows: how many rows the request has.
-        row_bytes: of each row.
-        taken: how many of them wait no more; they are taken in order.
+        client: the client that sent the request.
+        rows: number of rows of the request.
+        row_bytes: bytes per row.
+        taken: number of rows already taken from the queue; rows are taken in order.
     """
 
     client: str
@@ -26,7 +26,7 @@ class Waiting:
 
     @property
     def left(self) -> int:
-        """How many rows wait."""
+        """Number of rows that still wait."""
         return self.rows - self.taken
 
 
@@ -34,29 +34,30 @@ W = TypeVar("W", bound=Waiting)
 
 
 class Turns(Generic[W]):
-    """A queue that is fair between clients and first come, first served for each of them.
+    """A queue that is fair between clients, and first come, first served within each client.
 
-    A batch's room is divided evenly among the clients that wait; what they leave
-    over goes round again, and the next batch goes on where this one stopped. As rows
-    are divisible, that is deficit round robin (Shreedhar and Varghese, 1995) without
-    deficits: two clients that both always wait differ by less than a batch.
+    The room in a batch is divided evenly among the waiting clients. What they leave
+    unused is offered to them again, and the next batch continues with the client after
+    the last one served. Because requests can be divided by rows, this is deficit round
+    robin (Shreedhar and Varghese, 1995) without deficits: two clients that always have
+    rows queued differ by less than a batch.
 
     Attributes:
-        rows: how many wait.
-        nbytes: of these.
+        rows: number of waiting rows.
+        nbytes: bytes of these rows.
     """
 
     def __init__(self) -> None:
         self.rows = 0
         self.nbytes = 0
-        self._lines: dict[str, deque[W]] = {}  # in the order of their turns
+        self._lines: dict[str, deque[W]] = {}  # by client, in the order of their turns
         self._held: dict[str, int] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
 
     def add(self, member: W) -> None:
-        """Lets a member wait behind its client's others."""
+        """Appends a member to its client's line."""
         line = self._lines.get(member.client)
         if line is None:
             line = self._lines[member.client] = deque()
@@ -64,7 +65,7 @@ class Turns(Generic[W]):
         self._count(member, member.left)
 
     def remove(self, member: W) -> None:
-        """Takes back what waits of a member, if anything does."""
+        """Removes the waiting rows of a member, if it has any."""
         line = self._lines.get(member.client)
         if not line or not member.left or member not in line:
             return
@@ -74,9 +75,9 @@ class Turns(Generic[W]):
         self._count(member, -member.left)
 
     def take(self, most: int) -> list[tuple[W, int, int]]:
-        """At most so many rows to run together: members, each with its first row and past its last.
+        """Takes at most `most` rows to run together: members, with their rows [start, stop).
 
-        A member is there once at most, with rows that follow each other.
+        A member occurs at most once, and its rows are consecutive.
         """
         spans: dict[W, tuple[int, int]] = {}
         while most and self._lines:
@@ -88,13 +89,14 @@ class Turns(Generic[W]):
         return [(member, *span) for member, span in spans.items()]
 
     def held(self, client: str) -> int:
-        """How many rows of that client wait."""
+        """Number of waiting rows of a client."""
         return self._held.get(client, 0)
 
     def above(self, most: int) -> Iterator[W]:
-        """The latest member of the client with most rows waiting, and so on without it.
+        """Yields the latest member of the client with most waiting rows, again and again.
 
-        It ends where nobody would have more than so many rows; all of them still wait.
+        Each time, the members already yielded are left out of the count. The iterator ends once no
+        client has more than `most` rows left. It removes nothing from the queue.
         """
         held, passed = dict(self._held), dict.fromkeys(self._held, 0)
         while held:
@@ -107,11 +109,11 @@ class Turns(Generic[W]):
             yield member
 
     def first(self) -> W:
-        """The member whose turn is next; there must be one."""
+        """The member whose turn is next; the queue must not be empty."""
         return next(iter(self._lines.values()))[0]
 
     def clear(self) -> list[W]:
-        """All members that waited; none waits any more."""
+        """Empties the queue and returns all members that waited."""
         members = [member for line in self._lines.values() for member in line]
         self.rows = self.nbytes = 0
         self._lines.clear()
@@ -119,7 +121,10 @@ class Turns(Generic[W]):
         return members
 
     def _turn(self, client: str, room: int, spans: dict[W, tuple[int, int]]) -> int:
-        """Takes up to `room` rows of a client, who is last in line from then on."""
+        """Takes up to `room` rows of a client and moves it to the end of the line.
+
+        Returns the number of rows taken, and adds them to `spans`.
+        """
         line, before = self._lines.pop(client), room
         while room and line:
             member = line[0]

@@ -1,38 +1,40 @@
-"""On how many cores what is all there is runs: one or all, whichever was sooner done of late."""
+"""Chooses whether a lone batch runs on one core or on all, by which was faster recently."""
 
 from __future__ import annotations
 
 from likely.batching.batches import Runner
 from likely.batching.tuning import Best
 
-FIRST, LAST = 16, 256  # batches from one try of the other way to the next
-CLEARLY = 0.9  # of what one way takes, the other one has to take at most to be better
+FIRST, LAST = 16, 256  # lone batches between two trials of the other way: at first, at most
+CLEARLY = 0.9  # a way is better only if it takes at most this fraction of the other way's time
 _SMOOTHING = 0.3
 
 
 class Width:
-    """What a graph's batches run by that have all lanes to themselves.
+    """Chooses between one core and all cores for a graph's lone batches.
 
-    The warm-up found all cores to be sooner done than one. But all of them wait for the slowest at
-    every node, and where neighbours take a core now and then, or a quota runs out, they are later.
-    So times are compared as they come, and now and then the other way is tried.
+    A lone batch is one that runs while nothing else of its version runs or waits. The warm-up found
+    all cores to be faster for it. But a run on all cores waits for the slowest core at every node,
+    so it is slower if other processes take a core now and then, or if a CPU quota runs out. The
+    times of lone batches are therefore compared continually, and the other way is tried from time
+    to time.
     """
 
     def __init__(self, best: Best) -> None:
-        """All cores, where the warm-up found them worth it.
+        """Starts with all cores, if the warm-up found them worthwhile.
 
         Args:
-            best: what the warm-up found.
+            best: result of the warm-up for this graph.
         """
         self._wide = best.wide
         self._fixed, self._pace = best.fixed, best.pace
         self._is_better = True
-        # Of each way, as a multiple of what the warm-up expects of one core.
+        # Time per way (True: all cores), as a multiple of the time expected of one core.
         self._takes = {True: 0.0, False: 1.0}
         self._every, self._left = FIRST, FIRST
 
     def choose(self) -> Runner | None:
-        """What takes all cores for the next such batch; None where one core is to do."""
+        """Returns the runner on all cores for the next lone batch, or None to use one core."""
         if self._wide is None:
             return None
         self._left -= 1
@@ -42,18 +44,24 @@ class Width:
         return None if self._is_better else self._wide
 
     def ran(self, rows: int, seconds: float, wide: bool) -> None:
-        """Learns from such a run of so many rows."""
+        """Learns from the run of a lone batch.
+
+        Args:
+            rows: number of rows that ran.
+            seconds: duration of the run.
+            wide: whether it ran on all cores.
+        """
         expected = self._fixed + rows * self._pace
         if self._wide is None or not rows or not expected:
             return
         takes = seconds / expected
         if wide is self._is_better:
             before = self._takes[wide] or takes
-            # One run may have stood still for a while, which is no reason to turn.
+            # A single run may have been stalled, which is no reason to switch.
             self._takes[wide] = before + (min(takes, 2 * before) - before) * _SMOOTHING
             if self._takes[not wide] <= CLEARLY * self._takes[wide]:
                 self._turn()
-        else:  # the last try is long ago
+        else:  # a trial; the one before is too old to average with
             self._takes[wide] = takes
             if takes <= CLEARLY * self._takes[not wide]:
                 self._turn()

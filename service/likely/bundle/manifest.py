@@ -52,6 +52,19 @@ class Role(StrEnum):
     DECODE = "decode"  # z[, noise][, y] -> mean[, deviation and a draw] of every pixel
 
 
+# The inputs that a graph of each role must take, further ones that it may take, and the outputs
+# that it must give; it may give more.
+_PORTS: Mapping[Role, tuple[set[str], set[str], set[str]]] = {
+    Role.DENSITY: ({"x"}, set(), {"log_px", "surprise", "statistics"}),
+    Role.CONDITIONAL: ({"x"}, {"eps"}, {"log_pxy"}),
+    Role.GENERATE: (set(), {"y", "eps", "gumbel"}, {"x"}),
+    Role.SAMPLE: ({"gumbel"}, {"y"}, {"x"}),
+    Role.DISCRIMINATE: ({"x"}, set(), {"log_pyx"}),
+    Role.ENCODE: ({"x"}, {"y"}, {"mean"}),
+    Role.DECODE: ({"z"}, {"y", "gumbel"}, {"mean"}),
+}
+
+
 class Kind(StrEnum):
     """The kind of a graph's log-likelihoods."""
 
@@ -179,9 +192,14 @@ class Manifest(_Entry):
             raise ValueError("a conditional graph needs a density graph beside it")
         if not self.graphs:
             raise ValueError("a bundle needs a graph")
+        for role, graph in self.graphs.items():
+            takes, may, gives = _PORTS[role]
+            inputs = {spec.name for spec in graph.inputs}
+            if not takes <= inputs <= takes | may:
+                raise ValueError(f"the {role} graph cannot take {', '.join(sorted(inputs))}")
+            if lacking := sorted(gives - {spec.name for spec in graph.outputs}):
+                raise ValueError(f"the {role} graph must give {' and '.join(lacking)}")
         encode, decode = self.graphs.get(Role.ENCODE), self.graphs.get(Role.DECODE)
-        if decode and not (decode.input("z") and decode.output("mean")):
-            raise ValueError("the decode graph must take z and give mean")
         if encode and decode and decode.input("y") and not encode.input("y"):
             raise ValueError("a graph that decodes under labels needs one that encodes under them")
         if self.latent and not {Role.ENCODE, Role.DECODE} <= set(self.graphs):
@@ -194,16 +212,12 @@ class Manifest(_Entry):
         weights = self.calibration.weights if self.calibration else ()
         if len(weights) != experts:
             raise ValueError(f"{len(weights)} weights for {experts} experts")
-        discriminate = self.graphs.get(Role.DISCRIMINATE)
-        p_label = discriminate.output("log_pyx") if discriminate else None
-        if discriminate and (p_label is None or p_label.shape != ("batch", len(self.labels))):
-            raise ValueError("the discriminate graph must give log_pyx, a number for every label")
         for role, graph in self.graphs.items():
             if (x := graph.input("x") or graph.output("x")) and x.shape != ("batch", *self.shape):
                 raise ValueError(f"x of the {role} graph is {x.shape}, and pictures {self.shape}")
-        p_under = conditional.output("log_pxy") if conditional else None
-        if p_under and p_under.shape != ("batch", len(self.labels)):
-            raise ValueError("log_pxy of the conditional graph is not a number for every label")
+            for name in ("log_pxy", "log_pyx"):
+                if (p := graph.output(name)) and p.shape != ("batch", len(self.labels)):
+                    raise ValueError(f"{name} of the {role} graph is not a number for every label")
         named = {graph.file for graph in self.graphs.values()}
         named |= {part.file for part in (self.calibration, self.latent) if part}
         named.add(self.golden)

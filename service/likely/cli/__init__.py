@@ -20,8 +20,8 @@ import click
 from likely import signals
 from likely.errors import LikelyError
 
-# The module of this package that has each command. It is imported only when needed: a server
-# starts sooner without tables, progress bars and pictures, which only other commands need.
+# Each command and the module of this package that defines it, imported only when the command is
+# run: a server starts sooner without tables, progress bars and pictures.
 MODULES: Final = {
     "serve": "serve",
     "score": "ask",

@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 import click
 
-from likely.answers import Classifications, Draws, LabelRule, Scores, Verdict
+from likely.answers import Classifications, Draws, LabelRule, Scores, Verdict, joined
 from likely.cli import pictures, show
 from likely.cli.connection import Connection, connected
-from likely.client import plans
 from likely.errors import InvalidInput
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -72,7 +71,7 @@ def score(
             )
 
         parts = pictures.slices(len(x), info.limits.images_per_request)
-        answer = plans.joined([ask(part) for part in show.progress(parts, len(x), "scoring")])
+        answer = joined([ask(part) for part in show.progress(parts, len(x), "scoring")])
     if surprise is not None and answer.surprise is not None:
         pictures.write_surprise(surprise, x, answer.surprise, info)
     rows = [
@@ -138,7 +137,7 @@ def classify(
             )
 
         parts = pictures.slices(len(x), info.limits.images_per_request)
-        answer = plans.joined([ask(part) for part in show.progress(parts, len(x), "classifying")])
+        answer = joined([ask(part) for part in show.progress(parts, len(x), "classifying")])
     accepted = answer.verdict == Verdict.ACCEPTED
     rows = [
         {
@@ -227,7 +226,7 @@ def generate(
             for chunk in stream:
                 chunks.append(chunk)
                 advance(len(chunk.images))
-    drawn = plans.joined(chunks)
+    drawn = joined(chunks)
     pictures.write_draws(out, drawn, info)
     row = {
         "out": str(out),

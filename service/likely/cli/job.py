@@ -142,19 +142,19 @@ class Job:
         if self.bundle:
             raise click.UsageError("give either --bundle or --address")
         return Served(
-            server.address,
-            self.model,
-            self.version,
-            server.timeout,
-            self.patience,
-            server.token,
-            server.plaintext_token,
-            server.tls,
-            server.ca and server.ca.absolute(),
-            server.certificate and server.certificate.absolute(),
-            server.key and server.key.absolute(),
-            server.server_name,
-            server.token_file and server.token_file.absolute(),
+            address=server.address,
+            model=self.model,
+            version=self.version,
+            timeout=server.timeout,
+            patience=self.patience,
+            token=server.token,
+            plaintext_token=server.plaintext_token,
+            tls=server.tls,
+            ca=server.ca and server.ca.absolute(),
+            certificate=server.certificate and server.certificate.absolute(),
+            key=server.key and server.key.absolute(),
+            server_name=server.server_name,
+            token_file=server.token_file and server.token_file.absolute(),
         )
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from likely import levels
 from likely.answers import Draws, Floats, ModelInfo, Pixels, Redrawings
-from likely.client.values import check_levels, pixels
+from likely.client.values import pixels
+from likely.codec import check_levels
 from likely.errors import InvalidInput
 from likely.levels import brightness
 

@@ -1,7 +1,8 @@
-"""The clients: numpy in, typed answers out, every failure a `LikelyError`.
+"""The clients: numpy arrays in, typed answers out, and a `LikelyError` for every failure.
 
-`Client` and `AsyncClient` divide large inputs to the server's limits and join the answers; gRPC
-itself retries what a busy or restarting server refuses. `AdminClient` asks the admin port.
+`Client` and `AsyncClient` split large inputs at the server's limits and join the answers; gRPC
+itself retries requests that a busy or restarting server refuses. `AdminClient` is for the admin
+port.
 """
 
 from likely.client.admin import AdminClient

@@ -1,4 +1,4 @@
-"""The client of the admin RPCs: which versions a server has, and what it shall do with them."""
+"""The client of the admin RPCs, which list, load, unload and label a server's versions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from likely.v1 import admin_pb2
 from likely.v1.admin_pb2_grpc import AdminServiceStub
 
 ADDRESS = "127.0.0.1:50052"
-TIMEOUT = 600.0  # a load proves a bundle first, an unload waits for the requests that run
+TIMEOUT = 600.0  # seconds: a load tests the bundle first, an unload waits for running requests
 _START = "likely serve --admin-port PORT"
 
 
 class AdminClient:
-    """A client of one server's admin port; may be used as a context manager.
+    """A client of one server's admin port; also a context manager.
 
-    Nothing is asked again by itself: a change whose answer was lost may have been made, and
-    `versions` tells.
+    It never retries. A change whose answer was lost may have been made: call `versions` to find
+    out.
     """
 
     def __init__(
@@ -43,19 +43,22 @@ class AdminClient:
         key: File | None = None,
         server_name: str | None = None,
     ) -> None:
-        """A client; connects at the first question.
+        """A client; it connects at the first request.
 
         Args:
-            address: host:port of the admin RPCs, which is not that of all others.
-            timeout: seconds that one request may take.
-            token: a bearer token of the scope `admin`, or what gives one for each request.
-            plaintext_token: whether it may go out unencrypted, as to a proxy that has TLS.
+            address: host:port of the admin RPCs, which differs from that of all other RPCs.
+            timeout: maximum duration of one request, in seconds.
+            token: a bearer token with the scope `admin`, or a function called for the token of
+                each request.
+            plaintext_token: whether the token may be sent unencrypted, for example to a proxy that
+                adds TLS.
             tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
-            ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
-                It is read again when it changes, and so are the next two.
-            certificate: PEM file that this client shows of itself.
+            ca: PEM file of the certificate authorities to trust; None for gRPC's own. This file,
+                `certificate` and `key` are reread when they change.
+            certificate: PEM file of the client's own certificate.
             key: PEM file of that certificate's key.
-            server_name: that the server's certificate has to bear; None for the address's own.
+            server_name: name that the server's certificate must contain; None for the host of
+                the address.
 
         Raises:
             SettingsError: as `likely.Client`.
@@ -76,7 +79,7 @@ class AdminClient:
         self._open(self._route.edition())
 
     def versions(self) -> list[ModelVersion]:
-        """Those that are served, then those on their way in or out, then refused bundles.
+        """All versions: served, then loading, then draining; then all refused bundles.
 
         Raises:
             LikelyError: Unavailable, DeadlineExceeded, AccessDenied or ServerFault.
@@ -85,30 +88,32 @@ class AdminClient:
         return [codec.model_version(each) for each in answer.versions]
 
     def load(self, folder: str | PathLike[str]) -> ModelVersion:
-        """Serves the bundle in a folder, once it has proved itself; in place of what it held.
+        """Serves the bundle in a folder, once it has passed its checks.
+
+        It replaces the version that was served from that folder.
 
         Args:
-            folder: absolute, as the server sees it.
+            folder: absolute path on the server.
 
         Raises:
-            BundleError: it is refused; what was served is served still.
+            BundleError: the bundle is refused; the served versions stay.
             LikelyError: InvalidInput, DeviceError, or as `versions`.
         """
         request = built(admin_pb2.LoadModelRequest, folder=fspath(folder))
         return codec.model_version(self._ask(self._stub.LoadModel, request).version)
 
     def unload(self, model: str, version: str) -> None:
-        """Serves a version no more; returns once its requests have ended and it is freed.
+        """Withdraws a version; returns once its requests have ended and its memory is free.
 
         Raises:
-            Refused: a label names it.
+            Refused: a label names the version.
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
         """
         request = built(admin_pb2.UnloadModelRequest, model_name=model, model_version=version)
         self._ask(self._stub.UnloadModel, request)
 
     def set_label(self, model: str, label: str, version: str | None) -> None:
-        """Lets a label, `stable` or `canary`, name a version, or none.
+        """Points a label, `stable` or `canary`, at a version, or removes it (None).
 
         Raises:
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
@@ -119,18 +124,18 @@ class AdminClient:
         self._ask(self._stub.SetLabel, request)
 
     def rollback(self, model: str) -> ModelVersion:
-        """The version that answered by default before the last change, which is stable now.
+        """Makes stable the version that was the default before the last change, and returns it.
 
         Raises:
-            Refused: there was none, or its folder does not hold it any more.
-            BundleError: it has to be loaded again, and is refused.
+            Refused: there was no such version, or its folder no longer contains it.
+            BundleError: the version must be loaded again, and is refused.
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
         """
         request = built(admin_pb2.RollbackRequest, model_name=model)
         return codec.model_version(self._ask(self._stub.Rollback, request).version)
 
     def reset_drift(self, model: str, version: str | None = None) -> str:
-        """The version whose test for drift has begun anew; None is the one that answers by default.
+        """Restarts the drift test of a version (None: the default one), and returns that version.
 
         Raises:
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
@@ -140,7 +145,7 @@ class AdminClient:
         return found
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         with self._opening:
             self._closed = True
             self._channel.close()
@@ -158,10 +163,10 @@ class AdminClient:
 
     @property
     def _stub(self) -> Any:
-        """The RPCs, over a channel that shows what the files hold.
+        """The RPCs, over a channel that uses the current content of the certificate files.
 
         Raises:
-            LikelyError: it is closed.
+            LikelyError: the client is closed.
         """
         with self._opening:
             if self._closed:

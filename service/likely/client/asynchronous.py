@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from likely import codec
 from likely.answers import (
+    A,
     Classifications,
     Completions,
     Draws,
@@ -30,12 +31,13 @@ from likely.answers import (
     Redrawings,
     Scores,
     Traversal,
+    joined,
 )
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import AsyncFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
-from likely.client.plans import A, Held, Rule
+from likely.client.plans import Held, Rule
 from likely.client.values import Label
 from likely.errors import (
     DeadlineExceeded,
@@ -50,9 +52,9 @@ T = TypeVar("T")
 
 
 class AsyncClient:
-    """The client for asyncio: the methods of `Client`, awaited.
+    """The client for asyncio: the methods of `Client` as coroutines and asynchronous iterators.
 
-    To be made where the event loop runs; also an asynchronous context manager.
+    Create it while the event loop runs. Also an asynchronous context manager.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class AsyncClient:
         key: File | None = None,
         server_name: str | None = None,
     ) -> None:
-        """A client of one server, as `Client`."""
+        """A client of one server or its replicas; the arguments are those of `Client`."""
         self._timeout = positive(timeout)
         self._retries = retries
         self._catalogue = catalogue.Catalogue()
@@ -139,7 +141,7 @@ class AsyncClient:
         model: str | None = None,
         version: str | None = None,
     ) -> AsyncIterator[Scores | LikelyError]:
-        """As `Client.score_stream`; the feed may be asynchronous too."""
+        """As `Client.score_stream`; the feed may also be an asynchronous iterable."""
         info = await self.model(model, version)
         questions = plans.score_questions(info, alpha, surprise, guarantee, version)
         async with aclosing(self._feed(images, questions)) as outcomes:
@@ -159,7 +161,7 @@ class AsyncClient:
         model: str | None = None,
         version: str | None = None,
     ) -> AsyncIterator[Classifications | LikelyError]:
-        """As `Client.classify_stream`; the feed may be asynchronous too."""
+        """As `Client.classify_stream`; the feed may also be an asynchronous iterable."""
         info = await self.model(model, version)
         questions = plans.classify_questions(
             info, alpha, priors, min_posterior, guarantee, rule, both, version
@@ -267,7 +269,7 @@ class AsyncClient:
             model=model,
             version=version,
         )
-        return plans.joined([chunk async for chunk in stream])
+        return joined([chunk async for chunk in stream])
 
     async def generate_stream(
         self,
@@ -388,7 +390,7 @@ class AsyncClient:
                 step = partial(plan.throw, error)
 
     async def _answer(self, request: Any) -> Any:
-        """The answer, which is asked for again where it is cut off."""
+        """The answer; the request is repeated if the connection ends before it."""
         repeats = self._repeats()
         while True:
             try:
@@ -398,14 +400,14 @@ class AsyncClient:
                 await asyncio.sleep(repeats.pause(error))
 
     async def _answers(self, request: Any) -> list[Any]:
-        """All messages of an answer, which is asked for as a whole again where it ends too soon."""
+        """All messages of a streamed answer; if it ends too soon, the whole request is repeated."""
         repeats = self._repeats()
         while True:
             messages: list[Any] = []
             try:
                 with self._line.told():
                     async for message in self._ask(request, repeats.left()):
-                        messages.append(message)  # noqa: PERF401 (one that fails is to leave them)
+                        messages.append(message)  # noqa: PERF401 (an error must keep those received)
                     return messages
             except (Unavailable, Overloaded) as error:
                 await asyncio.sleep(repeats.pause(error, begun=bool(messages)))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from likely import codec
 from likely.answers import (
+    A,
     Classifications,
     Completions,
     Draws,
@@ -22,12 +23,13 @@ from likely.answers import (
     Redrawings,
     Scores,
     Traversal,
+    joined,
 )
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import BlockingFeed
 from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
-from likely.client.plans import A, Held, Rule
+from likely.client.plans import Held, Rule
 from likely.client.values import Label
 from likely.errors import (
     DeadlineExceeded,
@@ -42,10 +44,11 @@ T = TypeVar("T")
 
 
 class Client:
-    """A synchronous client; may be used from several threads, and as a context manager.
+    """A synchronous client, safe to use from several threads; also a context manager.
 
-    Every method takes `model` and `version`. No model means the server's only
-    one; no version means the one that the server serves by default.
+    Every method takes `model` and `version`. Without `model`, the server must have a single model.
+    `version` is a version or one of the labels `stable` and `canary`; without it, the server's
+    default version answers.
     """
 
     def __init__(
@@ -62,29 +65,32 @@ class Client:
         key: File | None = None,
         server_name: str | None = None,
     ) -> None:
-        """A client of one server; connects at the first question.
+        """A client of one server or its replicas; it connects at the first request.
 
         Args:
-            address: host:port, or any name that gRPC resolves; of several replicas, all
-                their IP addresses, or `dns:///name:port` for all that the name stands for
-                (`likely.client.channels`).
-            timeout: seconds that one request may take, retries included; in a feed, that the next
-                answer may, counted from the one before.
-            retries: whether what is refused for now, and an answer that is cut off, is asked for
-                again before it is an error, and a feed's stream that breaks is begun anew.
-            token: a bearer token, or what gives one for each request.
-            plaintext_token: whether it may go out unencrypted, as to a proxy that has TLS.
+            address: host:port, or any name that gRPC resolves. For several replicas: a sequence of
+                all their IP addresses with ports, or `dns:///name:port` for all addresses of that
+                name (`likely.client.channels`).
+            timeout: maximum duration of one request with its retries, in seconds; in a feed, of
+                the next answer, counted from the previous one.
+            retries: whether a request is repeated that the server refuses for now or whose answer
+                is cut off, and a feed's stream is reopened when it breaks.
+            token: a bearer token, or a function called for the token of each request.
+            plaintext_token: whether the token may be sent unencrypted, for example to a proxy that
+                adds TLS.
             tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
-            ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
-                It is read again when it changes, and so are the next two.
-            certificate: PEM file that this client shows of itself.
+            ca: PEM file of the certificate authorities to trust; None for gRPC's own. This file,
+                `certificate` and `key` are reread when they change.
+            certificate: PEM file of the client's own certificate.
             key: PEM file of that certificate's key.
-            server_name: that the server's certificate has to bear; None for the address's own.
+            server_name: name that the server's certificate must contain; None for the host of
+                the address.
 
         Raises:
-            SettingsError: that is no address, the timeout is not positive, a file cannot be
-                read, one of certificate and key is missing, several addresses are encrypted
-                and have no server name, or the token would go unencrypted to another machine.
+            SettingsError: the address is malformed, the timeout is not positive or is too long,
+                a file cannot be read, only one of certificate and key is given, several
+                addresses are encrypted without a server name, or the token would be sent
+                unencrypted to another machine.
         """
         self._timeout = positive(timeout)
         self._retries = retries
@@ -118,11 +124,11 @@ class Client:
         Args:
             images: uint8 (n, c, h, w), or (n, h, w) for one channel.
             alpha: accepted rate of false rejections; None for the server's default.
-            surprise: whether to give -log p of every pixel.
-            guarantee: what alpha is to hold for: on average (`marginal`), or with 95 % confidence
-                (`pac`).
-            model: its name.
-            version: its version.
+            surprise: whether to return -log p of every pixel, in nats.
+            guarantee: what alpha is guaranteed for: on average over calibrations (`marginal`), or
+                with 95 % confidence for this one (`pac`).
+            model: name of the model.
+            version: version of the model.
 
         Raises:
             LikelyError: InvalidInput, ModelNotFound, NotAnswered, Overloaded,
@@ -149,14 +155,15 @@ class Client:
         Args:
             images: uint8 (n, c, h, w), or (n, h, w) for one channel.
             alpha: accepted rate of false rejections; None for the server's default.
-            priors: p(y) in the model's order; None for the model's own.
-            min_posterior: the smallest posterior at which a label is assigned.
-            guarantee: what alpha is to hold for: on average (`marginal`), or with 95 % confidence
-                (`pac`).
-            rule: what assigns the label: Bayes' rule over p(x|y), or p(y|x) itself.
-            both: whether to give log p(x|y) by the other rule too.
-            model: its name.
-            version: its version.
+            priors: p(y), (labels,), in the model's order; None for the model's own.
+            min_posterior: smallest posterior at which a label is assigned, in [0, 1).
+            guarantee: what alpha is guaranteed for: on average over calibrations (`marginal`), or
+                with 95 % confidence for this one (`pac`).
+            rule: the model that assigns the label: Bayes' rule over p(x|y) (`generative`), or
+                p(y|x) itself (`discriminative`).
+            both: whether to also return log p(x|y) by the other rule.
+            model: name of the model.
+            version: version of the model.
 
         Raises:
             LikelyError: as `score`.
@@ -185,26 +192,26 @@ class Client:
         model: str | None = None,
         version: str | None = None,
     ) -> Iterator[Scores | LikelyError]:
-        """What `score` says of each item of a feed, in its order, as the answers come.
+        """Scores each item of a feed; yields the outcomes in the order of the items.
 
-        One stream carries what would be many requests, for about half the work. What the
-        server refuses comes back as the error, in its item's place, and the feed goes on;
-        where the stream breaks, what has no answer is asked again on a new one, unless the
-        client is one without retries.
+        One stream replaces many requests, at about half the cost. If the server refuses an item,
+        its outcome is the error, and the feed continues. If the stream breaks, the items without
+        an answer are sent again on a new stream, unless the client has `retries=False`.
 
         Args:
-            images: each item as `score` takes it, at most as large as one request
-                (`ModelInfo.limits`); read in a thread, a little ahead of the answers.
+            images: items, each as `score` takes it and no larger than one request may be
+                (`ModelInfo.limits`). A thread reads them slightly ahead of the answers.
             alpha: accepted rate of false rejections; None for the server's default.
-            surprise: whether to give -log p of every pixel.
-            guarantee: what alpha is to hold for: on average (`marginal`), or with 95 % confidence
-                (`pac`).
-            model: its name.
-            version: its version.
+            surprise: whether to return -log p of every pixel, in nats.
+            guarantee: what alpha is guaranteed for: on average over calibrations (`marginal`), or
+                with 95 % confidence for this one (`pac`).
+            model: name of the model.
+            version: version of the model.
 
         Raises:
-            LikelyError: the server cannot be reached any more, or let nobody in; no item
-                had an answer for the client's timeout; or the feed itself raised.
+            LikelyError: the server can no longer be reached or denies access, or no item got an
+                answer for the client's timeout.
+            Exception: the iterable of items raised it.
         """
         info = self.model(model, version)
         questions = plans.score_questions(info, alpha, surprise, guarantee, version)
@@ -223,22 +230,23 @@ class Client:
         model: str | None = None,
         version: str | None = None,
     ) -> Iterator[Classifications | LikelyError]:
-        """What `classify` says of each item of a feed, as `score_stream`.
+        """Classifies each item of a feed; works as `score_stream` does.
 
         Args:
-            images: each item as `classify` takes it, at most as large as one request.
+            images: items, each as `classify` takes it and no larger than one request may be.
             alpha: accepted rate of false rejections; None for the server's default.
-            priors: p(y) in the model's order; None for the model's own.
-            min_posterior: the smallest posterior at which a label is assigned.
-            guarantee: what alpha is to hold for: on average (`marginal`), or with 95 % confidence
-                (`pac`).
-            rule: what assigns the label: Bayes' rule over p(x|y), or p(y|x) itself.
-            both: whether to give log p(x|y) by the other rule too.
-            model: its name.
-            version: its version.
+            priors: p(y), (labels,), in the model's order; None for the model's own.
+            min_posterior: smallest posterior at which a label is assigned, in [0, 1).
+            guarantee: what alpha is guaranteed for: on average over calibrations (`marginal`), or
+                with 95 % confidence for this one (`pac`).
+            rule: the model that assigns the label: Bayes' rule over p(x|y) (`generative`), or
+                p(y|x) itself (`discriminative`).
+            both: whether to also return log p(x|y) by the other rule.
+            model: name of the model.
+            version: version of the model.
 
         Raises:
-            LikelyError: as `score_stream`.
+            LikelyError, Exception: as `score_stream`.
         """
         info = self.model(model, version)
         questions = plans.classify_questions(
@@ -258,9 +266,10 @@ class Client:
 
         Args:
             images: uint8 (n, c, h, w), or (n, h, w) for one channel.
-            labels: of every picture, names or indices; None for the most probable ones.
-            model: its name.
-            version: its version.
+            labels: (n,), label of every picture, names or indices, for a model whose features
+                depend on it; None for the most probable ones.
+            model: name of the model.
+            version: version of the model.
 
         Raises:
             LikelyError: as `score`.
@@ -279,18 +288,19 @@ class Client:
         model: str | None = None,
         version: str | None = None,
     ) -> Redrawings:
-        """What features stand for: the distribution of every pixel, and draws.
+        """The distribution of every pixel given latent features, and draws from it.
 
         Args:
             features: float (n, z).
-            labels: of every row, names or indices, for a model that decodes under one;
-                -1 throughout, as `encode` tells of a model that does not, is none.
-            draws: of each row; their mean and deviation come anyway.
-            seed: one seed gives the same draws; None lets the server pick one.
-            first_index: of the first row.
-            temperature: multiplies the noise, in [0, 2]; None is 1.
-            model: its name.
-            version: its version.
+            labels: (n,), label of every row, names or indices, for a model that decodes under a
+                label. All -1, as `encode` returns for models without labels, counts as None.
+            draws: number of pictures drawn for each row, beside the mean and deviation.
+            seed: seed of the draws; the same seed gives the same draws. None lets the server pick
+                one.
+            first_index: index of the first row, for splitting a job.
+            temperature: factor on the noise, in [0, 2]; None is 1.
+            model: name of the model.
+            version: version of the model.
 
         Raises:
             LikelyError: as `score`.
@@ -312,19 +322,22 @@ class Client:
         model: str | None = None,
         version: str | None = None,
     ) -> Traversal:
-        """Pictures redrawn at points along a direction, and where they themselves lie.
+        """Pictures redrawn at points along a direction, and their own positions along it.
 
         Args:
             images: uint8 (n, c, h, w), or (n, h, w) for one channel.
-            direction: the name of one of the model's (`ModelInfo.directions`).
-            points: how far to go, (points,); 0 is the picture's own place.
-            labels: of every picture, names or indices; None for the most probable ones.
-            draws: at each point; their mean and deviation come anyway.
-            seed: one seed gives the same draws; None lets the server pick one.
-            first_index: of the first picture.
-            temperature: multiplies the noise, in [0, 2]; None is 1.
-            model: its name.
-            version: its version.
+            direction: name of one of the model's directions (`ModelInfo.directions`).
+            points: (points,), distances to move, in the direction's unit, each in [-100, 100]; 0
+                is the picture's own position.
+            labels: (n,), label of every picture, names or indices; None for the most probable
+                ones.
+            draws: number of pictures drawn at each point, beside the mean and deviation.
+            seed: seed of the draws; the same seed gives the same draws. None lets the server pick
+                one.
+            first_index: index of the first picture, for splitting a job.
+            temperature: factor on the noise, in [0, 2]; None is 1.
+            model: name of the model.
+            version: version of the model.
 
         Raises:
             LikelyError: as `score`.
@@ -349,20 +362,22 @@ class Client:
         model: str | None = None,
         version: str | None = None,
     ) -> Redrawings:
-        """Pictures redrawn on the straight line between the features of two.
+        """Pictures redrawn on the straight line between the features of two pictures.
 
         Args:
-            images: uint8 (n, c, h, w), or (n, h, w) for one channel; at point 0.
-            others: as many; at point 1.
-            points: (points,), in [0, 1].
-            labels: of `images`; None for the most probable ones.
-            other_labels: of `others`, likewise.
-            draws: at each point; their mean and deviation come anyway.
-            seed: one seed gives the same draws; None lets the server pick one.
-            first_index: of the first pair.
-            temperature: multiplies the noise, in [0, 2]; None is 1.
-            model: its name.
-            version: its version.
+            images: pictures at point 0: uint8 (n, c, h, w), or (n, h, w) for one channel.
+            others: pictures at point 1, as many as `images`.
+            points: (points,), points on the line, each in [0, 1].
+            labels: (n,), label of each of `images`, names or indices; None for the most probable
+                ones.
+            other_labels: (n,), the same for `others`.
+            draws: number of pictures drawn at each point, beside the mean and deviation.
+            seed: seed of the draws; the same seed gives the same draws. None lets the server pick
+                one.
+            first_index: index of the first pair, for splitting a job.
+            temperature: factor on the noise, in [0, 2]; None is 1.
+            model: name of the model.
+            version: version of the model.
 
         Raises:
             LikelyError: as `score`.
@@ -392,19 +407,21 @@ class Client:
         """Pictures drawn from the model.
 
         Args:
-            count: how many.
-            label: of all of them, its name or index; None draws each from the model's priors.
-            seed: one seed gives the same pictures; None lets the server pick one.
-            first_index: of the first picture.
-            temperature: multiplies the noise, in [0, 2]; None is 1.
-            self_check: redraw what the server would reject, or assign another label.
-            acceptance: draw from p(x), and keep with probability p(y|x); in place of a
-                conditional model, and without a self-check.
-            alpha: of the self-check; None for the server's default.
-            max_draws: of one picture, of the self-check or by acceptance; None for the server's
-                default.
-            model: its name.
-            version: its version.
+            count: number of pictures, 1 or more.
+            label: name or index of the label of all pictures; None draws a label for each picture
+                from the model's priors.
+            seed: seed of the pictures; the same seed gives the same pictures. None lets the server
+                pick one.
+            first_index: index of the first picture, for splitting a job.
+            temperature: factor on the noise, in [0, 2]; None is 1.
+            self_check: redraw pictures that the server would reject or label otherwise.
+            acceptance: draw from p(x) and keep a draw with probability p(y|x), instead of using a
+                sampler that takes the label; not together with `self_check`.
+            alpha: alpha of the self-check; None for the server's default.
+            max_draws: maximum number of draws of one picture, for the self-check or acceptance;
+                None for the server's default.
+            model: name of the model.
+            version: version of the model.
 
         Raises:
             LikelyError: as `score`.
@@ -422,7 +439,7 @@ class Client:
             model=model,
             version=version,
         )
-        return plans.joined(list(stream))
+        return joined(list(stream))
 
     def generate_stream(
         self,
@@ -439,7 +456,7 @@ class Client:
         model: str | None = None,
         version: str | None = None,
     ) -> Iterator[Draws]:
-        """The pictures of `generate`, chunk by chunk as they are drawn."""
+        """Yields the pictures of `generate` in chunks, as they are drawn."""
         check, kept = plans.checks(self_check, acceptance, alpha, max_draws)
 
         def divide(info: ModelInfo) -> Iterator[GenerateRequest]:
@@ -468,7 +485,7 @@ class Client:
                 if not parts.seeks():
                     raise
             finally:
-                call.cancel()  # of a reader that left; ended calls do not mind
+                call.cancel()  # if the reader left early; no effect on a call that has ended
 
     def complete(
         self,
@@ -488,16 +505,18 @@ class Client:
 
         Args:
             images: uint8 (n, c, h, w), or (n, h, w) for one channel.
-            mask: true where a pixel is fixed; of the images' shape, or one that broadcasts to it.
-            label: of all pictures, its name or index; None for p(x).
-            completions: of each picture.
-            seed: one seed gives the same completions; None lets the server pick one.
-            first_index: of the first picture.
-            temperature: multiplies the noise, in [0, 2]; None is 1.
-            proposals: behind each completion; 1 is exact where no fixed pixel follows an
-                open one in raster order.
-            model: its name.
-            version: its version.
+            mask: bool, true where a pixel is fixed, in a shape that broadcasts to that of the
+                images.
+            label: name or index of the label of all pictures; None for p(x).
+            completions: number of completions of each picture.
+            seed: seed of the completions; the same seed gives the same completions. None lets the
+                server pick one.
+            first_index: index of the first picture, for splitting a job.
+            temperature: factor on the noise, in [0, 2]; None is 1.
+            proposals: number of candidates for each completion, in [1, 256]; 1 is exact if no
+                fixed pixel follows an open one in raster order.
+            model: name of the model.
+            version: version of the model.
 
         Raises:
             LikelyError: as `score`.
@@ -522,7 +541,7 @@ class Client:
         return plans.completed(found, x, completions, seed, parts.info)
 
     def models(self) -> list[ModelInfo]:
-        """Every version that is served, sorted by name.
+        """The descriptions of all served versions, sorted by name.
 
         Raises:
             LikelyError: as `score`.
@@ -530,7 +549,7 @@ class Client:
         return self._follow(catalogue.models())
 
     def model(self, model: str | None = None, version: str | None = None) -> ModelInfo:
-        """What one model version takes, gives and promises; asked for once, until it is old.
+        """The description of one model version; cached until it turns out to be outdated.
 
         Raises:
             LikelyError: as `score`.
@@ -538,7 +557,7 @@ class Client:
         return self._follow(self._catalogue.model(model, version))
 
     def close(self) -> None:
-        """Ends the connection and whatever runs on it."""
+        """Closes the connection and ends the calls that run on it."""
         self._line.close()
 
     def __enter__(self) -> Self:
@@ -567,7 +586,7 @@ class Client:
                 step = partial(plan.throw, error)
 
     def _answer(self, request: Any) -> Any:
-        """The answer, which is asked for again where it is cut off."""
+        """The answer; the request is repeated if the connection ends before it."""
         repeats = self._repeats()
         while True:
             try:
@@ -577,14 +596,14 @@ class Client:
                 time.sleep(repeats.pause(error))
 
     def _answers(self, request: Any) -> list[Any]:
-        """All messages of an answer, which is asked for as a whole again where it ends too soon."""
+        """All messages of a streamed answer; if it ends too soon, the whole request is repeated."""
         repeats = self._repeats()
         while True:
             messages: list[Any] = []
             try:
                 with self._line.told():
                     for message in self._ask(request, repeats.left()):
-                        messages.append(message)  # noqa: PERF402 (one that fails is to leave them)
+                        messages.append(message)  # noqa: PERF402 (an error must keep those received)
                     return messages
             except (Unavailable, Overloaded) as error:
                 time.sleep(repeats.pause(error, begun=bool(messages)))

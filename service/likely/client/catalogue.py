@@ -1,7 +1,7 @@
-"""What a client has learnt of a server's models, and what labels given by name mean to each.
+"""Cached descriptions of a server's models, and the resolution of label names by version.
 
-A plan is a generator: it yields requests, is sent their answers, and returns what the caller
-asked for.
+A plan is a generator: it yields requests, receives their answers by `send`, and returns the
+result for the caller. docs/decisions/0030 explains how label names are resolved.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ Request = (
 T = TypeVar("T")
 G = TypeVar("G", generation_pb2.GenerateRequest, generation_pb2.CompleteRequest)
 Drawn: TypeAlias = generation_pb2.GenerateResponse | generation_pb2.CompleteResponse
-# A request goes out and its own answer comes in: a pairing that Generator cannot type.
+# The answer that is sent in has the type that belongs to the request: Generator cannot say that.
 Plan = Generator[Request, Any, T]
 
-TURNS = 8  # of a question whose answers come of other versions than the one described
-REPLICAS = 16  # that are asked for a version, one after another, until it is found nowhere
-ROUNDS = 3  # of a question whose version goes away before all of its parts are answered
+TURNS = 8  # attempts at a question while other versions than the described one answer
+REPLICAS = 16  # replicas asked in turn for a version before it counts as not found
+ROUNDS = 3  # attempts at a question whose version disappears before all parts are answered
 
 
 class Catalogue:
-    """What a client has learnt of the server's models; asked for once, until it turns out old."""
+    """A cache of model descriptions; an entry is kept until it turns out to be outdated."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str | None, str | None], ModelInfo] = {}
 
     def model(self, name: str | None, version: str | None) -> Plan[ModelInfo]:
-        """The description of a model; of the server's only one where no name is given.
+        """The description of a model; without a name, of the server's only model.
 
         Raises:
-            InvalidInput: no name is given and the server has several models, or none.
+            InvalidInput: no name is given, and the server has several models or none.
         """
         if info := self._known.get((name, version)):
             return info
@@ -60,28 +60,28 @@ class Catalogue:
         return info
 
     def moved(self, name: str | None, version: str | None, known: ModelInfo) -> None:
-        """Takes that description for the one of this name and version from now on."""
+        """Stores a known description as that of this name and version."""
         self._known[name, version] = known
 
     def forget(self, name: str | None, version: str | None) -> None:
-        """Has the description asked for anew when it is wanted next."""
+        """Removes a description, so that it is requested again when it is next needed."""
         self._known.pop((name, version), None)
 
     def clear(self) -> None:
-        """Forgets all."""
+        """Removes all descriptions."""
         self._known.clear()
 
     def version(self, name: str, version: str) -> ModelInfo | None:
-        """The description of exactly that version, if it has been asked for."""
+        """The cached description of exactly this version, if any."""
         return self._known.get((name, version))
 
 
 class Naming:
-    """What labels that are given by name mean to the version that answers.
+    """Resolves the label names of one question for the version that answers it.
 
-    A name is sent as its index in the version that was described. Where another one answers, which
-    may number its labels otherwise, the question is put anew. So it is where the version that
-    answered first is found no more.
+    A name is sent as its index in the described version. If a version answers that numbers the
+    labels differently, the question is repeated. It is also repeated if the version that gave the
+    first answer is no longer found.
     """
 
     def __init__(
@@ -94,32 +94,32 @@ class Naming:
         """The naming of one question.
 
         Args:
-            catalogue: where descriptions come from.
-            model: its name, as the caller gave it.
-            version: its version, likewise.
-            meant: what is sent for the labels to a model so described; None where no label
-                is given by name.
+            catalogue: cache of model descriptions.
+            model: name of the model, as the caller gave it.
+            version: version of the model, as the caller gave it.
+            meant: maps a description to the label indices to send to that model; None if no
+                label is given by name.
         """
         self._catalogue = catalogue
         self._model, self._version = model, version
         self._meant = meant
         self._turns = 0
-        self._met: str | None = None  # the version that is to be described, once it has answered
+        self._met: str | None = None  # a version that answered, whose description is needed next
 
     def begin(self) -> Plan[ModelInfo]:
-        """The description to put the question by, at first or anew.
+        """The description to use for the first or the next attempt at the question.
 
         Raises:
-            Unavailable: versions that number the labels otherwise have answered each turn.
+            Unavailable: at each attempt, a version answered that numbers the labels differently.
         """
         self._turns += 1
         if self._turns > TURNS:
             raise Unavailable(
-                "versions that number the labels otherwise answer in turn; name one, or give the "
-                "label's index"
+                "versions that number the labels differently answer in turn; name one version, or "
+                "give the label's index"
             )
         info = yield from self._catalogue.model(self._model, self._version)
-        if self._means(info) is None:  # a newer version may have such labels
+        if self._means(info) is None:  # a newer version may have these labels
             info = yield from self._anew()
         for _ in range(TURNS):  # replicas of several versions answer in turn
             if self._met in (None, info.version):
@@ -129,13 +129,13 @@ class Naming:
         return info
 
     def holds(self, info: ModelInfo, answered: str) -> bool:
-        """Whether the version that answered was asked what the caller meant."""
+        """Whether the indices sent by that description are right for the version that answered."""
         if self._meant is None or answered == info.version:
             return True
         other = self._catalogue.version(info.name, answered)
         if other and self._means(other) == self._means(info):
             return True
-        # Every other time the same is asked again: of two replicas in turn, the other one answers.
+        # At every other attempt, keep the description: of two replicas in turn, the other answers.
         if self._turns % 2:
             self._met = answered
             if other:
@@ -143,7 +143,7 @@ class Naming:
         return False
 
     def forget(self) -> None:
-        """Has the description asked for anew when the question is put next: it may be old."""
+        """Removes the description, which may be outdated; the next attempt requests it again."""
         self._catalogue.forget(self._model, self._version)
 
     def _anew(self) -> Plan[ModelInfo]:
@@ -151,7 +151,7 @@ class Naming:
         return (yield from self._catalogue.model(self._model, self._version))
 
     def follow(self, plan: Callable[[ModelInfo], Plan[T]]) -> Plan[T]:
-        """What a plan gives that pins all its requests to the version of its first answer."""
+        """Runs a plan that pins all requests to the version of its first answer; its result."""
         rounds = 0
         while True:
             asking, answer = yield from self._first(plan)
@@ -168,7 +168,7 @@ class Naming:
                 self.forget()
 
     def _first(self, plan: Callable[[ModelInfo], Plan[T]]) -> Plan[tuple[Plan[T], Any]]:
-        """A plan begun, and the first answer that holds."""
+        """A started plan, and its first answer from a version that the labels were meant for."""
         while True:
             info = yield from self.begin()
             asking = plan(info)
@@ -182,7 +182,7 @@ class Naming:
                 return asking, answer
 
     def _means(self, info: ModelInfo) -> tuple[Any, ...] | None:
-        """What the labels are in that version; None if it has no such labels."""
+        """The label indices in that version, in a tuple; None if it lacks these labels."""
         try:
             return (self._meant(info),) if self._meant else ()
         except InvalidInput:
@@ -190,7 +190,7 @@ class Naming:
 
 
 def seeking(plan: Plan[T], replicas: int) -> Plan[T]:
-    """The same plan; what one replica does not find, up to so many are asked for in turn."""
+    """The same plan; a request that raises ModelNotFound is tried on up to `replicas` replicas."""
     step: Callable[[], Request] = partial(next, plan)
     while True:
         try:
@@ -208,7 +208,7 @@ def seeking(plan: Plan[T], replicas: int) -> Plan[T]:
 
 
 def models() -> Plan[list[ModelInfo]]:
-    """Every version that is served."""
+    """The descriptions of all served versions."""
     answer: models_pb2.ListModelsResponse = yield models_pb2.ListModelsRequest()
     return [codec.model_info(message) for message in answer.models]
 
@@ -221,13 +221,13 @@ def _only() -> Plan[str]:
 
 
 class Parts(Generic[G]):
-    """The requests that one question with a label is divided into, as their answers need them.
+    """The requests of one Generate or Complete question that is split, one after another.
 
-    The first answer settles version and seed of all others, and of what is left of a request whose
-    stream broke off.
+    The first answer fixes the version and the seed of all further requests, and of the remainder
+    of a request whose stream broke.
 
     Attributes:
-        info: the model's description, once a request is asked for.
+        info: description of the model; set once the first request has been made.
     """
 
     info: ModelInfo
@@ -244,12 +244,12 @@ class Parts(Generic[G]):
         """The parts of a question.
 
         Args:
-            catalogue: where descriptions come from.
-            model: its name.
-            version: its version.
-            label: its name or index.
-            divide: the requests to a model so described.
-            replicas: that are asked in turn where one does not find the version.
+            catalogue: cache of model descriptions.
+            model: name of the model.
+            version: version of the model.
+            label: name or index of the label.
+            divide: maps a description to the requests for that model.
+            replicas: number of replicas to ask in turn if the version is not found.
         """
         named = isinstance(label, str)
         meant = (lambda info: index_of(label, info.labels)) if named else None
@@ -258,12 +258,12 @@ class Parts(Generic[G]):
         self._requests: Iterator[G] | None = None
         self._settled: tuple[str, int] | None = None
         self._asked: G | None = None
-        self._came = 0  # pictures of what was asked last
+        self._came = 0  # pictures received for the last request
         self._rest: G | None = None
         self._replicas = self._left = replicas
 
     def next(self) -> Plan[G | None]:
-        """The next request, which may be the first again; None where there is no more."""
+        """The next request, which may be the first one again; None if all have been answered."""
         if self._requests is None:
             self.info = yield from self._naming.begin()
             self._requests = self._divide(self.info)
@@ -278,7 +278,7 @@ class Parts(Generic[G]):
         return request
 
     def takes(self, answer: Drawn) -> bool:
-        """Whether an answer is to the question; after one that is not, all are asked anew."""
+        """Whether an answer is usable; after an unusable one, all requests are made again."""
         if self._requests is not None and not self._settled:
             if self._naming.holds(self.info, answer.model_version):
                 self._settled = answer.model_version, answer.seed
@@ -291,19 +291,19 @@ class Parts(Generic[G]):
         return True
 
     def seeks(self) -> bool:
-        """Whether another replica is to be asked for what one did not find; then it comes next."""
+        """Whether to try another replica after ModelNotFound; if so, the request comes next."""
         self._left -= 1
         self.repeats()
         return self._left > 0 and not self._came
 
     def repeats(self) -> None:
-        """Has what was asked last come next once more."""
+        """Makes the last request the next one again."""
         self._rest = self._asked
 
     def resumes(self) -> bool:
-        """Whether draws whose stream ended too soon had begun to come; then the others come next.
+        """Whether a broken Generate stream had delivered pictures; if so, the rest comes next.
 
-        The same seed gives the pictures that were still to come, whoever draws them.
+        The same seed gives the same remaining pictures on any replica.
         """
         asked = self._asked
         if not self._came or not isinstance(asked, generation_pb2.GenerateRequest):

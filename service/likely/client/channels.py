@@ -1,18 +1,18 @@
-"""How a client reaches a server or several: plainly or encrypted, with a token or without.
+"""Channels to one server or several replicas, with or without TLS and tokens.
 
-| address                             | who answers                                              |
-| ----------------------------------- | -------------------------------------------------------- |
-| `host:port`, `unix:path`            | that server                                              |
-| `["10.0.0.1:50051", "10.0.0.2:..."]` | these replicas, each request the next one that is healthy |
-| `dns:///name:port`                  | the same for all addresses that the name stands for       |
+| address                              | what answers                                         |
+| ------------------------------------ | ---------------------------------------------------- |
+| `host:port`, `unix:path`             | that server                                          |
+| `["10.0.0.1:50051", "10.0.0.2:..."]` | these replicas, in turn, as long as they are healthy |
+| `dns:///name:port`                   | the same for all addresses that the name resolves to |
 
-Health is what `grpc.health.v1` says of each replica, watched on every connection: one that
-drains, still loads or is gone gets no requests. What a server refuses for now (UNAVAILABLE,
-RESOURCE_EXHAUSTED), gRPC asks again, after the delay that the server names, where it names one;
-so it does with what a server cancelled (CANCELLED), as one that stops does with late newcomers.
-Of an answer that has begun gRPC asks for nothing again; where it ends too soon, the client does.
-What one of several does not find (NOT_FOUND), the client itself asks the next ones for at once.
-Streams that ask are begun anew by their feed, and by nobody else.
+Health is the status that `grpc.health.v1` reports for each replica, watched on every connection:
+a replica that drains, still loads or is gone gets no requests. gRPC retries requests that a
+server refuses for now (UNAVAILABLE, RESOURCE_EXHAUSTED), after the delay that the server names,
+if any. It also retries requests that a server cancels (CANCELLED), as a stopping server does with
+late arrivals. gRPC does not retry once an answer has begun; if it ends too soon, the client
+repeats the request. If one of several replicas does not find a model (NOT_FOUND), the client asks
+the next ones at once. Only the feed itself reopens a feed's stream.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Token: TypeAlias = str | Callable[[], str]
 File: TypeAlias = credentials.File
 Address: TypeAlias = str | Sequence[str]
 
-SILENCE = 30.0  # seconds that a server may say nothing to a request before it is asked for a sign
-ANSWER = 20.0  # seconds that it has to give one
-LOOKUP = 1.0  # seconds between two look-ups of a name; gRPC's 30 outlast a rolling update
-RECONNECT = 2.0  # seconds between two attempts to reach a replica; gRPC would go up to 120
-LARGEST = 1 << 30  # bytes of a request that is asked again; gRPC would stop at 256 KiB
+SILENCE = 30.0  # seconds of silence during a request after which a keepalive ping is sent
+ANSWER = 20.0  # seconds in which the ping must be answered
+LOOKUP = 1.0  # least seconds between two DNS look-ups; gRPC's 30 outlast a rolling update
+RECONNECT = 2.0  # most seconds between two attempts to reach a replica; gRPC would go up to 120
+LARGEST = 1 << 30  # bytes of the largest request that is retried; gRPC would stop at 256 KiB
 
 _RETRY = {
     "maxAttempts": 5,
@@ -48,8 +48,8 @@ _RETRY = {
     "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
 }
 _SCORING = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"]
-# gRPC is not to ask a feed again: what it sends anew of a stream may never be answered, and a feed
-# knows itself what has its answer.
+# gRPC must not retry feeds: messages that it replays on a new stream may never be answered, and
+# the feed itself knows which messages have no answer (docs/decisions/0018).
 _FEEDS = [
     {"service": _SCORING.full_name, "method": method.name}
     for method in _SCORING.methods
@@ -66,14 +66,13 @@ _FLEET = {
 
 
 class Route:
-    """The way to one server or its replicas, and what is shown on it.
+    """The address and credentials of one server or its replicas; opens channels to them.
 
-    A token goes over an encrypted connection, or to an address of this machine; elsewhere only by
-    `plaintext_token`. To an address of this machine no proxy is asked the way, whatever
-    `http_proxy` says.
+    A token is sent over encrypted connections and to addresses of this machine; elsewhere only
+    with `plaintext_token`. Connections to addresses of this machine ignore `http_proxy`.
 
     Attributes:
-        fleet: whether several may answer, each request another one.
+        fleet: whether several replicas may answer, in turn.
     """
 
     def __init__(
@@ -91,21 +90,24 @@ class Route:
         """A route.
 
         Args:
-            address: host:port, or any name that gRPC resolves; or the IP addresses of
+            address: host:port, or any name that gRPC resolves; or the IP addresses, with ports, of
                 several replicas.
-            token: a bearer token, or what gives one for each request; blanks round it do not count.
-            plaintext_token: whether it may go out unencrypted, as to a proxy that has TLS.
+            token: a bearer token, or a function called for the token of each request; white space
+                around the token is removed.
+            plaintext_token: whether the token may be sent unencrypted, for example to a proxy that
+                adds TLS.
             tls: whether to encrypt; `ca`, `certificate` and `server_name` imply it.
-            ca: PEM file of the authorities that may vouch for the server; None for gRPC's own.
-            certificate: PEM file that this client shows of itself.
+            ca: PEM file of the certificate authorities to trust; None for gRPC's own.
+            certificate: PEM file of the client's own certificate.
             key: PEM file of that certificate's key.
-            server_name: that the server's certificate has to bear; None for the address's own.
+            server_name: name that the server's certificate must contain; None for the host of
+                the address.
 
         Raises:
-            SettingsError: a file cannot be read, one of certificate and key is missing, one
-                of several addresses is no IP address, several are encrypted and have no
-                server name, that name is not ASCII, or the token is none or would go
-                unencrypted to another machine.
+            SettingsError: the address is malformed, a file cannot be read, only one of certificate
+                and key is given, one of several addresses is not an IP address with a port,
+                several addresses are encrypted without a server name, the server name is not
+                ASCII, the token is not valid, or it would be sent unencrypted to another machine.
         """
         check_address(address)
         several = [address] if isinstance(address, str) else list(address)
@@ -115,16 +117,16 @@ class Route:
         self.fleet = not isinstance(address, str) or address.startswith("dns:")
         self._options: tuple[tuple[str, Any], ...] = (
             ("grpc.service_config", json.dumps(_FLEET if self.fleet else _SERVICE)),
-            ("grpc.max_receive_message_length", -1),  # bounded by what was asked
+            ("grpc.max_receive_message_length", -1),  # the request bounds the size of its answer
             ("grpc.max_send_message_length", -1),
             ("grpc.per_rpc_retry_buffer_size", LARGEST),
             ("grpc.dns_min_time_between_resolutions_ms", round(1000 * LOOKUP)),
             ("grpc.max_reconnect_backoff_ms", round(1000 * RECONNECT)),
-            # A peer that a network lost would keep its requests until their deadlines.
+            # Without keepalive, requests to a peer that vanished would wait for their deadlines.
             ("grpc.keepalive_time_ms", round(1000 * SILENCE)),
             ("grpc.keepalive_timeout_ms", round(1000 * ANSWER)),
             ("grpc.http2.ping_timeout_ms", round(1000 * ANSWER)),
-            ("grpc.http2.max_pings_without_data", 0),  # no limit to how often it is asked
+            ("grpc.http2.max_pings_without_data", 0),  # no limit on the number of pings
         )
         local = all(map(is_local, several))
         if local:
@@ -148,10 +150,10 @@ class Route:
         self._credentials = credentials.Credentials(ca, certificate, key)
 
     def channel(self, *, once: bool = False) -> grpc.Channel:
-        """A channel; connects when it is first used.
+        """A channel; it connects when it is first used.
 
         Args:
-            once: whether what is refused for now is left at that.
+            once: whether gRPC's retries are off.
         """
         options = (*self._options, ("grpc.enable_retries", int(not once)))
         if not self._secure:
@@ -159,7 +161,7 @@ class Route:
         return grpc.secure_channel(self._target, self._credentials.of_channel(), options=options)
 
     def aio_channel(self, *, once: bool = False) -> grpc.aio.Channel:
-        """A channel of the running event loop, as `channel`."""
+        """As `channel`, for the running event loop."""
         options = (*self._options, ("grpc.enable_retries", int(not once)))
         if not self._secure:
             return grpc.aio.insecure_channel(self._target, options=options)
@@ -168,14 +170,14 @@ class Route:
         )
 
     def edition(self) -> int:
-        """Grows when the files hold something else, which a new channel shows and believes."""
+        """A number that grows when the TLS files change; new channels use the new content."""
         return self._credentials.edition()
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with the next request.
+        """The metadata of the next request: the token, if any.
 
         Raises:
-            SettingsError: what gives tokens gave none.
+            SettingsError: the function for tokens returned no valid one.
         """
         if self._token is None:
             return ()
@@ -184,10 +186,11 @@ class Route:
 
 
 def _target(addresses: Sequence[str]) -> str:
-    """Several addresses as one name that gRPC resolves.
+    """Several addresses as one gRPC target.
 
     Raises:
-        SettingsError: there is none, one is no IP address with a port, or they are of two kinds.
+        SettingsError: there are none, one is not an IP address with a port, or they mix IPv4 and
+            IPv6.
     """
     kinds = set()
     for address in addresses:

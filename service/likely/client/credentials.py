@@ -1,4 +1,4 @@
-"""What a client shows of itself and whom it believes, read again when the files change."""
+"""A client's token and TLS files, reread when they change."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ File: TypeAlias = str | PathLike[str]
 _Mark: TypeAlias = tuple[int, int, int, int] | None
 T = TypeVar("T")
 
-LOOK = 1.0  # seconds between two looks at the files
+LOOK = 1.0  # least seconds between two checks of the files
 
 
 class _Files(ABC, Generic[T]):
-    """What files hold; those that cannot be used leave what was read before, until they can."""
+    """The content of files, reread when they change; unusable files leave the former content."""
 
     def __init__(self, *files: File | None) -> None:
         self._files = files
@@ -33,7 +33,7 @@ class _Files(ABC, Generic[T]):
         self._edition = 1
 
     def edition(self) -> int:
-        """Grows when the files hold something else; they are looked at once a second."""
+        """A number that grows when the content changes; checks the files at most once a second."""
         with self._looking:
             if time.monotonic() >= self._next:
                 self._next = time.monotonic() + LOOK
@@ -41,14 +41,14 @@ class _Files(ABC, Generic[T]):
             return self._edition
 
     def _look(self) -> None:
-        # Marked before it is read: a file written meanwhile differs at the next look.
+        # Stat before reading: if a file is written in between, the next check sees a difference.
         marks = self._marks()
         if marks == self._seen:
             return
         try:
             held = self._read()
             self._check()
-        except (OSError, SettingsError):  # tried again at every look
+        except (OSError, SettingsError):  # the next check tries again
             return
         self._seen = marks
         if held != self._held:
@@ -60,27 +60,27 @@ class _Files(ABC, Generic[T]):
 
     @abstractmethod
     def _read(self) -> T:
-        """What they hold now.
+        """The current content.
 
         Raises:
             SettingsError: a file cannot be read.
         """
 
     def _check(self) -> None:
-        """Raises OSError if what was read again cannot be used."""
+        """Raises OSError if the reread content cannot be used."""
 
 
 class TokenFile(_Files[str]):
-    """A bearer token in a file, as Kubernetes or an agent renews it; gives the newest one."""
+    """A bearer token in a file that is renewed, for example by Kubernetes; returns the newest."""
 
     def __init__(self, file: File) -> None:
-        """The token that the file holds now.
+        """Reads the token for the first time.
 
         Args:
-            file: holds it, and nothing else but blanks round it.
+            file: path of a file that contains the token alone; white space around it is removed.
 
         Raises:
-            SettingsError: it cannot be read, or holds no token.
+            SettingsError: the file cannot be read, or contains no token.
         """
         super().__init__(file)
 
@@ -98,15 +98,15 @@ class TokenFile(_Files[str]):
 
 
 class Credentials(_Files[tuple[bytes | None, ...]]):
-    """The PEM files of a route; a channel keeps what they held when it was opened."""
+    """The PEM files of a route; a channel keeps the content they had when it was opened."""
 
     def __init__(self, ca: File | None, certificate: File | None, key: File | None) -> None:
-        """What the files hold now.
+        """Reads the files for the first time.
 
         Args:
-            ca: of the authorities that may vouch for the server; None for gRPC's own.
-            certificate: that this client shows of itself.
-            key: of that certificate.
+            ca: file of the certificate authorities to trust; None for gRPC's own.
+            certificate: file of the client's own certificate.
+            key: file of that certificate's key.
 
         Raises:
             SettingsError: a file cannot be read.
@@ -114,14 +114,14 @@ class Credentials(_Files[tuple[bytes | None, ...]]):
         super().__init__(ca, key, certificate)
 
     def of_channel(self) -> grpc.ChannelCredentials:
-        """What a channel that is opened now shows and believes."""
+        """The TLS credentials for a channel that is opened now."""
         return grpc.ssl_channel_credentials(*self._held)
 
     def _read(self) -> tuple[bytes | None, ...]:
         return tuple(map(_bytes, self._files))
 
     def _check(self) -> None:
-        """Raises OSError if the files are no PEM, or certificate and key no pair."""
+        """Raises OSError if a file is not PEM, or certificate and key do not match."""
         ca, key, certificate = self._files
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if ca is not None:
@@ -131,14 +131,15 @@ class Credentials(_Files[tuple[bytes | None, ...]]):
 
 
 def bearer(token: str) -> str:
-    """A token without the blanks round it, such as the line's end that a secret was written with.
+    """The token without white space around it, such as a newline at the end of a secret's file.
 
     Raises:
-        SettingsError: it is none that a header can hold.
+        SettingsError: a header cannot contain this token.
     """
-    word = token.strip() if isinstance(token, str) else ""  # a function may give anything
+    word = token.strip() if isinstance(token, str) else ""  # a function may return anything
     if not (word and word.isascii() and word.isprintable() and " " not in word):
-        raise SettingsError("a token is one word of printable ASCII characters")  # it is secret
+        # The message must not contain the token, which is secret.
+        raise SettingsError("a token is one word of printable ASCII characters")
     return word
 
 

@@ -1,4 +1,4 @@
-"""Feeds over a stream: asked ahead, answered in order, begun anew where the stream breaks."""
+"""Client side of feeds: items are sent ahead, outcomes kept in order, broken streams reopened."""
 
 from __future__ import annotations
 
@@ -22,32 +22,34 @@ import grpc
 import numpy.typing as npt
 
 from likely import statuses
+from likely.answers import A
 from likely.client import plans
 from likely.client.ledger import LONGEST_DELAY, Ledger, delay
-from likely.client.plans import A
 from likely.errors import DeadlineExceeded, LikelyError, Overloaded, Unavailable
 
-BREAKS = 8  # of a stream between two answers, until it is given up: after some 16 seconds
-GRACE, TURNS = 0.01, 20  # a loop that was held has so many pauses of so long to read what came
-ENDING = 5.0  # seconds in which a stream may end by itself when all is answered
+BREAKS = 8  # breaks of the stream between two answers until the feed gives up: about 16 seconds
+# After the timeout, an event loop that was blocked may still have answers to read: it gets TURNS
+# pauses of GRACE seconds.
+GRACE, TURNS = 0.01, 20
+ENDING = 5.0  # seconds for the stream to end by itself once all items are answered
 
 
 class _Patience:
-    """How often a stream may break between two answers."""
+    """Counts the breaks of a stream between two answers, and computes the backoff."""
 
     def __init__(self, retries: bool) -> None:
         self._most = BREAKS if retries else 1
         self._breaks = 0
 
     def reset(self) -> None:
-        """There was an answer."""
+        """An answer has arrived: starts counting again."""
         self._breaks = 0
 
     def delay(self, failure: Exception) -> float:
-        """Seconds before a new stream is begun.
+        """Seconds to wait before a new stream is opened.
 
         Raises:
-            Exception: the failure, if another attempt is not worth it.
+            Exception: the failure, if it is not temporary or the stream has broken too often.
         """
         self._breaks += 1
         if self._breaks >= self._most or not isinstance(failure, Unavailable | Overloaded):
@@ -65,7 +67,7 @@ def _cut() -> Unavailable:
 
 
 class BlockingFeed(Generic[A]):
-    """One feed of a `Client`: the items come in by one thread, the answers by another."""
+    """One feed of a `Client`: one thread reads the items, another one the answers."""
 
     def __init__(
         self,
@@ -78,28 +80,29 @@ class BlockingFeed(Generic[A]):
         """A feed.
 
         Args:
-            begin: begins a stream with these messages, and gives its answers.
-            questions: how an item is asked about.
-            timeout: seconds that an answer may take.
-            retries: whether what is refused for now, and what a broken stream leaves, is asked
-                again.
-            error: that a failed stream tells of.
+            begin: opens a stream that sends these messages; returns the call, which iterates over
+                the responses.
+            questions: how to build the request for an item and read its answer.
+            timeout: maximum seconds between two answers.
+            retries: whether to resend items that the server refuses for now, and to reopen a
+                broken stream.
+            error: maps a failed call to the error to raise.
         """
         self._begin = begin
         self._ledger: Ledger[A] = Ledger(questions, timeout, retries=retries)
         self._timeout = timeout
         self._retries = retries
         self._error = error
-        self._changed = threading.Condition()  # guards all that follows, and the ledger
+        self._changed = threading.Condition()  # guards the ledger and all fields below
         self._call: Any = None
-        self._stream = 0  # counts them
-        self._failure: Exception | None = None
-        self._fault: BaseException | None = None  # of the items' source
-        self._drained = False  # the source has no more
-        self._over = False
+        self._stream = 0  # number of the current stream
+        self._failure: Exception | None = None  # why the current stream ended
+        self._fault: BaseException | None = None  # raised by the source of items
+        self._drained = False  # the source has no more items
+        self._over = False  # the caller takes no more outcomes
 
     def outcomes(self, items: Iterable[npt.ArrayLike]) -> Generator[A | LikelyError, None, None]:
-        """What came of each item, in the items' order."""
+        """Yields the outcome of each item, in the order of the items."""
         patience = _Patience(self._retries)
         reader = self._open()
         threading.Thread(target=self._pull, args=(items,), daemon=True, name="feed").start()
@@ -114,7 +117,7 @@ class BlockingFeed(Generic[A]):
                 for outcome in found:
                     patience.reset()
                     yield outcome
-            reader.join(ENDING)  # no answer is missing: the stream ends by itself
+            reader.join(ENDING)  # all items are answered: the stream ends by itself
             if self._fault:
                 raise self._fault
         finally:
@@ -124,11 +127,11 @@ class BlockingFeed(Generic[A]):
             self._call.cancel()
 
     def _wait(self) -> tuple[list[A | LikelyError], Exception | None]:
-        """The next outcomes, or why the stream broke, or neither when all is over."""
+        """The next outcomes, or the failure of the stream; neither if all items are answered."""
         with self._changed:
             while True:
                 if found := self._ledger.take():
-                    self._changed.notify_all()  # there is room
+                    self._changed.notify_all()  # the ledger has room again
                     return found, None
                 if self._drained and not self._ledger:
                     self._changed.notify_all()
@@ -172,9 +175,10 @@ class BlockingFeed(Generic[A]):
             yield message
 
     def _message(self, stream: int) -> Any:
-        """What that stream is to send next, waited for; None where that is nothing any more."""
+        """Waits for the next message that this stream shall send; None if there are no more."""
         with self._changed:
-            # gRPC may ask late, for a stream that is gone: what it took, the new one would miss.
+            # gRPC may still ask on behalf of a broken stream, which must take no more messages:
+            # they belong to the new stream.
             while not (self._over or stream != self._stream or self._failure):
                 if (message := self._ledger.next(time.monotonic())) is not None:
                     return message
@@ -192,7 +196,7 @@ class BlockingFeed(Generic[A]):
                     self._changed.notify_all()
         except grpc.RpcError as error:
             failure = self._error(error)
-        except Exception as error:  # of an answer that cannot be read
+        except Exception as error:  # an answer that cannot be read
             failure = error
         with self._changed:
             if stream == self._stream:
@@ -201,7 +205,7 @@ class BlockingFeed(Generic[A]):
 
 
 class AsyncFeed(Generic[A]):
-    """One feed of an `AsyncClient`, in tasks of its event loop."""
+    """One feed of an `AsyncClient`, as tasks of the event loop."""
 
     def __init__(
         self,
@@ -211,25 +215,25 @@ class AsyncFeed(Generic[A]):
         retries: bool = True,
         error: Callable[[Any], Exception] = statuses.error,
     ) -> None:
-        """A feed, as `BlockingFeed`."""
+        """A feed; the arguments are those of `BlockingFeed`."""
         self._begin = begin
         self._ledger: Ledger[A] = Ledger(questions, timeout, retries=retries)
         self._timeout = timeout
         self._retries = retries
         self._error = error
-        self._stirred = asyncio.Event()  # there may be an outcome, or none any more
-        self._room = asyncio.Event()
-        self._work = asyncio.Event()  # there may be something to send, or nothing any more
+        self._stirred = asyncio.Event()  # wakes the consumer: new outcomes, or the end
+        self._room = asyncio.Event()  # wakes the reader of items: the ledger has room
+        self._work = asyncio.Event()  # wakes the sender: new messages, or the end
         self._call: Any = None
-        self._stream = 0  # counts them
-        self._failure: Exception | None = None
-        self._fault: BaseException | None = None
-        self._drained = False
+        self._stream = 0  # number of the current stream
+        self._failure: Exception | None = None  # why the current stream ended
+        self._fault: BaseException | None = None  # raised by the source of items
+        self._drained = False  # the source has no more items
 
     async def outcomes(
         self, items: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike]
     ) -> AsyncGenerator[A | LikelyError, None]:
-        """What came of each item, in the items' order."""
+        """Yields the outcome of each item, in the order of the items."""
         patience = _Patience(self._retries)
         reader = self._open()
         puller = asyncio.create_task(self._pull(items))
@@ -283,7 +287,7 @@ class AsyncFeed(Generic[A]):
         self._stream += 1
         self._failure = None
         self._ledger.lost()
-        self._work.set()  # an earlier stream's messages end, if they have not
+        self._work.set()  # lets the sender of the previous stream end
         self._call = self._begin(self._messages(self._stream))
         return asyncio.create_task(self._read(self._call))
 
@@ -302,7 +306,7 @@ class AsyncFeed(Generic[A]):
         except asyncio.CancelledError as error:
             if _cancelling():
                 raise
-            self._fault = error  # of the source, which raised it
+            self._fault = error  # raised by the source itself
         self._drained = True
         self._work.set()
         self._stirred.set()
@@ -328,7 +332,7 @@ class AsyncFeed(Generic[A]):
                 self._stirred.set()
         except grpc.RpcError as error:
             failure = self._error(error)
-        except Exception as error:  # of an answer that cannot be read
+        except Exception as error:  # an answer that cannot be read
             failure = error
         except asyncio.CancelledError:
             if _cancelling():
@@ -339,7 +343,7 @@ class AsyncFeed(Generic[A]):
 
 
 def _cancelling() -> bool:
-    """Whether it is the running task that is cancelled, and not what it waits for."""
+    """Whether the running task itself is being cancelled, not what it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -353,4 +357,4 @@ async def _each(
     else:
         for item in items:
             yield item
-            await asyncio.sleep(0)  # or nothing else would run until no more is taken
+            await asyncio.sleep(0)  # lets other tasks run; else they would wait for a full window

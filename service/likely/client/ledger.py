@@ -1,4 +1,4 @@
-"""What a client has asked on a stream: what is to be sent, what has its answer, what is next."""
+"""The state of a feed's items: which are to be sent, which are sent, which have an outcome."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any, Generic
 import numpy.typing as npt
 
 from likely import statuses
-from likely.answers import Pixels
+from likely.answers import A, Pixels
 from likely.client import plans, values
-from likely.client.plans import A
 from likely.errors import LikelyError, Overloaded, Unavailable
 
-WINDOW = 128  # messages that have no answer yet
-FIRST_DELAY, DELAY_GROWTH, LONGEST_DELAY = 0.2, 2.0, 5.0  # seconds before one more attempt
+WINDOW = 128  # most items whose outcome has not been taken yet
+FIRST_DELAY, DELAY_GROWTH, LONGEST_DELAY = 0.2, 2.0, 5.0  # backoff: seconds, factor, seconds
 
 
 @dataclass(slots=True, eq=False)
 class _Item:
-    """One item of a feed; when it was sent for the first time, and for the last."""
+    """One item of a feed; `first` and `last` are the times of its first and last sending."""
 
     number: int
     message: Any = None
@@ -32,9 +31,9 @@ class _Item:
 
 
 class Ledger(Generic[A]):
-    """The items of one feed, in their order; does no input or output, and takes no time.
+    """The items of one feed, in order; does no input or output and never waits.
 
-    Times are seconds of one clock that only grows.
+    All times are seconds of the same monotonic clock.
     """
 
     def __init__(
@@ -48,33 +47,33 @@ class Ledger(Generic[A]):
         """An empty ledger.
 
         Args:
-            questions: how an item is asked about.
-            timeout: seconds that the next answer may take, counted from the one before.
-            retries: whether an item that is refused for now is asked again.
-            window: messages that may be without an answer.
+            questions: how to build the request for an item and read its answer.
+            timeout: maximum seconds between two answers.
+            retries: whether to resend an item that the server refuses for now.
+            window: maximum number of items whose outcome has not been taken.
         """
         self._questions: plans.Questions[A] = questions
         self._timeout = timeout
         self._retries = retries
         self._window = window
         self._count = 0
-        self._open: dict[int, _Item] = {}  # in their order
+        self._open: dict[int, _Item] = {}  # items not taken yet, in the feed's order
         self._unsent: deque[_Item] = deque()
-        self._sent: dict[int, _Item] = {}  # in the order in which they were sent
-        self._quiet = 0.0  # until when the server wants to be left alone
-        self._heard = 0.0  # when an item was answered last; a refusal for now is no answer
+        self._sent: dict[int, _Item] = {}  # sent, without an outcome, in the order of sending
+        self._quiet = 0.0  # time before which nothing is sent: the server asked for a pause
+        self._heard = 0.0  # time of the last answer; refusals do not count
 
     def __len__(self) -> int:
-        """How many items have been added and not been taken."""
+        """Number of items that have been added and not been taken."""
         return len(self._open)
 
     @property
     def has_room(self) -> bool:
-        """Whether one more may be added."""
+        """Whether one more item may be added."""
         return len(self._open) < self._window
 
     def add(self, images: npt.ArrayLike) -> None:
-        """Adds the next item; one that is no pictures, or too large, has its outcome already."""
+        """Adds the next item; an invalid or too large one gets its error as outcome at once."""
         item = _Item(self._count)
         self._count += 1
         self._open[item.number] = item
@@ -88,7 +87,7 @@ class Ledger(Generic[A]):
         self._unsent.append(item)
 
     def next(self, now: float) -> Any:
-        """The message that is to be sent now, or None."""
+        """The message to send now, or None."""
         if not self._unsent or now < self._quiet:
             return None
         item = self._unsent.popleft()
@@ -98,15 +97,15 @@ class Ledger(Generic[A]):
         return item.message
 
     def wait(self, now: float) -> float | None:
-        """Seconds until a message is to be sent; None if there is none."""
+        """Seconds until a message can be sent; None if none is waiting."""
         return max(0.0, self._quiet - now) if self._unsent else None
 
     def answered(self, response: Any, now: float) -> None:
-        """Takes a message of answers; what is to be asked again has no outcome yet."""
+        """Records the outcomes in a response; items to be resent stay without an outcome."""
         for outcome in response.outcomes:
             item = self._sent.pop(outcome.sequence_id, None)
             if item is None:
-                continue  # not asked, or answered already: no server of ours says that
+                continue  # never sent, or answered before: our servers do not do that
             if outcome.HasField("response"):
                 self._heard = now
                 item.outcome = self._questions.read(outcome.response, item.shape)
@@ -114,12 +113,12 @@ class Ledger(Generic[A]):
                 self._failed(item, statuses.error_of(outcome.failure), now)
 
     def lost(self) -> None:
-        """The stream is gone: what was sent and has no answer is to be sent again."""
+        """The stream is lost: all sent items without an outcome become unsent again."""
         self._unsent.extendleft(reversed(self._sent.values()))
         self._sent.clear()
 
     def take(self) -> list[A | LikelyError]:
-        """The outcomes that are next in the feed's order."""
+        """Takes the outcomes that are next in the feed's order."""
         found: list[A | LikelyError] = []
         for number, item in list(self._open.items()):
             if item.outcome is None:
@@ -129,7 +128,7 @@ class Ledger(Generic[A]):
         return found
 
     def left(self, now: float) -> float:
-        """Seconds in which there has to be an answer; all of them if none is waited for."""
+        """Seconds until the timeout for the next answer; the whole timeout if none is due."""
         if not self._sent:
             return self._timeout
         return max(next(iter(self._sent.values())).last, self._heard) + self._timeout - now
@@ -137,12 +136,13 @@ class Ledger(Generic[A]):
     def _message(self, x: Pixels, number: int) -> Any:
         request = self._questions.ask(x, self._questions.version)
         message = self._questions.stream(sequence_id=number, request=request)
-        return plans.within(message, self._questions.most)  # or the whole stream would end
+        return plans.within(message, self._questions.most)  # a larger one would end the stream
 
     def _failed(self, item: _Item, error: LikelyError, now: float) -> None:
-        """Keeps the error, unless the item is worth another attempt within its time.
+        """Records the error as outcome, unless the item can be resent within its timeout.
 
-        While others are answered there is time: it waits its turn.
+        The timeout starts again with each answer: as long as other items are answered, this one
+        can be resent.
         """
         if self._retries and isinstance(error, Overloaded | Unavailable):
             named = error.retry_after
@@ -155,5 +155,5 @@ class Ledger(Generic[A]):
 
 
 def delay(attempts: int) -> float:
-    """Seconds before one more attempt, after so many."""
+    """Backoff in seconds before the next attempt, after this number of attempts."""
     return min(LONGEST_DELAY, FIRST_DELAY * DELAY_GROWTH ** (attempts - 1))

@@ -1,4 +1,4 @@
-"""What both clients ask over: a channel, opened at the first question, in one process."""
+"""The channel that both clients use, the retries of the client itself, and its errors."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from likely.v1 import (
 
 ADDRESS = "127.0.0.1:50051"
 TIMEOUT = 60.0
-LONGEST = 1e9  # seconds, some 31 years; gRPC takes what no clock can hold for no time at all
+LONGEST = 1e9  # seconds, about 31 years; gRPC treats a time that no clock can hold as 0
 CLOSED = "this client is closed; make another one to ask on"
 ENDED = "this client was closed before all was answered"
-PAUSES = (0.2, 0.4, 0.8)  # seconds before a request is put again whose answer was cut off
-# How gRPC's words begin where no server was reached at all.
+PAUSES = (0.2, 0.4, 0.8)  # backoff in seconds before a request is repeated after a cut-off answer
+# Beginnings of gRPC's message if no server was reached.
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
-# What is among them where a server was reached whose TLS failed.
+# Parts of that message if a server was reached but TLS failed.
 _INSECURE = ("Tls handshake failed", "Hostname Verification Check failed", "SSL_ERROR_SSL")
-_CLOSED = "Socket closed"  # by a server that asks for TLS, or by what stands for none
-# All that it says where the time was over, be a server reached or not, or an answer under way.
+_CLOSED = "Socket closed"  # part of it if a peer hung up: a server with TLS, or a proxy with none
+# gRPC's whole message after a timeout, whether or not a server was reached or had begun to answer.
 _LATE = ("Deadline Exceeded", "Stream removed (Deadline Exceeded)")
 
 Kind: TypeAlias = type[
@@ -59,10 +59,10 @@ Kind: TypeAlias = type[
 
 
 class Line:
-    """The RPCs of one server, over a channel that is opened when the first is asked for.
+    """The RPCs of one server, over a channel that is opened when the first RPC is requested.
 
-    Another takes its place when the files of its certificates change; what runs on the former one
-    ends there, undisturbed. gRPC's threads do not survive a fork, so that a channel is of the
+    A new channel replaces it when the certificate files change; calls on the old one run to their
+    end undisturbed. gRPC's threads do not survive a fork, so a channel can only be used in the
     process that opened it.
     """
 
@@ -75,7 +75,7 @@ class Line:
     ) -> None:
         self._open = open_channel
         self._edition = edition
-        self._opened = 0  # the edition that the channel is of
+        self._opened = 0  # edition of the certificate files that the channel uses
         self._catalogue = catalogue
         self._where = address if isinstance(address, str) else ", ".join(address)
         self._closed = False
@@ -85,11 +85,11 @@ class Line:
         self._opening = Lock()
 
     def call(self, kind: Kind) -> Any:
-        """The RPC that carries requests of that kind.
+        """The RPC for requests of this type.
 
         Raises:
             Forked: another process opened the channel.
-            LikelyError: it is closed.
+            LikelyError: the client is closed.
         """
         if self._closed:
             raise LikelyError(CLOSED)
@@ -100,7 +100,7 @@ class Line:
             )
         edition = self._edition()
         if edition > self._opened:
-            with self._opening:  # or a second thread would open a second channel
+            with self._opening:  # two threads must not open a channel each
                 if edition > self._opened:
                     self._channel = self._open()
                     self._process = os.getpid()
@@ -109,7 +109,7 @@ class Line:
         return self._calls[kind]
 
     def close(self) -> Any:
-        """Ends the channel, if this process has one; awaitable where the channel's end is."""
+        """Closes the channel if this process opened it; for asyncio, returns an awaitable."""
         self._closed = True
         if self._calls and self._process == os.getpid():
             return self._channel.close()
@@ -117,9 +117,10 @@ class Line:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Raises a failed call as the error that it tells of.
+        """Translates the failure of a call in this context to a `LikelyError`.
 
-        So is one of asyncio that ended with the channel: its caller's task is not cancelled.
+        An asyncio call that was cancelled because the channel was closed raises one too: the
+        caller's own task is not cancelled.
         """
         try:
             yield
@@ -130,30 +131,30 @@ class Line:
             raise LikelyError(ENDED) from end
         except grpc.RpcError as failure:
             error = self.error(failure)
-            if isinstance(error, InvalidInput):  # it may have been asked by what is old
+            if isinstance(error, InvalidInput):  # an outdated description may be the cause
                 self._catalogue.clear()
             raise error from failure
 
     def error(self, failure: Any) -> LikelyError:
-        """The error that a failed call tells of, be it that the channel ended under it."""
+        """The error of a failed call, which may have failed because the client was closed."""
         if self._closed and failure.code() is grpc.StatusCode.CANCELLED:
             return LikelyError(ENDED)
         return as_error(failure, self._where)
 
 
 class Repeats:
-    """How often a request is put again whose answer was cut off, and the time that is left to it.
+    """Retries of requests whose answers are cut off, and the time that is left for them.
 
-    What gRPC itself asks again ends where an answer's headers have come. All requests of ours
-    may be answered twice.
+    gRPC's own retries end once the headers of an answer have arrived. All requests of this service
+    are idempotent.
     """
 
     def __init__(self, timeout: float, retries: bool) -> None:
-        """Of a request, or of several after one another.
+        """The retries of one request, or of several one after another.
 
         Args:
-            timeout: seconds for each, with all its repetitions.
-            retries: whether there are any.
+            timeout: maximum seconds for each request with its retries.
+            retries: whether to retry at all.
         """
         self._timeout = timeout
         self._pauses = PAUSES if retries else ()
@@ -161,26 +162,26 @@ class Repeats:
         self._end = 0.0
 
     def reset(self) -> None:
-        """There was an answer: another request comes next, with time of its own."""
+        """An answer has arrived: the next request has its own retries and timeout."""
         self._times = 0
 
     def left(self) -> float:
-        """Seconds for the request that is put now."""
+        """Seconds left for the request that is sent now."""
         now = time.monotonic()
         if not self._times:
             self._end = now + self._timeout
         return self._end - now
 
     def pause(self, error: LikelyError, *, begun: bool = False) -> float:
-        """Seconds before the same request is put again.
+        """Seconds to wait before the same request is sent again.
 
         Args:
-            error: that ended the answer.
-            begun: whether some of it had come, so that gRPC has not asked again what the server
-                refused for now.
+            error: the error that ended the answer.
+            begun: whether part of the answer had arrived. In this case gRPC has not retried, so a
+                temporary refusal by the server is retried here.
 
         Raises:
-            LikelyError: the error, if that is not worth it.
+            LikelyError: the error itself, if the request is not to be repeated.
         """
         again = isinstance(error, Unavailable | Overloaded)
         if self._times >= len(self._pauses) or not (again if begun else _is_cut(error)):
@@ -192,10 +193,10 @@ class Repeats:
         return seconds
 
     def rest(self, error: LikelyError) -> float:
-        """Seconds before draws of which some had come go on; none but where a server is too busy.
+        """Seconds to wait before partly received draws resume; 0 unless the server is too busy.
 
         Raises:
-            LikelyError: the error, if the server wants more of them than a request has.
+            LikelyError: the error itself, if the server names a delay beyond the timeout.
         """
         seconds = _wish(error) if isinstance(error, Overloaded) else 0.0
         if seconds >= self._timeout:
@@ -204,13 +205,13 @@ class Repeats:
 
 
 def _wish(error: LikelyError) -> float:
-    """Seconds that the server named before one more attempt; 0 where it named none."""
+    """The delay in seconds that the server named for the next attempt; 0 if it named none."""
     named = error.retry_after if isinstance(error, Unavailable | Overloaded) else None
     return named or 0.0
 
 
 def _is_cut(error: LikelyError) -> bool:
-    """Whether a connection ended on the way: no server of ours says it, and one was reached."""
+    """Whether the connection to a server broke: a refusal by our servers would name a delay."""
     failure: Any = error.__cause__
     return (
         isinstance(failure, grpc.RpcError)
@@ -221,12 +222,12 @@ def _is_cut(error: LikelyError) -> bool:
 
 
 def as_error(failure: Any, address: str, start: str = "likely serve") -> LikelyError:
-    """The error that a failed call tells of, be it that nobody answers there, or not in time.
+    """The error of a failed call; if no server answers, or not in time, it names the address.
 
     Args:
-        failure: as grpc raises it.
-        address: that was asked.
-        start: the command that would start what was asked.
+        failure: the error that grpc raised.
+        address: the address that was called.
+        start: the command that would start the server there.
     """
     error = statuses.error(failure)
     if isinstance(error, Unavailable) and str(error).startswith(_UNREACHED):
@@ -240,7 +241,7 @@ def as_error(failure: Any, address: str, start: str = "likely serve") -> LikelyE
 
 
 def unreached(address: str, words: str, start: str = "likely serve") -> Unavailable:
-    """What says that nobody answers there, before gRPC's own words."""
+    """The error for an address where no server answers; it ends with gRPC's own message."""
     if any(sign in words for sign in _INSECURE):
         return Unavailable(
             f"no connection with {address}: is TLS on one side only, or the server's certificate "
@@ -253,10 +254,10 @@ def unreached(address: str, words: str, start: str = "likely serve") -> Unavaila
 
 
 def positive(timeout: float) -> float:
-    """The same seconds, if there are any, and not too many.
+    """The timeout unchanged, if it is valid.
 
     Raises:
-        SettingsError: it is no number above 0, or above `LONGEST`.
+        SettingsError: it is not a number above 0, or it exceeds `LONGEST` seconds.
     """
     if not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST:
         raise SettingsError(

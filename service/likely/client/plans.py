@@ -1,14 +1,15 @@
-"""What to ask a server, and in which order, without asking it: shared by both clients.
+"""The requests of each question and the order in which to send them; shared by both clients.
 
-A plan is a generator: it yields requests, is sent their answers, and returns
-what the caller asked for. The clients differ only in how they carry a request.
+A plan is a generator: it yields requests, receives their answers by `send`, and returns the
+result for the caller. It does no input or output: the clients send its requests.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -16,9 +17,9 @@ import numpy.typing as npt
 
 from likely import codec
 from likely.answers import (
+    A,
     Classifications,
     Completions,
-    Draws,
     Features,
     Guarantee,
     LabelRule,
@@ -27,13 +28,13 @@ from likely.answers import (
     Redrawings,
     Scores,
     Traversal,
+    joined,
 )
 from likely.client.catalogue import Catalogue, Naming, Plan, Request
 from likely.client.values import (
     Label,
     array,
     built,
-    check_levels,
     index_of,
     member,
     pixels,
@@ -46,24 +47,23 @@ T = TypeVar("T")
 R = TypeVar("R", bound=Any)  # a message
 Held: TypeAlias = Guarantee | Literal["marginal", "pac"]
 Rule: TypeAlias = LabelRule | Literal["generative", "discriminative"]
-A = TypeVar("A", Scores, Classifications, Features, Draws, Redrawings, Traversal)
 
-# What a request carries beside its pictures: names, priors, tags and lengths.
+# Room for everything in a request except its pictures: names, priors, tags and lengths.
 OVERHEAD_BYTES = 16 << 10
-NO_LABEL = -1  # what Encode tells of a model whose features depend on no label
+NO_LABEL = -1  # the label that Encode returns for a model whose features depend on no label
 
 
 @dataclass(frozen=True, slots=True)
 class Questions(Generic[A]):
-    """One kind of question about pictures: how it is asked, and how its answer is read.
+    """How to build the requests of one question about pictures, and how to read the answers.
 
     Attributes:
-        ask: the request about pictures (n, c, h, w) to that version, empty for the default.
-        read: the answer to it, from the response and the pictures' shape.
-        version: that was asked for.
-        stream: the type of message that brings such a request in a stream; None for none.
-        most: bytes of such a message that the server takes; None for any.
-        pictures: of which one answer has room for all; None for any.
+        ask: builds the request for pictures (n, c, h, w) and a version, empty for the default.
+        read: builds the answer from the response and the shape of the pictures.
+        version: the version that the caller named; empty for the default.
+        stream: type of the message that carries such a request in a feed; None if there is none.
+        most: maximum size in bytes of such a message; None for no limit.
+        pictures: maximum number of pictures that fit in one answer; None for no limit.
     """
 
     ask: Callable[[Pixels, str], Request]
@@ -75,15 +75,15 @@ class Questions(Generic[A]):
 
 
 def within(request: R, most: int | None, field: str = "images") -> R:
-    """The same request, if a server takes it.
+    """The request unchanged, if it is not too large for the server.
 
     Args:
-        request: about a single picture, or with room for what it says beside its pictures.
-        most: bytes that the server takes at a time; None for any.
-        field: that makes it large.
+        request: any request message.
+        most: maximum size of a message in bytes; None for no limit.
+        field: the field to name in the error: the one that makes the request large.
 
     Raises:
-        InvalidInput: it is larger.
+        InvalidInput: the request is larger.
     """
     if most is not None and (size := request.ByteSize()) > most:
         told = f"{size} bytes with what is asked about them; the server takes {most} at a time"
@@ -98,7 +98,7 @@ def score_questions(
     guarantee: Held,
     version: str | None,
 ) -> Questions[Scores]:
-    """How plausible pictures are."""
+    """The questions of `Client.score` and `score_stream`."""
     held = member("guarantee", Guarantee, guarantee)
 
     def ask(x: Pixels, version: str) -> Request:
@@ -131,7 +131,7 @@ def classify_questions(
     both: bool,
     version: str | None,
 ) -> Questions[Classifications]:
-    """Which labels pictures have."""
+    """The questions of `Client.classify` and `classify_stream`."""
     held, by = member("guarantee", Guarantee, guarantee), member("rule", LabelRule, rule)
     given = None if priors is None else array("priors", priors, np.float64).tolist()
 
@@ -212,7 +212,7 @@ def encode(
     x = pixels(images)
 
     def plan(info: ModelInfo) -> Plan[Features]:
-        left = _labels(labels, len(x), info) or []
+        given = iter(_labels(labels, len(x), info) or ())
 
         def ask(part: Pixels, version: str) -> Request:
             return built(
@@ -220,7 +220,7 @@ def encode(
                 model_name=info.name,
                 model_version=version,
                 images=codec.images(part),
-                labels=[left.pop(0) for _ in part] if left else (),
+                labels=list(islice(given, len(part))),
             )
 
         return (yield from _divided(x, info, Questions(ask, read, version or "")))
@@ -235,17 +235,17 @@ def encode(
 
 @dataclass(frozen=True, slots=True)
 class Redrawing:
-    """How pictures are redrawn: of which version, and what is drawn with which noise.
+    """Settings of Decode, Traverse and Interpolate: how many pictures are drawn, and how.
 
     Attributes:
-        draws: at each point, or of each row of features.
-        seed: None lets the server pick one.
-        first_index: of the first picture.
-        temperature: multiplies the noise; None is 1.
-        version: of the model; None for the default.
+        draws: number of pictures drawn at each point, or for each row of features.
+        seed: seed of the draws; None lets the server pick one.
+        first_index: index of the first picture.
+        temperature: factor on the noise, in [0, 2]; None is 1.
+        version: version of the model; None for the default.
 
     Raises:
-        InvalidInput: draws or first_index is no whole number.
+        InvalidInput: draws or first_index is not an integer.
     """
 
     draws: int = 0
@@ -259,7 +259,7 @@ class Redrawing:
         whole("first_index", self.first_index)
 
     def fields(self, info: ModelInfo, at: int, last: Redrawings | None) -> dict[str, Any]:
-        """What a request says of it, for pictures from `at` on, after that answer."""
+        """The fields of the request for pictures from `at` on; `last` is the previous answer."""
         return {
             "model_name": info.name,
             "model_version": last.model_version if last else self.version or "",
@@ -270,7 +270,7 @@ class Redrawing:
         }
 
     def step(self, info: ModelInfo, points: int, nbytes: int) -> int:
-        """How many pictures of so many bytes one request and its answer have room for."""
+        """Number of pictures, of `nbytes` bytes each, that fit in one request and its answer."""
         rows = max(1, points * max(1, self.draws))
         answer = max(1, points) * math.prod(info.shape) * (8 + max(0, self.draws))
         return max(
@@ -291,7 +291,7 @@ def decode(
     how: Redrawing,
     model: str | None,
 ) -> Plan[Redrawings]:
-    """What all features stand for."""
+    """The redrawings of all features."""
     z: npt.NDArray[Any] = array("features", features, np.float32)
     if z.ndim != 2:
         raise InvalidInput("features", f"shape {z.shape}; (n, z) is asked")
@@ -304,7 +304,7 @@ def decode(
         for at in range(0, max(len(z), 1), step):
             message = built(
                 latent_pb2.DecodeRequest,
-                features=np.ascontiguousarray(z[at : at + step], "<f4").tobytes(),
+                features=codec.packed(z[at : at + step]),
                 labels=given and given[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
@@ -314,7 +314,8 @@ def decode(
             parts.append(codec.redrawn(answer, how.draws))
         return joined(parts)
 
-    def check(info: ModelInfo) -> None:  # a request has no shape: its rows would be other ones
+    # A request contains no shape: with another width, the server would read other rows.
+    def check(info: ModelInfo) -> None:
         if info.latent_dimensions and z.shape[1] != info.latent_dimensions:
             asked = f"(n, {info.latent_dimensions})"
             raise InvalidInput("features", f"shape {z.shape}; {asked} is asked")
@@ -333,7 +334,7 @@ def traverse(
     how: Redrawing,
     model: str | None,
 ) -> Plan[Traversal]:
-    """All pictures along a direction."""
+    """All pictures redrawn along a direction."""
     x, places = pixels(images), _places(points)
 
     def plan(info: ModelInfo) -> Plan[Traversal]:
@@ -367,7 +368,7 @@ def interpolate(
     how: Redrawing,
     model: str | None,
 ) -> Plan[Redrawings]:
-    """All pictures on the way to as many others."""
+    """All pictures redrawn on the lines to as many others."""
     x, far, places = pixels(images), pixels(others), _places(points)
     if len(x) != len(far):
         raise InvalidInput("others", f"{len(far)} pictures for {len(x)} images; as many are asked")
@@ -417,9 +418,9 @@ def generations(
     self_check: generation_pb2.SelfCheck | None,
     acceptance: generation_pb2.Acceptance | None,
 ) -> Iterator[generation_pb2.GenerateRequest]:
-    """The requests that draw `count` pictures, none of them above the server's limit.
+    """The requests that draw `count` pictures, each within the server's limits.
 
-    The server picks what the caller leaves open, which `Parts` then pins.
+    The server picks the version and seed if the caller names none; `Parts` pins them afterwards.
     """
     most = info.limits.images_per_generation
     count, first = whole("count", count), whole("first_index", first_index)
@@ -441,10 +442,10 @@ def generations(
 def checks(
     self_check: bool, acceptance: bool, alpha: float | None, max_draws: int | None
 ) -> tuple[generation_pb2.SelfCheck | None, generation_pb2.Acceptance | None]:
-    """The self-check and the drawing by acceptance that a request asks for, if any.
+    """The self-check and the acceptance of a Generate request, each None if not requested.
 
     Raises:
-        InvalidInput: a value is given that is of neither.
+        InvalidInput: alpha or max_draws is given without the option it belongs to.
     """
     if alpha is not None and not self_check:
         raise InvalidInput("alpha", "is of a self_check only")
@@ -468,9 +469,9 @@ def completions(
     temperature: float | None,
     proposals: int,
 ) -> Iterator[generation_pb2.CompleteRequest]:
-    """The requests that complete pictures x, none of them above the server's limits."""
+    """The requests that complete pictures x, each within the server's limits."""
     count, first = whole("completions", count), whole("first_index", first_index)
-    drawn = max(1, count) * max(1, whole("proposals", proposals))  # of each picture
+    drawn = max(1, count) * max(1, whole("proposals", proposals))  # for each picture
     known = array("mask", mask, np.bool_)
     known = known[:, None] if known.ndim == 3 and x.shape[1] == 1 else known
     try:
@@ -502,7 +503,7 @@ def completions(
 def completed(
     parts: Sequence[Completions], x: Pixels, count: int, seed: int | None, info: ModelInfo
 ) -> Completions:
-    """The chunks' completions joined, images (n, completions, c, h, w) of pictures x."""
+    """The completions of all chunks joined; images (n, completions, c, h, w), for pictures x."""
     first = parts[0] if parts else Completions(x[:0], seed or 0, info.version)
     rows = np.concatenate([x[:0], *(part.images for part in parts)])
     return replace(first, images=rows.reshape(len(x), count, *x.shape[1:]))
@@ -515,7 +516,7 @@ def _naming(
     n: int,
     *labels: npt.ArrayLike | None,
 ) -> Naming:
-    """The naming of a question about n pictures, with labels of each."""
+    """The naming of a question about n pictures with labels for each."""
 
     def meant(info: ModelInfo) -> list[list[int] | None]:
         return [_labels(each, n, info) for each in labels]
@@ -525,13 +526,14 @@ def _naming(
 
 
 def _labels(labels: npt.ArrayLike | None, n: int, info: ModelInfo) -> list[int] | None:
-    """The index of the label of each of n pictures, given by name or index; None for none."""
+    """The label index of each of n pictures, from names or indices; None without labels."""
     if labels is None:
         return None
     given = array("labels", labels)
     if given.shape != (n,):
         raise InvalidInput("labels", f"shape {given.shape} for {n} pictures; one label each")
-    if given.dtype.kind == "U":  # by a number of any size, of which messages know the range
+    # A text may also be a number of any size; building the message checks the range.
+    if given.dtype.kind == "U":
         named: list[Any] = [index_of(str(each), info.labels, "labels") for each in given]
         return named
     if n and not np.issubdtype(given.dtype, np.integer):
@@ -547,15 +549,16 @@ def _checked(
     x: Pixels,
     far: Pixels | None = None,
 ) -> Plan[None]:
-    """Looks for levels that are not the model's, which a server counts from each request's first.
+    """Checks the levels of all pictures before they are split into requests.
 
-    What may be divided is looked at whole. Pictures of another shape are left to the server.
+    The server would name a picture by its index within one request. Pictures of another shape
+    are left to the server to refuse.
     """
 
     def check(info: ModelInfo) -> None:
         for field, given in (("images.data", x), ("others.data", far)):
             if given is not None and given.shape[1:] == info.shape:
-                check_levels(given, info.levels, field)
+                codec.check_levels(given, info.levels, field)
 
     yield from _held(catalogue, model, version, check)
 
@@ -566,7 +569,7 @@ def _held(
     version: str | None,
     check: Callable[[ModelInfo], None],
 ) -> Plan[None]:
-    """Holds what is given to the model's description, which is asked for anew before it fails."""
+    """Checks arguments against the model's description; a cached one is renewed before failing."""
     for known in (True, False):
         info = yield from catalogue.model(model, version)
         try:
@@ -580,29 +583,16 @@ def _held(
 
 
 def _divided(x: Pixels, info: ModelInfo, questions: Questions[A]) -> Plan[A]:
-    """Asks about at most as many pictures at a time as the server takes, and can answer for."""
+    """Asks about all pictures in requests that, with their answers, are within the limits."""
     fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, x[:1].nbytes)
     most = info.limits.images_per_request
     step = max(1, min(most, fitting, most if questions.pictures is None else questions.pictures))
-    largest = info.limits.request_bytes if step == 1 else None  # several fit, as was reckoned
+    largest = info.limits.request_bytes if step == 1 else None  # else `step` keeps to the limit
     answers: list[A] = []
     for at in range(0, max(len(x), 1), step):
         part = x[at : at + step]
-        # Once one version has answered, the others must be the same one.
+        # Once one version has answered, it must answer the other requests too.
         pinned = answers[0].model_version if answers else questions.version
         answer = yield within(questions.ask(part, pinned), largest)
         answers.append(questions.read(answer, part.shape))
     return joined(answers)
-
-
-def joined(parts: Sequence[A]) -> A:
-    """One answer from the answers for consecutive pictures."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    columns: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in (field.name for field in fields(first))
-        if isinstance(getattr(first, name), np.ndarray)
-    }
-    return replace(first, **columns)

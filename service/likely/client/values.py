@@ -1,4 +1,4 @@
-"""From what callers give to what messages hold: arrays, numbers, labels, enumerations."""
+"""Conversion of callers' arguments (arrays, numbers, labels, enumerations) to message fields."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def pixels(images: npt.ArrayLike, name: str = "images") -> Pixels:
     """Pictures as uint8 (n, c, h, w).
 
     Args:
-        images: (n, c, h, w), or (n, h, w) for pictures of one channel; of any
-            integer type whose values are those of uint8.
-        name: what to call them in an error.
+        images: (n, c, h, w), or (n, h, w) for one channel; any integer type, values in 0 to 255.
+        name: name of the argument in errors.
 
     Raises:
-        InvalidInput: another number of axes, another type, or a value outside 0 to 255.
+        InvalidInput: the array has another number of axes, another type, or a value outside 0 to
+            255.
     """
     x = array(name, images)
     if x.ndim not in (3, 4):
@@ -42,28 +42,8 @@ def pixels(images: npt.ArrayLike, name: str = "images") -> Pixels:
     return x.astype(np.uint8, copy=False).reshape(x.shape if x.ndim == 4 else _one_channel(x.shape))
 
 
-def check_levels(x: Pixels, levels: int, named: str | Sequence[str]) -> None:
-    """Returns if every level of pictures (n, c, h, w) is one of a model's.
-
-    Args:
-        x: the pictures.
-        levels: every value is to lie in [0, levels).
-        named: what to call them in an error, or each of them.
-
-    Raises:
-        InvalidInput: one is not.
-    """
-    if x.max(initial=0) < levels:
-        return
-    i, c, h, w = np.unravel_index(int(np.argmax(x >= levels)), x.shape)
-    where = f"channel {c}, row {h}, column {w} is not in [0, {levels})"
-    if isinstance(named, str):
-        raise InvalidInput(named, f"level {x[i, c, h, w]} at picture {i}, {where}")
-    raise InvalidInput(named[int(i)], f"level {x[i, c, h, w]} at {where}")
-
-
 def index_of(label: Label | None, names: Sequence[str], field: str = "label") -> int | None:
-    """The index of a label that is given by its name or its index.
+    """The index of a label given by name or index, which may also be written as text.
 
     Raises:
         InvalidInput: no label has that name, or it is neither a name nor an index.
@@ -75,16 +55,16 @@ def index_of(label: Label | None, names: Sequence[str], field: str = "label") ->
     if label in names:
         return names.index(label)
     if label.removeprefix("-").isdecimal():
-        with suppress(ValueError):  # Python reads no number of thousands of digits
+        with suppress(ValueError):  # Python parses no number of thousands of digits
             return int(label)
     raise InvalidInput(field, f"{reprlib.repr(label)} is none of {', '.join(names) or 'none'}")
 
 
 def whole(field: str, value: Any) -> int:
-    """The same number, if it is a whole one.
+    """The number as an int.
 
     Raises:
-        InvalidInput: it is none.
+        InvalidInput: it is not an integer.
     """
     try:
         return operator.index(value)
@@ -93,10 +73,10 @@ def whole(field: str, value: Any) -> int:
 
 
 def member(field: str, kind: type[E], given: E | str) -> E:
-    """The member of an enumeration that is given, or that has that name.
+    """The member of an enumeration, given as a member or by its name.
 
     Raises:
-        InvalidInput: there is none.
+        InvalidInput: there is no such member.
     """
     try:
         return kind[given.upper()] if isinstance(given, str) else kind(given)
@@ -106,10 +86,10 @@ def member(field: str, kind: type[E], given: E | str) -> E:
 
 
 def built(kind: Callable[..., M], **fields: Any) -> M:
-    """The message with these fields.
+    """A message with these fields.
 
     Raises:
-        InvalidInput: one of them is of a type or size that the message cannot hold.
+        InvalidInput: a value has a type or size that the message cannot hold.
     """
     try:
         return kind(**fields)
@@ -118,7 +98,7 @@ def built(kind: Callable[..., M], **fields: Any) -> M:
 
 
 def _unsendable(kind: Any, fields: dict[str, Any], error: Exception) -> InvalidInput:
-    """What says which of the fields a message cannot hold."""
+    """The error that names the field whose value the message cannot hold."""
     for name, value in fields.items():
         try:
             kind(**{name: value})
@@ -134,7 +114,7 @@ def _unsendable(kind: Any, fields: dict[str, Any], error: Exception) -> InvalidI
 def _digits(value: int) -> str:
     try:
         return str(value)
-    except ValueError:  # Python writes no number of thousands of digits
+    except ValueError:  # Python formats no number of thousands of digits
         return f"a number of {value.bit_length()} bits"
 
 
@@ -142,7 +122,7 @@ def array(field: str, values: npt.ArrayLike, dtype: Any = None) -> npt.NDArray[A
     """The values as an array.
 
     Raises:
-        InvalidInput: they are none, or none of that type.
+        InvalidInput: they cannot be converted to an array, or not to one of that type.
     """
     try:
         return np.asarray(values, dtype=dtype)

@@ -1,1 +1,1 @@
-"""Batch jobs: many pictures drawn, scored or classified into shards that a restart resumes."""
+"""Batch jobs: draw, score or classify many pictures into a folder of shards; resumable."""

@@ -1,4 +1,4 @@
-"""What answers a job: an engine in this process, or a server."""
+"""The backends of a job: an engine in this process, or a server."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
-from likely.answers import Classifications, Draws, Limits, ModelInfo, Pixels, Scores, SelfCheck
-from likely.client import TIMEOUT, Client, TokenFile, plans
+from likely.answers import (
+    Classifications,
+    Draws,
+    Limits,
+    ModelInfo,
+    Pixels,
+    Scores,
+    SelfCheck,
+    joined,
+)
+from likely.client import TIMEOUT, Client, TokenFile
 from likely.client.channels import File
 from likely.errors import (
-    BundleError,
     DeadlineExceeded,
     InvalidInput,
     JobError,
@@ -36,26 +44,26 @@ if TYPE_CHECKING:
     from likely.bundle import Bundle
     from likely.engine import Engine
 
-CHUNK = 256  # pictures that are drawn at once
-FILLED = 64  # rows of every run where its size could matter: as many as are best at most
+CHUNK = 256  # pictures in one chunk of draws
+FILLED = 64  # rows of every run, if its size could matter: the largest batch of a warm-up
 UNLIMITED = Limits(1 << 40, 1 << 40, CHUNK, 1 << 60)  # a job is its engine's only caller
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # backoff between attempts, in seconds
 _PASSING = (Overloaded, Unavailable, DeadlineExceeded)
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """What answers, from several threads at once.
+    """Answers the requests of a job; safe to use from several threads.
 
     Attributes:
-        info: what its model takes, gives and promises.
+        info: description of the model.
     """
 
     info: ModelInfo
 
     def require(self, task: Task) -> None:
-        """Returns if the model answers such a task, and can promise its alpha."""
+        """Checks that the model answers such a task and can guarantee its alpha."""
 
     def score(self, x: Pixels, task: Judgement) -> Scores:
         """The scores of pictures (n, c, h, w)."""
@@ -64,41 +72,42 @@ class Backend(Protocol):
         """The classifications of pictures (n, c, h, w)."""
 
     def generate(self, label: int | None, first: int, count: int, task: Generation) -> Draws:
-        """Pictures first to first + count - 1."""
+        """Draws the pictures with indices first to first + count - 1."""
 
     def stop(self) -> None:
-        """Lets what other threads ask of it now or later end soon, in an error."""
+        """Makes current and later calls from other threads fail soon."""
 
     def close(self) -> None:
-        """Frees it."""
+        """Frees the backend's resources."""
 
 
 class Opener(Protocol):
-    """How to come by a backend, in this process or in another.
+    """Opens a backend; can be sent to another process.
 
     Attributes:
-        elsewhere: whether others decide which versions there are.
+        elsewhere: whether the backend is a server, whose versions can change during the job.
     """
 
     elsewhere: ClassVar[bool]
 
     def open(self) -> Backend:
-        """The backend."""
+        """Opens the backend."""
 
     def pinned(self, model: str, version: str) -> Opener:
-        """The same of that very version, which a job has begun with."""
+        """The same opener, pinned to the version that the job began with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bundled:
-    """An engine of this process's own.
+    """Opens an engine in this process.
 
     Attributes:
-        bundle: its folder; None for the only one that the package ships.
-        device: where it runs.
-        threads: cores that it uses; 0 for all.
-        keys: PEM files of public keys, one of which must have signed it, if there are any.
-        max_batch: pictures of one run; 0 for what is best, or `FILLED` where all have one size.
+        bundle: folder of the bundle; None for the only one that the package ships.
+        device: auto, cpu, cuda or cuda:N.
+        threads: number of cores to use; 0 for all.
+        keys: PEM files of public keys. If there are any, one of them must have signed the bundle.
+        max_batch: maximum number of pictures in one run; 0 lets the warm-up find the best one,
+            or means `FILLED` if all runs must have the same size.
     """
 
     bundle: Path | None = None
@@ -109,12 +118,12 @@ class Bundled:
     elsewhere: ClassVar[bool] = False
 
     def open(self) -> Local:
-        """The engine, verified and warm; its answers do not depend on what is asked beside them.
+        """Verifies, opens and warms up the engine, whose answers do not depend on batching.
 
         Raises:
             BundleError: the bundle is refused.
-            JobError: none is named, and the package ships several.
-            DeviceError: the device is not really there.
+            JobError: no bundle is named, and the package does not ship exactly one.
+            DeviceError: the device is not available.
         """
         from likely.bundle import Bundle
         from likely.versions.loading import shipped
@@ -124,21 +133,24 @@ class Bundled:
             raise JobError(f"name one of {', '.join(map(str, folders))} by --bundle")
         bundle = Bundle.open(folders[0], self.keys)
         engine = self._steady(bundle)
-        if Bundle.open(bundle.path).digest != bundle.digest:
+        try:
+            bundle.check_again()
+        except BaseException:
             engine.close()
-            raise BundleError(f"{bundle.path} changed while it was opened", "changed")
+            raise
         return Local(engine)
 
     def pinned(self, model: str, version: str) -> Bundled:  # noqa: ARG002
-        """The same: its bundle's folder is of one version, whichever that is."""
+        """Returns itself: the bundle's folder contains a single version."""
         return self
 
     def _steady(self, bundle: Bundle) -> Engine:
-        """An engine whose answers do not depend on what is run beside a picture.
+        """An engine whose answers do not depend on the other pictures of a run.
 
-        Its runs have any size, where a few sizes give equal bits. On a card equal bits at some
-        sizes tell nothing of others, for kernels are chosen by them: there, and where bits do
-        differ, all runs have one size. Where a picture's place matters even so, that is one row.
+        On a processor, runs may have any size if a few sizes give equal bits. On a card, equal
+        bits at some sizes say nothing about others, because the size selects the kernels: there,
+        and if bits do differ, all runs are padded to the same size. If a picture's position in
+        the run still matters, each run has one row (docs/decisions/0017).
         """
         from likely.bundle import Role
         from likely.graphs import Device
@@ -151,7 +163,7 @@ class Bundled:
             engine.close()
             _LOG.warning(
                 "the graphs of %s round differently in batches of different sizes: "
-                "every run is filled up to %d rows",
+                "every run is padded to %d rows",
                 bundle.path,
                 size,
             )
@@ -180,12 +192,12 @@ class Bundled:
                 threads=self.threads or machine.cores(),
                 max_batch=max_batch,
                 filled=filled,
-                terms=Terms(bounds=Bounds(1 << 40, 1 << 60)),  # all that waits is this job's
+                terms=Terms(bounds=Bounds(1 << 40, 1 << 60)),  # only this job fills the queue
             )
 
 
 class Local:
-    """An engine on an event loop of its own."""
+    """An engine with its own event loop in a thread."""
 
     def __init__(self, engine: Engine) -> None:
         from likely.versions.registry import describe
@@ -235,10 +247,10 @@ class Local:
             chunk=CHUNK,
             check=check,
         )
-        return plans.joined(self._run(_all(stream)))
+        return joined(self._run(_all(stream)))
 
     def stop(self) -> None:
-        """As `Backend.stop`: what nobody waits for is not run on."""
+        """As `Backend.stop`: cancels the pending calls, so that their runs stop."""
         self._stopped.set()
         for asked in tuple(self._asked):
             asked.cancel()
@@ -254,7 +266,7 @@ class Local:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         asked = asyncio.run_coroutine_threadsafe(work, self._loop)
         self._asked.add(asked)
-        if self._stopped.is_set():  # looked at only now, so that `stop` or this cancels it
+        if self._stopped.is_set():  # checked after adding it: either `stop` or this cancels it
             asked.cancel()
         try:
             return asked.result()
@@ -264,18 +276,19 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server.
+    """Opens a client of a server.
 
     Attributes:
         address: host:port, or any name that gRPC resolves.
-        model: its name; None for the server's only one.
-        version: its version; None for the default one.
-        timeout: seconds that one request may take.
-        patience: seconds to go on asking a server that refuses or does not answer.
-        token, plaintext_token, tls, ca, certificate, key, server_name: as `Client` takes them.
-        token_file: holds the token in place of `token`, and is read again when it changes.
-        begun: whether a job has begun with that version, so that it is waited for where it is
-            not found, and so is a good token where the file's has expired.
+        model: name of the model; None for the server's only one.
+        version: version of the model, or a label of one; None for the default one.
+        timeout: maximum duration of one request, in seconds.
+        patience: seconds to keep retrying a request that the server refuses for now or does not
+            answer.
+        token, plaintext_token, tls, ca, certificate, key, server_name: as for `Client`.
+        token_file: file that contains the token, used instead of `token`; reread when it changes.
+        begun: whether the job has begun with this version. If so, the job also waits, for
+            `patience`, if the version is not found or the token in the file has expired.
     """
 
     address: str
@@ -299,16 +312,16 @@ class Served:
             raise InvalidInput("patience", f"{self.patience:g} is not in [0, inf)")
 
     def open(self) -> Remote:
-        """A client of it.
+        """Opens a client of the server.
 
         Raises:
             LikelyError: the server does not answer, or has no such model.
-            JobError: it has the version no more that the job began with.
+            JobError: the server no longer has the version that the job began with.
         """
         client = Client(
             self.address,
             timeout=self.timeout,
-            retries=False,  # a job has more patience than gRPC, and asks again itself
+            retries=False,  # the job retries by itself, for longer than gRPC would
             token=self.token if self.token_file is None else TokenFile(self.token_file),
             plaintext_token=self.plaintext_token,
             tls=self.tls,
@@ -321,19 +334,19 @@ class Served:
 
     @property
     def passing(self) -> tuple[type[LikelyError], ...]:
-        """What is asked again after: it may pass."""
+        """The errors after which a request is retried, because they may be temporary."""
         if not self.begun:
             return _PASSING
         token = () if self.token_file is None else (Unauthenticated,)
         return (*_PASSING, ModelNotFound, *token)
 
     def pinned(self, model: str, version: str) -> Served:
-        """The same server, held to that version."""
+        """The same server, pinned to that version."""
         return replace(self, model=model, version=version, begun=True)
 
 
 class Remote:
-    """A server's model, of the one version that it had at the beginning."""
+    """A model on a server, pinned to the version that it had when the job began."""
 
     def __init__(self, client: Client, served: Served) -> None:
         self._client = client
@@ -351,7 +364,7 @@ class Remote:
         method = task.kind.capitalize()
         if not any(name.endswith(f"/{method}") for name in self.info.methods):
             raise JobError(f"model {self.info.name} does not answer {method}")
-        if isinstance(task, Judgement):  # the server says what it can promise
+        if isinstance(task, Judgement):  # the server refuses an alpha that it cannot guarantee
             self.score(np.empty((0, *self.info.shape), np.uint8), task)
 
     def score(self, x: Pixels, task: Judgement) -> Scores:
@@ -408,10 +421,10 @@ class Remote:
         self._client.close()
 
     def _patient(self, ask: Callable[[], T]) -> T:
-        """What asking gives, however often a server that is busy or restarts has to be asked.
+        """The result of `ask`, which is repeated while the server is busy or restarting.
 
-        A version that the job began with may be missing for a while too: of replicas that are
-        replaced, those that have it may be gone already, and others load it yet.
+        The version that the job began with may also be missing for a while: when replicas are
+        replaced, the old ones may be gone while the new ones still load it.
         """
         patience, waits = self._served.patience, False
         end, pause = time.monotonic() + patience, FIRST_PAUSE
@@ -426,7 +439,7 @@ class Remote:
                         raise self._gone() from error
                     raise
                 if not waits and isinstance(error, ModelNotFound | Unauthenticated):
-                    _LOG.warning("asked again for up to %g s: %s", patience, error)
+                    _LOG.warning("retrying for up to %g s: %s", patience, error)
                     waits = True
             self._stopped.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -434,14 +447,14 @@ class Remote:
     def _gone(self) -> JobError:
         served = self._served
         return JobError(
-            f"{served.address} has {served.model}@{served.version} no more, which this job began "
-            "with; have it served again and ask for the job once more, or begin another in "
+            f"{served.address} no longer has {served.model}@{served.version}, with which this job "
+            "began; serve that version again and repeat the command, or start another job in "
             "another folder"
         )
 
 
 async def _ended() -> None:
-    """Ends all else that its loop has been told to do."""
+    """Cancels all other tasks of the event loop and waits for them."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

@@ -1,4 +1,4 @@
-"""Pictures in a column of a Parquet file: tensors, lists of levels, raw bytes, or image files."""
+"""Reads pictures from a Parquet column: tensors, lists of levels, bytes of levels, image files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,11 +23,11 @@ _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0",
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What a model's pictures are like.
+    """Shape and levels of a model's pictures.
 
     Attributes:
         shape: (c, h, w).
-        levels: every value lies in [0, levels).
+        levels: number of levels; every value is in [0, levels).
     """
 
     shape: tuple[int, int, int]
@@ -36,15 +35,15 @@ class Geometry:
 
 
 def chosen(form: pa.Schema, column: str | None, name: str) -> str:
-    """The column that holds the pictures: the one asked for, else one of the usual names.
+    """The name of the column with the pictures: the requested one, or the first usual one.
 
     Args:
-        form: of the file.
-        column: the one asked for.
-        name: what to call the file.
+        form: schema of the file.
+        column: name of the requested column; None for one of `USUAL`.
+        name: name of the file in errors.
 
     Raises:
-        InvalidInput: there is no such column, or more than one.
+        InvalidInput: there is no such column, or more than one of that name.
     """
     wanted = USUAL if column is None else (column,)
     found = next((each for each in wanted if each in form.names), None)
@@ -57,25 +56,25 @@ def chosen(form: pa.Schema, column: str | None, name: str) -> str:
 
 
 def require_one(form: pa.Schema, column: str, name: str) -> None:
-    """Returns if a file has not several columns of that name.
+    """Checks that a file has at most one column of that name.
 
     Raises:
-        InvalidInput: it has.
+        InvalidInput: it has several.
     """
     if form.names.count(column) > 1:
         raise InvalidInput(name, f"several columns {column}; one is asked")
 
 
 def require_fit(kind: pa.DataType, name: str, geometry: Geometry) -> None:
-    """Returns if a column may hold the model's pictures, as far as its type tells.
+    """Checks that a column can contain the model's pictures, as far as its type tells.
 
     Args:
-        kind: the column's.
-        name: what to call the file.
-        geometry: of the model.
+        kind: type of the column.
+        name: name of the file in errors.
+        geometry: the model's.
 
     Raises:
-        InvalidInput: its tensors are of another shape.
+        InvalidInput: its tensors have another shape.
     """
     if isinstance(kind, pa.FixedShapeTensorType):
         shape = [kind.shape[axis] for axis in _order(kind, geometry)]
@@ -83,11 +82,11 @@ def require_fit(kind: pa.DataType, name: str, geometry: Geometry) -> None:
 
 
 def require_keys(column: pa.Field, name: str) -> None:
-    """Returns if a column may tell what to call pictures.
+    """Checks that a column can contain the keys of pictures.
 
     Args:
-        column: of a file.
-        name: what to call the file.
+        column: the column's field in the schema.
+        name: name of the file in errors.
 
     Raises:
         InvalidInput: its rows are lists or structs.
@@ -99,7 +98,7 @@ def require_keys(column: pa.Field, name: str) -> None:
 
 
 def called(keys: pa.ChunkedArray, otherwise: Sequence[str]) -> list[str]:
-    """What a column of keys calls each picture, and what to call those that it leaves empty."""
+    """The key of each picture: its value in the column `keys`, or in `otherwise` if null."""
     named = zip(keys.to_pylist(), otherwise, strict=True)
     return [other if key is None else _text(key) for key, other in named]
 
@@ -109,10 +108,11 @@ def _text(key: Any) -> str:
 
 
 def _order(kind: pa.FixedShapeTensorType, geometry: Geometry) -> list[int]:
-    """Where each axis of a tensor lies in its storage.
+    """The position of each axis of a tensor in its storage.
 
-    Arrow says that axis i of a picture is axis permutation[i] of what is stored; pyarrow writes
-    the inverse, and reads neither where they differ. The model's shape tells which it is.
+    By Arrow's specification, axis i of a picture is axis permutation[i] of the stored array.
+    pyarrow writes the inverse permutation, and cannot read either if they differ. The model's
+    shape tells which of the two is meant.
     """
     order = list(kind.permutation or range(len(kind.shape)))
     inverse = [order.index(axis) for axis in range(len(order))]
@@ -127,21 +127,21 @@ def _with_channel(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def pictures(column: pa.ChunkedArray, name: str, geometry: Geometry, first: int = 0) -> Pixels:
-    """The pictures of a column, uint8 (n, c, h, w) of levels.
+    """The pictures of a column as levels, uint8 (n, c, h, w).
 
-    Bytes of exactly a picture's size are levels in raster order, channel by channel, unless
-    they begin as an image file does and their type does not fix that size; all others are image
-    files (as are those in a struct's field `bytes`). Lists are nested as (c, h, w), as (h, w) for
-    one channel, or not at all.
+    A value of exactly c·h·w bytes contains levels in raster order, channel by channel, unless it
+    begins like an image file and its type does not fix the length. All other byte values are
+    image files; so are those in the field `bytes` of a struct. Lists are nested as (c, h, w), as
+    (h, w) for one channel, or flat.
 
     Args:
-        column: of a file, or of a part of it.
-        name: what to call the file.
-        geometry: of the model.
-        first: what the column's first row is in the file.
+        column: the column of a file, or a part of it.
+        name: name of the file in errors.
+        geometry: the model's.
+        first: index in the file of the column's first row.
 
     Raises:
-        InvalidInput: they are no pictures, or do not fit the model.
+        InvalidInput: the values are not pictures, or do not fit the model.
     """
     if column.null_count:
         raise InvalidInput(name, f"{column.null_count} rows of the pictures' column are empty")
@@ -171,14 +171,14 @@ def _chunk(array: pa.Array, name: str, geometry: Geometry, first: int) -> Pixels
             raise InvalidInput(f"{name}[{first + _first(array.is_null())}]", "its bytes are empty")
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _is_fixed(kind):
         size = int(np.prod(geometry.shape))
-        if _is_fixed(kind) and kind.byte_width == size:  # no image files, which differ in length
+        if _is_fixed(kind) and kind.byte_width == size:  # not image files, whose lengths differ
             return _of_levels(array.to_pylist(), geometry)
         return _of_bytes(array.to_pylist(), name, geometry, first)
     return _of_lists(array, name, geometry, first)
 
 
 def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixels:
-    """Lists of levels, each of the length that its place in the nesting asks."""
+    """Pictures from lists of levels; every list must have the length of its axis."""
     array, depth = rows, 0
     lengths, size = geometry.shape, int(np.prod(geometry.shape))
     inner = rows.type
@@ -189,11 +189,11 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
     asked = {1: (size,), 3: lengths, **({2: lengths[1:]} if lengths[0] == 1 else {})}.get(depth)
     if asked is None:
         may = "2, 1" if lengths[0] == 1 else "2"
-        told = f"levels in lists within {depth - 1} others; {may} or none are asked"
+        told = f"levels in lists within {depth - 1} other lists; {may} or none are expected"
         raise InvalidInput(name, f"{told}: {_shown(lengths)}, or {size} in one list")
-    lists = 1  # of a picture, at this depth
+    lists = 1  # number of lists per picture at this depth
     for length in asked:
-        # A null is no list of any length: flatten() would leave it out.
+        # A null counts as a wrong length: flatten() would skip it.
         found = np.asarray(pc.fill_null(pc.list_value_length(array), -1))
         if (wrong := found != length).any():
             at = int(np.argmax(wrong))
@@ -211,7 +211,7 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
 def _unfit(
     told: str, row: Any, found: int, asked: int, depth: int, geometry: Geometry
 ) -> InvalidInput:
-    """What is wrong with a row of lists, one of which is of another length than asked."""
+    """The error for a row of which one list has another length than expected."""
     if found < 0:
         return InvalidInput(told, "one of its lists is empty")
     if depth == 1:
@@ -250,7 +250,7 @@ def _of_levels(values: Sequence[bytes], geometry: Geometry) -> Pixels:
 
 
 def _is_image(value: bytes) -> bool:
-    """Whether bytes begin as an image file does, and not as levels might by chance."""
+    """Whether bytes begin like an image file, in a way that levels hardly do by chance."""
     if value.startswith(b"BM"):
         return value[2:6] == len(value).to_bytes(4, "little")
     return value.startswith(_MAGIC) or (value[:4] == b"RIFF" and value[8:12] == b"WEBP")
@@ -263,7 +263,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _first(flags: pa.Array) -> int:
-    """The index of the first true one."""
+    """The index of the first true value."""
     return int(np.argmax(np.asarray(flags)))
 
 
@@ -273,14 +273,3 @@ def _shown(shape: Sequence[int]) -> str:
 
 def _is_fixed(kind: Any) -> bool:
     return bool(pa.types.is_fixed_size_binary(kind))
-
-
-def check_levels(x: npt.NDArray[Any], keys: Sequence[str], geometry: Geometry) -> None:
-    """Returns if every level is the model's.
-
-    Raises:
-        InvalidInput: one is not; names its picture.
-    """
-    if x.size and x.max() >= geometry.levels:
-        row = int(np.argmax((x >= geometry.levels).any((1, 2, 3))))
-        raise InvalidInput(keys[row], f"level {x[row].max()} is not in [0, {geometry.levels})")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, synced, then renamed."""
+"""Atomic file writes: a temporary file beside the target is written, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PART = ".part"
 
 
 def write(path: Path, data: bytes) -> None:
-    """Lets a file have this content, whatever happens meanwhile: the old one or the new one.
+    """Writes a file atomically: after a crash it has its old content or the new one.
 
     Raises:
-        OSError: it cannot be written; nothing of it is left.
+        OSError: the file cannot be written; the temporary file is removed.
     """
-    # A name of its own: a worker taken for dead may still write the same shard.
+    # The temporary name is unique: a worker presumed dead may still write the same shard.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
         with part.open("wb") as file:
@@ -36,7 +36,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Lets the names in a folder be on disk."""
+    """Syncs a folder's directory entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -45,7 +45,7 @@ def sync(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Removes what killed writers left in a folder."""
+    """Removes the temporary files that killed writers left in a folder."""
     for part in folder.glob(f".*{PART}"):
         part.unlink(missing_ok=True)
 

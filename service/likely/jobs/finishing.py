@@ -1,4 +1,4 @@
-"""What only the whole job can tell: which pictures to reject together, which priors they have."""
+"""The second round of a job, which needs all pictures: joint rejection and estimated priors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from likely.outliers import benjamini_hochberg
 
 
 def finish(ledger: Ledger, info: ModelInfo) -> dict[str, Any]:
-    """Makes the shards that are missing from what was measured; gives what was found.
+    """Makes the missing final shards from the measured ones; returns entries for the summary.
 
-    Benjamini and Hochberg's procedure is over the p-values of all pictures. The priors are
-    estimated from the pictures that are not rejected at alpha: an outlier has no label.
-    Held in memory are 8 bytes a picture for the one, and 8 a picture and label for the other.
+    Benjamini and Hochberg's procedure uses the p-values of all pictures. The priors are estimated
+    from the pictures that are not rejected at alpha, because an outlier has no label. The former
+    needs 8 bytes of memory per picture, the latter 8 bytes per picture and label.
 
     Args:
-        ledger: all whose measured shards are there.
-        info: of the job's model.
+        ledger: the job's ledger; all measured shards must be done.
+        info: description of the job's model.
 
     Raises:
         OSError: a shard cannot be read or written.
@@ -59,7 +59,7 @@ def finish(ledger: Ledger, info: ModelInfo) -> dict[str, Any]:
 
 
 def _of_accepted(ledger: Ledger) -> Doubles:
-    """The posteriors (n, labels) of the pictures that are no outliers."""
+    """The posteriors (n, labels) of the pictures that are not outliers."""
     parts = []
     for each in _columns(ledger, "posterior", "verdict"):
         kept: Accepted = each["verdict"] != tables.VERDICTS[Verdict.OUTLIER]
@@ -72,7 +72,7 @@ def _posterior(measured: pa.Table, info: ModelInfo, priors: Doubles) -> Doubles:
 
 
 def _columns(ledger: Ledger, *names: str) -> list[dict[str, Any]]:
-    """These columns of every measured shard, in order."""
+    """These columns of every measured shard, in the order of the shards."""
     found = []
     for shard in range(ledger.request.shards):
         path = ledger.path(shard, measured=True)

@@ -1,4 +1,4 @@
-"""A job's folder: which request it is for, and which of its shards are done."""
+"""The manifest of a job's folder: the request, and the shards that are done."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from likely.jobs.requests import ALPHA, Format, Request
 MANIFEST = "manifest.json"
 STAGE = ".measured"
 FORMAT = 1
-PAUSE = 20  # times what it took to write the manifest pass before it is written for one more shard
-MODEL, LABEL = BESIDE = ("model", "label")  # of the manifest, beside the request
+PAUSE = 20  # the manifest is not rewritten for this many times the duration of its last write
+MODEL, LABEL = BESIDE = ("model", "label")  # entries of the manifest beside the request
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A shard that is done.
+    """The manifest's entry for a shard that is done.
 
     Attributes:
-        file: its name.
-        rows: pictures in it.
-        bytes: its size.
-        sha256: its digest.
-        counts: of what was decided, by name.
+        file: name of the file.
+        rows: number of pictures.
+        bytes: size of the file.
+        sha256: digest of the file, hexadecimal.
+        counts: number of pictures by decision, and the like (`tables.counts`).
     """
 
     file: str
@@ -47,27 +47,28 @@ class Record:
 
 
 class Ledger:
-    """The manifest of a job's folder, held for one process; a context manager.
+    """The manifest of a job's folder, locked for one process; a context manager.
 
-    A shard counts once the manifest names it with its digest; where there are many, several are
-    named at once, for the whole manifest is written each time. A job that is finished later
-    has two rounds of shards: what was measured, and what comes of it.
+    A shard counts once the manifest lists it with its digest. The manifest is written as a whole;
+    if it is long, several shards are added at a time. A job that needs all pictures
+    (`Judgement.finished_later`) has two rounds of shards: measured ones, and final ones made from
+    them.
     """
 
     def __init__(
         self, folder: Path, request: Request, beside: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
-        """The folder, made or resumed; shards that are not as they were recorded are forgotten.
+        """Creates or resumes the folder; listed shards whose digest does not match are dropped.
 
         Args:
-            folder: to hold the shards; empty, absent, or begun for the same request.
-            request: the job's.
-            beside: what the manifest tells beside it of how the job began; of a job that is
-                resumed, what it has told from the beginning stands.
+            folder: the job's folder; empty, absent, or begun for the same request.
+            request: the job's request.
+            beside: the manifest's entries beside the request (`beside`). A resumed job keeps
+                those that its manifest already has.
 
         Raises:
-            JobError: it holds something else, or another process works on it.
-            OSError: it cannot be written.
+            JobError: the folder contains something else, or another process works on it.
+            OSError: the folder cannot be written.
         """
         self.folder = folder
         self.request = request
@@ -86,7 +87,7 @@ class Ledger:
                 self.summary = None
             elif self.summary is not None:
                 self._forget()
-            if self._told() != told:  # one that is done stays untouched
+            if self._told() != told:  # the manifest of a finished job stays untouched
                 self._write()
         except BaseException:
             os.close(self._lock)
@@ -103,7 +104,7 @@ class Ledger:
     ) -> None:
         try:
             if not self._is_written:
-                with suppress(OSError) if error else nullcontext():  # what broke the job is told
+                with suppress(OSError) if error else nullcontext():  # the first error is raised
                     self._write()
             if error:
                 with suppress(OSError):
@@ -112,7 +113,7 @@ class Ledger:
             os.close(self._lock)
 
     def path(self, shard: int, measured: bool = False) -> Path:
-        """Where a shard lies."""
+        """The path of a shard."""
         return place(self.folder, self.request, shard, measured)
 
     def missing(self, measured: bool = False) -> list[int]:
@@ -121,17 +122,17 @@ class Ledger:
         return [shard for shard in range(self.request.shards) if shard not in done]
 
     def add(self, shard: int, record: Record, measured: bool = False) -> None:
-        """Counts a shard as done; the manifest names it soon, and at the latest at the end."""
+        """Records a shard as done; the manifest lists it at once or, if it is long, later."""
         (self._measured if measured else self._done)[shard] = record
         self._is_written = False
         if time.monotonic() >= self._due:
             self._write()
 
     def end(self, **found: Any) -> dict[str, Any]:
-        """What came of the job, all its shards being done; the manifest tells it from now on.
+        """Adds the summary of the finished job to the manifest and returns it.
 
         Args:
-            found: what the shards' own counts do not tell.
+            found: further entries, which do not follow from the counts of the shards.
         """
         counts: Counter[str] = Counter()
         for record in self._done.values():
@@ -148,7 +149,7 @@ class Ledger:
             files.clear(folder)
 
     def _forget(self) -> None:
-        """Frees the room of what was measured, once nothing is to come of it."""
+        """Removes the measured shards, which are no longer needed."""
         shutil.rmtree(self.folder / STAGE, ignore_errors=True)
 
     def _write(self) -> None:
@@ -167,7 +168,7 @@ class Ledger:
         return told
 
     def _whole(self, told: dict[str, Any] | None, key: str, measured: bool) -> dict[int, Record]:
-        """The recorded shards that lie there, byte for byte."""
+        """The listed shards whose files exist and match their digests, by number."""
         named = {Record(**entry).file: Record(**entry) for entry in (told or {}).get(key, [])}
         found = {}
         for shard in range(self.request.shards if named else 0):
@@ -180,14 +181,15 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """How the job of a folder began.
+    """The model of a job that has begun in a folder.
 
     Attributes:
-        model: the name of the model that it began with.
-        version: its version.
-        label: what it was asked for by, `stable` or `canary`; None where by none.
-        done: what the job's request can be compared by, without the model: what its manifest
-            tells of it; None where the job is not done, or the manifest tells too little.
+        model: name of the model.
+        version: version of the model.
+        label: the label by which the version was requested, `stable` or `canary`; None if it was
+            not requested by one.
+        done: if the job is done, the model's description as far as the manifest contains it, to
+            check the request without opening the model; else, or if too little is there, None.
     """
 
     model: str
@@ -197,11 +199,11 @@ class Begun:
 
 
 def begun(folder: Path) -> Begun | None:
-    """How the folder's job began; None where there is no job.
+    """The model of the job in a folder; None if there is no job.
 
     Raises:
-        JobError: the folder holds something else.
-        OSError: it cannot be read.
+        JobError: the folder contains something else.
+        OSError: the folder cannot be read.
     """
     told = _read(folder) if folder.exists() else None
     request = told["request"] if told else None
@@ -214,11 +216,11 @@ def begun(folder: Path) -> Begun | None:
 
 
 def beside(info: ModelInfo, label: str | None) -> dict[str, Any]:
-    """What a manifest tells beside the request.
+    """The manifest's entries beside the request.
 
     Args:
-        info: of the model that the job begins with.
-        label: what its version was asked for by, if by one.
+        info: description of the model that the job begins with.
+        label: the label by which its version was requested; None if it was not.
     """
     model = {"shape": list(info.shape), "levels": info.levels, "labels": list(info.labels)}
     return {MODEL: model, **({LABEL: label} if label else {})}
@@ -242,7 +244,7 @@ def _info(told: dict[str, Any]) -> ModelInfo | None:
             importance_samples=0,
             latent_dimensions=0,
             calibration_size=0,
-            finest_alpha=0.0,  # what was done could be promised
+            finest_alpha=0.0,  # the finished job's alpha was valid
             default_alpha=request["task"].get("alpha") or ALPHA,
             posterior_temperature=1.0,
             execution_providers=(),
@@ -255,7 +257,7 @@ def _info(told: dict[str, Any]) -> ModelInfo | None:
 
 
 def place(folder: Path, request: Request, shard: int, measured: bool) -> Path:
-    """Where a shard of a job lies; what was measured lies apart until the job is finished."""
+    """The path of a shard; measured shards are in a hidden folder until the job is finished."""
     form = Format.PARQUET if measured else request.format
     return (folder / STAGE if measured else folder) / f"part-{shard:05d}{form.suffix}"
 
@@ -265,7 +267,7 @@ def _records(done: Mapping[int, Record]) -> list[dict[str, Any]]:
 
 
 def _locked(folder: Path) -> int:
-    """A lock on the folder, which ends with this process; made if it is not there."""
+    """Creates the folder if necessary and locks it until the handle or the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -274,12 +276,12 @@ def _locked(folder: Path) -> int:
         os.close(handle)
         raise JobError(f"another process works on {folder}") from error
     except OSError:
-        pass  # a file system without locks: only the schedule keeps jobs apart there
+        pass  # a file system without locks: there, only the schedule keeps jobs apart
     return handle
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """What the folder's manifest tells; None where it is empty."""
+    """The content of the folder's manifest; None if the folder is empty."""
     path = folder / MANIFEST
     try:
         told = json.loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""One shard from beginning to end: read, ask, encode, write."""
+"""Makes one shard: read the pictures, ask the backend, encode the answers, write the file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from likely.answers import Classifications, Scores
-from likely.client import plans
+from likely.answers import Classifications, Scores, joined
 from likely.errors import JobError
 from likely.jobs import files, shards, tables
 from likely.jobs.backends import Backend, Opener
@@ -26,15 +25,14 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a worker needs to make shards of a job; goes to other processes.
+    """Everything that a worker needs to make shards of a job; can be sent to other processes.
 
     Attributes:
-        request: the job's.
-        folder: where the shards go; a worker elsewhere must see the same one.
-        opener: what comes by a backend.
-        given: the pictures to look at, if any.
-        batch: pictures that the backend is asked about at once; the output does not depend
-            on it.
+        request: the job's request.
+        folder: folder of the shards; workers on other machines must see the same one.
+        opener: opens a backend.
+        given: the job's input pictures; None for a job that draws.
+        batch: number of pictures in one call of the backend; does not affect the output.
     """
 
     request: Request
@@ -45,19 +43,19 @@ class Plan:
 
 
 class Maker:
-    """Makes shards; from several threads at once.
+    """Makes shards; safe to use from several threads.
 
     Attributes:
-        info: of the model that answers.
+        info: description of the backend's model.
     """
 
     def __init__(self, plan: Plan, backend: Backend, pictures: Pictures | None) -> None:
-        """A maker over what is open already.
+        """A maker with a backend that is already open.
 
         Args:
-            plan: of the job.
-            backend: what answers.
-            pictures: what is looked at, if anything is.
+            plan: the job's plan.
+            backend: answers the requests.
+            pictures: the job's input pictures; None for a job that draws.
         """
         self._plan = plan
         self._backend = backend
@@ -70,11 +68,11 @@ class Maker:
 
     @classmethod
     def opened(cls, plan: Plan) -> Maker:
-        """A maker with a backend of its own.
+        """A maker that opens its own backend.
 
         Raises:
-            JobError: it is not of the version that the job began with.
-            LikelyError: there is none.
+            JobError: the backend has another version or bundle than the job began with.
+            LikelyError: the backend cannot be opened.
         """
         backend, request = plan.opener.open(), plan.request
         info = backend.info
@@ -89,15 +87,15 @@ class Maker:
         return cls(plan, backend, Pictures(plan.given, geometry) if plan.given else None)
 
     def make(self, shard: int, advance: Advance) -> Record:
-        """Writes a shard; gives what the ledger shall say of it.
+        """Makes and writes a shard; returns its record for the ledger.
 
         Args:
-            shard: its number.
-            advance: is told of every so many pictures.
+            shard: number of the shard.
+            advance: called after each batch with its number of pictures.
 
         Raises:
-            LikelyError: the backend does not answer, or a picture does not fit; or all shall end.
-            OSError: it cannot be read or written.
+            LikelyError: the backend fails, a picture does not fit the model, or `stop` was called.
+            OSError: a file cannot be read or written.
         """
         request = self._plan.request
         start, stop = request.span(shard)
@@ -110,7 +108,7 @@ class Maker:
         return write(path, table, form, self._backend.info.levels)
 
     def stop(self) -> None:
-        """Lets the shards that are being made fail soon, as those that are begun afterwards."""
+        """Makes current and later calls of `make` fail soon."""
         self._stopped.set()
         self._backend.stop()
 
@@ -133,7 +131,7 @@ class Maker:
             self._go_on()
             parts.append(ask(x[at : at + self._plan.batch], task))
             advance(min(self._plan.batch, len(x) - at))
-        return tables.judged(plans.joined(parts), start, keys, self._schema)  # type: ignore[type-var]
+        return tables.judged(joined(parts), start, keys, self._schema)  # type: ignore[type-var]
 
     def _go_on(self) -> None:
         if self._stopped.is_set():
@@ -141,10 +139,10 @@ class Maker:
 
 
 def write(path: Path, table: pa.Table, form: Format, levels: int) -> Record:
-    """Writes a table as a shard; gives what the ledger shall say of it.
+    """Writes a table as a shard; returns its record for the ledger.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     data = shards.encoded(table, form, levels)
     path.parent.mkdir(exist_ok=True)

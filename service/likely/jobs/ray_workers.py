@@ -1,4 +1,4 @@
-"""Workers on Ray: the engine in a pool of actors, one shard a task."""
+"""Workers on Ray: a pool of actors, each with its own backend, and one shard per task."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from likely.jobs.running import Made, Workers
 
 
 class Actor:
-    """A maker in a process of Ray's, which may lie on another machine."""
+    """A maker in a Ray process, which may be on another machine."""
 
     def __init__(self, plan: Plan) -> None:
         self._maker = Maker.opened(plan)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The records of the shards whose numbers come."""
+        """Makes the shards with the given numbers; returns their records."""
         records = [self._maker.make(int(shard), lambda _: None) for shard in batch["shard"]]
         return {
             "shard": batch["shard"],
@@ -36,22 +36,22 @@ class Actor:
 
 
 def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers:
-    """Workers that are actors of Ray: of the cluster that RAY_ADDRESS names, or of this machine.
+    """Workers that are Ray actors, on the cluster that RAY_ADDRESS names or on this machine.
 
-    Every one of them must see the job's folder, its pictures and its bundle under the same
-    paths. An actor that dies is begun anew, and its shard made again.
+    Every actor must see the job's folder, its inputs and its bundle under the same paths. An
+    actor that dies is restarted, and its shard is made again.
 
     Args:
-        plan: of the job.
-        count: how many actors; 0 for as many as there are cores for. Never more than there are
-            cards for, which those beyond would wait for without end.
-        threads: cores of each.
-        cards: GPUs of each.
+        plan: the job's plan.
+        count: number of actors; 0 for as many as the cores allow. Never more than the cards
+            allow: further actors would wait for a card without end.
+        threads: cores of each actor.
+        cards: GPUs of each actor.
 
     Raises:
         JobError: Ray is not installed.
     """
-    # A job tells nobody of itself, and fails where a machine that it was given is gone.
+    # No usage statistics are sent to Ray's makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -104,7 +104,7 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
 
 @contextmanager
 def _keeping_sigterm() -> Iterator[None]:
-    """Keeps this process's handler: Ray puts its own in the place, which prints a stack."""
+    """Restores the process's SIGTERM handler: Ray installs its own, which prints a stack trace."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -114,6 +114,6 @@ def _keeping_sigterm() -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    """The last line of what a worker raised: the rest is its traceback."""
+    """The last line of an error raised in a worker: the rest is its traceback."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What a job is asked for: all that its output depends on, and nothing else."""
+"""The request of a job: everything that its output depends on, and nothing else."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from likely.answers import (
 from likely.errors import InvalidInput, JobError, NotAnswered
 from likely.noise import SEED_LIMIT
 
-ALPHA = 0.05  # where none is named
-SHARD = 4096
+ALPHA = 0.05  # default alpha
+SHARD = 4096  # default number of pictures in a shard
 MOST_SHARDS = 100_000
 
 
 class Format(StrEnum):
-    """What shards are written as."""
+    """File format of the shards."""
 
     PARQUET = "parquet"
     NPZ = "npz"
@@ -35,20 +35,22 @@ class Format(StrEnum):
 
     @property
     def suffix(self) -> str:
-        """How a shard's name ends."""
+        """Suffix of a shard's file name."""
         return ".tar" if self is Format.WEBDATASET else f".{self}"
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Pictures to draw.
+    """A task that draws pictures.
 
     Attributes:
-        runs: label and count of consecutive pictures; a label of None is drawn by the priors.
-        seed: where the random numbers come from.
-        temperature: multiplies the noise that levels are drawn with.
-        alpha: of the self-check; None for no self-check.
-        max_draws: of one picture, the first included.
+        runs: label and count of each run of consecutive pictures. A label of None means that each
+            picture's label is drawn from the model's priors.
+        seed: seed of the random numbers, in [-2**63, 2**63).
+        temperature: factor on the noise that levels are drawn with, in [0, 2].
+        alpha: alpha of the self-check; None for no self-check.
+        max_draws: maximum number of draws of one picture, the first included, in [1, 100].
+        kind: always `generate`.
     """
 
     runs: tuple[tuple[int | None, int], ...]
@@ -60,11 +62,11 @@ class Generation:
 
     @property
     def total(self) -> int:
-        """How many pictures."""
+        """Number of pictures."""
         return sum(count for _, count in self.runs)
 
     def between(self, start: int, stop: int) -> list[tuple[int | None, int, int]]:
-        """Label, first index and count of the runs that pictures start to stop - 1 fall into."""
+        """The parts of runs that make up pictures start to stop - 1: label, first index, count."""
         found, at = [], 0
         for label, count in self.runs:
             first, last = max(start, at), min(stop, at + count)
@@ -74,10 +76,10 @@ class Generation:
         return found
 
     def check(self, info: ModelInfo) -> None:
-        """Returns if a model can be asked for this.
+        """Checks that a model can do this task.
 
         Raises:
-            InvalidInput: it cannot; names what is asked and what is allowed.
+            InvalidInput: a value is not allowed; the error names it and what is allowed.
         """
         for label, count in self.runs:
             if label is not None and not 0 <= label < len(info.labels):
@@ -98,20 +100,20 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Pictures to score or classify.
+    """A task that scores or classifies pictures.
 
     Attributes:
-        kind: which of the two.
-        total: how many pictures.
-        pictures: SHA-256 of the files that they come from, of their names and order.
+        kind: `score` or `classify`.
+        total: number of pictures.
+        pictures: SHA-256 of the input files, their names and their order, hexadecimal.
         alpha: accepted rate of false rejections.
-        guarantee: what alpha is to hold for.
-        fdr: accepted share of false rejections among the rejected of the whole job; None
-            for no such test.
-        priors: p(y); None for the model's own.
-        min_posterior: the smallest posterior at which a label is assigned.
-        estimate_priors: whether the priors are estimated from the pictures themselves.
-        rule: what assigns the label.
+        guarantee: what alpha is guaranteed for.
+        fdr: accepted share of good pictures among the rejected ones of the whole job (false
+            discovery rate), in (0, 1); None for no such test.
+        priors: p(y), one for each label; None for the model's own.
+        min_posterior: smallest posterior at which a label is assigned, in [0, 1).
+        estimate_priors: whether the priors are estimated from the job's pictures.
+        rule: the model that assigns the label.
     """
 
     kind: Literal["score", "classify"]
@@ -127,15 +129,15 @@ class Judgement:
 
     @property
     def finished_later(self) -> bool:
-        """Whether no shard is final before all pictures have been looked at."""
+        """Whether final shards need the answers for all pictures, so the job has two rounds."""
         return self.fdr is not None or self.estimate_priors
 
     def check(self, info: ModelInfo) -> None:
-        """Returns if a model can be asked for this.
+        """Checks that a model can do this task.
 
         Raises:
-            InvalidInput: it cannot; names what is asked and what is allowed.
-            NotAnswered: the rule is one that the model does not have.
+            InvalidInput: a value is not allowed; the error names it and what is allowed.
+            NotAnswered: the model lacks the rule's p(y|x).
         """
         _check_alpha(self.alpha, info)
         if self.fdr is not None and not 0 < self.fdr < 1:
@@ -157,15 +159,15 @@ Task = Generation | Judgement
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A job: what to do, by which model, into shards of which form.
+    """A job's task, its model and the form of its shards.
 
     Attributes:
-        task: what to do.
-        model: the model's name.
-        version: its version.
-        digest: SHA-256 of its bundle's manifest.
-        format: of the shards.
-        rows: pictures of a shard; the last one may have fewer.
+        task: the task.
+        model: name of the model.
+        version: version of the model; not a label.
+        digest: SHA-256 of the bundle's manifest, hexadecimal.
+        format: file format of the shards.
+        rows: number of pictures in a shard; the last one may have fewer.
     """
 
     task: Task
@@ -177,10 +179,12 @@ class Request:
 
     @classmethod
     def of(cls, task: Task, info: ModelInfo, form: Format, rows: int) -> Request:
-        """The request to that model.
+        """The request of a task to the described model.
 
         Raises:
-            InvalidInput: the model cannot be asked for it, or the shards are too small.
+            InvalidInput: the model cannot do the task, or there would be more than
+                `MOST_SHARDS` shards.
+            NotAnswered: the model lacks the rule's p(y|x).
         """
         task.check(info)
         if rows < 1 or -(-task.total // rows) > MOST_SHARDS:
@@ -190,20 +194,20 @@ class Request:
 
     @property
     def shards(self) -> int:
-        """How many shards there are."""
+        """Number of shards."""
         return -(-self.task.total // self.rows)
 
     def span(self, shard: int) -> tuple[int, int]:
-        """The first picture of a shard and the one past its last."""
+        """The index of a shard's first picture, and one past its last."""
         return shard * self.rows, min((shard + 1) * self.rows, self.task.total)
 
     def told(self) -> dict[str, Any]:
-        """The request as JSON holds it."""
+        """The request as plain JSON values."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     def metadata(self) -> dict[str, str]:
-        """What a shard says of how it came to be."""
+        """The metadata of each shard: which request it is part of."""
         about = {"model": self.model, "version": self.version, "digest": self.digest}
         task = {name: self.told()["task"].get(name) for name in ("kind", "alpha", "seed")}
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (about | task).items()}
@@ -211,13 +215,13 @@ class Request:
         return {f"likely.{k}": text for k, text in texts.items() if text != "null"}
 
     def require(self, other: dict[str, Any]) -> None:
-        """Returns if this is the request that a folder's manifest tells.
+        """Checks that a folder's manifest contains the same request.
 
         Raises:
-            JobError: it is another one; names the first difference.
+            JobError: it contains another one; the error names the first difference.
         """
         here, there = _flat(self.told()), _flat(other)
-        # The digest last: of another version it differs too, and says less.
+        # The digest comes last: if the version differs too, the version says more.
         for key in sorted(here.keys() | there.keys(), key=lambda key: (key == "digest", key)):
             if here.get(key) != there.get(key):
                 raise JobError(
@@ -240,14 +244,14 @@ def _check_alpha(alpha: float, info: ModelInfo) -> None:
 
 
 def runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Label and count of each part of a text such as `3=100,boot=200`.
+    """Label index and count of each part of a text such as `3=100,boot=200`.
 
     Args:
-        labels: names or indices of labels, and counts.
-        names: of the labels, in the model's order.
+        labels: names or indices of labels, with counts.
+        names: names of the labels, in the model's order.
 
     Raises:
-        InvalidInput: a part is none, or its label is not the model's.
+        InvalidInput: a part is malformed, or the model has no such label.
     """
     found = []
     for part in labels.split(","):
@@ -264,7 +268,7 @@ def runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
 
 
 def _number(text: str) -> int:
-    """The number that a text is; -1 where it is none, or of more digits than Python reads."""
+    """The number in a text; -1 if it is not one, or has more digits than Python parses."""
     try:
         return int(text) if text.isdecimal() else -1
     except ValueError:

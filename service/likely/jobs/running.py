@@ -1,4 +1,4 @@
-"""A job from beginning to end: what is missing is made, by threads or by Ray, then finished."""
+"""Runs a job: makes the missing shards, with threads or on Ray, then finishes the job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from likely.jobs.ledger import Ledger, Record, beside
 from likely.jobs.making import Advance, Maker, Plan
 from likely.jobs.requests import Judgement
 
-WORKERS = 2  # one writes and reads while the other's pictures are looked at
+WORKERS = 2  # one reads and writes files while the other one's pictures are computed
 Made = tuple[int, Record]
 Bar = Callable[[int, int], AbstractContextManager[Advance]]
 Workers = Callable[[list[int], Advance], Generator[Made, None, None]]
@@ -21,22 +21,22 @@ Workers = Callable[[list[int], Advance], Generator[Made, None, None]]
 def run(
     plan: Plan, maker: Maker, workers: Workers, bar: Bar, label: str | None = None
 ) -> dict[str, Any]:
-    """What came of the job; its folder holds all shards.
+    """Runs a job until its folder contains all shards; returns its summary.
 
-    A shard that is there is not made again, so that a job which was ended in whatever way is
-    resumed by asking for it once more, and one that is done says what came of it.
+    Shards that exist are not made again. A job that ended in any way is therefore resumed by
+    running it again, and a finished job only returns its summary.
 
     Args:
-        plan: of the job.
-        maker: of its shards, in this process.
-        workers: who makes the shards of these numbers.
-        bar: shows progress, given the pictures of the job and those that are done.
-        label: what the version was asked for by, if by one.
+        plan: the job's plan.
+        maker: makes shards in this process, and has the model's description.
+        workers: makes the shards with the given numbers.
+        bar: opens a progress bar, given the number of all pictures and of those that are done.
+        label: the label by which the version was requested; None if it was not.
 
     Raises:
-        JobError: the folder holds something else.
-        LikelyError: a shard could not be made; those that were are kept.
-        OSError: something cannot be read or written.
+        JobError: the folder contains something else.
+        LikelyError: a shard could not be made; finished shards are kept.
+        OSError: a file cannot be read or written.
     """
     request = plan.request
     later = isinstance(request.task, Judgement) and request.task.finished_later
@@ -55,7 +55,7 @@ def run(
 
 
 def threads(maker: Maker, count: int = WORKERS) -> Workers:
-    """Workers that are threads of this process; once one has failed, the others end soon."""
+    """Workers that are threads of this process; if one fails, the others end soon."""
 
     def made(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
         with ThreadPoolExecutor(count) as pool:
@@ -81,5 +81,5 @@ def threads(maker: Maker, count: int = WORKERS) -> Workers:
 
 
 def unseen(total: int, done: int) -> AbstractContextManager[Advance]:  # noqa: ARG001
-    """A bar that nobody sees."""
+    """A progress bar that shows nothing."""
     return nullcontext(lambda _: None)

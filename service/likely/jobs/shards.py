@@ -1,4 +1,4 @@
-"""Tables as the bytes of a shard: the same table gives the same bytes."""
+"""Encodes tables as the bytes of shards; equal tables give equal bytes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from likely.levels import brightness
 
 
 def encoded(table: pa.Table, form: Format, levels: int) -> bytes:
-    """A table as a shard of that form.
+    """Encodes a table as a shard.
 
     Args:
-        table: with its metadata.
-        form: what to write.
-        levels: of the pictures, whose brightness a WebDataset holds.
+        table: rows and metadata of the shard.
+        form: file format.
+        levels: number of levels of the pictures, from which a WebDataset's brightness is
+            computed.
     """
     out = io.BytesIO()
     if form is Format.PARQUET:
@@ -36,24 +37,24 @@ def encoded(table: pa.Table, form: Format, levels: int) -> bytes:
     else:
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for name, data in _samples(table, levels):
-                member = tarfile.TarInfo(name)  # time, owner and rights are the same for all
+                member = tarfile.TarInfo(name)  # with constant time, owner and permissions
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
     return out.getvalue()
 
 
 def _text(table: pa.Table) -> dict[str, Any]:
-    """The table's metadata as arrays of one text."""
+    """The table's metadata, each entry as an array of one string."""
     told = table.schema.metadata or {}
     return {key.decode().replace(".", "_"): np.array(value.decode()) for key, value in told.items()}
 
 
 def _samples(table: pa.Table, levels: int) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file of a WebDataset: for each picture, what is known of it.
+    """Yields name and content of every file in a WebDataset shard.
 
-    `<index>.png` is the picture's brightness (`.npy` its levels where it has neither one
-    channel nor three) and `<index>.cls` its label, where the table has them; `<index>.json`
-    has all columns but the picture.
+    For each picture, `<index>.png` contains its brightness (`.npy` its levels if it has neither
+    one channel nor three) and `<index>.cls` its label, if the table has these columns;
+    `<index>.json` contains all columns except the picture.
     """
     columns = {name: tables.matrix(table[name]) for name in table.column_names}
     images = columns.pop("image", None)

@@ -1,4 +1,4 @@
-"""Where a job's pictures come from: files in the order of their names, read by parts."""
+"""The input pictures of a job: files in the order of their names, read in parts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 from likely import levels
 from likely.answers import Pixels
 from likely.client.values import pixels
+from likely.codec import check_levels
 from likely.errors import InvalidInput, JobError
 from likely.jobs import files
 from likely.jobs.columns import (
     Geometry,
     called,
-    check_levels,
     chosen,
     pictures,
     require_fit,
@@ -40,7 +40,7 @@ ARRAYS = (".npy", ".npz")
 PARQUET = (".parquet", ".pq")
 TAR = (".tar",)
 KEY = "key"
-# Row groups of Parquet files, and arrays, that are held: workers are at neighbouring shards.
+# Row groups of Parquet files, and arrays, kept in memory: workers read neighbouring shards.
 _GROUPS = 2
 _ARRAYS = 2
 
@@ -50,13 +50,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file.
+    """An input file.
 
     Attributes:
-        path: where it is.
-        name: what to call it: its path from the folder that was named, whatever of it can be
-            shown.
-        raw: that path as the file system has it.
+        path: path of the file.
+        name: its path relative to the input folder, or its file name if it was named itself, with
+            "?" for characters that are not UTF-8; used in keys and errors.
+        raw: the bytes of that relative path in the file system.
     """
 
     path: Path
@@ -65,29 +65,29 @@ class Found:
 
     @classmethod
     def of(cls, path: Path, name: str) -> Found:
-        """A file of that name."""
+        """A file with that relative path."""
         return cls(path, _shown(name), name.encode(errors="surrogateescape"))
 
 
 class Source(Protocol):
-    """One file's pictures, or a folder's images."""
+    """The pictures of one file, or of consecutive image files."""
 
     @property
     def rows(self) -> int:
-        """How many pictures."""
+        """Number of pictures."""
 
     def read(self, start: int, stop: int) -> Part:
-        """Pictures start to stop - 1, uint8 (n, c, h, w), and what to call each."""
+        """Pictures start to stop - 1, uint8 (n, c, h, w), and the key of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What a job is to look at, as it was named.
+    """The inputs of a job, as the caller named them.
 
     Attributes:
         paths: files, and folders of files.
-        column: of Parquet files, that holds the pictures; None for one of the usual names.
-        key: of Parquet files, that tells what to call a picture; None for `key`, if there.
+        column: name of the Parquet column with the pictures; None for one of the usual names.
+        key: name of the Parquet column with the keys; None for `key`, if there is one.
     """
 
     paths: tuple[Path, ...]
@@ -96,18 +96,18 @@ class Input:
 
 
 class Pictures:
-    """All pictures of a job, by their index; may be read from several threads.
+    """All pictures of a job, by index; safe to read from several threads.
 
     Attributes:
-        digest: SHA-256 of all files: of their names, their order and what is in them.
+        digest: SHA-256 over the names, the order and the contents of all files, hexadecimal.
     """
 
     def __init__(self, given: Input, geometry: Geometry) -> None:
-        """The pictures of these files.
+        """Finds the files and reads their headers.
 
         Raises:
-            JobError: there are none, or a file is of no known kind.
-            InvalidInput: a file is not what its name says.
+            JobError: there are no pictures, or a file has an unknown suffix.
+            InvalidInput: a file's content does not match its suffix, or does not fit the model.
         """
         self._given = given
         self._geometry = geometry
@@ -123,17 +123,17 @@ class Pictures:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the columns, and the names, the order and the contents of all files."""
+        """SHA-256 over the column names, and the names, order and contents of all files."""
         total = hashlib.sha256(f"{self._given.column}\0{self._given.key}\n".encode())
         for file in self._found:
             total.update(file.raw + f"\0{files.digest(file.path)}\n".encode())
         return total.hexdigest()
 
     def read(self, start: int, stop: int) -> Part:
-        """Pictures start to stop - 1, uint8 (n, c, h, w) of levels, and what to call each.
+        """Pictures start to stop - 1, uint8 (n, c, h, w) of levels, and the key of each.
 
         Raises:
-            InvalidInput: one does not fit the model.
+            InvalidInput: a picture cannot be read, or does not fit the model.
         """
         parts: list[Pixels] = [np.empty((0, *self._geometry.shape), np.uint8)]
         keys: list[str] = []
@@ -144,7 +144,7 @@ class Pictures:
             offset = end - self._sources[which].rows
             x, named = self._sources[which].read(at - offset, min(stop, end) - offset)
             levels.check_fit(named[0], x.shape[1:], self._geometry.shape)
-            check_levels(x, named, self._geometry)
+            check_levels(x, self._geometry.levels, named)
             parts.append(x)
             keys += named
             at += len(named)
@@ -152,7 +152,7 @@ class Pictures:
 
 
 class _Held(Generic[T]):
-    """What was read last: all of a job's need not fit in memory, or be open at once."""
+    """A small cache of what was read last: not all of a job's inputs need to fit in memory."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -186,7 +186,7 @@ class _Array:
 
     def read(self, start: int, stop: int) -> Part:
         held = self.held.get(self.file, self._read)
-        x = np.array(held[start:stop])  # a part would hold the whole
+        x = np.array(held[start:stop])  # a copy: a view would keep the whole array in memory
         keys = [f"{self.file.name}[{i}]" for i in range(start, stop)]
         return pixels(x, self.file.name), keys
 
@@ -212,7 +212,7 @@ class _Images:
 
 @dataclass(slots=True)
 class _Tar:
-    """A WebDataset shard: consecutive members of one name up to its first dot are a sample."""
+    """A WebDataset shard: a sample is consecutive members whose names agree up to the first dot."""
 
     file: Found
     geometry: Geometry
@@ -221,7 +221,7 @@ class _Tar:
     @classmethod
     def opened(cls, file: Found, geometry: Geometry) -> _Tar:
         members: list[tuple[str, str, int, int]] = []
-        dotted: dict[str, str] = {}  # keys to names that have more than one dot
+        dotted: dict[str, str] = {}  # by key, names of pictures that have more than one dot
         places: dict[str, tuple[int, int] | None] = {}
         for member in _members(file):
             place = places.get(member.linkname) if member.islnk() else _place(member)
@@ -273,7 +273,7 @@ class _Parquet:
     geometry: Geometry
     column: str
     key: str | None
-    ends: list[int]  # of its row groups
+    ends: list[int]  # for each row group, one past the index of its last row
     held: _Held[Part]
 
     @classmethod
@@ -326,14 +326,14 @@ class _Parquet:
 
 
 def require_apart(given: Input, out: Path) -> None:
-    """Returns if a job's folder is not among its pictures, as which its shards would count.
+    """Checks that the job's folder is not in an input folder: its shards would become inputs.
 
     Args:
-        given: the pictures.
-        out: the job's folder, which need not be there.
+        given: the job's inputs.
+        out: the job's folder, which need not exist.
 
     Raises:
-        JobError: it lies within a folder that is looked at.
+        JobError: it is in an input folder.
     """
     real = Path(os.path.realpath(out))
     for path in filter(Path.is_dir, given.paths):
@@ -342,13 +342,13 @@ def require_apart(given: Input, out: Path) -> None:
             within = real.relative_to(above).parts
             if str(above) in looked_at and not any(map(_passed_over, within)):
                 raise JobError(
-                    f"the job's folder {out} lies within {path}, which is looked at: what it "
-                    "holds would be taken for pictures; name a folder elsewhere"
+                    f"the job's folder {out} lies within the input {path}: its shards would be "
+                    "read as pictures; name a folder elsewhere"
                 )
 
 
 def _found(paths: Sequence[Path]) -> Iterator[Found]:
-    """The files that are named, and those of known kinds in named folders, by their names."""
+    """The named files, and the files of known types in named folders, in the order of names."""
     known = (*levels.IMAGES, *ARRAYS, *PARQUET, *TAR)
     for path in paths:
         if path.is_dir():
@@ -362,14 +362,16 @@ def _found(paths: Sequence[Path]) -> Iterator[Found]:
 
 
 def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
-    """All within a folder but folders and what is passed over, by name; links are followed.
+    """Yields all files in a folder and its subfolders, in the order of names.
+
+    Links are followed; hidden names and `lost+found` are skipped.
 
     Raises:
         OSError: a folder cannot be read.
     """
     told = folder.stat()
     own = (told.st_dev, told.st_ino)
-    if own in above:  # a link leads back
+    if own in above:  # a link leads back to a folder above
         return
     for each in sorted(folder.iterdir(), key=lambda each: each.name):
         if _passed_over(each.name):
@@ -381,7 +383,7 @@ def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> It
 
 
 def _folders(folder: Path) -> set[str]:
-    """The real paths of a folder and of all in it that are looked at, also by links."""
+    """The real paths of a folder and of all subfolders that are read, also through links."""
     found: set[str] = set()
     left = [str(folder)]
     while left:
@@ -395,12 +397,12 @@ def _folders(folder: Path) -> set[str]:
 
 
 def _passed_over(name: str) -> bool:
-    """Whether it is hidden, or a file system's own, which root alone may read."""
+    """Whether a name is skipped: hidden, or a file system's own folder that only root can read."""
     return name.startswith(".") or name == "lost+found"
 
 
 def _shown(name: str) -> str:
-    """A name, with "?" for what of it is no UTF-8."""
+    """A name with "?" for every character that is not UTF-8."""
     return name.encode(errors="replace").decode()
 
 
@@ -427,17 +429,18 @@ def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterat
 
 
 def _members(file: Found) -> Iterator[tarfile.TarInfo]:
-    """What a tar archive holds.
+    """Yields the members of a tar archive.
 
     Raises:
-        InvalidInput: it is none, or not whole: tarfile takes a broken header for the end.
+        InvalidInput: the file is not a tar archive, or is incomplete. (tarfile takes a broken
+            header for the end of the archive.)
     """
     try:
         with file.path.open("rb") as data, tarfile.open(fileobj=data, mode="r:") as archive:
             yield from archive
             data.seek(archive.offset)
             length, rest = 0, False
-            while chunk := data.read(1 << 20):  # zeros, up to a whole number of blocks
+            while chunk := data.read(1 << 20):  # the rest must be at least one block of zeros
                 length, rest = length + len(chunk), rest or any(chunk)
     except tarfile.TarError as error:
         raise InvalidInput(file.name, f"no tar archive: {error}") from error
@@ -446,7 +449,7 @@ def _members(file: Found) -> Iterator[tarfile.TarInfo]:
 
 
 def _place(member: tarfile.TarInfo) -> tuple[int, int] | None:
-    """Offset and size of a member's data, if that is a file as it is."""
+    """Offset and size of a member's data; None unless it is a plain file that is not sparse."""
     plain = member.isfile() and not member.issparse()
     return (member.offset_data, member.size) if plain else None
 

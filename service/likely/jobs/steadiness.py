@@ -1,4 +1,4 @@
-"""Whether a picture's answers depend on the pictures that were run beside it."""
+"""Tests whether a picture's answers depend on the other pictures of the same run."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from likely.answers import Pixels
-from likely.client.plans import joined
+from likely.answers import Pixels, joined
 
 if TYPE_CHECKING:
     from likely.engine import Engine
 
-ROWS = 17  # more than what kernels take at once, and no multiple of it
+ROWS = 17  # more than kernels process at once, and not a multiple of that
 SIZES = (1, 3, ROWS)
 
 
 def steady(engine: Engine, x: Pixels, filled: int = 0) -> bool:
-    """Whether an engine gives each picture the same bits whatever is run beside it.
+    """Whether an engine gives each picture the same bits in any run.
 
-    On a processor the graphs that `likely-export` writes do; others may add up in another
-    order, where a batch has another size. Where all runs have one size, what is left is a
-    picture's place, and what stands beside it.
+    On a processor, the graphs that `likely-export` writes do. Other graphs may add in another
+    order if a batch has another size. If all runs have the same size, only a picture's position
+    and the other pictures of the run can matter.
 
     Args:
-        engine: idle.
+        engine: the engine, idle.
         x: uint8 (n, c, h, w), at least one picture.
-        filled: rows that every run is filled up to; 0 where none is.
+        filled: number of rows that every run is padded to; 0 if runs are not padded.
     """
     rows = np.resize(x, (max(ROWS, filled), *x.shape[1:]))
     every, backwards, few = slice(None), slice(None, None, -1), slice(3)
     tries = [(every, size) for size in SIZES]
-    if filled:  # pictures by the one cost a whole run each
+    if filled:  # fewer single pictures: each costs a whole run
         tries = [(every, len(rows)), (backwards, len(rows)), (every, ROWS), (few, 1)]
     whole, *others = (
         (which, asyncio.run(_answers(engine, rows[which], size))) for which, size in tries

@@ -1,4 +1,4 @@
-"""Answers as Arrow tables: the schemas that Parquet shards have, and that the documents tell."""
+"""Answers as Arrow tables, with the schemas of Parquet shards (documented in docs/batch.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from likely.answers import Classifications, Doubles, Draws, LabelRule, ModelInfo, Scores, Verdict
+from likely.answers import (
+    Classifications,
+    Doubles,
+    Draws,
+    LabelRule,
+    ModelInfo,
+    Scores,
+    Verdict,
+    verdicts,
+)
 from likely.jobs.requests import Judgement, Request
 
 VERDICTS = {verdict.value: verdict.name.lower() for verdict in Verdict}
@@ -19,12 +28,12 @@ COMPOSED = "composed_log_likelihoods"
 
 
 def schema(request: Request, info: ModelInfo, *, measured: bool = False) -> pa.Schema:
-    """The columns of a job's shards, with what they say of how they came to be.
+    """The schema of a job's shards: their columns, and the metadata of the request.
 
     Args:
-        request: the job's.
-        info: of its model.
-        measured: whether those of shards that are yet to be finished are meant.
+        request: the job's request.
+        info: description of the job's model.
+        measured: whether the schema of measured shards is meant, not that of final ones.
     """
     labels = len(info.labels)
     a_label = pa.list_(pa.float64(), labels)
@@ -72,7 +81,7 @@ def schema(request: Request, info: ModelInfo, *, measured: bool = False) -> pa.S
 
 
 def drawn(parts: Sequence[Draws], first: int, form: pa.Schema) -> pa.Table:
-    """Draws of consecutive pictures, the first of that index, as a table of that schema."""
+    """Draws of consecutive pictures as a table; `first` is the index of the first one."""
     labels = np.concatenate([part.label for part in parts])
     images = np.concatenate([part.images for part in parts])
     return _table(
@@ -90,7 +99,7 @@ def drawn(parts: Sequence[Draws], first: int, form: pa.Schema) -> pa.Table:
 def judged(
     answer: Scores | Classifications, first: int, keys: Sequence[str], form: pa.Schema
 ) -> pa.Table:
-    """Scores or classifications of consecutive pictures as a table of that schema."""
+    """Scores or classifications of consecutive pictures as a table; `first` is as in `drawn`."""
     columns: dict[str, Any] = {
         "index": np.arange(first, first + len(keys)),
         "key": pa.array(keys, pa.string()),
@@ -127,32 +136,30 @@ def finished(
     posterior: Doubles | None,
     min_posterior: float,
 ) -> pa.Table:
-    """A measured table with what came of the whole job, of that schema.
+    """The final table of a measured one, with the results that depend on the whole job.
 
     Args:
-        measured: as `judged` gave it.
-        form: of what shall come.
-        rejected: (n,), by the test of the whole job, if there is one.
-        posterior: (n, labels), under the estimated priors, if there are.
-        min_posterior: the smallest posterior at which a label is assigned.
+        measured: a table from `judged`.
+        form: schema of the final table.
+        rejected: bool (n,), which pictures the joint test rejects; None without such a test.
+        posterior: (n, labels), under the estimated priors; None if they are not estimated.
+        min_posterior: smallest posterior at which a label is assigned.
     """
     columns: dict[str, Any] = {name: measured[name] for name in measured.column_names}
     if rejected is not None:
         columns[REJECTED] = rejected
     if posterior is not None:
         outlier = np.asarray(measured["verdict"]) == VERDICTS[Verdict.OUTLIER]
-        unsure = posterior.max(1, initial=0.0) < min_posterior
-        verdict = np.where(unsure, Verdict.AMBIGUOUS, Verdict.ACCEPTED)
         columns["posterior"] = _rows(posterior)
         columns["label"] = posterior.argmax(1)
-        columns["verdict"] = _verdicts(np.where(outlier, Verdict.OUTLIER, verdict))
+        columns["verdict"] = _verdicts(verdicts(outlier, posterior, min_posterior))
     return _table(form, columns)
 
 
 def matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """A column as an array with a row for each picture: (n,), (n, labels) or (n, c, h, w)."""
+    """A column as an array with one row per picture: (n,), (n, labels) or (n, c, h, w)."""
     array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # no rows, no chunk
+    if isinstance(array, pa.ChunkedArray):  # a column without rows has no chunk
         array = pa.concat_arrays([*array.chunks, pa.array([], array.type)])
     if isinstance(array, pa.FixedShapeTensorArray):
         return np.asarray(array.to_numpy_ndarray())
@@ -167,7 +174,7 @@ def matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
 
 
 def counts(table: pa.Table) -> dict[str, int]:
-    """How many pictures of a table were decided how."""
+    """Number of pictures by verdict, of rejected and of accepted ones, and of all draws."""
     found: Counter[str] = Counter()
     if "verdict" in table.column_names:
         found.update(dict.fromkeys(VERDICTS.values(), 0))

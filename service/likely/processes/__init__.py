@@ -1,1 +1,1 @@
-"""Where the server runs: in one process, or in several workers under one supervisor."""
+"""The processes of a server: a single one, or several workers under one supervisor."""

@@ -1,4 +1,4 @@
-"""The admin RPCs before several workers: each is handed on to all of them."""
+"""The supervisor's admin RPCs: each change is forwarded to all workers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ if TYPE_CHECKING:
 Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = Sequence[tuple[str, str | bytes]]
 HANDED_ON = ("x-request-id",)
-LONGEST = 600.0  # seconds of a worker's change, after which others have their turn
-SOON = 10.0  # seconds in which a worker says what it serves
+LONGEST = 600.0  # seconds to wait for a worker's change before the next change starts
+SOON = 10.0  # seconds for a worker to answer what it serves, or a health check
 LATE = grpc.StatusCode.DEADLINE_EXCEEDED
-# Channels share a connection: one that was begun earlier, for others, is given up meanwhile.
+# Channels share connections by default: if the connection that an earlier call began is given up
+# meanwhile, a health check would fail early, and hide that the worker hangs.
 ALONE = (("grpc.use_local_subchannel_pool", 1),)
 Version = tuple[str, str]  # name and version
 
 
 class Fanout(admin_pb2_grpc.AdminServiceServicer):
-    """Hands each change on to the first worker, and what that one makes to all others.
+    """Forwards each change to the first worker and, if that one accepts it, to all others.
 
-    Callers are let in before it; the workers' sockets ask for no token. A refused change changes
-    nothing, and all go back to where the first one does; a worker that cannot follow is begun
-    anew. A change once begun is carried through, whether its caller waits or not.
+    If the first worker refuses a change, nothing changes. After a rollback, the other workers
+    make the same version stable as the first one. A worker that cannot follow a change is
+    restarted. Once started, a change completes whether its caller waits or not.
+
+    Callers are authenticated before they get here; the workers' sockets require no token.
     """
 
     def __init__(
@@ -42,14 +45,14 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
         strayed: Callable[[int], None],
         log: FilteringBoundLogger,
     ) -> None:
-        """A servicer.
+        """Creates a servicer.
 
         Args:
-            sockets: numbers and admin sockets of the workers that are ready.
-            settled: is told after each change what is served now, which workers were asked, and
-                which version was unloaded, if one was.
-            strayed: is told of a worker that could not make a change.
-            log: where is told that nobody says what is served after a change.
+            sockets: returns the numbers and admin sockets of the workers that are ready.
+            settled: called after each change with what is served now, the numbers of the workers
+                that were asked, and the version that was unloaded, if any.
+            strayed: called with the number of a worker that could not make a change.
+            log: receives an error if no worker reports what is served after a change.
         """
         self._sockets = sockets
         self._settled = settled
@@ -61,7 +64,7 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
     async def ListVersions(
         self, request: admin_pb2.ListVersionsRequest, context: Context
     ) -> admin_pb2.ListVersionsResponse:
-        """What the first worker serves."""
+        """Lists the versions of the first worker."""
         (_, first), *_ = self._ready()
         seconds = context.time_remaining()
         asked = _ask(first, "ListVersions", request, _handed_on(context), seconds)
@@ -78,28 +81,28 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
     async def UnloadModel(
         self, request: admin_pb2.UnloadModelRequest, context: Context
     ) -> admin_pb2.UnloadModelResponse:
-        """Serves a version no more, and frees it."""
+        """Unloads a version and frees it."""
         answer: admin_pb2.UnloadModelResponse = await self._change("UnloadModel", request, context)
         return answer
 
     async def SetLabel(
         self, request: admin_pb2.SetLabelRequest, context: Context
     ) -> admin_pb2.SetLabelResponse:
-        """Lets a label name a version."""
+        """Points a label at a version."""
         answer: admin_pb2.SetLabelResponse = await self._change("SetLabel", request, context)
         return answer
 
     async def Rollback(
         self, request: admin_pb2.RollbackRequest, context: Context
     ) -> admin_pb2.RollbackResponse:
-        """Makes the previous version the stable one."""
+        """Makes the previous default version the stable one."""
         answer: admin_pb2.RollbackResponse = await self._change("Rollback", request, context)
         return answer
 
     async def ResetDrift(
         self, request: admin_pb2.ResetDriftRequest, context: Context
     ) -> admin_pb2.ResetDriftResponse:
-        """Begins the test for drift anew."""
+        """Restarts the drift test."""
         answer: admin_pb2.ResetDriftResponse = await self._change("ResetDrift", request, context)
         return answer
 
@@ -123,9 +126,10 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
             except grpc.aio.AioRpcError as error:
                 if error.code() is not LATE:
                     raise
-                late = error  # as of a drain: it goes on there, and so it shall elsewhere
+                late = error  # e.g. of a drain, which continues there, so the others follow
             if isinstance(answer, admin_pb2.RollbackResponse):
-                # With another past, a step back leads elsewhere: they are told where it led.
+                # Workers with another history would roll back to another version, so they are
+                # told which one.
                 following = [_make_stable(socket, answer.version, metadata) for _, socket in others]
             else:
                 following = [_ask(each, method, request, metadata, LONGEST) for _, each in others]
@@ -149,13 +153,13 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
     def _ended(self, change: asyncio.Task[Any]) -> None:
         self._changes.discard(change)
         if not change.cancelled():
-            change.exception()  # seen, should its caller be gone
+            change.exception()  # marks it retrieved, in case the caller has left
 
 
 async def served_by(
     sockets: Sequence[Path], metadata: Metadata = ()
 ) -> admin_pb2.ListVersionsResponse | None:
-    """What is served, as the first of those workers says that still lives; None if none does."""
+    """Lists the versions of the first worker that answers; None if none does."""
     everything = admin_pb2.ListVersionsRequest()
     for socket in sockets:
         try:
@@ -169,9 +173,9 @@ async def served_by(
 
 
 async def is_silent(socket: Path) -> bool:
-    """Whether a worker does not answer in time; one that ends does, by refusing."""
+    """Whether a worker does not answer in time; a worker that ends answers by refusing."""
     async with grpc.aio.insecure_channel(f"unix:{socket}", options=ALONE) as channel:
-        health = health_pb2_grpc.HealthStub(channel)  # as requests, these would be counted
+        health = health_pb2_grpc.HealthStub(channel)  # health checks are not counted as requests
         try:
             await health.Check(health_pb2.HealthCheckRequest(), timeout=SOON)
         except grpc.aio.AioRpcError as error:
@@ -189,11 +193,11 @@ async def _ask(
 
 
 async def _make_stable(socket: Path, version: admin_pb2.ModelVersion, metadata: Metadata) -> None:
-    """Lets a worker make that version stable, and load it first if it does not serve it.
+    """Makes a version stable in a worker, which loads it first if it does not serve it.
 
     Raises:
-        AioRpcError: it cannot.
-        TimeoutError: it loads for too long.
+        AioRpcError: the worker refuses.
+        TimeoutError: loading takes too long.
     """
     label = admin_pb2.SetLabelRequest(
         model_name=version.model_name, label="stable", model_version=version.model_version
@@ -209,7 +213,7 @@ async def _make_stable(socket: Path, version: admin_pb2.ModelVersion, metadata: 
     try:
         await _ask(socket, "LoadModel", load, metadata, LONGEST)
     except grpc.aio.AioRpcError as error:
-        if _is_late(error):  # which for a change is well, but here another follows
+        if _is_late(error):  # acceptable for a last change, but here another one follows
             raise TimeoutError from error
         raise
     await _ask(socket, "SetLabel", label, metadata, LONGEST)
@@ -220,7 +224,7 @@ def _is_late(outcome: Exception) -> bool:
 
 
 async def _answered(asked: Awaitable[Any], context: Context) -> Any:
-    """The worker's answer, or its refusal as it stands."""
+    """Returns the worker's answer, or aborts with the worker's own status and details."""
     try:
         return await asked
     except grpc.aio.AioRpcError as error:

@@ -1,4 +1,4 @@
-"""One serving process: begins, serves until it is told to end, drains, and says how it ended."""
+"""A serving process: starts a server, serves until a signal comes, drains, and ends."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from likely.settings import Settings
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-LOST_SECONDS = 1.0  # to end requests in, where the device is gone
-LOAD_SECONDS = 0.5  # to end loads in, once all requests have ended
-MARGIN = 10.0  # seconds beyond its drain that a process may take to end
+LOST_SECONDS = 1.0  # seconds for requests to end if the device is gone
+LOAD_SECONDS = 0.5  # seconds for loads to end, once all requests have ended
+MARGIN = 10.0  # seconds that a process may take to end, beyond its drain
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT; a second one ends at once.
+    """Serves in this process until SIGTERM or SIGINT; a second signal ends it at once.
 
     Raises:
-        LikelyError: why nothing can be served.
-        DeviceLost: why it was given up; a new process may do better.
+        LikelyError: nothing can be served.
+        DeviceLost: the device is gone; a new process may find one.
     """
     graphs.require_runtime()
     log = logs.logger(settings.log_level, settings.log_format)
@@ -58,19 +58,21 @@ async def run(
     ready: Callable[[], Awaitable[None]] | None = None,
     lost: int = 1,
 ) -> None:
-    """Loads, serves until the signal comes, and drains; ends the process if it loads even then.
+    """Loads the models, serves until a signal comes, and drains.
+
+    If models are still being loaded after that, the process ends here.
 
     Args:
-        server: whose ports are open, or opened by `ready`.
-        settings: what it runs with.
-        log: where it tells how far it has come.
-        ending: the signal to end at.
-        ready: awaited when the models are loaded.
-        lost: the code to end the process with if the device is gone while it loads.
+        server: a server whose ports are open, or are opened by `ready`.
+        settings: the server's settings.
+        log: receives an event for each phase.
+        ending: done when a signal to end has come.
+        ready: awaited once the models are loaded.
+        lost: exit code if the device is gone and models are still being loaded.
 
     Raises:
-        LikelyError: why nothing can be served.
-        DeviceLost: why it was given up.
+        LikelyError: nothing can be served.
+        DeviceLost: the device is gone.
     """
     delay, grace = 0.0, settings.drain_seconds
     loading, closed = asyncio.create_task(server.load()), False
@@ -82,7 +84,7 @@ async def run(
                 await ready()
             log.info("serving", host=settings.host, port=server.port)
             await first(ending, server.lost)
-            # Who types Ctrl-C has no other servers to find first.
+            # The delay lets clients find other servers, which is pointless after Ctrl-C.
             if ending.done() and ending.result() == signal.SIGTERM:
                 delay = settings.drain_delay
         if server.lost.done():
@@ -91,8 +93,8 @@ async def run(
     finally:
         closed = await server.stop(grace, delay, LOAD_SECONDS)
     if loading.done():
-        loading.exception()  # what it came to meanwhile, with all closed round it, says nothing
-    # A thread that opens a bundle cannot be stopped, and has nothing to lose.
+        loading.exception()  # marks it retrieved; an error caused by the shutdown does not matter
+    # A thread that opens a bundle cannot be stopped, but may be killed with the process.
     loads = not (closed and loading.done())
     if server.lost.done():
         if loads:
@@ -105,25 +107,25 @@ async def run(
 
 
 def patience(settings: Settings) -> float:
-    """Seconds that a process may take to end once it is told to; longer, and it hangs."""
+    """Seconds that a process may take to end after a signal; after that, it counts as hung."""
     return settings.drain_delay + settings.drain_seconds + MARGIN
 
 
 async def first(*awaited: asyncio.Future[Any]) -> None:
-    """Returns once one of them is done."""
+    """Waits until one of the futures is done."""
     await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
 
 
 def signalled() -> asyncio.Future[signal.Signals]:
-    """Done at the first SIGTERM or SIGINT; the second one, of either, ends the process at once."""
+    """Returns a future for the first SIGTERM or SIGINT; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
     ending: asyncio.Future[signal.Signals] = loop.create_future()
 
     def end(number: signal.Signals) -> None:
         for one in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(one)
-            # Not its default: that of SIGTERM is none in a container, and a KeyboardInterrupt
-            # would wait for threads.
+            # Not the default handlers: a container's first process has none for SIGTERM, and a
+            # KeyboardInterrupt would wait for threads.
             signal.signal(one, signals.end)
         ending.set_result(number)
 

@@ -1,4 +1,4 @@
-"""Several workers on one port: begun, watched, begun anew, told to end; their metrics as one."""
+"""The supervisor: starts, watches, restarts and ends several workers that share one port."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from likely.versions.watch import scan
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-SOONEST, LATEST = 0.1, 30.0  # seconds before a worker is begun anew
-STEADY = 60.0  # seconds that a worker has lived when its next death counts as its first
-LOOK = 5.0  # seconds between two questions whether a worker answers yet
-SILENCES = 6  # questions in a row without an answer, until it is taken to hang
+SOONEST, LATEST = 0.1, 30.0  # bounds of the backoff, in seconds, before a worker is restarted
+STEADY = 60.0  # the backoff starts again after a worker has lived this many seconds
+LOOK = 5.0  # seconds between two health checks of a worker
+SILENCES = 6  # checks in a row without an answer after which a worker counts as hung
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the folder in it is private
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT, in as many processes as the settings want.
+    """Serves until SIGTERM or SIGINT, in as many processes as the settings ask for.
 
     Raises:
-        LikelyError: why nothing can be served.
-        DeviceLost: why it was given up; a new process may do better.
+        LikelyError: nothing can be served.
+        DeviceLost: the device is gone; a new process may find one.
     """
     count = settings.workers or automatic(settings)
     if count == 1:
@@ -62,13 +62,13 @@ def serve(settings: Settings) -> None:
 
 
 def automatic(settings: Settings) -> int:
-    """How many workers there are where the settings leave it open: one a core, or one on a card.
+    """The default number of workers: one per core, or a single one on a card.
 
-    Each worker would have a context, and the models, in the same card's memory; and the card runs
-    one graph at a time whoever asks.
+    Several workers would each have a context and the models in the same card's memory, and the
+    card runs one graph at a time anyway.
     """
     device = graphs.Device.parse(settings.device)
-    # The driver is asked first: the runtime is much to load where there is no card.
+    # The driver is asked first, as the runtime takes long to load, in vain if there is no card.
     if device.kind == "auto" and graphs.cuda_devices() == 0:
         return machine.cores()
     return 1 if device.resolve().kind == "cuda" else machine.cores()
@@ -76,10 +76,12 @@ def automatic(settings: Settings) -> int:
 
 @contextmanager
 def private(workers: int) -> Iterator[tuple[Path, Together]]:
-    """A folder for sockets and metrics, and these: the usual temporary one, or in shared memory.
+    """Creates a private folder for sockets and metrics, and yields it with the metrics.
+
+    The folder is in the temporary directory or, if that fails, in shared memory.
 
     Raises:
-        SettingsError: neither can be written, or has room.
+        SettingsError: neither place can be written and has enough space.
     """
     reason = ""
     for place in (None, SHARED_MEMORY):
@@ -94,43 +96,39 @@ def private(workers: int) -> Iterator[tuple[Path, Together]]:
             yield found
             return
     raise SettingsError(
-        f"workers = {workers} needs a folder that can be written, with {workers * MEBIBYTES} MiB "
-        f"free: neither the temporary one (TMPDIR) nor {SHARED_MEMORY} is such ({reason})"
+        f"workers = {workers} needs a folder with {workers * MEBIBYTES} MiB of free space: neither "
+        f"the temporary one (TMPDIR) nor {SHARED_MEMORY} can be used ({reason})"
     )
 
 
-class reserved(socket.socket):  # noqa: N801
-    """A socket that holds the port for the workers, and hears nothing itself.
-
-    As a context it gives the port.
+@contextmanager
+def reserved(settings: Settings) -> Iterator[int]:
+    """Reserves the port for the workers by a socket that does not listen; yields its number.
 
     Raises:
-        SettingsError: the port is taken, or the address is not this machine's.
+        SettingsError: the port is taken, or the address is not one of this machine.
     """
-
-    def __init__(self, settings: Settings) -> None:
+    with ExitStack() as stack:
         try:
             family, *_, address = socket.getaddrinfo(
                 settings.host, settings.port, type=socket.SOCK_STREAM
             )[0]
-            if settings.port:  # alone, which workers of another server would not allow
+            if settings.port:  # fails without SO_REUSEPORT if another server's workers listen
                 with socket.socket(family, socket.SOCK_STREAM) as alone:
                     alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     alone.bind(address)
-            super().__init__(family, socket.SOCK_STREAM)
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # The port is free though a former server's connections are remembered for a minute;
-            # but until the workers hear, no other server shall find it free.
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.bind(address)
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+            held = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # Allows binding while the kernel still remembers connections of a former server. It
+            # is then switched off, so that no other server takes the port before workers listen.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(address)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         except OSError as error:
             raise SettingsError(
                 f"gRPC cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
             ) from error
-
-    def __enter__(self) -> int:  # type: ignore[override]
-        return int(self.getsockname()[1])
+        yield int(held.getsockname()[1])
 
 
 class Supervisor:
@@ -139,12 +137,12 @@ class Supervisor:
     def __init__(
         self, settings: Settings, log: FilteringBoundLogger, folder: Path, together: Together
     ) -> None:
-        """A supervisor.
+        """Creates a supervisor; `run` does the work.
 
         Args:
-            settings: with the port and the number of workers decided.
-            log: where it tells of workers that end.
-            folder: private to this server, for sockets.
+            settings: settings in which the port and the number of workers are decided.
+            log: receives events about workers.
+            folder: folder for sockets, private to this server.
             together: the workers' metrics.
         """
         self._settings = settings
@@ -153,19 +151,20 @@ class Supervisor:
         self._together = together
         self._running: dict[int, Process] = {}
         self._ready: set[int] = set()
-        self._leaving: set[Process] = set()  # missed a change, and drain
-        self._begun = asyncio.Event()
+        self._leaving: set[Process] = set()  # workers that missed a change, and drain
+        self._begun = asyncio.Event()  # set once all workers have been ready
         self._ending = False
-        self._serving: frozenset[int] = frozenset()
-        self._changes = 0
-        self._folders: dict[str, Path] = {}
-        self._unloaded: set[Version] = set()  # by RPC, though the watched folder may hold them
+        self._serving: frozenset[int] = frozenset()  # workers that were ready when the end began
+        self._changes = 0  # changes by RPC so far
+        self._folders: dict[str, Path] = {}  # folder of the version at which each label points
+        # Versions unloaded by RPC, although the watched folder may hold them.
+        self._unloaded: set[Version] = set()
 
     async def run(self) -> None:
-        """Serves until it is told to end.
+        """Runs the workers until a signal to end comes.
 
         Raises:
-            LikelyError: a worker could not begin, or the device is gone.
+            LikelyError: a worker could not start, or the device is gone.
         """
         settings = self._settings
         ending = process.signalled()
@@ -198,22 +197,22 @@ class Supervisor:
         for keeper in keepers:
             if not keeper.cancelled():
                 keeper.result()
-        # One that had not begun yet when all were told to end had no request to lose.
+        # A worker that was not ready when the end began had no request to lose.
         if codes := {self._running[index].returncode for index in self._serving} - {0}:
-            raise LikelyError(f"a worker did not end well (exit {codes})")
+            raise LikelyError(f"a worker ended with an error (exit {codes})")
         self._log.info("ended")
 
     async def _keep(self, index: int) -> None:
-        """Begins a worker, and begins it anew when it dies, until all shall end."""
+        """Starts a worker, and restarts it when it dies, until the server ends."""
         wait = SOONEST
         while not self._ending:
             began = time.monotonic()
             try:
                 worker = await self._begin(index)
-            except OSError as error:  # no process more, or no memory for one
+            except OSError as error:  # too many processes, or no memory for another
                 code: int | str = error.strerror or str(error)
                 if not self._begun.is_set():
-                    raise LikelyError(f"worker {index} could not begin: {code}") from error
+                    raise LikelyError(f"worker {index} could not start: {code}") from error
             else:
                 code = await self._outlived(index, worker)
             was_ready = index in self._ready
@@ -223,10 +222,10 @@ class Supervisor:
             if self._ending:
                 return
             if code == LOST:
-                raise DeviceLost("a worker lost its device; all end, to be begun anew")
+                raise DeviceLost("a worker lost its device; all workers end, to be restarted")
             if not was_ready and not self._begun.is_set():
                 raise LikelyError(
-                    f"worker {index} could not begin (exit {code}); it says above why"
+                    f"worker {index} could not start (exit {code}); see its error above"
                 )
             if time.monotonic() - began > STEADY:
                 wait = SOONEST
@@ -237,12 +236,12 @@ class Supervisor:
             await self._until_found(index)
 
     async def _outlived(self, index: int, worker: Process) -> int:
-        """The exit code of a worker in the end; one that hangs is killed."""
+        """Waits for a worker's end and returns its exit code; a worker that hangs is killed."""
         ended = asyncio.create_task(worker.wait())
         silences = 0
         try:
             while not (await asyncio.wait({ended}, timeout=LOOK))[0]:
-                is_watched = index in self._ready and not self._ending  # others may be slow to end
+                is_watched = index in self._ready and not self._ending  # draining may take long
                 silent = is_watched and await is_silent(self._socket(index))
                 silences = silences + 1 if silent else 0
                 if silences >= SILENCES and not self._ending and not ended.done():
@@ -253,7 +252,7 @@ class Supervisor:
             ended.cancel()
 
     async def _until_found(self, index: int) -> None:
-        """Returns when the watched folder is not lost, which a new worker would know nothing of."""
+        """Waits while the watched folder is lost, as a new worker would find no bundles in it."""
         told = False
         while not self._ending and await self._is_lost():
             if not told:
@@ -262,7 +261,7 @@ class Supervisor:
             await asyncio.sleep(self._settings.watch_seconds)
 
     async def _is_lost(self) -> bool:
-        """Whether some worker serves what lay in the watched folder, and nothing of it is there."""
+        """Whether bundles from the watched folder are served, but none is left in it."""
         watched = self._settings.watch and absolute(self._settings.watch)
         if not watched:
             return False
@@ -276,7 +275,7 @@ class Supervisor:
             return True
 
     async def _serving_now(self) -> list[admin_pb2.ModelVersion]:
-        """What the workers serve, as one of them says; nothing where none is ready."""
+        """The versions that the workers serve, as one of them reports; none if no one is ready."""
         served = await served_by([path for _, path in self._sockets()])
         return _serving(served) if served else []
 
@@ -287,14 +286,14 @@ class Supervisor:
             stdin=PIPE,
             stdout=PIPE,
             env={**surroundings, **self._together.environment},
-            start_new_session=True,  # or Ctrl-C would reach it twice
+            start_new_session=True,  # otherwise the worker would get Ctrl-C twice
         )
         assert worker.stdin
         assert worker.stdout
         self._running[index] = worker
         if self._ending:
             worker.terminate()
-        if self._unloaded:  # what has come to the folder anew since then is served
+        if self._unloaded:  # a version that is served again need not be left out
             serving = await self._serving_now()
             self._unloaded -= _versions(serving)
         socket_path, changes = self._socket(index), self._changes
@@ -302,7 +301,7 @@ class Supervisor:
         order = Order(index, str(socket_path), self._alone(), changes > 0, sorted(self._unloaded))
         worker.stdin.write(order.line())
         if await worker.stdout.readline() == READY:
-            if changes != self._changes:  # while it loaded, others were asked to change
+            if changes != self._changes:  # it missed a change while it loaded
                 self._strayed(index)
                 return worker
             self._ready.add(index)
@@ -312,13 +311,13 @@ class Supervisor:
         return worker
 
     def _alone(self) -> dict[str, Any]:
-        """What a worker serves with, on the one port of all; no file is read again."""
+        """The settings of a worker: no ports of its own but the shared one, and no config file."""
         kept = [label for label in self._settings.labels if self._is_there(label)]
         mine = {"metrics_port": "off", "admin_port": "off", "config": None, "labels": tuple(kept)}
         return self._settings.model_copy(update=mine).model_dump(mode="json")
 
     def _is_there(self, label: str) -> bool:
-        """Whether a worker finds what a label names; others may serve what has left its folder."""
+        """Whether a label's version is still in its folder, where a new worker would find it."""
         folder = self._folders.get(label)
         if folder is None or is_bundle(folder):
             return True
@@ -330,7 +329,7 @@ class Supervisor:
         self._serving = frozenset(self._ready)
         living = [worker for worker in self._running.values() if worker.returncode is None]
         for worker in living:
-            if worker not in self._leaving:  # a second signal would cut its drain short
+            if worker not in self._leaving:  # a second signal would end it without draining
                 worker.send_signal(number)
         if living:
             _, late = await asyncio.wait(
@@ -358,7 +357,7 @@ class Supervisor:
         settings = self._settings
         if settings.admin_port == "off":
             return None
-        # The workers count and limit what they are handed on; here callers are let in.
+        # Callers are authenticated here; the workers count and limit what is forwarded to them.
         guard = Guard(Registry(), Metrics(), self._log, access.gate(settings, self._log))
         server = grpc.aio.server(options=ports.options(settings, shared=False))
         served: Any = Guarded(guard, server)
@@ -370,7 +369,7 @@ class Supervisor:
         return server
 
     def _sockets(self) -> list[tuple[int, Path]]:
-        if not self._begun.is_set():  # those that load yet would not hear of a change
+        if not self._begun.is_set():  # workers that are still loading would miss a change
             return []
         return [(index, self._socket(index)) for index in sorted(self._ready)]
 
@@ -380,7 +379,13 @@ class Supervisor:
         asked: Collection[int],
         unloaded: Version | None,
     ) -> None:
-        """Remembers what is served, and what is not any more, for workers that are begun anew."""
+        """Remembers after a change what is served, and what was unloaded, for restarted workers.
+
+        Args:
+            served: the versions that a worker listed after the change.
+            asked: numbers of the workers that were asked to change.
+            unloaded: the version that was unloaded, if any.
+        """
         serving = _serving(served)
         watched = self._settings.watch and absolute(self._settings.watch)
         self._folders = {
@@ -402,12 +407,12 @@ class Supervisor:
         if (settled, left) != (self._settings, self._unloaded):
             self._settings, self._unloaded = settled, left
             self._changes += 1
-            for index in self._ready - set(asked):  # became ready meanwhile
+            for index in self._ready - set(asked):  # became ready in the meantime
                 self._strayed(index)
 
     def _strayed(self, index: int) -> None:
-        """Begins a worker anew that did not make a change; it drains meanwhile."""
-        if self._ending:  # all are told already, and refuse changes; told again, it would drop all
+        """Lets a worker that missed a change drain and end, so that `_keep` restarts it."""
+        if self._ending:  # it has a signal already; a second one would end it without draining
             return
         self._log.error("worker could not follow a change", worker=index)
         self._ready.discard(index)
@@ -420,7 +425,7 @@ class Supervisor:
             asyncio.get_running_loop().call_later(seconds, self._overdue, index, worker)
 
     def _overdue(self, index: int, worker: Process) -> None:
-        """Kills a worker that was told to end, if it lives yet; nobody else watches it."""
+        """Kills a worker that should have ended by now, as it is no longer health checked."""
         self._leaving.discard(worker)
         if worker.returncode is None:
             self._log.error("worker hangs", worker=index)

@@ -1,4 +1,4 @@
-"""Metrics of several workers as those of one server: counters add up, across restarts too."""
+"""Combines the metrics of several workers; counters add up, across restarts too."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from likely.telemetry.metrics import READY, READY_MEANS
 
-_LIVING = ("gauge_livemax", "gauge_livesum")  # told by those that live
-# Bytes of a worker's metrics, by their kind: those of eight models that are asked everything.
+_LIVING = ("gauge_livemax", "gauge_livesum")  # kinds of metrics to which only live workers count
+# Bytes of a worker's metrics by kind, enough for eight models on which every method is called.
 ROOM = {"counter": 1 << 19, "histogram": 5 << 18, **dict.fromkeys(_LIVING, 1 << 17)}
-MEBIBYTES = sum(ROOM.values()) >> 20  # of a worker
-_NOTHING = struct.pack("i", 0)  # how a file begins of which nothing is used
+MEBIBYTES = sum(ROOM.values()) >> 20  # per worker
+_NOTHING = struct.pack("i", 0)  # header of a metrics file of which no bytes are used
 
 
 def count_as(index: int) -> None:
-    """Lets this process write its metrics where `Together` reads them, as that worker.
+    """Makes this process write its metrics as the worker with that index, for `Together`.
 
-    A worker that is begun anew under the same index goes on counting where the last one,
-    however it ended, had come to.
+    A worker that is restarted under the same index continues from its predecessor's counts,
+    however that one ended.
     """
     values.ValueClass = values.MultiProcessValue(lambda: index)  # type: ignore[no-untyped-call]
 
 
 class Together:
-    """The metrics of all workers.
+    """The combined metrics of all workers.
 
-    Their files are mapped into memory, and a process that writes where the disk has no room left
-    is killed for it: so they have their room before a worker begins.
+    Workers map their metrics files into memory, and a process that writes to such a file while
+    the disk is full is killed. The files are therefore written in full size before any worker
+    starts.
 
     Attributes:
-        registry: what a scrape gives.
-        environment: variables that a worker needs to write its metrics.
+        registry: the metrics that a scrape returns.
+        environment: environment variables that a worker needs to write its metrics.
     """
 
     def __init__(self, folder: Path, workers: int) -> None:
-        """Metrics read from a folder that is private to this server.
+        """Creates the metrics files.
 
         Args:
-            folder: empty.
-            workers: how many there shall be.
+            folder: an empty folder, private to this server.
+            workers: number of workers that should run.
 
         Raises:
-            OSError: the folder has no room.
+            OSError: the folder cannot be written, or has not enough space.
         """
         self._folder = folder
         for index in range(workers):
@@ -57,37 +58,35 @@ class Together:
         self.environment = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
         self.registry = CollectorRegistry()
         self.registry.register(_Workers(folder))
-        wanted = Gauge(
-            "likely_workers_wanted", "Workers that there shall be.", registry=self.registry
-        )
+        wanted = Gauge("likely_workers_wanted", "Workers that should run.", registry=self.registry)
         wanted.set(workers)
         self._workers = Gauge(
-            "likely_workers", "Workers that take requests.", registry=self.registry
+            "likely_workers", "Workers that accept requests.", registry=self.registry
         )
         self._restarts = Counter(
-            "likely_worker_restarts", "Workers begun anew after a death.", registry=self.registry
+            "likely_worker_restarts", "Workers restarted after they died.", registry=self.registry
         )
 
     def ready(self, count: int) -> None:
-        """So many workers take requests."""
+        """Sets the number of workers that accept requests."""
         self._workers.set(count)
 
     def restarted(self) -> None:
-        """A worker has died and is begun anew."""
+        """Counts the restart of a worker that died."""
         self._restarts.inc()
 
     def ended(self, index: int) -> None:
-        """That worker runs no more: what it counted stays, what was in flight is gone."""
+        """Clears the live gauges of a worker that has ended; its counters stay."""
         for kind in _LIVING:
             with self._path(kind, index).open("r+b") as file:
-                file.write(_NOTHING)  # and keeps its room
+                file.write(_NOTHING)  # the file keeps its size
 
     def _path(self, kind: str, index: int) -> Path:
         return self._folder / f"{kind}_{index}.db"
 
 
 class _Workers(MultiProcessCollector):
-    """What the workers wrote; the server is not ready where none of them lives to say so."""
+    """Collects the workers' metrics, and reports not ready if no worker reports readiness."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(None, str(folder))  # type: ignore[no-untyped-call]

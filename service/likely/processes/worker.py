@@ -1,8 +1,8 @@
-"""One of several processes that serve on one port; begun and ended by the supervisor.
+"""A worker: one of several processes that serve on one port, started by the supervisor.
 
-`python -m likely.processes.worker` reads one line of JSON, what it is and what it serves with,
-from its standard input, and says `ready` on its standard output once it takes requests. When the
-input ends, the supervisor is gone, and so it ends too.
+`python -m likely.processes.worker` reads its `Order`, one line of JSON, from standard input. It
+writes `ready` to standard output once it accepts requests. When standard input is closed, the
+supervisor is gone, so the worker ends too.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ from likely.settings import Settings
 
 READY = b"ready\n"
 REFUSED, LOST = 1, 3  # exit codes: nothing can be served; the device is gone
-HEARD = 0.1  # seconds in which the loop hears of a signal that came before the input's end
+HEARD = 0.1  # seconds for the event loop to handle a signal that came before the input's end
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a worker is told.
+    """What the supervisor tells a worker.
 
     Attributes:
-        index: which of the workers it is.
-        socket: where it takes the admin RPCs that the supervisor hands on.
-        settings: what it serves with, by field.
-        settled: whether these name all bundles, be it none, as after a change.
-        unloaded: names and versions that the others have unloaded, wherever they lie.
+        index: number of the worker.
+        socket: path of the Unix socket for the admin RPCs that the supervisor forwards.
+        settings: the server's settings, by field.
+        settled: whether the settings name all bundles, even if that is none, as after a change.
+            If not, an empty list of bundles stands for those that the package ships.
+        unloaded: names and versions that were unloaded by RPC, which the worker must not serve
+            although the watched folder may hold them.
     """
 
     index: int
@@ -51,12 +53,12 @@ class Order:
     unloaded: Sequence[Sequence[str]]
 
     def line(self) -> bytes:
-        """The order as the worker reads it."""
+        """Encodes the order as the line that the worker reads."""
         return json.dumps(asdict(self)).encode() + b"\n"
 
 
 def main() -> int:
-    """Serves, and gives the exit code."""
+    """Serves, and returns the exit code."""
     order = Order(**json.loads(sys.stdin.buffer.readline()))
     settings = Settings(**order.settings)
     together.count_as(order.index)
@@ -89,7 +91,7 @@ async def _work(order: Order, settings: Settings, log: Any) -> None:
     )
 
     async def ready() -> None:
-        # Only now: the kernel would hand connections to a worker that cannot answer yet.
+        # Ports open only now, as the kernel assigns connections to every process that listens.
         await server.start()
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
@@ -102,14 +104,14 @@ def _end_with_the_input(ending: asyncio.Future[signal.Signals], seconds: float) 
 
     def end() -> None:
         if ending.done():
-            os._exit(REFUSED)  # the supervisor was told twice to end
+            os._exit(REFUSED)  # the supervisor got a second signal, which ends at once
         os.kill(os.getpid(), signal.SIGTERM)
 
     def wait() -> None:
-        while os.read(sys.stdin.fileno(), 1 << 10):  # holds no lock that the end would want
+        while os.read(sys.stdin.fileno(), 1 << 10):  # unlike sys.stdin, holds no lock at exit
             pass
         loop.call_soon_threadsafe(loop.call_later, HEARD, end)
-        time.sleep(seconds)  # a loop that hangs hears of nothing, and nobody is left to kill it
+        time.sleep(seconds)  # if the event loop hangs, no supervisor is left to kill the worker
         os._exit(REFUSED)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -1,1 +1,1 @@
-"""gRPC over the engine: who may ask, what a message may hold, and what an error becomes."""
+"""The gRPC layer over the engine: access control, validation, services and error handling."""

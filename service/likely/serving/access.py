@@ -1,4 +1,4 @@
-"""Who may ask what: bearer tokens, secrets of a file or signed by an issuer, and their scopes."""
+"""Access control by bearer tokens: secrets in a file, or signed by an issuer; with scopes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 AUTHORIZATION = "authorization"
-LARGEST_FILE = 1 << 20
-REMEMBERED = 4096
-MOST_ALIKE = 8  # keys that nothing but a signature tells apart: each is tried, for anybody's token
+LARGEST_FILE = 1 << 20  # bytes
+REMEMBERED = 4096  # maximum number of checked tokens that are remembered
+MOST_ALIKE = 8  # most keys with the same kid and algorithm; each token is tried with all of them
 _UNSAFE = re.compile(r"[^A-Za-z0-9@._|:/-]")
 
 
 class Scope(StrEnum):
-    """What a token may be allowed."""
+    """What a token may allow."""
 
     SCORE = "score"
     GENERATE = "generate"
@@ -41,10 +41,10 @@ class Scope(StrEnum):
 
 
 UNKNOWN = "unknown"
-"""What stands for a service or a method that there is not."""
+"""Stands for any service or method that does not exist."""
 
 OPEN = frozenset({"grpc.health.v1.Health"})
-"""Services that ask for no token: what starts and watches a server has none."""
+"""Services that require no token, as whatever starts and watches a server has none."""
 
 SCOPES: dict[str, Scope | None] = {
     "likely.v1.ScoringService": Scope.SCORE,
@@ -56,21 +56,21 @@ SCOPES: dict[str, Scope | None] = {
     "grpc.reflection.v1alpha.ServerReflection": None,
     UNKNOWN: None,
 }
-"""The scope that each service asks for; None is any valid token, a service not listed is ADMIN.
+"""The scope that each service requires; None for any valid token. Unlisted services need ADMIN.
 
-GRPCInferenceService itself asks for the scope of what a request wants from a model.
+GRPCInferenceService checks the scope itself, by the operation that a request asks for.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who a valid token speaks for.
+    """The holder of a valid token.
 
     Attributes:
-        name: for people: of the token in its file, or the subject that the issuer names, cut and
-            cleaned.
-        scopes: what it is allowed.
-        client: whom its requests are counted against, of all holders this one alone.
+        name: name for people: the token's name in its file, or the issuer's subject, shortened
+            and with unsafe characters replaced.
+        scopes: the scopes that the token grants.
+        client: identity for quotas and fair queuing, unique among all holders.
     """
 
     name: str
@@ -89,7 +89,7 @@ class _Token(BaseModel):
     @model_validator(mode="after")
     def _has_one_secret(self) -> _Token:
         if (self.secret is None) == (self.sha256 is None):
-            raise ValueError("exactly one of secret and sha256 is asked")
+            raise ValueError("exactly one of secret and sha256 is required")
         return self
 
     def digest(self) -> bytes:
@@ -103,26 +103,28 @@ class _TokenFile(BaseModel):
 
 
 class Secrets:
-    """The tokens of a TOML file: name, scopes, and a secret or its SHA-256."""
+    """The tokens in a TOML file; each has a name, scopes, and a secret or its SHA-256."""
 
     def __init__(self, path: Path, log: FilteringBoundLogger, interval: float = INTERVAL) -> None:
-        """The tokens of that file, read again when it changes; all may be withdrawn then.
+        """Reads the tokens of a file, and reads them again when it changes.
+
+        The file may contain no token, in which case none is valid.
 
         Raises:
-            SettingsError: it cannot be read, or is no such file.
+            SettingsError: the file cannot be read, or does not have this format.
         """
         self._known = Fresh([path], lambda: _secrets(path), log, interval)
         if not self._known.value():
             log.warning("no token is valid", file=str(path))
 
     def find(self, token: str) -> Holder | None:
-        """Whose token it is; None where it is nobody's."""
-        # The time that this takes may tell of digests, which nobody chooses, but of no secret.
+        """Returns the holder of a token; None if the token is not in the file."""
+        # The time of the lookup may leak digests, which nobody can choose, but no secrets.
         return self._known.value().get(_digest(token))
 
 
 class Issuer:
-    """Tokens that an issuer signs (JWT), with its public keys in a file (JWKS)."""
+    """Tokens signed by an issuer (JWT), whose public keys are in a file (JWKS)."""
 
     def __init__(
         self,
@@ -135,19 +137,19 @@ class Issuer:
         leeway: float = 0.0,
         interval: float = INTERVAL,
     ) -> None:
-        """The issuer whose tokens are believed.
+        """Reads the issuer's keys.
 
         Args:
-            keys: its JWKS file, read again when it changes.
-            log: where reloads are told, and why a token is refused.
+            keys: the issuer's JWKS file, read again when it changes.
+            log: receives reloads, and why a token is refused.
             name: the claim `iss` that every token must have.
             audience: the claim `aud` that every token must have.
-            algorithms: that they may be signed with; none of them with a shared secret.
-            leeway: seconds that clocks may differ.
-            interval: seconds between two looks at the file.
+            algorithms: allowed signature algorithms; none of them uses a shared secret.
+            leeway: seconds by which clocks may differ.
+            interval: minimum number of seconds between two checks of the file.
 
         Raises:
-            SettingsError: the file cannot be read, or holds no key that these algorithms can use.
+            SettingsError: the file cannot be read, or holds keys but none for these algorithms.
         """
         self._keys = Fresh([keys], lambda: _keys(keys, algorithms), log, interval)
         if not self._keys.value():
@@ -157,15 +159,16 @@ class Issuer:
         self._audience = audience
         self._algorithms = list(algorithms)
         self._leeway = leeway
-        # Checking a signature takes longer than scoring a small picture.
+        # Remembered by digest, as checking a signature takes longer than scoring a small picture.
         self._checked: dict[bytes, tuple[Holder, float]] = {}
         self._checked_by = self._keys.value()
 
     def find(self, token: str) -> Holder:
-        """Whose token it is.
+        """Returns the holder of a token.
 
         Raises:
-            Unauthenticated: it is not the issuer's, not for this audience, or not valid now.
+            Unauthenticated: the token is not from the issuer, not for this audience, or not valid
+                now.
         """
         keys = self._keys.value()
         if keys is not self._checked_by or len(self._checked) >= REMEMBERED:
@@ -189,14 +192,14 @@ class Issuer:
             self._log.info("token refused", reason=f"{type(error).__name__}: {error}"[:200])
             raise _invalid() from None
         name = _UNSAFE.sub("_", claims["sub"])[:64]
-        # No name in a file has a colon.
+        # Names in token files have no colon, so no two holders share a client.
         return Holder(name, _scopes(claims), f"sub:{claims['sub']}"), until
 
     def _claims(self, token: str, keys: tuple[jwt.PyJWK, ...]) -> dict[str, Any]:
-        """What a token tells that one of the keys has signed.
+        """Returns the claims of a token that was signed with one of the keys.
 
         Raises:
-            PyJWTError: none has, or it is not valid here and now.
+            PyJWTError: it was signed with none of them, or is not valid here and now.
         """
         import jwt
 
@@ -227,7 +230,7 @@ class Issuer:
 
 
 class Gate:
-    """Lets callers in by their tokens; without any kind of token everybody."""
+    """Admits callers by their tokens; without secrets and issuer, admits everybody."""
 
     def __init__(
         self,
@@ -241,19 +244,19 @@ class Gate:
 
     @property
     def is_open(self) -> bool:
-        """Whether no token is asked for."""
+        """Whether no token is required."""
         return self._secrets is None and self._issuer is None
 
     def admit(self, service: str, metadata: Iterable[tuple[str, str | bytes]]) -> Holder | None:
-        """Who calls that service; None where nobody needs to say.
+        """Returns the holder of the caller's token; None if the service requires no token.
 
         Args:
-            service: its full name.
-            metadata: of the call.
+            service: full name of the service.
+            metadata: metadata of the call.
 
         Raises:
-            Unauthenticated: no token, or none that is valid.
-            AccessDenied: a valid token without the scope that the service asks for.
+            Unauthenticated: there is no token, or it is not valid.
+            AccessDenied: the token is valid, but lacks the scope that the service requires.
         """
         if self.is_open or service in self._open:
             return None
@@ -274,19 +277,20 @@ class Gate:
 def gate(
     settings: Settings, log: FilteringBoundLogger, trusted: frozenset[str] = frozenset()
 ) -> Gate:
-    """What lets callers in.
+    """Creates the gate that the settings ask for.
 
     Args:
-        settings: name the files of tokens and keys.
-        log: where refused tokens are told.
+        settings: settings that name the files of tokens and keys.
+        log: receives why tokens are refused.
         trusted: services whose callers need no token.
 
     Raises:
-        SettingsError: a file cannot be used, a setting lacks its other half, or tokens would
-            come unencrypted from other machines, or anybody there could reach the admin RPCs.
+        SettingsError: a file cannot be used, a setting is given without another that it needs,
+            tokens would come unencrypted from other machines, or the admin RPCs would be open to
+            anybody on other machines.
     """
     if (settings.tls_certificate is None) != (settings.tls_key is None):
-        raise SettingsError("tls_certificate and tls_key are given together, or neither")
+        raise SettingsError("tls_certificate and tls_key must be given together, or neither")
     if settings.tls_client_ca and not settings.tls_certificate:
         raise SettingsError("tls_client_ca needs tls_certificate and tls_key")
     if (settings.jwt_issuer or settings.jwt_audience) and not settings.jwt_keys:
@@ -324,7 +328,7 @@ def gate(
 def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     given = [value for key, value in metadata if key == AUTHORIZATION]
     if not given:
-        raise Unauthenticated("a bearer token is asked for in 'authorization'", "TOKEN_MISSING")
+        raise Unauthenticated("a bearer token is required in 'authorization'", "TOKEN_MISSING")
     scheme, _, token = str(given[0]).partition(" ")
     if len(given) > 1 or scheme.lower() != "bearer" or not token.strip():
         raise _invalid()
@@ -340,7 +344,7 @@ def _digest(secret: str) -> bytes:
 
 
 def _scopes(claims: dict[str, Any]) -> frozenset[Scope]:
-    """The scopes of RFC 9068's `scope`, or of `scp` as some issuers call it."""
+    """The scopes in the claim `scope` (RFC 9068), or in `scp`, as some issuers call it."""
     given = claims.get("scope", claims.get("scp", ()))
     words = given.split() if isinstance(given, str) else given
     words = words if isinstance(words, list) else []
@@ -359,13 +363,13 @@ def _read(path: Path) -> bytes:
 
 
 def _secrets(path: Path) -> dict[bytes, Holder]:
-    """Who holds each secret, by its SHA-256."""
+    """Reads the holders in a token file, by the SHA-256 of their secrets."""
     try:
         parsed = _TokenFile.model_validate(tomllib.loads(_read(path).decode()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]  # its input is left out: it may be a secret
+        first = error.errors()[0]  # the input is not reported, as it may be a secret
         where = ".".join(str(part) for part in first["loc"]) or "token"
         raise SettingsError(f"{path} is no file of tokens: {where}: {first['msg']}") from None
     if len({token.name for token in parsed.token}) < len(parsed.token):
@@ -377,7 +381,11 @@ def _secrets(path: Path) -> dict[bytes, Holder]:
 
 
 def _keys(path: Path, algorithms: Sequence[str]) -> tuple[jwt.PyJWK, ...]:
-    """The keys of a file, each once for every algorithm that it may serve; none if it has none."""
+    """Reads the keys of a file, which may be empty; one for each algorithm that a key can serve.
+
+    Raises:
+        SettingsError: the file cannot be used.
+    """
     try:
         found = json.loads(_read(path)).get("keys")
         if not isinstance(found, list):
@@ -394,24 +402,24 @@ def _keys(path: Path, algorithms: Sequence[str]) -> tuple[jwt.PyJWK, ...]:
 
 
 def _of_each(given: dict[str, Any], algorithms: Sequence[str]) -> list[jwt.PyJWK]:
-    """One key for every algorithm that it may serve; none if it is of no use here.
+    """Returns a key once for each algorithm that it can serve; none if it cannot be used here.
 
     Raises:
-        ValueError: its name or algorithm is no text.
-        AttributeError: it is no object.
+        ValueError: its name or algorithm is not a string.
+        AttributeError: it is not a JSON object.
     """
-    import jwt  # where tokens are signed: it takes as long to import as a small bundle to open
+    import jwt  # only if used, as importing it takes as long as opening a small bundle
 
     for word in ("kid", "alg"):
         if not isinstance(given.get(word), str | None):
-            raise ValueError(f"the {word} of a key is no text")
+            raise ValueError(f"the {word} of a key is no string")
     if given.get("use") not in (None, "sig"):
         return []
-    names: Sequence[str | None] = (None,)  # its own, or what its curve is for
+    names: Sequence[str | None] = (None,)  # PyJWK takes the key's own algorithm, or its curve's
     if given.get("kty") == "RSA" and not given.get("alg"):
         names = [name for name in algorithms if name.startswith(("RS", "PS"))]
     try:
         keys = [jwt.PyJWK(given, name) for name in names]
-    except jwt.PyJWTError:  # such as no key at all, or of a kind that nobody knows
+    except jwt.PyJWTError:  # for example, not a key at all, or of an unknown kind
         return []
     return [key for key in keys if key.algorithm_name in algorithms]

@@ -1,4 +1,4 @@
-"""The admin RPCs: each calls the lifecycle and tells what became of it."""
+"""The admin RPCs, which call the lifecycle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from likely.versions.lifecycle import Lifecycle
 from likely.versions.registry import check_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
-LONGEST = 4095  # bytes of a path, as Linux has it
+LONGEST = 4095  # maximum bytes of a path on Linux
 
 
 class Admin(admin_pb2_grpc.AdminServiceServicer):
@@ -26,7 +26,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     async def ListVersions(
         self, request: admin_pb2.ListVersionsRequest, context: Context
     ) -> admin_pb2.ListVersionsResponse:
-        """Every version, and every bundle that was refused."""
+        """Lists every version, and every bundle that was refused."""
         await self._lifecycle.look()
         found = self._lifecycle.versions()
         return admin_pb2.ListVersionsResponse(
@@ -48,7 +48,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     async def UnloadModel(
         self, request: admin_pb2.UnloadModelRequest, context: Context
     ) -> admin_pb2.UnloadModelResponse:
-        """Serves a version no more, and frees it."""
+        """Unloads a version and frees it."""
         check_name("model_version", request.model_version)
         await self._lifecycle.unload(request.model_name, request.model_version)
         return admin_pb2.UnloadModelResponse()
@@ -56,20 +56,20 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     async def SetLabel(
         self, request: admin_pb2.SetLabelRequest, context: Context
     ) -> admin_pb2.SetLabelResponse:
-        """Lets a label name a version."""
+        """Points a label at a version."""
         await self._lifecycle.set_label(request.model_name, request.label, request.model_version)
         return admin_pb2.SetLabelResponse()
 
     async def Rollback(
         self, request: admin_pb2.RollbackRequest, context: Context
     ) -> admin_pb2.RollbackResponse:
-        """Makes the previous version the stable one."""
+        """Makes the previous default version the stable one."""
         version = await self._lifecycle.rollback(request.model_name)
         return admin_pb2.RollbackResponse(version=codec.version(version))
 
     async def ResetDrift(
         self, request: admin_pb2.ResetDriftRequest, context: Context
     ) -> admin_pb2.ResetDriftResponse:
-        """Begins the test for drift anew."""
+        """Restarts the drift test."""
         version = await self._lifecycle.reset_drift(request.model_name, request.model_version)
         return admin_pb2.ResetDriftResponse(model_version=version)

@@ -1,7 +1,7 @@
-"""What a request may ask: every field held to the model and the server's limits.
+"""Validation of requests: every field is checked against the model and the server's limits.
 
-Each check gives back the checked value and raises InvalidInput with the field's
-path, the value given and what is allowed.
+Each check returns the checked value, or raises InvalidInput with the field's path, the
+given value and what is allowed.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ from likely.v1 import generation_pb2, images_pb2, latent_pb2, scoring_pb2
 
 if TYPE_CHECKING:
     from likely.bundle import Manifest
+    from likely.engine import Engine
     from likely.outliers import Detector
 
 _HIGHEST = np.iinfo(np.uint8).max
-USUAL_ATTEMPTS, MOST_ATTEMPTS = 100, 1000  # draws until one is kept by p(y|x)
+USUAL_ATTEMPTS, MOST_ATTEMPTS = 100, 1000  # default and limit of draws until p(y|x) keeps one
 MOST_PROPOSALS = 256
-LARGEST_FEATURE = 1e4  # beyond, a decoder's sums could leave the numbers that there are
-FARTHEST = 100.0  # units of a direction
+LARGEST_FEATURE = 1e4  # with larger features, a decoder's sums could overflow
+FARTHEST = 100.0  # largest distance along a direction, in its units
 T = TypeVar("T")
 Generating = generation_pb2.GenerateRequest | generation_pb2.CompleteRequest
 Moving = latent_pb2.TraverseRequest | latent_pb2.InterpolateRequest
@@ -56,19 +57,11 @@ _AXES = ("pictures", "channels", "rows", "columns")
 
 
 class Pictured(Protocol):
-    """A request that brings pictures."""
+    """A request that contains pictures."""
 
     @property
     def images(self) -> images_pb2.Images:
         """The pictures."""
-
-
-class Judging(Protocol):
-    """What may have a detector."""
-
-    @property
-    def detector(self) -> Detector:
-        """The detector; raises NotAnswered where there is none."""
 
 
 def pixels(
@@ -76,24 +69,19 @@ def pixels(
 ) -> Pixels:
     """The request's pictures, uint8 (n, c, h, w), every byte in [0, levels).
 
-    Where `known` is given, levels that are not known may be any and become 0.
+    If `known` is given, levels where it is false may have any value, and become 0.
     """
     geometry(request, manifest, limits)
     x = codec.pixels(request.images)
     if known is not None:
         x = x * known
-    if manifest.levels <= _HIGHEST and np.maximum.reduce(x, None, initial=0) >= manifest.levels:
-        i, c, h, w = np.unravel_index(int(np.argmax(x >= manifest.levels)), x.shape)
-        raise InvalidInput(
-            "images.data",
-            f"level {x[i, c, h, w]} at picture {i}, channel {c}, row {h}, column {w} "
-            f"is not in [0, {manifest.levels})",
-        )
+    if manifest.levels <= _HIGHEST:
+        codec.check_levels(x, manifest.levels, "images.data")
     return x
 
 
 def geometry(request: Pictured, manifest: Manifest, limits: Limits) -> None:
-    """Returns if the claimed shape is the model's and the pictures are not too many."""
+    """Checks that the claimed shape is the model's and that there are not too many pictures."""
     n, *claimed = codec.shape(request.images)
     if tuple(claimed) != manifest.shape:
         axis, given, asked = next(
@@ -112,7 +100,7 @@ def geometry(request: Pictured, manifest: Manifest, limits: Limits) -> None:
 
 
 def surprise(request: scoring_pb2.ScoreRequest, manifest: Manifest, limits: Limits) -> bool:
-    """Whether the request's surprise maps are asked for, in an answer within the limits."""
+    """Whether surprise maps are requested; checks that the answer stays within the limits."""
     if not request.surprise:
         return False
     nbytes = 4 * codec.shape(request.images)[0] * manifest.dimensions
@@ -125,7 +113,7 @@ def surprise(request: scoring_pb2.ScoreRequest, manifest: Manifest, limits: Limi
 
 
 def chunk(manifest: Manifest, limits: Limits) -> int:
-    """How many drawn pictures one answer holds, at least 1."""
+    """Number of drawn pictures per chunk of an answer, at least 1."""
     return max(1, min(limits.images_per_chunk, limits.response_bytes // manifest.dimensions))
 
 
@@ -134,7 +122,7 @@ def alpha(
     detector: Detector,
     default: float,
 ) -> float:
-    """The request's alpha, in [finest_alpha, 1) of its guarantee, or the default."""
+    """The request's alpha or the default, in [finest_alpha, 1) for its guarantee."""
     asked = request.alpha if request.HasField("alpha") else default
     if isinstance(request, generation_pb2.SelfCheck):
         return detector.check_alpha(asked)
@@ -142,23 +130,23 @@ def alpha(
 
 
 def guarantee(request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest) -> Guarantee:
-    """What the request's alpha is to hold for."""
+    """The guarantee that the request's alpha stands for."""
     found = _GUARANTEES.get(request.guarantee)
     if found is None:
-        raise InvalidInput("guarantee", f"{request.guarantee} is no number of a guarantee")
+        raise InvalidInput("guarantee", f"{request.guarantee} is not the number of a guarantee")
     return found
 
 
 def rule(request: scoring_pb2.ClassifyRequest) -> LabelRule:
-    """What assigns the request's labels."""
+    """The rule that assigns labels."""
     found = _RULES.get(request.rule)
     if found is None:
-        raise InvalidInput("rule", f"{request.rule} is no number of a rule")
+        raise InvalidInput("rule", f"{request.rule} is not the number of a rule")
     return found
 
 
 def priors(request: scoring_pb2.ClassifyRequest, manifest: Manifest) -> Doubles | None:
-    """The request's priors, float64 (labels,); None where it leaves them to the model."""
+    """The request's priors, float64 (labels,); None if it uses the model's."""
     return bayes.check_priors(request.priors, len(manifest.labels)) if request.priors else None
 
 
@@ -175,7 +163,7 @@ def labels(
     n: int,
     field: str = "labels",
 ) -> Labels | None:
-    """The label of each of n pictures, int64 (n,); None where the request names none."""
+    """The label of each of n pictures, int64 (n,); None if the request names none."""
     given: Sequence[int] = getattr(request, field)
     if not given:
         return None
@@ -187,19 +175,19 @@ def labels(
 
 
 def label(request: Generating, manifest: Manifest) -> int | None:
-    """The label that all pictures shall have; None where the request leaves it open."""
+    """The label that all pictures should have; None if the request names none."""
     if not request.HasField("label"):
         return None
     return _check_label("label", request.label, manifest)
 
 
 def count(request: generation_pb2.GenerateRequest, limits: Limits) -> int:
-    """How many pictures are drawn, from 1 to the limit."""
+    """Number of pictures to draw, from 1 to the limit."""
     return _within("count", request.count, limits.images_per_generation)
 
 
 def first_index(request: Drawn, count: int) -> int:
-    """The first picture's index, such that the last one's is below 2**63."""
+    """The first picture's index, which is not negative; the last one's is below 2**63."""
     if request.first_index < 0:
         raise InvalidInput("first_index", f"{request.first_index} is negative")
     if request.first_index + count > SEED_LIMIT:
@@ -210,12 +198,12 @@ def first_index(request: Drawn, count: int) -> int:
 
 
 def seed(request: Drawn) -> int:
-    """The request's seed, or a fresh one."""
+    """The request's seed, or a random one."""
     return request.seed if request.HasField("seed") else secrets.randbelow(SEED_LIMIT)
 
 
 def temperature(request: Drawn) -> float:
-    """What multiplies the noise, in [0, 2]; 1 where the request names none."""
+    """The factor of the noise, in [0, 2]; 1 if the request names none."""
     if not request.HasField("temperature"):
         return 1.0
     if not (math.isfinite(request.temperature) and 0 <= request.temperature <= HOTTEST):
@@ -224,9 +212,9 @@ def temperature(request: Drawn) -> float:
 
 
 def self_check(
-    request: generation_pb2.GenerateRequest, engine: Judging, default_alpha: float
+    request: generation_pb2.GenerateRequest, engine: Engine, default_alpha: float
 ) -> SelfCheck | None:
-    """What draws must pass; None where the request asks for no self-check."""
+    """The self-check that draws must pass; None if the request asks for none."""
     if not request.HasField("self_check"):
         return None
     asked = request.self_check
@@ -238,18 +226,18 @@ def self_check(
 
 
 def acceptance(request: generation_pb2.GenerateRequest) -> Acceptance | None:
-    """How draws of p(x) are kept for a label; None where the model shall draw with it."""
+    """How draws of p(x) are accepted for a label; None if the model should draw with the label."""
     if not request.HasField("acceptance"):
         return None
     if request.HasField("self_check"):
-        raise InvalidInput("acceptance", "a self-check is asked for too; one of them is allowed")
+        raise InvalidInput("acceptance", "self_check is set as well; only one of them is allowed")
     asked = request.acceptance
     draws = asked.max_draws if asked.HasField("max_draws") else USUAL_ATTEMPTS
     return Acceptance(_within("acceptance.max_draws", draws, MOST_ATTEMPTS))
 
 
 def mask(request: generation_pb2.CompleteRequest) -> Accepted:
-    """Where the request's pictures are fixed, bool, in their claimed shape (n, c, h, w)."""
+    """Which of the pictures' levels are fixed, bool, in their claimed shape (n, c, h, w)."""
     claimed, data = codec.shape(request.images), request.mask  # once: each access copies the bytes
     expected = math.prod(claimed)
     if len(data) != expected:
@@ -264,9 +252,9 @@ def mask(request: generation_pb2.CompleteRequest) -> Accepted:
 def completions(
     request: generation_pb2.CompleteRequest, manifest: Manifest, limits: Limits
 ) -> tuple[int, int]:
-    """How many completions of each picture, from how many proposals each.
+    """The number of completions per picture, and of proposals per completion.
 
-    Pictures times completions times proposals are held to the limit of one request.
+    Their product with the number of pictures must be within the limit of one request.
     """
     n = max(1, codec.shape(request.images)[0])
     if n > limits.images_per_generation:
@@ -280,7 +268,7 @@ def completions(
     if given > 1 and (request.HasField("label") or request.HasField("temperature")):
         raise InvalidInput("proposals", f"{given} need an absent label and temperature")
     if given > 1 and manifest.leader(Role.SAMPLE) != manifest.leader(Role.DENSITY):
-        told = f"{given} need a model that tells log p(x) of what it draws"
+        told = f"{given} need a model that can compute log p(x) of its draws"
         raise InvalidInput("proposals", told)
     _within("proposals", given, min(MOST_PROPOSALS, limits.images_per_generation // (n * count)))
     return count, given
@@ -288,7 +276,7 @@ def completions(
 
 @dataclass(frozen=True, slots=True)
 class _Second:
-    """The second pictures of a request, in the place of the first."""
+    """A request's second pictures, in place of the first, to be checked in the same way."""
 
     images: images_pb2.Images
 
@@ -296,7 +284,7 @@ class _Second:
 def others(
     request: latent_pb2.InterpolateRequest, manifest: Manifest, limits: Limits, n: int
 ) -> Pixels:
-    """The request's second pictures, as many as the first."""
+    """The request's second pictures, uint8 (n, c, h, w), as many as the first."""
     try:
         x = pixels(_Second(request.others), manifest, limits)
     except InvalidInput as error:
@@ -310,7 +298,7 @@ def others(
 
 
 def features(request: latent_pb2.DecodeRequest, z: int) -> Floats:
-    """The request's features, float32 (n, z), finite and not large."""
+    """The request's features, float32 (n, z), finite and at most LARGEST_FEATURE in size."""
     data = request.features  # once: each access copies the bytes
     if len(data) % (4 * z):
         raise InvalidInput("features", f"{len(data)} bytes; rows of {z} 32-bit floats are asked")
@@ -327,7 +315,7 @@ def features(request: latent_pb2.DecodeRequest, z: int) -> Floats:
 
 
 def direction(request: latent_pb2.TraverseRequest, names: Collection[str]) -> str:
-    """The name of one of the model's directions."""
+    """The requested direction, which is one of the model's."""
     if request.direction not in names:
         asked = repr(request.direction[:80])
         raise InvalidInput("direction", f"{asked} is none of {', '.join(names)}")
@@ -335,7 +323,7 @@ def direction(request: latent_pb2.TraverseRequest, names: Collection[str]) -> st
 
 
 def points(request: Moving, limits: Limits) -> Doubles:
-    """The points to redraw at, float64 (points,), one at least."""
+    """The points at which to redraw, float64 (points,), at least one."""
     between = isinstance(request, latent_pb2.InterpolateRequest)
     low, high = (0.0, 1.0) if between else (-FARTHEST, FARTHEST)
     if not request.points:
@@ -351,14 +339,14 @@ def points(request: Moving, limits: Limits) -> Doubles:
 
 
 def drawing(request: Redrawing, n: int, rows: int, manifest: Manifest, limits: Limits) -> Drawing:
-    """How pictures are drawn of features, in an answer within the limits.
+    """How pictures are drawn from features; checks that the answer stays within the limits.
 
     Args:
-        request: what is asked.
-        n: pictures, or rows of features, that noise is numbered by.
-        rows: redrawn.
-        manifest: of the model.
-        limits: the server's.
+        request: the request.
+        n: number of pictures, or rows of features, in the request; each has its own noise index.
+        rows: number of rows to redraw.
+        manifest: the model's manifest.
+        limits: the server's limits.
     """
     most = limits.images_per_generation
     if not 0 <= request.draws <= most:

@@ -1,4 +1,4 @@
-"""The door of a server: who is inside, who may still come in, and how all leave."""
+"""The door of a server: tracks the requests inside, and closes in steps at shutdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Tasks: TypeAlias = "set[asyncio.Task[object]]"
 
 
 class Inside:
-    """One request inside; of a class, as a generator would cost more than the rest of the door."""
+    """Context of one request inside the door; a class, as a generator would cost much more."""
 
     __slots__ = ("_cut", "_empty", "_inside", "_task")
 
@@ -42,15 +42,15 @@ class Inside:
             self._cut.discard(self._task)
             if isinstance(error, asyncio.CancelledError):
                 self._task.uncancel()
-                raise Unavailable("the server ended before this was answered") from None
+                raise Unavailable("the server shut down before this was answered") from None
 
 
 class Door:
     """Lets requests in until it is closed.
 
-    A request that came in has been accepted: it is answered, unless it is cut off in the end.
-    Between `close` and `shut` newcomers wait, so that the server can first tell their
-    connections to go elsewhere; then they are refused.
+    A request inside is accepted: it is answered, unless it is cut off at the end of the drain.
+    Requests that arrive after `close` wait, so that the server can first tell their connections
+    to go elsewhere. After `shut`, they are refused.
     """
 
     def __init__(self) -> None:
@@ -63,25 +63,25 @@ class Door:
 
     @property
     def closed(self) -> bool:
-        """Whether nobody is let in any more."""
+        """Whether no more requests are let in."""
         return self._closed
 
     async def refused(self) -> NoReturn:
-        """What comes of a newcomer to a closed door.
+        """Holds a request that arrives at a closed door, then refuses it.
 
         Raises:
-            Unavailable: once it is shut.
+            Unavailable: the door has been shut.
         """
         await self._shut.wait()
-        raise Unavailable("the server is ending")
+        raise Unavailable("the server is shutting down")
 
     def inside(self) -> Inside:
-        """While it is entered, a request is inside, and cut off with Unavailable if need be."""
+        """Context in which the current task counts as inside; `cut` raises Unavailable in it."""
         return Inside(self._inside, self._cut, self._empty)
 
     @contextmanager
     def warned(self, reader: asyncio.Task[None]) -> Iterator[None]:
-        """While it is entered, that task, which reads more from inside, is cancelled on `close`."""
+        """Context in which `close` cancels a task that reads more messages for a request inside."""
         self._warned.add(reader)
         try:
             if self._closed:
@@ -91,18 +91,18 @@ class Door:
             self._warned.discard(reader)
 
     def close(self) -> None:
-        """Lets nobody in any more, newcomers wait; those inside are to bring nothing new."""
+        """Lets no more requests in; newcomers wait, and streams inside stop reading."""
         self._closed = True
         for reader in self._warned:
             reader.cancel()
 
     def shut(self) -> None:
-        """Refuses those that wait, and all that come."""
+        """Refuses the requests that wait, and all newcomers."""
         self._closed = True
         self._shut.set()
 
     async def empty(self, seconds: float) -> bool:
-        """Whether all that were inside have left within that time."""
+        """Waits until no request is inside, for at most `seconds`; returns whether none is."""
         if self._inside:
             self._empty.clear()
             try:
@@ -113,7 +113,7 @@ class Door:
         return True
 
     def cut(self) -> int:
-        """Cuts off all that are inside; how many they are."""
+        """Cuts off all requests inside, and returns their number."""
         self._cut |= self._inside
         for task in self._cut:
             task.cancel()

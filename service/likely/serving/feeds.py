@@ -1,4 +1,4 @@
-"""Feeds: questions that come without end on one stream, merged, and answered each by itself."""
+"""Feeds: streams of self-contained requests, which are merged for runs but answered singly."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from likely.errors import DeadlineExceeded, DeviceLost, InvalidInput, Unavailabl
 from likely.serving import merging
 from likely.serving.doors import Door
 
-MESSAGES = 256  # of one stream that are not answered yet: beyond, it is not read
-AT_ONCE = 2  # groups of one stream: one is put together while another runs
-OF_ALL = (DeadlineExceeded, DeviceLost, Unavailable)  # no message of a group alone causes them
-ROWS = 63  # pictures of a group: as many as a request may have that yields to nobody
+MESSAGES = 256  # unanswered messages per stream, at which the server stops reading it
+AT_ONCE = 2  # concurrent groups per stream: one is collected while another runs
+OF_ALL = (DeadlineExceeded, DeviceLost, Unavailable)  # errors that apply to a group as a whole
+ROWS = 63  # pictures per group, the largest size that does not count as bulk
 
 R = TypeVar("R")
 
@@ -34,14 +34,14 @@ class Sent(Protocol):
 
     @property
     def sequence_id(self) -> int:
-        """The caller's number for it."""
+        """The caller's number for the message."""
 
     @property
     def request(self) -> Any:
-        """What it asks."""
+        """The request that the message contains."""
 
     def ByteSize(self) -> int:  # noqa: N802
-        """Bytes on the wire."""
+        """Size of the message on the wire, in bytes."""
 
 
 Outcome = tuple[int, R | Exception]
@@ -49,7 +49,7 @@ Outcome = tuple[int, R | Exception]
 
 @dataclass(slots=True)
 class _Waiting:
-    """A message that was read; `key` is equal for those that may be answered together."""
+    """A message that was read; `key` is equal for messages that may be answered together."""
 
     sequence_id: int
     request: Any
@@ -58,7 +58,7 @@ class _Waiting:
 
 
 class Feed(Generic[R]):
-    """One stream's questions on their way to their answers."""
+    """Answers the messages of one stream."""
 
     def __init__(
         self,
@@ -69,15 +69,16 @@ class Feed(Generic[R]):
         at_once: int = AT_ONCE,
         merges: bool = True,
     ) -> None:
-        """A feed.
+        """Creates a feed.
 
         Args:
-            answer: answers one request, or raises what it is refused with.
-            door: tells when the server ends.
-            limits: of a request; all messages that are not answered yet share its bytes.
-            at_once: groups that are answered at once.
-            merges: whether messages go together, as those of ScoreStream and ClassifyStream
-                do, which ask one model; else each is a group.
+            answer: answers one request, or raises the error with which it is refused.
+            door: cancels reading when the server shuts down.
+            limits: limits of one request; all unanswered messages together may have at most the
+                bytes of one request.
+            at_once: number of groups answered concurrently.
+            merges: whether messages are merged into groups, as those of ScoreStream and
+                ClassifyStream, which must all ask the same model. If not, each is a group.
         """
         self._answer = answer
         self._at_once = at_once
@@ -96,10 +97,12 @@ class Feed(Generic[R]):
     async def outcomes(
         self, messages: AsyncIterator[Sent]
     ) -> AsyncGenerator[list[Outcome[R]], None]:
-        """What came of the messages, a few at a time, by sequence id.
+        """Yields the outcomes of the messages, several at a time, as they become ready.
+
+        An outcome is a message's sequence id with its answer or error.
 
         Raises:
-            Unavailable: the server ends; all that was read has been answered.
+            Unavailable: the server is shutting down; all messages that were read are answered.
         """
         reader = asyncio.create_task(self._read(messages))
         reader.add_done_callback(self._stir)
@@ -116,7 +119,7 @@ class Feed(Generic[R]):
                         self._stirred.clear()
                         await self._stirred.wait()
             if reader.cancelled():
-                raise Unavailable("the server is ending: what has no answer is asked elsewhere")
+                raise Unavailable("the server is shutting down: ask elsewhere for missing answers")
             reader.result()
         finally:
             tasks = (reader, *self._running)
@@ -138,7 +141,7 @@ class Feed(Generic[R]):
                 await self._room.wait()
 
     def _begin(self) -> None:
-        """Starts on the messages that wait, as far as they go together."""
+        """Starts to answer a group: the first waiting messages, as far as they may be merged."""
         first = self._waiting.popleft()
         group, rows = [first], merging.rows(first.request) if first.key else 0
         while first.key and self._waiting and self._waiting[0].key == first.key:
@@ -158,7 +161,7 @@ class Feed(Generic[R]):
 
     async def _answers(self, requests: Sequence[Any]) -> Sequence[R | Exception]:
         half = len(requests) // 2
-        # Each group has to be let in anew: a stream that runs must not fill the queue for ever.
+        # Each group is admitted anew, so that a running stream takes no room that others need.
         callers.announce(replace(callers.current(), admitted=False, counted=not half))
         try:
             if not half:
@@ -168,7 +171,7 @@ class Feed(Generic[R]):
         except Exception as error:
             if not half or isinstance(error, OF_ALL):
                 return [error] * len(requests)
-        # Of one of them, perhaps: each is told of its own.
+        # A single request may be the cause, so each half is asked again by itself.
         return [*await self._answers(requests[:half]), *await self._answers(requests[half:])]
 
     async def _checked(self, request: Any) -> R:

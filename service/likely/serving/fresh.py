@@ -1,4 +1,4 @@
-"""A value made from files, and made anew while serving when the files change."""
+"""A value that is read from files, and read again when the files change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Mark = tuple[_Stat | None, ...]
 
 
 class Fresh(Generic[T]):
-    """What files say; files that cannot be used leave the last value in force until they can."""
+    """A value read from files. While the files cannot be used, the last value stays in force."""
 
     def __init__(
         self,
@@ -28,13 +28,14 @@ class Fresh(Generic[T]):
         log: FilteringBoundLogger,
         interval: float = INTERVAL,
     ) -> None:
-        """The value, read for the first time.
+        """Reads the value for the first time.
 
         Args:
-            paths: the files whose change means a new value.
-            read: makes the value; its LikelyError or OSError is raised here, and logged later on.
-            log: where reloads and what hinders them are told.
-            interval: seconds between two looks at the files.
+            paths: the files that determine the value.
+            read: reads the value. A LikelyError or OSError is raised to the caller here, but only
+                logged at later reads.
+            log: receives reloads and failures to reload.
+            interval: minimum number of seconds between two checks of the files.
         """
         self._paths = tuple(paths)
         self._read = read
@@ -46,21 +47,21 @@ class Fresh(Generic[T]):
         self._value = read()
 
     def value(self) -> T:
-        """The newest value that could be read."""
+        """Returns the latest value that could be read, checking the files if it is time to."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + self._interval
             self._look()
         return self._value
 
     def _look(self) -> None:
-        # Marked before it is read: a file written meanwhile differs at the next look.
+        # Taken before reading, so that a file written in the meantime differs at the next check.
         mark = self._mark()
         if mark == self._seen:
             return
         files = [str(path) for path in self._paths]
         try:
             self._value = self._read()
-        except (LikelyError, OSError) as error:  # tried again at every look
+        except (LikelyError, OSError) as error:  # retried at every check
             if self._told != (mark, str(error)):
                 self._log.error("not reloaded", files=files, reason=str(error))
             self._told = mark, str(error)
@@ -77,5 +78,5 @@ def _stat(path: Path) -> _Stat | None:
         found = path.stat()
     except OSError:
         return None
-    # The last tells of permissions too: what could not be read may be readable now.
+    # st_ctime_ns also changes with permissions, which may make a file readable.
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns

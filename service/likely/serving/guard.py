@@ -1,11 +1,11 @@
-"""One guard round every RPC: lets in, decodes, maps errors to statuses, logs, counts.
+"""The guard around every RPC: checks access, decodes, maps errors to statuses, logs, counts.
 
-Stock grpc.aio answers bytes that are no message, and handlers that raise, with
-UNKNOWN and the exception's text. Here the request arrives as bytes and is
-decoded inside the guard, so that both get a proper status.
+grpc.aio by itself answers undecodable bytes, and handlers that raise, with UNKNOWN and the
+exception's text. Here requests arrive as bytes and are decoded inside the guard, so that both
+get a proper status.
 
-All of it is done for every request, which with a small model costs more than the model: what
-does not depend on the request is found once.
+The guard runs for every request, and with a small model it costs more than the model. What does
+not depend on the request is therefore looked up once.
 """
 
 from __future__ import annotations
@@ -52,9 +52,21 @@ Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 @dataclass(slots=True)
 class Call:
-    """What is known of an RPC while it runs; the access log's line in the end.
+    """What is known of an RPC while it runs, for metrics and its line in the access log.
 
-    `is_ours` tells a question to a model from a probe of health or reflection.
+    Attributes:
+        service: full name of the service.
+        method: name of the method.
+        is_ours: whether it is a request of our services or the Open Inference Protocol, and not
+            a probe of health or reflection.
+        request_id: identifies the request.
+        began: when it began, in seconds of the monotonic clock.
+        model: the requested model, as metrics and logs name it.
+        code: name of its status code.
+        images: number of pictures answered.
+        holder: name of the token's holder; empty if there is none.
+        accepted: False if it arrived after the door had been closed.
+        trace: its trace; None if it is not traced.
     """
 
     service: str
@@ -71,22 +83,22 @@ class Call:
 
 
 def _ignored(_: DeviceLost) -> None:
-    """Nobody has to be told."""
+    """Ignores the loss of a device."""
 
 
 class Guarded(grpc.GenericRpcHandler):
-    """The services of one server, behind a guard; generated code adds them as to the server itself.
+    """The services of one server behind a guard; generated code adds them as to a server.
 
-    They are found by their names alone. For each method that is registered by itself, grpc.aio
-    keeps a task, and it begins to wait for all of these anew at each request; an interceptor
-    would cost two coroutines for each.
+    Methods are registered by name only. For each method that is registered individually, grpc.aio
+    keeps a task, and it starts to wait for all of these tasks again at every request. An
+    interceptor would cost two coroutines per request.
     """
 
     def __init__(self, guard: Guard, server: grpc.aio.Server) -> None:
         self._guard = guard
         self._services: list[grpc.GenericRpcHandler] = []
-        self._handlers: dict[str, Handler] = {}  # of the methods that there are
-        # Named by nobody's wish: callers must not grow logs and metrics.
+        self._handlers: dict[str, Handler] = {}  # guarded handlers of existing methods, by path
+        # One name for all unknown methods, so that callers cannot add values to logs and metrics.
         self._unknown = guard.guarded(_NO_METHOD, UNKNOWN, UNKNOWN)
         server.add_generic_rpc_handlers((self,))
 
@@ -95,10 +107,10 @@ class Guarded(grpc.GenericRpcHandler):
         self._services += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: object) -> None:
-        """Adds nothing: the same methods come as generic handlers."""
+        """Does nothing, as the same methods are added as generic handlers."""
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler:
-        """The RPC's handler, guarded; where there is no such RPC, one that says so."""
+        """Returns the guarded handler of an RPC; for an unknown RPC, one that refuses it."""
         path = handler_call_details.method
         return self._handlers.get(path) or self._found(path, handler_call_details)
 
@@ -113,10 +125,10 @@ class Guarded(grpc.GenericRpcHandler):
 
 
 class Guard:
-    """Stands before every RPC.
+    """Guards every RPC of a server.
 
     Attributes:
-        door: lets requests in.
+        door: tracks accepted requests, and refuses new ones at shutdown.
     """
 
     def __init__(
@@ -130,21 +142,21 @@ class Guard:
         slow_reader_seconds: float = 60.0,
         lost: Callable[[DeviceLost], None] = _ignored,
     ) -> None:
-        """A guard.
+        """Creates a guard.
 
         Args:
-            registry: knows which names may be told in logs and metrics.
-            metrics: where RPCs are counted.
-            log: where they are told.
-            gate: lets callers in; None lets in all.
-            tracing: makes a trace of each; None for none.
+            registry: knows the models' names, which alone may appear in logs and metrics.
+            metrics: metrics in which RPCs are counted.
+            log: receives RPCs and faults.
+            gate: checks the callers' tokens; None admits everybody.
+            tracing: traces RPCs; None for no tracing.
             slow_reader_seconds: how long a stream waits for a caller that does not read.
-            lost: is told that the device is gone.
+            lost: called when the device is gone.
         """
         self.door = Door()
         self._registry = registry
         self._metrics = metrics
-        self._log = log.bind()  # once: a logger that was never bound binds itself for each event
+        self._log = log.bind()  # a logger that was never bound would bind itself at each event
         self._tells_all = log.is_enabled_for(logging.DEBUG)
         self._gate = gate or Gate()
         self._tracing = tracing
@@ -153,12 +165,12 @@ class Guard:
         self._probes: set[asyncio.Timeout] = set()
 
     def end_probes(self) -> None:
-        """Ends health watches and reflection streams: by themselves they last until drained."""
+        """Ends health watches and reflection streams, which would last until the drain's end."""
         for probe in self._probes:
             probe.reschedule(0)
 
     def guarded(self, handler: Handler, service: str, method: str) -> Handler:
-        """A handler that the guard stands before."""
+        """Wraps a method's handler in the guard."""
         name = "_".join(
             "stream" if streams else "unary"
             for streams in (handler.request_streaming, handler.response_streaming)
@@ -203,12 +215,12 @@ class Guard:
         context: Context,
         work: Callable[[Call], Awaitable[Any]],
     ) -> Any:
-        # A function that is handed the work: generators as contexts, one in another, cost a
-        # request more than the rest of its guard.
+        # The work is passed as a function, as nested generator-based context managers would cost
+        # more than the rest of the guard.
         metadata: Metadata = context.invocation_metadata() or ()
         call = Call(service, method, is_ours, _request_id(metadata), time.monotonic())
-        # Trailing, not initial: initial metadata would commit the call, and no
-        # client would retry it.
+        # Trailing metadata, as initial metadata would commit the call, so that no client
+        # would retry it.
         trailer = ((REQUEST_ID, call.request_id),)
         context.set_trailing_metadata(trailer)
         if call.is_ours:
@@ -219,7 +231,7 @@ class Guard:
             holder = self._gate.admit(service, metadata)
             call.holder = holder.name if holder else ""
             callers.announce(_caller(call, context, metadata, holder))
-            if self.door.closed and (lasts or call.is_ours):  # who asks for health once is told it
+            if self.door.closed and (lasts or call.is_ours):  # single health checks are answered
                 call.accepted = False
                 await self.door.refused()
             if not call.is_ours:
@@ -237,35 +249,37 @@ class Guard:
             call.code = refusal[0].name
         finally:
             self._ended(call)
-        # Ended before it is told: a caller that does not read lets this wait.
+        # Counted and logged before this, as a caller that does not read makes it wait.
         code, message, details = refusal
         return await context.abort(code, message, (*trailer, *details))
 
     def told(self, error: Exception, method: str, request_id: str) -> Exception:
-        """What callers are told in place of an error, which the log keeps if it is a fault."""
+        """Returns the error that callers get for an error, and logs it if it is a fault."""
         if isinstance(error, DeviceLost):
             self._lost(error)
-            return Unavailable("the device that served is gone; the server ends, to be restarted")
+            return Unavailable("the device is gone; the server shuts down, to be restarted")
         if not statuses.is_told(error):
             self._log.error("fault", method=method, request_id=request_id, exc_info=error)
         return error
 
     def failure(self, error: Exception, method: str, request_id: str) -> Failure:
-        """What the caller of one message of a stream is told of an error."""
+        """Returns the failure that the caller gets for one message of a stream."""
         return statuses.failure(self.told(error, method, request_id), request_id)
 
     def streamed(self, method: str, request: Any, code: int) -> None:
-        """Counts one message of a stream, answered with that status code; 0 is OK.
+        """Counts one message of a stream that was answered with a status code; 0 is OK.
 
-        For streams whose answers do not tell it (`tallies.codes`), or that ask several models.
+        Needed for streams whose answers do not contain the codes (`tallies.codes`), or that ask
+        several models.
         """
         self._metrics.streamed(method, self._named(request), statuses.code_of(code).name)
 
     async def _write(self, answer: Any, context: Context, is_first: bool) -> None:
-        # Returns once the caller's window has room: what it does not read is not drawn.
+        # Waits until the caller's flow-control window has room, so that no pictures are drawn
+        # that it does not read.
         try:
             async with asyncio.timeout(self._patience):
-                if is_first:  # gRPC can end no call whose initial metadata wait with an answer
+                if is_first:  # gRPC cannot end a call whose initial metadata wait with an answer
                     await context.send_initial_metadata(())
                 await context.write(answer)
         except TimeoutError:
@@ -280,9 +294,9 @@ class Guard:
                 self._probes.add(limit)
                 return await work(call)
         except TimeoutError:
-            if not limit.expired():  # but what a reader had to read
+            if not limit.expired():  # some other time limit
                 raise
-            raise Unavailable("the server is ending") from None
+            raise Unavailable("the server is shutting down") from None
         finally:
             self._probes.discard(limit)
 
@@ -300,7 +314,7 @@ class Guard:
                     "likely.request_id": call.request_id,
                 },
             )
-        # What goes well is counted; a line for each would cost as much as a small model's run.
+        # Successes are only counted, as a line each would cost as much as a small model's run.
         told = call.is_ours and call.code not in ("OK", "RESOURCE_EXHAUSTED")
         if told or self._tells_all:
             self._tell(call, seconds, self._log.info if told else self._log.debug)
@@ -324,14 +338,14 @@ class Guard:
         return request
 
     def _named(self, request: Any) -> str:
-        """The model that a request asks, as logs and metrics tell it."""
+        """Returns the requested model's name for logs and metrics."""
         name = tallies.model(request)
-        # One value for all unknown names: callers must not grow logs and metrics.
+        # One value for all unknown names, so that callers cannot add values to logs and metrics.
         return name if not name or self._registry.known(name) else "unknown"
 
     async def _each(self, call: Call, stream: AsyncIterator[bytes], read: Read) -> Any:
         async for data in stream:
-            # All of a stream ask one model: the first message's.
+            # All messages of a stream ask the same model, which the first one names.
             yield _decode(data, read) if call.model else self._received(call, data, read)
 
     def _answered(self, call: Call, answer: Any) -> None:
@@ -360,16 +374,16 @@ def _decode(data: bytes, read: Read) -> Any:
 
 
 def _caller(call: Call, context: Context, metadata: Metadata, holder: Holder | None) -> Caller:
-    """Who asks: the token's holder, or the address where there is none.
+    """Returns the caller: the token's holder, otherwise the address.
 
     Raises:
-        DeadlineExceeded: the deadline has passed already.
+        DeadlineExceeded: the deadline has already passed.
     """
     seconds = context.time_remaining()
     if seconds is not None and seconds <= 0:
         raise DeadlineExceeded("the deadline had passed when the request came")
     return Caller(
-        # An address without its port, which changes with each connection.
+        # The address without its port, which changes with each connection.
         holder.client if holder else context.peer().rpartition(":")[0],
         Priority.BULK if (PRIORITY, "bulk") in metadata else None,
         None if seconds is None else time.monotonic() + seconds,
@@ -383,7 +397,7 @@ def _request_id(metadata: Metadata) -> str:
     for key, value in metadata:
         if key == REQUEST_ID and isinstance(value, str) and _SANE_ID.fullmatch(value):
             return value
-    return os.urandom(16).hex()  # not from `random`, whose state anybody may set back
+    return os.urandom(16).hex()  # not from `random`, whose state any library may reset
 
 
 def _code_name(code: grpc.StatusCode | int | None) -> str:

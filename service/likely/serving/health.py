@@ -1,7 +1,7 @@
-"""Health, as `grpc.health.v1` asks for it.
+"""The health service of `grpc.health.v1`.
 
-In place of grpcio-health-checking's own servicer, whose Watch holds a lock while it writes: one
-watcher that does not read would hold all others, every change, and the server's end.
+It replaces the servicer of grpcio-health-checking, whose Watch holds a lock while it writes: a
+single watcher that does not read would block all others, every change, and the server's shutdown.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """What each service is; of the event loop's thread alone."""
+    """Reports the health of each service; must be used on the event loop's thread only."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
-        self._changed = asyncio.Event()  # another one after each change
+        self._changed = asyncio.Event()  # replaced after each change
         self._ended = False
 
     def set(self, service: str, status: int) -> None:
-        """Tells what a service is, unless the end has been announced."""
+        """Sets the status of a service, unless the shutdown has been announced."""
         if not self._ended:
             self._statuses[service] = status
             self._wake()
 
     def end(self) -> None:
-        """Says NOT_SERVING of all services, for good."""
+        """Sets all services to NOT_SERVING, permanently."""
         self._ended = True
         self._statuses = dict.fromkeys(self._statuses, NOT_SERVING)
         self._wake()
@@ -48,7 +48,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         request: health_pb2.HealthCheckRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> health_pb2.HealthCheckResponse:
-        """The status of one service."""
+        """Returns the status of one service."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "health knows no such service")
@@ -57,7 +57,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, _: object
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The status of one service, and each that it changes to; a slow reader misses some."""
+        """Yields the status of one service and its changes; a slow reader may miss some."""
         told = None
         while True:
             changed, status = self._changed, self._statuses.get(request.service, _UNKNOWN)

@@ -1,4 +1,4 @@
-"""Several requests as one: which go together, the one that asks for all, and its answer divided."""
+"""Merges several requests into one, and splits its answer again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ Request = scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest
 Response = scoring_pb2.ScoreResponse | scoring_pb2.ClassifyResponse
 Q = TypeVar("Q", bound=Request)
 R = TypeVar("R", bound=Response)
-MOST_PRIORS = 4096  # of requests that go together
+MOST_PRIORS = 4096  # requests with more priors are not merged
 
 
 def key(request: Request) -> Hashable:
-    """What is equal for requests that go together; None for one that goes alone.
+    """Returns a key that is equal for requests that may be merged; None for one that may not.
 
-    Two whose bytes fit no shape could fit when put together: each has to be refused by itself. Of
-    priors there may be as many as a message holds.
+    Requests whose bytes do not match their shape are not merged, since together they could match;
+    each must be refused by itself. Neither are requests with very many priors, whose number is
+    limited only by the size of a message.
     """
     if len(request.images.shape) != 4:
         return None
@@ -43,12 +44,12 @@ def key(request: Request) -> Hashable:
 
 
 def rows(request: Request) -> int:
-    """How many pictures a request with a key brings."""
+    """Number of pictures of a request that has a key."""
     return int(request.images.shape[0])
 
 
 def merged(requests: Sequence[Q]) -> Q:
-    """One request for the pictures of all; their keys are equal, and not None."""
+    """Merges requests into one for all their pictures; their keys must be equal and not None."""
     whole = copy.deepcopy(requests[0])
     whole.images.data = b"".join([request.images.data for request in requests])
     whole.images.shape[0] = sum(map(rows, requests))
@@ -56,7 +57,7 @@ def merged(requests: Sequence[Q]) -> Q:
 
 
 def parted(response: R, requests: Sequence[Request]) -> list[R]:
-    """The answer to each request, from the answer to `merged` of them."""
+    """Splits the answer to `merged(requests)` into the answers to the requests."""
     spans = pairwise(accumulate(map(rows, requests), initial=0))
     if isinstance(response, scoring_pb2.ClassifyResponse):
         return [cast("R", _classifications(response, start, stop)) for start, stop in spans]
@@ -66,7 +67,7 @@ def parted(response: R, requests: Sequence[Request]) -> list[R]:
 def _scores(
     response: scoring_pb2.ScoreResponse, start: int, stop: int
 ) -> scoring_pb2.ScoreResponse:
-    each = len(response.surprise) // max(1, len(response.scores))  # bytes of a picture's map
+    each = len(response.surprise) // max(1, len(response.scores))  # bytes per surprise map
     return scoring_pb2.ScoreResponse(
         model_version=response.model_version,
         scores=response.scores[start:stop],

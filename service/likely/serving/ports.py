@@ -1,4 +1,4 @@
-"""What a server listens on: its connections' rules, and a port, encrypted where so set."""
+"""The ports of a server: options of its connections, and listening with or without TLS."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 
-SILENCE = 60.0  # seconds without a word, after which a client is asked whether it is there
-ANSWER = 20.0  # seconds that it has to say so
-PINGS = 10.0  # seconds that clients leave between their own such questions, at least
+SILENCE = 60.0  # seconds without traffic after which a client gets a keepalive ping
+ANSWER = 20.0  # seconds that it has to answer the ping
+PINGS = 10.0  # minimum seconds between a client's own pings
 
 
 def options(settings: Settings, shared: bool) -> list[tuple[str, Any]]:
-    """gRPC's options of a server.
+    """Returns the gRPC options of a server.
 
     Args:
-        settings: what it runs with.
+        settings: the server's settings.
         shared: whether other processes listen on the same port.
     """
     aged = [("grpc.max_connection_age_ms", round(1000 * settings.connection_seconds))]
     return [
         ("grpc.max_receive_message_length", settings.request_bytes),
         ("grpc.max_send_message_length", -1),  # bounded by what a request may ask
-        # Messages are received whole before anybody is asked for a token.
+        # Bounded, as messages are received completely before a token is checked.
         ("grpc.max_concurrent_streams", settings.streams_per_connection),
-        # Else those count too that have ended and are not yet freed, which no client can know of:
-        # it asks for one more, and is refused where it should have waited.
+        # With overload protection, streams that have ended but are not freed yet would count as
+        # well. Clients cannot know of them: a new request would be refused instead of waiting.
         ("grpc.http.overload_protection", 0),
-        # A taken port is an error, not a second server, unless that is the wish.
+        # A port that is taken is an error, unless other processes are meant to share it.
         ("grpc.so_reuseport", int(shared)),
-        # Where a machine or a network is gone, nothing tells: its requests would wait for hours.
+        # Nothing reports that a machine or a network is gone; requests would wait for hours.
         ("grpc.keepalive_time_ms", round(1000 * SILENCE)),
         ("grpc.keepalive_timeout_ms", round(1000 * ANSWER)),
-        # Where a ping of gRPC's own is on its way, no other is sent: it has to be as quick.
+        # No keepalive ping is sent while another ping of gRPC's is under way, so its timeout is
+        # the same.
         ("grpc.http2.ping_timeout_ms", round(1000 * ANSWER)),
         ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * PINGS)),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -50,17 +51,17 @@ def options(settings: Settings, shared: bool) -> list[tuple[str, Any]]:
 def listen(
     server: grpc.aio.Server, settings: Settings, host: str, port: int, log: FilteringBoundLogger
 ) -> int:
-    """The port that is bound.
+    """Lets a server listen on an address, and returns the bound port.
 
     Raises:
-        SettingsError: the address cannot be listened on, or a certificate cannot be used.
+        SettingsError: the server cannot listen on the address, or a certificate cannot be used.
     """
-    # An IPv6 address stands in brackets before a port.
+    # An IPv6 address is written in brackets before a port.
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         if settings.tls_certificate is None or settings.tls_key is None:
             return server.add_insecure_port(address)
-        from likely.serving import tls  # most servers stand behind a proxy that has it
+        from likely.serving import tls  # only if used: most servers are behind a proxy with TLS
 
         credentials = tls.server_credentials(
             settings.tls_certificate, settings.tls_key, settings.tls_client_ca, log

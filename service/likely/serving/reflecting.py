@@ -1,4 +1,4 @@
-"""Reflection in both versions that clients ask for; grpcio-reflection has the first alone."""
+"""gRPC reflection in versions v1alpha and v1; grpcio-reflection has only v1alpha."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ V1 = "grpc.reflection.v1.ServerReflection"
 
 
 def reflect(services: Iterable[str], server: Any) -> None:
-    """Lets a server, or what services are added to as to one, tell the schema of these.
+    """Adds reflection of the named services to a server, or to an object that acts as one.
 
-    Version v1 differs from v1alpha by its name alone, so that one servicer answers both.
+    Version v1 differs from v1alpha only in its name, so one servicer answers both.
     """
     names = (*services, reflection.SERVICE_NAME, V1)
     _describe()
@@ -31,7 +31,7 @@ def reflect(services: Iterable[str], server: Any) -> None:
 
 
 def _describe() -> None:
-    """Makes the schema of v1 known, so that reflection can tell that of itself."""
+    """Adds the schema of v1 to the descriptor pool, so that reflection can describe itself."""
     pool = descriptor_pool.Default()
     try:
         pool.FindFileContainingSymbol(V1)

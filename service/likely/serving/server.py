@@ -1,4 +1,4 @@
-"""The composition root: settings in, a server that answers, reloads, drains and ends."""
+"""The composition root: builds a server from settings, and starts, loads and stops it."""
 
 from __future__ import annotations
 
@@ -54,22 +54,22 @@ SERVICES = (
 )
 _ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
-HOLD = 0.05  # seconds in which requests that race with a drain gather
-MODEL = "model/"  # what health calls a model, with its name behind
-READ = 5.0  # seconds in which the last answers may yet be read; nothing tells whether they are
-CUT_OFF = 2.0  # seconds in which requests that are cut off may say so
+HOLD = 0.05  # seconds of each step of closing the door, in which racing requests are held
+MODEL = "model/"  # prefix of a model's name in the health service
+READ = 5.0  # seconds for clients to read the last answers, as nothing shows whether they have
+CUT_OFF = 2.0  # seconds for requests that are cut off to report it
 
 
 class Server:
-    """One gRPC server with its health, reflection, metrics, and its admin on a port of its own.
+    """One gRPC server with health, reflection, metrics, and the admin RPCs on their own port.
 
     Attributes:
-        port: where gRPC listens, once started.
-        admin_port: where the admin RPCs listen, once started; None where they are off.
-        metrics_port: where metrics are scraped, once started; None where they are off.
-        registry: the models served.
-        lifecycle: changes them.
-        lost: done when the device is gone, with what it said.
+        port: port of the services, once started.
+        admin_port: port of the admin RPCs, once started; None if they are off.
+        metrics_port: port of the metrics, once started; None if they are off.
+        registry: the served models.
+        lifecycle: changes which models are served.
+        lost: done when the device is gone, with its error.
     """
 
     def __init__(
@@ -82,20 +82,21 @@ class Server:
         settled: bool = False,
         unloaded: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """A server, to be made where the event loop runs.
+        """Creates a server; an event loop must be running.
 
         Args:
-            settings: what it runs with.
-            log: where it tells what it does.
+            settings: the server's settings.
+            log: receives the server's events.
             shared: whether other processes listen on the same port.
-            admin_socket: where the admin RPCs listen, in place of the settings' port; private, as
-                it asks for no token.
-            settled: whether the settings name all bundles, be it none; else none stands for those
-                that the package ships.
-            unloaded: names and versions that are not served, though the watched folder holds them.
+            admin_socket: Unix socket for the admin RPCs, in place of the settings' port. It must
+                be private, as it requires no token.
+            settled: whether the settings name all bundles, even if that is none. If not, an empty
+                list of bundles stands for those that the package ships.
+            unloaded: names and versions that are not served although the watched folder holds
+                them, until their files change.
 
         Raises:
-            SettingsError: settings that exclude each other, or need an extra that is missing.
+            SettingsError: settings contradict each other, or need an extra that is missing.
         """
         self.port = 0
         self.admin_port: int | None = None
@@ -122,7 +123,7 @@ class Server:
             )
         self._watching: asyncio.Task[None] | None = None
         self._loaded = False
-        self._models: set[str] = set()  # that health has been told of
+        self._models: set[str] = set()  # models that the health service knows
         self._quiet = False
         self._admin_socket = admin_socket
         self._settled = settled
@@ -131,7 +132,7 @@ class Server:
             self.registry,
             self._metrics,
             log,
-            # Whoever reaches the socket has been let in already, by the supervisor.
+            # Whatever comes through the socket has been authenticated by the supervisor.
             access.gate(settings, log, frozenset({_ADMIN} if admin_socket else ())),
             slow_reader_seconds=settings.slow_reader_seconds,
             tracing=self._tracing,
@@ -144,14 +145,14 @@ class Server:
             self._admin = self._server(shared=False)
             admin: Any = Guarded(self._guard, self._admin)
             admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(self.lifecycle), admin)
-            if admin_socket:  # whoever holds it asks for health too
+            if admin_socket:  # the supervisor also checks health through it
                 health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
 
     async def start(self) -> None:
-        """Opens the ports; until `load` has been there, health says NOT_SERVING.
+        """Opens the ports; health reports NOT_SERVING until `load` has completed.
 
         Raises:
-            SettingsError: an address cannot be listened on.
+            SettingsError: the server cannot listen on an address.
         """
         settings = self._settings
         self._tell_health(NOT_SERVING)
@@ -173,12 +174,13 @@ class Server:
             await self._admin.start()
 
     async def load(self) -> None:
-        """Verifies the bundles, opens and warms their engines, then says SERVING.
+        """Verifies the bundles, opens and warms up their engines, then reports SERVING.
 
         Raises:
             BundleError: a bundle is refused.
-            DeviceError: the device asked for is not really there.
-            SettingsError: a bundle cannot promise the default alpha.
+            DeviceError: the requested device is not available.
+            SettingsError: a bundle's calibration is too small for the default alpha, a label's
+                version is not served, or the watched folder cannot be read.
         """
         settings = self._settings
         empty = settings.watch is not None or self._settled
@@ -200,14 +202,16 @@ class Server:
         delay: float = 0.0,
         load_seconds: float | None = None,
     ) -> bool:
-        """Says NOT_SERVING, takes requests for the delay, answers what it took, closes everything.
+        """Reports NOT_SERVING, drains and closes everything.
 
-        True if it did; false where bundles are still being loaded, and nothing waits for that.
+        The server keeps accepting requests for `delay` seconds, then answers those that it has
+        accepted. Returns True if everything was closed, False if bundles are still being loaded.
 
         Args:
-            drain_seconds: that requests may take; those that take longer are cut off.
-            delay: seconds in which whoever looks at health finds other servers.
-            load_seconds: that loads may take to end after all that; None for as long as they take.
+            drain_seconds: seconds for accepted requests to end, after which they are cut off; None
+                for the settings' value.
+            delay: seconds for clients and load balancers that check health to find other servers.
+            load_seconds: seconds for loads to end after the drain; None for as long as they take.
         """
         grace = self._settings.drain_seconds if drain_seconds is None else drain_seconds
         self._go_quiet()
@@ -224,8 +228,8 @@ class Server:
         return await self.lifecycle.close(load_seconds)
 
     async def _drain(self, grace: float) -> None:
-        # gRPC's own stop cancels what arrives while the connections are being told to go
-        # elsewhere. So newcomers are first held, then told so, and only then refused.
+        # gRPC's own stop cancels requests that arrive while the connections are being told to go
+        # elsewhere. Newcomers are therefore held first, and refused only after that.
         door, servers = self._guard.door, [s for s in (self._grpc, self._admin) if s]
         door.close()
         self._guard.end_probes()
@@ -236,7 +240,7 @@ class Server:
         is_empty = await door.empty(grace)
         if not is_empty:
             self._log.warning("cut off", requests=door.cut())
-        # What is left is half a request, or an answer that nobody may read: gRPC would wait on.
+        # What is left are incomplete requests, or answers that nobody may read.
         left = READ if is_empty else CUT_OFF
         await asyncio.gather(*stopping, *(server.stop(left) for server in servers))
 
@@ -274,7 +278,7 @@ class Server:
             self._go_quiet()
 
     async def _tell(self) -> None:
-        """Tells health whether there is a model to ask, and which."""
+        """Updates the health of the server and of each model."""
         if not self._loaded:
             return
         serving = {e.manifest.name for e in self.registry.engines() if e.healthy}
@@ -284,7 +288,7 @@ class Server:
             self._health.set(f"{MODEL}{name}", SERVING if name in serving else NOT_SERVING)
 
     def _goes_on(self) -> bool:
-        """Whether everything is loaded and the end has not been announced, as health says too."""
+        """Whether everything is loaded and no shutdown has been announced, as health reports."""
         return self._loaded and not self._quiet
 
     def _go_quiet(self) -> None:

@@ -1,4 +1,4 @@
-"""The RPCs: each decodes, calls the engine and encodes."""
+"""The servicers of our own RPCs: each method checks a request, asks the engine and encodes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
-    """How plausible, which label, which features; of single requests and of feeds."""
+    """Scores, classifies and encodes pictures, for single requests and for feeds."""
 
     def __init__(
         self,
@@ -64,36 +64,36 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
     async def Score(
         self, request: scoring_pb2.ScoreRequest, context: Context
     ) -> scoring_pb2.ScoreResponse:
-        """log p(x), p-value and verdict of every picture."""
+        """Returns log p(x), the p-value and the verdict of every picture."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             return codec.score_response(await self.scored(engine, request))
 
     async def scored(self, engine: Engine, request: scoring_pb2.ScoreRequest) -> ScoreTable:
-        """What `Score` says, as arrays."""
+        """Returns the answer of `Score` as arrays."""
         x = checks.pixels(request, engine.manifest, self._limits)
         alpha = checks.alpha(request, engine.detector, self._default_alpha)
         surprise = checks.surprise(request, engine.manifest, self._limits)
         guarantee = checks.guarantee(request)
-        with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
+        with self._quota.charged(len(x), engine.manifest.name):
             return await engine.score(x, alpha, surprise=surprise, guarantee=guarantee)
 
     async def Classify(
         self, request: scoring_pb2.ClassifyRequest, context: Context
     ) -> scoring_pb2.ClassifyResponse:
-        """log p(x|y), posterior and label of every picture."""
+        """Returns log p(x|y), the posterior and the label of every picture."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             return codec.classify_response((await self.judged(engine, request))[1])
 
     async def judged(
         self, engine: Engine, request: scoring_pb2.ClassifyRequest
     ) -> tuple[ScoreTable, Classifications]:
-        """What `Score` and `Classify` say of the same pictures, of one look at them."""
+        """Returns the answers of `Score` and `Classify` as arrays, from one run."""
         x = checks.pixels(request, engine.manifest, self._limits)
         alpha = checks.alpha(request, engine.detector, self._default_alpha)
         priors = checks.priors(request, engine.manifest)
         floor, rule = checks.min_posterior(request), checks.rule(request)
         guarantee = checks.guarantee(request)
-        with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
+        with self._quota.charged(len(x), engine.manifest.name):
             return await engine.judge(
                 x,
                 alpha,
@@ -107,21 +107,21 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
     async def Encode(
         self, request: scoring_pb2.EncodeRequest, context: Context
     ) -> scoring_pb2.EncodeResponse:
-        """The latent features of every picture."""
+        """Returns the latent features of every picture."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             return codec.encode_response(await self.encoded(engine, request))
 
     async def encoded(self, engine: Engine, request: scoring_pb2.EncodeRequest) -> Features:
-        """What `Encode` says, as arrays."""
+        """Returns the answer of `Encode` as arrays."""
         x = checks.pixels(request, engine.manifest, self._limits)
         labels = checks.labels(request, engine.manifest, len(x))
-        with self._quota.charged(callers.current().client, len(x), engine.manifest.name):
+        with self._quota.charged(len(x), engine.manifest.name):
             return await engine.encode(x, labels)
 
     async def ScoreStream(
         self, request_iterator: AsyncIterator[scoring_pb2.ScoreStreamRequest], context: Context
     ) -> AsyncIterator[scoring_pb2.ScoreStreamResponse]:
-        """What `Score` answers to each message of a feed."""
+        """Answers each message of a feed as `Score` does."""
         feed: Feed[scoring_pb2.ScoreResponse] = Feed(
             partial(self.Score, context=context), self._guard.door, self._limits
         )
@@ -139,7 +139,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
     async def ClassifyStream(
         self, request_iterator: AsyncIterator[scoring_pb2.ClassifyStreamRequest], context: Context
     ) -> AsyncIterator[scoring_pb2.ClassifyStreamResponse]:
-        """What `Classify` answers to each message of a feed."""
+        """Answers each message of a feed as `Classify` does."""
         feed: Feed[scoring_pb2.ClassifyResponse] = Feed(
             partial(self.Classify, context=context), self._guard.door, self._limits
         )
@@ -155,23 +155,23 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
                 )
 
     def _told(self, outcome: object, method: str) -> dict[str, Any]:
-        """An outcome as the field that says it."""
+        """Returns an outcome as the field of the message that holds it: response or failure."""
         if not isinstance(outcome, Exception):
             return {"response": outcome}
         return {"failure": self._guard.failure(outcome, method, callers.current().request_id)}
 
 
 def _attempts(labels: int, check: SelfCheck | None, acceptance: Acceptance | None) -> float:
-    """How many draws a picture takes, about."""
-    if acceptance:  # of p(x)'s draws, one in as many as there are labels is kept
+    """Expected number of draws per picture, approximately."""
+    if acceptance:  # about one draw of p(x) per number of labels is kept
         return min(labels, acceptance.max_draws)
-    if check:  # all but alpha of them are kept
+    if check:  # a fraction of 1 - alpha of the draws is kept
         return min(1 / (1 - check.alpha), check.max_draws)
     return 1
 
 
 class Generation(generation_pb2_grpc.GenerationServiceServicer):
-    """Draws pictures, whole or in part."""
+    """Generates and completes pictures."""
 
     def __init__(
         self, registry: Registry, limits: Limits, default_alpha: float, quota: Quota | None = None
@@ -184,7 +184,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        """Chunks of pictures in the order of their index."""
+        """Yields chunks of pictures in the order of their index."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             async with aclosing(self.drawn(engine, request)) as chunks:
                 async for chunk in chunks:
@@ -193,7 +193,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     async def drawn(
         self, engine: Engine, request: generation_pb2.GenerateRequest
     ) -> AsyncGenerator[Draws, None]:
-        """What `Generate` draws, as arrays."""
+        """Yields the answer of `Generate` as arrays."""
         count, acceptance = checks.count(request, self._limits), checks.acceptance(request)
         check = checks.self_check(request, engine, self._default_alpha)
         drawn = engine.generate(
@@ -214,7 +214,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     async def Complete(
         self, request: generation_pb2.CompleteRequest, context: Context
     ) -> AsyncIterator[generation_pb2.CompleteResponse]:
-        """Chunks of completions, picture by picture."""
+        """Yields chunks of completions, picture by picture."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             async with aclosing(self.completed(engine, request)) as chunks:
                 async for chunk in chunks:
@@ -223,7 +223,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     async def completed(
         self, engine: Engine, request: generation_pb2.CompleteRequest
     ) -> AsyncGenerator[Draws, None]:
-        """What `Complete` draws, as arrays."""
+        """Yields the answer of `Complete` as arrays."""
         checks.geometry(request, engine.manifest, self._limits)
         known = checks.mask(request)
         x = checks.pixels(request, engine.manifest, self._limits, known)
@@ -247,12 +247,12 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     async def _charged(
         self, engine: Engine, drawn: AsyncGenerator[Draws, None], rows: int
     ) -> AsyncGenerator[Draws, None]:
-        """The chunks, which count against the quota unless already the first is refused for now."""
+        """Yields the chunks, and charges the quota unless the first chunk is refused for now."""
         async with aclosing(drawn) as chunks:
-            with self._quota.charged(callers.current().client, rows, engine.manifest.name):
+            with self._quota.charged(rows, engine.manifest.name):
                 first = await anext(chunks, None)
             if first is None:
-                return  # of no pictures
+                return  # there are no pictures
             yield first
             async for chunk in chunks:
                 yield chunk
@@ -269,14 +269,14 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
     async def Decode(
         self, request: latent_pb2.DecodeRequest, context: Context
     ) -> latent_pb2.DecodeResponse:
-        """What features stand for."""
+        """Decodes latent features into pictures."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             engine.require("Decode")
             z = checks.features(request, engine.manifest.latent_dimensions(Role.DECODE))
             labels = checks.labels(request, engine.manifest, len(z))
             drawing = checks.drawing(request, len(z), len(z), engine.manifest, self._limits)
             charged = len(z) * max(1, drawing.count)
-            with self._quota.charged(callers.current().client, charged, engine.manifest.name):
+            with self._quota.charged(charged, engine.manifest.name):
                 found = await engine.decode(z, labels, drawing)
         return latent_pb2.DecodeResponse(
             model_version=found.model_version,
@@ -287,7 +287,7 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
     async def Traverse(
         self, request: latent_pb2.TraverseRequest, context: Context
     ) -> latent_pb2.TraverseResponse:
-        """Pictures along a direction."""
+        """Redraws pictures along a direction of the latent features."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             engine.require("Traverse")
             x = checks.pixels(request, engine.manifest, self._limits)
@@ -297,14 +297,14 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             rows = len(x) * len(points)
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
             charged = rows * max(1, drawing.count)
-            with self._quota.charged(callers.current().client, charged, engine.manifest.name):
+            with self._quota.charged(charged, engine.manifest.name):
                 found = await engine.traverse(x, direction, points, drawing, label=labels)
         return codec.traverse_response(found)
 
     async def Interpolate(
         self, request: latent_pb2.InterpolateRequest, context: Context
     ) -> latent_pb2.InterpolateResponse:
-        """Pictures between two."""
+        """Redraws pictures between pairs of pictures."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
             engine.require("Interpolate")
             x = checks.pixels(request, engine.manifest, self._limits)
@@ -315,7 +315,7 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             rows = len(x) * len(points)
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
             charged = rows * max(1, drawing.count)
-            with self._quota.charged(callers.current().client, charged, engine.manifest.name):
+            with self._quota.charged(charged, engine.manifest.name):
                 found = await engine.interpolate(
                     x, others, points, drawing, label=labels, other_label=other_labels
                 )
@@ -337,14 +337,14 @@ class Models(models_pb2_grpc.ModelServiceServicer):
     async def ListModels(
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
-        """Every version that is served."""
+        """Describes every served version."""
         infos = [self._described(engine) for engine in self._registry.served()]
         return models_pb2.ListModelsResponse(models=[codec.model(info) for info in infos])
 
     async def GetModel(
         self, request: models_pb2.GetModelRequest, context: Context
     ) -> models_pb2.GetModelResponse:
-        """One version."""
+        """Describes one version."""
         held = self._registry.lease(request.model_name, request.model_version)
         info = self._described(held.engine)
         return models_pb2.GetModelResponse(model_version=info.version, model=codec.model(info))

@@ -1,4 +1,4 @@
-"""What an answer counts for: its model, its pictures, its verdicts, its messages."""
+"""What metrics count of an answer: its model, pictures, verdicts and status codes."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ Redrawn = latent_pb2.DecodeResponse | latent_pb2.TraverseResponse | latent_pb2.I
 
 
 def model(message: Any) -> str:
-    """The name of the model that a request asks or an answer names; empty where there is none."""
+    """Returns the name of the bundle in a request or an answer; empty if there is none."""
     kind: Any = type(message)
     # Models of the Open Inference Protocol are called `name/operation`.
     return _named(kind)(message).partition("/")[0]
 
 
-@cache  # a message that is asked for a field that it has not takes microseconds to say so
+@cache  # asking a message for a field that it does not have takes microseconds
 def _named(kind: Any) -> Callable[[Any], str]:
-    """What finds that name in messages of that type."""
+    """Returns a function that finds the model's name in messages of a type."""
     own = _fields(getattr(kind, "DESCRIPTOR", None))
     if "model_name" in own:
         return attrgetter("model_name")
@@ -57,19 +57,19 @@ def _fields(message: Descriptor | None) -> Mapping[str, FieldDescriptor]:
 
 
 def size(answer: Answer) -> int:
-    """How many pictures an answer is about."""
+    """Number of pictures in an answer."""
     found = _SIZES.get(type(answer))
     return found(answer) if found else 0
 
 
 def verdicts(answer: Answer) -> list[int]:
-    """The verdicts that an answer gives, by their numbers."""
+    """The verdicts in an answer, as their numbers."""
     found = _VERDICTS.get(type(answer))
     return found(answer) if found else []
 
 
 def codes(answer: Answer) -> list[int]:
-    """The status code of each message of a stream that an answer is about; 0 is OK."""
+    """The status code of each outcome in an answer of a stream; 0 is OK."""
     if isinstance(answer, Outcomes):
         return [outcome.failure.code for outcome in answer.outcomes]
     return []
@@ -103,7 +103,7 @@ def _inferred(answer: inference_pb2.ModelInferResponse) -> list[int]:
     return [first + value for value in values]
 
 
-# By the answer's type: a chain of comparisons would cost every answer microseconds.
+# Looked up by the answer's type, as a chain of comparisons would cost microseconds per answer.
 _SIZES: Mapping[type, Callable[[Any], int]] = {
     scoring_pb2.ScoreResponse: lambda answer: len(answer.scores),
     scoring_pb2.ClassifyResponse: lambda answer: len(answer.classifications),

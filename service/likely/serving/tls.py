@@ -1,4 +1,4 @@
-"""The server's certificate, which may be exchanged while it serves."""
+"""The server's TLS credentials, whose certificate may be replaced while serving."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ def server_credentials(
     log: FilteringBoundLogger,
     interval: float = INTERVAL,
 ) -> grpc.ServerCredentials:
-    """Credentials that every handshake takes from the files as they are then.
+    """Returns credentials that are reloaded from the files at handshakes, if the files changed.
 
     Args:
-        certificate: PEM, the server's own first, then what its clients need to believe it.
-        key: PEM, of that certificate.
-        client_ca: PEM; where given, a client must show a certificate that it signed.
-        log: where an exchange is told, and files that are no pair.
-        interval: seconds between two looks at the files.
+        certificate: PEM file: the server's certificate, then the intermediate certificates that
+            clients need to verify it.
+        key: PEM file with the private key of that certificate.
+        client_ca: PEM file with certificates of authorities. If given, clients must present a
+            certificate that one of them signed.
+        log: receives reloads, and files that do not belong together.
+        interval: minimum number of seconds between two checks of the files.
 
     Raises:
-        SettingsError: a file cannot be read, or they do not belong together.
+        SettingsError: a file cannot be read, or certificate and key do not belong together.
     """
     paths = [certificate, key, *([client_ca] if client_ca else [])]
     fresh = Fresh(paths, lambda: _configuration(certificate, key, client_ca), log, interval)
     last = fresh.value()
 
     def exchanged() -> grpc.ServerCertificateConfiguration | None:
-        """The new certificate; None where it is the last one."""
+        """Returns the new certificate; None if it has not changed."""
         nonlocal last
         if (now := fresh.value()) is last:
             return None
@@ -75,12 +77,12 @@ def _pem(path: Path) -> bytes:
 
 
 def _check_pair(chain: bytes, secret: bytes, told: str) -> None:
-    """Returns if these belong together: gRPC takes any two files, and fails every handshake."""
+    """Checks that certificate and key match; gRPC accepts any two and fails every handshake."""
     try:
         own = x509.load_pem_x509_certificates(chain)[0].public_key()
         key = serialization.load_pem_private_key(secret, password=None).public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise SettingsError(f"{told} are no PEM certificate and its key, unencrypted") from None
+        raise SettingsError(f"{told} are not a PEM certificate and its unencrypted key") from None
     if own != key:
         raise SettingsError(f"{told} do not belong together")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import (
@@ -74,13 +75,11 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.traffic = Traffic(self.registry)
         self.monitor = Monitor(self.registry, drift_level, workers)
+        counter = partial(Counter, registry=self.registry)
+        # With several workers, the largest value counts.
+        gauge = partial(Gauge, multiprocess_mode="livemax", registry=self.registry)
         self._requests = Children(
-            Counter(
-                "likely_requests",
-                "Requests answered.",
-                ("method", "model", "code"),
-                registry=self.registry,
-            )
+            counter("likely_requests", "Requests answered.", ("method", "model", "code"))
         )
         self._seconds = Children(
             Histogram(
@@ -101,71 +100,52 @@ class Metrics:
             )
         )
         self._messages = Children(
-            Counter(
+            counter(
                 "likely_stream_messages",
                 "Messages of streams answered.",
                 ("method", "model", "code"),
-                registry=self.registry,
             )
         )
         self._images = Children(
-            Counter(
+            counter(
                 "likely_images",
                 "Pictures scored, classified, encoded or drawn.",
                 ("method", "model"),
-                registry=self.registry,
             )
         )
         self._verdicts = Children(
-            Counter(
+            counter(
                 "likely_verdicts",
                 "Pictures by what was decided about them.",
                 ("method", "model", "verdict"),
-                registry=self.registry,
             )
         )
-        self._models = Gauge(
+        self._models = gauge(
             "likely_model_info",
             "1 for each version served, 0 once it is not any more; by the execution provider "
             "that its sessions prefer.",
             ("name", "version", "digest", "provider"),
-            multiprocess_mode="livemax",
-            registry=self.registry,
         )
         self._served: set[tuple[str, ...]] = set()
-        self._ready = Gauge(
-            READY,
-            READY_MEANS,
-            multiprocess_mode="livemax",
-            registry=self.registry,
-        )
-        self._loads = Counter(
-            "likely_loads", "Versions that began to be served.", ("model",), registry=self.registry
-        )
-        self._refusals = Gauge(
+        self._ready = gauge(READY, READY_MEANS)
+        self._loads = counter("likely_loads", "Versions that began to be served.", ("model",))
+        self._refusals = gauge(
             "likely_refused_bundles",
             "Bundles that were to be served and are refused, until they are loaded or gone.",
-            multiprocess_mode="livemax",
-            registry=self.registry,
         )
-        self._watch_lost = Gauge(
+        self._watch_lost = gauge(
             "likely_watch_lost",
             "1 while the watched folder cannot be read, or has no bundle left of those served.",
-            multiprocess_mode="livemax",
-            registry=self.registry,
         )
-        self._refused = Counter(
+        self._refused = counter(
             "likely_load_failures",
             "Bundles refused while serving; what was served before was served on.",
             ("reason",),
-            registry=self.registry,
         )
-        build = Gauge(
+        build = gauge(
             "likely_build_info",
             "1, with the versions that run.",
             ("version", "python", "runtime"),
-            multiprocess_mode="livemax",
-            registry=self.registry,
         )
         runtime = ",".join(f"{name}=={number}" for name, number in machine.runtimes().items())
         build.labels(machine.version("likely") or "", platform.python_version(), runtime).set(1)

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """Loads, unloads and labels model versions; on a port of its own, which is off
-    by default.
+    """Changes which model versions are served. The service has a port of its own,
+    which is closed by default (setting admin_port).
     """
 
     def __init__(self, channel):
@@ -69,56 +69,56 @@ class AdminServiceStub(object):
 
 
 class AdminServiceServicer(object):
-    """Loads, unloads and labels model versions; on a port of its own, which is off
-    by default.
+    """Changes which model versions are served. The service has a port of its own,
+    which is closed by default (setting admin_port).
     """
 
     def ListVersions(self, request, context):
-        """Lists every version that is served or on its way, and every bundle that was
-        refused.
+        """Lists every version that is served, loading or draining, and every refused
+        bundle.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Verifies, opens and proves the bundle in a folder, then serves it. If that
-        folder's bundle is already served in another version, the new version
-        replaces it, labels included, once it has proved itself; until then, and if
-        it is refused, the old one serves. Fails with FAILED_PRECONDITION and the
-        reason if the bundle is refused.
+        """Verifies and opens the bundle in a folder, replays its recorded answers,
+        then serves it. If another version is served from that folder, the new one
+        replaces it and takes its labels, once all checks have passed; until then,
+        and if the bundle is refused, the old version keeps serving. Fails with
+        FAILED_PRECONDITION and the reason if the bundle is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Stops serving a version, lets its requests end, and frees its memory before
-        it answers. Fails with FAILED_PRECONDITION if a label names the version.
+        """Withdraws a version, lets its requests finish and frees its memory; answers
+        after that. Fails with FAILED_PRECONDITION if a label names the version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetLabel(self, request, context):
-        """Lets a label name a version, or none.
+        """Points a label at a version, or removes the label.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Makes the version that answered by default before the last change the
-        stable one, loading it again if need be. Fails with FAILED_PRECONDITION if
-        there was none, or if its folder does not hold it any more.
+        """Labels as "stable" the version that was the default before the last change;
+        loads it again if necessary. Fails with FAILED_PRECONDITION if there was no
+        such version, or if its folder no longer contains it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResetDrift(self, request, context):
-        """Begins the test for drift of a version anew, its alarms ended, in every
-        worker.
+        """Restarts the drift test of a version in every worker, which also ends its
+        alarms.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,8 +166,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """Loads, unloads and labels model versions; on a port of its own, which is off
-    by default.
+    """Changes which model versions are served. The service has a port of its own,
+    which is closed by default (setting admin_port).
     """
 
     @staticmethod

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub(object):
-    """Draws pictures from the model.
+    """Draws pictures from a model.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class GenerationServiceStub(object):
 
 
 class GenerationServiceServicer(object):
-    """Draws pictures from the model.
+    """Draws pictures from a model.
     """
 
     def Generate(self, request, context):
@@ -59,8 +59,9 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Complete(self, request, context):
-        """Draws the pixels of given pictures that a mask leaves open, several times
-        if asked, and streams the completions in chunks; none for zero pictures.
+        """Draws the open pixels of the given pictures and streams the completions in
+        chunks, in the order of the pictures. A request with zero pictures gets an
+        empty stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,7 +89,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
-    """Draws pictures from the model.
+    """Draws pictures from a model.
     """
 
     @staticmethod

@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class LatentServiceStub(object):
-    """Redraws pictures from latent features; ScoringService.Encode gives those of
-    a picture. Every answer is a function of the request's own pictures or
-    features, the model version and the request's settings alone.
+    """Redraws pictures from latent features; ScoringService.Encode computes the
+    features of a picture. Every answer depends on the request's own pictures or
+    features, the model version and the settings of the request alone.
     """
 
     def __init__(self, channel):
@@ -55,13 +55,14 @@ class LatentServiceStub(object):
 
 
 class LatentServiceServicer(object):
-    """Redraws pictures from latent features; ScoringService.Encode gives those of
-    a picture. Every answer is a function of the request's own pictures or
-    features, the model version and the request's settings alone.
+    """Redraws pictures from latent features; ScoringService.Encode computes the
+    features of a picture. Every answer depends on the request's own pictures or
+    features, the model version and the settings of the request alone.
     """
 
     def Decode(self, request, context):
-        """Gives the distribution of every pixel that features stand for, and draws.
+        """Returns the distribution of every pixel given latent features, and draws
+        from it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,7 +77,8 @@ class LatentServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Interpolate(self, request, context):
-        """Redraws pictures from features on the straight line between those of two.
+        """Redraws pictures from features on the straight line between the features of
+        two pictures.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,9 +111,9 @@ def add_LatentServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LatentService(object):
-    """Redraws pictures from latent features; ScoringService.Encode gives those of
-    a picture. Every answer is a function of the request's own pictures or
-    features, the model version and the request's settings alone.
+    """Redraws pictures from latent features; ScoringService.Encode computes the
+    features of a picture. Every answer depends on the request's own pictures or
+    features, the model version and the settings of the request alone.
     """
 
     @staticmethod

@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class ScoringServiceStub(object):
-    """Answers questions about given pictures. Every answer is a function of the
-    picture, the model version and the request's settings alone: batch-mates,
-    order and chunking change nothing.
+    """Answers questions about given pictures. Every answer depends on the picture,
+    the model version and the settings of the request alone: other pictures, their
+    order and batching make no difference.
     """
 
     def __init__(self, channel):
@@ -65,47 +65,48 @@ class ScoringServiceStub(object):
 
 
 class ScoringServiceServicer(object):
-    """Answers questions about given pictures. Every answer is a function of the
-    picture, the model version and the request's settings alone: batch-mates,
-    order and chunking change nothing.
+    """Answers questions about given pictures. Every answer depends on the picture,
+    the model version and the settings of the request alone: other pictures, their
+    order and batching make no difference.
     """
 
     def Score(self, request, context):
-        """Gives log p(x), a calibrated p-value and a verdict for every picture.
+        """Returns log p(x), a calibrated p-value and a verdict for every picture.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Classify(self, request, context):
-        """Gives log p(x|y) for every label, the posterior by Bayes' rule, and the
-        label assigned, if any, for every picture.
+        """Returns log p(x|y) for every label, the posterior p(y|x), a verdict, and the
+        label if one is assigned, for every picture.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Encode(self, request, context):
-        """Gives the mean and log-variance of the latent features of every picture.
+        """Returns the mean and log-variance of the latent features of every picture.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ScoreStream(self, request_iterator, context):
-        """Scores a sustained feed. Every message is answered, or refused, by itself:
-        a bad one does not end the stream. Answers come as they are ready, which
-        need not be the order of the questions; sequence ids tell whose they are.
-        What is not answered yet is bounded: beyond, the server does not read on.
-        A server that ends answers what it has read, then UNAVAILABLE: what has no
-        answer then can be sent again, on a new stream.
+        """Scores a continuous feed. Every message is a complete request and is answered
+        or refused by itself; a refused one does not end the stream. Outcomes are sent
+        as soon as they are ready, in any order; match them by sequence id. The server
+        stops reading while 256 messages, or messages of Limits.request_bytes in total,
+        are without an answer. A server that shuts down answers what it has read, then
+        ends the stream with UNAVAILABLE; send all messages without an outcome again,
+        on a new stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClassifyStream(self, request_iterator, context):
-        """Classifies a sustained feed, in the way of ScoreStream.
+        """Classifies a continuous feed; works as ScoreStream does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,9 +149,9 @@ def add_ScoringServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ScoringService(object):
-    """Answers questions about given pictures. Every answer is a function of the
-    picture, the model version and the request's settings alone: batch-mates,
-    order and chunking change nothing.
+    """Answers questions about given pictures. Every answer depends on the picture,
+    the model version and the settings of the request alone: other pictures, their
+    order and batching make no difference.
     """
 
     @staticmethod

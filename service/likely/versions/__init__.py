@@ -1,1 +1,1 @@
-"""Which versions of which models live: loaded, proved, labelled, replaced, unloaded."""
+"""Versions of models: how they are loaded, tested, labelled, replaced and unloaded."""

@@ -1,4 +1,4 @@
-"""What is served changes here: load, replace, unload, label, roll back; one change at a time."""
+"""Changes what is served, one change at a time: load, replace, unload, label, roll back."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Key: TypeAlias = "tuple[str, str]"  # name and version
-REMEMBERED = 100  # refused folders, and former versions of a model
+REMEMBERED = 100  # most refused folders, and most former versions per model, that are kept
 
 
 class Lifecycle:
     """Changes a registry while it serves.
 
-    A change once begun is carried through, whether its caller waits or not. Changes follow one
-    another; what they replace drains beside them.
+    Changes run one at a time. Once started, a change completes whether its caller waits or not.
+    Replaced versions drain in the background.
 
     Attributes:
-        freed: versions that have been unloaded and freed so far.
+        freed: number of versions unloaded and freed so far.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Lifecycle:
         log: FilteringBoundLogger,
         changed: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
-        """The lifecycle of a registry's models.
+        """Creates the lifecycle of a registry; an event loop must be running.
 
         Args:
-            registry: what is changed.
-            loader: makes engines of folders.
-            metrics: where failures are counted, and told which models are served.
-            log: where every change is told.
+            registry: the registry to change.
+            loader: opens engines from folders.
+            metrics: count failures and show which models are served.
+            log: receives an event for every change.
             changed: awaited after each change.
         """
         self._registry = registry
@@ -72,20 +72,20 @@ class Lifecycle:
         self._turn = asyncio.Lock()
         self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._folders: dict[Key, list[Path]] = {}  # that hold each version, the newest last
+        self._folders: dict[Key, list[Path]] = {}  # folders that hold each version, newest last
         self._loading: Path | None = None
         self._draining: dict[Held, ModelVersion] = {}
         self._failed: dict[Path, ModelVersion] = {}
-        self._gone: set[Path] = set()  # of those, the folders that were no bundle any more
-        self._former: dict[str, list[ModelVersion]] = {}
+        self._gone: set[Path] = set()  # folders of `_failed` that are no longer bundles
+        self._former: dict[str, list[ModelVersion]] = {}  # earlier default versions, latest last
 
     async def begin(self, folders: Sequence[Path]) -> None:
-        """Serves the bundles of these folders, all or none.
+        """Serves the bundles in these folders, all or none.
 
         Raises:
             BundleError: a bundle is refused.
-            DeviceError: the device asked for is not really there.
-            SettingsError: a bundle cannot promise the default alpha.
+            DeviceError: the requested device is not available.
+            SettingsError: a bundle's calibration is too small for the default alpha.
         """
         folders = [absolute(folder) for folder in folders]
         engines = await asyncio.to_thread(self._open_all, folders)
@@ -96,10 +96,13 @@ class Lifecycle:
         await self._tell()
 
     def pin(self, labels: Mapping[tuple[str, str], str]) -> None:
-        """Sets the labels that the settings name: versions by name and label.
+        """Sets the labels that the settings define.
+
+        Args:
+            labels: versions, by the model's name and the label.
 
         Raises:
-            SettingsError: one of them is not served.
+            SettingsError: a label does not exist, or its version is not served.
         """
         for (name, label), version in labels.items():
             try:
@@ -108,40 +111,43 @@ class Lifecycle:
                 raise SettingsError(f"labels names {name}:{label}={version}; {error}") from error
 
     async def load(self, folder: Path) -> ModelVersion:
-        """Serves the bundle in that folder, once it has proved itself.
+        """Serves the bundle in a folder, once its checks have succeeded.
 
-        What the folder held before is served until then, and afterwards no more, unless another
-        folder holds it too; its labels go over. A bundle that is served already is left as it
-        is, unless it is unhealthy: then it is opened anew. It is served as long as one of its
-        folders holds it.
+        The version that came from this folder before is served until then. Unless another folder
+        holds it too, it is then unloaded, and its labels move to the new version if that has the
+        same name. If the bundle is already served, nothing is opened, unless the version is
+        unhealthy: then it is opened again. A version is served as long as one of its folders
+        holds it.
 
         Raises:
-            Unavailable: the server's first bundles are still being loaded.
-            BundleError: it is refused; what was served is served still.
-            DeviceError: the device asked for is not really there.
+            Unavailable: the server's first bundles are still being loaded, or it shuts down.
+            BundleError: the bundle is refused; whatever was served is still served.
+            DeviceError: the requested device is not available.
         """
         return await self._in_turn(self._load(absolute(folder)))
 
     async def unload(self, name: str, version: str) -> None:
-        """Serves that version no more; returns once its requests have ended and it is freed.
+        """Unloads a version; returns once its requests have ended and it is freed.
 
         Raises:
             ModelNotFound: it is not served.
-            Refused: a label names it.
+            Refused: a label points at it.
         """
         drained = await self._in_turn(self._unload(name, version))
         await asyncio.shield(drained)
 
     async def vacated(self, folder: Path) -> None:
-        """Serves no more what came from a folder that holds no bundle any more.
+        """Unloads the version that came from a folder which no longer holds a bundle.
+
+        If another folder holds the version too, it stays served.
 
         Raises:
-            Refused: a label names it.
+            Refused: a label points at it.
         """
         await self._in_turn(self._vacated(absolute(folder)))
 
     async def set_label(self, name: str, label: str, version: str) -> None:
-        """Lets a label name a version; none if that is empty.
+        """Points a label at a version; an empty version removes the label.
 
         Raises:
             InvalidInput: there is no such label.
@@ -150,20 +156,24 @@ class Lifecycle:
         await self._in_turn(self._set_label(name, label, version))
 
     async def rollback(self, name: str) -> ModelVersion:
-        """The version that answered by default before the last change, which is stable now.
+        """Makes the version that was the default before the last change `stable`; returns it.
 
         Raises:
             ModelNotFound: no such model is served.
-            Refused: there was none, or its folder does not hold it any more.
+            Refused: there was none, or its folder no longer holds it.
             BundleError: it has to be loaded again and is refused.
         """
         return await self._in_turn(self._rollback(name))
 
     async def reset_drift(self, name: str, version: str = "") -> str:
-        """The version, of that number or label, whose test for drift has begun anew.
+        """Restarts the drift test of a version and returns the version.
+
+        Args:
+            name: name of the model.
+            version: version or label; empty for the default version.
 
         Raises:
-            InvalidInput: the name or the version is none that a bundle can have.
+            InvalidInput: no bundle can have that name or version.
             ModelNotFound: no such version is served.
         """
         engine = self._registry.find(name, version)
@@ -172,39 +182,39 @@ class Lifecycle:
         return engine.manifest.version
 
     def versions(self) -> list[ModelVersion]:
-        """Those that are served, then those on their way in or out, then those refused."""
+        """Lists the served versions, then the one loading, those draining, and those refused."""
         served = [self._described(engine) for engine in self._registry.engines()]
         loading = [ModelVersion(VersionState.LOADING, self._loading)] if self._loading else []
         failed = [version for folder, version in self._failed.items() if folder not in self._gone]
         return [*served, *loading, *self._draining.values(), *failed]
 
     async def look(self) -> None:
-        """Counts no refused folder while it is no bundle any more."""
+        """Checks which refused folders are no longer bundles; these are not counted or listed."""
         self._gone = await asyncio.to_thread(set, filter(_is_none, tuple(self._failed)))
         self._count_refused()
 
     def holds(self, folder: Path) -> bool:
-        """Whether a version is served that lies, or lay, in that folder."""
+        """Whether a served version came from that folder."""
         return self._key_of(absolute(folder)) is not None
 
     async def claimed(self, folder: Path) -> Key | None:
-        """Name and version that a folder's manifest tells, served or not; None if it tells none."""
+        """Returns the name and version in a folder's manifest; None if it cannot be read."""
         try:
             return await asyncio.to_thread(self._loader.claimed, folder)
         except (LikelyError, OSError):
             return None
 
     def end(self) -> None:
-        """Makes no changes from now on; who waits for one, or for its turn, waits no more."""
+        """Starts no more changes; callers that wait for one get `Unavailable`."""
         if not self._ending.done():
             self._ending.set_result(None)
 
     async def close(self, seconds: float | None = None) -> bool:
-        """Ends all engines, for when no request runs; true if it did.
+        """Closes all engines, for when no request runs; returns whether it did.
 
         Args:
-            seconds: that changes may take to end which run yet; None for as long as they take.
-                After that everything is left as it is, for the end of the process.
+            seconds: time for running changes to complete; None for as long as they take. If they
+                take longer, nothing is closed, as the process will end.
         """
         self.end()
         until = None if seconds is None else time.monotonic() + seconds
@@ -228,7 +238,7 @@ class Lifecycle:
         return engines
 
     async def _load(self, folder: Path) -> ModelVersion:
-        self._registry.engines()  # there are some already, or the bundle is not to blame
+        self._registry.engines()  # raises Unavailable while the first bundles are being loaded
         self._loading = folder
         try:
             bundle = await asyncio.to_thread(self._loader.verified, folder)
@@ -249,10 +259,10 @@ class Lifecycle:
         return self._described(engine)
 
     def _serves(self, bundle: Bundle) -> bool:
-        """Whether that very bundle is served.
+        """Whether this bundle is already served.
 
         Raises:
-            BundleError: another one is, under the same name and version.
+            BundleError: another bundle is served under the same name and version.
         """
         name, version = bundle.manifest.name, bundle.manifest.version
         served = [engine for engine in self._registry.engines() if _key(engine) == (name, version)]
@@ -275,18 +285,18 @@ class Lifecycle:
         await self._settle(engine, folder, before)
 
     async def _renew(self, engine: Engine, folder: Path) -> None:
-        """Puts an engine in the place of one of the same bundle, whose requests end."""
+        """Replaces the engine of the same bundle; the old engine drains and is closed."""
         self._close_unused(self._registry.replace(engine), folder)
         self._told("loaded", engine)
         await self._tell()
 
     async def _found(self, engine: Engine, folder: Path) -> None:
-        """What is served already lies in that folder too, or there now."""
+        """Notes that a version which is already served also came from this folder."""
         if folder not in self._folders[_key(engine)]:
             await self._settle(engine, folder, self._default(engine.manifest.name))
 
     async def _settle(self, engine: Engine, folder: Path, before: ModelVersion | None) -> None:
-        """Puts a version in the place of what its folder held."""
+        """Assigns a folder to a version, and retires the version that the folder held before."""
         name, version = _key(engine)
         replaced = self._key_of(folder)
         self._folders.setdefault((name, version), []).append(folder)
@@ -345,26 +355,26 @@ class Lifecycle:
                 raise await self._refused(target.folder, error) from error
         if found != target.digest:
             raise Refused(
-                f"{name}@{target.version} is another bundle by now than that which answered, "
-                f"in {target.folder}"
+                f"{name}@{target.version} is no longer the bundle that answered before, "
+                f"from {target.folder}"
             )
         if not serves:
             await self._load(target.folder)
         self._registry.set_label(name, "stable", target.version)
-        # Loading it may itself have been a change worth undoing; this one is its undoing.
+        # Also drops what `_load` may have remembered: a rollback cannot be rolled back.
         self._former[name] = former[:-1]
         self._log.info("rolled back", name=name, version=target.version)
         await self._tell()
         return self._described(self._registry.find(name, target.version))
 
     def _retire(self, name: str, version: str, folder: Path) -> asyncio.Task[None]:
-        """Takes a version from the registry, and closes it when its requests have ended."""
+        """Removes a version from the registry, and closes it when its requests have ended."""
         held = self._registry.remove(name, version)
         del self._folders[name, version]
         return self._close_unused(held, folder)
 
     def _close_unused(self, held: Held, folder: Path) -> asyncio.Task[None]:
-        """Closes an engine that no request finds any more, when its requests have ended."""
+        """Closes an engine that is no longer registered, when its requests have ended."""
         name, version = _key(held.engine)
         self._draining[held] = ModelVersion(
             VersionState.DRAINING, folder, name, version, held.engine.digest
@@ -382,7 +392,7 @@ class Lifecycle:
     async def _refused(
         self, folder: Path, error: LikelyError | OSError | MemoryError
     ) -> LikelyError:
-        """Counts and tells what a folder is refused for, which is returned to be raised."""
+        """Counts, logs and remembers why a folder was refused; returns the error to raise."""
         is_none = await asyncio.to_thread(_is_none, folder)
         match error:
             case BundleError():
@@ -401,7 +411,7 @@ class Lifecycle:
         self._metrics.load_failed(reason)
         self._log.error("refused", folder=str(folder), reason=reason, message=str(error))
         self._failed.pop(folder, None)
-        if not is_none:  # as a path mistyped is
+        if not is_none:  # a mistyped path is not remembered
             self._failed[folder] = ModelVersion(  # the newest last
                 VersionState.FAILED, folder, reason=reason, message=error.told
             )
@@ -412,7 +422,7 @@ class Lifecycle:
         return error
 
     def _forget(self, folder: Path) -> None:
-        """What was refused there is not any more."""
+        """Forgets that a bundle in this folder was refused."""
         self._failed.pop(folder, None)
         self._count_refused()
 
@@ -468,40 +478,40 @@ class Lifecycle:
             async with self._turn:
                 if self._ending.done():
                     change.close()
-                    raise Unavailable("the server ends")
+                    raise Unavailable("the server is shutting down")
                 return await change
 
         made = self._task(turn())
-        # Whoever waits is not what carries the change through, and may go.
+        # The change has its own task, so it completes even if its caller is cancelled.
         await asyncio.wait((made, self._ending), return_when=asyncio.FIRST_COMPLETED)
         if not made.done():
-            raise Unavailable("the server ends")
+            raise Unavailable("the server is shutting down")
         return made.result()
 
     def _task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
-        self._tasks.add(task)  # the loop itself keeps tasks by weak references only
+        self._tasks.add(task)  # the event loop keeps only weak references to tasks
         task.add_done_callback(self._ended)
         return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # seen, should nobody wait for it any more
+            task.exception()  # marks it retrieved, in case nobody awaits the task
 
 
 def absolute(folder: Path) -> Path:
-    """One name for a folder; links stay as they are: by them, volumes are switched."""
+    """Makes a folder's path absolute without resolving links, by which clusters switch volumes."""
     return Path(os.path.abspath(folder))  # noqa: PTH100 -- resolve() follows links
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether there is a manifest, so far."""
+    """Whether a folder contains a manifest; it may not be complete yet."""
     return (folder / MANIFEST).exists()
 
 
 def _is_none(folder: Path) -> bool:
-    """Whether there surely is no bundle; a folder that cannot be looked at may be one."""
+    """Whether a folder is certainly not a bundle; False if it cannot be inspected."""
     try:
         return not is_bundle(folder)
     except OSError:

@@ -1,4 +1,4 @@
-"""From a folder to an engine that has proved itself."""
+"""Loads an engine from a bundle's folder and checks that it reproduces its golden outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from likely.settings import Settings
 
 
 class Loader:
-    """Opens bundles as the settings want it; may be used from any thread."""
+    """Opens bundles according to the settings; may be used from any thread."""
 
     def __init__(self, settings: Settings, traffic: Traffic, seen: Seen) -> None:
         self._settings = settings
@@ -33,21 +33,21 @@ class Loader:
         self._threads = settings.threads or max(1, cores // (settings.workers or cores))
 
     def claimed(self, folder: Path) -> tuple[str, str]:
-        """Name and version that a folder's manifest tells, whether the bundle is sound or not.
+        """Returns the name and version in a folder's manifest, without checking the bundle.
 
         Raises:
-            BundleError: it tells none.
+            BundleError: the manifest cannot be read as one.
         """
         with refusing(folder):
             manifest = read_manifest(folder)
         return manifest.name, manifest.version
 
     def verified(self, folder: Path) -> Bundle:
-        """The bundle in that folder, checked in all that needs no runtime.
+        """Opens the bundle in a folder and checks everything that needs no runtime.
 
         Raises:
-            BundleError: it is refused.
-            SettingsError: it cannot promise the default alpha.
+            BundleError: the bundle is refused.
+            SettingsError: the bundle's calibration is too small for the default alpha.
         """
         with refusing(folder):
             bundle = Bundle.open(folder, self._settings.require_signature)
@@ -60,13 +60,13 @@ class Loader:
         return bundle
 
     def proved(self, bundle: Bundle) -> Engine:
-        """The engine of a verified bundle, warm, after it gave its golden outputs.
+        """Opens the engine of a verified bundle, replays the golden outputs and warms it up.
 
         Raises:
-            BundleError: it is refused, or was changed meanwhile.
-            DeviceError: the device asked for is not really there, or fails.
-            DeviceLost: it can run nothing any more.
-            OutOfMemory: there is no memory for it.
+            BundleError: the bundle is refused, or its files have changed in the meantime.
+            DeviceError: the requested device is not available, or fails.
+            DeviceLost: the device can no longer run anything.
+            OutOfMemory: there is not enough memory.
         """
         with refusing(bundle.path):
             engine = Engine.load(
@@ -78,7 +78,7 @@ class Loader:
                 traffic=self._traffic,
             )
         try:
-            bundle.check_again()  # what was opened is what was verified
+            bundle.check_again()  # makes sure that the opened files are the verified ones
         except BaseException:
             engine.close()
             raise
@@ -87,11 +87,14 @@ class Loader:
 
 @contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """Refuses a bundle whatever its content makes a library raise, as golden inputs may.
+    """Turns any exception that a bundle's content causes in a library into a refusal.
+
+    Golden inputs, for example, can make a runtime raise anything. `LikelyError`, `OSError` and
+    `MemoryError` pass unchanged.
 
     Raises:
-        BundleError: something that is neither likely's own nor the system's was raised.
-        DeviceError: or so it was by a card, which is no fault of the bundle.
+        BundleError: a library raised some other exception.
+        DeviceError: a card caused the exception, which is not the bundle's fault.
     """
     try:
         yield
@@ -101,14 +104,14 @@ def refusing(folder: Path) -> Iterator[None]:
         if fault := graphs.device_fault(error):
             raise fault from error
         said = f"{type(error).__name__}: {error}"[:500]
-        raise BundleError(f"{folder} cannot be tried", "graph", said) from error
+        raise BundleError(f"{folder} cannot be loaded", "graph", said) from error
 
 
 def shipped() -> Sequence[Path]:
-    """The folders of the bundles inside the package.
+    """Returns the folders of the bundles inside the package.
 
     Raises:
-        BundleError: there is none.
+        BundleError: the package contains none.
     """
     shelf = Path(str(resources.files("likely"))) / "bundles"
     if found := sorted(manifest.parent for manifest in shelf.glob(f"*/{MANIFEST}")):

@@ -1,4 +1,4 @@
-"""Which models live: found by name, version and label, held while used, described for callers."""
+"""The registry of served models: lookup by name, version and label; leases; descriptions."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Policy = Literal["newest", "oldest"]
 
 
 class Held:
-    """An engine, and how many requests use it.
+    """An engine with a count of its leases; entering it as a context takes a lease.
 
     Attributes:
-        engine: what is held.
-        users: leases that have not ended.
+        engine: the engine.
+        users: number of leases that have not ended.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -46,7 +46,7 @@ class Held:
         self._left: asyncio.Event | None = None
 
     async def unused(self) -> None:
-        """Returns once no request uses the engine."""
+        """Waits until no request uses the engine."""
         while self.users:
             self._left = asyncio.Event()
             await self._left.wait()
@@ -69,10 +69,10 @@ class Held:
 class Registry:
     """The engines of a server; requests find them once it is filled and open.
 
-    All methods belong to the event loop's thread, so that each is one step for every request.
+    All methods must be called on the event loop's thread, so that each is atomic for requests.
 
     Attributes:
-        policy: which version answers a request that names none, where none is `stable`.
+        policy: which version answers a request that names none, if no version is `stable`.
     """
 
     def __init__(self, policy: Policy = "newest") -> None:
@@ -82,30 +82,32 @@ class Registry:
         self._is_open = False
 
     def fill(self, engines: Sequence[Engine]) -> None:
-        """Serves these engines from now on.
+        """Fills the registry with the engines to serve.
 
         Raises:
-            BundleError: two of them have the same name and version.
+            BundleError: two of them have the same name and version, or a version has the name of
+                a label.
         """
         self._shelves = {}
         for engine in engines:
             self.add(engine)
 
     def open(self) -> None:
-        """Lets requests find what is served, all of it being there, and labelled."""
+        """Lets requests find engines, once all of them are loaded and labelled."""
         self._is_open = True
 
     def add(self, engine: Engine) -> None:
-        """Serves this engine too.
+        """Adds an engine.
 
         Raises:
-            BundleError: that name and version is served already, or its version is called
-                as a label is.
+            BundleError: that name and version is served already, or the version has the name
+                of a label.
         """
         name, version = engine.manifest.name, engine.manifest.version
         if version in VERSION_LABELS:
             raise BundleError(
-                f"{name}@{version} is called as a label is; requests could mean either", "version"
+                f"the version of {name}@{version} is also a label; requests could mean either",
+                "version",
             )
         shelf = self._filled().setdefault(name, {})
         if version in shelf:
@@ -114,9 +116,9 @@ class Registry:
         self._filled()[name] = dict(sorted(shelf.items(), key=lambda item: age(item[0])))
 
     def replace(self, engine: Engine) -> Held:
-        """Serves this engine in the place of that of its name and version, which is given back.
+        """Replaces the engine of the same name and version, and returns the replaced one.
 
-        Labels stay, and requests that use the former are not disturbed.
+        Labels stay. Requests that use the replaced engine are not affected.
 
         Raises:
             ModelNotFound: no such model is served.
@@ -127,9 +129,13 @@ class Registry:
         return former
 
     def remove(self, name: str, version: str) -> Held:
-        """The engine of that name and version (no label), which no request finds any more.
+        """Removes an engine and its labels, so that no request finds it, and returns it.
 
-        Its labels go with it; requests that use it are not disturbed.
+        Requests that use the engine are not affected.
+
+        Args:
+            name: name of the model.
+            version: its version, not a label.
 
         Raises:
             ModelNotFound: no such model is served.
@@ -144,17 +150,23 @@ class Registry:
         return held
 
     def find(self, name: str, version: str = "") -> Engine:
-        """The engine of that name and version or label; an empty version is the default one.
+        """Returns the engine with that name and that version or label.
+
+        Args:
+            name: name of the model.
+            version: version or label; empty for the default version.
 
         Raises:
-            InvalidInput: the name or the version is none that a bundle can have.
+            InvalidInput: no bundle can have that name or version.
             ModelNotFound: no such model is served.
             Unavailable: the first models are still being loaded.
         """
         return self._found(name, version).engine
 
     def lease(self, name: str, version: str = "") -> Held:
-        """What `find` finds, for a request; while entered as a context, it is not unloaded.
+        """Returns what `find` returns, as a lease for a request.
+
+        The engine is not closed while the result is entered as a context.
 
         Raises:
             InvalidInput, ModelNotFound: as `find`.
@@ -164,7 +176,10 @@ class Registry:
         return self._found(name, version)
 
     def default(self, name: str) -> str | None:
-        """The version that answers a request that names none: the stable one, or by policy."""
+        """The version that answers requests that name none; None if the model is not served.
+
+        This is the version with the label `stable`, otherwise the one that the policy selects.
+        """
         versions = list((self._shelves or {}).get(name, ()))
         if not versions:
             return None
@@ -172,7 +187,7 @@ class Registry:
         return stable or versions[-1 if self.policy == "newest" else 0]
 
     def set_label(self, name: str, label: str, version: str | None) -> None:
-        """Lets a label name that version, or none.
+        """Points a label at a version, or removes it if the version is None.
 
         Raises:
             InvalidInput: there is no such label.
@@ -187,7 +202,7 @@ class Registry:
         self._labels.setdefault(name, {})[label] = version
 
     def labels(self, name: str, version: str) -> tuple[str, ...]:
-        """The labels that name this version, sorted."""
+        """The labels that point at this version, sorted."""
         named = self._labels.get(name, {})
         return tuple(sorted(label for label, target in named.items() if target == version))
 
@@ -201,7 +216,7 @@ class Registry:
         return [held.engine for name in sorted(shelves) for held in shelves[name].values()]
 
     def served(self) -> list[Engine]:
-        """All engines, for a request.
+        """All engines as `engines` returns them, but only once the registry is open to requests.
 
         Raises:
             Unavailable: the models are still being loaded.
@@ -214,7 +229,7 @@ class Registry:
         return name in (self._shelves or {})
 
     def close(self) -> None:
-        """Ends all engines."""
+        """Closes all engines and empties the registry."""
         for engine in self.engines() if self._shelves else []:
             engine.close()
         self._shelves = None
@@ -256,17 +271,25 @@ class Registry:
 
 
 def age(version: str) -> tuple[object, ...]:
-    """Sorts versions: numbers by value, a word before no word (1.0-rc1, 1.0, 1.0.1, 1.10)."""
+    """Sort key for versions, from old to new: 1.0-rc1, 1.0, 1.0.1, 1.10.
+
+    Numbers are compared by value. A version with a word sorts before the same version without.
+    """
     parts = re.findall(r"\d+|[a-z]+", version)
     key = [(2, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
     return (*key, (1, 0, ""), version)
 
 
 def check_name(field: str, name: str) -> None:
-    """Refuses what no bundle can be called, before it reaches a log, a metric or a path.
+    """Refuses an invalid name or version before it reaches a log, a metric or a path.
+
+    Args:
+        field: name of the request's field, for the error.
+        name: the name or version to check.
 
     Raises:
-        InvalidInput: not 1 to 64 characters of a-z, 0-9, `_`, `.`, `-`.
+        InvalidInput: it is not 1 to 64 characters of a-z, 0-9, `_`, `.`, `-`, with a letter or
+            digit first.
     """
     if not NAME.fullmatch(name):
         shown = repr(name[:64]) + ("…" if len(name) > 64 else "") if name else "an empty name"
@@ -279,7 +302,7 @@ def check_name(field: str, name: str) -> None:
 def describe(
     engine: Engine, limits: Limits, default_alpha: float, version_labels: Sequence[str] = ()
 ) -> ModelInfo:
-    """What the engine's model takes, gives and promises."""
+    """Returns the description of an engine's model that clients receive."""
     manifest = engine.manifest
     density, calibration = manifest.graphs.get(Role.DENSITY), manifest.calibration
     conditional = manifest.graphs.get(Role.CONDITIONAL)

@@ -1,7 +1,7 @@
-"""A folder of bundles that is looked at now and then: what comes, changes or goes is followed.
+"""Polls a folder of bundles, and loads, replaces and unloads bundles as its contents change.
 
-Looking, not being notified: notifications do not come from network file systems, nor
-through the links by which a cluster's volumes are switched.
+The folder is polled because network file systems send no notifications, and neither do
+the links by which a cluster switches volumes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from likely.telemetry.metrics import Metrics
 
 Mark = tuple[tuple[str, int, int, int, int], ...]
-SOONEST, LATEST = 60.0, 3600.0  # seconds before what had no memory is tried again
+SOONEST, LATEST = 60.0, 3600.0  # bounds of the backoff, in seconds, after a lack of memory
 
 
 @dataclass(frozen=True, slots=True)
 class _Short:
-    """A bundle that there was no memory for.
+    """A bundle that could not be loaded for lack of memory.
 
     Attributes:
-        freed: how many versions had been freed by then.
-        pause: seconds to wait.
-        until: when they are over.
+        freed: number of versions that had been freed by then.
+        pause: seconds to wait before the next attempt.
+        until: when that wait is over, in seconds of the monotonic clock.
     """
 
     freed: int
@@ -44,13 +44,14 @@ class _Short:
 
 
 class Watcher:
-    """Follows a folder whose subfolders, or theirs, are bundles.
+    """Follows a folder whose subfolders, or their subfolders, are bundles.
 
-    A folder without a manifest is no bundle yet. One with a manifest is loaded once it has
-    been the same for two looks in a row: whoever copies a bundle may write its manifest first.
-    A folder that cannot be read, or where no bundle is left of those that are served from it, is
-    taken for an unmounted volume or a copy that failed: nothing is unloaded until one that is
-    served is there.
+    A folder without a manifest is not a bundle yet. A bundle is loaded once two successive polls
+    have found the same files, as a copy may write the manifest first.
+
+    If the watched folder cannot be read, or contains none of the bundles that are served from it,
+    its volume is probably not mounted, or a copy failed. The folder then counts as lost, and
+    nothing is unloaded until it contains a served bundle again.
     """
 
     def __init__(
@@ -63,16 +64,16 @@ class Watcher:
         device_lost: Callable[[DeviceLost], None],
         unloaded: Collection[tuple[str, str]] = (),
     ) -> None:
-        """A watcher.
+        """Creates a watcher; `begin` and `run` do the work.
 
         Args:
-            folder: holds `<bundle>` or `<model>/<version>` folders.
-            seconds: between two looks.
-            lifecycle: loads and unloads.
-            metrics: are told whether the folder is lost.
-            log: where is told the same.
-            device_lost: is told where a load finds that the device is gone.
-            unloaded: names and versions of bundles that are left alone until their files change.
+            folder: contains `<bundle>` or `<model>/<version>` folders.
+            seconds: time between two polls.
+            lifecycle: loads and unloads bundles.
+            metrics: record whether the folder is lost.
+            log: receives the same, and skipped or kept folders.
+            device_lost: called if a load finds that the device is gone.
+            unloaded: names and versions of bundles that are not loaded until their files change.
         """
         self._folder = folder
         self._seconds = seconds
@@ -82,14 +83,15 @@ class Watcher:
         self._device_lost = device_lost
         self._unloaded = unloaded
         self._seen: dict[Path, Mark] = {}
-        self._done: dict[Path, Mark | None] = {}  # None for what is tried again at every look
+        # Files of each bundle at its last attempt; None for one that is retried at every poll.
+        self._done: dict[Path, Mark | None] = {}
         self._short: dict[Path, _Short] = {}
-        self._kept: set[Path] = set()
-        self._unread: dict[Path, str] = {}
-        self._lost = ""
+        self._kept: set[Path] = set()  # folders that are gone, but whose versions stay served
+        self._unread: dict[Path, str] = {}  # folders that could not be read, and why
+        self._lost = ""  # why the folder is lost; empty if it is not
 
     async def begin(self) -> None:
-        """Loads what is there now; what is refused is counted and told, and tried again later."""
+        """Loads the bundles that are there now; refused ones are counted, logged and retried."""
         self._seen = await self._scan()
         for path, mark in self._seen.items() if self._unloaded else ():
             if await self._lifecycle.claimed(path) in self._unloaded:
@@ -97,12 +99,12 @@ class Watcher:
         await self._follow(self._seen)
 
     async def run(self) -> None:
-        """Follows the folder until it is cancelled."""
+        """Polls the folder until cancelled."""
         while True:
             await asyncio.sleep(self._seconds)
             try:
                 await self._look()
-            except Exception as error:  # one look that fails is not the last
+            except Exception as error:  # polling continues after a failure
                 self._log.error("fault", folder=str(self._folder), exc_info=error)
 
     async def _look(self) -> None:
@@ -121,17 +123,17 @@ class Watcher:
         )
         gone = set(self._done) - set(before) - set(found)
         if self._serves(gone) and not self._serves(found):
-            self._lose("no bundle that is served is left in it")
+            self._lose("none of the served bundles is left in it")
             return
         self._lose("")
         await self._leave(gone)
 
     def _serves(self, folders: Iterable[Path]) -> bool:
-        """Whether a version is served that lies, or lay, in one of them."""
+        """Whether a served version came from one of these folders."""
         return any(map(self._lifecycle.holds, folders))
 
     def _lose(self, reason: str) -> None:
-        """Tells that the folder is lost, for this reason; for none, that it is not."""
+        """Records and logs why the folder is lost; with an empty reason, that it is not lost."""
         self._metrics.watch_lost(bool(reason))
         if reason and reason != self._lost:
             self._log.error("watched folder lost", folder=str(self._folder), reason=reason)
@@ -158,7 +160,7 @@ class Watcher:
                     self._wait(path, self._done.get(path) == mark)
                 else:
                     self._short.pop(path, None)
-                # Refused for what it is, once is enough; that it cannot be read may pass.
+                # A refused bundle is not retried until it changes, unless it could not be read.
                 self._done[path] = mark if error.reason != "unreadable" else None
             except LikelyError as error:
                 self._done[path] = None
@@ -169,18 +171,18 @@ class Watcher:
                 self._short.pop(path, None)
 
     def _has_memory(self, path: Path) -> bool:
-        """Whether there may be memory now for a bundle that there was none for."""
+        """Whether a bundle that lacked memory should be tried again now."""
         short = self._short.get(path)
         if short is None:
             return False
         return self._lifecycle.freed > short.freed or time.monotonic() >= short.until
 
     def _wait(self, path: Path, again: bool) -> None:
-        # Seldom: what takes all the memory there is may end the server, and not only fail.
+        # Retries are rare, because a load that takes all memory may kill the server.
         short, pause = self._short.get(path) if again else None, SOONEST
         if short:
             pause = short.pause
-            if self._lifecycle.freed == short.freed:  # it was tried as its time was up
+            if self._lifecycle.freed == short.freed:  # it was retried because its wait was over
                 pause = min(2 * pause, LATEST)
         self._short[path] = _Short(self._lifecycle.freed, pause, time.monotonic() + pause)
 
@@ -188,7 +190,7 @@ class Watcher:
         for path in gone:
             try:
                 await self._lifecycle.vacated(path)
-            except LikelyError as error:  # tried again at every look
+            except LikelyError as error:  # retried at every poll
                 if path not in self._kept:
                     self._log.warning("kept", folder=str(path), message=str(error))
                 self._kept.add(path)
@@ -203,15 +205,17 @@ def scan(
     before: Mapping[Path, Mark] = MappingProxyType({}),
     unread: dict[Path, str] | None = None,
 ) -> dict[Path, Mark]:
-    """The bundles in a folder and in its subfolders, each with what changes when it does.
+    """Returns the bundles among a folder's subfolders and theirs, each with a mark.
+
+    A mark consists of the names and status of the bundle's files; it changes when they do.
 
     Args:
-        folder: holds them.
-        before: what was found last time, which stands for what cannot be read now.
-        unread: takes what cannot be read now, and why.
+        folder: contains the bundles.
+        before: result of the last scan, used for folders that cannot be read now.
+        unread: receives the folders that cannot be read now, and why.
 
     Raises:
-        OSError: the folder cannot be read.
+        OSError: the folder itself cannot be read.
     """
     found: dict[Path, Mark] = {}
     unread = {} if unread is None else unread
@@ -219,7 +223,7 @@ def scan(
         try:
             bundles = [path] if is_bundle(path) else _folders(path)
         except (FileNotFoundError, NotADirectoryError):
-            continue  # it went while it was looked at
+            continue  # it was removed during the scan
         except OSError as error:
             unread[path] = error.strerror or str(error)
             found |= {known: before[known] for known in before if path in (known, known.parent)}
@@ -237,14 +241,14 @@ def scan(
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The subfolders that are not hidden: a bundle may be made in `.name` and then renamed.
+    """Returns the subfolders that are not hidden, and entries that may be subfolders.
 
-    With them, what cannot be told to be one or not.
+    Hidden ones are ignored so that a bundle can be written to `.name` and then renamed.
 
     Raises:
-        OSError: the folder cannot be read, or nothing in it can be looked at.
+        OSError: the folder cannot be listed, or access to its entries is denied.
     """
-    os.stat(f"{folder}/.")  # noqa: PTH116 -- a Path drops the dot, which asks leave to look inside
+    os.stat(f"{folder}/.")  # noqa: PTH116 -- a Path drops the dot, which checks access to entries
     return sorted(
         path for path in folder.iterdir() if not path.name.startswith(".") and _may_be_folder(path)
     )
@@ -253,14 +257,14 @@ def _folders(folder: Path) -> list[Path]:
 def _may_be_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # of this one alone: a link to too long a name, or one to a volume that is lost
+    except OSError:  # affects this entry alone: a link to too long a name, or to a lost volume
         return True
 
 
 def _mark(bundle: Path) -> Mark:
     status: list[tuple[str, os.stat_result]] = []
     for path in sorted(bundle.iterdir()):
-        with suppress(FileNotFoundError):  # an editor's file, gone again
+        with suppress(FileNotFoundError):  # an editor's temporary file
             status.append((path.name, path.lstat()))
-    # The last tells of permissions too: what could not be read may be readable now.
+    # st_ctime_ns also changes with permissions, which may make a file readable.
     return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in status)

@@ -1,1 +1,1 @@
-"""The Open Inference Protocol: another skin over the same use cases."""
+"""The Open Inference Protocol, on top of our own services."""

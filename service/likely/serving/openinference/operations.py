@@ -1,18 +1,18 @@
-"""Which models of the Open Inference Protocol a bundle makes: one for each question it answers.
+"""The models of the Open Inference Protocol for a bundle: one for each question it answers.
 
-| model                 | answers                                 |
-| --------------------- | --------------------------------------- |
-| `bundle`              | all that is decided about pictures      |
-| `bundle/score`        | how plausible they are                  |
-| `bundle/classify`     | which labels they have, by Bayes' rule  |
-| `bundle/discriminate` | which labels they have, by p(y|x)       |
-| `bundle/surprise`     | -log p of every pixel                   |
-| `bundle/encode`       | latent features                         |
-| `bundle/generate`     | pictures drawn                          |
-| `bundle/complete`     | pictures with their open pixels drawn   |
+| model                 | answers                                       |
+| --------------------- | --------------------------------------------- |
+| `bundle`              | everything that is decided about pictures     |
+| `bundle/score`        | how plausible pictures are                    |
+| `bundle/classify`     | which labels pictures have, by Bayes' rule    |
+| `bundle/discriminate` | which labels pictures have, by p(y|x)         |
+| `bundle/surprise`     | -log p of every pixel                         |
+| `bundle/encode`       | latent features of pictures                   |
+| `bundle/generate`     | drawn pictures                                |
+| `bundle/complete`     | pictures whose unknown pixels are drawn       |
 
-Each has inputs and outputs of its own, as clients that read metadata expect. A name of a bundle
-holds no `/`, so that no two models have one name.
+Each model has inputs and outputs of its own, as clients that read metadata expect. A bundle's
+name contains no `/`, so no two models have the same name.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from likely import codec
 from likely.answers import Classifications, Draws, Limits, ScoreTable, Verdict
 from likely.bundle import Role
 from likely.errors import InvalidInput
@@ -41,7 +42,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What operations ask: the use cases behind our own RPCs, with their checks and quotas."""
+    """Our own services, whose checks, quotas and methods the operations use."""
 
     scoring: Scoring
     generation: Generation
@@ -53,10 +54,10 @@ class Question:
     """One request, decoded.
 
     Attributes:
-        engine: answers it.
-        inputs: by name.
-        settings: by name.
-        wanted: names of the outputs.
+        engine: engine of the requested version.
+        inputs: inputs by name.
+        settings: settings by name.
+        wanted: names of the requested outputs.
     """
 
     engine: Engine
@@ -66,19 +67,18 @@ class Question:
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's."""
+        """The bundle's manifest."""
         return self.engine.manifest
 
     @property
     def images(self) -> images_pb2.Images:
         """The input `images`."""
-        x = self.inputs["images"]
-        return images_pb2.Images(data=x.tobytes(), shape=x.shape)
+        return codec.images(self.inputs["images"])
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Outputs by name, and what else is told of them."""
+    """Outputs by name, and parameters that describe them, such as alpha or the seed."""
 
     outputs: Arrays
     told: Settings
@@ -89,13 +89,14 @@ class Operation:
     """One question that a bundle may answer.
 
     Attributes:
-        suffix: behind the bundle's name.
-        method: of the engine, that it takes.
+        suffix: suffix of the model's name, after the bundle's name and a `/`; may be empty.
+        method: the engine's method that it needs.
         merged: whether requests are merged along their first axis.
-        settings: names of those that it takes.
-        inputs, outputs: given the manifest.
-        run: gives the answer.
-        needs: a graph that it takes beside the method's.
+        settings: names of the settings that it accepts.
+        inputs: returns the model's inputs, given the manifest.
+        outputs: returns the model's outputs, given the manifest.
+        run: computes the answer.
+        needs: role of a graph that it needs beside the method's.
     """
 
     suffix: str
@@ -132,7 +133,7 @@ def _of_scores(scores: ScoreTable) -> dict[str, Array]:
 
 
 async def _classify(services: Services, question: Question) -> Answer:
-    """What both say, the scores by the way: one look at the pictures gives them."""
+    """Returns labels and scores, which come from the same run."""
     scores, answer = await _judged(services, question, scoring_pb2.LABEL_RULE_GENERATIVE)
     own: dict[str, Array] = {
         "log_likelihoods": answer.log_pxy,
@@ -164,7 +165,7 @@ def _of_labels(answer: Classifications) -> dict[str, Array]:
 
 
 async def _everything(services: Services, question: Question) -> Answer:
-    """What both say; labels are asked for only where an output of theirs is wanted."""
+    """Returns scores and, only if one of their outputs is requested, labels."""
     if question.wanted & {tensor.name for tensor in _labelled(question.manifest)}:
         return await _classify(services, question)
     unused = scoring_pb2.ClassifyRequest(**question.settings)
@@ -230,7 +231,7 @@ async def _complete(services: Services, question: Question) -> Answer:
 
 
 def _check_size(rows: int, field: str, manifest: Manifest, limits: Limits) -> None:
-    """Refuses an answer that is to come whole and would be too large."""
+    """Refuses a request whose answer, which is sent in one message, would be too large."""
     if rows * manifest.dimensions > limits.response_bytes:
         raise InvalidInput(
             field,
@@ -242,7 +243,7 @@ def _check_size(rows: int, field: str, manifest: Manifest, limits: Limits) -> No
 def _small(labels: Array) -> list[int]:
     limits = np.iinfo(np.int32)
     if labels.size and (labels.min() < limits.min or labels.max() > limits.max):
-        raise InvalidInput("labels", "a label is no number of 32 bits")
+        raise InvalidInput("labels", "a label does not fit into 32 bits")
     numbers: list[int] = labels.tolist()
     return numbers
 
@@ -338,18 +339,18 @@ DRAWING = frozenset({"generate", "complete"})
 
 
 def named(name: str) -> tuple[str, str]:
-    """A model's name as the bundle's and the operation's suffix."""
+    """Splits a model's name into the bundle's name and the operation's suffix."""
     bundle, _, suffix = name.partition("/")
     return bundle, suffix
 
 
 def full(bundle: str, operation: Operation) -> str:
-    """The name of a bundle's model for that operation."""
+    """Returns the name of a bundle's model for an operation."""
     return f"{bundle}/{operation.suffix}" if operation.suffix else bundle
 
 
 def offered(engine: Engine) -> list[Operation]:
-    """The operations that a bundle answers."""
+    """Returns the operations that a bundle can answer."""
     return [
         operation
         for operation in OPERATIONS

@@ -1,4 +1,4 @@
-"""Settings of a request of the Open Inference Protocol, by name and checked type."""
+"""Reads a request's settings from parameters of the Open Inference Protocol, with their types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from likely.answers import Guarantee
 from likely.errors import InvalidInput
 from likely.inference import inference_pb2
 
-# What clients made for Triton and KServe send of their own accord; nothing here depends on it.
+# Parameters that clients for Triton and KServe send by themselves; nothing here depends on them.
 IGNORED = frozenset(
     {
         "sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "content_type",
@@ -19,21 +19,21 @@ IGNORED = frozenset(
     }
 )  # fmt: skip
 
-DIGITS = 20  # of the longest whole number that is read from a string, its sign included
+DIGITS = 20  # longest integer that is read from a string, including its sign
 
 Given = Mapping[str, inference_pb2.InferParameter]
 
 
 def read(given: Given, allowed: Collection[str], labels: int) -> dict[str, Any]:
-    """The settings that a request brings, as its own messages take them.
+    """Returns a request's settings, as fields of our own request messages.
 
     Args:
-        given: by name.
-        allowed: the names that there are for this model.
-        labels: that it has.
+        given: the request's parameters, by name.
+        allowed: names of the settings that the model accepts.
+        labels: number of the model's labels.
 
     Raises:
-        InvalidInput: one that there is not for this model, or of another type.
+        InvalidInput: the model has no such setting, or it has another type.
     """
     found: dict[str, Any] = {}
     for name, parameter in given.items():
@@ -54,7 +54,7 @@ def read(given: Given, allowed: Collection[str], labels: int) -> dict[str, Any]:
 
 
 def _number(field: str, value: object) -> float:
-    # A client that knows no double parameter sends a string.
+    # Clients that do not know parameters of type double send a string.
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise InvalidInput(field, f"{value!r} is no number")
     try:
@@ -68,8 +68,8 @@ def _number(field: str, value: object) -> float:
 
 def _numbers(field: str, value: object, most: int) -> list[float]:
     if not isinstance(value, str) or not value.strip():
-        raise InvalidInput(field, "numbers with commas between them are asked, as a string")
-    if value.count(",") >= max(1, most):  # before they are parted: a message holds millions
+        raise InvalidInput(field, "must be a string of numbers separated by commas")
+    if value.count(",") >= max(1, most):  # before splitting, as there may be millions
         raise InvalidInput(field, f"{value.count(',') + 1} values; the model has {most} labels")
     return [_number(field, part.strip()) for part in value.split(",")]
 

@@ -1,4 +1,4 @@
-"""The RPCs of the Open Inference Protocol: each decodes, asks the use cases and encodes."""
+"""The RPCs of the Open Inference Protocol, translated into requests of our own services."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 EXTENSIONS = ("model_configuration", "statistics", "model_repository", "parameters")
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
 STREAM = "ModelStreamInfer"
-STREAMED = 16  # requests of one stream that are answered at once
+STREAMED = 16  # requests of one stream that are answered concurrently
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +45,18 @@ class _Message:
 
 
 class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
-    """What clients made for Triton, KServe and their like ask."""
+    """Serves clients made for Triton, KServe and similar servers."""
 
     def __init__(
         self, registry: Registry, services: Services, guard: Guard, ready: Callable[[], bool]
     ) -> None:
-        """A servicer.
+        """Creates a servicer.
 
         Args:
-            registry: the models served.
-            services: the use cases.
-            guard: knows whether the server ends, and what may be told of errors.
-            ready: whether the server takes requests, and goes on doing so.
+            registry: the served models.
+            services: our own services, which answer the requests.
+            guard: has the door, reports failures and counts messages of streams.
+            ready: returns whether the server accepts requests and is not shutting down.
         """
         self._registry = registry
         self._services = services
@@ -67,20 +67,20 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ServerLive(
         self, request: inference_pb2.ServerLiveRequest, context: Context
     ) -> inference_pb2.ServerLiveResponse:
-        """That the server runs."""
+        """Reports that the server runs."""
         return inference_pb2.ServerLiveResponse(live=True)
 
     async def ServerReady(
         self, request: inference_pb2.ServerReadyRequest, context: Context
     ) -> inference_pb2.ServerReadyResponse:
-        """Whether there is a model to ask."""
+        """Reports whether a model answers."""
         ready = self._ready() and any(engine.healthy for engine in self._registry.served())
         return inference_pb2.ServerReadyResponse(ready=ready)
 
     async def ModelReady(
         self, request: inference_pb2.ModelReadyRequest, context: Context
     ) -> inference_pb2.ModelReadyResponse:
-        """Whether that model answers."""
+        """Reports whether the named model answers."""
         try:
             engine, _ = self._found(request.name, request.version)
         except (ModelNotFound, Unavailable):
@@ -90,7 +90,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ServerMetadata(
         self, request: inference_pb2.ServerMetadataRequest, context: Context
     ) -> inference_pb2.ServerMetadataResponse:
-        """What the server is."""
+        """Returns the server's name, version and extensions."""
         return inference_pb2.ServerMetadataResponse(
             name="likely", version=machine.version("likely") or "", extensions=EXTENSIONS
         )
@@ -98,7 +98,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelMetadata(
         self, request: inference_pb2.ModelMetadataRequest, context: Context
     ) -> inference_pb2.ModelMetadataResponse:
-        """What that model takes and gives."""
+        """Returns the versions, inputs and outputs of a model."""
         engine, operation = self._found(request.name, request.version)
         manifest = engine.manifest
         kind = inference_pb2.ModelMetadataResponse.TensorMetadata
@@ -121,13 +121,13 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(
         self, request: inference_pb2.ModelInferRequest, context: Context
     ) -> inference_pb2.ModelInferResponse:
-        """The model's answer."""
+        """Returns the model's answer."""
         return await self._infer(request)
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[inference_pb2.ModelInferRequest], context: Context
     ) -> AsyncIterator[inference_pb2.ModelStreamInferResponse]:
-        """What `ModelInfer` answers to each message."""
+        """Answers each message as `ModelInfer` does."""
         asked: dict[int, inference_pb2.ModelInferRequest] = {}
 
         async def messages() -> AsyncIterator[_Message]:
@@ -161,9 +161,9 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelConfig(
         self, request: inference_pb2.ModelConfigRequest, context: Context
     ) -> inference_pb2.ModelConfigResponse:
-        """How that model is run."""
+        """Returns the configuration of a model."""
         engine, operation = self._found(request.name, request.version)
-        first = 1 if operation.merged else 0  # the pictures' axis is told by the batch size
+        first = 1 if operation.merged else 0  # max_batch_size stands for the pictures' axis
         config = inference_pb2.ModelConfig(
             name=request.name,
             platform=PLATFORM,
@@ -193,11 +193,11 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelStatistics(
         self, request: inference_pb2.ModelStatisticsRequest, context: Context
     ) -> inference_pb2.ModelStatisticsResponse:
-        """What was asked by this protocol since the server began."""
+        """Returns the statistics of this protocol's requests since the server started."""
         name, version = request.name, request.version
         if name:
             engine, _ = self._found(name, version)
-            version = version and engine.manifest.version  # which a label may name
+            version = version and engine.manifest.version  # resolves a label
         keys = [
             key for key, _ in self._listed() if name in ("", key[0]) and version in ("", key[1])
         ]
@@ -208,7 +208,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def RepositoryIndex(
         self, request: inference_pb2.RepositoryIndexRequest, context: Context
     ) -> inference_pb2.RepositoryIndexResponse:
-        """Every model and version, or those that answer."""
+        """Lists every model and version, or only those that answer."""
         kind = inference_pb2.RepositoryIndexResponse.ModelIndex
         states = {True: ("READY", ""), False: ("UNAVAILABLE", "unhealthy")}
         return inference_pb2.RepositoryIndexResponse(
@@ -285,7 +285,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         return found
 
     def _listed(self) -> Iterator[tuple[Key, Engine]]:
-        """Every model and version, and what answers for it."""
+        """Yields every model and version with its engine."""
         for engine in self._registry.served():
             for operation in operations.offered(engine):
                 name = operations.full(engine.manifest.name, operation)
@@ -297,7 +297,7 @@ def _name(listed: tuple[Key, Engine]) -> str:
 
 
 def _allow(operation: Operation) -> None:
-    """Returns if the caller's token, if one is asked for, allows that operation.
+    """Checks that the caller's token, if one is required, allows the operation.
 
     Raises:
         AccessDenied: it does not.

@@ -1,4 +1,4 @@
-"""How many requests of the Open Inference Protocol each model had, and where their time went."""
+"""Statistics of the Open Inference Protocol: each model's requests, and the time they took."""
 
 from __future__ import annotations
 
@@ -12,24 +12,34 @@ Key = tuple[str, str]
 
 @dataclass(slots=True)
 class Span:
-    """A number of times, and the nanoseconds that they took in all."""
+    """A number of events, and the nanoseconds that they took in total."""
 
     count: int = 0
     ns: int = 0
 
     def add(self, ns: int) -> None:
-        """Once more."""
+        """Adds one event that took `ns` nanoseconds."""
         self.count += 1
         self.ns += ns
 
     def message(self) -> inference_pb2.StatisticDuration:
-        """As the protocol tells it."""
+        """Returns the message of the protocol."""
         return inference_pb2.StatisticDuration(count=self.count, ns=self.ns)
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Those of one version of a model."""
+    """The statistics of one version of a model.
+
+    Attributes:
+        success: answered requests.
+        fail: failed requests.
+        reading: decoding of inputs, of answered requests.
+        running: runs of these, including their time in the queue.
+        writing: encoding of their outputs.
+        pictures: rows of their outputs.
+        last: time of the last answer, in milliseconds since the epoch; 0 if there was none.
+    """
 
     success: Span = field(default_factory=Span)
     fail: Span = field(default_factory=Span)
@@ -40,7 +50,7 @@ class Statistics:
     last: int = 0
 
     def message(self, name: str, version: str) -> inference_pb2.ModelStatistics:
-        """As the protocol tells it."""
+        """Returns the message of the protocol."""
         return inference_pb2.ModelStatistics(
             name=name,
             version=version,
@@ -59,17 +69,17 @@ class Statistics:
 
 
 class Watch:
-    """Takes the time of one request, stage by stage."""
+    """A stopwatch for the three stages of one request: reading, running, writing."""
 
     def __init__(self) -> None:
         self._laps = [time.perf_counter_ns()]
 
     def lap(self) -> None:
-        """A stage has ended."""
+        """Notes that a stage has ended."""
         self._laps.append(time.perf_counter_ns())
 
     def succeeded(self, statistics: Statistics, pictures: int) -> None:
-        """All three stages have ended."""
+        """Adds the request to the statistics, once all three stages have ended."""
         began, read, ran, wrote = self._laps
         statistics.reading.add(read - began)
         statistics.running.add(ran - read)
@@ -79,5 +89,5 @@ class Watch:
         statistics.last = time.time_ns() // 1_000_000
 
     def failed(self, statistics: Statistics) -> None:
-        """The request ended without an answer."""
+        """Adds a request that ended without an answer."""
         statistics.fail.add(time.perf_counter_ns() - self._laps[0])

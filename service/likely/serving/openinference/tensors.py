@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol to arrays and back; nothing is cast or guessed."""
+"""Converts tensors of the Open Inference Protocol to arrays and back; types are never cast."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
 
 
-PIECE = 1 << 14  # elements, or their bytes, that are read at once
+PIECE = 1 << 14  # elements converted at a time; also bytes from which a typed request is long
 
 
 @dataclass(frozen=True, slots=True)
 class DataType:
-    """How a type of elements is called, stored, and written one by one."""
+    """A type of elements.
+
+    Attributes:
+        name: name in the protocol.
+        dtype: NumPy type, as stored in raw contents.
+        field: field of `InferTensorContents` for typed elements.
+        number: number in a model's configuration.
+    """
 
     name: str
     dtype: np.dtype[Any]
@@ -49,9 +56,9 @@ class Tensor:
     """One input or output of a model.
 
     Attributes:
-        name: as requests and answers call it.
-        datatype: of its elements.
-        shape: -1 where any length may be.
+        name: name in requests and answers.
+        datatype: the protocol's name of the elements' type.
+        shape: lengths of the axes; -1 for any length.
         optional: whether an input may be left out.
     """
 
@@ -62,28 +69,30 @@ class Tensor:
 
     @property
     def type(self) -> DataType:
-        """How its elements are stored."""
+        """The type of its elements."""
         return _TYPES[self.datatype]
 
 
 def is_long(request: inference_pb2.ModelInferRequest) -> bool:
-    """Whether the inputs stand in so many single elements that to read them takes its time."""
+    """Whether the inputs are so many typed elements that reading them takes long."""
     return not request.raw_input_contents and request.ByteSize() > PIECE
 
 
 def read(
     request: inference_pb2.ModelInferRequest, wanted: Sequence[Tensor], most: int
 ) -> dict[str, Array]:
-    """The request's inputs by name, in their claimed shapes, which are checked before all else.
+    """Returns the request's inputs by name, in their claimed shapes.
+
+    Each input's type and shape are checked before its elements are read.
 
     Args:
-        request: brings them.
-        wanted: what there is for the model.
-        most: the largest length where any may be.
+        request: the request.
+        wanted: the model's inputs.
+        most: largest length of an axis that may have any length.
 
     Raises:
-        InvalidInput: an input is missing, unknown, there twice, of another type or shape, or its
-            elements do not fit that.
+        InvalidInput: an input is missing, unknown, given twice, of another type or shape, or its
+            elements do not match its type or shape.
     """
     known = {tensor.name: tensor for tensor in wanted}
     raw = request.raw_input_contents
@@ -96,7 +105,7 @@ def read(
         tensor = known.get(given.name)
         if tensor is None or given.name in found:
             names = ", ".join(known)
-            why = "there twice" if tensor else f"no input; there are {names}"
+            why = "given twice" if tensor else f"not an input; there are {names}"
             raise InvalidInput(f"inputs[{at}].name", f"{given.name[:64]!r} is {why}")
         if given.datatype != tensor.datatype:
             raise InvalidInput(
@@ -117,7 +126,7 @@ def read(
 def write(
     response: inference_pb2.ModelInferResponse, outputs: Sequence[tuple[Tensor, Array]], raw: bool
 ) -> None:
-    """Adds outputs to a response, their elements as bytes or one by one, which takes its time."""
+    """Adds outputs to a response, as raw bytes or as typed elements, which takes longer."""
     for tensor, values in outputs:
         into = response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=values.shape)
         stored = np.ascontiguousarray(values, tensor.type.dtype)
@@ -125,17 +134,17 @@ def write(
             response.raw_output_contents.append(stored.tobytes())
         else:
             elements, flat = getattr(into.contents, tensor.type.field), stored.ravel()
-            for at in range(0, len(flat), PIECE):  # between two, other threads may run
+            for at in range(0, len(flat), PIECE):  # other threads may run between pieces
                 elements.extend(flat[at : at + PIECE].tolist())
 
 
 def asked(
     request: inference_pb2.ModelInferRequest, offered: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The outputs that a request wants, in its order; all where it names none.
+    """Returns the outputs that a request names, in its order; all if it names none.
 
     Raises:
-        InvalidInput: it names one that there is not, or one twice.
+        InvalidInput: an output does not exist, or is named twice.
     """
     if not request.outputs:
         return tuple(offered)
@@ -143,7 +152,7 @@ def asked(
     names: list[str] = []
     for at, wanted in enumerate(request.outputs):
         if wanted.name not in known or wanted.name in names:
-            why = "asked twice" if wanted.name in names else f"none of {', '.join(known)}"
+            why = "named twice" if wanted.name in names else f"none of {', '.join(known)}"
             raise InvalidInput(f"outputs[{at}].name", f"{wanted.name[:64]!r} is {why}")
         names.append(wanted.name)
     return tuple(known[name] for name in names)
@@ -152,7 +161,7 @@ def asked(
 def _shape(
     given: inference_pb2.ModelInferRequest.InferInputTensor, tensor: Tensor, most: int
 ) -> tuple[int, ...]:
-    if len(given.shape) != len(tensor.shape):  # before it is taken, which may be millions
+    if len(given.shape) != len(tensor.shape):  # before copying it, as it may have millions
         raise InvalidInput(
             f"{tensor.name}.shape", f"{len(given.shape)} dimensions; {len(tensor.shape)} are asked"
         )
@@ -170,7 +179,7 @@ def _shape(
 
 def _of_bytes(data: bytes, tensor: Tensor, shape: tuple[int, ...], field: str) -> Array:
     dtype = tensor.type.dtype
-    expected = math.prod(shape) * dtype.itemsize  # Python's integers cannot overflow
+    expected = math.prod(shape) * dtype.itemsize  # Python's integers do not overflow
     if len(data) != expected:
         raise InvalidInput(
             field, f"{len(data)} bytes; {tensor.name} of shape {shape} asks for {expected}"
@@ -197,10 +206,10 @@ def _of_contents(
     dtype = tensor.type.dtype
     is_whole = dtype.kind in "iu"
     found = np.empty(len(values), np.int64 if is_whole else dtype)
-    for at in range(0, len(values), PIECE):  # between two, other threads may run
+    for at in range(0, len(values), PIECE):  # other threads may run between pieces
         found[at : at + PIECE] = values[at : at + PIECE]
     if is_whole and found.size:
         limits = np.iinfo(dtype)
         if found.min() < limits.min or found.max() > limits.max:
-            raise InvalidInput(f"{tensor.name}.contents", f"a value is no {tensor.datatype}")
+            raise InvalidInput(f"{tensor.name}.contents", f"a value does not fit {tensor.datatype}")
     return found.astype(dtype, copy=False).reshape(shape)
