@@ -164,7 +164,7 @@ training.steps = 1
     [
         ('density = "b"', 'density = "a"', r"roles\.density: a CVAE has no such graph"),
         ('density = "b"', 'density = "b"\nencode = "b"', r"roles\.encode: a PixelCNN has no such"),
-        ('density = "b"', 'density = ["b", "vae"]', "a VAE has no place beside a density"),
+        ('density = "b"', 'density = ["b", "vae"]', "a VAE cannot stand beside a density"),
         (
             'density = "b"',
             'density = "b"\nencode = "wide"\ndecode = "a"',
@@ -172,12 +172,12 @@ training.steps = 1
         ),
         ('density = "b"', 'density = "b"\nencode = "vae"\ndecode = "a"', "encodes under them"),
         ("layers = 1", "layers = 1\nlabel_dropout = 1.5", r"models\.b: label_dropout: 1\.5 is not"),
-        ("layers = 1", "layers = 1\nlabel_dropout = 0.0", r"density: label_dropout = 0 teaches no"),
+        ("layers = 1", "layers = 1\nlabel_dropout = 0.0", r"density: label_dropout = 0 trains no"),
         (
             'conditional = "a"\n',
             'conditional = "free"\n[models.free]\nfamily = "pixelcnn"\nlabel_dropout = 1.0\n'
             "training.steps = 1\n",
-            r"conditional: label_dropout = 1 teaches no p\(x\|y\)",
+            r"conditional: label_dropout = 1 trains no p\(x\|y\)",
         ),
         ("[data]", f'[data]\nlabels = ["a", "{65 * "b"}"]', r"labels\.1\.name: .* at most 64"),
         (
@@ -202,12 +202,12 @@ def test_what_no_bundle_can_be_built_of_is_refused_before_anything_is_trained(
 @pytest.mark.parametrize(
     ("family", "roles", "says"),
     [
-        ("cvae", 'density = "b"', r"models\.a: family: a cvae learns of labels, and the"),
-        ("classifier", 'density = "b"', r"models\.a: .*a classifier learns of labels"),
+        ("cvae", 'density = "b"', r"models\.a: family: a cvae needs labels, and the"),
+        ("classifier", 'density = "b"', r"models\.a: .*a classifier needs labels"),
         (
             "vae",
             'density = "b"\nconditional = "b"',
-            r"roles\.conditional: is about labels",
+            r"roles\.conditional: needs labels",
         ),
     ],
 )
@@ -521,7 +521,7 @@ def test_a_training_that_goes_on_says_so() -> None:
         display.update("a", Progress(9, 0.09, 1.0, math.nan, math.nan))
         display.update("b", Progress(1, 0.01, 0.1, math.nan, math.nan))
     assert out.getvalue().count("goes on") == 1
-    assert out.getvalue().startswith("a: goes on from step 7\n")
+    assert out.getvalue().startswith("a: resumes from step 7\n")
 
 
 def test_progress_is_bars_on_a_terminal() -> None:
