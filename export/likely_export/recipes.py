@@ -145,7 +145,7 @@ class Calibration(_Table):
             if unknown := [name for name in part.statistics if name not in self.statistics]:
                 raise ValueError(f"parts: {unknown[0]} is not among the statistics")
             if part.kind == "contrast" and not self.contrast:
-                raise ValueError("contrast: a part learns from corruptions, but none is named")
+                raise ValueError("contrast: a part learns from corruptions, and none are named")
         return self
 
 
@@ -356,7 +356,7 @@ class Recipe(_Table):
         for name, path in there.items():
             if (same := known.setdefault(path.resolve(), name)) != name:
                 raise InvalidInput(
-                    f"evaluation.others.{name}", f"{path} is also {same}: name another, or none"
+                    f"evaluation.others.{name}", f"{path} is {same} too: name another, or none"
                 )
             raw = sources.read(path)
             if raw.x.shape[1:] != own.x.shape[1:]:

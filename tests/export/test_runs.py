@@ -118,10 +118,10 @@ def test_what_does_not_go_with_the_data_is_refused_before_anything_is_trained(
     own = recipe.calibration.model_dump() | {"parts": [{"kind": "contrast"}]}
     idle = recipes.Calibration.model_validate(own | {"contrast": ["grainy"]})
     two = {"data": recipe.data.model_copy(update={"levels": 2}), "calibration": idle}
-    with pytest.raises(InvalidInput, match="2 levels stay as they are under grainy"):
+    with pytest.raises(InvalidInput, match="2 levels stay as they are, or turn blank, under grainy"):
         runs.train_all(recipe.model_copy(update=two), tmp_path / "run")
     a = recipe.models["a"].model_copy(update={"options": {"contrast": 1.0}})
-    with pytest.raises(InvalidInput, match=r"models\.a\.training\.keep_best: .* give false"):
+    with pytest.raises(InvalidInput, match=r"models\.a\.training\.keep_best: .* set it to false"):
         runs.train_all(recipe.model_copy(update={"models": {**recipe.models, "a": a}}), tmp_path)
     assert not (tmp_path / "run").exists()
 
