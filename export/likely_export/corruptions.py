@@ -91,7 +91,7 @@ def contrasting(
 
 
 def blank(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """Only background."""
+    """Nothing but background."""
     return np.zeros_like(x)
 
 
@@ -153,7 +153,7 @@ def swapped(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: AR
 
 
 def independent(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """Every pixel taken from another picture: only the level distribution of each place is kept."""
+    """Every pixel from another picture: the right levels at the right places, nothing else."""
     n = len(x)
     flat = x.reshape(n, -1)
     rows = generator.integers(0, n, flat.shape)
