@@ -1,1 +1,1 @@
-"""From pictures to a bundle: training, export, calibration, evaluation."""
+"""Training, export, calibration and evaluation: everything from pictures to a bundle."""

@@ -1,7 +1,8 @@
-"""What can be measured of a bright figure on a dark ground: its slant, stroke width and size.
+"""Measurable attributes of a bright figure on a dark ground: slant, stroke width and size.
 
-With ink a, the level over its range, at row r and column c, m = sum a, means r0 and c0, and
-central moments mu_pq = sum a (c - c0)^p (r - r0)^q / m. Pictures without ink measure 0.
+Let ink a be the level relative to its range, at row r and column c, with m = sum a, means r0
+and c0, and central moments mu_pq = sum a (c - c0)^p (r - r0)^q / m. The attributes of pictures
+without ink are 0.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ _NONE = 1e-12
 
 
 def slant(ink: Doubles) -> Doubles:
-    """-mu_11 / mu_02: columns to the right a row upwards, by least squares, (n,) of (n, h, w)."""
+    """-mu_11 / mu_02: columns to the right per row upwards, by least squares, (n, h, w) to (n,)."""
     return -_ratio(_moment(ink, 1, 1), _moment(ink, 0, 2))
 
 
 def stroke(ink: Doubles) -> Doubles:
-    """2 m / sum |grad a|: twice the area over the outline's length, in pixels, (n,).
+    """2 m / sum |grad a|: twice the area over the length of the outline, in pixels, (n,).
 
-    Of a line much longer than wide it is the width: the outline goes along it twice.
+    For a line much longer than wide, this is its width, because the outline runs along both sides.
     """
     padded = np.pad(ink, ((0, 0), (1, 1), (1, 1)))
     down = np.diff(padded, axis=1)[:, :, :-1]
@@ -33,7 +34,7 @@ def stroke(ink: Doubles) -> Doubles:
 
 
 def size(ink: Doubles) -> Doubles:
-    """sqrt(mu_20 + mu_02): the root mean square distance from the middle, in pixels, (n,)."""
+    """sqrt(mu_20 + mu_02): the root mean square distance from the centre, in pixels, (n,)."""
     found: Doubles = np.sqrt(_moment(ink, 2, 0) + _moment(ink, 0, 2))
     return found
 
@@ -44,7 +45,7 @@ ATTRIBUTES: Mapping[str, Callable[[Doubles], Doubles]] = MappingProxyType(
 
 
 def measured(name: str, x: Pixels, levels: int) -> Doubles:
-    """The attribute of pictures x uint8 (n, c, h, w), ink averaged over channels, (n,)."""
+    """Measures pictures x, uint8 (n, c, h, w), with ink averaged over channels, (n,)."""
     return ATTRIBUTES[name](x.mean(1) / (levels - 1))
 
 
@@ -57,6 +58,6 @@ def _moment(ink: Doubles, p: int, q: int) -> Doubles:
 
 
 def _ratio(above: Doubles, below: Doubles) -> Doubles:
-    """above / below, and 0 where there is nothing below."""
+    """above / below, or 0 where below is 0."""
     found: Doubles = np.where(below > _NONE, above / np.maximum(below, _NONE), 0.0)
     return found

@@ -1,4 +1,4 @@
-"""Which pixels speak for which of two labels, as parts of log p(x|first) - log p(x|second)."""
+"""How much each pixel favours one of two labels: parts of log p(x|first) - log p(x|second)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PATCH, STRIDE = 4, 2
 
 
 def by_pixel(session: Session, x: Pixels, pair: Labels) -> Floats:
-    """What every pixel, given those before it, adds to the log-ratio, float32 (n, c, h, w), nats.
+    """Each pixel's term of the log-ratio, given the pixels before it, nats, float32 (n, c, h, w).
 
     Args:
-        session: of a conditional graph that gives `surprise` under every label.
+        session: session of a conditional graph that outputs `surprise` under every label.
         x: uint8 (n, c, h, w).
-        pair: int64 (n, 2), the first label and the second.
+        pair: first and second label, int64 (n, 2).
     """
     maps, each = passes.column(session, _feeds(session, x), "surprise"), np.arange(len(x))
     found: Floats = maps[each, pair[:, 1]] - maps[each, pair[:, 0]]
@@ -28,21 +28,21 @@ def by_pixel(session: Session, x: Pixels, pair: Labels) -> Floats:
 def by_occlusion(
     session: Session, x: Pixels, pair: Labels, instead: Pixels
 ) -> tuple[Doubles, Floats]:
-    """The log-ratios, and what each loses where a patch of the picture is replaced.
+    """The log-ratios, and how much each loses where a patch of the picture is replaced.
 
-    A pixel gets the mean over the patches that hold it (Zeiler and Fergus, 2014,
-    https://arxiv.org/abs/1311.2901). Such maps do not sum to the log-ratio: patches may say
-    the same, or something only together; and where a patch is what it is replaced by, it says
-    nothing.
+    A pixel's value is the mean loss over the patches that contain it (Zeiler and Fergus, 2014,
+    https://arxiv.org/abs/1311.2901). Such maps do not sum to the log-ratio: patches may carry the
+    same evidence, or evidence only together, and a patch that equals its replacement loses nothing.
 
     Args:
-        session: of a conditional graph, whose log-likelihoods are finite.
+        session: session of a conditional graph whose log-likelihoods are finite.
         x: uint8 (n, c, h, w).
-        pair: int64 (n, 2), the first label and the second.
-        instead: uint8 (c, h, w), what patches are replaced by.
+        pair: first and second label, int64 (n, 2).
+        instead: replacement for the patches, uint8 (c, h, w).
 
     Returns:
-        Nats, float64 (n,) and float32 (n, 1, h, w): a patch has all channels.
+        Log-ratios, float64 (n,), and maps, float32 (n, 1, h, w), in nats. A patch spans all
+        channels.
     """
     n, _, h, w = x.shape
     whole = _log_ratio(session, x, pair)

@@ -1,11 +1,11 @@
-"""Autoencoder: features of a picture and the picture that they stand for, and no more.
+"""Autoencoder: features of a picture, and the picture that features stand for.
 
     z = f(x),    r = g(z)
 
-minimising the cross-entropy -sum_i x_i log r_i + (1 - x_i) log(1 - r_i) of levels x scaled
-to [0, 1] (Hinton and Salakhutdinov, 2006,
-https://doi.org/10.1126/science.1127647). There is no density: z has no distribution, so that
-nothing can be drawn, and r is a picture, not the distribution of one.
+Training minimises the cross-entropy -sum_i x_i log r_i + (1 - x_i) log(1 - r_i) of levels
+x rescaled to [0, 1] (Hinton and Salakhutdinov, 2006,
+https://doi.org/10.1126/science.1127647). There is no density: z has no distribution, so
+nothing can be sampled, and r is a picture, not a distribution of pictures.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from likely_export.trunks import layers, trunk
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Everything that shapes an autoencoder.
+    """Configuration of an autoencoder.
 
     Attributes:
         shape: channels, rows, columns of a picture.
-        levels: levels of a pixel.
-        labels: of the data; an autoencoder takes none.
+        levels: levels of a channel.
+        labels: number of labels in the data; an autoencoder does not use them.
         latent: size of z.
         width: features of every hidden layer.
         depth: hidden layers of the encoder's trunk, and of the decoder.
         dropout: share of hidden features dropped in training.
-        convolutions: channels of the trunk's first stages, each of which halves the
-            picture; none for a trunk of linear layers only.
-        convolution_depth: layers of a stage, of 3 x 3 pixels; the last has a stride of 2.
-        moves: what is done to pictures before training sees them.
+        convolutions: channels of the trunk's first stages, each of which halves height and
+            width; empty for a trunk of linear layers only.
+        convolution_depth: 3x3 convolutions per stage; the last one has a stride of 2.
+        moves: augmentation of training pictures.
     """
 
     shape: tuple[int, int, int]
@@ -52,7 +52,7 @@ class AutoencoderConfig:
     moves: Moves = NONE
 
     def __post_init__(self) -> None:
-        if isinstance(self.moves, Mapping):  # as a file of weights holds it
+        if isinstance(self.moves, Mapping):  # as stored in a file of weights
             object.__setattr__(self, "moves", Moves(**self.moves))
         at_least(1, self, "latent", "width", "depth", "convolutions", "convolution_depth")
         shares(self, "dropout")
@@ -79,20 +79,20 @@ class Autoencoder(nn.Module):
         self.decoder_out = nn.Linear(width, c * h * w)
 
     def encode(self, x: Tensor) -> Tensor:
-        """The features (n, z) of uint8 x (n, c, h, w)."""
+        """The features (n, z) of x, uint8 (n, c, h, w)."""
         features: Tensor = self.features_out(self.trunk(self._scaled(x) * 2 - 1))
         return features
 
     def decode(self, z: Tensor) -> Tensor:
-        """The pictures (n, c, h, w) that features (n, z) stand for, levels scaled to [0, 1]."""
+        """The pictures (n, c, h, w) that features (n, z) stand for, levels rescaled to [0, 1]."""
         return torch.sigmoid(self._log_odds(z))
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
-        """The cross-entropy that training lowers, nats (n,); no log-likelihood."""
+        """The training loss in nats, (n,): the cross-entropy, which is no log-likelihood."""
         return self.evaluate(self.config.moves.of(x) if self.config.moves else x, y)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002, the loop's signature
-        """The same of pictures that are not moved; y is not looked at."""
+        """The cross-entropy of pictures without augmentation, nats (n,); y is ignored."""
         log_odds = self._log_odds(self.encode(x))
         lost = functional.binary_cross_entropy_with_logits(
             log_odds, self._scaled(x), reduction="none"
@@ -108,24 +108,24 @@ class Autoencoder(nn.Module):
 
 
 class Encode(nn.Module):
-    """The features of a picture, as one graph."""
+    """The graph that encodes a picture."""
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features float32 (n, z) of uint8 x (n, c, h, w)."""
+        """Features, float32 (n, z), of x, uint8 (n, c, h, w)."""
         return self.model.encode(x)
 
 
 class Decode(nn.Module):
-    """The picture that features stand for, as one graph."""
+    """The graph that decodes features."""
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, z: Tensor) -> Tensor:
-        """Levels scaled to [0, 1], float32 (n, c, h, w), of features (n, z)."""
+        """Levels rescaled to [0, 1], float32 (n, c, h, w), of features (n, z)."""
         return self.model.decode(z)

@@ -1,11 +1,12 @@
-"""What densities by the chain rule over pixels share: log p(x), or log p(x|y), exactly.
+"""What all autoregressive densities share: log p(x), or log p(x|y), exactly.
 
     log p(x) = sum_i log p(x_i | x_1, ..., x_i-1), pixels in raster order
 
-A family says what it makes of the pixels before each one (`features`); the first
-look at them (a 7x7 kernel under mask A, say, cropped to the part that the mask
-leaves), the distribution of the pixel (`mixture.head`, which chains channels and
-digits) and labels, withheld at random in training, are the same for all.
+A family implements `features`: what it computes from the pixels before each one. The
+following parts are the same for all families: the first kernels (for example 7x7 under
+mask A, cropped to the part that the mask leaves), the distribution of a pixel
+(`mixture.head`, which chains channels and digits), and labels, which training withholds
+at random.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from likely_export.limits import at_least, shares
 
 @dataclass(frozen=True)
 class AutoregressiveConfig:
-    """What shapes every autoregressive density.
+    """Configuration that all autoregressive densities share.
 
     Attributes:
         shape: channels, rows, columns of a picture.
-        levels: levels of a pixel.
-        labels: labels to condition on; 0 models p(x) alone.
+        levels: levels of a channel.
+        labels: number of labels to condition on; 0 models p(x) alone.
         channels: width of the hidden layers.
-        layers: number of them.
-        stem: rows above and columns to either side that the first kernel above
-            sees, pixels to the left that the first one beside it sees.
-        head: features before the last softmax.
-        digits: digits a level is written with (2 for 256 levels: two nibbles).
-        logistics: terms of a discretised logistic mixture over the pixel, which takes
-            the place of the softmax; 0 for none.
-        label_dropout: share of training pictures whose label is withheld, so
-            that the same weights give p(x) and p(x|y); 0 teaches no p(x), 1 no p(x|y).
+        layers: number of hidden layers.
+        stem: receptive field of the first kernels: rows above, columns to either side of
+            these, and pixels to the left.
+        head: features before the output distribution.
+        digits: digits per level (2 for 256 levels: two nibbles).
+        logistics: number of discretised logistics in a mixture that replaces the softmax; 0
+            for a softmax.
+        label_dropout: share of training pictures whose label is withheld, so that the same
+            weights give p(x) and p(x|y). With 0, p(x) is not learnt; with 1, p(x|y) is not.
         dropout: share of hidden features dropped in training.
     """
 
@@ -68,8 +69,8 @@ class Autoregressive(nn.Module):
     """An autoregressive density over discrete pictures.
 
     Args:
-        config: what shapes it.
-        width: channels of what the stem gives.
+        config: its configuration.
+        width: channels of the stem's output.
     """
 
     config: AutoregressiveConfig
@@ -83,7 +84,7 @@ class Autoregressive(nn.Module):
         self.stem_horizontal = nn.Conv2d(c, width, (1, left))
 
     def _end(self, width: int) -> None:
-        """Makes what follows the hidden layers, the last of which has `width` channels."""
+        """Adds what follows the hidden layers, the last of which has `width` channels."""
         config = self.config
         self.mix = nn.Conv2d(width, config.head, 1)
         if config.labels:
@@ -95,15 +96,15 @@ class Autoregressive(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """The label that stands for none: p(x|null) is p(x)."""
+        """The label that stands for no label: p(x|null) is p(x)."""
         return self.config.labels
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the head sees of the pixels before each one, (n, head, h, w).
+        """The head's input from the pixels before each one, (n, head, h, w).
 
         Args:
-            x: uint8 (n, c, h, w) of levels.
-            y: int64 (n,) of labels, `null_label` where there is none; None for all null.
+            x: levels, uint8 (n, c, h, w).
+            y: labels, int64 (n,), `null_label` for pictures without one; None for none at all.
         """
         raise NotImplementedError
 
@@ -112,15 +113,15 @@ class Autoregressive(nn.Module):
         return x.float() * (2 / (self.config.levels - 1)) - 1
 
     def stem(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The first look above and to the left, each (n, width, h, w), at scaled z (n, c, h, w)."""
+        """The first kernels' outputs, above and to the left, each (n, width, h, w), of scaled z."""
         rows, side, left = self.config.stem
-        # Cropping the last row (column) shifts the kernel strictly above (to the left).
+        # Dropping the last row (column) makes the kernel see only rows above (pixels to the left).
         above = self.stem_vertical(functional.pad(z[:, :, :-1], (side, side, rows, 0)))
         beside = self.stem_horizontal(functional.pad(z[..., :-1], (left, 0, 0, 0)))
         return above, beside
 
     def mixed(self, hidden: Tensor, y: Tensor | None) -> Tensor:
-        """The features (n, head, h, w) of the last hidden layer and the label."""
+        """The features (n, head, h, w) from the last hidden layer and the label."""
         features: Tensor = self.mix(torch.relu(hidden))
         return (
             features if y is None else features + self.label(y)[:, :, None, None].to(features.dtype)
@@ -139,21 +140,21 @@ class Autoregressive(nn.Module):
         return -self.surprise(x, y).flatten(1).sum(1)
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
-        """Nats a picture to minimise in training, (n,); labels are withheld at random."""
+        """The training loss in nats per picture, (n,); labels are withheld at random."""
         return self._told(x, y, self.head.nats)
 
     def expected_objective(self, x: Tensor, y: Tensor, chances: Tensor) -> Tensor:
-        """The same for pictures of two levels, whose pixels were drawn one apart from the other.
+        """The training loss averaged over the binarisation of each pixel, (n,).
 
-        Each pixel counts with the mean of what it would cost over its own draw; only as what
-        others are told by is it the draw in x. The mean over all draws is the objective's. Each
-        pixel's part spreads no more than drawn (Rao and Blackwell's theorem); of their sum that
-        is no theorem, but what was measured (docs/decisions/0032).
+        Pixels are context for later pixels as they are drawn in x, but each pixel's own loss is
+        the mean over its draw. The expectation over x equals that of `objective`. Each pixel's
+        part of the gradient varies no more than that of `objective` (Rao-Blackwell theorem). For
+        the sum of the parts this is not a theorem, but it was measured (docs/decisions/0032).
 
         Args:
-            x: uint8 (n, c, h, w), drawn by Bernoulli(chances).
-            y: int64 (n,), labels.
-            chances: float32 (n, c, h, w).
+            x: uint8 (n, c, h, w), drawn by Bernoulli(chances), independently for each pixel.
+            y: labels, int64 (n,).
+            chances: float32 (n, c, h, w), probabilities of 1.
         """
 
         def nats(features: Tensor, x: Tensor) -> Tensor:
@@ -162,17 +163,17 @@ class Autoregressive(nn.Module):
         return self._told(x, y, nats)
 
     def _told(self, x: Tensor, y: Tensor, nats: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The sum (n,) of what `nats` makes of the features and x, labels withheld at random."""
+        """Sums nats(features, x) per picture, (n,), with labels withheld at random."""
         if self.config.labels:
             withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout
             y = torch.where(withheld, self.null_label, y)
         features = self.features(x, y)
-        # Under mixed precision the hidden layers may round, the head may not.
+        # Mixed precision may round in the hidden layers, but not in the head.
         with torch.autocast(x.device.type, enabled=False):
             return nats(features.float(), x).flatten(1).sum(1)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
-        """The expected objective in nats, (n,): of -log p(x|y) and -log p(x), as often as seen."""
+        """The expected loss in nats, (n,): -log p(x|y) and -log p(x), weighted as in training."""
         withheld = self.config.label_dropout if self.config.labels else 1.0
         nats = torch.zeros(len(x), device=x.device)
         if withheld:
@@ -182,11 +183,11 @@ class Autoregressive(nn.Module):
         return nats
 
     def matrices(self) -> list[Tensor]:
-        """The weights that are matrices between hidden layers, which Muon may train."""
+        """The weight matrices between hidden layers, which Muon may train."""
         return [self.mix.weight]
 
     def labels(self, y: Tensor | None) -> Tensor | None:
-        """The labels to condition on, null ones (1,) for None; None if the model takes none."""
+        """The labels to condition on: null labels (1,) for None; None if the model takes none."""
         if not self.config.labels:
             return None
         if y is not None:

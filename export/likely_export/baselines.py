@@ -1,7 +1,7 @@
-"""What simple densities and a linear classifier reach on the same parts of the data.
+"""Simple densities and a linear classifier on the same parts of the data, for comparison.
 
-A density model that does not beat these has learnt nothing worth serving. All are
-true distributions over levels, so their nats compare with the models' own.
+A density model that does not beat them has learnt nothing worth serving. All are true
+distributions over levels, so their nats are comparable with the models'.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from likely_export.data import Dataset, Split
 
 COMPONENTS = (1, 2, 4, 8, 16, 32, 64)
 VARIANCES = (0.05, 0.25, 1.0)  # in levels squared
-MOST = 5000  # pictures that mixtures and the regression learn from: ten times as many take minutes
-SMALL = 256  # dimensions, above which large mixtures take too long for what they are worth
+MOST = 5000  # training pictures of mixtures and regression: ten times as many take minutes
+SMALL = 256  # dimensions above which large mixtures take longer than they are worth
 
 
 class IndependentPixels:
-    """p(x) = prod_i p(x_i), each factor a table with one picture a level added (Laplace).
+    """p(x) = prod_i p(x_i), each factor a table of counts plus one for every level (Laplace).
 
     Args:
-        x: uint8 (n, c, h, w) to count.
-        levels: of a pixel.
+        x: pictures to count, uint8 (n, c, h, w).
+        levels: number of levels.
     """
 
     def __init__(self, x: Pixels, levels: int) -> None:
@@ -42,7 +42,7 @@ class IndependentPixels:
         self.tables = np.log(counts / counts.sum(1, keepdims=True))
 
     def log_prob(self, x: Pixels) -> Doubles:
-        """log p(x) in nats (n,) of uint8 (n, c, h, w)."""
+        """log p(x) in nats, (n,), of x, uint8 (n, c, h, w)."""
         flat = x.reshape(len(x), -1)
         taken: Doubles = self.tables[np.arange(flat.shape[1]), flat].sum(1)
         return taken
@@ -51,13 +51,13 @@ class IndependentPixels:
 class DiscretisedMixture:
     """A diagonal Gaussian mixture whose components are integrated over every level.
 
-    A level's probability is the Gaussian's mass within half a level of it, and the
-    first and last level take the tails, so that all levels sum to 1.
+    The probability of a level is the Gaussian's mass within half a level of it. The first and the
+    last level also take the tails, so that the probabilities of all levels sum to 1.
 
     Args:
-        x: uint8 (n, c, h, w) to fit.
-        levels: of a pixel.
-        components: of the mixture.
+        x: pictures to fit, uint8 (n, c, h, w).
+        levels: number of levels.
+        components: number of components.
         variance: added to every variance, in levels squared.
     """
 
@@ -68,9 +68,9 @@ class DiscretisedMixture:
         ).fit(x.reshape(len(x), -1).astype(np.float64))
 
     def log_prob(self, x: Pixels) -> Doubles:
-        """log p(x) in nats (n,) of uint8 (n, c, h, w)."""
+        """log p(x) in nats, (n,), of x, uint8 (n, c, h, w)."""
         means, sds = self.mixture.means_, np.sqrt(self.mixture.covariances_)
-        # (components, d, levels): few levels and many pictures make a table the cheap way.
+        # (components, d, levels): with few levels and many pictures, tables are cheapest.
         edges = np.arange(1, self.levels) - 0.5
         standard = (edges - means[..., None]) / sds[..., None]
         tables = _log_masses(standard)
@@ -81,9 +81,9 @@ class DiscretisedMixture:
 
 
 def _log_masses(edges: Doubles) -> Doubles:
-    """log of the normal masses between ascending edges (..., m), and of both tails, (..., m + 1).
+    """log of the normal masses between ascending edges (..., m) and of both tails, (..., m + 1).
 
-    Differences are taken in the lower tail, by symmetry, where they do not cancel.
+    By symmetry, differences are taken in the lower tail, where they do not cancel.
     """
     low = np.concatenate([np.full((*edges.shape[:-1], 1), -np.inf), edges], -1)
     high = np.concatenate([edges, np.full((*edges.shape[:-1], 1), np.inf)], -1)
@@ -96,7 +96,7 @@ def _log_masses(edges: Doubles) -> Doubles:
 
 
 def best_mixture(data: Dataset) -> DiscretisedMixture:
-    """The mixture with the lowest nats on the validation part."""
+    """Returns the mixture with the lowest nats on the validation part."""
     train = data.train.x[:MOST]
     candidates = [
         DiscretisedMixture(train, data.levels, components, variance)
@@ -108,14 +108,14 @@ def best_mixture(data: Dataset) -> DiscretisedMixture:
 
 
 def logistic_regression(x: Pixels, y: Labels, levels: int) -> LogisticRegression:
-    """scikit-learn's logistic regression on pixels scaled to [0, 1]."""
+    """Fits scikit-learn's logistic regression on pixels rescaled to [0, 1]."""
     return LogisticRegression(max_iter=2000).fit(_features(x, levels), y)
 
 
 def bits_per_dim(x: Pixels, levels: int) -> dict[str, float]:
-    """What general compressors need for each picture, in bits a pixel and channel.
+    """Returns the size under general compressors, in bits per pixel and channel.
 
-    Of two levels, zlib is given eight pixels a byte, and PNG each channel as a picture of one bit.
+    With two levels, zlib is given eight pixels per byte, and PNG each channel as a one-bit picture.
     """
     n, c, h, w = x.shape
     deflated, pngs = 0, 0
@@ -142,11 +142,11 @@ def _png_size(picture: Pixels, levels: int) -> int:
 
 
 def evaluate(data: Dataset) -> dict[str, Any]:
-    """Nats a picture and accuracy on the whole test part, of baselines fitted on the training part.
+    """Returns nats per picture and accuracies of the baselines on the whole test part.
 
-    Of a large training part, the mixture and the regression see the first `MOST`: how many these
-    are is told beside their figures. There is no regression where these have one label, and
-    nothing about labels where none are known.
+    They are fitted on the training part; the mixture and the regression on its first `MOST`
+    pictures, the number of which is among the figures. Regression is left out if these have one
+    label only, and everything about labels if there are none.
     """
     test, train = data.test, data.train
     marginal = IndependentPixels(train.x, data.levels)
@@ -164,7 +164,7 @@ def evaluate(data: Dataset) -> dict[str, Any]:
 
 
 def _given_label(data: Dataset) -> dict[str, float]:
-    """Nats a picture given its label, and accuracy by Bayes' rule, of independent pixels."""
+    """Nats per picture given its label, and accuracy by Bayes' rule, with independent pixels."""
     if not data.labels:
         return {}
     test, train = data.test, data.train

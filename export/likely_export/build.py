@@ -1,4 +1,4 @@
-"""From a training run to a bundle: export, calibrate, record golden outputs, compare."""
+"""Turns a training run into a bundle: exports, calibrates, compares, records golden outputs."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ Report = Callable[[str], None]
 
 
 def build(run: Path, out: Path, report: Report = print, *, source: str | None = None) -> Manifest:
-    """The manifest of the bundle that a trained run becomes.
+    """Builds the bundle of a trained run, and returns its manifest.
 
     Args:
-        run: a folder that `likely-export train` filled.
-        out: where the bundle shall lie; an older bundle there is replaced.
-        report: told what is being done.
-        source: where the run's data lie now, if not where they lay in training.
+        run: folder that `likely-export train` filled.
+        out: folder of the new bundle; an older bundle there is replaced.
+        report: called with each step as it begins.
+        source: where the run's data are now, if they have moved since training.
 
     Raises:
-        InvalidInput: the run is not complete, or a model's weights are of another training or
-            other data than its recipe says.
-        BundleError: a graph differs from its model, or `out` holds something else.
+        InvalidInput: the run is not complete, or a model was not trained as its recipe says, or on
+            other data.
+        BundleError: a graph differs from its model, or `out` contains something else.
     """
     opened = Run.open(run, source)
     data = opened.recipe.data.load()
@@ -82,9 +82,10 @@ def build(run: Path, out: Path, report: Report = print, *, source: str | None = 
 
 
 def _bound(run: Run, data: Dataset) -> dict[str, float | int] | None:
-    """-log p(x) of the test part at most, of a VAE alone: no graph of its bundle gives it.
+    """The bound on -log p(x) of the test part, for a bundle with a VAE and no density.
 
-    By torch, with how many pictures it is of, and how many samples of each.
+    No graph of such a bundle computes the bound, so torch does. Returned with the number of
+    pictures and of importance samples.
     """
     if Role.DENSITY in run.recipe.roles or Role.ENCODE not in run.recipe.roles:
         return None
@@ -111,31 +112,33 @@ def extend(
     *,
     source: str | None = None,
 ) -> Manifest:
-    """The manifest of a bundle that also has the discriminative model of a run.
+    """Builds a bundle with a run's discriminative model added, and returns its manifest.
 
-    All else stays to the byte: what the bundle answered, it answers as before. Figures and report
-    name the version that they are of, and are left out of another. Decisions were compared with
-    torch's where the bundle was built; the new labels are not among them.
+    All other files stay the same to the byte, and so do all other answers. Figures and report name
+    a version, and are not copied into another one. The comparison of decisions with torch's was
+    made when the bundle was built, and does not include the new labels.
 
     Args:
-        bundle: of the same data, divided likewise.
-        run: a folder in which at least that model of the recipe was trained.
-        out: where the new bundle shall lie; an older bundle there is replaced.
-        report: told what is being done.
-        version: of the new bundle; None for the old one's.
-        source: where the run's data lie now, if not where they lay in training.
+        bundle: bundle of the same data, split alike.
+        run: folder in which at least the recipe's discriminative model was trained.
+        out: folder of the new bundle; an older bundle there is replaced.
+        report: called with each step as it begins.
+        version: version of the new bundle; None for the old one's.
+        source: where the run's data are now, if they have moved since training.
 
     Raises:
-        InvalidInput: the run is of other data, or has no such model, or its weights are of
-            another training; the bundle has no labels.
-        BundleError: the graph differs from its model, or `out` holds something else.
+        InvalidInput: the run is of other data, has no discriminative model, or its weights are of
+            another training; or the bundle has no labels.
+        BundleError: the graph differs from its model, or `out` contains something else.
     """
     opened, given = Run.open(run, source), Bundle.open(bundle)
     if Role.DISCRIMINATE not in opened.recipe.roles:
         raise InvalidInput(str(run), "its recipe has no model of the role discriminate")
     data = opened.recipe.data.load()
     if data.identity != (given.manifest.data_digest, given.manifest.levels):
-        raise InvalidInput(opened.recipe.data.source, "is not what the bundle was made with")
+        raise InvalidInput(
+            opened.recipe.data.source, "is not the data that the bundle was made with"
+        )
     if not given.manifest.labels:
         raise InvalidInput(str(bundle), "has no labels, so there are none to tell apart")
     version = version or given.manifest.version
@@ -154,7 +157,7 @@ def extend(
 
 
 def _extended(manifest: Manifest, recipe: Recipe, exported: Exported) -> dict[str, Any]:
-    """The manifest's fields with the discriminative graph, and what it was trained by."""
+    """The manifest's fields with the discriminative graph and its part of the recipe."""
     fields = manifest.model_dump(exclude={"files"})
     fields["graphs"][Role.DISCRIMINATE] = exported.graph.model_dump()
     fields["parity_nats"] = max(manifest.parity_nats, exported.parity)
@@ -173,7 +176,7 @@ def _extended(manifest: Manifest, recipe: Recipe, exported: Exported) -> dict[st
 def _directions(
     recipe: Recipe, exported: Mapping[Role, Exported], data: Dataset, folder: Path
 ) -> dict[str, object]:
-    """What the manifest says of the directions, found on the fit split; nothing of none."""
+    """Finds directions on the fit split; returns their manifest field, or nothing without any."""
     session = passes.session(folder, exported[Role.ENCODE])
     feeds: dict[str, Array] = {"x": data.fit.x}
     if session.spec.input("y") is not None:

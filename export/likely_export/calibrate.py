@@ -1,7 +1,7 @@
-"""What held-out pictures teach about scores: how statistics combine, how they rank, how sure.
+"""Fits what turns a bundle's outputs into decisions, on held-out pictures.
 
-The combination, the experts' weights and the temperature are fitted on the *fit* split,
-the ranks taken on the *calibrate* split, once; neither split trained a model.
+The combination of statistics, the experts' weights and the temperature are fitted on the
+*fit* split. The ranks are taken once, on the *calibrate* split. No model was trained on either.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _Kept = TypeVar("_Kept", Ranks, Mahalanobis, Mixture, Neighbours, Contrast)
 
 KNOTS = 257
 FOLDS = 4
-SMOOTHING = 0.02  # standard deviations
+SMOOTHING = 0.02  # noise before ranking, in standard deviations
 CONFIDENCE = 0.95
 SMALLEST_VARIANCE = 1e-6  # of normal scores
-ENOUGH = 100  # fit pictures of a label whose deviation stands for itself
-PRIOR = 10.0  # pictures that those of all labels count for beside a label's fewer
-ALIKE = 1e-9  # normal scores that deviate by no more are the same
+ENOUGH = 100  # fit pictures of a label, from which its own deviation is used
+PRIOR = 10.0  # weight of the variance within labels, in pictures, for labels with fewer
+ALIKE = 1e-9  # normal scores with no larger deviation count as equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,13 @@ class PartConfig:
     """One part of the combination.
 
     Attributes:
-        kind: how it looks at the statistics; `contrast` needs corrupted pictures.
-        statistics: their names; none for all of the bundle's.
-        weight: of its normal score in the average.
-        dimensions: principal components that a mixture keeps, at most.
-        components: terms of a mixture.
-        neighbours: pictures that the mean distance is taken to.
-        strength: inverse of a contrast's penalty on its weights.
+        kind: how the part turns statistics into a score; `contrast` needs corrupted pictures.
+        statistics: names of the statistics that it uses; empty for all of the bundle's.
+        weight: weight of its normal score in the average.
+        dimensions: largest number of principal components that a mixture keeps.
+        components: number of normal distributions in a mixture.
+        neighbours: number of nearest pictures whose mean distance is taken.
+        strength: inverse of the penalty on a contrast's weights.
     """
 
     kind: Literal["mahalanobis", "mixture", "neighbours", "contrast"] = "mahalanobis"
@@ -70,7 +70,7 @@ class PartConfig:
     def __post_init__(self) -> None:
         for name in ("weight", "strength"):
             if not 0 < getattr(self, name) < math.inf:
-                raise InvalidInput(name, f"{getattr(self, name)} is not above 0, and finite")
+                raise InvalidInput(name, f"{getattr(self, name)}; it must be above 0 and finite")
         for name in ("dimensions", "components", "neighbours"):
             if getattr(self, name) < 1:
                 raise InvalidInput(name, f"{getattr(self, name)}; at least 1 is needed")
@@ -78,11 +78,11 @@ class PartConfig:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the density graph says of some pictures.
+    """The density graph's outputs for some pictures.
 
     Attributes:
         statistics: (n, s).
-        label: int64 (n,), the labels taken for; all 0 where the graph gives none.
+        label: predicted labels, int64 (n,); all 0 if the graph does not predict labels.
     """
 
     statistics: npt.NDArray[np.floating]
@@ -93,7 +93,7 @@ class Seen:
 
 
 def places(widths: Mapping[str, int]) -> dict[str, npt.NDArray[np.int64]]:
-    """Where each statistic's numbers stand, of how many each gives."""
+    """Returns the columns of each statistic, given the number of columns of each."""
     ends = np.cumsum(list(widths.values()))
     return {
         name: np.arange(end - width, end)
@@ -109,18 +109,19 @@ def combination(
     labels: int = 1,
     made_of: npt.ArrayLike = (),
 ) -> Combination:
-    """Statistics to one score, learnt from the fit split.
+    """Fits the combination of statistics to one score on the fit split.
 
-    How the parts' scores rank is learnt from pictures that the part in question was not
-    fitted on, by cross-fitting.
+    How a part's scores rank is determined by cross-fitting, on pictures that the part was not
+    fitted on.
 
     Args:
         fit: the fit split.
-        parts: what looks at which statistics.
-        columns: where each statistic's numbers stand.
-        corrupted: fit pictures, corrupted; needed by `contrast`.
-        labels: that a picture may be taken for, whether or not one of the split is.
-        made_of: of each corrupted picture the row in the fit split; both are held out together.
+        parts: parts of the combination.
+        columns: columns of each statistic.
+        corrupted: corrupted fit pictures, which `contrast` needs.
+        labels: number of labels that may be predicted, whether or not they occur in the split.
+        made_of: row in the fit split from which each corrupted picture was made; cross-fitting
+            holds out both together.
     """
     ranks = _ranks(fit.statistics)
     normal = ranks(fit.statistics)
@@ -151,12 +152,12 @@ def combination(
 def detector(
     learnt: Combination, calibrate: Seen, posterior: Doubles | None = None, y: Labels | None = None
 ) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of `likely.outliers.Detector`.
+    """Returns the arrays of `likely.outliers.Detector`.
 
     Args:
         learnt: the combination.
         calibrate: the calibration split.
-        posterior: p(y|x) of its pictures (n, labels), where there are labels.
+        posterior: p(y|x) of its pictures, (n, labels); None without labels.
         y: their true labels.
     """
     arrays: dict[str, npt.NDArray[Any]] = {
@@ -164,7 +165,7 @@ def detector(
     }
     scores = Combination.read(arrays)(calibrate.statistics, calibrate.label)
     n = len(scores)
-    # P(false rejection | split) of rejecting above the k-th largest of n is Beta(k, n + 1 - k).
+    # P(false rejection | split), if scores above the k-th largest are rejected: Beta(k, n + 1 - k).
     arrays["confident"] = beta.ppf(CONFIDENCE, np.arange(n + 1) + 1, n - np.arange(n + 1))
     arrays["confident"][-1] = 1.0
     arrays["scores"] = np.sort(scores)
@@ -179,7 +180,7 @@ def detector(
 
 
 def temperature(log_pxy: npt.NDArray[np.floating], y: Labels, priors: Doubles) -> float:
-    """The temperature of log p(x|y) that makes the labels likeliest (Guo et al., 2017)."""
+    """The temperature of log p(x|y) that maximises the labels' likelihood (Guo et al., 2017)."""
 
     def label_nll(log_temperature: float) -> float:
         return _label_nll(log_pxy, y, priors, float(np.exp(log_temperature)))
@@ -191,14 +192,14 @@ def temperature(log_pxy: npt.NDArray[np.floating], y: Labels, priors: Doubles) -
 def expert_weights(
     evidence: npt.NDArray[np.floating], y: Labels, priors: Doubles
 ) -> tuple[tuple[float, ...], float]:
-    """Weights of experts, which sum to 1, and the temperature that make the labels likeliest.
+    """The experts' weights, which sum to 1, and the temperature that maximise labels' likelihood.
 
-    The pooled evidence sum_e w_e log p_e(x|y) is a product of experts; its weights are shared
-    by all labels.
+    The pooled evidence sum_e w_e log p_e(x|y) is a product of experts; all labels share its
+    weights.
 
     Args:
         evidence: log p_e(x|y), (n, experts, labels).
-        y: int64 (n,).
+        y: labels, int64 (n,).
         priors: p(y), (labels,).
     """
     experts = evidence.shape[1]
@@ -229,11 +230,11 @@ def _columns(
 def _ranks(values: npt.NDArray[np.floating]) -> Ranks:
     values = values.astype(np.float64)
     levels = (np.arange(KNOTS) + 0.5) / KNOTS
-    # Not a robust spread: where most pictures agree and few differ, those few set the scale.
-    # One that hardly varies on the fit split must not explode outside it.
+    # Not a robust spread: if most pictures agree and a few differ, these few set the scale. The
+    # floor keeps a statistic that hardly varies on the fit split from exploding outside it.
     spreads = np.maximum(values.std(0), 1e-3 * np.maximum(1.0, np.abs(values).max(0)))
-    # Where many pictures agree but for rounding, ranks must not tell them apart, or another
-    # machine would decide otherwise: ranks are those of values with a little noise.
+    # Pictures that agree up to rounding must not differ in rank, or another machine would decide
+    # differently. Ranks are therefore those of values with a little noise.
     noise = np.random.Generator(np.random.Philox(key=[0, 11])).standard_normal(values.shape)
     knots = np.quantile(values + SMOOTHING * spreads * noise, levels, axis=0)
     return _single(Ranks(knots, norm.ppf(levels), spreads))
@@ -295,10 +296,9 @@ def _contrast(config: PartConfig, columns: Doubles, v: Doubles, odd: Doubles) ->
 
 
 def _whitening(v: Doubles) -> tuple[Doubles, Doubles]:
-    """The mean, and the root of the inverse covariance, shrunk (Ledoit and Wolf, 2004).
+    """The mean, and a root of the inverse shrunk covariance (Ledoit and Wolf, 2004).
 
-    Where nothing varies, or shrinkage leaves ways in which nothing does, all variances are a little
-    larger.
+    If the covariance is singular in spite of the shrinkage, all variances are slightly enlarged.
     """
     covariance = LedoitWolf().fit(v)
     try:
@@ -309,12 +309,12 @@ def _whitening(v: Doubles) -> tuple[Doubles, Doubles]:
 
 
 def _usual(average: Doubles, label: Labels, labels: int) -> Doubles:
-    """Mean and deviation of the average for each label taken for, (labels, 2).
+    """Mean and deviation of the average for each predicted label, (labels, 2).
 
-    Where a label has no pictures, or they are all alike, those of all pictures; a deviation of 1
-    where all are. Of fewer than `ENOUGH` pictures the variance is drawn towards that within labels,
-    and that of their mean is added, so that a few which happen to agree do not make the next
-    one unusual.
+    Labels without pictures, or whose pictures are all alike, use those of all pictures; the
+    deviation is 1 if all pictures are alike. With fewer than `ENOUGH` pictures, a label's variance
+    is shrunk towards the variance within labels, and the variance of its mean is added. Otherwise
+    a few pictures that happen to agree would make the next one unusual.
     """
     overall = [average.mean(), average.std() if average.std() > ALIKE else 1.0]
     of_label = [average[label == k] for k in range(labels)]
@@ -331,7 +331,7 @@ def _usual(average: Doubles, label: Labels, labels: int) -> Doubles:
 
 
 def _single(part: _Kept) -> _Kept:
-    """The same, rounded as the archive will be, so that ranks are those of what is served."""
+    """Returns the part rounded as in the archive, so that ranks are those of the served part."""
     return type(part).read({key: _rounded(value) for key, value in part.stored().items()})
 
 

@@ -1,12 +1,12 @@
 """A discriminative model: p(y|x) learnt directly, by a small convolutional network.
 
-It knows nothing of p(x), so it labels whatever it is shown, noise too; what it is worth
-beside a density is Bayes' rule in the other direction,
+It knows nothing of p(x), so it labels whatever it is shown, even noise. Beside a density,
+it gives Bayes' rule in the other direction,
 
     p(x|y) = p(y|x) p(x) / p(y).
 
-Each stage is a 3 x 3 convolution, a rectifier and the maximum of 2 x 2 pixels, as in
-LeCun et al., 1998 (https://doi.org/10.1109/5.726791) but for the maximum.
+Each stage is a 3x3 convolution, a ReLU and 2x2 max pooling, as in LeCun et al., 1998
+(https://doi.org/10.1109/5.726791) except for the maximum.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from likely_export.moves import NONE, Moves
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Everything that shapes a classifier.
+    """Configuration of a classifier.
 
     Attributes:
         shape: channels, rows, columns of a picture.
-        levels: levels of a pixel.
-        labels: how many, at least 2.
-        channels: of each stage, which halves the picture.
+        levels: levels of a channel.
+        labels: number of labels, at least 2.
+        channels: channels of each stage; a stage halves height and width.
         width: features of the hidden layer.
-        dropout: share of what the hidden layer sees that is dropped in training.
-        moves: what is done to pictures before training sees them.
+        dropout: share of the hidden layer's inputs dropped in training.
+        moves: augmentation of training pictures.
     """
 
     shape: tuple[int, int, int]
@@ -49,7 +49,7 @@ class ClassifierConfig:
     moves: Moves = NONE
 
     def __post_init__(self) -> None:
-        if isinstance(self.moves, Mapping):  # as a file of weights holds it
+        if isinstance(self.moves, Mapping):  # as stored in a file of weights
             object.__setattr__(self, "moves", Moves(**self.moves))
         if self.labels < 2:
             raise InvalidInput("labels", f"{self.labels}; a classifier needs at least 2")
@@ -60,7 +60,7 @@ class ClassifierConfig:
 
 
 class Classifier(nn.Module):
-    """log p(y|x) of discrete pictures, as sure as its temperature makes it."""
+    """log p(y|x) of discrete pictures, divided by a fitted temperature."""
 
     temperature: Tensor
 
@@ -87,28 +87,28 @@ class Classifier(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
 
     def logits(self, x: Tensor) -> Tensor:
-        """log p(y|x) but for temperature and a constant, (n, labels) of uint8 (n, c, h, w)."""
+        """log p(y|x) up to temperature and a constant, (n, labels), of x, uint8 (n, c, h, w)."""
         scaled = x.float() * (2 / (self.config.levels - 1)) - 1
         logits: Tensor = self.out(self.features(scaled))
         return logits
 
     def forward(self, x: Tensor) -> Tensor:
-        """log p(y|x) in nats, (n, labels) of uint8 (n, c, h, w)."""
+        """log p(y|x) in nats, (n, labels), of x, uint8 (n, c, h, w)."""
         return functional.log_softmax(self.logits(x) / self.temperature, 1)
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
-        """-log p(y|x) of moved pictures in nats (n,), for y: int64 (n,)."""
+        """-log p(y|x) of augmented pictures in nats, (n,), for y: int64 (n,), at temperature 1."""
         moves = self.config.moves
         return self.evaluate(moves.of(x) if moves else x, y)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
-        """-log p(y|x) in nats (n,), for y: int64 (n,)."""
+        """-log p(y|x) in nats, (n,), for y: int64 (n,), at temperature 1."""
         return functional.cross_entropy(self.logits(x), y, reduction="none")
 
 
 @torch.no_grad()
 def fit_temperature(model: Classifier, held_out: Split, batch: int = 256) -> float:
-    """Sets the temperature that makes labels of pictures not learnt from likeliest; gives it.
+    """Sets and returns the temperature that maximises the likelihood of held-out labels.
 
     Guo et al., 2017 (https://arxiv.org/abs/1706.04599).
     """

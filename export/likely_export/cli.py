@@ -1,4 +1,4 @@
-"""`likely-export`: from a recipe to a trained run, a bundle and its figures."""
+"""`likely-export`: trains recipes, builds bundles, and computes their figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OUT = click.option(
     help="The new bundle's folder; an older bundle there is replaced.",
 )
 
-_DATA = click.option("--data", "source", help="Where the run's data lie now, if they were moved.")
+_DATA = click.option("--data", "source", help="Where the run's data are now, if they were moved.")
 
 if TYPE_CHECKING:
     from likely.bundle import Manifest
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class _Sentences(click.Group):
-    """Ends on an error of ours with its sentence on stderr and exit code 1, and so by SIGTERM."""
+    """Turns errors into a sentence on stderr and exit code 1; SIGTERM ends like Ctrl-C."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -61,9 +61,9 @@ def main() -> None:
 
 @main.command()
 @click.option("--recipe", default="digits", show_default=True, help="Name or .toml file.")
-@click.option("--data", help="Where the pictures lie, if not where the recipe says.")
+@click.option("--data", help="Where the pictures are, if not where the recipe says.")
 @click.option("--size", default="", help="Another size that the recipe names, such as paper.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of every model  [default: the recipe's]")
+@click.option("--seed", type=click.IntRange(min=0), help="Of all models  [default: the recipe's]")
 @click.option("--without", multiple=True, help="Hold this label out, too; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder  [default: runs/RECIPE]")
 @click.option("--model", "models", multiple=True, help="Train only this model; repeatable.")
@@ -74,20 +74,20 @@ def main() -> None:
 @click.option(
     "--precision",
     type=click.Choice(["32-true", "bf16-mixed"]),
-    help="Of the arithmetic  [default: the recipe's, bfloat16 only in hardware]",
+    help="Precision of the arithmetic  [default: the recipe's, bfloat16 only in hardware]",
 )
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Of each model's process; models are trained side by side.",
+    help="Threads of each model's process; models are trained side by side.",
 )
 @click.option(
     "--resume/--fresh",
     default=True,
     show_default=True,
-    help="Go on from checkpoints, or discard them.",
+    help="Resume from checkpoints, or discard them.",
 )
 def train(
     recipe: str,
@@ -114,7 +114,7 @@ def train(
     if seed is not None:
         chosen = chosen.reseeded(seed)
     folder = out or Path("runs") / chosen.name
-    # With several devices Fabric runs this command once for each; only the first speaks.
+    # With several devices, Fabric runs this command once for each; only the first prints.
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
     try:
         with Display(models or chosen.models, Console(stderr=True, quiet=quiet)) as display:
@@ -131,7 +131,7 @@ def train(
     except KeyboardInterrupt:
         without_fresh = "" if resume else " without --fresh"
         raise click.ClickException(
-            f"interrupted; the same command{without_fresh} goes on from the last checkpoint"
+            f"interrupted; the same command{without_fresh} resumes from the last checkpoint"
         ) from None
     if quiet:
         return
@@ -145,7 +145,7 @@ def train(
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM is an interruption as Ctrl-C is: processes begun within end, half a bundle goes."""
+    """Handles SIGTERM like Ctrl-C, so that child processes end and half a bundle is removed."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -154,7 +154,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _what_next(recipe: Recipe, folder: Path) -> str:
-    """What to do with a run: build it, add its p(y|x) to a bundle, or train what is missing."""
+    """The next command for a run: build it, extend a bundle with it, or train what is missing."""
     from likely.bundle import Role
     from likely_export.train import WEIGHTS
 
@@ -178,7 +178,7 @@ def _what_next(recipe: Recipe, folder: Path) -> str:
     help="Put figures and a report into the bundle.",
 )
 def build(run: Path, source: str | None, out: Path, evaluated: bool) -> None:
-    """Export a trained RUN, calibrate it, write the bundle and tell its figures."""
+    """Export a trained RUN, calibrate it, write the bundle and show its figures."""
     from likely.bundle import Role
     from likely_export.build import build as build_bundle
     from likely_export.runs import Run
@@ -197,13 +197,13 @@ def build(run: Path, source: str | None, out: Path, evaluated: bool) -> None:
 
 
 def _told(out: Path, manifest: Manifest) -> str:
-    """What lies there now."""
+    """A line that says what the folder contains now."""
     size = sum(record.size for record in manifest.files.values())
     return f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB"
 
 
 def _named_version(_: click.Context, __: click.Parameter, version: str | None) -> str | None:
-    """The same version, if a manifest may have it."""
+    """Returns the version, if a manifest may have it."""
     from pydantic import TypeAdapter, ValidationError
 
     from likely.bundle import Name
@@ -219,19 +219,19 @@ def _named_version(_: click.Context, __: click.Parameter, version: str | None) -
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--run", type=click.Path(path_type=Path), required=True, help="Where the model was trained."
+    "--run", type=click.Path(path_type=Path), required=True, help="Folder of the model's training."
 )
 @_DATA
 @_OUT
 @click.option(
     "--version",
     callback=_named_version,
-    help="Of the new bundle, to be served beside the old one  [default: the old one's]",
+    help="Version of the new bundle, to serve it beside the old one  [default: the old one's]",
 )
 def extend(bundle: Path, run: Path, source: str | None, out: Path, version: str | None) -> None:
-    """Add a run's discriminative model to a BUNDLE of the same data; all else stays.
+    """Add a run's discriminative model to a BUNDLE of the same data; all else stays the same.
 
-    Figures and report name the version that they are of, and are left out of another.
+    Figures and report belong to one version, and are not copied to another.
     """
     from likely.bundle import Role
     from likely_export.build import extend as extend_bundle
@@ -248,7 +248,7 @@ def extend(bundle: Path, run: Path, source: str | None, out: Path, version: str 
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
+@click.option("--data", "source", help="Where the data are, if not where the recipe says.")
 @click.option("--write", is_flag=True, help="Put figures and report into the bundle.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def evaluate(bundle: Path, source: str | None, write: bool, as_json: bool) -> None:
@@ -268,10 +268,10 @@ def evaluate(bundle: Path, source: str | None, write: bool, as_json: bool) -> No
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
+@click.option("--data", "source", help="Where the data are, if not where the recipe says.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def features(bundle: Path, source: str | None, as_json: bool) -> None:
-    """Tell what a BUNDLE's features are worth: linear probes, and traversals of attributes."""
+    """Judge a BUNDLE's features by linear probes and by traversals of attributes."""
     from likely.bundle import Bundle
     from likely_export import features as worth
     from likely_export import recipes
@@ -294,23 +294,23 @@ def features(bundle: Path, source: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--data", "source", help="Where the data lie, if not where the recipe says.")
+@click.option("--data", "source", help="Where the data are, if not where the recipe says.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("compare.html"),
     show_default=True,
-    help="The report; the figures lie beside it as .json.",
+    help="The report; the figures are written beside it as .json.",
 )
 def compare(bundles: tuple[Path, ...], source: str | None, out: Path) -> None:
-    """Set BUNDLES of the same data side by side: who answers what, how well, at what cost."""
+    """Compare BUNDLES of the same data: who answers what, how well, at what cost."""
     from likely.bundle import Bundle
     from likely_export import compare, recipes
     from likely_export.report import family
 
     if out.suffix == ".json":
         raise click.UsageError(
-            "--out is the report, beside which the figures lie as .json; name it .html"
+            "--out is the report, and the figures are written beside it as .json; name it .html"
         )
     recipe = recipes.from_table(dict(Bundle.open(bundles[0]).manifest.recipe), source)
     with _steps() as report:
@@ -327,7 +327,7 @@ def compare(bundles: tuple[Path, ...], source: str | None, out: Path) -> None:
 def _evaluated(
     bundle: Path, recipe: Recipe, *, write: bool = True
 ) -> tuple[dict[str, Any], Manifest]:
-    """The figures of a bundle, and its manifest once they have joined it."""
+    """Computes the figures of a bundle; returns them, and the manifest once they are in it."""
     from likely.bundle import Bundle
     from likely_export import evaluate
     from likely_export.replacing import check_unsigned, rewriting
@@ -335,7 +335,7 @@ def _evaluated(
 
     manifest = Bundle.open(bundle).manifest
     if write:
-        check_unsigned(bundle)  # before minutes are spent
+        check_unsigned(bundle)  # before spending minutes
     data = recipe.data.load()
     if data.identity != (manifest.data_digest, manifest.levels):
         raise InvalidInput(recipe.data.source, "is not the data that this bundle was made with")
@@ -353,7 +353,7 @@ def _evaluated(
 
 
 def _tell_absent(recipe: Recipe) -> None:
-    """Warns of other data sets that the recipe names and that are not there."""
+    """Warns about other data sets that the recipe names and that do not exist."""
     for name, path in recipe.places().items():
         if not path.exists():
             told = f"warning: evaluation.others.{name} is left out: {path} is not there"
@@ -362,7 +362,7 @@ def _tell_absent(recipe: Recipe) -> None:
 
 @contextmanager
 def _steps() -> Iterator[Callable[[str], None]]:
-    """Tells what is being done, in place on a terminal and line by line elsewhere."""
+    """Shows the current step, in place on a terminal and line by line elsewhere."""
     console = Console(stderr=True)
     with console.status("") as status:
 
@@ -415,7 +415,10 @@ def _text(value: Any) -> str:
     help="PEM file of an elliptic curve's key.",
 )
 @click.option(
-    "--password", envvar="LIKELY_KEY_PASSWORD", show_envvar=True, help="Of an encrypted key."
+    "--password",
+    envvar="LIKELY_KEY_PASSWORD",
+    show_envvar=True,
+    help="Password of an encrypted key.",
 )
 @click.option(
     "--certificate",
@@ -426,7 +429,7 @@ def _text(value: Any) -> str:
     "--chain",
     multiple=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="PEM file of an authority between the two; repeatable.",
+    help="PEM file of an intermediate authority; repeatable.",
 )
 def sign(
     bundle: Path,
@@ -438,7 +441,7 @@ def sign(
     """Sign a BUNDLE by OpenSSF model signing; the signature is its file model.sig."""
     from likely.bundle import Bundle, signing
 
-    Bundle.open(bundle)  # what is signed is whole
+    Bundle.open(bundle)  # raises unless the bundle is whole
     path = signing.sign(
         bundle, private_key, password=password, certificate=certificate, chain=chain
     )

@@ -1,8 +1,8 @@
-"""The family side by side: what each member learns, which question it answers, at what cost.
+"""Compares the model family: what each member learns, which question it answers, at what cost.
 
-A member is a bundle. All are asked the same about the same pictures, through ONNX Runtime as
-a server would. What a member has no graph for is missing from its row, which is an answer too;
-but the bound of a VAE is told as torch found it when its bundle was built.
+A member is a bundle. All members are asked the same questions about the same pictures, through
+ONNX Runtime as in a server. What a member has no graph for is missing from its row, which is an
+answer too. The exception is the bound of a VAE, which torch computed when the bundle was built.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from likely_export.train import Model
 Inputs = npt.NDArray[np.floating]
 
 ALPHA = 0.05
-SURE = 0.9  # of a label, to be said to name a picture
+SURE = 0.9  # posterior above which a picture counts as labelled with confidence
 ROUNDS = 5
-TRAINED = 32  # pictures of a step whose time is taken
+TRAINED = 32  # pictures in a training step whose time is taken
 GENERATIVE, DISCRIMINATIVE = "by p(x|y)", "by p(y|x)"
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How many pictures each figure is taken over, at most.
+    """The largest number of pictures for each figure.
 
     Attributes:
-        test: of the test part.
-        outside: of every set that is none of the data.
-        drawn: by each member that draws.
-        composed: of the test part, whose log p(x|y) is told in two ways.
-        accepted: drawn by acceptance, by each member that can.
-        labelled: that a linear probe learns from.
-        steps: of training the judge of draws.
-        shown: draws of each member, for the report.
+        test: pictures of the test part.
+        outside: pictures of every set that is not of the data.
+        drawn: draws by each member that can draw.
+        composed: test pictures whose log p(x|y) is computed in two ways.
+        accepted: draws by acceptance, by each member that can.
+        labelled: pictures that linear probes learn from.
+        steps: training steps of the judge.
+        shown: draws of each member to show in the report.
     """
 
     test: int = 2000
@@ -75,10 +75,10 @@ class Comparison:
     """The figures, and what a report shows beside them.
 
     Attributes:
-        figures: values for JSON; `members` has a row for each bundle by its name.
-        drawn: uint8 (k, c, h, w), draws by member.
-        outside: uint8 (k, c, h, w), a few pictures of each set that is none of the data.
-        levels: of a pixel.
+        figures: values for JSON; `members` has a row for each bundle, by name.
+        drawn: draws by member, uint8 (k, c, h, w).
+        outside: a few pictures of each set that is not of the data, uint8 (k, c, h, w).
+        levels: number of levels.
     """
 
     figures: dict[str, Any]
@@ -93,16 +93,16 @@ def compare(
     others: Mapping[str, Pixels] | None = None,
     sizes: Sizes | None = None,
 ) -> Comparison:
-    """All members on the test part of the data that they were made with.
+    """Compares bundles on the test part of the data that they were made with.
 
     Args:
-        bundles: folders; each is verified.
-        data: the data set of all of them.
-        others: other data sets, uint8 (n, c, h, w), beside noise and blank pictures.
-        sizes: how many pictures to spend.
+        bundles: folders of the bundles; each is verified.
+        data: the data set of all bundles.
+        others: other data sets, uint8 (n, c, h, w), in addition to noise and blank pictures.
+        sizes: numbers of pictures.
 
     Raises:
-        InvalidInput: a bundle was made with other data, or two have one name.
+        InvalidInput: a bundle was made with other data, or two bundles have the same name.
     """
     sizes = sizes or Sizes()
     opened = [Bundle.open(folder) for folder in bundles]
@@ -134,21 +134,21 @@ def _require_alike(bundles: Sequence[Bundle], data: Dataset) -> None:
     for bundle in bundles:
         manifest = bundle.manifest
         if (manifest.data_digest, manifest.levels) != data.identity:
-            raise InvalidInput(manifest.name, "was made with other data, or data divided otherwise")
+            raise InvalidInput(manifest.name, "was made with other data, or another split of it")
         if manifest.name in names:
             raise InvalidInput(manifest.name, "is the name of two bundles")
         names.add(manifest.name)
 
 
 def _outside(data: Dataset, others: Mapping[str, Pixels], most: int) -> dict[str, Pixels]:
-    """Pictures that no label of the data fits."""
+    """Pictures that fit no label of the data."""
     noise = noise_pictures(data.shape, data.levels, most)["uniform"]
     made = {"noise": noise, "blank": np.zeros((1, *data.shape), np.uint8)}
     return made | {name: x[spread(len(x), most)] for name, x in others.items()}
 
 
 class _Member:
-    """One bundle, asked everything that it can answer."""
+    """One bundle, which is asked everything that it can answer."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class _Member:
             engine.close()
 
     def _models(self) -> Iterator[tuple[str, list[str]]]:
-        """The families behind each graph."""
+        """The families of the models behind each graph."""
         recipe = self.manifest.recipe
         for role, named in recipe.get("roles", {}).items():
             names = [named] if isinstance(named, str) else named
@@ -208,7 +208,7 @@ class _Member:
         }
 
     async def _posteriors(self, engine: Engine, x: Pixels) -> dict[str, Doubles]:
-        """p(y|x) (n, labels) by each rule that the member has, outliers not left out."""
+        """p(y|x), (n, labels), by each rule that the member has, also for outliers."""
         found: dict[str, Doubles] = {}
         if Role.CONDITIONAL in self.manifest.graphs:
             found[GENERATIVE] = (await engine.classify(x, ALPHA)).posterior
@@ -219,9 +219,9 @@ class _Member:
         return found
 
     async def _asked_of_nothing(self, engine: Engine) -> dict[str, Any]:
-        """How many pictures that are none of the data are rejected, or named with confidence.
+        """How many pictures that are not of the data are rejected, or labelled with confidence.
 
-        Nothing is said of rejections where the calibration is too small for `ALPHA`.
+        Rejections are left out if the calibration is too small for `ALPHA`.
         """
         found: dict[str, Any] = {}
         density = Role.DENSITY in self.manifest.graphs
@@ -246,7 +246,7 @@ class _Member:
         if not labels:
             self.drawn = drawn
             return {"draws": "pictures"}
-        # Some of each label for those who look.
+        # In an order that shows some draws of each label first.
         order = np.argsort(np.arange(len(drawn)) % each, kind="stable")
         self.drawn = drawn[order]
         if self.judge is None:
@@ -255,7 +255,7 @@ class _Member:
         return {"draws": "by label", "faithfulness": measures.mean(shown)}
 
     async def _composition(self, engine: Engine) -> dict[str, Any]:
-        """Bayes' rule from p(y|x) and p(x) beside the member's own p(x|y)."""
+        """Bayes' rule from p(y|x) and p(x), compared with the member's own p(x|y)."""
         graphs = self.manifest.graphs
         found: dict[str, Any] = {}
         if {Role.DENSITY, Role.CONDITIONAL, Role.DISCRIMINATE} <= set(graphs):
@@ -268,7 +268,7 @@ class _Member:
         return {"composition": found} if found else {}
 
     def _features(self, engine: Engine) -> dict[str, Any]:
-        """What a linear probe reads from them, beside as many principal components."""
+        """Accuracies of linear probes on the features, and on as many principal components."""
         if not (features.of_pictures_alone(self.manifest) and self.data.labels):
             return {}
         train = self.data.train.x[: max(self.sizes.labelled)]
@@ -286,7 +286,7 @@ class _Member:
         }
 
     def _costs(self) -> dict[str, float]:
-        """Processor time of one thread a picture, in batches of 16: of each graph, of training."""
+        """CPU milliseconds per picture on one thread: of each graph in batches, and of training."""
         found: dict[str, float] = {}
         levels, labels = self.manifest.levels, max(1, len(self.manifest.labels))
         for role, spec in self.manifest.graphs.items():
@@ -297,7 +297,7 @@ class _Member:
         return found | {"training": self._training()}
 
     def _training(self) -> float:
-        """A step of all models, forward and back, on pictures of the training part."""
+        """CPU milliseconds per picture for a forward and backward pass of all models."""
         recipe = self.manifest.recipe
         x, y = (torch.from_numpy(part[:TRAINED]) for part in (self.data.train.x, self.data.train.y))
         total = 0.0
@@ -319,7 +319,7 @@ class _Member:
 
 
 def learns(manifest: Manifest) -> list[str]:
-    """The distributions that a bundle gives, as one writes them, and whether it has features."""
+    """The distributions that a bundle provides, in mathematical notation, and its features."""
     graphs = manifest.graphs
     by_label, draws = labels_drawn(manifest) > 0, len(drawing_graphs(manifest)) > 0
     return [
@@ -331,12 +331,12 @@ def learns(manifest: Manifest) -> list[str]:
 
 
 def _step(model: Model, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Forward and back; gradients add up, which costs nothing."""
+    """Runs forward and backward; gradients accumulate, which takes no extra time."""
     model.objective(x, y).mean().backward()
 
 
 def _clocked(call: Any, *arguments: Any) -> Iterator[float]:
-    """Processor seconds of so many calls, the first left out."""
+    """Yields the CPU seconds of each call, after one that is not counted."""
     call(*arguments)
     for _ in range(ROUNDS):
         began = time.process_time()
@@ -345,6 +345,6 @@ def _clocked(call: Any, *arguments: Any) -> Iterator[float]:
 
 
 def _probe(z: Inputs, z_test: Inputs, data: Dataset, test: Split, sizes: Sizes) -> dict[str, float]:
-    """A linear probe's accuracy by how many labelled pictures it learnt from."""
+    """The accuracy of a linear probe, by the number of labelled pictures that it learnt from."""
     found = features.probe(z, data.train.y[: len(z)], z_test, test.y, sizes.labelled)
     return {str(size): value for size, value in found.items()}

@@ -1,7 +1,7 @@
-"""Bayes' rule in each direction, side by side: p(y|x) p(x) / p(y) beside a model's own p(x|y).
+"""Compares Bayes' rule in both directions: p(y|x) p(x) / p(y) and a model's own p(x|y).
 
-Every figure is a function of the bundle, the pictures and the seed; the bundle is asked as
-a server would.
+Every figure is a function of the bundle, the pictures and the seed. The bundle is queried as a
+server would query it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ SEED = 20261128
 
 
 async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[str, Any]:
-    """How p(x|y) by composition and by the conditional model agree, and what each decides.
+    """Compares p(x|y) by composition with that of the conditional model, and their decisions.
 
     Args:
-        engine: of a bundle with a conditional and a discriminative model.
+        engine: engine of a bundle with a conditional and a discriminative model.
         part: pictures and their labels.
         alpha: accepted rate of false rejections.
 
     Returns:
-        Spearman's rank correlation of log p(x|y) between the two, over pictures under their
-        own label, over all labels of a picture, and over all but its own (means over pictures;
-        None of fewer than two);
-        accuracy, label NLL in nats, calibration error and log p(x|y) in nats, exact or a bound,
-        by either rule, of all pictures; how often the two assign one label; the rate of false
-        rejections.
+        Spearman's rank correlation of the two log p(x|y): over pictures under their own label,
+        over all labels of a picture, and over all labels but its own (means over pictures; None
+        for fewer than two labels). By each rule, over all pictures: accuracy, label NLL in nats,
+        calibration error, and log p(x|y) in nats, exact or a bound. The share of pictures that
+        both rules label alike, and the rate of false rejections.
     """
     rules = {rule: await engine.classify(part.x, alpha, rule=rule, both=True) for rule in LabelRule}
     answer, rows = rules[LabelRule.GENERATIVE], np.arange(len(part))
@@ -79,14 +78,14 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
 async def drawings(
     engine: Engine, judge: Judge, each: int, *, seed: int = SEED, own: bool = True
 ) -> dict[str, Any]:
-    """Whether draws show their label, by acceptance and by the model's own p(x|y).
+    """Judges whether draws show their label, by acceptance and by the model's own p(x|y).
 
     Args:
-        engine: of a bundle with a sampler and a discriminative model.
-        judge: an independent classifier, to name what was drawn.
-        each: pictures of a label.
-        seed: of the draws.
-        own: whether the model draws with a label itself, to be judged too.
+        engine: engine of a bundle with a sampler and a discriminative model.
+        judge: an independent classifier that labels the draws.
+        each: pictures per label.
+        seed: seed of the draws.
+        own: whether the sampler can draw by label itself, so that those draws are judged too.
     """
     ways: dict[str, Acceptance | None] = {"acceptance": Acceptance(MOST_DRAWS)}
     if own:
@@ -102,7 +101,7 @@ async def drawings(
 def noise_pictures(
     shape: tuple[int, int, int], levels: int, n: int, seed: int = 0
 ) -> dict[str, Pixels]:
-    """Pictures of nothing: every pixel a level at random, lowest or highest, and all one level."""
+    """Pictures without content: uniform noise, black-or-white noise, one level everywhere."""
     generator = np.random.Generator(np.random.Philox(key=[seed, 12]))
     top = levels - 1
     made = {
@@ -114,7 +113,7 @@ def noise_pictures(
 
 
 def _judged(engine: Engine, judge: Judge, drawn: Sequence[Draws]) -> dict[str, Any]:
-    """Whether the judge sees each label in its draws, and how many draws a picture took."""
+    """How often the judge sees the label in its draws, and the number of draws per picture."""
     draws = [group.draws for group in drawn]
     shown = [
         judge.posterior(group.images[group.accepted]).argmax(1) == label
@@ -131,13 +130,13 @@ def _judged(engine: Engine, judge: Judge, drawn: Sequence[Draws]) -> dict[str, A
 
 
 def _others(values: Doubles, y: Labels) -> Doubles:
-    """The values of all labels but a picture's own, (n, labels - 1)."""
+    """The values of all labels except a picture's own, (n, labels - 1)."""
     n, labels = values.shape
     return values[np.arange(labels) != y[:, None]].reshape(n, labels - 1)
 
 
 def _row_correlation(a: Doubles, b: Doubles) -> dict[str, float] | None:
-    """Spearman's rank correlation within rows, their mean; None where one value has no order."""
+    """The mean of Spearman's rank correlations within rows; None if rows have fewer than two."""
     if a.shape[1] < 2:
         return None
     pairs = zip(a, b, strict=True)

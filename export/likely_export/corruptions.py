@@ -1,10 +1,10 @@
-"""What is done to pictures so that they are none of the data any more.
+"""Corruptions that take pictures out of distribution.
 
-Three sets. PANEL is reported and HARD is reported beside it, for what is nearly in
-distribution; neither may decide anything. CHOOSING is what statistics and their combination
-are chosen on, with pictures held back from training; the detector's contrast part is fitted
-to it, too. No corruption is in two of them, but `shifted_6` of PANEL is `shifted_3` of
-CHOOSING at twice the strength: what is told of it is the less of a surprise.
+There are three sets. PANEL is reported; HARD, of pictures that are nearly in distribution, is
+reported beside it. Neither may influence any choice. On CHOOSING, statistics and their
+combination are chosen, with pictures held back from training; the detector's contrast part is
+fitted to it too. No corruption is in two sets, but `shifted_6` of PANEL is `shifted_3` of
+CHOOSING at twice the strength, so its figures show less.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Corruption = Callable[[Pixels, int, Generator], Pixels]
 
 
 def corrupt(name: str, x: Pixels, levels: int) -> Pixels:
-    """The pictures uint8 (n, c, h, w) after the corruption of that name; a function of its inputs.
+    """Returns pictures, uint8 (n, c, h, w), after a corruption; a function of its arguments alone.
 
     Args:
         name: a key of PANEL, HARD or CHOOSING.
-        x: pictures, background 0.
-        levels: of a pixel.
+        x: pictures with a background of 0, uint8 (n, c, h, w).
+        levels: number of levels.
     """
     known = {**PANEL, **HARD, **CHOOSING}
     key = [SEED, list(known).index(name)]
@@ -38,13 +38,14 @@ def corrupt(name: str, x: Pixels, levels: int) -> Pixels:
 
 
 def tells(before: Pixels, after: Pixels) -> bool:
-    """Whether a corruption changed most pictures, and left more than background of them.
+    """Whether a corruption changed at least half of the pictures without turning them blank.
 
-    On few levels some change nothing, as weak noise does that is rounded away, or darken all.
+    With few levels, some corruptions change nothing, such as weak noise that is rounded away, or
+    darken everything.
 
     Args:
-        before: uint8 (n, c, h, w).
-        after: likewise, corrupted.
+        before: pictures, uint8 (n, c, h, w).
+        after: the same pictures, corrupted.
     """
     axes = (1, 2, 3)
     changed = np.any(after != before, axes) & np.any(after, axes)
@@ -52,7 +53,7 @@ def tells(before: Pixels, after: Pixels) -> bool:
 
 
 def reported(x: Pixels, levels: int) -> dict[str, Pixels]:
-    """The pictures uint8 (n, c, h, w) after each of PANEL and of HARD that tells something."""
+    """Returns pictures, uint8 (n, c, h, w), after each informative corruption of PANEL and HARD."""
     every = {name: corrupt(name, x, levels) for name in (*PANEL, *HARD)}
     return {name: made for name, made in every.items() if name == BLANK or tells(x, made)}
 
@@ -60,15 +61,17 @@ def reported(x: Pixels, levels: int) -> dict[str, Pixels]:
 def contrasting(
     names: Sequence[str], x: Pixels, levels: int
 ) -> tuple[Pixels, npt.NDArray[np.int64], tuple[str, ...]]:
-    """Pictures corrupted in one of these ways each, their rows, and the ways that are left out.
+    """Returns corrupted pictures, the rows they were made from, and the corruptions left out.
+
+    Each picture is corrupted in one way. Corruptions that change too little are left out (`tells`).
 
     Args:
-        names: keys of CHOOSING; each takes an equal part of the pictures.
+        names: keys of CHOOSING; each is applied to an equal part of the pictures.
         x: uint8 (n, c, h, w).
-        levels: of a pixel.
+        levels: number of levels.
 
     Raises:
-        InvalidInput: none of them tells anything.
+        InvalidInput: all corruptions are left out.
     """
     rows = np.array_split(np.arange(len(x)), len(names))
     made = [corrupt(name, x[part], levels) for name, part in zip(names, rows, strict=True)]
@@ -76,7 +79,8 @@ def contrasting(
     if not any(kept):
         raise InvalidInput(
             "calibration.contrast",
-            f"pictures of {levels} levels stay as they are under {', '.join(names)}: name others",
+            f"pictures of {levels} levels stay as they are, or turn blank, under "
+            f"{', '.join(names)}: name others",
         )
     left_out = tuple(name for name, keep in zip(names, kept, strict=True) if not keep)
     pictures, made_of = (
@@ -102,7 +106,7 @@ def half(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG00
 
 
 def shrunk(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """Half as large, in the middle."""
+    """Shrunk to half its size, in the middle."""
     return _mapped(x, levels, np.eye(2) * 2)
 
 
@@ -117,19 +121,19 @@ def dilated(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: AR
 
 
 def rotated(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """Turned by 90 degrees; pictures that are not square are turned within their frame."""
+    """Rotated by 90 degrees; pictures that are not square are rotated within their frame."""
     if x.shape[2] == x.shape[3]:
         return np.ascontiguousarray(np.rot90(x, axes=(2, 3)))
     return _mapped(x, levels, np.array([[0.0, -1.0], [1.0, 0.0]]))
 
 
 def inverted(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """Bright for dark."""
+    """Dark and bright exchanged."""
     return (levels - 1 - x).astype(np.uint8)
 
 
 def salt(x: Pixels, levels: int, generator: Generator) -> Pixels:
-    """Three pixels in a hundred at the highest level."""
+    """3 % of the pixels set to the highest level."""
     return np.where(generator.random(x.shape) < 0.03, levels - 1, x).astype(np.uint8)
 
 
@@ -139,7 +143,7 @@ def overlay(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: AR
 
 
 def swapped(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """The four quarters in another order."""
+    """The quarters exchanged diagonally."""
     h, w = x.shape[2] // 2, x.shape[3] // 2
     out = x.copy()
     corners = [(0, 0), (0, w), (h, 0), (h, w)]
@@ -157,7 +161,7 @@ def independent(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa
 
 
 def stripes(x: Pixels, levels: int, generator: Generator) -> Pixels:
-    """Bars of two rows or columns at a random phase and level."""
+    """Bars two rows or columns wide, at a random phase and level."""
     n, c, h, w = x.shape
     i, j = np.indices((h, w))
     each = (n, 1, 1)
@@ -168,12 +172,12 @@ def stripes(x: Pixels, levels: int, generator: Generator) -> Pixels:
 
 
 def shifted(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """Moved by six pixels up, down, left or right; what leaves is lost."""
+    """Shifted by six pixels up, down, left or right; what leaves the frame is lost."""
     return _shifted(x, generator, 6)
 
 
 def flipped_left_right(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """Left for right."""
+    """Mirrored left to right."""
     return np.ascontiguousarray(x[..., ::-1])
 
 
@@ -194,20 +198,20 @@ def dimmed(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG
 
 
 def sheared(x: Pixels, levels: int, generator: Generator) -> Pixels:
-    """Slanted by half a pixel a row, to either side."""
+    """Sheared by half a pixel per row, to either side."""
     sign = generator.choice([-1.0, 1.0], len(x))
     return _each(x, levels, [np.array([[1.0, 0.0], [0.5 * s, 1.0]]) for s in sign])
 
 
 def turned(x: Pixels, levels: int, generator: Generator) -> Pixels:
-    """Turned by 45 degrees to either side."""
+    """Rotated by 45 degrees to either side."""
     signs = generator.choice([-1.0, 1.0], len(x))
     root = np.sqrt(0.5)
     return _each(x, levels, [root * np.array([[1.0, -s], [s, 1.0]]) for s in signs])
 
 
 def enlarged(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """A third larger, cut at the frame."""
+    """Enlarged by a third, cropped at the frame."""
     return _mapped(x, levels, np.eye(2) * 0.75)
 
 
@@ -225,12 +229,12 @@ def blended(x: Pixels, levels: int, generator: Generator) -> Pixels:
 
 
 def grainy(x: Pixels, levels: int, generator: Generator) -> Pixels:
-    """Normal noise of a twentieth of the range."""
+    """Normal noise, with a standard deviation of a twentieth of the range."""
     return _levels(x + generator.normal(0, 0.05 * (levels - 1), x.shape), levels)
 
 
 def wavy(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """Rows moved to either side by a sine of two pixels."""
+    """Rows shifted to either side along a sine wave with an amplitude of two pixels."""
     phase = generator.uniform(0, 2 * np.pi, len(x))
     out = np.zeros_like(x)
     for picture, into, start in zip(x, out, phase, strict=True):
@@ -242,18 +246,18 @@ def wavy(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG00
 
 
 def nudged(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """Moved by three pixels."""
+    """Shifted by three pixels up, down, left or right; what leaves the frame is lost."""
     return _shifted(x, generator, 3)
 
 
 def sharpened(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """Twice the picture less its blurred self."""
+    """Twice the picture minus its blurred version."""
     mean = ndimage.uniform_filter(x.astype(np.float64), (1, 1, 3, 3), mode="constant")
     return _levels(2.0 * x - mean, levels)
 
 
 def occluded(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
-    """A square of a third of the frame erased, somewhere near the middle."""
+    """A rectangle of a third of each side erased, somewhere near the middle."""
     out = x.copy()
     h, w = (max(1, side // 3) for side in x.shape[2:])
     for picture in out:
@@ -263,7 +267,7 @@ def occluded(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: A
 
 
 def _others(n: int, generator: Generator) -> npt.NDArray[np.int64]:
-    """For each of n pictures another one, none of them itself."""
+    """Returns another picture's index for each of n pictures, (n,), never its own."""
     order = generator.permutation(n)
     partner = np.empty(n, np.int64)
     partner[order] = np.roll(order, 1)
@@ -290,7 +294,7 @@ def _mapped(x: Pixels, levels: int, matrix: npt.NDArray[np.float64]) -> Pixels:
 
 
 def _each(x: Pixels, levels: int, matrices: list[npt.NDArray[np.float64]]) -> Pixels:
-    """Each picture under its linear map of output to input places, about the middle."""
+    """Applies to each picture its linear map from output to input coordinates, from the centre."""
     middle = (np.array(x.shape[2:]) - 1) / 2
     out = np.empty(x.shape)
     for picture, into, matrix in zip(x.astype(np.float64), out, matrices, strict=True):
@@ -304,7 +308,7 @@ def _levels(values: npt.NDArray[np.floating], levels: int) -> Pixels:
     return np.rint(values).clip(0, levels - 1).astype(np.uint8)
 
 
-INLIERS = "test"  # the pictures that these are made of, as they are
+INLIERS = "test"  # the uncorrupted pictures
 BLANK = "blank"
 PANEL: Mapping[str, Corruption] = MappingProxyType(
     {

@@ -1,4 +1,4 @@
-"""What decisions cost beside one pass of log p(x), in processor time of one thread."""
+"""The cost of decisions relative to one pass of log p(x), in CPU time of one thread."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ ROUNDS = 7
 
 
 def measure(bundle: Bundle, decide: Callable[..., object], x: Pixels) -> dict[str, float]:
-    """The least times over interleaved rounds, each as a multiple of the plain pass.
+    """Measures costs as multiples of the plain pass: minima over interleaved rounds.
 
-    Each graph goes in the batches that suit it best, as a server finds.
+    Each graph runs at its best batch size, as in a server.
 
-    `statistics_cost` is the density graph with all its outlier statistics, and what makes p-values
-    of these; `combination_cost` is the latter alone; `classification_cost` is the graph of
+    `statistics_cost` is the density graph with all its outlier statistics, and the p-values from
+    these; `combination_cost` is the p-values alone; `classification_cost` is the graph of
     log p(x|y) for all labels.
 
     Args:
-        bundle: verified.
-        decide: makes p-values of what the density graph says: statistics, and labels taken for
-            where it gives them.
-        x: uint8 (n, c, h, w), pictures to spend.
+        bundle: verified bundle.
+        decide: computes p-values from the density graph's statistics, and predicted labels if it
+            outputs them.
+        x: pictures to use, uint8 (n, c, h, w).
     """
     density = bundle.manifest.graphs[Role.DENSITY]
     part = {"x": np.ascontiguousarray(x[:PICTURES])}
@@ -64,14 +64,14 @@ def measure(bundle: Bundle, decide: Callable[..., object], x: Pixels) -> dict[st
 
 
 def _plain(path: Path, density: Graph, into: Path) -> Session:
-    """The density graph cut down to log p(x)."""
+    """Opens the density graph, reduced to log p(x)."""
     cut(path, into, ["log_px"])
     only = tuple(spec for spec in density.outputs if spec.name == "log_px")
     return Session(into, density.model_copy(update={"outputs": only}), Device("cpu"))
 
 
 def _passes(session: Session, feeds: Mapping[str, Array]) -> list[Callable[[], object]]:
-    """A pass over all rows of the feeds, in batches of each size."""
+    """Returns passes over all rows of the feeds, one for each batch size."""
     return [partial(_pass, session, feeds, batch) for batch in BATCHES]
 
 

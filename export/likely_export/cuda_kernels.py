@@ -1,13 +1,13 @@
-"""Which operators ONNX Runtime's CUDA provider computes, at opset 20.
+"""The operators that ONNX Runtime's CUDA provider supports at opset 20.
 
 Read from docs/OperatorKernels.md of microsoft/onnxruntime at commit
 001d12d2623fd411ce0f83d05abb5e82304a3389, the newest version at hand (the runtime
 installed here is 1.31.1): domain ai.onnx, CUDAExecutionProvider.
 
-A kernel that the document marks as `18+` serves the operator's version 18 alone,
-not a later one; a range such as `[13, 20]` serves every version within. So Pad
-(19 at opset 20), ConstantOfShape, ReduceMax and ReduceMin (20) and Equal (19)
-have kernels there and yet none that an opset 20 graph can use.
+A kernel that the document lists as `18+` supports version 18 of the operator only,
+not a later one. A range such as `[13, 20]` supports every version in it. So Pad
+(version 19 at opset 20), ConstantOfShape, ReduceMax and ReduceMin (20) and Equal (19)
+are listed, but without a kernel that a graph of opset 20 can use.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Kernel:
     """One line of the document.
 
     Attributes:
-        first: version of the operator from which the kernel serves.
-        last: the last that it serves.
+        first: first version of the operator that the kernel supports.
+        last: last version that it supports.
         types: element types of the operator's data, as ONNX names them.
     """
 

@@ -4,17 +4,18 @@
     p(x|z, y) = prod_i p(x_i|z, y), over pixels and channels i
     q(z|x, y) = N(mean, exp(log_variance)), diagonal
 
-Kingma and Welling, 2014 (https://arxiv.org/abs/1312.6114), conditioned on labels
-as in Sohn et al., 2015, where every centre is 0; or by the prior alone, and then
-neither p(x|z) nor q(z|x) knows y. The log-weights
+Kingma and Welling, 2014 (https://arxiv.org/abs/1312.6114). Labels condition the model in
+one of two ways. Either encoder and decoder see the label and every centre is 0, as in Sohn
+et al., 2015; or only the prior depends on the label, and neither p(x|z) nor q(z|x) does.
+The log-weights
 
     w_k = log p(x|z_k, y) + log p(z_k|y) - log q(z_k|x, y),  z_k ~ q(z|x, y)
 
-give two lower bounds on log p(x|y): E[w_1], the ELBO, and the tighter IWAE-K,
+give two lower bounds on log p(x|y): the ELBO, E[w_1], and the tighter IWAE-K,
 E[logsumexp_k w_k - log K] (Burda et al., 2016, https://arxiv.org/abs/1509.00519).
 
-The encoder's trunk sees x alone and the label joins after it, so that a bound
-for every label costs one trunk; with labels in the prior, one decoder too.
+The encoder's trunk sees x alone, and the label joins after it. The bounds of all labels
+therefore cost one pass of the trunk and, with labels in the prior, one of the decoder.
 """
 
 from __future__ import annotations
@@ -35,35 +36,34 @@ from likely_export.moves import NONE, Moves
 from likely_export.trunks import layers, trunk
 
 NARROWEST, WIDEST = -10.0, 4.0  # bounds of log_variance
-AT_ONCE = 1 << 26  # of what a decoder gives where bounds are validated; memory is in proportion
-HALVES = 120  # factors of 1/2 whose product is a normal float32 still: above 2 ** -126
+AT_ONCE = 1 << 26  # decoder outputs per step of validation; memory is proportional to it
+HALVES = 120  # a product of so many factors of at least 1/2 is a normal float32: >= 2 ** -126
 
 
 @dataclass(frozen=True)
 class CVAEConfig:
-    """Everything that shapes a CVAE.
+    """Configuration of a CVAE.
 
     Attributes:
         shape: channels, rows, columns of a picture.
-        levels: levels of a pixel.
-        labels: labels to condition on; none for the VAE of p(x), which looks at no y.
+        levels: levels of a channel.
+        labels: number of labels to condition on; 0 for the VAE of p(x), which ignores y.
         latent: size of z.
         width: features of every hidden layer.
         depth: hidden layers of the encoder's trunk, and of the decoder.
-        logistics: terms of the discretised logistic mixture of a pixel, which
-            knows that levels are ordered; 0 for a softmax over them.
+        logistics: number of discretised logistics in the mixture of a pixel, which knows that
+            levels are ordered; 0 for a softmax over the levels.
         importance_samples: K of the bound that is validated and served.
-        training_samples: K of the bound that training raises; 1 is the ELBO.
+        training_samples: K of the bound that is trained; 1 is the ELBO.
         dropout: share of hidden features dropped in training.
-        convolutions: channels of the trunk's first stages, each of which halves the
-            picture; none for a trunk of linear layers only.
-        convolution_depth: layers of a stage, of 3 x 3 pixels; the last has a stride of 2.
-        contrast: nats of a picture that training pays for a nat of its label,
-            -log p(y|x) by Bayes' rule over the bounds of all labels; 0 for
-            likelihood alone.
-        moves: what is done to pictures before training sees them.
-        label_prior: whether labels differ by their prior alone, as the components of a
-            mixture; otherwise encoder and decoder see them, where there are any.
+        convolutions: channels of the trunk's first stages, each of which halves height and
+            width; empty for a trunk of linear layers only.
+        convolution_depth: 3x3 convolutions per stage; the last one has a stride of 2.
+        contrast: weight in the training loss of -log p(y|x), computed by Bayes' rule from the
+            bounds of all labels; 0 for the bound alone.
+        moves: augmentation of training pictures.
+        label_prior: whether only the prior depends on the label, as in a mixture with one
+            component per label; otherwise encoder and decoder see the labels, if any.
     """
 
     shape: tuple[int, int, int]
@@ -83,7 +83,7 @@ class CVAEConfig:
     label_prior: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.moves, Mapping):  # as a file of weights holds it
+        if isinstance(self.moves, Mapping):  # as stored in a file of weights
             object.__setattr__(self, "moves", Moves(**self.moves))
         at_least(1, self, "latent", "width", "depth", "convolutions", "convolution_depth")
         at_least(1, self, "importance_samples", "training_samples")
@@ -91,7 +91,7 @@ class CVAEConfig:
         shares(self, "dropout")
         for name in ("label_prior", "contrast"):
             if not self.labels and getattr(self, name):
-                raise InvalidInput(name, "is of labels, and there are none")
+                raise InvalidInput(name, "needs labels, and there are none")
 
     @property
     def joins(self) -> bool:
@@ -100,7 +100,7 @@ class CVAEConfig:
 
 
 class CVAE(nn.Module):
-    """log p(x|y) bounded from below, for discrete pictures."""
+    """A lower bound on log p(x|y) of discrete pictures."""
 
     def __init__(self, config: CVAEConfig) -> None:
         super().__init__()
@@ -128,13 +128,13 @@ class CVAE(nn.Module):
         self.decoder_out = nn.Linear(width, self.dimensions * (3 * terms or config.levels))
         self.dropout = nn.Dropout(config.dropout)
         if config.contrast:
-            # Sums over pixels are far too sure of a label.
+            # An inverse temperature: bounds are sums over pixels, far overconfident about labels.
             self.sureness = nn.Parameter(torch.tensor(0.1))
         self._start()
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Starts near a posterior that is the prior and a mixture that spans the levels."""
+        """Starts with a posterior near the prior, and a mixture that spans the levels."""
         self.posterior_out.weight.mul_(0.1)
         if self.config.joins:
             self.encoder_label.weight.mul_(0.1)
@@ -148,8 +148,8 @@ class CVAE(nn.Module):
         """Mean and log-variance of q(z|x, y), each (n, z).
 
         Args:
-            x: uint8 (n, c, h, w) of levels.
-            y: int64 (n,) of labels.
+            x: levels, uint8 (n, c, h, w).
+            y: labels, int64 (n,).
         """
         return self.posterior(self.features(x), y)
 
@@ -172,22 +172,22 @@ class CVAE(nn.Module):
         """w_k in nats, (n, k).
 
         Args:
-            x: uint8 (n, c, h, w) of levels.
-            y: int64 (n,) of labels.
+            x: levels, uint8 (n, c, h, w).
+            y: labels, int64 (n,).
             eps: standard normal noise (n, k, z).
         """
         return self.weights(self.features(x), x.flatten(1)[:, None], y, eps)
 
     def iwae(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-        """The IWAE-K bound on log p(x|y) in nats, (n,), of noise (n, k, z)."""
+        """The IWAE-K bound on log p(x|y) in nats, (n,), from standard normal noise (n, k, z)."""
         return _mean_exp(self.log_weights(x, y, eps))
 
     def elbo(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-        """The ELBO in nats, (n,), estimated with noise (n, k, z)."""
+        """The ELBO in nats, (n,), estimated from standard normal noise (n, k, z)."""
         return self.log_weights(x, y, eps).mean(-1)
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
-        """The negated bound that training raises, nats (n,)."""
+        """The training loss in nats, (n,): the negated bound, plus the contrast's share if any."""
         if self.config.moves:
             x = self.config.moves.of(x)
         shape = (len(x), self.config.training_samples, self.config.latent)
@@ -201,7 +201,7 @@ class CVAE(nn.Module):
         return self.config.contrast * label_nll - bounds.gather(1, y[:, None])[:, 0]
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
-        """The negated IWAE-K bound, nats (n,), with the same noise at every call."""
+        """The negated IWAE-K bound in nats, (n,), with the same noise in every call."""
         shape = (len(x), self.config.importance_samples, self.config.latent)
         eps = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x.device)
         each = self.config.importance_samples * self.decoder_out.out_features
@@ -209,23 +209,23 @@ class CVAE(nn.Module):
         return torch.cat([-self.iwae(*part) for part in parts])
 
     def features(self, x: Tensor) -> Tensor:
-        """What the trunk makes of uint8 (n, c, h, w), (n, width)."""
+        """The trunk's output (n, width) for x, uint8 (n, c, h, w)."""
         scaled = x.float() * (2 / (self.config.levels - 1)) - 1
         features: Tensor = self.trunk(scaled)
         return features
 
     def from_centre(self, z: Tensor, y: Tensor) -> Tensor:
-        """z (..., z) as its distance from the mean of p(z|y), y broadcast against (...)."""
+        """z (..., z) relative to the mean of p(z|y), with y broadcast against (...)."""
         return z - self.centre(y) if self.config.label_prior else z
 
     def drawn(self, eps: Tensor, y: Tensor) -> Tensor:
-        """z ~ p(z|y) of standard normal noise (n, z) and labels (n,)."""
+        """z ~ p(z|y), (n, z), from standard normal noise (n, z) and labels (n,)."""
         return eps + self.centre(y) if self.config.label_prior else eps
 
     def posterior(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (..., z) of features (..., width), y broadcast against (...).
+        """Mean and log-variance (..., z), from features (..., width) and y broadcast against (...).
 
-        With labels in the prior alone they know no y, and are (..., z) of the features.
+        If only the prior depends on labels, y is ignored and the shape is that of the features.
         """
         if self.config.joins:
             features = features + self.encoder_label(y)
@@ -234,7 +234,7 @@ class CVAE(nn.Module):
         return mean, log_variance.clamp(NARROWEST, WIDEST)
 
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
-        """What the pixels' distributions take: logits (..., k, d, levels) or (..., k, 3, terms, d).
+        """Parameters of all pixels: logits (..., k, d, levels), or mixtures (..., k, 3, terms, d).
 
         Args:
             z: (..., k, z).
@@ -246,7 +246,7 @@ class CVAE(nn.Module):
         """w_k in nats, (..., k).
 
         Args:
-            features: the trunk's, broadcast against (..., width).
+            features: the trunk's output, broadcast against (..., width).
             x: levels, broadcast against (..., k, d).
             y: int64, broadcast against (...).
             eps: standard normal noise, broadcast against (..., k, z).
@@ -256,7 +256,7 @@ class CVAE(nn.Module):
     def weights_of(
         self, mean: Tensor, log_variance: Tensor, x: Tensor, y: Tensor, eps: Tensor
     ) -> Tensor:
-        """The same, of the posterior's mean and log-variance (..., z)."""
+        """w_k in nats, (..., k), from the posterior's mean and log-variance (..., z)."""
         z = mean[..., None, :] + torch.exp(log_variance / 2)[..., None, :] * eps
         away = self.from_centre(z, y[..., None]).square()
         # log p(z|y) - log q(z|x, y); the constants of both densities cancel.
@@ -264,7 +264,7 @@ class CVAE(nn.Module):
         return self._log_likelihood(self._hidden(z, y), x) + prior_to_posterior
 
     def _hidden(self, z: Tensor, y: Tensor) -> Tensor:
-        """The decoder's last features (..., k, width)."""
+        """The decoder's last hidden features, (..., k, width)."""
         offset = self.decoder_in.bias
         if self.config.joins:
             offset = (offset + self.decoder_label(y))[..., None, :]
@@ -279,7 +279,7 @@ class CVAE(nn.Module):
         return torch.unflatten(parameters, -1, (self.dimensions, self.config.levels))
 
     def _log_likelihood(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """log p(x|z, y) in nats (..., k) of features, x broadcast against (..., k, d)."""
+        """log p(x|z, y) in nats, (..., k), from features; x is broadcast against (..., k, d)."""
         if self.config.levels == 2 and not self.config.logistics:
             return self._bernoulli(hidden, x)
         parameters = self._decoded(hidden)
@@ -290,20 +290,20 @@ class CVAE(nn.Module):
         return tables.gather(-1, taken)[..., 0].sum(-1)
 
     def _bernoulli(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """The same for two levels: x l - softplus(l), summed, with l the log-odds of level 1."""
+        """log p(x|z, y) for two levels: the sum of x l - softplus(l), l the log-odds of level 1."""
         if torch.is_autocast_enabled(hidden.device.type):
-            # The hidden layers may round; two large sums that nearly cancel may not.
+            # Mixed precision may round hidden layers, but not two large sums that nearly cancel.
             with torch.autocast(hidden.device.type, enabled=False):
                 return self._bernoulli(hidden.float(), x)
         weight = self.decoder_out.weight.unflatten(0, (self.dimensions, 2))
         bias = self.decoder_out.bias.unflatten(0, (self.dimensions, 2))
-        # As one matrix, to which a single ONNX node adds the bias.
+        # As one matrix, so that a single Gemm adds the bias.
         rows = functional.linear(
             hidden.flatten(0, -2), weight[:, 1] - weight[:, 0], bias[:, 1] - bias[:, 0]
         )
         log_odds = rows.reshape(*hidden.shape[:-1], self.dimensions)
-        # softplus(l) = relu(l) - log sigmoid(|l|) overflows nowhere. The sigmoids are at least
-        # 1/2, so that many are multiplied before one logarithm is taken of them.
+        # softplus(l) = relu(l) - log sigmoid(|l|) never overflows. The sigmoids are at least 1/2,
+        # so that many of them are multiplied before one logarithm is taken.
         sigmoids = torch.sigmoid(log_odds.abs()).unflatten(-1, (_factors(self.dimensions), -1))
         chosen = (log_odds @ x.float().transpose(-1, -2))[..., 0]
         return chosen - torch.relu(log_odds).sum(-1) + torch.log(sigmoids.prod(-2)).sum(-1)
@@ -315,10 +315,10 @@ class CVAE(nn.Module):
 
 
 class Conditional(nn.Module):
-    """The IWAE-K bound on log p(x|y) for all labels, as one graph.
+    """The graph of the IWAE-K bounds on log p(x|y) for all labels.
 
-    A Scan over pictures: what one needs for all labels and samples fits a CPU's cache, what
-    a batch needs does not. The encoder still runs once a batch.
+    A Scan processes one picture after another: the arrays for all labels and samples of one
+    picture fit a CPU's cache, those of a batch do not. The encoder runs once per batch.
     """
 
     def __init__(self, model: CVAE) -> None:
@@ -330,15 +330,15 @@ class Conditional(nn.Module):
         """log_pxy float32 (n, labels), nats.
 
         Args:
-            x: uint8 (n, c, h, w) of levels.
-            eps: standard normal noise (n, k, z); all labels share it, so that its
-                chance cancels in their differences.
+            x: levels, uint8 (n, c, h, w).
+            eps: standard normal noise (n, k, z), which all labels share, so that its effect
+                cancels in their differences.
         """
         labels = torch.arange(self.model.config.labels, device=x.device)
         mean, log_variance = self.model.posterior(self.model.features(x)[:, None], labels)
 
         def picture(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-            """Nothing to carry, and one picture -> log_pxy (labels,)."""
+            """Returns an unused state, and log_pxy (labels,) of one picture."""
             mean, log_variance, levels, eps = inputs
             weights = self.model.weights_of(mean, log_variance, levels[None, None], labels, eps)
             return [state[0].clone()], _mean_exp(weights)
@@ -349,17 +349,17 @@ class Conditional(nn.Module):
 
 
 class Generate(nn.Module):
-    """A picture of a label, as one graph."""
+    """The graph that draws a picture of a label."""
 
     def __init__(self, model: CVAE) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, y: Tensor, eps: Tensor, gumbel: Tensor) -> Tensor:
-        """x uint8 (n, c, h, w) of levels.
+        """x: levels, uint8 (n, c, h, w).
 
         Args:
-            y: int64 (n,) of labels.
+            y: labels, int64 (n,).
             eps: standard normal noise (n, z).
             gumbel: standard Gumbel noise (n, h, w, c, levels).
         """
@@ -368,23 +368,23 @@ class Generate(nn.Module):
 
 
 class Encode(nn.Module):
-    """The latent features of a picture under a label, as one graph; their prior is N(0, I)."""
+    """The graph that encodes a picture under a label, relative to the mean of the label's prior."""
 
     def __init__(self, model: CVAE) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance float32 (n, z) of uint8 x (n, c, h, w) and int64 y (n,)."""
+        """Mean and log-variance, float32 (n, z), of x, uint8 (n, c, h, w), and y, int64 (n,)."""
         mean, log_variance = self.model.encode(x, y)
         return self.model.from_centre(mean, y), log_variance
 
 
 def _factors(count: int) -> int:
-    """How many factors of 1/2 or more one product takes: a divisor of their count."""
+    """The largest divisor of `count` for which a product of as many factors stays normal."""
     return max(n for n in range(1, HALVES + 1) if count % n == 0)
 
 
 def _mean_exp(log_weights: Tensor) -> Tensor:
-    """log mean_k exp(w_k), (...) of (..., k)."""
+    """log mean_k exp(w_k), (..., k) to (...)."""
     return torch.logsumexp(log_weights, -1) - math.log(log_weights.shape[-1])

@@ -1,14 +1,15 @@
-"""Pictures of a source, labelled or not, each dealt to one of five parts.
+"""Splits the pictures of a source, labelled or not, into five parts.
 
-    train      what the weights see
-    fit        where outlier statistics are normalised and combined
-    calibrate  what scores are ranked against
-    validate   what training is watched on
-    test       what is reported, and nothing else
+    train      the models are trained on it
+    fit        outlier statistics are normalised and combined on it
+    calibrate  scores are ranked against it
+    validate   training is monitored on it
+    test       figures are reported on it; it is used for nothing else
 
-Pictures are dealt to the parts at random by a seed, since files are rarely in random
-order; or by stretches of the file, where what lies together there belongs together. A
-picture that a source holds twice may come to two parts: `Dataset.copies` counts those.
+By default, pictures are dealt to the parts at random by a seed, since files are rarely
+in random order. With `stretches`, each part is a contiguous stretch of the file instead,
+which keeps neighbours that belong together in one part. A picture that a source contains
+twice may fall into two parts: `Dataset.copies` counts these.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from likely_export.sources import Source
 
 PARTS = ("train", "fit", "calibrate", "validate", "test")
 BINARISATION = 20261122
-HELD_BACK = 1 << 32  # streams of the training part, far from the draws of the test part
+HELD_BACK = 1 << 32  # draw number of the source's training part; its test part uses 0, 1, 2, ...
 
 
 def spread(n: int, most: int) -> npt.NDArray[np.int64]:
-    """The places of at most so many of n, evenly far apart, int64 (min(n, most),).
+    """Returns up to `most` evenly spaced indices into n items, int64 (min(n, most),).
 
-    The first ones would be no sample: files need not be in random order.
+    The first `most` items would be no fair sample, because files need not be in random order.
     """
     size = min(n, most)
     return np.arange(size) * n // max(1, size)
@@ -45,11 +46,11 @@ class Split:
     """One part of a data set.
 
     Attributes:
-        x: uint8 (n, c, h, w), levels.
-        y: int64 (n,), labels; zeros where no labels are known.
-        grey: uint8 (n, c, h, w), what `x` was drawn from by Bernoulli(grey / peak);
-            None where `x` is the data itself.
-        peak: the largest value of `grey`.
+        x: levels, uint8 (n, c, h, w).
+        y: labels, int64 (n,); zeros if the labels are unknown.
+        grey: brightnesses, uint8 (n, c, h, w), from which `x` was drawn by
+            Bernoulli(grey / peak); None if `x` is the data itself.
+        peak: the value of `grey` that is white.
     """
 
     x: Pixels
@@ -62,20 +63,20 @@ class Split:
 
     @property
     def given(self) -> Pixels:
-        """The pictures before any was drawn, uint8 (n, c, h, w)."""
+        """The pictures before binarisation, uint8 (n, c, h, w)."""
         return self.x if self.grey is None else self.grey
 
     def take(self, rows: npt.NDArray[np.integer]) -> Split:
-        """The pictures of those rows, in that order."""
+        """Returns the pictures of these rows, in this order."""
         grey = None if self.grey is None else self.grey[rows]
         return Split(self.x[rows], self.y[rows], grey, self.peak)
 
     def some(self, most: int) -> Split:
-        """At most so many pictures, from all over this part."""
+        """Returns at most `most` pictures, evenly spaced over this part."""
         return self.take(spread(len(self), most))
 
     def redraw(self, rows: npt.NDArray[np.integer], generator: np.random.Generator) -> Pixels:
-        """Pictures uint8 (len(rows), c, h, w), binarised afresh where `x` is a draw."""
+        """Returns pictures, uint8 (len(rows), c, h, w), drawn afresh if `x` was binarised."""
         if self.grey is None:
             return self.x[rows]
         return bernoulli(self.grey[rows], self.peak, generator)
@@ -86,15 +87,15 @@ class Dataset:
     """The five parts of one source.
 
     Attributes:
-        name: what the source calls itself.
-        levels: every pixel is in [0, levels).
-        labels: the labels' names in the order of their numbers; none where none are known.
-        train: what the weights see.
-        fit: where statistics are combined.
-        calibrate: what scores are ranked against.
-        validate: what training is watched on.
-        test: what is reported.
-        digest: SHA-256 over all pictures, before `binarise` draws them, and labels in their parts.
+        name: the source's own name.
+        levels: number of levels; every pixel is in [0, levels).
+        labels: names of the labels, by number; empty if the labels are unknown.
+        train: the models are trained on it.
+        fit: statistics are combined on it.
+        calibrate: scores are ranked against it.
+        validate: training is monitored on it.
+        test: figures are reported on it.
+        digest: SHA-256 of the labels and of the pictures before binarisation, part by part.
     """
 
     name: str
@@ -109,7 +110,7 @@ class Dataset:
 
     @property
     def identity(self) -> tuple[str, int]:
-        """What tells these data from any others: the digest, and the levels made of them."""
+        """What identifies the data: the digest, and the number of levels."""
         return self.digest, self.levels
 
     @property
@@ -120,18 +121,20 @@ class Dataset:
 
     @property
     def priors(self) -> Doubles:
-        """How often each label stands in the training part, (labels,)."""
+        """Relative frequency of each label in the training part, (labels,)."""
         if not self.labels:
             return np.zeros(0)
         counts = np.bincount(self.train.y, minlength=len(self.labels))
         return np.asarray(counts / counts.sum())
 
     def copies(self, of: str = "train", among: Sequence[str] = PARTS[1:]) -> dict[str, int]:
-        """How many pictures of each held-out part are in the training part, too, to the byte.
+        """Counts the pictures of each held-out part that also occur in the training part.
+
+        Pictures count as equal if they agree in every byte.
 
         Args:
-            of: another part to look for them in.
-            among: the parts whose pictures are looked for.
+            of: the part to search in; the training part by default.
+            among: the parts whose pictures are searched for.
         """
         seen = set(map(_print, getattr(self, of).given))
         return {
@@ -142,16 +145,17 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How many pictures each part takes; training takes what is left.
+    """Number of pictures in each part; training takes the rest.
 
     Attributes:
-        fit: pictures that statistics are combined on.
-        calibrate: pictures to rank against; the finest alpha is 1 / (calibrate + 1).
-        validate: pictures that training is watched on.
-        test: pictures to report on; 0 where the source brings a test part.
-        stretches: every part is a stretch of the source's order, from a place that the seed
-            chooses and round its end, so that what lies together there, as a writer's digits
-            do, stays in one part; else pictures are dealt singly.
+        fit: pictures on which statistics are combined.
+        calibrate: pictures to rank against; the smallest alpha is 1 / (calibrate + 1).
+        validate: pictures on which training is monitored.
+        test: pictures to report on; 0 if the source has its own test part.
+        stretches: whether every part is a stretch of the source's order instead of pictures
+            dealt singly. The seed chooses where the first stretch begins, and the order wraps
+            around at its end. This keeps in one part what lies together, such as the digits
+            of one writer.
     """
 
     fit: int
@@ -179,25 +183,25 @@ def load(
     without: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Dataset:
-    """The data set of a source, divided by a seed.
+    """Loads a source and splits it into a data set by a seed.
 
     Args:
-        source: `digits` (scikit-learn's, 8x8, 17 levels), an `.npz` file, an idx
-            file or a folder of them, or a folder of pictures, with one subfolder a label where
-            labels are known.
-        sizes: how many pictures each part takes.
-        levels: quantise to so many levels what does not have so few already; 0 keeps
-            the source's, which its pixels must span.
-        binarise: two levels, 1 with probability x / (levels - 1): held-out parts
-            are drawn once by Philox(key=(20261122, k)), training afresh each time. Zeros and
-            ones stay.
+        source: `digits` (scikit-learn's, 8x8, 17 levels), an `.npz` file, an idx file, a
+            folder of idx files, or a folder of pictures with one subfolder per label (or none,
+            if the labels are unknown).
+        sizes: number of pictures in each part.
+        levels: number of levels to quantise to; a source whose pixels are all below it is
+            left unchanged. 0 keeps the source's own levels, which its pixels must span.
+        binarise: whether to draw each pixel as 0 or 1, with P(1) = x / (levels - 1). Held-out
+            parts are drawn once, by Philox(key=(20261122, k)); training pictures are drawn
+            afresh each time. Sources of zeros and ones stay unchanged.
         labels: names to use in place of the source's.
-        without: labels whose pictures are left out everywhere.
-        seed: of the division.
+        without: labels whose pictures are left out of every part.
+        seed: of the split.
 
     Raises:
-        InvalidInput: the source cannot be read or cannot be divided or quantised so, or of a label
-            no picture falls to what is trained, fitted or calibrated on; the field names the file.
+        InvalidInput: the source cannot be read, split or quantised as asked, or train, fit or
+            calibrate gets no picture of some label; the field names the file.
     """
     if binarise and levels:
         raise InvalidInput("levels", f"{levels} do not go with binarise, which makes two")
@@ -222,17 +226,17 @@ def load(
 
 
 def bernoulli(grey: Pixels, peak: int, generator: np.random.Generator) -> Pixels:
-    """Zeros and ones uint8 (...) with P(1) = grey / peak: u * peak < grey."""
+    """Draws zeros and ones, uint8 (...), with P(1) = grey / peak: u * peak < grey."""
     return (generator.random(grey.shape) * peak < grey).astype(np.uint8)
 
 
 def binarised(split: Split, whole: Source, draw: int) -> Split:
-    """The split drawn once by Philox(key=(20261122, draw)), ready to be redrawn.
+    """Returns the split drawn once by Philox(key=(20261122, draw)); `redraw` draws it again.
 
-    Zeros and ones stay as they are.
+    A source of zeros and ones stays unchanged.
 
     Raises:
-        InvalidInput: the source that it is of does not span its levels.
+        InvalidInput: the pixels of the source do not span its levels.
     """
     if whole.peak <= 1:
         return split
@@ -243,13 +247,13 @@ def binarised(split: Split, whole: Source, draw: int) -> Split:
 
 
 def quantised(x: Pixels, whole: Source, levels: int) -> Pixels:
-    """Pictures of a source in so many levels, as image files are read; as they are if it has none.
+    """Returns a source's pictures quantised to `levels`; unchanged if all pixels are below it.
 
-    Value v of a source of L levels is level round(v * (levels - 1) / (L - 1)), so that black stays
-    black, white white, and a picture is the same from an image file (`likely.levels.of_image`).
+    Value v of a source with L levels becomes level round(v * (levels - 1) / (L - 1)). Black stays
+    black, white stays white, and image files are read alike (`likely.levels.of_image`).
 
     Raises:
-        InvalidInput: the source does not span its levels.
+        InvalidInput: the pixels of the source do not span its levels.
     """
     if whole.peak < levels:
         return x
@@ -263,8 +267,8 @@ def _require_span(whole: Source) -> None:
         raise InvalidInput(
             whole.name,
             f"its pixels reach {whole.peak} where white is {whole.levels - 1}: stretch them, or "
-            f"give levels = {max(2, whole.peak + 1)} to take them as levels, or levels = "
-            f"{whole.levels} if the pictures are as dark as that",
+            f"set levels = {max(2, whole.peak + 1)} if they are levels already, or levels = "
+            f"{whole.levels} if the pictures really are that dark",
         )
 
 
@@ -277,16 +281,18 @@ def _divide(
     seed: int,
 ) -> dict[str, Split]:
     if test is not None and sizes.test:
-        raise InvalidInput(name, "brings a test part of its own: leave splits.test out")
+        raise InvalidInput(name, "has a test part of its own: leave splits.test out")
     if test is None and not sizes.test:
-        raise InvalidInput(name, "brings no test part: splits.test must say how many to keep")
+        raise InvalidInput(name, "has no test part: splits.test must say how many to keep")
     if test is not None and not len(test):
-        raise InvalidInput(name, "of the labels that are not held out its test part has no picture")
+        raise InvalidInput(name, "its test part has no picture of the labels that are not held out")
     wanted = {part: getattr(sizes, part) for part in PARTS[1:]}
     left = len(train) - sum(wanted.values())
     if left < 1:
         raise InvalidInput(
-            name, f"{len(train)} pictures cannot give {sum(wanted.values())} and leave training one"
+            name,
+            f"{len(train)} pictures cannot give the {sum(wanted.values())} of the splits and leave "
+            "one to train on",
         )
     generator = np.random.Generator(np.random.Philox(key=[seed % (1 << 64), 0]))
     cuts = np.cumsum([left, *wanted.values()])[:-1]
@@ -304,25 +310,25 @@ def _divide(
 def _require_all_labels(
     name: str, labels: tuple[str, ...], parts: dict[str, Split], y: Labels, sizes: Sizes
 ) -> None:
-    """Returns if every label is learnt and ranked: one without ranks would be in every label set.
+    """Raises unless every label can be learnt and ranked; an unranked one is in every label set.
 
     Raises:
-        InvalidInput: there is a label without a picture to train on, or a part has none of it.
+        InvalidInput: a label has no picture to train on, or train, fit or calibrate lacks it.
     """
     for label in np.setdiff1d(np.arange(len(labels)), y):
         raise InvalidInput(
             name,
-            f"of label {labels[label]} there is no picture to train on: number labels from 0 "
+            f"label {labels[label]} has no picture to train on: number labels from 0 "
             "without a gap, or hold that one out (data.without)",
         )
     for part in ("train", "fit", "calibrate"):
         for label in np.setdiff1d(y, parts[part].y):
             way = (
-                "what is sorted by label cannot be divided by stretches"
+                "a source that is sorted by label cannot be split by stretches"
                 if sizes.stretches
                 else "make that part larger, or hold the label out (data.without)"
             )
-            raise InvalidInput(name, f"of label {labels[label]} no picture falls to {part}: {way}")
+            raise InvalidInput(name, f"no picture of label {labels[label]} falls to {part}: {way}")
 
 
 def _digest(parts: dict[str, Split]) -> str:
@@ -336,5 +342,5 @@ def _digest(parts: dict[str, Split]) -> str:
 
 
 def _print(picture: Pixels) -> bytes:
-    """What tells the content of a picture from any other's."""
+    """Returns a hash that identifies a picture by its content."""
     return hashlib.blake2b(picture.tobytes(), digest_size=16).digest()

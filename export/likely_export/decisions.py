@@ -1,4 +1,4 @@
-"""What a bundle decides by, learnt from its graphs; and whether torch decides likewise."""
+"""Fits what a bundle decides by, from its graphs, and compares its decisions with torch's."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def judged(
     folder: Path,
     report: Callable[[str], None],
 ) -> dict[str, object]:
-    """What the manifest says of the calibration and of the decisions made by it.
+    """Returns the manifest's fields about the calibration and the comparison of decisions.
 
-    The calibration's arrays are written to the folder.
+    Writes the arrays of the calibration to the folder.
 
     Args:
-        recipe: of the training.
-        exported: the graphs; one gives p(x).
-        data: divided as for the training.
-        folder: where the graphs lie.
-        report: told what is being done.
+        recipe: recipe of the training.
+        exported: the exported graphs, among them that of p(x).
+        data: data set, split as in training.
+        folder: folder of the graphs.
+        report: called with each step as it begins.
     """
     report("calibrate")
     arrays, weights, temperature = _calibrate(recipe, exported, data, folder, report)
@@ -70,7 +70,7 @@ def _calibrate(
     folder: Path,
     report: Callable[[str], None],
 ) -> tuple[dict[str, Array], tuple[float, ...], float]:
-    """The detector's arrays, the experts' weights and the posterior's temperature."""
+    """Fits the detector's arrays, the experts' weights and the posterior's temperature."""
     density = passes.session(folder, exported[Role.DENSITY])
     parts = recipe.calibration.parts
     corrupted, made_of = None, np.empty(0, np.int64)
@@ -113,9 +113,11 @@ def _decisions(
     weights: tuple[float, ...],
     temperature: float,
 ) -> tuple[int, int, float]:
-    """How many test pictures torch and ONNX Runtime judged, and how many they judge otherwise.
+    """Compares the decisions of torch and of ONNX Runtime on the test part.
 
-    And by how many nats they differ about log p(x) at most.
+    Returns:
+        Number of pictures compared, number of different decisions, and the largest difference of
+        log p(x) in nats.
     """
     detector = Detector(arrays)
     x = data.test.some(COMPARED).x
@@ -147,13 +149,13 @@ def _decisions(
 def _taken(
     evidence: Array, weights: tuple[float, ...], priors: Doubles, temperature: float
 ) -> Labels:
-    """The labels that a server would give for log p_e(x|y) (n, experts, labels), int64 (n,)."""
+    """The labels, int64 (n,), that a server would assign for log p_e(x|y) (n, experts, labels)."""
     pooled = bayes.pooled(evidence, np.array(weights or (1.0,)))
     return bayes.posterior(pooled, priors, temperature).argmax(1)
 
 
 def _relabelled(exported: Exported, folder: Path, x: Pixels) -> npt.NDArray[np.bool_]:
-    """Whether torch and ONNX Runtime take a picture for different labels, (n,)."""
+    """Whether torch and ONNX Runtime assign different labels by p(y|x), (n,)."""
     (found,) = passes.rows(passes.session(folder, exported), {"x": x}, ["log_pyx"])
     (expected,) = passes.torch_rows(exported.source, {"x": x}, ["log_pyx"])
     changed: npt.NDArray[np.bool_] = expected.argmax(1) != found.argmax(1)
@@ -161,7 +163,7 @@ def _relabelled(exported: Exported, folder: Path, x: Pixels) -> npt.NDArray[np.b
 
 
 def _seen(density: Session, x: Pixels) -> Seen:
-    """What the density graph says of pictures."""
+    """The density graph's outputs for pictures."""
     if density.spec.output("label") is None:
         (statistics,) = passes.rows(density, {"x": x}, ["statistics"])
         return Seen(statistics, np.zeros(len(x), np.int64))
@@ -172,7 +174,7 @@ def _seen(density: Session, x: Pixels) -> Seen:
 def _evidence(
     conditional: Graph, rows: Callable[[Mapping[str, Array], Sequence[str]], list[Array]], x: Pixels
 ) -> Array:
-    """log p_e(x|y) of pictures, (n, experts, labels), as `rows` runs the graph or its module."""
+    """log p_e(x|y) of pictures, (n, experts, labels); `rows` runs the graph or its module."""
     feeds: dict[str, Array] = {"x": x}
     if (eps := conditional.input("eps")) is not None:
         feeds["eps"] = noise.common(eps.array_shape(len(x)))

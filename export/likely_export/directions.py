@@ -1,15 +1,17 @@
-"""Directions through latent features, found on pictures that trained no model.
+"""Directions through latent features, found on pictures that no model was trained on.
 
-Features z have the mean m_y and, around it, the covariance S within each label. A direction
-is a step and a probe with probe . step = 1: the step moves features as is likeliest for what
-it changes, S w for a probe along w, and the probe tells where features lie.
+Features z have the mean m_y for each label y, and the covariance S within labels. A direction
+consists of a step and a probe with probe . step = 1. The step is the likeliest change of
+features that changes the probe's value, S w for a probe along w. The probe returns the
+position of features along the direction.
 
-Of an attribute a, w is the linear regression of a on z within labels, constrained to
-w . (m_y - m_y') = 0: so places along it are alike for all labels and, of features that are
-Gaussian within labels, a step changes no label's odds. Where that leaves less than half of
-what the regression explains, as in few dimensions, w is free. It moves the estimate of a by
-one standard deviation of a within labels. Of a label, the step leads from the mean of the others
-to its own, and w is that of Fisher's linear discriminant (1936).
+For an attribute a, w is the linear regression of a on z within labels, constrained to
+w . (m_y - m_y') = 0. Then positions are comparable across labels and, if features are Gaussian
+within labels, a step changes no label's odds. If the constraint leaves less than half of the
+variance that the regression explains, as in few dimensions, w is not constrained. A step moves
+the estimate of a by one standard deviation of a within labels. For a label, the step leads from
+the mean of all other labels to the label's own mean, and w is that of Fisher's linear
+discriminant (1936).
 """
 
 from __future__ import annotations
@@ -20,25 +22,25 @@ import numpy as np
 
 from likely.answers import Doubles, Floats, Labels
 
-KEPT = 0.5  # of the explained variance, for which the constraint is worth its price
-RIDGE = 1e-3  # of the mean variance, so that features that stand still divide nothing
-ALIKE = 1e-9  # of attributes or features: what differs by no more is the same
-STILL = 1e-30  # a mean variance of features of which all stand still
+KEPT = 0.5  # least share of the explained variance that the constraint must leave
+RIDGE = 1e-3  # of the mean variance; makes the covariance invertible if some features are constant
+ALIKE = 1e-9  # attributes or features that differ by no more count as equal
+STILL = 1e-30  # a floor of the mean variance, for features that are all constant
 
 
 def found(
     features: Floats, y: Labels, names: Sequence[str], attributes: Mapping[str, Doubles]
 ) -> tuple[list[dict[str, str]], dict[str, Doubles]]:
-    """The directions' entries in the manifest, and the arrays of `likely.latent`.
+    """Returns the directions' entries in the manifest, and the arrays of `likely.latent`.
 
-    None of either where there is no attribute, and one label alone; none of what does not vary
-    with the features.
+    There is no direction for an attribute that does not vary with the features, for a label whose
+    mean is that of the others, or for the only label.
 
     Args:
         features: (n, z).
-        y: int64 (n,), their labels.
-        names: of the labels.
-        attributes: (n,) each, by name.
+        y: labels of the pictures, int64 (n,).
+        names: names of the labels.
+        attributes: attributes of the pictures by name, (n,) each.
     """
     z = features.astype(np.float64)
     present = np.unique(y)
@@ -81,12 +83,12 @@ def found(
 
 
 def _regression(covariance: Doubles, with_attribute: Doubles, apart: Doubles) -> Doubles:
-    """w that minimises E(a - w . z)^2, under `apart` w = 0 unless that costs too much, (z,).
+    """The w (z,) that minimises E(a - w . z)^2, subject to `apart` w = 0 if that costs little.
 
     Args:
-        covariance: of z, (z, z).
+        covariance: covariance of z, (z, z).
         with_attribute: covariance of z and a, (z,).
-        apart: what w is to be orthogonal to, (k, z).
+        apart: vectors to which w must be orthogonal, (k, z).
     """
     free = np.linalg.solve(covariance, with_attribute)
     towards = np.linalg.solve(covariance, apart.T)

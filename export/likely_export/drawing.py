@@ -1,4 +1,4 @@
-"""The draw of one pixel from features and noise, whatever its distribution is written as."""
+"""Draws one pixel from features and noise, for each kind of head."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Softmaxes(nn.Module):
         self.register_buffer("embedding", copied(functional.pad(head.embedding, (0, 1))))
 
     def forward(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Levels (n, c) of one pixel, int64, digit by digit.
+        """Levels of one pixel, int64 (n, c), drawn digit by digit.
 
         Args:
-            features: (n, head + 1), the last of them 1.
-            noise: (n, c * digits * base), standard Gumbel noise.
+            features: (n, head + 1), of which the last is 1.
+            noise: standard Gumbel noise, (n, c * digits * base).
         """
         head = self.head
         noises = noise.chunk(head.factors, -1) if head.factors > 1 else [noise]
@@ -52,8 +52,8 @@ class Softmaxes(nn.Module):
 class Mixture(nn.Module):
     """Draws a pixel from a mixture of logistics, by the masses of its digits.
 
-    Not term and level by two noises, which costs less: noise would fix no level,
-    and a temperature would be another one than the softmaxes'.
+    Drawing the term and the level from two noise variables would cost less. But then no noise
+    could fix a level, and a temperature would mean something else than for softmaxes.
     """
 
     weight: Tensor
@@ -64,7 +64,7 @@ class Mixture(nn.Module):
         self.register_buffer("weight", copied(torch.cat([head.weight, head.bias[None]])))
 
     def forward(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Levels (n, c) of one pixel, int64; arguments as those of `Softmaxes`."""
+        """Levels of one pixel, int64 (n, c); the arguments are those of `Softmaxes`."""
         noises = noise.chunk(self.head.factors, -1) if self.head.factors > 1 else [noise]
 
         def loudest(k: int, table: Tensor) -> Tensor:
@@ -75,12 +75,12 @@ class Mixture(nn.Module):
 
 
 def drawing(head: Head) -> nn.Module:
-    """What draws a pixel of that head."""
+    """Returns the module that draws pixels for this head."""
     if isinstance(head, MixtureHead):
         return Mixture(head)
     return Softmaxes(cast(PixelHead, head))
 
 
 def copied(matrix: Tensor) -> Tensor:
-    """A copy of its own, rows one after the other."""
+    """Returns a detached copy that is contiguous row by row."""
     return matrix.detach().clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
-"""What a bundle is worth, computed from the bundle alone through ONNX Runtime.
+"""The figures of a bundle, computed from the bundle alone through ONNX Runtime.
 
 Every figure is a function of the bundle and the data: seeds are fixed, and nothing that is
-reported has decided anything. Beside each stands what a simple method reaches.
+reported influenced any choice. Simple methods are reported beside it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from likely_export.material import (
 
 BINARISATIONS = 3
 BOUND_SAMPLES = 64
-TYPICAL = 1000  # training pictures whose median a patch is replaced by
+TYPICAL = 1000  # training pictures whose median replaces a patch
 
 
 def evaluate(
@@ -54,19 +54,19 @@ def evaluate(
     others: Mapping[str, Pixels] | None = None,
     sizes: Sizes | None = None,
 ) -> tuple[dict[str, Any], Material]:
-    """The figures of a bundle on the test part, and what a report shows beside them.
+    """Computes the figures of a bundle on the test part, and the material of its report.
 
     Args:
-        bundle: verified and loaded as a server would.
-        data: the data set that its recipe names.
-        alphas: rates of false rejections to check; those that the calibration is too small for
-            are listed as left out.
-        others: other data sets, uint8 (n, c, h, w), to tell from this one.
-        sizes: how many pictures to spend.
+        bundle: folder of the bundle, which is verified and loaded as in a server.
+        data: the data set of its recipe.
+        alphas: rates of false rejections to check; those that the calibration is too small for are
+            listed as left out.
+        others: other data sets to tell from this one, uint8 (n, c, h, w).
+        sizes: numbers of pictures.
 
     Returns:
-        Values for JSON: nats and bits/dim with standard errors, rates, areas under curves; None
-        of a label without test pictures.
+        Values for JSON: nats and bits/dim with standard errors, rates, and areas under curves. A
+        value is None for a label without test pictures.
     """
     opened = Bundle.open(bundle)
     engine = Engine.load(opened, device=Device("cpu"), threads=2)
@@ -78,10 +78,10 @@ def evaluate(
 
 
 def attach(bundle: Path, figures: Mapping[str, Any], material: Material) -> Manifest:
-    """The manifest of the bundle after figures and report have joined its files, or replaced them.
+    """Adds figures and report to a bundle's files, and returns the new manifest.
 
-    Both texts are made before a file is touched. Until the manifest is written the folder does not
-    agree with it: of a bundle that may be served, let it be a copy, as `replacing.rewriting` gives.
+    Both texts are made before any file is written. Until the manifest is written, the folder does
+    not agree with it: use a copy (`replacing.rewriting`) of a bundle that may be served.
     """
     manifest = Bundle.open(bundle).manifest
     told = json.dumps(figures, indent=1, allow_nan=False) + "\n"
@@ -92,7 +92,7 @@ def attach(bundle: Path, figures: Mapping[str, Any], material: Material) -> Mani
 
 
 class _Evaluation:
-    """One evaluation on its way; what several figures need is computed once."""
+    """One evaluation in progress; computes only once what several figures need."""
 
     def __init__(
         self,
@@ -110,13 +110,13 @@ class _Evaluation:
         self.left_out = [alpha for alpha in alphas if alpha < finest]
         self.largest = max(self.alphas, default=finest)
         self.test = data.test.some(sizes.test)
-        # Which pictures are corrupted; where two make one, the errors count the first of them.
+        # Rows that are corrupted. For corruptions of two pictures, errors account for the first.
         self.made_of = spread(len(self.test), sizes.outliers)
         self.some = self.test.x[self.made_of]
         self.others = {name: x[spread(len(x), sizes.outliers)] for name, x in others.items()}
 
     async def run(self) -> tuple[dict[str, Any], Material]:
-        """Everything, in the order of the report."""
+        """Computes everything, in the order of the report."""
         scores = await self._score(self.test.x)
         figures: dict[str, Any] = {
             "name": self.manifest.name,
@@ -203,7 +203,7 @@ class _Evaluation:
         return found
 
     def _separations(self, sets: Mapping[str, Sets]) -> dict[str, Any]:
-        """AUROC and the like for every set outside, by our score and by likelihood alone."""
+        """AUROC, FPR95 and AUPR of every outlier set, by our score and by likelihood alone."""
         inside = sets[corruptions.INLIERS]
         ours: dict[str, Any] = {}
         likelihood: dict[str, Any] = {}
@@ -233,8 +233,8 @@ class _Evaluation:
             "band": measures.rejection_band(alpha, size, n),
         }
         if names:
-            # No promise: all labels are ranked together. The bands are those of a label that had
-            # been ranked alone, among its share of the calibration split, to read its rate by.
+            # Not guaranteed, because all labels are ranked together. For comparison, the bands are
+            # those of a label ranked alone, among its share of the calibration split.
             counts = np.bincount(self.test.y, minlength=len(names))
             bands = [measures.rejection_band(alpha, round(size * c / n), int(c)) for c in counts]
             found |= self._by_label("by_label", p_value <= alpha)
@@ -242,7 +242,7 @@ class _Evaluation:
         return found
 
     def _by_label(self, name: str, values: Accepted) -> dict[str, Any]:
-        """The share of the test part's values (n,) that are true, by label, with its error."""
+        """The share of true values (n,) of the test part by label, with standard errors."""
         return measures.by_label(
             name, values, self.test.y, [label.name for label in self.manifest.labels]
         )
@@ -259,7 +259,7 @@ class _Evaluation:
         }
 
     def _discriminated(self, scores: ScoreTable) -> Labelled:
-        """What p(y|x) itself makes of the labels of the test part, whose scores these are."""
+        """The labels of the test part by p(y|x), given the part's scores."""
         graph = self.manifest.graphs[Role.DISCRIMINATE]
         session = Session(self.bundle.graph(Role.DISCRIMINATE), graph, Device("cpu"))
         log_pyx = passes.column(session, {"x": self.test.x}, "log_pyx")
@@ -267,7 +267,7 @@ class _Evaluation:
         return Labelled(self.test.y, posterior, scores.p_value)
 
     def _kind(self) -> dict[str, Any]:
-        """What the conditional graph's log p(x|y) is."""
+        """The kind of the conditional graph's log p(x|y)."""
         graph = self.manifest.graphs[Role.CONDITIONAL]
         samples = {"importance_samples": graph.importance_samples}
         return {"kind": graph.kind} | (samples if graph.kind == Kind.IWAE else {})
@@ -289,18 +289,18 @@ class _Evaluation:
         }
 
     def _least_coverage(self, alpha: float, y: int, calibration: int) -> float | None:
-        """The least share of a label's sets that may hold it, at 99 %."""
+        """The smallest share of a label's sets that may contain it, at 99 %."""
         band = measures.rejection_band(alpha, calibration, int(np.sum(self.test.y == y)))
         return None if band is None else 1 - band[1]
 
     async def _likelihoods(self, taken: Classifications) -> dict[str, Any]:
-        """-log p(x) as the mixture over labels where p(x|y) is exact; else the tighter bound."""
+        """-log p(x) as a mixture over labels if p(x|y) is exact, otherwise a tighter bound."""
         graph = self.manifest.graphs[Role.CONDITIONAL]
         if graph.kind != Kind.EXACT:
             return self._bound()
         draws = [taken.log_pxy]
         if self.test.grey is not None:
-            # The test part is draw 0; the figure is the mean over several.
+            # The test part is draw 0; the figure is the mean over several draws.
             for draw in range(1, BINARISATIONS):
                 generator = np.random.Generator(np.random.Philox(key=[SEED, draw]))
                 x = bernoulli(self.test.grey, self.test.peak, generator)
@@ -311,7 +311,7 @@ class _Evaluation:
         return {"marginal_nll_nats": mixed | {"by_draw": [float(each.mean()) for each in nats]}}
 
     def _bound(self) -> dict[str, Any]:
-        """IWAE over more samples: the mean of the weights of several calls."""
+        """The IWAE bound with more samples, by averaging the weights of several calls."""
         graph = self.manifest.graphs[Role.CONDITIONAL]
         eps = graph.input("eps")
         if eps is None:
@@ -332,10 +332,10 @@ class _Evaluation:
         return {"conditional_bits_per_dim": measures.mean(bits) | told}
 
     async def _mixed(self, judge: Judge, taken: Classifications) -> dict[str, Any]:
-        """Classification with as many outliers mixed in; to accept one is an error.
+        """Classification with outliers mixed in, where accepting one is an error.
 
-        Of a larger set as many pictures are taken as the test part has. Beside the bundle, the
-        largest softmax of a convolutional network that learnt from the same pictures.
+        There are as many outliers as test pictures: of the larger set, only so many are used. For
+        comparison, the largest softmax of a convolutional network trained on the same pictures.
         """
         y, own = self.test.y, judge.posterior(self.test.x)
         right, sure = own.argmax(1) == y, own.max(1)
@@ -359,11 +359,11 @@ class _Evaluation:
         return found
 
     def _doubt(self, answer: Classifications) -> Doubles:
-        """How far the least unusual label is from certain, (n,)."""
+        """Doubt, (n,): minus the largest label p-value, with near ties broken by the posterior."""
         return -answer.label_p_values.max(1) - 1e-3 * answer.posterior.max(1)
 
     async def _explained(self, taken: Classifications | None) -> Explained | None:
-        """Where two labels come closest, there is most to explain; else pictures of all kinds."""
+        """Explains pictures whose two best labels are closest, or any pictures without labels."""
         rows = spread(len(self.test), self.sizes.examples)
         compared = taken is not None and taken.posterior.shape[1] > 1
         if taken is not None and compared:
@@ -389,7 +389,7 @@ class _Evaluation:
 def _panel(
     sets: Mapping[str, Sets], outliers: Mapping[str, Any], made_of: Labels
 ) -> dict[str, float]:
-    """The least AUROC of the panel and the mean; its sets are the same pictures, corrupted."""
+    """The least and the mean AUROC over PANEL, whose sets are corruptions of the same pictures."""
     panel = [name for name in corruptions.PANEL if name in sets]
     least = outliers[min(panel, key=lambda name: float(outliers[name]["auroc"]))]
     scores = [(sets[corruptions.INLIERS].unusualness, sets[name].unusualness) for name in panel]

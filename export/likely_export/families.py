@@ -28,10 +28,10 @@ class Family:
     """A family of models.
 
     Attributes:
-        config: the frozen dataclass that shapes a model.
-        model: what `model(config)` builds, an `nn.Module` that `train.fit` can train.
-        labelled: whether it is told the data's labels.
-        needs_labels: whether it learns nothing without them.
+        config: frozen dataclass that configures a model.
+        model: class whose `model(config)` is an `nn.Module` that `train.fit` can train.
+        labelled: whether the model is given the data's labels.
+        needs_labels: whether the model learns nothing without labels.
     """
 
     config: type[Any]
@@ -54,10 +54,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 def family(name: str) -> Family:
-    """The family of that name.
+    """Returns the family with this name.
 
     Raises:
-        InvalidInput: there is none.
+        InvalidInput: there is no such family.
     """
     if name not in FAMILIES:
         raise InvalidInput("family", f"{name!r} is none of {', '.join(FAMILIES)}")
@@ -67,14 +67,14 @@ def family(name: str) -> Family:
 def config(
     name: str, options: Mapping[str, Any], *, shape: tuple[int, int, int], levels: int, labels: int
 ) -> Any:
-    """The config of a model of that family for such data, of defaults where no option is given.
+    """Returns the config of a model for such data; options that are not given keep their defaults.
 
     Raises:
-        InvalidInput: there is no such family, or its options do not go with each other or the data.
+        InvalidInput: there is no such family, or its options contradict each other or the data.
     """
     chosen = family(name)
     if chosen.needs_labels and not labels:
-        raise InvalidInput("family", f"a {name} learns of labels, and the data have none")
+        raise InvalidInput("family", f"a {name} needs labels, and the data have none")
     told = labels if chosen.labelled else 0
     return chosen.config(shape=shape, levels=levels, labels=told, **options)
 
@@ -88,10 +88,10 @@ def create(
     labels: int,
     seed: int,
 ) -> nn.Module:
-    """An untrained model of that family; its weights are a function of the seed.
+    """Returns an untrained model whose weights are a function of the seed.
 
     Raises:
-        InvalidInput: there is no such family, or its options do not go with each other or the data.
+        InvalidInput: there is no such family, or its options contradict each other or the data.
     """
     chosen = family(name)
     with torch.random.fork_rng(devices=[]):
@@ -102,16 +102,16 @@ def create(
             )
         except InvalidInput:
             raise
-        except (ValueError, RuntimeError) as error:  # modules of torch alone know no other errors
+        except (ValueError, RuntimeError) as error:  # what modules of torch alone raise
             raise InvalidInput(name, str(error)) from error
     return model
 
 
 def restore(weights: Path) -> nn.Module:
-    """The trained model in a `weights.pt`, in evaluation mode on the CPU.
+    """Loads the trained model of a `weights.pt`, in evaluation mode on the CPU.
 
     Raises:
-        InvalidInput: the file is not there or of no known family.
+        InvalidInput: the file does not exist, or its model is of no known family.
     """
     if not weights.is_file():
         raise InvalidInput(str(weights), "is not there: was this model trained to the end?")

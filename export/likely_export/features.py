@@ -1,9 +1,9 @@
-"""What latent features are worth: a linear probe, and whether a picture moves as it is told.
+"""Judges latent features: by a linear probe, and by whether traversals do what they should.
 
-The probe is multinomial logistic regression on so many labelled pictures, its penalty chosen
-on a fifth of them, beside the same on pixels and on as many principal components. Of a
-traversal it is asked whether the attribute of the draws follows the point, by Spearman's rank
-correlation, and whether an independent judge (`judge`) gives them their picture's label.
+The probe is multinomial logistic regression on a number of labelled pictures, with its penalty
+chosen on a fifth of them. It is compared with the same on pixels, and on equally many principal
+components. For a traversal, the figures are Spearman's rank correlation of point and measured
+attribute, and how often an independent judge (`judge`) gives draws the label of their picture.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from likely_export.data import Dataset
 from likely_export.judge import Judge
 
 LABELLED = (1_000, 10_000)
-STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # inverse penalties that a probe chooses from
+STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # inverse penalties from which a probe chooses
 BATCH = 64
-CHUNK = 8  # pictures traversed at once
+CHUNK = 8  # pictures per traversal request
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is looked at.
+    """Numbers of pictures, draws and steps.
 
     Attributes:
-        labelled: pictures that probes learn from; those that there are, where there are fewer.
+        labelled: pictures that probes learn from, as far as there are so many.
         test: pictures that probes are tested on.
         traversed: pictures that are moved along each direction.
-        draws: at each point.
-        steps: of the judge's training.
+        draws: draws at each point.
+        steps: training steps of the judge.
     """
 
     labelled: tuple[int, ...] = LABELLED
@@ -66,14 +66,14 @@ def probe(
     y_test: Labels,
     sizes: Sequence[int] = LABELLED,
 ) -> dict[int, float]:
-    """The accuracy on the test part, by how many labelled pictures were learnt from.
+    """Returns a probe's accuracy on the test part, by the number of labelled pictures learnt from.
 
     Args:
-        features: (n, z) of pictures in an order that says nothing.
-        y: int64 (n,).
+        features: (n, z), of pictures in random order.
+        y: labels, int64 (n,).
         test: (m, z).
-        y_test: int64 (m,).
-        sizes: how many of the first pictures are learnt from.
+        y_test: labels, int64 (m,).
+        sizes: numbers of pictures to learn from, counted from the first.
     """
     found: dict[int, float] = {}
     for size in sizes:
@@ -100,22 +100,22 @@ def traversal(
     draws: int = 4,
     seed: int = 0,
 ) -> dict[str, float]:
-    """How the draws of pictures follow the direction of an attribute.
+    """Returns how well draws follow the direction of an attribute.
 
     Args:
-        engine: has that direction.
+        engine: engine of a bundle with that direction.
         x: uint8 (n, c, h, w).
-        attribute: of `attributes`.
-        judged: says which label a picture has.
-        points: ascending, along the direction.
-        draws: at each point; where the engine cannot draw, means stand for them.
-        seed: of the draws.
+        attribute: name of one of `attributes`.
+        judged: labels pictures.
+        points: ascending points along the direction.
+        draws: draws at each point; means replace them if the engine cannot draw.
+        seed: seed of the draws.
 
     Returns:
-        `spearman`: of point and attribute, averaged over the draws of a point, mean over
-        pictures; `spearman_least`: of the worst picture; `monotone`: the share of pictures with
-        0.9 or more; `label_kept`: the share of draws that keep the label of their picture;
-        `slope`: of the attribute, in its own unit a point.
+        `spearman`: rank correlation of point and attribute, the latter averaged over the draws of a
+        point, as a mean over pictures; `spearman_least`: that of the worst picture; `monotone`: the
+        share of pictures with 0.9 or more; `label_kept`: the share of draws that keep the label of
+        their picture; `slope`: change of the attribute per point, in the attribute's unit.
     """
     drawn = _traversed(engine, x, attribute, points, draws, seed)
     n, steps, each = drawn.shape[:3]
@@ -135,12 +135,12 @@ def traversal(
 
 
 def evaluate(bundle: Path, data: Dataset, sizes: Sizes | None = None) -> dict[str, Any]:
-    """What the features of a bundle are worth on the test part.
+    """Returns the figures of a bundle's features on the test part.
 
     Args:
-        bundle: a folder whose bundle encodes.
-        data: what it was made with.
-        sizes: how much is looked at.
+        bundle: folder of a bundle that encodes.
+        data: data set that it was made with.
+        sizes: numbers of pictures, draws and steps.
     """
     sizes = sizes or Sizes()
     engine = Engine.load(Bundle.open(bundle), device=Device("cpu"), threads=1, max_batch=BATCH)
@@ -185,7 +185,7 @@ def _evaluated(engine: Engine, data: Dataset, sizes: Sizes) -> dict[str, Any]:
 
 
 def of_pictures_alone(manifest: Manifest) -> bool:
-    """Whether a bundle encodes pictures whose labels nobody tells it."""
+    """Whether a bundle can encode pictures whose labels it is not given."""
     graphs = manifest.graphs
     if Role.ENCODE not in graphs:
         return False
@@ -193,7 +193,7 @@ def of_pictures_alone(manifest: Manifest) -> bool:
 
 
 def encoded(engine: Engine, x: Pixels) -> npt.NDArray[np.float32]:
-    """The features' means (n, z) of pictures."""
+    """Returns the mean features of pictures, (n, z)."""
 
     async def all_of_them() -> list[npt.NDArray[np.float32]]:
         parts = range(0, len(x), BATCH)
@@ -205,7 +205,7 @@ def encoded(engine: Engine, x: Pixels) -> npt.NDArray[np.float32]:
 def _traversed(
     engine: Engine, x: Pixels, direction: str, points: Sequence[float], draws: int, seed: int
 ) -> Pixels:
-    """Draws (n, points, draws, c, h, w), or the means as levels where nothing can be drawn."""
+    """Draws (n, points, draws, c, h, w); or means as levels, if the engine cannot draw."""
     places, levels = np.array(points, np.float64), engine.manifest.levels
     count = 0 if engine.manifest.deterministic else draws
 
@@ -222,12 +222,12 @@ def _traversed(
 
 
 def _fitted(z: npt.NDArray[np.floating], y: Labels, strength: float) -> ClassifierMixin:
-    one = len(np.unique(y)) == 1  # then a regression has nothing to tell apart
+    one = len(np.unique(y)) == 1  # regression needs two labels
     model = DummyClassifier() if one else LogisticRegression(C=strength, max_iter=300, tol=1e-3)
     return model.fit(z, y)
 
 
 def flat(x: Pixels) -> npt.NDArray[np.float32]:
-    """Pictures (n, c, h, w) as vectors of their levels, (n, c * h * w)."""
+    """Returns pictures (n, c, h, w) as vectors of their levels, (n, c * h * w)."""
     flat: npt.NDArray[np.float32] = x.reshape(len(x), -1).astype(np.float32)
     return flat

@@ -1,4 +1,4 @@
-"""What a bundle draws: whether draws show their label, teach it, and are nobody's copy."""
+"""Judges what a bundle draws: do draws show their label, teach it, and copy nobody's picture?"""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from likely_export.material import Completed
 
 SEED = 20261122
 COMPLETED = 6
-MOST_DRAWS = 8  # of a picture that checks itself
-COMPARED = 500  # draws whose surprise and nearest neighbours are looked at
+MOST_DRAWS = 8  # draws per picture with the self-check
+COMPARED = 500  # draws whose surprise and nearest neighbours are examined
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How many pictures each figure is taken over, at most.
+    """The largest number of pictures for each figure.
 
     Attributes:
-        test: of the test part.
-        outliers: of every set out of distribution.
-        drawn: drawn for faithfulness and for training on draws; 0 leaves these out.
-        bound: for the bound of many importance samples.
-        steps: of training each judge.
-        examples: shown of each set.
+        test: pictures of the test part.
+        outliers: pictures of every set out of distribution.
+        drawn: draws for faithfulness and for training on draws; 0 leaves these figures out.
+        bound: pictures for the bound with many importance samples.
+        steps: training steps of each judge.
+        examples: pictures of each set to show.
     """
 
     test: int = 10_000
@@ -46,13 +46,13 @@ class Sizes:
 
 
 def drawing_graphs(manifest: Manifest) -> list[Graph]:
-    """The graphs that pictures are drawn with; none of a bundle that draws nothing."""
+    """The graphs that draw pictures; empty if the bundle cannot draw."""
     graphs = manifest.graphs
     return [graphs[role] for role in (Role.SAMPLE, Role.GENERATE) if role in graphs]
 
 
 def labels_drawn(manifest: Manifest) -> int:
-    """How many labels a picture can be drawn of; 0 where all are drawn from p(x)."""
+    """The number of labels that pictures can be drawn of; 0 if all draws are from p(x)."""
     takes_label = any(graph.input("y") is not None for graph in drawing_graphs(manifest))
     return len(manifest.labels) if takes_label else 0
 
@@ -66,15 +66,15 @@ async def drawn_by_label(
     check: SelfCheck | None = None,
     acceptance: Acceptance | None = None,
 ) -> list[Draws]:
-    """Pictures of each label in turn; the same index is never drawn twice.
+    """Draws pictures of each label in turn; no index is drawn twice.
 
     Args:
-        engine: draws.
-        labels: how many to draw of; 0 for pictures of no label, which are one group.
-        each: pictures of a label.
-        seed: of the draws.
-        check: redraw what does not pass.
-        acceptance: draw from p(x), and redraw what p(y|x) does not keep.
+        engine: engine that draws.
+        labels: number of labels to draw; 0 for one group of pictures without a label.
+        each: pictures per label.
+        seed: seed of the draws.
+        check: draw again what does not pass this self-check.
+        acceptance: draw from p(x), and draw again what p(y|x) does not accept.
     """
     asked: Sequence[int | None] = range(labels) if labels else [None]
     found = []
@@ -87,13 +87,13 @@ async def drawn_by_label(
 
 
 class Drawing:
-    """What a bundle draws, and what it is worth.
+    """Draws of a bundle, and figures about them.
 
     Attributes:
-        labels: how many can be asked for.
-        examples: uint8 (labels, k, c, h, w), a few draws of each label; None before `figures`,
-            or if the bundle draws nothing.
-        nearest: uint8 (k, 2, c, h, w), draws beside their nearest training pictures; likewise.
+        labels: number of labels that can be requested.
+        examples: a few draws of each label, uint8 (labels, k, c, h, w); None before `figures`, or
+            if the bundle cannot draw.
+        nearest: draws beside their nearest training pictures, uint8 (k, 2, c, h, w); None as above.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Drawing:
         sizes: Sizes,
         judge: Judge | None,
     ) -> None:
-        """What `engine` draws from `bundle`; `judge` names labels independently."""
+        """Judges draws by `engine` of `bundle`; `judge` labels pictures independently."""
         self.bundle, self.engine, self.data, self.test = bundle, engine, data, test
         self.manifest, self.sizes, self.judge = bundle.manifest, sizes, judge
         self.labels = labels_drawn(self.manifest)
@@ -113,7 +113,7 @@ class Drawing:
         self.nearest: Pixels | None = None
 
     async def figures(self, alphas: Sequence[float]) -> dict[str, Any]:
-        """Everything about draws, for JSON; nothing where the bundle draws nothing."""
+        """All figures about draws, for JSON; empty if the bundle cannot draw."""
         if not drawing_graphs(self.manifest):
             return {}
         x, y, _ = await self._draw(None)
@@ -130,20 +130,20 @@ class Drawing:
         return found
 
     async def completed(self) -> Completed | None:
-        """A few test pictures with a part hidden, and drawn again."""
+        """A few test pictures with a part hidden, and their completions."""
         if Role.SAMPLE not in self.manifest.graphs:
             return None
         x = self.test.some(COMPLETED).x
         known = np.zeros(x.shape, bool)
         h = x.shape[2]
-        known[::2, :, : h // 2] = True  # the upper half is given, or the upper two thirds
+        known[::2, :, : h // 2] = True  # given: alternately the upper half and the upper two thirds
         known[1::2, :, : 2 * h // 3] = True
         chunks = self.engine.complete(x, known, None, COMPLETED, SEED)
         images = np.concatenate([chunk.images async for chunk in chunks])
         return Completed(x, known, images.reshape(len(x), COMPLETED, *x.shape[1:]))
 
     async def _draw(self, check: SelfCheck | None) -> tuple[Pixels, Labels, Labels]:
-        """Pictures in turn of every label, or of none; their labels, and draws each took."""
+        """Draws pictures of each label, or of none; returns them, their labels and draws taken."""
         each = max(self.sizes.examples, self.sizes.drawn // max(1, self.labels))
         groups = await drawn_by_label(self.engine, self.labels, each, SEED, check=check)
         x, draws = (
@@ -153,7 +153,7 @@ class Drawing:
         return x, np.repeat(np.arange(len(groups)), each), draws
 
     def _taught(self, judge: Judge, x: Pixels, y: Labels) -> dict[str, Any]:
-        """Whether draws show their label, and whether they teach it."""
+        """Whether draws show their label, and whether a network can learn labels from them."""
         names = [label.name for label in self.manifest.labels]
         pupil = taught(x, y, self.manifest.levels, len(names), steps=self.sizes.steps)
         learnt = pupil.posterior(self.test.x).argmax(1) == self.test.y
@@ -164,7 +164,7 @@ class Drawing:
         }
 
     async def _checked(self, judge: Judge, check: SelfCheck) -> dict[str, Any]:
-        """Whether draws that check themselves show their label, and what that costs."""
+        """Whether draws with the self-check show their label, and the draws that this takes."""
         x, y, draws = await self._draw(check)
         return {
             "self_checked": {
@@ -183,10 +183,10 @@ class Drawing:
         }
 
     def _own_surprise(self, most: int) -> dict[str, Any]:
-        """Whether draws are as surprising to their model as it expects: mean surprise = entropy.
+        """Whether draws are as surprising to their model as expected: mean surprise = entropy.
 
-        The same p(x) must have drawn: a density that knows labels draws without one here. Nothing
-        is told where another model draws.
+        Draws must be from the density's own p(x): a density with labels draws without one here. If
+        another model draws, there is no figure.
         """
         sizes = self.manifest.calibrated.statistics
         if Role.SAMPLE not in self.manifest.graphs or not {"surprise", "entropy"} <= set(sizes):
@@ -218,10 +218,10 @@ class Drawing:
         }
 
     def _memorised(self, groups: Sequence[Pixels]) -> tuple[Pixels, dict[str, Any]]:
-        """Draws beside their nearest training pictures, and whether they lie too near.
+        """Compares draws with their nearest training pictures, and tells whether they are too near.
 
-        Of each label as many test pictures are compared with as draws: some labels' pictures
-        lie nearer to each other than others'.
+        For each label, as many test pictures are compared as draws, because the pictures of some
+        labels are nearer to each other than those of others.
         """
         drawn, held = self._compared(groups)
         near, distance = _nearest(drawn, self.data.train.x)
@@ -240,7 +240,7 @@ class Drawing:
         }
 
     def _compared(self, groups: Sequence[Pixels]) -> tuple[Pixels, Pixels]:
-        """Draws and test pictures, as many of each label, or of all where draws have none."""
+        """Draws and test pictures, equally many of each label; of all, if draws have no label."""
         y = self.test.y
         own = [self.test.x[y == label] for label in range(len(groups))]
         if not self.labels:
@@ -254,7 +254,7 @@ class Drawing:
 
 
 def _nearest(x: Pixels, among: Pixels) -> tuple[Labels, Doubles]:
-    """Which of some pictures is the nearest to each, and its distance in levels."""
+    """Returns the index of the nearest picture to each, and its distance in levels."""
     flat = among.reshape(len(among), -1).astype(np.float32)
     squares = np.square(flat).sum(1)
     own = x.reshape(len(x), -1).astype(np.float32)
@@ -268,5 +268,5 @@ def _nearest(x: Pixels, among: Pixels) -> tuple[Labels, Doubles]:
 
 def _noise_shape(spec: Graph) -> tuple[int, ...]:
     gumbel = spec.input("gumbel")
-    assert gumbel is not None  # a sampler has no other way to draw
+    assert gumbel is not None  # every sampler takes Gumbel noise
     return gumbel.array_shape(1)[1:]

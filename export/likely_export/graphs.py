@@ -1,7 +1,7 @@
-"""From a module to an ONNX file that provably does the same: export, clean, compare.
+"""Exports a module to an ONNX file that provably computes the same.
 
-An export is done only when the graph keeps the rules of `hygiene` and when names,
-dynamic axes, shapes and then values agree with torch.
+An export succeeds only if the graph follows the rules of `hygiene`, and if names, dynamic
+axes, shapes and then values agree with torch.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ JITTER = 1e-4
 
 @dataclass(frozen=True)
 class Exported:
-    """An ONNX file that passed the gate.
+    """An ONNX file that passed all checks.
 
     Attributes:
         graph: its entry in the manifest.
-        parity: the largest difference of a log-likelihood from torch's, in nats.
-        golden: inputs and outputs by name, to be replayed where it is served.
+        parity: largest difference of a log-likelihood from torch's, in nats.
+        golden: inputs and outputs by name, to be replayed by servers.
         source: what it was exported from.
     """
 
@@ -52,13 +52,13 @@ class Exported:
 
 
 def export(source: GraphSource, path: Path, levels: int, labels: int) -> Exported:
-    """Writes the module as ONNX and compares the two.
+    """Writes a module as ONNX, and compares the two.
 
     Args:
-        source: what to export.
-        path: of the ONNX file.
-        levels: of a pixel, to make inputs for the comparison.
-        labels: number of labels, likewise.
+        source: the module and its signature.
+        path: path of the ONNX file.
+        levels: number of levels in the pictures that are made for the comparison.
+        labels: number of labels in it.
 
     Raises:
         BundleError: the graph differs from the module (a log-likelihood by more than `TOLERANCE`
@@ -72,10 +72,10 @@ def export(source: GraphSource, path: Path, levels: int, labels: int) -> Exporte
 
 
 def golden(session: Session, levels: int, labels: int) -> dict[str, Array]:
-    """Inputs and outputs to replay elsewhere, the outputs of noise that leaves no near tie.
+    """Returns inputs and outputs to replay on other machines, with noise that avoids near ties.
 
-    Another processor rounds otherwise: a drawn level whose noise wins by a hair may fall
-    there to its neighbour, and take the rest of the picture along.
+    Other processors round differently. If two levels of a pixel nearly tie, the other one may be
+    drawn there, which changes the rest of the picture too.
     """
     specs, names = session.spec.inputs, [spec.name for spec in session.spec.outputs]
     feeds: dict[str, Array] = {}
@@ -86,7 +86,7 @@ def golden(session: Session, levels: int, labels: int) -> dict[str, Array]:
         fresh = example(specs, 2, levels, labels, seed)
         if seed < GOLDEN_TRIES:
             feeds = fresh
-        else:  # of very many pixels some tie nearly under any noise: they alone take other noise
+            # With very many pixels, some nearly tie under any noise: only these get other noise.
             fallen = _fallen(outputs, moved, feeds["gumbel"])
             feeds["gumbel"] = np.where(fallen, fresh["gumbel"], feeds["gumbel"])
         outputs = session.run(feeds, names)
@@ -94,12 +94,12 @@ def golden(session: Session, levels: int, labels: int) -> dict[str, Array]:
         if all(map(agrees, moved, outputs)):
             return {**feeds, **dict(zip(names, outputs, strict=True))}
     raise BundleError(
-        f"no noise of {GOLDEN_TRIES} draws pictures that stand a jitter of {JITTER:g}"
+        f"no noise of {GOLDEN_TRIES} draws pictures that a jitter of {JITTER:g} leaves unchanged"
     )
 
 
 def _fallen(outputs: list[Array], moved: list[Array], gumbel: Array) -> Array:
-    """Which pixels' noise (n, h, w, c, 1, ...) made another level of them when moved."""
+    """Indicator of pixels whose level the jitter changed, (n, h, w, c, 1, ...)."""
     pairs = zip(outputs, moved, strict=True)
     (changed,) = (one != other for one, other in pairs if one.dtype == np.uint8)
     places = changed.transpose(0, 2, 3, 1)
@@ -107,7 +107,7 @@ def _fallen(outputs: list[Array], moved: list[Array], gumbel: Array) -> Array:
 
 
 def _jittered(feeds: Mapping[str, Array], seed: int) -> dict[str, Array]:
-    """The inputs with their Gumbel noise moved by up to `JITTER`."""
+    """Returns the inputs with jitter of up to `JITTER` added to their Gumbel noise."""
     if "gumbel" not in feeds:
         return dict(feeds)
     generator = np.random.Generator(np.random.Philox(key=[seed, 7]))
@@ -116,7 +116,7 @@ def _jittered(feeds: Mapping[str, Array], seed: int) -> dict[str, Array]:
 
 
 def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
-    """Writes the module as one ONNX file, without a trace of the machine that did.
+    """Writes a module as one ONNX file, without a trace of the exporting machine.
 
     Raises:
         BundleError: the graph breaks a rule of `hygiene`.
@@ -146,9 +146,9 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
 
 
 def share(files: Iterable[Path], weights: Path) -> None:
-    """Moves the large weights of ONNX files into one file beside them, each of them once.
+    """Moves the large weights of ONNX files into one file beside them, each distinct weight once.
 
-    Graphs of one model hold much the same weights; equal ones are found by their bytes.
+    The graphs of one model have many weights in common; equal ones are found by their bytes.
     """
     places: dict[bytes, int] = {}
     with weights.open("wb") as out:
@@ -172,14 +172,14 @@ def share(files: Iterable[Path], weights: Path) -> None:
 
 
 def cut(path: Path, into: Path, outputs: list[str]) -> None:
-    """Writes the part of an ONNX file that leads from its inputs to these outputs.
+    """Writes the part of an ONNX file that computes these outputs.
 
-    What only a body of a node reads is led to as well, which onnx's own Extractor leaves out.
+    Unlike onnx's own Extractor, it keeps what is read only by the body of a node.
     """
     model = onnx.load(path)
     graph, wanted = model.graph, set(outputs)
     for node in reversed(list(graph.node)):
-        if wanted.isdisjoint(filter(None, node.output)):  # what is left out has the name ""
+        if wanted.isdisjoint(filter(None, node.output)):  # an omitted output has the name ""
             graph.node.remove(node)
             continue
         wanted |= set(node.input).union(*map(_free, bodies(node)))
@@ -192,7 +192,7 @@ def cut(path: Path, into: Path, outputs: list[str]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter from naming every absent package and every step that it left out."""
+    """Silences the exporter's messages about absent packages and skipped steps."""
     levels = {logger: logger.level for logger in map(logging.getLogger, TALKATIVE)}
     for logger in levels:
         logger.setLevel(logging.ERROR)
@@ -204,7 +204,7 @@ def _quiet() -> Iterator[None]:
 
 
 def strip(model: onnx.ModelProto) -> None:
-    """Removes stack traces, paths and doc strings that the exporter leaves."""
+    """Removes stack traces, paths and doc strings that the exporter left."""
     model.ClearField("metadata_props")
     model.ClearField("doc_string")
     for graph in subgraphs(model.graph):
@@ -219,10 +219,10 @@ def strip(model: onnx.ModelProto) -> None:
 
 
 def sink(graph: onnx.GraphProto) -> None:
-    """Moves every weight down into the one graph that uses it.
+    """Moves every weight into the graph that reads it, if only one does.
 
-    ONNX Runtime lays a weight out for its matrix kernel once, when a session is opened, but
-    not one that lies two graphs above its node: that is laid out afresh in every step.
+    When a session is opened, ONNX Runtime packs weights for its matrix kernels once, except those
+    that lie two or more graphs above their node: it packs these again in every step.
     """
     own = {name for node in graph.node for name in node.input}
     own |= {output.name for output in graph.output}
@@ -237,7 +237,7 @@ def sink(graph: onnx.GraphProto) -> None:
 
 
 def _free(graph: onnx.GraphProto) -> set[str]:
-    """Names that the graph, and the graphs within it, read from around them."""
+    """The names that a graph, with the graphs in its nodes, reads from the graphs around it."""
     read = {name for node in graph.node for name in node.input}
     read |= {output.name for output in graph.output}
     for node in graph.node:
@@ -249,7 +249,7 @@ def _free(graph: onnx.GraphProto) -> set[str]:
 
 
 def halved(model: torch.nn.Module) -> torch.nn.Module:
-    """The same model, its weights rounded to half precision, which `compact` then stores."""
+    """Rounds the weights of a model to half precision, which `compact` then stores."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.half().float())
@@ -257,10 +257,10 @@ def halved(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def compact(model: onnx.ModelProto) -> None:
-    """Stores weights that half precision holds exactly in half the bytes.
+    """Stores weights in half precision if that represents them exactly.
 
-    They are cast back where the graph begins, once, when a session is opened: what is
-    computed stays the same to the bit.
+    A Cast at the start of the graph restores them. ONNX Runtime folds it once, when a session is
+    opened, and all results stay the same to the bit.
     """
     for graph in subgraphs(model.graph):
         casts = [cast for tensor in graph.initializer if (cast := _halved_exactly(tensor))]
@@ -269,7 +269,7 @@ def compact(model: onnx.ModelProto) -> None:
 
 
 def _halved_exactly(tensor: onnx.TensorProto) -> onnx.NodeProto | None:
-    """Halves a weight in place where nothing is lost; the node that casts it back."""
+    """Halves a weight in place if that loses nothing; returns the node that casts it back."""
     values = onnx.numpy_helper.to_array(tensor)
     if values.dtype != np.float32 or values.size < SMALLEST_HALVED:
         return None
@@ -285,7 +285,7 @@ def _halved_exactly(tensor: onnx.TensorProto) -> onnx.NodeProto | None:
 def example(
     specs: Iterable[TensorSpec], n: int, levels: int, labels: int, seed: int
 ) -> dict[str, Array]:
-    """Inputs for a batch of `n`: pictures and labels at random, noise of its distribution."""
+    """Returns inputs for a batch of `n`: random pictures and labels, and noise as in serving."""
     generator = np.random.Generator(np.random.Philox(key=[seed, n]))
     feeds: dict[str, Array] = {}
     for spec in specs:
@@ -302,7 +302,7 @@ def example(
 
 
 def _difference(source: GraphSource, session: Session, levels: int, labels: int, n: int) -> float:
-    """The largest difference in a log-likelihood at a batch of `n`, in nats."""
+    """Compares a batch of `n`; returns the largest difference of a log-likelihood, in nats."""
     feeds = example(source.inputs, n, levels, labels, seed=1)
     with torch.no_grad():
         given = source.module(*(torch.from_numpy(feeds[spec.name]) for spec in source.inputs))
@@ -324,17 +324,17 @@ def _compare(spec: TensorSpec, value: Array, got: Array, n: int) -> None:
             "was declared"
         )
     if spec.dtype == "uint8":
-        # Two levels that tie within rounding may fall either way, and take their picture along.
+        # Two levels that tie up to rounding may be drawn either way, and change the rest.
         changed = int(np.any((value != got).reshape(n, -1), 1).sum())
         if changed > 1 + n // 20:
             raise BundleError(f"{changed} of {n} drawn pictures differ between torch and ONNX")
         return
     relative, size = 1e-6, np.abs(value)
     if spec.name == "surprise":
-        # Of a pixel far out in a sharp term's tail, whose distance is rounded by its sharpness.
+        # A pixel far out in the tail of a sharp logistic: the sharpness amplifies rounding.
         relative = 1e-4
     if spec.name == "statistics":
-        # A small number may be the difference of large ones: each counts by its largest.
+        # A small number may be the difference of large ones: compare with the column's largest.
         relative, size = 1e-4, size.max(0)
     allowed = TOLERANCE + relative * size
     if not np.all(np.abs(value - got) <= allowed):  # neither is NaN

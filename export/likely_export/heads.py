@@ -1,15 +1,14 @@
 """The output distribution of one pixel, exact over its levels and channels.
 
-A level is written as digits, the most significant first, and the digits of all
-channels of a pixel are drawn one after the other: red before green before blue,
-and within a channel the high digit before the low one. With features f of what
-comes before the pixel,
+A level is written with one or more digits, the most significant one first. The digits of
+all channels of a pixel form a chain: red before green before blue, and within a channel
+the high digit before the low one. Given features f of the pixels before this one,
 
     p(d_1, ..., d_m | f) = prod_k p(d_k | f, d_1, ..., d_k-1)
 
-Every factor is a table that sums to 1, so the distribution sums to 1 over all
-levels. `PixelHead` makes each table a softmax; `mixture.MixtureHead` takes them
-from a mixture of logistics.
+Every factor is a table that sums to 1, so the distribution sums to 1 over all levels.
+`PixelHead` computes each table by a softmax, `mixture.MixtureHead` from a mixture of
+logistics.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from torch.nn import functional
 
 
 class Head(nn.Module):
-    """p(pixel | features) as a chain of tables, one a digit; a subclass says what they hold.
+    """p(pixel | features) as a chain of tables, one per digit, which subclasses compute.
 
     Args:
         channels: channels of a pixel.
         levels: levels of a channel.
-        digits: digits a level is written with; levels ** (1 / digits) must be whole.
+        digits: digits per level; levels ** (1 / digits) must be an integer.
     """
 
     weight: nn.Parameter
@@ -41,7 +40,7 @@ class Head(nn.Module):
         self.factors = channels * digits
 
     def split(self, x: Tensor) -> Tensor:
-        """Levels (n, c, h, w) as digits (n, h, w, c * digits), int64."""
+        """Writes levels (n, c, h, w) as digits, int64 (n, h, w, c * digits)."""
         levels = x.permute(0, 2, 3, 1).long()
         if self.digits == 1:
             return levels
@@ -53,55 +52,57 @@ class Head(nn.Module):
         return torch.stack(digits, -1).flatten(-2)
 
     def log_probs(self, features: Tensor, x: Tensor) -> Tensor:
-        """Log-probabilities of every digit given the true ones before it.
+        """Log-probabilities of every digit, given the true digits before it.
 
         Args:
             features: (n, f, h, w).
             x: levels (n, c, h, w).
 
         Returns:
-            (n, h, w, c * digits, base), nats; each last axis sums to 1.
+            Nats, (n, h, w, c * digits, base); the probabilities of each last axis sum to 1.
         """
         raise NotImplementedError
 
     def surprise(self, log_probs: Tensor, x: Tensor) -> Tensor:
-        """-log p(pixel | before) in nats (n, c, h, w), of the tables that `log_probs` gave."""
+        """-log p(pixel | before) in nats, (n, c, h, w), from the tables of `log_probs`."""
         taken = log_probs.gather(-1, self.split(x)[..., None])[..., 0]
         return -taken.unflatten(-1, (self.channels, self.digits)).sum(-1).permute(0, 3, 1, 2)
 
     def expected(self, log_probs: Tensor, chances: Tensor) -> Tensor:
-        """The mean of that surprise, nats (n, c, h, w), if each of two levels is yet to be drawn.
+        """The expectation of `surprise` over pixels yet to be binarised, nats (n, c, h, w).
 
         Args:
             log_probs: (n, h, w, c, 2), of a head with two levels.
-            chances: float (n, c, h, w), the pixel's of being 1, whatever came before it.
+            chances: float (n, c, h, w), each pixel's probability of being 1, which must not
+                depend on the pixels before it.
         """
         zero, one = log_probs.permute(0, 3, 1, 2, 4).unbind(-1)
         return -torch.lerp(zero, one, chances)
 
     def nats(self, features: Tensor, x: Tensor) -> Tensor:
-        """The same surprise straight from the features (n, f, h, w)."""
+        """-log p(pixel | before) in nats, (n, c, h, w), directly from features (n, f, h, w)."""
         return self.surprise(self.log_probs(features, x), x)
 
 
 class PixelHead(Head):
     """A chain of softmaxes over digits, logits_k = W_k relu(f + sum_{j<k} E_j[d_j]) + b_k.
 
-    One digit a channel is the 256-way softmax of van den Oord et al. (2016); two digits
-    of 16 replace its 256 logits by 16 + 16.
+    With one digit per level this is the 256-way softmax of van den Oord et al. (2016); two
+    digits of base 16 replace its 256 logits by 16 + 16.
 
     Args:
         features: size of f.
         channels: channels of a pixel.
         levels: levels of a channel.
-        digits: digits a level is written with.
+        digits: digits per level.
     """
 
     def __init__(self, features: int, channels: int, levels: int, digits: int = 1) -> None:
         super().__init__(channels, levels, digits)
         self.weight = nn.Parameter(torch.zeros(self.factors, features, self.base))
         self.bias = nn.Parameter(torch.zeros(self.factors, self.base))
-        # A lone digit has none before it, and several devices wait for all gradients asked for.
+        # A single digit needs no embedding, and data-parallel training waits for the gradient of
+        # every parameter that requires one.
         self.embedding = nn.Parameter(
             torch.randn(self.factors - 1, self.base, features) * 0.1, self.factors > 1
         )

@@ -1,10 +1,11 @@
-"""What a graph must be to run anywhere, whole: the same file on a CPU and on a GPU.
+"""Rules by which a graph runs anywhere as a whole: the same file on a CPU and on a GPU.
 
-ONNX Runtime moves a node without a CUDA kernel to the CPU and says nothing; within
-a Scan it then copies in every step. So every node of a graph, Scan bodies included,
-must have a kernel of exactly its version and type. Graphs draw nothing at random,
-hold no functions, refer to no other file, and their batch alone is dynamic. A weight
-lies where the kernel that reads it can lay it out once (`graphs.sink`).
+ONNX Runtime moves a node without a CUDA kernel to the CPU without an error, and within a
+Scan it then copies data in every step. Therefore every node of a graph, Scan bodies
+included, must have a kernel of exactly its version and type. Graphs draw no random
+numbers, contain no functions and refer to no other file, and only their batch axis is
+dynamic. Weights lie where ONNX Runtime packs them once for the kernel that reads them
+(`graphs.sink`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RANDOM = {
     "RandomUniform",
     "RandomUniformLike",
 }
-BRANCHING = {"If", "Loop"}  # CUDA would wait for the CPU to read each condition
+BRANCHING = {"If", "Loop"}  # on CUDA, the CPU would have to read each condition
 MULTIPLYING = {"Gemm", "MatMul"}
 PATH = re.compile(r"^[/~]|^[A-Za-z]:\\|\.py\b")
 TYPED_BY_SECOND = {"Where"}
@@ -38,15 +39,15 @@ TYPED_BY_SECOND = {"Where"}
 def check(
     model: onnx.ModelProto, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]
 ) -> None:
-    """Returns if the graph keeps every rule.
+    """Raises unless a graph follows every rule.
 
     Args:
         model: the graph.
-        inputs: what the manifest says of its inputs.
-        outputs: likewise.
+        inputs: its inputs according to the manifest.
+        outputs: its outputs according to the manifest.
 
     Raises:
-        BundleError: the first rule that is broken, and by which node.
+        BundleError: names the first rule that is broken, and the node that breaks it.
     """
     _check_opset(model)
     _check_traces(model)
@@ -58,7 +59,7 @@ def check(
 
 
 def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and all graphs within its nodes, outermost first."""
+    """Yields the graph and all graphs in its nodes, outermost first."""
     yield graph
     for node in graph.node:
         for body in bodies(node):
@@ -66,20 +67,20 @@ def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The graphs within a node."""
+    """Yields the graphs in a node."""
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             yield attribute.g
 
 
 def _check_weights(graph: onnx.GraphProto, above: tuple[dict[str, bool], ...]) -> None:
-    """Follows which values are constant, by the graph that binds their names."""
+    """Raises if a product reads a constant of two or more graphs above; `above` has their names."""
     constant = {tensor.name: True for tensor in graph.initializer}
     constant |= {value.name: False for value in graph.input if value.name not in constant}
     scopes = (constant, *above)
 
     def bound(name: str) -> int:
-        """How many graphs above the name is bound."""
+        """The number of graphs above in which the name is bound."""
         return next((k for k, scope in enumerate(scopes) if name in scope), 0)
 
     for node in graph.node:
@@ -88,7 +89,7 @@ def _check_weights(graph: onnx.GraphProto, above: tuple[dict[str, bool], ...]) -
             if distance > 1 and scopes[distance][name]:
                 raise BundleError(
                     f"{node.op_type} reads {name} from {distance} graphs above, where ONNX Runtime "
-                    "lays it out afresh in every step"
+                    "packs it again in every step"
                 )
         within = list(bodies(node))
         for body in within:
@@ -138,7 +139,7 @@ def _axes(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
 
 
 def _check_nodes(graph: onnx.GraphProto, outer: Mapping[str, str]) -> None:
-    """Raises if a node of the graph has no kernel; `outer` types the names that it sees."""
+    """Raises if a node of the graph has no kernel; `outer` has the types of names around it."""
     types = {**outer, **_types(graph)}
     for node in graph.node:
         _check_node(node, types)

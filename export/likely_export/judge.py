@@ -1,7 +1,7 @@
-"""A small convolutional classifier: the independent judge of what a bundle draws and decides.
+"""A small convolutional classifier: an independent judge of a bundle's draws and decisions.
 
-It shares nothing with the models that it judges, and learns from the training part, or
-from draws alone.
+It shares nothing with the models that it judges, and learns from the training part or from
+draws alone.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Judge(nn.Module):
     """p(y|x) by three convolutions.
 
     Args:
-        shape: channels, rows, columns.
-        levels: of a pixel.
-        labels: how many.
+        shape: channels, rows, columns of a picture.
+        levels: number of levels.
+        labels: number of labels.
     """
 
     def __init__(self, shape: tuple[int, int, int], levels: int, labels: int) -> None:
@@ -53,13 +53,13 @@ class Judge(nn.Module):
         self.out = nn.Linear(128, labels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, labels) of uint8 (n, c, h, w)."""
+        """Logits (n, labels) of x, uint8 (n, c, h, w)."""
         logits: Tensor = self.out(self.features(x.float() * (2 / (self.levels - 1)) - 1))
         return logits
 
     @torch.no_grad()
     def posterior(self, x: Pixels) -> Doubles:
-        """p(y|x) (n, labels) of uint8 (n, c, h, w)."""
+        """p(y|x), (n, labels), of x, uint8 (n, c, h, w)."""
         self.eval()
         parts = [torch.softmax(self(part), 1) for part in torch.from_numpy(x).split(256)]
         found: Doubles = torch.cat(parts).double().numpy()
@@ -67,15 +67,15 @@ class Judge(nn.Module):
 
 
 def taught(x: Pixels, y: Labels, levels: int, labels: int, *, steps: int, seed: int = 0) -> Judge:
-    """A judge that has learnt from these pictures.
+    """Trains a judge on these pictures.
 
     Args:
         x: uint8 (n, c, h, w).
-        y: int64 (n,).
-        levels: of a pixel.
-        labels: how many.
-        steps: of 64 pictures each.
-        seed: of weights and order.
+        y: labels, int64 (n,).
+        levels: number of levels.
+        labels: number of labels.
+        steps: number of steps, of 64 pictures each.
+        seed: seed of weights and order.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -97,7 +97,7 @@ def taught(x: Pixels, y: Labels, levels: int, labels: int, *, steps: int, seed: 
 
 
 def _rows(n: int, steps: int, order: np.random.Generator) -> list[npt.NDArray[np.int64]]:
-    """Which pictures each step sees: every one once before any twice."""
+    """The rows of each step: every picture is used once before any is used twice."""
     size = min(BATCH, n)
     rounds = -(-steps * size // n)
     stream = np.concatenate([order.permutation(n) for _ in range(rounds)])

@@ -1,4 +1,4 @@
-"""What the configs of all families are checked for."""
+"""Range checks that the configs of all families share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from likely.errors import InvalidInput
 
 
 def at_least(least: int, config: object, *names: str) -> None:
-    """Returns if these attributes, or each of their items, are at least so much.
+    """Raises unless these attributes, or all of their items, are at least `least`.
 
     Raises:
-        InvalidInput: one is not.
+        InvalidInput: a value is smaller.
     """
     for name in names:
         value = getattr(config, name)
@@ -20,10 +20,10 @@ def at_least(least: int, config: object, *names: str) -> None:
 
 
 def shares(config: object, *names: str) -> None:
-    """Returns if these attributes lie in [0, 1].
+    """Raises unless these attributes lie in [0, 1].
 
     Raises:
-        InvalidInput: one does not.
+        InvalidInput: a value lies outside.
     """
     for name in names:
         if not 0 <= getattr(config, name) <= 1:

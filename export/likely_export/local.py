@@ -1,9 +1,9 @@
-"""A PixelCNN that sees four neighbours: what a picture's texture alone is worth.
+"""A PixelCNN that sees four neighbours: the likelihood that texture alone explains.
 
-The full model's log-likelihood beyond this one's is what shape adds, wherever and
-whatever it is; simple pictures, to which any model gives a high likelihood, get it
-from both (Ren et al., 2019, https://arxiv.org/abs/1906.02845; Zhang et al., 2021,
-https://arxiv.org/abs/2106.08461). For the pixel o:
+The full model's log-likelihood beyond this one's is the contribution of shape. Simple
+pictures have a high likelihood under any model, and the difference removes this (Ren et
+al., 2019, https://arxiv.org/abs/1906.02845; Zhang et al., 2021,
+https://arxiv.org/abs/2106.08461). The neighbours n of the pixel o:
 
     n n n
     n o .
@@ -23,17 +23,17 @@ from likely_export.limits import at_least
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """Everything that shapes a local PixelCNN.
+    """Configuration of a local PixelCNN.
 
     Attributes:
         shape: channels, rows, columns of a picture.
-        levels: levels of a pixel.
-        labels: of the data; a local model takes none.
-        channels: features of a pixel.
-        layers: hidden layers on top of the neighbours, pixel by pixel.
-        digits: digits a level is written with (2 for 256 levels: two nibbles).
-        logistics: terms of a discretised logistic mixture over the pixel, which takes
-            the place of the softmax; 0 for none.
+        levels: levels of a channel.
+        labels: number of labels in the data; a local model does not use them.
+        channels: hidden features per pixel.
+        layers: hidden 1x1 layers after the first look at the neighbours.
+        digits: digits per level (2 for 256 levels: two nibbles).
+        logistics: number of discretised logistics in a mixture that replaces the softmax; 0
+            for a softmax.
     """
 
     shape: tuple[int, int, int]
@@ -50,10 +50,10 @@ class LocalConfig:
 
 
 class LocalPixelCNN(nn.Module):
-    """log p(x) by the chain rule, each pixel given its four nearest before it.
+    """log p(x) by the chain rule, where each pixel depends on its four nearest predecessors.
 
-    It knows no positions and no labels. Besides its neighbours' levels it is told
-    which of them are 0, the background of many data sets.
+    The model knows neither positions nor labels. In addition to the neighbours' levels it is
+    told which of them are 0, the background of many data sets.
     """
 
     def __init__(self, config: LocalConfig) -> None:
@@ -68,7 +68,7 @@ class LocalPixelCNN(nn.Module):
         self.head = mixture.head(config.channels, c, config.levels, config.digits, config.logistics)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees of the neighbours of each pixel, (n, channels, h, w), of uint8 x."""
+        """The head's input from each pixel's neighbours, (n, channels, h, w), of uint8 x."""
         z = x.float() * (2 / (self.config.levels - 1)) - 1
         z = torch.cat([z, (z < -1 + 1e-6).float()], 1)
         features = self.above(functional.pad(z[:, :, :-1], (1, 1, 1, 0)))

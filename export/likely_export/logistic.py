@@ -2,16 +2,17 @@
 
 Salimans et al., 2017 (PixelCNN++, https://arxiv.org/abs/1701.05517), equations
 2 and 3: level l of L stands for the interval of width d = 2 / (L - 1) around
-u = 2 l / (L - 1) - 1; the first and the last level take the tails, so the
+u = 2 l / (L - 1) - 1. The first and the last level also take the tails, so the
 probabilities of all levels sum to 1:
 
     p(l) = sum_k pi_k [sigma((u + d/2 - mu_k) / s_k) - sigma((u - d/2 - mu_k) / s_k)]
 
-With b > a the arguments of one term, the difference does not cancel when taken as
+If b > a are the two arguments of one term, the form
 
     sigma(b) - sigma(a) = sigma(b) sigma(-a) (1 - exp(a - b))
 
-and its logarithm does not overflow with log sigma(t) = log sigma(|t|) - relu(-t).
+avoids cancellation, and log sigma(t) = log sigma(|t|) - relu(-t) keeps its logarithm
+from overflowing.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import torch
 from torch import Tensor
 
 SHARPEST, FLATTEST = -7.0, 2.0  # bounds of log s, in units of half the range
-TAIL = 100.0  # stands for infinity: sigma and tanh are 1 there
-AT_ONCE = 17  # levels: what they need of a batch together fits a cache
+TAIL = 100.0  # stands for infinity: sigma and tanh round to 1 there
+AT_ONCE = 17  # levels per step, so that the intermediate results of a batch fit a cache
 
 
 def log_prob(parameters: Tensor, x: Tensor, levels: int) -> Tensor:
     """log p(x) in nats, (..., d).
 
     Args:
-        parameters: (..., 3, k, d): logits of pi, means mu, log s before clamping.
+        parameters: (..., 3, k, d): logits of pi, means mu, and log s before clamping.
         x: levels as floats, broadcast against (..., d).
-        levels: L.
+        levels: number of levels L.
     """
     logits, mean, log_scale = parameters.unbind(-3)
     x = x[..., None, :]
@@ -47,13 +48,13 @@ def log_prob(parameters: Tensor, x: Tensor, levels: int) -> Tensor:
 
 
 def decay(t: Tensor) -> Tensor:
-    """1 - exp(-t) of t > 0, with all the digits of a small t."""
+    """1 - exp(-t) for t > 0, accurate also for small t."""
     half = torch.tanh(t / 2)
     return 2 * half / (1 + half)
 
 
 def log_probs(parameters: Tensor, levels: int) -> Tensor:
-    """log p of every level in nats, (..., d, levels), of parameters (..., 3, k, d)."""
+    """log p of every level in nats, (..., d, levels), from parameters (..., 3, k, d)."""
     d = parameters.shape[-1]
     x = torch.arange(levels, dtype=parameters.dtype, device=parameters.device)
     every = parameters[..., None].expand(*parameters.shape, levels).flatten(-2)
@@ -61,21 +62,20 @@ def log_probs(parameters: Tensor, levels: int) -> Tensor:
 
 
 def expected(parameters: Tensor) -> Tensor:
-    """The mixture's mean with every term's mean held to the range, scaled to [0, 1], (..., d)."""
+    """The mixture's mean, each term's mean clamped to [-1, 1], rescaled to [0, 1], (..., d)."""
     logits, mean, _ = parameters.unbind(-3)
     means = (torch.softmax(logits, -2) * mean.clamp(-1, 1)).sum(-2)
     return (means + 1) / 2
 
 
 def moments(parameters: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the discretised mixture, levels scaled to [0, 1], (..., d).
+    """Mean and standard deviation of the discretised mixture, levels rescaled to [0, 1], (..., d).
 
-    With c any whole level, and sums of positive terms only, so that nothing cancels,
+    For any level c, with sums of positive terms over the levels l from 1 to L - 1, so that no sum
+    loses digits by cancellation,
 
         E[x - c]     = sum_{l > c} p(x >= l) - sum_{l <= c} p(x < l)
         E[(x - c)^2] = sum_{l > c} p(x >= l) (2 (l - c) - 1) + sum_{l <= c} p(x < l) (2 (c - l) + 1)
-
-    over the levels l from 1 to L - 1.
     """
     logits, mean, log_scale = parameters.unbind(-3)
     weight = torch.softmax(logits, -2)
@@ -95,10 +95,10 @@ def moments(parameters: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def drawn(parameters: Tensor, gumbel: Tensor, levels: int) -> Tensor:
-    """Levels (..., d) as floats, drawn exactly with standard Gumbel noise (..., d, k + 2).
+    """Draws levels (..., d), as floats, exactly from standard Gumbel noise (..., d, k + 2).
 
-    The first k numbers choose the term; the difference of the last two is standard logistic,
-    and the level is that of the interval in which the term's logistic falls.
+    The first k numbers choose the term. The difference of the last two is standard logistic
+    noise; scaled and shifted by the term, it falls into the interval of the level drawn.
     """
     logits, mean, log_scale = parameters.transpose(-1, -2).unbind(-3)
     chosen = (torch.log_softmax(logits, -1) + gumbel[..., :-2]).argmax(-1, keepdim=True)

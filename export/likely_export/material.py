@@ -1,4 +1,4 @@
-"""What an evaluation leaves beside its figures: the pictures and numbers that a report shows."""
+"""What an evaluation returns beside its figures: the pictures and numbers that a report shows."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 
 from likely.answers import Accepted, Doubles, Floats, Labels, Pixels
 
-EVALUATION, REPORT = "evaluation.json", "report.html"  # the files that it leaves in a bundle
-BOUND = "bound_nats"  # of a model whose bundle has no graph that gives log p(x)
+EVALUATION, REPORT = "evaluation.json", "report.html"  # files that an evaluation adds to a bundle
+BOUND = "bound_nats"  # figure of a model whose bundle has no graph of log p(x)
 
 
 @dataclass(frozen=True, slots=True)
 class Sets:
-    """One set of pictures, in or out of distribution, as the bundle sees it.
+    """One set of pictures, in or out of distribution, with the bundle's answers.
 
     Attributes:
-        examples: uint8 (k, c, h, w), a few of its pictures.
-        nats: float64 (n,), -log p(x).
-        unusualness: float64 (n,), the score that is ranked.
+        examples: a few of its pictures, uint8 (k, c, h, w).
+        nats: -log p(x), float64 (n,).
+        unusualness: the score that is ranked, float64 (n,).
         p_value: float64 (n,).
     """
 
@@ -30,12 +30,12 @@ class Sets:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """What one rule of the bundle makes of the test part's labels.
+    """The test part as labelled by one of the bundle's rules.
 
     Attributes:
-        y: int64 (n,), the true ones.
+        y: true labels, int64 (n,).
         posterior: float64 (n, labels).
-        p_value: float64 (n,), of the pictures.
+        p_value: p-values of the pictures, float64 (n,).
     """
 
     y: Labels
@@ -45,12 +45,12 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """Pictures with a part hidden, and what the model drew there.
+    """Pictures with a hidden part, and the model's completions.
 
     Attributes:
-        x: uint8 (n, c, h, w), the originals.
-        known: bool (n, c, h, w), true where a pixel was given.
-        drawn: uint8 (n, k, c, h, w), completions.
+        x: the originals, uint8 (n, c, h, w).
+        known: whether a pixel was given, bool (n, c, h, w).
+        drawn: completions, uint8 (n, k, c, h, w).
     """
 
     x: Pixels
@@ -60,14 +60,15 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Which pixels speak for which of two labels.
+    """How much each pixel favours one of two labels over the other.
 
     Attributes:
-        pair: int64 (n, 2), the first label and the second.
-        log_ratio: float64 (n,), log p(x|first) - log p(x|second), or of their bounds, nats.
-        maps: float32 (n, c, h, w), what every pixel given those before it adds to the log-ratio;
-            or (n, 1, h, w), what it loses without the patches that hold a pixel.
-        patch: side of those patches; None where the maps sum to the log-ratio.
+        pair: first and second label, int64 (n, 2).
+        log_ratio: log p(x|first) - log p(x|second), or that of their bounds, nats, float64 (n,).
+        maps: each pixel's term of the log-ratio, given the pixels before it, float32
+            (n, c, h, w); or the mean loss of log-ratio over the occluding patches that contain
+            the pixel, (n, 1, h, w).
+        patch: side of those patches; None if the maps sum to the log-ratio.
     """
 
     pair: Labels
@@ -78,12 +79,12 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """Pictures and why.
+    """Pictures with explanations.
 
     Attributes:
         x: uint8 (n, c, h, w).
-        surprise: float32 (n, c, h, w), nats, summing to -log p(x).
-        compared: two labels of each, where there are several.
+        surprise: float32 (n, c, h, w), nats, which sum to -log p(x).
+        compared: comparison of two labels for each picture; None if there are not two.
     """
 
     x: Pixels
@@ -96,16 +97,17 @@ class Material:
     """Everything that a report shows beside the figures.
 
     Attributes:
-        levels: of a pixel.
-        labels: their names.
-        sets: by name; `corruptions.INLIERS` is the test part.
-        labelled: where the bundle classifies by p(x|y).
-        discriminated: where it classifies by p(y|x).
-        drawn: uint8 (labels, k, c, h, w), draws by label; (1, k, c, h, w) without labels;
-            None where the bundle draws nothing.
-        nearest: uint8 (k, 2, c, h, w), draws beside their nearest training pictures.
-        completed: where the bundle completes.
-        explained: a few test pictures, those that are hardest to label where they have labels.
+        levels: number of levels.
+        labels: names of the labels.
+        sets: sets of pictures by name; `corruptions.INLIERS` is the test part.
+        labelled: labels by p(x|y), if the bundle has it.
+        discriminated: labels by p(y|x), if the bundle has it.
+        drawn: draws by label, uint8 (labels, k, c, h, w); (1, k, c, h, w) without labels; None
+            if the bundle cannot draw.
+        nearest: draws beside their nearest training pictures, uint8 (k, 2, c, h, w).
+        completed: completions, if the bundle completes.
+        explained: a few test pictures; with labels, those that are hardest to label.
+        alphas: significance levels of the figures.
     """
 
     levels: int

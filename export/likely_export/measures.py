@@ -1,4 +1,4 @@
-"""What decisions are judged by: functions of arrays, no model behind them."""
+"""Figures by which decisions are judged: functions of arrays, independent of any model."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from likely.answers import Accepted, Doubles, Labels
 
 BINS = 15
 BAND = 0.99
-KEPT = 0.95  # of inliers, where FPR95 is read
+KEPT = 0.95  # share of inliers accepted, at which FPR95 is read
 SAMPLES = 200  # bootstrap samples
 SEED = 20261122
 
 
 def mean(values: npt.NDArray[Any]) -> dict[str, float]:
-    """The mean and its standard error."""
+    """Returns the mean and its standard error."""
     values = np.asarray(values, np.float64)
     error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
     return {"mean": float(np.mean(values)), "standard_error": error}
 
 
 def share(values: Accepted) -> float | None:
-    """How many of these are true, as a share; None of none at all."""
+    """Returns the share of true values, or None if there are no values."""
     return float(np.mean(values)) if len(values) else None
 
 
 def rank_correlation(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """Spearman's rank correlation (n,) with (n,); 0 where one of the two is all the same."""
+    """Spearman's rank correlation of (n,) and (n,); 0 if one of them is constant."""
     return float(spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
 def error(values: npt.NDArray[Any]) -> float | None:
-    """The standard error of a mean or a share; None of none at all."""
+    """Returns the standard error of a mean or a share, or None if there are no values."""
     return mean(values)["standard_error"] if len(values) else None
 
 
 def by_label(name: str, values: Accepted, y: Labels, labels: Sequence[str]) -> dict[str, Any]:
-    """The share of each label's values that are true under that name, and its standard error."""
+    """Returns the share of true values for each label, under this name, and its standard error."""
     own = {label: values[y == k] for k, label in enumerate(labels)}
     return {
         name: {label: share(one) for label, one in own.items()},
@@ -52,16 +52,16 @@ def by_label(name: str, values: Accepted, y: Labels, labels: Sequence[str]) -> d
 def separation(
     inliers: Doubles, outliers: Doubles, made_of: Labels | None = None
 ) -> dict[str, float]:
-    """AUROC, the share of outliers accepted where 95 % of inliers are, and AUPR; large is unusual.
+    """AUROC, FPR95 (share of outliers accepted where 95 % of inliers are) and AUPR.
 
-    Each with its standard error, which is 0 of sets that do not overlap at all. AUPR has outliers
-    as positives, so it depends on how many there are of either.
+    Large values are unusual. Each figure comes with its standard error, which is 0 if the sets do
+    not overlap. AUPR counts outliers as positives, so it depends on the sizes of both sets.
 
     Args:
         inliers: (n,).
         outliers: (m,).
-        made_of: int64 (m,), the inlier that each outlier was made of, no two of one: what they
-            have in common is no chance. None of outliers that are other pictures.
+        made_of: the inlier from which each outlier was made, int64 (m,), all different; standard
+            errors then account for what the pairs have in common. None for unrelated outliers.
     """
     auroc = paired(*placements(inliers, outliers), made_of)
     return {
@@ -81,14 +81,14 @@ def separation(
 def placements(
     inliers: Doubles, outliers: Doubles, counted: Accepted | None = None
 ) -> tuple[Doubles, Doubles]:
-    """For each inlier the share of outliers above it, for each outlier that of inliers below it.
+    """The share of outliers above each inlier, and the share of inliers below each outlier.
 
     Ties count half.
 
     Args:
-        inliers: (n,), large is unusual.
+        inliers: (n,), large values are unusual.
         outliers: (m,).
-        counted: (n,), where false, no outlier counts as above that inlier.
+        counted: (n,); where it is false, no outlier counts as above the inlier.
     """
     kept = np.ones(len(inliers), bool) if counted is None else counted
     over = kept * _share_below(-inliers, -outliers)
@@ -96,12 +96,12 @@ def placements(
 
 
 def paired(over: Doubles, under: Doubles, made_of: Labels | None = None) -> dict[str, float]:
-    """The mean of placements, as AUROC is, and its standard error (DeLong et al., 1988).
+    """The mean of placements, which is AUROC, and its standard error (DeLong et al., 1988).
 
     Args:
-        over: (n,), of inliers.
-        under: (m,), of outliers.
-        made_of: int64 (m,), the inlier that each outlier was made of; None of other pictures.
+        over: placements of inliers, (n,).
+        under: placements of outliers, (m,).
+        made_of: the inlier from which each outlier was made, int64 (m,); None for unrelated ones.
     """
     inside, outside = (mean(each)["standard_error"] for each in (over, under))
     variance = inside**2 + outside**2
@@ -111,26 +111,26 @@ def paired(over: Doubles, under: Doubles, made_of: Labels | None = None) -> dict
 
 
 def open_set_rate(doubt: Doubles, right: Accepted, outliers: Doubles) -> dict[str, float]:
-    """OSCR: the area under the share labelled rightly over the share of outliers accepted.
+    """OSCR, the area under the correct classification rate over the outliers' acceptance rate.
 
-    Dhamija et al., 2018. It is how often a picture is both labelled rightly and less doubtful than
-    an outlier; with the standard error.
+    Dhamija et al., 2018. It is the probability that a picture is labelled correctly and less
+    doubtful than an outlier. Comes with its standard error.
 
     Args:
-        doubt: (n,), of pictures that have a label.
-        right: (n,), whether that was given.
-        outliers: (m,), their doubt.
+        doubt: doubt about pictures that have a label, (n,).
+        right: whether the label assigned to them is correct, (n,).
+        outliers: doubt about outliers, (m,).
     """
     return paired(*placements(doubt, outliers, right))
 
 
 def open_set(doubt: Doubles, right: Accepted, outliers: Doubles) -> dict[str, float]:
-    """AURC, where to accept an outlier is an error, and OSCR, with their standard errors.
+    """AURC, counting accepted outliers as errors, and OSCR, with their standard errors.
 
     Args:
-        doubt: (n,), of pictures that have a label.
-        right: (n,), whether that was given.
-        outliers: (m,), their doubt.
+        doubt: doubt about pictures that have a label, (n,).
+        right: whether the label assigned to them is correct, (n,).
+        outliers: doubt about outliers, (m,).
     """
 
     def risk(inside: npt.NDArray[np.intp], outside: npt.NDArray[np.intp]) -> float:
@@ -147,7 +147,7 @@ def open_set(doubt: Doubles, right: Accepted, outliers: Doubles) -> dict[str, fl
 
 
 def average_precision(inliers: Doubles, outliers: Doubles) -> float:
-    """AUPR: the mean, over outliers, of the share of outliers among all that are as unusual."""
+    """AUPR: the mean over outliers of the share of outliers among all values as large or larger."""
     caught, lost = (
         len(each) - np.searchsorted(np.sort(each), outliers, "left") for each in (outliers, inliers)
     )
@@ -155,10 +155,10 @@ def average_precision(inliers: Doubles, outliers: Doubles) -> float:
 
 
 def error_below_quantile(values: Doubles, of: Doubles, level: float) -> float:
-    """The standard error of the share of values that lie below a quantile of others.
+    """The standard error of the share of values that lie below a quantile of other values.
 
-    By the bootstrap, without drawing: the rank of a sample's quantile is beta-distributed, and
-    given the quantile the share is binomial.
+    This is the bootstrap's, without resampling: the rank of a sample quantile follows a beta
+    distribution, and given the quantile the share is binomial.
     """
     n, k = len(of), level * (len(of) + 1)
     ranks = beta.ppf((np.arange(1000) + 0.5) / 1000, k, n + 1 - k)
@@ -168,11 +168,12 @@ def error_below_quantile(values: Doubles, of: Doubles, level: float) -> float:
 
 
 def bootstrap_error(figure: Callable[..., float], *sizes: int) -> float:
-    """The standard error of a figure: its deviation over samples drawn with replacement.
+    """The bootstrap's standard error of a figure: its deviation over resamples with replacement.
 
     Args:
-        figure: of the rows (n,) drawn from each group; those of a picture are drawn together.
-        sizes: of the groups.
+        figure: function of the rows (n,) drawn from each group; all values of a picture are
+            thereby drawn together.
+        sizes: sizes of the groups.
     """
     generator = np.random.Generator(np.random.Philox(key=[SEED, 0]))
     found = [figure(*(generator.integers(0, n or 1, n) for n in sizes)) for _ in range(SAMPLES)]
@@ -180,11 +181,11 @@ def bootstrap_error(figure: Callable[..., float], *sizes: int) -> float:
 
 
 def rejection_band(alpha: float, calibration: int, test: int) -> tuple[float, float] | None:
-    """Where the rate of false rejections on a test part lies, at 99 %; None if never at all.
+    """The 99 % band of the false rejection rate on a test part.
 
-    None too where there is no test part.
+    None if alpha is too small to reject anything, or if there is no test part.
 
-    The rate of one calibration split is Beta(k, n + 1 - k) with k = floor(alpha (n + 1))
+    The rate given one calibration split is Beta(k, n + 1 - k) with k = floor(alpha (n + 1))
     (Vovk, 2012), so the count on a test part is beta-binomial.
     """
     k = int(np.floor(alpha * (calibration + 1) + 1e-9))
@@ -196,7 +197,7 @@ def rejection_band(alpha: float, calibration: int, test: int) -> tuple[float, fl
 
 
 def calibration_error(posterior: Doubles, y: Labels) -> float:
-    """ECE: how far confidence is from accuracy, in 15 equal bins (Guo et al., 2017)."""
+    """ECE: the mean gap between confidence and accuracy, in 15 equal bins (Guo et al., 2017)."""
     sure, right = posterior.max(1), posterior.argmax(1) == y
     bins = np.minimum((sure * BINS).astype(int), BINS - 1)
     gaps = [
@@ -208,13 +209,13 @@ def calibration_error(posterior: Doubles, y: Labels) -> float:
 
 
 def labelling(posterior: Doubles, y: Labels, kept: Accepted | None = None) -> dict[str, Any]:
-    """What a posterior is worth: accuracy, label NLL in nats, ECE and AURC, with standard errors.
+    """Judges a posterior: accuracy, label NLL in nats, ECE and AURC, with standard errors.
 
     Args:
-        posterior: (n, labels); the label given is the most probable one.
-        y: int64 (n,), the true ones.
-        kept: (n,), whether the picture is accepted, where the accuracy of these is told too: None
-            if there are none.
+        posterior: (n, labels); the most probable label is assigned.
+        y: true labels, int64 (n,).
+        kept: whether each picture is accepted, (n,). If given, the accuracy of accepted pictures
+            is returned too, or None if there are none.
     """
     n, right, doubt = len(y), posterior.argmax(1) == y, -posterior.max(1)
     found: dict[str, Any] = {"accuracy": mean(right)}
@@ -233,9 +234,9 @@ def labelling(posterior: Doubles, y: Labels, kept: Accepted | None = None) -> di
 
 
 def selective_risk(doubt: Doubles, wrong: Accepted) -> float:
-    """AURC: the mean, over all shares kept, of the error among the least doubtful.
+    """AURC: the mean error among the least doubtful pictures, over all shares kept.
 
-    Geifman and El-Yaniv, 2017. Of pictures as doubtful as one another, each counts as their mean.
+    Geifman and El-Yaniv, 2017. Equally doubtful pictures each count as their mean.
     """
     _, group = np.unique(doubt, return_inverse=True)
     error = np.bincount(group, weights=wrong) / np.bincount(group)
@@ -254,7 +255,7 @@ def _resampled_error(
     outliers: Doubles,
     made_of: Labels | None,
 ) -> float:
-    """The bootstrap's standard error; an outlier is drawn with the inlier that it was made of."""
+    """The bootstrap's standard error; each outlier is drawn with the inlier it was made from."""
     n, m = len(inliers), len(outliers)
     if made_of is None:
         return bootstrap_error(lambda a, b: figure(inliers[a], outliers[b]), n, m)
@@ -265,7 +266,7 @@ def _resampled_error(
 
 
 def _share_below(values: Doubles, among: Doubles) -> Doubles:
-    """For each value the share of others below it (n,); equal ones count half."""
+    """The share of `among` below each value, (n,); equal values count half."""
     ordered = np.sort(among)
     twice = sum(np.searchsorted(ordered, values, side) for side in ("left", "right"))
     return np.asarray(twice / max(1, 2 * len(among)))

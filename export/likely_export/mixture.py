@@ -1,25 +1,26 @@
-"""A mixture of discretised logistics as the distribution of one pixel, channels and all.
+"""A mixture of discretised logistics as the joint distribution of a pixel's channels.
 
-Salimans et al., 2017 (PixelCNN++, https://arxiv.org/abs/1701.05517): one of K terms is
-drawn for the pixel, with the probability pi_k. Within it the channels are logistics,
-discretised as in `logistic`, whose means move with the channels before them, u being
-levels scaled to [-1, 1]:
+Salimans et al., 2017 (PixelCNN++, https://arxiv.org/abs/1701.05517): a pixel belongs to
+term k of K with probability pi_k. Within a term, the channels are logistics, discretised
+as in `logistic`. Their means depend linearly on the channels before them; with u the
+levels rescaled to [-1, 1], the means of term k are
 
-    mu_red,  mu_green + a u_red,  mu_blue + b u_red + c u_green      each of term k
+    mu_red,  mu_green + a u_red,  mu_blue + b u_red + c u_green
 
-By the chain rule that is a mixture for every channel, with the terms' probabilities
-given the channels before it as its weights:
+By the chain rule, each channel is a mixture too. Its weights are the posterior
+probabilities of the terms given the channels before it:
 
     w_k(green) ~ pi_k p_k(red),  w_k(blue) ~ pi_k p_k(red) p_k(green)
 
-The mass of a logistic between t - r and t + r, in scales from its mean, is
+The mass of a logistic between t - r and t + r, in units of its scale from its mean, is
 
     sigma(t + r) - sigma(t - r) = (1 - exp(-2 r)) / (1 + E + exp(-2 r) / E + exp(-2 r))
 
-with E = exp(|t| - r), where nothing cancels. A digit of a level stands for an interval of
-levels, and its probability is the mixture's mass there. So levels are written with digits
-at will: the distribution is the same, and where it must be known whole (to draw, for the
-entropy) two digits of 16 cost 32 masses a term where the levels would cost 256.
+with E = exp(|t| - r), a form in which nothing cancels. A digit of a level stands for an
+interval of levels, and its probability is the mixture's mass in that interval. The
+distribution is therefore the same with any number of digits. Where it is needed as a
+table (to draw, and for the entropy), two digits of base 16 take 32 masses per term
+instead of 256.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from likely_export import logistic
 from likely_export.heads import Head, PixelHead
 
 EVEN = 1e-5  # share of every term that is spread evenly over the levels
-TAIL = 60.0  # scales: beyond it a logistic has less than a float adds to `EVEN`
+TAIL = 60.0  # in scales; further out, a logistic's mass vanishes beside `EVEN` in float32
 
 
 class _Terms(NamedTuple):
     """A channel's mixture, each (..., k): weights that sum to 1, means, 1 / s, and both tails.
 
-    `below` and `above` are what a term has outside the outermost levels' intervals, which
-    these levels take.
+    `below` and `above` are each term's mass beyond the intervals of the outermost levels. It is
+    added to these levels.
     """
 
     weights: Tensor
@@ -55,14 +56,14 @@ class _Terms(NamedTuple):
 class MixtureHead(Head):
     """p(pixel | features) as a mixture of discretised logistics.
 
-    A share `EVEN` of each term is spread evenly over the levels: the surprise is bounded
-    (17 nats at 256 levels), and nothing underflows where masses are multiplied.
+    A share `EVEN` of each term is spread evenly over the levels. This bounds the surprise (by
+    17 nats for 256 levels), and products of masses cannot underflow.
 
     Args:
         features: size of the features.
         channels: channels of a pixel.
         levels: levels of a channel.
-        digits: digits a level is written with.
+        digits: digits per level.
         logistics: terms of the mixture.
     """
 
@@ -72,7 +73,7 @@ class MixtureHead(Head):
         super().__init__(channels, levels, digits)
         self.levels = levels
         self.logistics = logistics
-        # Rows of k: logits of pi, a mean and a log s a channel, a coefficient a pair of them.
+        # Rows of k: logits of pi; a mean per channel; a log s per channel; a coefficient per pair.
         rows = 1 + 2 * channels + channels * (channels - 1) // 2
         start = torch.zeros(rows, logistics)
         start[1 : 1 + channels] = torch.linspace(-1, 1, 2 * logistics + 1)[1::2]
@@ -95,7 +96,7 @@ class MixtureHead(Head):
         return torch.stack(tables, -2)
 
     def nats(self, features: Tensor, x: Tensor) -> Tensor:
-        """-log p(pixel | before) in nats (n, c, h, w), by the masses of its levels alone."""
+        """-log p(pixel | before) in nats, (n, c, h, w), from the masses of true levels alone."""
         rows = self._rows(self._read(features))
         weights = torch.softmax(rows[0], -1)
         before: list[Tensor] = []
@@ -109,11 +110,12 @@ class MixtureHead(Head):
         return torch.stack(nats, 1)
 
     def chain(self, parameters: Tensor, choose: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
-        """The levels of a pixel, int64 (...) a channel, digit after digit as they are chosen.
+        """Chooses a pixel's levels digit by digit; returns int64 (...) for each channel.
 
         Args:
-            parameters: (..., p), what the weights make of relu(features).
-            choose: the k-th digit, int64 (...), of the logarithms (..., base) of its masses.
+            parameters: (..., p), the product of relu(features) and the weights, with the bias.
+            choose: returns digit k, int64 (...), given k and the logarithms (..., base) of the
+                masses of its values.
         """
         rows = self._rows(parameters)
         weights = torch.softmax(rows[0], -1)
@@ -141,7 +143,7 @@ class MixtureHead(Head):
     def _terms(
         self, rows: tuple[Tensor, ...], weights: Tensor, channel: int, before: list[Tensor]
     ) -> _Terms:
-        """The channel's terms, given the levels (...) of the channels before it."""
+        """The channel's mixture, given the levels (...) of the channels before it."""
         mean, log_scale = rows[1 + channel], rows[1 + self.channels + channel]
         first = 1 + 2 * self.channels + channel * (channel - 1) // 2
         for other, level in enumerate(before[:channel]):
@@ -153,7 +155,7 @@ class MixtureHead(Head):
         return _Terms(weights, mean, sharpness, below, above)
 
     def _table(self, terms: _Terms, place: int, before: Tensor | None) -> Tensor:
-        """log of the mixture's mass at every digit, (..., base), given the channel's before it."""
+        """log of the mixture's mass at every digit, (..., base), given the digits before it."""
         width = self.base ** (self.digits - 1 - place)
         intervals = getattr(self, f"intervals_{place}")
         if before is None:
@@ -170,7 +172,7 @@ class MixtureHead(Head):
         return torch.log((1 - EVEN) * mass + EVEN * width / self.levels)
 
     def _mass(self, terms: _Terms, level: Tensor) -> Tensor:
-        """Every term's probability (..., k) of a level (...)."""
+        """The probability of a level (...) under every term, (..., k)."""
         intervals = getattr(self, f"intervals_{self.digits - 1}").transpose(1, 2).flatten(0, 1)
         centre, first, last = functional.embedding(level, intervals).chunk(3, -1)
         half = terms.sharpness / (self.levels - 1)
@@ -180,7 +182,7 @@ class MixtureHead(Head):
 
 
 def _bell(centre: Tensor, mean: Tensor, sharpness: Tensor, half: Tensor) -> Tensor:
-    """The mass of intervals over 1 - exp(-2 r), where r is half their width in scales."""
+    """The mass of intervals, divided by 1 - exp(-2 r), where r is half their width in scales."""
     beyond = ((centre - mean) * sharpness).abs() - half
     grown = torch.exp(beyond.clamp(-TAIL, TAIL))
     shrunk = torch.exp(-2 * half)
@@ -188,19 +190,19 @@ def _bell(centre: Tensor, mean: Tensor, sharpness: Tensor, half: Tensor) -> Tens
 
 
 def _sigmoid(t: Tensor) -> Tensor:
-    """The logistic function, in its tail as well: ONNX Runtime's own ends at 1e-8."""
+    """The logistic function, accurate in its tail too: ONNX Runtime's Sigmoid ends at 1e-8."""
     return 1 / (1 + torch.exp(-t.clamp(min=-TAIL)))
 
 
 def head(features: int, channels: int, levels: int, digits: int, logistics: int) -> Head:
-    """A mixture of so many logistics, or softmaxes where there are none."""
+    """Returns a mixture head with that many logistics, or a softmax head if there are none."""
     if logistics:
         return MixtureHead(features, channels, levels, digits, logistics)
     return PixelHead(features, channels, levels, digits)
 
 
 def _intervals(levels: int, count: int) -> Tensor:
-    """Centre in half-ranges, whether first and whether last, of `count` intervals, (3, count)."""
+    """Centres in half-ranges, and indicators of the first and the last interval, (3, count)."""
     width = levels // count
     centre = (torch.arange(count) * width + (width - 1) / 2) * (2 / (levels - 1)) - 1
     ends = torch.eye(count)

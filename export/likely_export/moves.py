@@ -1,4 +1,4 @@
-"""Pictures moved a little, as one more scan of the same thing would be."""
+"""Data augmentation: small random moves of pictures, as between two scans of the same thing."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from likely.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """How far a picture may be moved; each is drawn evenly up to its bound.
+    """How far pictures are moved. Each move is drawn uniformly up to its bound.
 
     Attributes:
-        turn: degrees, either way.
-        zoom: share of the size, either way, for height and width by themselves.
-        shear: share of the height by which a row may slide against another, either way.
-        shift: whole pixels, either way, up and down and sideways.
-        flip: left for right, half the time.
-        erase: largest share of the picture that a rectangle blanks.
+        turn: largest rotation, degrees, either way.
+        zoom: largest relative change of size, either way, separately for height and width.
+        shear: largest slide of a row against another, as a share of the height, either way.
+        shift: largest shift, whole pixels, in each of the four directions.
+        flip: whether half of the pictures are mirrored left to right.
+        erase: largest share of the picture that a blank rectangle covers.
     """
 
     turn: float = 0.0
@@ -44,12 +44,12 @@ class Moves:
         return self != NONE
 
     def of(self, x: Tensor) -> Tensor:
-        """The pictures x, uint8 (n, c, h, w), each moved by itself; drawn by torch's generator.
+        """Returns the pictures x, uint8 (n, c, h, w), each moved separately by torch's generator.
 
-        Levels between pixels are interpolated and rounded; beyond its edge, a picture goes on
-        as its edge is.
+        Levels between pixels are interpolated and rounded. Beyond its edges, a picture continues
+        with the levels of the edge.
         """
-        # Places in bfloat16 would lie between pixels, and blur them.
+        # Coordinates rounded to bfloat16 would fall between pixels, and blur the pictures.
         with torch.autocast(x.device.type, enabled=False):
             return self._moved(x)
 
@@ -68,7 +68,7 @@ class Moves:
         if self.flip:
             across = across * torch.where(torch.rand(n, device=x.device) < 0.5, -1.0, 1.0)
         shear = drawn(self.shear)
-        # Where in the old picture, in halves of its sides from the middle, a pixel comes from.
+        # The map from output pixels to input coordinates, in half sides from the centre.
         tall = height / width
         rows = (
             torch.stack([cos * across, (shear - sin * down) * tall, shift() * 2 / width], -1),
@@ -81,10 +81,10 @@ class Moves:
         return self._erased(moved).to(torch.uint8) if self.erase else moved.to(torch.uint8)
 
     def _erased(self, x: Tensor) -> Tensor:
-        """The pictures with a rectangle of each at the lowest level."""
+        """Sets a random rectangle of each picture to the lowest level."""
         n, _, height, width = x.shape
         area, ratio, top, left = torch.rand(4, n, 1, device=x.device)
-        stretch = torch.exp((ratio * 2 - 1) * math.log(3) / 2)  # height to width, 1:3 to 3:1
+        stretch = torch.exp((ratio * 2 - 1) * math.log(3) / 2)  # sqrt of height : width, 1:3 to 3:1
         tall = (area * self.erase).sqrt() * stretch * height
         wide = (area * self.erase).sqrt() / stretch * width
         row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)

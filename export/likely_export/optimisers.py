@@ -1,4 +1,4 @@
-"""How weights move: the settings of a training, its schedule, AdamW and Muon."""
+"""The settings of a training, its learning rate schedule, AdamW and Muon."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ class Training:
     Attributes:
         steps: updates of the weights.
         epochs: passes over the training part.
-        budget_seconds: processor time of this process (wall time on a GPU), on one device;
-            the schedule follows the clock, so such a run is not repeatable to the bit.
-        batch: pictures a step, over all devices.
-        optimiser: `adamw`, or `muon` for the matrices with AdamW for the rest
+        budget_seconds: processor time of this process (wall time on a GPU), on one device.
+            The schedule then follows the clock, so the run cannot be repeated to the bit.
+        batch: pictures per step, over all devices.
+        optimiser: `adamw`, or `muon` for matrices together with AdamW for all other weights
             (Jordan et al., 2024).
-        learning_rate: AdamW's peak.
-        muon_learning_rate: Muon's peak.
-        betas: AdamW's.
-        weight_decay: AdamW's, for weights of two axes and more.
-        muon_weight_decay: Muon's.
-        warm_up: the part of each stretch in which the rates rise from 0, before they
+        learning_rate: AdamW's peak learning rate.
+        muon_learning_rate: Muon's peak learning rate.
+        betas: AdamW's betas.
+        weight_decay: AdamW's weight decay, for weights with two or more axes.
+        muon_weight_decay: Muon's weight decay.
+        warm_up: share of each stretch in which the learning rates rise from 0, before they
             fall linearly back to 0.
-        more_epochs: further stretches, each of so many epochs: the rates, fallen to 0, rise
-            anew to half the peaks of the stretch before and fall again (a warm restart:
-            Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983). A finished run
-            goes on when its recipe gains a stretch, and keeps the mean of the weights that
-            ended its stretches, where that validates better.
-        average: decay of the weight average, min(average, (1 + t) / (10 + t)) at step t.
-        precision: of the arithmetic, by Lightning Fabric's name; weights stay float32. A
-            recipe's is what it is meant for, a run's what its machine took.
+        more_epochs: lengths of further stretches, in epochs. In each, the learning rates rise
+            again to half their previous peaks, and fall to 0 (warm restarts: Loshchilov and
+            Hutter, 2017, https://arxiv.org/abs/1608.03983). If the recipe of a finished run
+            gains a stretch, the run continues. The mean of the weights at the ends of the
+            stretches is kept if it validates better.
+        average: decay of the weight average; at step t it is min(average, (1 + t) / (10 + t)).
+        precision: of the arithmetic, by Lightning Fabric's name; weights stay float32. In a
+            recipe, the precision it is meant for; in a run, the one that its machine used.
         clip: largest norm of the gradient of the mean objective.
-        validations: how often a stretch is validated and checkpointed.
-        keep_best: keep the average of the best validation, not the last.
+        validations: validations (and checkpoints) per stretch.
+        keep_best: whether to keep the weight average that validated best instead of the last.
         seed: of the data order and of everything random in the objective.
     """
 
@@ -76,13 +76,13 @@ class Training:
         for name in ("batch", "clip", "validations", "learning_rate", "muon_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidInput(
-                    f"training.{name}", f"{getattr(self, name)} is not above 0, and finite"
+                    f"training.{name}", f"{getattr(self, name)}; it must be above 0 and finite"
                 )
         if self.budget_seconds and self.more_epochs:
-            raise InvalidInput("training.more_epochs", "does not go with budget_seconds")
+            raise InvalidInput("training.more_epochs", "cannot be combined with budget_seconds")
         if not all(0 < epochs < math.inf for epochs in self.more_epochs):
             raise InvalidInput(
-                "training.more_epochs", f"{self.more_epochs} are not all above 0, and finite"
+                "training.more_epochs", f"{self.more_epochs}; all must be above 0 and finite"
             )
         for name in ("warm_up", "average"):
             if not 0 <= getattr(self, name) < 1:
@@ -92,13 +92,17 @@ class Training:
         for name in ("weight_decay", "muon_weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InvalidInput(
-                    f"training.{name}", f"{getattr(self, name)} is not 0 or above, and finite"
+                    f"training.{name}", f"{getattr(self, name)}; it must be at least 0 and finite"
                 )
-        if not -(1 << 63) <= self.seed < 1 << 64:  # what torch takes
+        if not -(1 << 63) <= self.seed < 1 << 64:  # the range that torch accepts
             raise InvalidInput("training.seed", f"{self.seed} is not in [-2^63, 2^64)")
 
     def rate(self, progress: float) -> float:
-        """The learning rates' factor in [0, 1] after so many stretches, 1.5 for half the second."""
+        """The factor of the learning rates, in [0, 1]; each stretch peaks at half the peak before.
+
+        Args:
+            progress: in stretches; 1.5 is halfway through the second one.
+        """
         if progress >= 1 + len(self.more_epochs):
             return 0.0
         stretch, progress = divmod(progress, 1)
@@ -109,17 +113,18 @@ class Training:
         return rate / 2**stretch
 
     def continues(self, earlier: Mapping[str, Any]) -> bool:
-        """Whether a run of another training, given as a dict, is the beginning of one of this."""
+        """Whether this training, up to some point, is the `earlier` one, given as a dict."""
         now, before = dataclasses.asdict(self), {"more_epochs": (), **earlier}
         more, fewer = now.pop("more_epochs"), tuple(before.pop("more_epochs"))
         return now == before and more[: len(fewer)] == fewer
 
 
 class Matrices(torch.optim.Muon):
-    """Muon for weights of two axes and more, each seen as a matrix (out, everything else).
+    """Muon for weights with two or more axes, each viewed as a matrix (out, everything else).
 
-    PyTorch's own makes updates orthogonal in bfloat16. Processors without instructions for it
-    take fifteen times as long that way, more than all else of a step: there it is float32.
+    PyTorch's own Muon orthogonalises updates in bfloat16. On processors without instructions for
+    bfloat16, this takes fifteen times as long as in float32, more than the rest of a step. On
+    CPUs, this class therefore computes them in the weights' own precision.
     """
 
     def __init__(self, weights: Iterable[Tensor], lr: float, weight_decay: float) -> None:
@@ -130,7 +135,7 @@ class Matrices(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; the views share their memory with the weights."""
+        """Updates the weights once; the views share memory with them."""
         loss = None if closure is None else closure()
         for weight, view in zip(self.weights, self.views, strict=True):
             if weight.grad is not None:
@@ -150,9 +155,10 @@ class Matrices(torch.optim.Muon):
 
 
 def orthogonal(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Nearly U V^T of a matrix U S V^T: singular values of about 1, by Newton and Schulz.
+    """Returns nearly U V^T of a matrix U S V^T, by Newton-Schulz iteration.
 
-    Five steps of Muon's polynomial (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/).
+    The singular values of the result are about 1. Five steps of Muon's polynomial (Jordan et al.,
+    2024, https://kellerjordan.github.io/posts/muon/).
 
     Args:
         matrix: (out, in).
@@ -170,14 +176,14 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _matrix(tensor: Tensor, weight: Tensor) -> Tensor:
-    """(out, everything else), in the order of the weight's memory: then its view is no copy."""
+    """Reshapes to (out, everything else), in the weight's memory order, so that it is a view."""
     if tensor.ndim == 4 and not weight.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.reshape(len(tensor), -1)
 
 
 def optimisers(module: nn.Module, training: Training) -> list[torch.optim.Optimizer]:
-    """The optimisers of a training, each group with its `peak` rate."""
+    """Returns the optimisers of a training; each group stores its peak learning rate as `peak`."""
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     matrices: list[Tensor] = []
     if training.optimiser == "muon":
@@ -201,7 +207,7 @@ def optimisers(module: nn.Module, training: Training) -> list[torch.optim.Optimi
 
 
 def _matrices(module: nn.Module) -> Iterator[Tensor]:
-    """The weights of linear and convolutional layers."""
+    """Yields the weights of linear and convolutional layers."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             yield layer.weight

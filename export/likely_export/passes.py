@@ -1,4 +1,4 @@
-"""Exported graphs, and their modules, run over as many pictures as there are, batch by batch."""
+"""Runs exported graphs, or their modules, over any number of pictures, batch by batch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from likely_export.graphs import Exported
 from likely_export.roles import GraphSource
 
 BATCH = 16
-FEW = 2  # pictures that are rows for each label: what a core computes of them stays in its cache
+FEW = 2  # batch of pictures that expand to a row per label, so that they fit a core's cache
 
 
 def session(folder: Path, exported: Exported) -> Session:
-    """The graph, opened on the processor."""
+    """Opens a graph on the CPU."""
     return Session(folder / exported.graph.file, exported.graph, Device("cpu"))
 
 
 def rows(
     session: Session, feeds: Mapping[str, Array], outputs: Sequence[str], batch: int = BATCH
 ) -> list[Array]:
-    """These outputs, each of all rows of the feeds (n, ...); as many batches at once as cores."""
+    """Returns these outputs for all rows of the feeds (n, ...); runs a batch on each core."""
     n = len(next(iter(feeds.values())))
 
     def run(at: int) -> list[Array]:
@@ -41,9 +41,9 @@ def rows(
 def torch_rows(
     source: GraphSource, feeds: Mapping[str, Array], outputs: Sequence[str], batch: int = BATCH
 ) -> list[Array]:
-    """What `rows` gives, of the module in place of its graph; other outputs are not kept.
+    """Returns what `rows` returns, from the module instead of its graph.
 
-    The module's kernels are left with channels last: so a processor convolves faster.
+    The module is left in the channels_last layout, in which CPUs convolve faster.
     """
     places = [[spec.name for spec in source.outputs].index(name) for name in outputs]
     module = source.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -61,7 +61,7 @@ def torch_rows(
         for whole, part in zip(kept, parts, strict=True):
             whole[at : at + batch] = part
 
-    # Nothing is left of a batch: small arrays among the large ones that are freed would pin those.
+    # Keep no array of a batch: a small one among freed large ones would pin their memory.
     with torch.no_grad():
         for at in range(0, n, batch):
             run(at)
@@ -69,6 +69,6 @@ def torch_rows(
 
 
 def column(session: Session, feeds: Mapping[str, Array], output: str) -> Array:
-    """One output of all rows of the feeds (n, ...)."""
+    """Returns one output for all rows of the feeds (n, ...)."""
     (found,) = rows(session, feeds, [output])
     return found

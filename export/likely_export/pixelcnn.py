@@ -9,9 +9,9 @@ pixel, without the blind spot of a single masked stack (van den Oord et al.,
     h h o . .         fed by the vertical stack
     . . . . .      .: never seen
 
-Kernels are cropped to the part that a mask would leave: no multiplication by
-zero. A transformer whose tokens are the picture's rows can feed the vertical
-stack: token i sees rows before i, whole.
+Kernels are cropped to the part that a mask would leave, so nothing is multiplied
+by zero. Optionally, a transformer over rows feeds the vertical stack. Its tokens
+are the rows of the picture; token i sees the whole of all rows before i.
 
 Channels and digits of a pixel are chained in the head (`heads.Head`).
 """
@@ -31,14 +31,14 @@ from likely_export.limits import at_least
 
 @dataclass(frozen=True)
 class PixelCNNConfig(AutoregressiveConfig):
-    """Everything that shapes a PixelCNN: `layers` blocks, both stacks `channels` wide.
+    """Configuration of a PixelCNN with `layers` blocks, whose stacks are `channels` wide.
 
     Attributes:
-        gated: tanh(a) * sigmoid(b) units of the paper; else relu.
-        positions: learned biases for every position in both stacks.
-        row_layers: blocks of the row transformer; 0 for none.
+        gated: whether units are tanh(a) * sigmoid(b), as in the paper; else relu.
+        positions: whether both stacks have a learned bias for every position.
+        row_layers: blocks of the row transformer; 0 for no transformer.
         row_width: width of its tokens.
-        row_heads: its attention heads.
+        row_heads: number of its attention heads.
     """
 
     gated: bool = True
@@ -90,7 +90,7 @@ class Block(nn.Module):
         return v, h + self.out(unit)
 
     def biases(self, y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The label's biases of both stacks, each (n, units)."""
+        """The label's biases for the vertical and the horizontal stack, each (n, units)."""
         if y is None:
             return None, None
         biases = self.label(y)
@@ -99,7 +99,7 @@ class Block(nn.Module):
     def _unit(self, terms: list[tuple[nn.Conv2d, Tensor]], bias: Tensor | None) -> Tensor:
         if not self.gated:
             return torch.relu(_sum(terms, bias, slice(None)))
-        # One convolution a half, so that each fuses with its activation when served.
+        # One convolution per half, so that ONNX Runtime fuses each with its activation.
         half = self.units // 2
         content = _sum(terms, bias, slice(0, half))
         gate = _sum(terms, bias, slice(half, None))
@@ -117,10 +117,10 @@ def _sum(terms: list[tuple[nn.Conv2d, Tensor]], bias: Tensor | None, units: slic
 
 
 class RowTransformer(nn.Module):
-    """A causal transformer whose token i stands for everything above row i.
+    """A causal transformer in which token i stands for everything above row i.
 
-    token_i = A row_{i-1} + position_i + label; pre-norm attention and MLP blocks;
-    the output, reshaped, is added to the vertical stack's row i.
+    token_i = A row_{i-1} + position_i + label, followed by pre-norm attention and MLP
+    blocks. The output is reshaped and added to row i of the vertical stack.
     """
 
     def __init__(self, config: PixelCNNConfig) -> None:
@@ -138,7 +138,7 @@ class RowTransformer(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
-        """What to add to v, (n, channels, rows, columns), of scaled pixels z (n, c, h, w)."""
+        """What to add to v, (n, channels, rows, columns), from scaled pixels z (n, c, h, w)."""
         n, _, h, w = z.shape
         rows = z.permute(0, 2, 1, 3).flatten(2)
         before = torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], 1)
@@ -152,7 +152,7 @@ class RowTransformer(nn.Module):
 
 
 class RowBlock(nn.Module):
-    """Pre-norm attention over rows and an MLP."""
+    """A pre-norm transformer block: attention over rows, then an MLP."""
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class RowBlock(nn.Module):
         nn.init.zeros_(self.narrow.weight)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The next tokens (n, rows, width); `mask` (rows, rows) is true where attended."""
+        """The next tokens (n, rows, width); `mask` (rows, rows) is true where a row may attend."""
         q, k, v = self.project(tokens)
         return self.advance(tokens, q, k, v, mask)
 
@@ -178,7 +178,7 @@ class RowBlock(nn.Module):
         return q, k, v
 
     def advance(self, tokens: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Tokens after attention of their queries over keys and values, and the MLP."""
+        """The next tokens, from attention of the queries over keys and values, and the MLP."""
         heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v)]
         weights = heads[0] @ heads[1].transpose(-1, -2) * heads[0].shape[-1] ** -0.5
         weights = torch.softmax(weights.masked_fill(~mask, -1e9), -1)
@@ -188,7 +188,7 @@ class RowBlock(nn.Module):
 
 
 class PixelCNN(Autoregressive):
-    """An autoregressive density of two stacks of convolutions."""
+    """An autoregressive density computed by two stacks of convolutions."""
 
     config: PixelCNNConfig
     rows: RowTransformer
@@ -206,7 +206,7 @@ class PixelCNN(Autoregressive):
         self._end(width)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the head sees of the pixels before each one, (n, head, h, w)."""
+        """The head's input from the pixels before each one, (n, head, h, w)."""
         z = self.scale(x)
         y = self.labels(y)
         v, h = self.stem(z)
@@ -215,7 +215,7 @@ class PixelCNN(Autoregressive):
             h = h + self.position_horizontal.to(h.dtype)
         if self.config.row_layers:
             v = v + self.rows(z, y)
-        if self.training:  # the layout in which a CPU convolves fastest
+        if self.training:  # the memory layout in which CPUs convolve fastest
             v = v.contiguous(memory_format=torch.channels_last)
             h = h.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
@@ -223,7 +223,7 @@ class PixelCNN(Autoregressive):
         return self.mixed(h, y)
 
     def matrices(self) -> list[Tensor]:
-        """The weights that are matrices between hidden layers, which Muon may train."""
+        """The weight matrices between hidden layers, which Muon may train."""
         inner: list[Tensor] = []
         for block in self.blocks:
             inner += [p for p in block.parameters() if p.ndim == 4]

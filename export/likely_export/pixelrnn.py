@@ -1,19 +1,21 @@
 """PixelRNN: log p(x), or log p(x|y), exactly, by recurrences over rows or over diagonals.
 
-van den Oord et al., 2016, https://arxiv.org/abs/1601.06759. A kernel under mask A
-sees pixels before each one; LSTM layers with residual connections follow, whose
-kernels are under mask B: they see the features at their own pixel as well, which
-hold nothing of it. What a layer's state at the pixel o is made of:
+van den Oord et al., 2016, https://arxiv.org/abs/1601.06759. The first kernel is
+under mask A and sees only pixels before each one. LSTM layers with residual
+connections follow. Their kernels are under mask B: they also read the features at
+their own pixel, which do not depend on its level. At the pixel o, a layer's state
+is computed from:
 
     Row LSTM          Diagonal BiLSTM
     . s s s .         . . s . .    s: states of this layer
     . x o . .         . s o . .    x, o: features of the layer before
 
-The states of a Row LSTM come to the pixel from a triangle above it, those of a
-Diagonal BiLSTM from all that is above and to the left; its other direction runs
-from right to left, and is moved down by a row, so that it looks at no pixel to the
-right in the same row. So together they see every pixel before, but the last one of
-the row above, which the kernel under mask A alone can reach.
+Through its states, a Row LSTM sees a triangle above the pixel, and a Diagonal
+BiLSTM everything above and to the left. The second direction of the BiLSTM runs
+from right to left. Its states are shifted down by one row, so that it sees no
+pixel to the right in the same row. Together, the two directions see every pixel
+before o except the last one of the row above, which only the kernel under mask A
+can reach.
 
 Channels and digits of a pixel are chained in the head (`heads.Head`).
 """
@@ -30,18 +32,18 @@ from torch.nn import functional
 
 from likely_export.autoregressive import Autoregressive, AutoregressiveConfig
 
-SHUT = -1e4  # before a sigmoid: 0 to the last bit
+SHUT = -1e4  # an input for which a sigmoid is exactly 0 in float32
 States = list[Tensor]
 
 
 @dataclass(frozen=True)
 class PixelRNNConfig(AutoregressiveConfig):
-    """Everything that shapes a PixelRNN: `layers` LSTMs of `channels` features each.
+    """Configuration of a PixelRNN with `layers` LSTMs of `channels` features each.
 
-    The features between the layers are twice as many.
+    The residual stream between the layers has twice as many features.
 
     Attributes:
-        kind: `row` is the Row LSTM, `diagonal` the Diagonal BiLSTM.
+        kind: `row` for the Row LSTM, `diagonal` for the Diagonal BiLSTM.
     """
 
     stem: tuple[int, int, int] = (3, 3, 3)
@@ -49,7 +51,7 @@ class PixelRNNConfig(AutoregressiveConfig):
 
 
 class RowLSTM(nn.Module):
-    """States of rows, each made of the row above and of the features at a pixel and left of it.
+    """A recurrence over rows, from the states above and the features at a pixel and left of it.
 
     o, f, i, g = K_state * h_above + K_input * x
     c = sigmoid(f) c_above + sigmoid(i) tanh(g)
@@ -67,7 +69,7 @@ class RowLSTM(nn.Module):
 
         Args:
             x: features (h, w, n, 2 * channels).
-            bias: the label's, of the gates, (n, 4 * channels).
+            bias: the label's bias of the gates, (n, 4 * channels).
         """
         outside = x.new_full((x.shape[0], 1, *x.shape[2:]), 0.0)
         left = torch.cat([outside, x[:, :-1]], 1)
@@ -91,10 +93,10 @@ class RowLSTM(nn.Module):
 
 
 class DiagonalLSTM(nn.Module):
-    """States of diagonals in one direction, each made of those beside and above a pixel.
+    """A recurrence over diagonals in one direction, from the states beside and above a pixel.
 
-    Rows are skewed, each by a place against the row above, so that both stand in the
-    column before:
+    Rows are skewed, each shifted by one against the row above, so that both of these states
+    lie in the column before:
 
         a b c          a b c . .
         d e f    ->    . d e f .
@@ -102,8 +104,8 @@ class DiagonalLSTM(nn.Module):
 
     Args:
         shape: rows and columns of a picture.
-        channels: of a state.
-        leftward: from right to left: columns in reverse.
+        channels: size of a state.
+        leftward: whether to run from right to left, over reversed columns.
     """
 
     skewed: Tensor
@@ -121,7 +123,7 @@ class DiagonalLSTM(nn.Module):
         self.sizes: list[int] = inside.sum(1).tolist()
         if leftward:
             pixels = pixels.flip(1)
-        # (h + w - 1, h): the pixel that stands there, h * w for none.
+        # (h + w - 1, h): index of the pixel in each place, h * w if there is none.
         skewed = torch.full(inside.shape, h * w)
         skewed[inside] = pixels[torch.arange(h).expand_as(columns)[inside], columns[inside]]
         self.register_buffer("skewed", skewed, persistent=False)
@@ -133,16 +135,16 @@ class DiagonalLSTM(nn.Module):
 
         Args:
             x: features (h, w, n, 2 * channels).
-            bias: the label's, of the gates, (n, 4 * channels).
+            bias: the label's bias of the gates, (n, 4 * channels).
         """
         inputs = _biased(self.input(x), bias).flatten(0, 1)
         along = self._scanned if torch.compiler.is_exporting() else self._looped
         return along(inputs).unflatten(0, self.shape)
 
     def _scanned(self, inputs: Tensor) -> Tensor:
-        """States (h * w, n, channels) as one Scan over whole columns.
+        """States (h * w, n, channels), computed by one Scan over whole columns.
 
-        Where a column holds no pixel all gates are shut, so that the state there is 0.
+        Where a column contains no pixel, all gates are shut, so that the state there is 0.
         """
         outside = inputs.new_full(inputs[:1].shape, SHUT)
         none = inputs.new_full((self.shape[0], inputs.shape[1], self.channels), 0.0)
@@ -160,14 +162,14 @@ class DiagonalLSTM(nn.Module):
         return states.flatten(0, 1).index_select(0, self.straight)
 
     def _looped(self, inputs: Tensor) -> Tensor:
-        """The same, without the places where there is no pixel: half of the work."""
+        """The same states, computed only where there are pixels, which halves the work."""
         h, w = self.shape
         order = self.skewed[self.skewed < h * w]
         edge = inputs.new_full((1, inputs.shape[1], self.channels), 0.0)
         state = c = edge[:0]
         states = []
         for t, given in enumerate(inputs.index_select(0, order).split(self.sizes)):
-            # From column w on, the first row of the column before has no pixel in this one.
+            # From column w on, the first row of the column before has no pixel in this column.
             first, size = int(t >= w), len(given)
             beside = torch.cat([edge, state, edge])[first : first + size + 1]
             c = torch.cat([c, edge])[first : first + size]
@@ -178,7 +180,7 @@ class DiagonalLSTM(nn.Module):
 
 
 class DiagonalBiLSTM(nn.Module):
-    """Both directions, the one from right to left a row further down, their sum."""
+    """The sum of both directions; the one from right to left is shifted down by one row."""
 
     def __init__(self, shape: tuple[int, int], channels: int) -> None:
         super().__init__()
@@ -190,7 +192,7 @@ class DiagonalBiLSTM(nn.Module):
 
         Args:
             x: features (h, w, n, 2 * channels).
-            bias: the label's, of the gates of both, (n, 8 * channels).
+            bias: the label's bias of the gates of both directions, (n, 8 * channels).
         """
         biases = (None, None) if bias is None else bias.chunk(2, -1)
         rightward, leftward = self.rightward(x, biases[0]), self.leftward(x, biases[1])
@@ -199,7 +201,7 @@ class DiagonalBiLSTM(nn.Module):
 
 
 class Layer(nn.Module):
-    """An LSTM with its residual connection: x <- x + W h(x)."""
+    """An LSTM with a residual connection: x <- x + W h(x)."""
 
     def __init__(self, config: PixelRNNConfig) -> None:
         super().__init__()
@@ -224,7 +226,7 @@ class Layer(nn.Module):
 
 
 class PixelRNN(Autoregressive):
-    """An autoregressive density of LSTM layers."""
+    """An autoregressive density computed by LSTM layers."""
 
     config: PixelRNNConfig
 
@@ -235,16 +237,16 @@ class PixelRNN(Autoregressive):
         self._end(width)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the head sees of the pixels before each one, (n, head, h, w)."""
+        """The head's input from the pixels before each one, (n, head, h, w)."""
         y = self.labels(y)
         above, beside = self.stem(self.scale(x))
-        hidden = (above + beside).permute(2, 3, 0, 1)  # rows first, to be taken one by one
+        hidden = (above + beside).permute(2, 3, 0, 1)  # rows first, because layers loop over rows
         for layer in self.layers:
             hidden = layer(hidden, y)
         return self.mixed(hidden.permute(2, 3, 0, 1), y)
 
     def matrices(self) -> list[Tensor]:
-        """The weights that are matrices between hidden layers, which Muon may train."""
+        """The weight matrices between hidden layers, which Muon may train."""
         inner: list[Tensor] = []
         for each in self.layers:
             inner += [
@@ -254,7 +256,7 @@ class PixelRNN(Autoregressive):
 
 
 def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The next h and c, each (..., channels), of gates o, f, i, g (..., 4 * channels)."""
+    """The next h and c, each (..., channels), from the gates o, f, i, g (..., 4 * channels)."""
     channels = c.shape[-1]
     opened, content = gates.split([3 * channels, channels], -1)
     o, f, i = torch.sigmoid(opened).chunk(3, -1)
@@ -263,7 +265,7 @@ def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def neighbours(row: Tensor, edge: Tensor) -> Tensor:
-    """Those of each place of a row (w, n, k), itself in their middle: (w, n, 3 * k)."""
+    """Joins each place of a row (w, n, k) with both of its neighbours: (w, n, 3 * k)."""
     padded = torch.cat([edge, row, edge])
     return torch.cat([padded[:-2], padded[1:-1], padded[2:]], -1)
 

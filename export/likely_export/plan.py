@@ -1,4 +1,4 @@
-"""What a recipe's bundle is to be, and whether it can be: known before its models are trained."""
+"""What bundle a recipe describes, and whether it can be built, before any model is trained."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CALIBRATION = "calibration.npz"
 
 
 def fields(recipe: Recipe, data: Dataset, graphs: Mapping[Role, Graph]) -> dict[str, object]:
-    """What the manifest says of the bundle, but for what is learnt and measured.
+    """Returns the manifest's fields, except for what is fitted or measured.
 
     Args:
-        recipe: of the bundle.
-        data: divided as it says.
-        graphs: the bundle's.
+        recipe: recipe of the bundle.
+        data: its data set.
+        graphs: the bundle's graphs.
     """
     return {
         "name": recipe.name,
@@ -42,21 +42,20 @@ def fields(recipe: Recipe, data: Dataset, graphs: Mapping[Role, Graph]) -> dict[
 
 
 def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> None:
-    """Returns if a bundle can be built of these models, as far as it is known before they learn.
+    """Raises unless a bundle can be built from these models, as far as is known before training.
 
     Args:
-        recipe: of the bundle.
-        data: divided as it says.
-        models: those of the recipe by name, untrained.
+        recipe: recipe of the bundle.
+        data: its data set.
+        models: the recipe's models by name, untrained.
 
     Raises:
-        InvalidInput: models cannot play their roles, or not together, or one has none; a manifest
-            cannot say what the bundle would be, or not so that its recipe is read from it again,
-            with all data sets apart.
+        InvalidInput: a model has no role, or models cannot play their roles, alone or together; or
+            the manifest cannot describe the bundle, or its recipe would confuse two data sets.
     """
     for role in (Role.CONDITIONAL, Role.DISCRIMINATE):
         if role in recipe.roles and not data.labels:
-            raise InvalidInput(f"roles.{role}", f"is about labels, and {data.name} has none")
+            raise InvalidInput(f"roles.{role}", f"needs labels, and {data.name} has none")
     statistics = recipe.calibration.statistics
     made = {
         role: roles.source(role, [models[name] for name in recipe.models_of(role)], statistics)
@@ -72,26 +71,26 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
     playing = {name for role in recipe.roles for name in recipe.models_of(role)}
     for name in models:
         if name not in playing:
-            raise InvalidInput(f"models.{name}", "has no role, so no bundle would have it")
+            raise InvalidInput(f"models.{name}", "has no role, so no bundle would contain it")
 
 
 def _check_places(published: Recipe) -> None:
-    """Returns if no data set is looked for where another lies, once their folders are not told."""
+    """Raises if two data sets would be looked for in one place once folders are removed."""
     known = {Path(published.data.source): "the data"}
     for name, path in published.places().items():
         if (same := known.setdefault(path, name)) != name:
             raise InvalidInput(
                 f"evaluation.others.{name}",
-                f"manifests name no folders, so it would be looked for in {path} beside the data, "
-                f"as {same} would: rename the file, or give a path relative to the data",
+                f"a manifest names no folders, so this would be looked for in {path} beside the "
+                f"data, as {same} would: rename the file, or give a path relative to the data",
             )
 
 
 def _manifest(recipe: Recipe, data: Dataset, made: Mapping[Role, GraphSource]) -> Manifest:
-    """The manifest of a bundle of these graphs, with nothing learnt yet.
+    """Returns the manifest of a bundle of these graphs, with nothing fitted yet.
 
     Raises:
-        InvalidInput: no manifest can be so; names what it refuses first.
+        InvalidInput: the manifest would be invalid; names the first error.
     """
     graphs = {role: source.graph(f"{role}.onnx") for role, source in made.items()}
     names = [GOLDEN, *(graph.file for graph in graphs.values())]
@@ -112,14 +111,14 @@ def _manifest(recipe: Recipe, data: Dataset, made: Mapping[Role, GraphSource]) -
 
 
 def _weights(conditional: Graph | None) -> tuple[float, ...]:
-    """Even weights of the experts of p(x|y); none where there are not several."""
+    """Equal weights of the experts of p(x|y); none if there are not several."""
     evidence = conditional.output("evidence") if conditional else None
     experts = int(evidence.shape[1]) if evidence else 0
     return (1 / experts,) * experts if experts else ()
 
 
 def _knows_labels(graphs: Mapping[Role, Graph]) -> bool:
-    """Whether a graph takes a label, or stands where labels may be judged."""
+    """Whether a graph takes a label, or there is a density, with which labels can be judged."""
     return Role.DENSITY in graphs or any(graph.input("y") is not None for graph in graphs.values())
 
 

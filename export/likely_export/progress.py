@@ -1,4 +1,4 @@
-"""How far training is: bars on a terminal, a line now and then elsewhere."""
+"""Shows the progress of trainings: bars on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Display:
     """Shows the progress of several models at once.
 
     Args:
-        names: the models, in the order of their bars.
-        console: where to; standard error by default.
+        names: names of the models, in the order of their bars.
+        console: console to print to; standard error by default.
     """
 
     def __init__(self, names: Iterable[str], console: Console | None = None) -> None:
@@ -52,9 +52,9 @@ class Display:
         self.bars.stop()
 
     def update(self, name: str, now: Progress) -> None:
-        """Shows where that model stands, and at first whether it goes on from a checkpoint."""
+        """Shows a model's progress, and at the start whether it resumes from a checkpoint."""
         if name not in self.begun and now.step > 1:
-            self.console.print(f"{name}: goes on from step {now.step - 1}", highlight=False)
+            self.console.print(f"{name}: resumes from step {now.step - 1}", highlight=False)
         self.begun.add(name)
         if self.console.is_terminal:
             self.bars.update(self.tasks[name], completed=now.done, status=_status(now))
@@ -67,7 +67,7 @@ class Display:
             )
 
     def warn(self, sentence: str) -> None:
-        """Shows a sentence above the bars."""
+        """Prints a sentence above the bars."""
         self.console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
 
     def _is_due(self, name: str, now: Progress) -> bool:

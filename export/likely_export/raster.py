@@ -1,12 +1,12 @@
-"""What every sampler does: it draws pixel after pixel, row after row, with the noise as input.
+"""What all samplers share: they draw pixel by pixel in raster order, with the noise as input.
 
-Gumbel noise g: argmax(logits + g) draws from softmax(logits). So t * g in its place
-draws at temperature t, and noise that towers at one level fixes a pixel to it:
-completion needs no other graph.
+For Gumbel noise g, argmax(logits + g) is a sample of softmax(logits). So t * g samples
+at temperature t, and noise that is far larger at one level than at the others fixes the
+pixel to that level: completion needs no graph of its own.
 
-Columns stand before pictures, (w * n, channels): a row's windows are one Gather,
-and products are large where the batch lies. Levels stay raw, and scaling them to
-[-1, 1] is folded into the stem.
+In the layout (w * n, channels), columns come before pictures. A row's windows are then
+one Gather, and matrix products are large in the batch dimension. Levels are not scaled
+to [-1, 1]; the scaling is folded into the stem's weights.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from likely_export.drawing import copied, drawing
 
 
 class RasterSampler(nn.Module):
-    """The first look at pixels already drawn, and the draw of the next one.
+    """The stem's view of the pixels already drawn, and the draw of the next pixel.
 
-    The weights are copied, as matrices that a row or a pixel is multiplied with.
+    The weights are copied, as matrices by which a row or a pixel is multiplied.
     """
 
     stem_vertical: Tensor
@@ -35,11 +35,11 @@ class RasterSampler(nn.Module):
         config = model.config
         self.model = model
         self.channels, self.height, self.width = config.shape
-        # The level that scales to 0, which is what lies outside the picture.
+        # The level that scales to 0, which fills the padding outside the picture.
         self.blank = (config.levels - 1) / 2
         scale = 2 / (config.levels - 1)
         taps_vertical, taps_horizontal = self.taps()
-        # One more feature, always 1, carries the biases of the head.
+        # One extra feature, always 1, multiplies the biases of the head.
         self.keep(
             stem_vertical=taps_vertical * scale,
             stem_horizontal=taps_horizontal * scale,
@@ -49,12 +49,12 @@ class RasterSampler(nn.Module):
         self.draw = drawing(model.head)
 
     def keep(self, **matrices: Tensor) -> None:
-        """Copies matrices into buffers of those names."""
+        """Copies matrices into buffers with these names."""
         for name, matrix in matrices.items():
             self.register_buffer(name, copied(matrix))
 
     def taps(self) -> tuple[Tensor, Tensor]:
-        """The stem's kernels above and to the left, for scaled levels, each (taps, width)."""
+        """The stem's kernels above and to the left, for scaled levels, each (taps * c, width)."""
         vertical, horizontal = self.model.stem_vertical, self.model.stem_horizontal
         return (
             vertical.weight.permute(3, 2, 1, 0).flatten(0, 2),
@@ -70,7 +70,7 @@ class RasterSampler(nn.Module):
         )
 
     def mix_biases(self, y: Tensor | None, n: int) -> Tensor:
-        """The bias of the last hidden layer's mix, the label's included, broadcast over n."""
+        """The bias of `mix` with the label's added, (n, head + 1); (head + 1,) without labels."""
         if y is None:
             return self.mix_bias
         label = self.model.label(y)
@@ -78,23 +78,23 @@ class RasterSampler(nn.Module):
         return bias + bias.new_full((n, 1), 0.0)
 
     def places(self, n: int) -> Tensor:
-        """Where the noise of the first row lies among all pixels' in turn, (w, n)."""
+        """Index of each first-row pixel among the noises of all n * h * w pixels, (w, n)."""
         return torch.arange(self.width)[:, None] + torch.arange(n) * (self.height * self.width)
 
 
 def bias_of(conv: nn.Conv2d) -> Tensor:
-    """The bias, which must be there."""
+    """The bias of a convolution that is known to have one."""
     assert conv.bias is not None
     return conv.bias
 
 
 def windows(row: Tensor, edge: Tensor, taps: Tensor) -> Tensor:
-    """Each column's neighbours in a row (w * n, k), itself among them: (w * n, taps * k)."""
+    """Joins each column (w * n, k) with its neighbours in the row: (w * n, taps * k)."""
     return functional.embedding(taps, torch.cat([edge, row, edge])).flatten(1)
 
 
 def pushed(window: Tensor, latest: Tensor) -> Tensor:
-    """The window (..., k * c) with its oldest pixel gone and the latest (..., c) at the end."""
+    """Drops the oldest pixel of a window (..., k * c), and appends the latest (..., c)."""
     channels = latest.shape[-1]
     if window.shape[-1] == channels:
         return latest.clone()

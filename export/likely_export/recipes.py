@@ -1,7 +1,7 @@
-"""Recipes: what to train on which data, and what the bundle is to answer with it.
+"""Recipes: what to train on which data, and which of the bundle's questions each model answers.
 
-A recipe is a TOML file. One that ships with likely is loaded by name, any other
-by its path; relative paths in it are relative to its folder.
+A recipe is a TOML file. Recipes that ship with likely are loaded by name, all others by path.
+Relative paths in a recipe are relative to its folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from likely_export.optimisers import Precision, Training
 from likely_export.sources import Source
 from likely_export.statistics import STATISTICS
 
-UNKNOWN = "extra_forbidden"  # pydantic's name for a key that a table does not have
+UNKNOWN = "extra_forbidden"  # pydantic's error type for an unknown key
 
 
 class _Table(BaseModel):
@@ -45,7 +45,7 @@ class _Table(BaseModel):
 
 
 class Data(_Table):
-    """Which pictures, and how they are divided; see `data.load`."""
+    """The pictures and how they are split; see `data.load`."""
 
     source: str
     levels: int = Field(0, ge=0, le=256)
@@ -61,7 +61,7 @@ class Data(_Table):
         return _checked(data.Sizes, splits)
 
     def load(self) -> data.Dataset:
-        """The data set, divided."""
+        """Loads the data set and splits it."""
         return data.load(
             self.source,
             self.splits,
@@ -74,7 +74,7 @@ class Data(_Table):
 
 
 class Model(_Table):
-    """A family, the options of its config, and how it is trained."""
+    """A family, the options of its config, and its training."""
 
     family: str
     options: dict[str, Any] = {}
@@ -96,20 +96,20 @@ class Model(_Table):
     @model_validator(mode="after")
     def _known_options(self) -> Self:
         options = _checked(family(self.family).config, self.options, given=GIVEN_BY_DATA)
-        # Frozen for its users, not for the validator that turns lists into tuples.
+        # Frozen for users, but not for this validator, which turns lists into tuples.
         self.options.clear()
         self.options.update(options)
         return self
 
 
 class Calibration(_Table):
-    """What outlier decisions are made of, and what the report checks.
+    """How outlier decisions are made, and what the report checks.
 
     Attributes:
-        statistics: names of `likely_export.statistics.STATISTICS`; by default all that the
-            density's own tables give.
-        parts: how they are combined; see `calibrate.PartConfig`.
-        contrast: the corruptions that a contrast part learns from, none of which is reported.
+        statistics: names of `likely_export.statistics.STATISTICS`; by default all that need no
+            model beside the density.
+        parts: how the statistics are combined; see `calibrate.PartConfig`.
+        contrast: corruptions that a contrast part learns from; none of them is reported.
         alphas: rates of false rejections to check on the test part.
     """
 
@@ -150,7 +150,7 @@ class Calibration(_Table):
 
 
 class Latent(_Table):
-    """Which directions are found through the features, beside those of the labels.
+    """Directions to find through the features, in addition to those of the labels.
 
     Attributes:
         attributes: names of `likely_export.attributes.ATTRIBUTES`.
@@ -170,9 +170,9 @@ class Anchor(_Table):
     """A published figure.
 
     Attributes:
-        figure: of ours that it stands beside, such as `accuracy`.
-        value: what was published.
-        source: where, and what differs.
+        figure: figure of ours to show it beside, such as `accuracy`.
+        value: published value.
+        source: where it was published, and what differs.
     """
 
     figure: str
@@ -181,12 +181,12 @@ class Anchor(_Table):
 
 
 class Evaluation(_Table):
-    """What the bundle is reported against.
+    """What the report compares the bundle with.
 
     Attributes:
-        others: sources of other data sets by name, beside the recipe's own source; one that
-            is not there is left out.
-        anchors: published figures to stand beside ours.
+        others: sources of other data sets by name, relative to the folder of the recipe's own
+            source; sets that do not exist are left out.
+        anchors: published figures to show beside ours.
     """
 
     others: dict[Name, str] = {}
@@ -201,7 +201,7 @@ class Evaluation(_Table):
 
 
 class Recipe(_Table):
-    """Everything that decides a bundle."""
+    """Everything that determines a bundle."""
 
     name: Name
     version: Name
@@ -235,7 +235,7 @@ class Recipe(_Table):
                 raise ValueError(f"calibration: {name} needs a {needed} beside the density")
 
     def _check_sizes(self) -> None:
-        """Returns if the splits are large enough for what is learnt and promised from them."""
+        """Raises unless the splits are large enough for what is fitted on them, and for alpha."""
         sizes, alphas = self.data.splits, self.calibration.alphas
         if all(alpha * (sizes.calibrate + 1) < 1 for alpha in alphas):
             raise ValueError(
@@ -247,30 +247,30 @@ class Recipe(_Table):
                 f"data.splits.fit: {sizes.fit} pictures; to combine statistics, at least {FOLDS} "
                 "are needed"
             )
-        # Two that follow each other are in two folds, so that every fold leaves one to learn from.
+        # Neighbouring rows are in different folds, so every fold leaves one of two to learn from.
         learns = any(part.kind == "contrast" for part in self.calibration.parts)
         if learns and sizes.fit < 2 * len(self.calibration.contrast):
             raise ValueError(
                 f"data.splits.fit: {sizes.fit} pictures; a contrast needs two for each of its "
                 f"{len(self.calibration.contrast)} corruptions"
             )
-        # Parts are fitted by cross-fitting too, without a fold of the split.
+        # Cross-fitting fits the parts without one fold of the split.
         least = sizes.fit - -(-sizes.fit // FOLDS)
         for part in self.calibration.parts:
             needed = {"mixture": part.components, "neighbours": part.neighbours}.get(part.kind, 1)
             if not 1 <= needed <= least:
                 raise ValueError(
-                    f"calibration.parts: {part.kind} of {needed} is not in [1, {least}], as "
-                    f"{sizes.fit} pictures to fit it on allow"
+                    f"calibration.parts: {part.kind} of {needed} is not in [1, {least}], the "
+                    f"range for {sizes.fit} pictures to fit it on"
                 )
 
     def models_of(self, role: Role) -> tuple[Name, ...]:
-        """The names of the models behind a role, the one that leads first."""
+        """The names of a role's models; the first one leads."""
         named = self.roles[role]
         return (named,) if isinstance(named, str) else named
 
     def reseeded(self, seed: int) -> Self:
-        """The same recipe with another seed for every model; parts and splits stay."""
+        """Returns the recipe with another training seed for every model; the splits stay."""
         return self._with_training(lambda own: dataclasses.replace(own, seed=seed))
 
     def computed(
@@ -278,7 +278,12 @@ class Recipe(_Table):
         arithmetic: Callable[[Precision], Precision],
         begun: Mapping[str, Precision] | None = None,
     ) -> Self:
-        """The same recipe in what a machine makes of each model's precision, or it has begun in."""
+        """Returns the recipe with the precisions that are really used.
+
+        Args:
+            arithmetic: the precision that the machine uses for a model's own precision.
+            begun: precisions in which models have already begun, by name; these take precedence.
+        """
         given = {name: arithmetic(each.training.precision) for name, each in self.models.items()}
         given |= begun or {}
         return self._with_trainings(
@@ -289,11 +294,11 @@ class Recipe(_Table):
         )
 
     def continues(self, earlier: Recipe) -> bool:
-        """Whether a run of another recipe is the beginning of one of this; see `Training`.
+        """Whether a run of the `earlier` recipe can continue as a run of this one; see `Training`.
 
-        Where this one's training is longer, its version and description may be others. The data may
-        lie anywhere: what a model was trained on, its files tell (`train.check_data`). A precision
-        is that of the machine which a model has begun on, or begins on now.
+        If this recipe trains for longer, its version and description may differ. The data may have
+        moved: the models' files identify what they were trained on (`train.check_data`).
+        Precisions are not compared, because they depend on the machine.
         """
         if self.models.keys() != earlier.models.keys():
             return False
@@ -322,24 +327,24 @@ class Recipe(_Table):
         return self.model_copy(update={"models": models})
 
     def without(self, labels: tuple[str, ...]) -> Self:
-        """The same recipe with these labels' pictures held out too, to be told from the rest."""
+        """Returns the recipe with these labels held out too, as outliers to detect."""
         every = tuple(dict.fromkeys((*self.data.without, *labels)))
         return self.model_copy(update={"data": self.data.model_copy(update={"without": every})})
 
     def places(self) -> dict[str, Path]:
-        """Where the other data sets lie, if they are there, by their names."""
+        """The paths of the other data sets by name, whether or not they exist."""
         folder = Path(self.data.source).parent
         return {name: folder / source for name, source in self.evaluation.others.items()}
 
     def others(self, levels: int) -> dict[str, Pixels]:
-        """The other data sets to report against that are there, uint8 (n, c, h, w).
+        """Loads the other data sets that exist, uint8 (n, c, h, w), by name.
 
-        A set lies in the folder of the recipe's own source, and is read as that is. Labels that
-        were held out are one more.
+        A set lies in the folder of the recipe's own source, and is read like it. The labels that
+        were held out are one more set.
 
         Raises:
-            InvalidInput: a set is the recipe's own or another one, or its pictures are of another
-                shape than the recipe's own, or do not span their levels.
+            InvalidInput: a set is the recipe's own source or another set, its pictures have
+                another shape than the recipe's own, or they do not span their levels.
         """
         without = self.data.without
         there = {name: path for name, path in self.places().items() if path.exists()}
@@ -375,16 +380,16 @@ class Recipe(_Table):
         return found
 
     def _taught(self, x: Pixels, raw: Source, levels: int) -> Pixels:
-        """Pictures of a source in so many levels, as the models are taught them."""
+        """Pictures of a source with `levels` levels, binarised or quantised as for the models."""
         if self.data.binarise:
             none = np.zeros(len(x), np.int64)
             return data.binarised(data.Split(x, none), raw, 0).x
         return data.quantised(x, raw, levels)
 
     def published(self) -> dict[str, Any]:
-        """The recipe as plain values, without the folders of this machine.
+        """The recipe as plain values, without folders of this machine.
 
-        Other sets are looked for beside the data, as far as no relative path says otherwise.
+        Of absolute paths, only the file name is kept; such sets are looked for beside the data.
         """
         values = self.as_table()
         values["data"]["source"] = Path(self.data.source).name
@@ -402,7 +407,7 @@ class Recipe(_Table):
         return values
 
     def write(self, path: Path) -> None:
-        """Writes the recipe as TOML, by rename and where it is not there yet; `load` reads it."""
+        """Writes the recipe as TOML by renaming, unless the file has this content already."""
         text = tomli_w.dumps(self.as_table())
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             return
@@ -412,22 +417,22 @@ class Recipe(_Table):
 
 
 def shipped() -> dict[str, str]:
-    """The names of the recipes that come with likely, and what they describe."""
+    """The names and descriptions of the recipes that ship with likely."""
     folder = resources.files("likely_export") / "recipes"
     texts = {Path(file.name).stem: file.read_text() for file in folder.iterdir()}
     return {name: tomllib.loads(texts[name])["description"] for name in sorted(texts)}
 
 
 def load(name_or_path: str | Path, source: str | None = None, size: str = "") -> Recipe:
-    """The recipe of that name or in that file.
+    """Loads a recipe.
 
     Args:
-        name_or_path: of a recipe that comes with likely, or a .toml file.
-        source: of pictures, if not the recipe's own.
-        size: another of the sizes that the recipe names.
+        name_or_path: name of a recipe that ships with likely, or path of a .toml file.
+        source: source of the pictures; the recipe's own by default.
+        size: name of one of the recipe's sizes; its default size if empty.
 
     Raises:
-        InvalidInput: there is none, or it is not understood; names the key.
+        InvalidInput: there is no such recipe, or it is invalid; the message names the key.
     """
     path = Path(name_or_path)
     if path.suffix != ".toml":
@@ -454,9 +459,9 @@ def _read(path: Path) -> str:
 
 
 def parse(text: str, folder: Path | None = None, size: str = "") -> Recipe:
-    """The recipe in a TOML text; relative sources are relative to the folder.
+    """Parses a recipe from TOML text; relative sources are relative to the folder.
 
-    A table `sizes.NAME` holds what is otherwise in the recipe at that size.
+    A table `sizes.NAME` contains the values that replace others at that size.
     """
     try:
         table = tomllib.loads(text)
@@ -477,7 +482,7 @@ def parse(text: str, folder: Path | None = None, size: str = "") -> Recipe:
 
 
 def from_table(table: Mapping[str, Any], source: str | None = None) -> Recipe:
-    """The recipe of plain values, such as a manifest's, with another source if given."""
+    """Returns the recipe of plain values, such as a manifest's, with another source if given."""
     try:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
@@ -486,16 +491,16 @@ def from_table(table: Mapping[str, Any], source: str | None = None) -> Recipe:
 
 
 def refusal(error: ValidationError, whole: str) -> InvalidInput:
-    """The first thing that pydantic refuses, under the name `whole` where it is of no one field.
+    """Returns the first error of pydantic; `whole` is its field if it concerns no single one.
 
-    Unknown keys go first: what is missing is often what one of them was to be.
+    Unknown keys come first, because a missing key is often a misspelt one.
     """
     first = min(error.errors(), key=lambda one: one["type"] != UNKNOWN)
     return InvalidInput(".".join(map(str, first["loc"])) or whole, _sentence(first))
 
 
 def _merged(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with the other's values in place of its own, down to the leaves."""
+    """Returns the table with the other's values in place of its own, recursively."""
     both = {
         key: _merged(own, value)
         if isinstance(value, Mapping) and isinstance(own := table.get(key), Mapping)
@@ -524,10 +529,10 @@ def _sentence(error: Any) -> str:
 
 
 def _checked(config: type[Any], table: Any, given: tuple[str, ...] = ()) -> Any:
-    """The table's values as the dataclass wants them: keys known, types right.
+    """Validates a table against a dataclass: all keys are known, and the types are right.
 
     Returns:
-        The dataclass, or a dict of values where some fields are given elsewhere.
+        The dataclass; or a dict of the values, if some fields are given elsewhere.
     """
     if isinstance(table, config):
         return table

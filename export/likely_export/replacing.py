@@ -1,4 +1,4 @@
-"""A bundle's folder changes at once: a new one, filled beside it, takes its place when whole."""
+"""Replaces a bundle's folder at once, by a new folder that was filled beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEYS = {"format", "graphs", "files"}  # of a manifest, of whatever version
 
 @contextmanager
 def rewriting(bundle: Path) -> Iterator[Path]:
-    """A whole copy of a bundle, to be written to, that takes its place once all has gone well.
+    """Yields a copy of a bundle to write to, which replaces the bundle if all goes well.
 
     Raises:
         BundleError: the bundle is signed.
@@ -30,7 +30,7 @@ def rewriting(bundle: Path) -> Iterator[Path]:
 
 
 def check_unsigned(bundle: Path) -> None:
-    """Returns if no signature would cease to hold with a change of the bundle.
+    """Raises if a bundle has a signature, which any change would invalidate.
 
     Raises:
         BundleError: it is signed.
@@ -45,13 +45,13 @@ def check_unsigned(bundle: Path) -> None:
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `out` once all has gone well.
+    """Yields a new folder, which replaces `out` if all goes well.
 
-    The old one is set aside beside it until the new one stands, so that no end of this process
-    leaves neither.
+    The old folder is set aside until the new one is in place, so that at least one of them survives
+    however the process ends.
 
     Raises:
-        BundleError: `out` holds something other than a bundle.
+        BundleError: `out` contains something other than a bundle.
     """
     if out.exists() and not _gives_way(out):
         raise BundleError(f"{out} exists and is no bundle; it is not replaced")
@@ -67,12 +67,12 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def _gives_way(out: Path) -> bool:
-    """Whether it is a bundle, be it damaged or of another version, or an empty folder."""
+    """Whether it is a bundle, even if damaged or of another version, or an empty folder."""
     return out.is_dir() and (_is_bundle(out) or not any(out.iterdir()))
 
 
 def _is_bundle(folder: Path) -> bool:
-    """Whether its manifest is a bundle's: others call theirs so too, as web apps do."""
+    """Whether its manifest is that of a bundle; web apps, for example, use the same file name."""
     try:
         with (folder / MANIFEST).open("rb") as handle:
             told = json.loads(handle.read(LARGEST_MANIFEST + 1))
@@ -82,7 +82,7 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Puts a folder in the place of another, if there is one; where that fails, that one stays."""
+    """Puts a folder in the place of another, if that exists; on failure, the old one stays."""
     aside = new.with_name(f"{new.name}-old")
     if old.exists():
         old.rename(aside)

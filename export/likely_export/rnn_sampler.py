@@ -1,11 +1,12 @@
 """Exact sampling of a PixelRNN's pictures in one graph, which computes no pixel twice.
 
-Rows and columns are nested `scan`s, as in `sampler`. All that a row's states take
-from the row above is summed once a row; what they take from the left, and what the
-layers take from one another, follows pixel by pixel. Of a Diagonal BiLSTM the
-direction from left to right goes along with the pixels. That from right to left is
-wanted a row further down: once a row is drawn it runs back over it, for all layers
-at once, since the features of all are there.
+Rows and columns are nested `scan`s, as in `sampler`. What the states of a row take from
+the row above is summed once per row. What they take from the left, and what the layers
+take from one another, is computed pixel by pixel.
+
+In a Diagonal BiLSTM, the direction from left to right is computed along with the pixels.
+The direction from right to left is needed one row later. Once a row is drawn, it runs
+back over that row, for all layers at once, because the features of all layers are known.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from likely_export.raster import RasterSampler, pushed, windows
 
 
 class _Out(nn.Module):
-    """The end of a layer: what its state adds to the features of a pixel."""
+    """The end of a layer: adds its state's output to the features of a pixel."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -39,12 +40,12 @@ class _Out(nn.Module):
         self.bias = nn.Parameter(copied(layer.out.bias), False)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        """The next features of x (n, 2 * channels) and the state h (n, channels)."""
+        """The next features, from x (n, 2 * channels) and the state h (n, channels)."""
         return torch.addmm(x, h, self.out) + self.bias
 
 
 class RecurrentSampler(RasterSampler):
-    """Draws x from p(x), or p(x|y), of a trained PixelRNN."""
+    """Samples x from p(x), or p(x|y), of a trained PixelRNN."""
 
     model: PixelRNN
     bias: Tensor
@@ -56,14 +57,14 @@ class RecurrentSampler(RasterSampler):
         self.keep(bias=sum(self.stem_biases(), torch.zeros(())))
 
     def forward(self, gumbel: Tensor, y: Tensor | None = None) -> Tensor:
-        """Pictures.
+        """Samples pictures.
 
         Args:
-            gumbel: float32 (n, h, w, c, digits, base), standard Gumbel noise.
-            y: int64 (n,) of labels, null ones allowed; None for p(x).
+            gumbel: standard Gumbel noise, float32 (n, h, w, c, digits, base).
+            y: labels, int64 (n,), which may be null labels; None for p(x).
 
         Returns:
-            uint8 (n, c, h, w) of levels.
+            Levels, uint8 (n, c, h, w).
         """
         n = gumbel.shape[0]
         y = self.model.labels(y)
@@ -72,7 +73,7 @@ class RecurrentSampler(RasterSampler):
         rows_above, side, to_the_left = self.model.config.stem
         seen = torch.arange(self.width * n)[:, None] + torch.arange(2 * side + 1) * n
         noises, places = gumbel.flatten(3).flatten(0, 2), self.places(n)
-        # Zeros are filled in: new_zeros exports to an operator without a CUDA kernel.
+        # new_full, because new_zeros exports to an operator without a CUDA kernel.
         blank = gumbel.new_full((side * n, rows_above * self.channels), self.blank)
         start_pixel = [
             gumbel.new_full((n, to_the_left * self.channels), self.blank),
@@ -80,7 +81,7 @@ class RecurrentSampler(RasterSampler):
         ]
 
         def pixel(state: States, inputs: States) -> tuple[States, States]:
-            """One column: pixels and features to the left -> the pixel here, and its states."""
+            """One column: from the pixels and features to the left, draws the pixel here."""
             left, *beside = state
             noise, x, *given = inputs
             x = torch.addmm(x, left, self.stem_horizontal)
@@ -89,7 +90,7 @@ class RecurrentSampler(RasterSampler):
             return [pushed(left, levels.to(torch.float32)), *beside], [levels.clone(), *kept]
 
         def row(state: States, inputs: States) -> tuple[States, Tensor]:
-            """One row: the rows above and the states of the last one -> the row here."""
+            """One row: from the rows above and the last row's states, draws the row here."""
             above, *carried = state
             noise = functional.embedding(places + inputs[0] * self.width, noises)
             x = windows(above.flatten(0, 1), blank, seen) @ self.stem_vertical + self.bias
@@ -112,35 +113,35 @@ class RecurrentSampler(RasterSampler):
 
     @property
     def beside(self) -> list[int]:
-        """Sizes of what a pixel takes from the one to the left, of all layers."""
+        """Sizes of the tensors that a pixel takes from the one to its left, over all layers."""
         raise NotImplementedError
 
     def given(self, carried: States, biases: list[Tensor | None]) -> States:
-        """What a row's pixels take from the row above, two tensors a layer, (w, n, size).
+        """What a row's pixels take from the row above: two tensors per layer, (w, n, size).
 
         Args:
-            carried: what the row above left, two states a layer, (w, n, channels).
-            biases: the label's, a layer.
+            carried: what the row above left: two states per layer, (w, n, channels).
+            biases: the label's biases, one per layer.
         """
         raise NotImplementedError
 
     def pixel(self, x: Tensor, left: States, given: States) -> tuple[Tensor, States, States]:
-        """The last features of a pixel, what the next one takes, and what its row keeps.
+        """Computes a pixel: its last features, what the next pixel takes, and what its row keeps.
 
         Args:
             x: the first features, (n, 2 * channels).
-            left: what the pixel to the left leaves, of all layers.
-            given: the pixel's own of what the row above gave.
+            left: what the pixel to the left passes on, for all layers.
+            given: this pixel's part of what `given` returned for the row.
         """
         raise NotImplementedError
 
     def carried(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:
-        """What a row leaves to the next, of what its pixels kept and what it was left."""
+        """What a row passes to the next one, from what its pixels kept and what it was passed."""
         raise NotImplementedError
 
 
 class RowSampler(RecurrentSampler):
-    """Of a Row LSTM: what goes from row to row is h and c, from pixel to pixel the features."""
+    """Samples from a Row LSTM: rows pass on h and c, pixels pass on features."""
 
     def __init__(self, model: PixelRNN) -> None:
         super().__init__(model)
@@ -151,11 +152,11 @@ class RowSampler(RecurrentSampler):
 
     @property
     def beside(self) -> list[int]:
-        """Sizes of what a pixel takes from the one to the left, of all layers."""
+        """Sizes of the tensors that a pixel takes from the one to its left, over all layers."""
         return [2 * self.model.config.channels] * len(self.layers)
 
     def given(self, carried: States, biases: list[Tensor | None]) -> States:
-        """What a row's pixels take from the row above: the gates so far, and c."""
+        """What a row's pixels take from the row above: partial sums of the gates, and c."""
         edge = carried[0].new_full(carried[0][:1].shape, 0.0)
         given = []
         for k, bias in enumerate(biases):
@@ -165,7 +166,7 @@ class RowSampler(RecurrentSampler):
         return given
 
     def pixel(self, x: Tensor, left: States, given: States) -> tuple[Tensor, States, States]:
-        """The last features of a pixel, each layer's to hand on, and its h and c."""
+        """The last features of a pixel, the features that each layer passes on, and its h and c."""
         beside, kept = [], []
         for k, out in enumerate(self.outs):
             sums, c = given[2 * k : 2 * k + 2]
@@ -177,12 +178,12 @@ class RowSampler(RecurrentSampler):
         return x, beside, kept
 
     def carried(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:  # noqa: ARG002
-        """A row's h and c."""
+        """The h and c of a row."""
         return [state.clone() for state in kept]
 
 
 class DiagonalSampler(RecurrentSampler):
-    """Of a Diagonal BiLSTM: what goes from row to row is h of both directions."""
+    """Samples from a Diagonal BiLSTM: rows pass on h of both directions."""
 
     back_inputs: Tensor
     back_states: Tensor
@@ -208,11 +209,11 @@ class DiagonalSampler(RecurrentSampler):
 
     @property
     def beside(self) -> list[int]:
-        """Sizes of what a pixel takes from the one to the left, of all layers."""
+        """Sizes of the tensors that a pixel takes from the one to its left, over all layers."""
         return [self.model.config.channels] * (2 * len(self.layers))
 
     def given(self, carried: States, biases: list[Tensor | None]) -> States:
-        """What a row's pixels take from the row above: the gates so far, and the way back's h."""
+        """What a row's pixels take from the row above: partial sums of gates, and leftward h."""
         given = []
         for k, bias in enumerate(biases):
             h, back = carried[2 * k : 2 * k + 2]
@@ -221,7 +222,7 @@ class DiagonalSampler(RecurrentSampler):
         return given
 
     def pixel(self, x: Tensor, left: States, given: States) -> tuple[Tensor, States, States]:
-        """The last features of a pixel, each layer's h and c, and its features and h."""
+        """The last features of a pixel, each layer's h and c, and each layer's features and h."""
         beside, kept = [], []
         for k, out in enumerate(self.outs):
             (sums, back), (h, c) = given[2 * k : 2 * k + 2], left[2 * k : 2 * k + 2]
@@ -233,7 +234,7 @@ class DiagonalSampler(RecurrentSampler):
         return x, beside, kept
 
     def carried(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:
-        """A row's h of both directions, that of the way back found here, from its right end."""
+        """The h of both directions of a row; the leftward one is computed here, from the right."""
         x, above = torch.stack(kept[::2]), torch.stack(carried[1::2])  # (layers, w, n, size)
         sums = x @ self.back_inputs + above @ self.back_above + self.back_bias
         if biases[0] is not None:
@@ -249,13 +250,13 @@ class DiagonalSampler(RecurrentSampler):
         columns = sums.transpose(0, 1).index_select(0, backwards)
         back = scan(column, [none, none.clone()], [columns])[1].index_select(0, backwards)
         pairs = zip(kept[1::2], back.unbind(1), strict=True)
-        # A plain clone of one column alone would keep the strides of all layers, unlike the start.
+        # A plain clone of one column would keep the strides of the stack, unlike the start state.
         whole = torch.contiguous_format
         return [state.clone(memory_format=whole) for pair in pairs for state in pair]
 
 
 def _matrix(weight: Tensor) -> nn.Parameter:
-    """A linear layer's weight as what a row is multiplied with."""
+    """A linear layer's weight as the right-hand matrix of a product."""
     return nn.Parameter(copied(weight.T), False)
 
 

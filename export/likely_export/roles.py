@@ -1,4 +1,4 @@
-"""The graphs that models give to a bundle: each a module with named tensors in and out."""
+"""The graphs that models contribute to a bundle: modules with named inputs and outputs."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from likely_export.vae import VAE
 
 @dataclass(frozen=True)
 class GraphSource:
-    """A module that is one graph of a bundle.
+    """A module that becomes one graph of a bundle.
 
     Attributes:
-        module: in evaluation mode; takes `inputs` and gives `outputs` in their order.
-        inputs: names, types and shapes; axis 0 is the batch.
-        outputs: likewise.
-        kind: what the log-likelihoods are, where it gives any.
-        importance_samples: behind a bound.
-        widths: how many numbers each statistic gives, of a density.
+        module: module in evaluation mode that takes `inputs` and returns `outputs`, in order.
+        inputs: names, types and shapes of the inputs; axis 0 is the batch.
+        outputs: names, types and shapes of the outputs.
+        kind: kind of the log-likelihoods; None if it outputs none.
+        importance_samples: number of importance samples of a bound.
+        widths: number of columns of each statistic of a density.
     """
 
     module: nn.Module
@@ -47,7 +47,7 @@ class GraphSource:
     widths: Mapping[str, int] = field(default_factory=dict)
 
     def graph(self, file: str) -> Graph:
-        """Its entry in a manifest, as an ONNX file of that name."""
+        """Returns its entry in a manifest, as an ONNX file of this name."""
         return Graph(
             file=file,
             inputs=self.inputs,
@@ -62,9 +62,9 @@ class Density(nn.Module):
 
     Args:
         model: the density.
-        names: the statistics.
-        local: a model of neighbours only, for the statistics that need one.
-        cvae: likewise; it also says which label a picture is taken for.
+        names: names of the statistics.
+        local: a model of neighbours only, for statistics that need one.
+        cvae: a CVAE, for statistics that need one; it also predicts the label.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Density(nn.Module):
         return log_px, seen.surprise, statistics(seen, self.names), *label
 
     def tables(self, x: Tensor) -> Tables:
-        """What the statistics are computed from, of uint8 x (n, c, h, w)."""
+        """The tables from which the statistics are computed, for x, uint8 (n, c, h, w)."""
         log_probs = self.model.log_probs(x)
         seen = tables(log_probs, self.model.head.split(x), self.model.config.shape[0])
         if self.local is not None:
@@ -99,13 +99,13 @@ class Density(nn.Module):
 
     @torch.no_grad()
     def widths(self) -> dict[str, int]:
-        """How many numbers each statistic gives, in their order."""
+        """The number of columns of each statistic, in order."""
         seen = self.tables(torch.zeros(1, *self.model.config.shape, dtype=torch.uint8))
         return {name: statistics(seen, (name,)).shape[1] for name in self.names}
 
 
 def _reconstruction(cvae: CVAE, x: Tensor) -> Reconstruction:
-    """The picture as the CVAE redraws it, of uint8 x (n, c, h, w)."""
+    """The CVAE's view of x, uint8 (n, c, h, w)."""
     labels = torch.arange(cvae.config.labels, device=x.device)
     mean, log_variance = cvae.posterior(cvae.features(x)[:, None], labels)
     middle = torch.zeros(1, 1, 1, cvae.config.latent, device=x.device)
@@ -133,7 +133,7 @@ class EveryLabel(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log_pxy (n, labels), and its pixels' surprise (n, labels, c, h, w), of uint8 x."""
+        """log_pxy (n, labels), and the pixels' surprise (n, labels, c, h, w), of uint8 x."""
         labels = self.model.config.labels
         n, c, h, w = x.shape
         each = x[:, None].expand(n, labels, c, h, w).reshape(n * labels, c, h, w)
@@ -143,10 +143,10 @@ class EveryLabel(nn.Module):
 
 
 class Experts(nn.Module):
-    """x, noise -> log p(x|y) for all labels, by an exact model and one that gives a bound.
+    """x, noise -> log p(x|y) for all labels, by an exact model and by one with a bound.
 
     Args:
-        models: an `EveryLabel` and a `Conditional`, the one that leads first.
+        models: an `EveryLabel` and a `Conditional`; the first one leads.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
@@ -170,7 +170,7 @@ class Experts(nn.Module):
 def density(
     model: Autoregressive, names: tuple[str, ...], companions: Sequence[nn.Module] = ()
 ) -> GraphSource:
-    """The graph of log p(x) and its statistics.
+    """Returns the graph of log p(x) and its statistics.
 
     Raises:
         InvalidInput: a companion is neither a local model nor a CVAE.
@@ -186,7 +186,7 @@ def density(
                 cvae = companion
             case _:
                 kind = type(companion).__name__
-                raise InvalidInput("roles.density", f"a {kind} has no place beside a density")
+                raise InvalidInput("roles.density", f"a {kind} cannot stand beside a density")
     module = Density(model, names, local, cvae).eval()
     widths = module.widths()
     outputs = [
@@ -200,10 +200,10 @@ def density(
 
 
 def conditional(*models: Autoregressive | CVAE) -> GraphSource:
-    """The graph of log p(x|y) for all labels: of the first model, and of each beside it.
+    """Returns the graph of log p(x|y) for all labels, and of the evidence if there are experts.
 
     Raises:
-        InvalidInput: two of them are of one family.
+        InvalidInput: two of the models are of one family.
     """
     if len({type(model) for model in models}) < len(models):
         raise InvalidInput("roles.conditional", "names two models of one family")
@@ -228,7 +228,7 @@ def conditional(*models: Autoregressive | CVAE) -> GraphSource:
 
 
 def _kind(model: Autoregressive | CVAE) -> tuple[Kind, int]:
-    """What the model's log p(x|y) is, and how many importance samples are behind it."""
+    """Returns what the model's log p(x|y) is, and its number of importance samples."""
     if isinstance(model, Autoregressive):
         return Kind.EXACT, 0
     k = model.config.importance_samples
@@ -236,7 +236,7 @@ def _kind(model: Autoregressive | CVAE) -> tuple[Kind, int]:
 
 
 def sample(model: Autoregressive) -> GraphSource:
-    """The graph that draws pixel by pixel, exactly."""
+    """Returns the graph that samples pixel by pixel, exactly."""
     c, h, w = model.config.shape
     inputs: tuple[TensorSpec, ...] = (
         _floats("gumbel", h, w, c, model.head.digits, model.head.base),
@@ -247,10 +247,10 @@ def sample(model: Autoregressive) -> GraphSource:
 
 
 def sampler(model: Autoregressive) -> RasterSampler:
-    """What draws a picture of that model for its noise.
+    """Returns the module that samples pictures of this model from noise.
 
     Raises:
-        InvalidInput: models of its family are not drawn from.
+        InvalidInput: its family has no sampler.
     """
     match model:
         case PixelCNN():
@@ -263,7 +263,7 @@ def sampler(model: Autoregressive) -> RasterSampler:
 
 
 def generate(model: CVAE) -> GraphSource:
-    """The graph that draws a picture from its latent features in one pass."""
+    """Returns the graph that draws a picture of a label in one pass, from latent features."""
     c, h, w = model.config.shape
     inputs = (
         _labels(),
@@ -274,21 +274,21 @@ def generate(model: CVAE) -> GraphSource:
 
 
 def encode(model: CVAE) -> GraphSource:
-    """The graph of the latent features' mean and log-variance."""
+    """Returns the graph of the mean and log-variance of the latent features under a label."""
     latent = model.config.latent
     outputs = (_floats("mean", latent), _floats("log_variance", latent))
     return GraphSource(Encode(model).eval(), (_pictures(model.config.shape), _labels()), outputs)
 
 
 def discriminate(model: Classifier) -> GraphSource:
-    """The graph of log p(y|x) for all labels, temperature and softmax inside."""
+    """Returns the graph of log p(y|x) for all labels, with temperature and softmax."""
     config = model.config
     outputs = (_floats("log_pyx", config.labels),)
     return GraphSource(model.eval(), (_pictures(config.shape),), outputs)
 
 
 def features(model: VAE | Autoencoder) -> GraphSource:
-    """The graph of features without a label; an autoencoder's have no variance."""
+    """Returns the graph of features without a label; those of autoencoders have no variance."""
     pictures, latent = (_pictures(model.config.shape),), model.config.latent
     mean = _floats("mean", latent)
     if isinstance(model, Autoencoder):
@@ -298,13 +298,13 @@ def features(model: VAE | Autoencoder) -> GraphSource:
 
 
 def prior(model: VAE) -> GraphSource:
-    """The graph that draws a picture without a label in one pass."""
+    """Returns the graph that draws a picture without a label in one pass."""
     inputs = (_floats("eps", model.config.latent), _floats("gumbel", *vae.noise_axes(model)))
     return GraphSource(vae.Draw(model).eval(), inputs, (_pictures(model.config.shape),))
 
 
 def decode(model: CVAE | Autoencoder) -> GraphSource:
-    """The graph of what stands behind features; an autoencoder's is a picture alone."""
+    """Returns the graph that decodes features; an autoencoder's outputs a picture alone."""
     shape = model.config.shape
     z, mean = _floats("z", model.config.latent), _floats("mean", *shape)
     if isinstance(model, Autoencoder):
@@ -316,15 +316,15 @@ def decode(model: CVAE | Autoencoder) -> GraphSource:
 
 
 def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> GraphSource:
-    """The graph of that role.
+    """Returns the graph of a role.
 
     Args:
-        role: what the graph answers.
-        models: of families that can answer it together; the first gives the role's name.
-        names: the statistics of the density graph.
+        role: the role.
+        models: models of families that can play it together; the first one leads.
+        names: names of the statistics of the density graph.
 
     Raises:
-        InvalidInput: these families cannot answer it, or a model does not learn what it asks.
+        InvalidInput: these families cannot play the role, or a model does not learn what it needs.
     """
     for model in models:
         if isinstance(model, Autoregressive):
@@ -353,18 +353,18 @@ def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> G
 
 
 def _check_withheld(role: Role, config: AutoregressiveConfig) -> None:
-    """Returns if the model learns what the role asks it.
+    """Raises unless training with this label dropout gives the model what the role needs.
 
     Raises:
-        InvalidInput: it never sees a picture without its label, or never one with it.
+        InvalidInput: the model never sees a picture without its label, or never one with it.
     """
     share = config.label_dropout
     if not config.labels or 0 < share < 1:
         return
     if share == 0 and role in (Role.DENSITY, Role.SAMPLE):
-        raise InvalidInput(f"roles.{role}", "label_dropout = 0 teaches no p(x): take more than 0")
+        raise InvalidInput(f"roles.{role}", "label_dropout = 0 trains no p(x): set more than 0")
     if share == 1 and role in (Role.CONDITIONAL, Role.SAMPLE):
-        raise InvalidInput(f"roles.{role}", "label_dropout = 1 teaches no p(x|y): take less than 1")
+        raise InvalidInput(f"roles.{role}", "label_dropout = 1 trains no p(x|y): set less than 1")
 
 
 def _is_conditional(model: nn.Module) -> bool:

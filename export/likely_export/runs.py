@@ -1,13 +1,13 @@
 """A run: the folder in which a recipe's models are trained, side by side.
 
-    RUN/recipe.toml              the recipe, with its source made absolute
-    RUN/<model>/checkpoint.pt    everything needed to go on
+    RUN/recipe.toml              the recipe, with the absolute path of its source
+    RUN/<model>/checkpoint.pt    everything needed to resume
     RUN/<model>/weights.pt       the averaged weights and their config
-    RUN/<model>/log.jsonl        a line a validation
-    RUN/.<model>.lock            held by the process that trains it
+    RUN/<model>/log.jsonl        one line per validation
+    RUN/.<model>.lock            held by the process that trains the model
 
-Small models gain nothing from a second thread, so each has a process of one
-thread to itself, and as many run at once as there are processors.
+Small models gain nothing from a second thread. Each model therefore has a process with
+one thread of its own, and as many processes run at once as there are cores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from likely_export.train import Hardware, Progress, Trained
 
 RECIPE = "recipe.toml"
 SECONDS_BETWEEN_REPORTS = 0.2
-CORRUPTED = 100  # pictures, to see whether corruptions change them
+CORRUPTED = 100  # pictures on which to check that corruptions change them
 
 Report = Callable[[str, Progress], None]
 Warn = Callable[[str], None]
@@ -51,36 +51,36 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A folder with a recipe and, once trained, its models."""
+    """A folder with a recipe and, once they are trained, its models."""
 
     folder: Path
     recipe: Recipe
 
     @classmethod
     def open(cls, folder: Path, source: str | None = None) -> Run:
-        """The run in that folder.
+        """Opens the run in a folder.
 
         Args:
-            folder: that `train_all` filled.
-            source: where its data lie now, if not where they lay in training.
+            folder: folder that `train_all` filled.
+            source: where the data are now, if they have moved since training.
 
         Raises:
-            InvalidInput: it holds no recipe.
+            InvalidInput: the folder contains no recipe.
         """
         if not (folder / RECIPE).is_file():
             raise InvalidInput(str(folder), f"holds no {RECIPE}, so it is no training run")
         return cls(folder, recipes.load(folder / RECIPE, source))
 
     def model(self, name: str, data: Dataset | None = None) -> nn.Module:
-        """The trained model of that name, in evaluation mode on the CPU.
+        """Loads a trained model, in evaluation mode on the CPU.
 
         Args:
-            name: of a model of the recipe.
-            data: that it must have been trained on; not asked by default.
+            name: name of a model of the recipe.
+            data: data it must have been trained on; not checked by default.
 
         Raises:
-            InvalidInput: it was not trained to the end, or in another way than the recipe says
-                now, or on other data.
+            InvalidInput: the model was not trained to the end, or its options, training or data
+                differ from the recipe's.
         """
         weights, chosen = self.folder / name / train.WEIGHTS, self.recipe.models[name]
         model = families.restore(weights)
@@ -99,7 +99,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One model of a recipe, to be trained into its folder."""
+    """The training of one model of a recipe into its folder."""
 
     recipe: Recipe
     name: str
@@ -109,7 +109,7 @@ class Job:
     threads: int
 
     def run(self, report: Report | None) -> Trained:
-        """Trains it in this process."""
+        """Trains the model in this process."""
         torch.set_num_threads(self.threads)
         data, training = self.recipe.data.load(), self.recipe.models[self.name].training
         return train.fit(
@@ -137,21 +137,21 @@ def train_all(
     """Trains the models of a recipe into a run folder.
 
     Args:
-        recipe: what to train.
-        folder: the run; a folder of the same recipe, or of one with fewer stretches of
-            training, is gone on with, wherever its data lie now.
-        only: names of models; all by default.
-        resume: go on from checkpoints; otherwise these models start afresh.
-        hardware: on what.
-        threads: of each model's process.
-        report: told where each model stands, if given.
-        warn: told what is doubtful about the data, if given.
+        recipe: recipe to train.
+        folder: folder of the run. A run of the same recipe, or of one with fewer stretches of
+            training, is resumed, even if its data have moved.
+        only: names of the models to train; all by default.
+        resume: whether to resume from checkpoints; otherwise these models are trained afresh.
+        hardware: devices and precision.
+        threads: number of threads of each model's process.
+        report: called with the name and the progress of each model, if given.
+        warn: called with warnings about the data, if given.
 
     Raises:
-        InvalidInput: no such model, a model or a set to report against does not go with the data,
-            no bundle could be built of the models, a training does not go with so many devices,
-            the folder is of another recipe or other data, another process trains one of the
-            models there, or a model has begun in another precision than was chosen.
+        InvalidInput: there is no such model; a model, or a set to report against, does not fit the
+            data; no bundle could be built from the models; a training cannot be divided among the
+            devices; the folder is of another recipe or other data; another process trains one of
+            the models there; or a model has begun in another precision than the one chosen.
         LikelyError: a training failed.
     """
     names = list(only) or list(recipe.models)
@@ -164,9 +164,9 @@ def train_all(
         if (its := begun.get(name)) and hardware.precision not in (None, its):
             raise InvalidInput(
                 f"models.{name}",
-                f"has begun in {its} in {folder}: go on with --precision {its}, or train it afresh",
+                f"has begun in {its} in {folder}: use --precision {its}, or train it afresh",
             )
-    # The run, and all that is told of it, says so.
+    # The run's recipe, and everything derived from it, states the precision that is used.
     recipe = recipe.computed(hardware.arithmetic, begun)
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
     data = _check(recipe)
@@ -174,10 +174,10 @@ def train_all(
         hardware.check(recipe.models[name].training, len(data.train))
     if warn and (copies := ", ".join(f"{n} of {part}" for part, n in data.copies().items() if n)):
         warn(
-            f"{data.name} holds pictures twice: of those to train on, {copies} are copies, to the "
-            "byte, which look more probable and are accepted more often than new ones"
+            f"{data.name} holds pictures twice: {copies} are exact copies of pictures to train on, "
+            "which look more probable and are accepted more often than new ones"
         )
-    # With several devices Fabric runs this very code once for each; the first keeps the folder.
+    # With several devices, Fabric runs this code once for each; the first one owns the folder.
     is_first = hardware.devices == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     if resume:
         _require_same(recipe, folder, data.digest)
@@ -192,22 +192,22 @@ def train_all(
 
 
 def _begun(recipe: Recipe, folder: Path, afresh: Sequence[str]) -> dict[str, Precision]:
-    """What the models of a run folder have begun in, but for those that are to begin anew."""
+    """Returns the precisions in which models have begun, except those to be trained afresh."""
     told = {name: train.begun_in(folder / name) for name in recipe.models.keys() - set(afresh)}
     return {name: precision for name, precision in told.items() if precision}
 
 
 def _untrained(recipe: Recipe, name: str, data: Dataset) -> nn.Module:
-    """The model of that name for the data; its weights are a function of the recipe's seed.
+    """Returns an untrained model for the data, whose weights are a function of the recipe's seed.
 
     Raises:
-        InvalidInput: its options do not go with each other, its training or the data.
+        InvalidInput: its options contradict each other, its training or the data.
     """
     chosen = recipe.models[name]
     if chosen.training.keep_best and chosen.options.get("contrast"):
         raise InvalidInput(
             f"models.{name}.training.keep_best",
-            "keeps what validates best, and validation leaves the contrast out: give false",
+            "keeps what validates best, but validation leaves the contrast out: set it to false",
         )
     try:
         return families.create(
@@ -223,14 +223,14 @@ def _untrained(recipe: Recipe, name: str, data: Dataset) -> nn.Module:
 
 
 def _check(recipe: Recipe) -> Dataset:
-    """The recipe's data, if what would only fail in a training, or after it, goes with them.
+    """Loads the recipe's data, and checks all that would otherwise fail in training or later.
 
-    All models are asked of, also those that are not to be trained now: a bundle needs them.
+    All models are checked, also those that are not trained now, because a bundle needs them.
 
     Raises:
-        InvalidInput: a model cannot be made for the data, no bundle can be built of the models
-            (`plan.check`), a set to report against is of another shape, or no corruption to
-            learn from changes the data.
+        InvalidInput: a model cannot be created for the data, no bundle can be built from the models
+            (`plan.check`), a set to report against does not fit (`Recipe.others`), or none of the
+            contrast's corruptions changes the data.
     """
     data = recipe.data.load()
     recipe.others(data.levels)
@@ -242,10 +242,10 @@ def _check(recipe: Recipe) -> Dataset:
 
 
 def _require_same(recipe: Recipe, folder: Path, digest: str) -> None:
-    """Returns if the folder is of that recipe and of those data, or of none yet.
+    """Raises unless the folder belongs to this recipe and these data, or is new.
 
     Raises:
-        InvalidInput: it is of others.
+        InvalidInput: it belongs to others.
     """
     if not (folder / RECIPE).is_file():
         return
@@ -259,10 +259,10 @@ def _require_same(recipe: Recipe, folder: Path, digest: str) -> None:
 
 @contextmanager
 def _alone(folder: Path, names: Sequence[str]) -> Iterator[None]:
-    """Within it, no other process trains these models in that folder, which is made.
+    """Creates the folder, and keeps other processes from training these models in it meanwhile.
 
     Raises:
-        InvalidInput: one does, or it is no folder.
+        InvalidInput: another process trains one of them, or the path is a file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,7 +277,7 @@ def _alone(folder: Path, names: Sequence[str]) -> Iterator[None]:
                 told = "is being trained by another process"
                 raise InvalidInput(str(folder / name), told) from error
             except OSError:
-                pass  # a file system without locks
+                pass  # a file system without locking
         yield
 
 
@@ -289,10 +289,10 @@ def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool) -
 
 
 def _check_made(weights: Path, model: nn.Module, chosen: recipes.Model) -> None:
-    """Returns if a model is of the family and has the options that a recipe gives or leaves to it.
+    """Raises unless a model has the recipe's family and options, defaults included.
 
     Raises:
-        InvalidInput: it is another one; names the first thing that differs.
+        InvalidInput: it differs; names the first difference.
     """
     if type(model) is not families.family(chosen.family).model:
         raise InvalidInput(
@@ -331,7 +331,7 @@ def _seldom(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
 
 
 def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Trained]:
-    # Spawned, not forked: a fork of a process whose OpenMP has run hangs.
+    # Spawn instead of fork: a child forked after OpenMP has run hangs.
     context = multiprocessing.get_context("spawn")
     told: Any = context.Queue()
     waiting = {job.name: context.Process(target=_work, args=(job, told)) for job in jobs}
@@ -361,11 +361,11 @@ def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Train
 
 
 def _next(told: Any, running: Mapping[str, BaseProcess]) -> tuple[str, Progress | Trained | str]:
-    """The next news of a worker; a worker that died without a word is news too."""
+    """Waits for the next message of a worker; a worker that died silently counts as one."""
     while True:
         ended = [name for name, process in running.items() if process.exitcode is not None]
         try:
-            # What an ended process said last has arrived by now, and comes before its end.
+            # The last message of an ended process has arrived by now, and is returned first.
             news: tuple[str, Progress | Trained | str] = told.get(timeout=0 if ended else 1.0)
             return news
         except queue.Empty:
@@ -374,7 +374,7 @@ def _next(told: Any, running: Mapping[str, BaseProcess]) -> tuple[str, Progress 
 
 
 def _work(job: Job, told: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all; the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         told.put((job.name, job.run(lambda name, now: told.put((name, now)))))
@@ -386,7 +386,7 @@ def _work(job: Job, told: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process once its parent is gone, however that was; files are written by rename."""
+    """Ends this process once its parent is gone; safe, because files are written by renaming."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

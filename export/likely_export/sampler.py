@@ -1,15 +1,15 @@
 """Exact sampling of whole pictures in one graph, at about the cost of one forward pass.
 
-The vertical stack and the row transformer depend only on the rows above, so
-they run once a row; the horizontal stack runs once a pixel on what it kept of
-the pixel to the left. Rows and columns are nested `scan`s, which export to
-nested ONNX Scans: one call draws a batch of pictures, and the state carried
-is of one row and one pixel a layer, never of a picture.
+The vertical stack and the row transformer depend only on the rows above, so they
+run once per row. The horizontal stack runs once per pixel, on what it kept of the
+pixel to the left. Rows and columns are nested `scan`s, which export to nested ONNX
+Scans: one call samples a batch of pictures, and the state carried is one row and
+one pixel per layer, never a picture.
 
-Written for ONNX Runtime, which moves memory slowly and multiplies fast: all that a
-horizontal unit sees is one product, neighbouring vertical units share theirs
-(`winograd`), and the halves of a gated unit are apart, so that each fuses with its
-activation.
+The layout suits ONNX Runtime, which multiplies fast and moves memory slowly. A
+horizontal unit is one product over all that it sees. Neighbouring vertical units
+share products (`winograd`). The two halves of a gated unit have separate products,
+so that each fuses with its activation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from likely_export.winograd import Pairs, factors, seen, sums
 
 
 class Sampler(RasterSampler):
-    """Draws x from p(x), or p(x|y), of a trained PixelCNN."""
+    """Samples x from p(x), or p(x|y), of a trained PixelCNN."""
 
     model: PixelCNN
     position_vertical: Tensor
@@ -50,14 +50,14 @@ class Sampler(RasterSampler):
         )
 
     def forward(self, gumbel: Tensor, y: Tensor | None = None) -> Tensor:
-        """Pictures.
+        """Samples pictures.
 
         Args:
-            gumbel: float32 (n, h, w, c, digits, base), standard Gumbel noise.
-            y: int64 (n,) of labels, null ones allowed; None for p(x).
+            gumbel: standard Gumbel noise, float32 (n, h, w, c, digits, base).
+            y: labels, int64 (n,), which may be null labels; None for p(x).
 
         Returns:
-            uint8 (n, c, h, w) of levels.
+            Levels, uint8 (n, c, h, w).
         """
         n, config = gumbel.shape[0], self.model.config
         y = self.model.labels(y)
@@ -66,11 +66,11 @@ class Sampler(RasterSampler):
         mix_bias = self.mix_biases(y, n)
         depth = len(self.layers)
         rows_above, side, to_the_left = config.stem
-        # Where to gather from: a column's neighbours in rows with edges, a pixel's noise.
+        # Gather indices: a column's neighbours in a padded row, and a pixel's noise.
         seen_by_stem = torch.arange(self.width * n)[:, None] + torch.arange(2 * side + 1) * n
         noises = gumbel.flatten(3).flatten(0, 2)
         places = self.places(n)
-        # Zeros are filled in: new_zeros exports to an operator without a CUDA kernel.
+        # new_full, because new_zeros exports to an operator without a CUDA kernel.
         blank = gumbel.new_full((side * n, rows_above * self.channels), self.blank)
         edge = gumbel.new_full((1, n, config.channels), 0.0)
         start_pixel = [
@@ -79,7 +79,7 @@ class Sampler(RasterSampler):
         ]
 
         def pixel(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-            """One column: pixels to the left and each layer's h there -> the pixel here."""
+            """One column: from the pixels and each layer's h to the left, draws the pixel here."""
             left, *h_left = state
             position, place, *across = inputs
             h = torch.addmm(position, left, self.stem_horizontal)
@@ -93,7 +93,7 @@ class Sampler(RasterSampler):
             return [pushed(left, latest), *kept], levels.clone()
 
         def row(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-            """One row: the rows above, what products read of each layer's v there -> the row."""
+            """One row: from the rows above and what the products read of each v, draws the row."""
             above, seen_above, caches = state[0], state[1 : 4 * depth + 1], state[4 * depth + 1 :]
             position, position_left, index = inputs
             window = windows(above.flatten(0, 1), blank, seen_by_stem)
@@ -133,15 +133,15 @@ class Sampler(RasterSampler):
     def _row_transformer(
         self, latest: Tensor, caches: list[Tensor], index: Tensor, y: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """What to add to v's row, (w, n, channels), and the next keys and values."""
+        """What to add to v's row, (w, n, channels), and the updated keys and values."""
         rows: RowTransformer = self.model.rows
-        # Channels outermost within a token, as in training.
+        # A token lists its columns channel by channel, as in training.
         scaled = self.model.scale(latest).permute(1, 2, 0).flatten(1)
         token = rows.embed(scaled) + rows.position.index_select(0, index[None])
         if y is not None:
             token = token + rows.label(y)
         token = token[:, None]
-        # Slots hold rows oldest first; those before row 0 are still empty.
+        # The slots hold rows, oldest first. Slots for rows before row 0 are still empty.
         mask = torch.arange(self.height) >= self.height - 1 - index
         kept = []
         for each, keys, values in zip(rows.blocks, caches[::2], caches[1::2], strict=True):
@@ -156,21 +156,21 @@ class Sampler(RasterSampler):
 
 
 class _Biases(NamedTuple):
-    """The biases of a layer's two stacks, one for each half of a unit."""
+    """The biases of a layer's two stacks, one tensor for each half of a unit."""
 
     vertical: list[Tensor]  # each (channels,), or (pairs * n, channels) with labels
     horizontal: list[Tensor]  # each (channels,), or (n, channels) with labels
 
 
 class _Layer(nn.Module):
-    """A block's weights as matrices for one row or one pixel, the halves of a unit apart."""
+    """A block's weights as matrices for one row or one pixel, split into halves of a unit."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
         self.halves = 2 if block.gated else 1
         self.width = block.units // self.halves
-        # A tap's rows are the channels of the row above, then those of this one.
+        # In each tap's rows, the channels of the row above come before those of this row.
         taps = block.vertical.weight.permute(3, 2, 1, 0).flatten(1, 2)
         halves = zip(*[self._matrices(tap) for tap in taps], strict=True)
         self.seen_by_v = nn.ModuleList(nn.ParameterList(half) for half in halves)
@@ -180,17 +180,17 @@ class _Layer(nn.Module):
         self.out = nn.Parameter(block.out.weight[:, :, 0, 0].T.detach().clone(), False)
 
     def biases(self, y: Tensor | None, pairs: int, n: int) -> _Biases:
-        """Both stacks' biases, the label's included, each (channels,) or one a picture."""
+        """The biases of both stacks with the label's added, (channels,) or one row per picture."""
         vertical, horizontal = bias_of(self.block.vertical), bias_of(self.block.horizontal)
         of_label = self.block.biases(y)
         if of_label[0] is None or of_label[1] is None:
             return _Biases(self._parts(vertical), self._parts(horizontal))
-        # A GEMM adds rows of one size only: as many as there are pairs and pictures.
+        # A Gemm's C input must match its rows exactly: one per pair and picture.
         everywhere = (vertical + of_label[0]).expand(pairs, n, -1).reshape(pairs * n, -1)
         return _Biases(self._parts(everywhere), self._parts(horizontal + of_label[1]))
 
     def row(self, v: Pairs, both: list[Tensor], biases: list[Tensor]) -> Pairs:
-        """The next v of this one and of what the products read of both rows."""
+        """The next v, from v and what the products read of the row above and of this row."""
         halves = [
             sums(both, factors(*cast(nn.ParameterList, taps)), bias)
             for taps, bias in zip(self.seen_by_v, biases, strict=True)
@@ -199,7 +199,7 @@ class _Layer(nn.Module):
         return Pairs(*[own + unit.view_as(own) for own, unit in zip(v, units, strict=True)])
 
     def pixel(self, left: Tensor, h: Tensor, v: Tensor, biases: list[Tensor]) -> Tensor:
-        """The next h (n, channels) of h to the left and h and v here."""
+        """The next h (n, channels), from h to the left, and h and v here."""
         window = torch.cat([left, h, v], -1)
         parts = [
             torch.addmm(bias, window, matrix)
@@ -214,7 +214,7 @@ class _Layer(nn.Module):
 
     def _parts(self, bias: Tensor) -> list[Tensor]:
         parts = bias.detach().split(self.width, -1)
-        return [part.clone() for part in parts]  # scan refuses aliases
+        return [part.clone() for part in parts]  # scan rejects inputs that share memory
 
     def _matrices(self, matrix: Tensor) -> nn.ParameterList:
         parts = matrix.detach().split(self.width, -1)

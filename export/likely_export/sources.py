@@ -1,4 +1,4 @@
-"""Pictures, with labels or not, as files hold them: `.npz`, idx, folders; scikit-learn's digits."""
+"""Reads pictures, with or without labels, from `.npz`, idx, folders or scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from likely.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Pictures and labels as a source holds them, before they are divided.
+    """The pictures and labels of a source, before they are split into parts.
 
     Attributes:
-        name: what the source calls itself.
-        x: uint8 (n, c, h, w).
-        y: int64 (n,), zeros where no labels are known.
-        levels: every pixel is in [0, levels).
-        labels: the labels' names; none where no labels are known.
-        test: x and y of a test part, where the source brings one.
+        name: the source's own name.
+        x: pictures, uint8 (n, c, h, w).
+        y: labels, int64 (n,); zeros if the labels are unknown.
+        levels: number of levels; every pixel is in [0, levels).
+        labels: names of the labels; empty if the labels are unknown.
+        test: x and y of the source's own test part; None if it has none.
     """
 
     name: str
@@ -42,20 +42,20 @@ class Source:
 
     @property
     def peak(self) -> int:
-        """The largest value that a pixel has, test part included."""
+        """The largest pixel value, test part included."""
         return max(int(x.max()) for x in (self.x, *(self.test or ())[:1]))
 
     @property
     def dark(self) -> bool:
-        """Whether no pixel reaches half of white, as where 0 and 1 were meant to be all levels."""
+        """Whether all pixels stay below half of white, as when 0 and 1 are the only levels."""
         return self.peak < self.levels // 2
 
 
 def read(source: str | Path) -> Source:
-    """Everything that a source holds.
+    """Reads all pictures and labels of a source.
 
     Raises:
-        InvalidInput: it cannot be read; the field names the file.
+        InvalidInput: the source cannot be read; the field names the file.
     """
     if str(source) == "digits":
         return _digits()
@@ -74,10 +74,10 @@ def read(source: str | Path) -> Source:
 
 
 def named(raw: Source, labels: tuple[str, ...]) -> Source:
-    """The source with these names for its labels, or its own where there are none.
+    """Returns the source with these names for its labels; without names, the source unchanged.
 
     Raises:
-        InvalidInput: there are more or fewer labels than names, or two of one name.
+        InvalidInput: the number of names differs from the number of labels, or a name occurs twice.
     """
     names = labels or raw.labels
     if twice := [name for name in names if names.count(name) > 1]:
@@ -85,18 +85,20 @@ def named(raw: Source, labels: tuple[str, ...]) -> Source:
     if not labels:
         return raw
     if len(labels) != len(raw.labels):
-        raise InvalidInput("labels", f"{len(labels)} names for the {len(raw.labels)} of {raw.name}")
+        raise InvalidInput(
+            "labels", f"{len(labels)} names for the {len(raw.labels)} labels of {raw.name}"
+        )
     return Source(raw.name, raw.x, raw.y, raw.levels, labels, raw.test)
 
 
 def held_out(raw: Source, without: tuple[str, ...]) -> Pixels:
-    """The pictures of these labels, uint8 (n, c, h, w); of the test part where there is one."""
+    """Returns the pictures of these labels, uint8 (n, c, h, w), from the test part if any."""
     x, y = (raw.x, raw.y) if raw.test is None else raw.test
     return x[np.isin(y, [raw.labels.index(name) for name in without])]
 
 
 def kept(raw: Source, without: tuple[str, ...]) -> Source:
-    """The source without these labels; the others move up.
+    """Returns the source without these labels; the remaining labels are renumbered from 0.
 
     Raises:
         InvalidInput: the source has no such label.
@@ -137,8 +139,8 @@ def _npz(path: Path) -> Source:
     if missing := [key for key in (*keys, *(tests if has_test else ())) if key not in arrays]:
         raise InvalidInput(
             str(path),
-            f"has no array {missing[0]}: expected x_train, y_train, x_test, y_test or x, y, or the "
-            "same without any y, where no labels are known",
+            f"has no array {missing[0]}: expected x_train, y_train, x_test, y_test or x, y; if the "
+            "labels are unknown, the same without any y",
         )
     x, y = _checked(path, *(arrays[key] for key in keys))
     test = _checked(path, *(arrays[key] for key in tests)) if has_test else None
@@ -148,7 +150,7 @@ def _npz(path: Path) -> Source:
 
 
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of an .npz file by their names."""
+    """Reads the arrays of an .npz file by name."""
     try:
         found = np.load(path, allow_pickle=False)
         if not isinstance(found, np.ndarray):
@@ -162,7 +164,7 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
 def _require_no_labels(
     path: Path, arrays: Mapping[str, npt.NDArray[Any]], shapes: set[tuple[int, ...]]
 ) -> None:
-    """Returns if no array looks like labels of pictures whose shapes begin so."""
+    """Raises if a 1-d integer array has one of these shapes, as labels under another name would."""
     like = [
         name
         for name, array in arrays.items()
@@ -182,7 +184,7 @@ def _idx(path: Path, test: Path | None = None) -> Source:
 
 
 def _idx_folder(folder: Path) -> Source:
-    """The folder's training and test files, by the names that MNIST gave them."""
+    """Reads a folder's training and test files, which are named as MNIST's files are."""
     files = sorted(folder.glob("*images*idx3*"))
     tests = [file for file in files if "t10k" in file.name or "test" in file.name]
     trains = [file for file in files if file not in tests]
@@ -201,10 +203,10 @@ def _idx_pair(images: Path) -> tuple[Pixels, Labels]:
 
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
-    """The uint8 array of an idx file, plain or gzipped (LeCun et al., 1998).
+    """Reads an idx file of uint8, plain or gzipped (LeCun et al., 1998).
 
     Raises:
-        InvalidInput: it is no idx file of bytes, or truncated.
+        InvalidInput: the file is truncated or not an idx file of unsigned bytes.
     """
     try:
         content = path.read_bytes()
@@ -224,13 +226,13 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _image_folder(folder: Path) -> Source:
-    """Pictures in one subfolder a label, or in the folder itself, where no labels are known."""
+    """Reads pictures from one subfolder per label, or unlabelled ones from the folder itself."""
     names = tuple(entry.name for entry in _entries(folder) if entry.is_dir())
     if names and (loose := next(filter(_is_picture, _entries(folder)), None)):
         raise InvalidInput(
             str(folder),
             f"holds pictures, such as {loose.name}, beside subfolders, such as {names[0]}, which "
-            "name labels: all pictures lie in these, or none does",
+            "name labels: put all pictures into subfolders, or none",
         )
     pictures: list[Pixels] = []
     labels: list[int] = []
@@ -241,7 +243,7 @@ def _image_folder(folder: Path) -> Source:
                 str(inner),
                 "holds no pictures, though it names a label"
                 if names
-                else "has neither idx files, nor one subfolder a label, nor pictures",
+                else "has neither idx files, nor one subfolder per label, nor pictures",
             )
         for file in files:
             picture = _picture(file)
@@ -256,12 +258,12 @@ def _image_folder(folder: Path) -> Source:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder, by name; not what is hidden, such as macOS's .DS_Store."""
+    """Lists a folder by name, without hidden entries such as macOS's .DS_Store."""
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def _is_picture(file: Path) -> bool:
-    """Whether it begins as a picture does, of whatever mode."""
+    """Whether Pillow recognises the file as a picture, of whatever mode."""
     try:
         with Image.open(file):
             return True
@@ -270,7 +272,7 @@ def _is_picture(file: Path) -> bool:
 
 
 def _picture(file: Path) -> Pixels:
-    """One picture, uint8 (c, h, w): grey or colour, with nothing converted silently."""
+    """Reads one grey or RGB picture, uint8 (c, h, w); other modes are rejected, not converted."""
     try:
         with Image.open(file) as image:
             if image.mode not in ("L", "RGB"):
@@ -289,7 +291,7 @@ def _size(picture: Pixels) -> str:
 
 
 def _checked(path: Path, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[Pixels, Labels]:
-    """Pictures as uint8 (n, c, h, w) and labels as int64 (n,)."""
+    """Returns pictures as uint8 (n, c, h, w) and labels as int64 (n,), or raises."""
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise InvalidInput(
             str(path), f"pictures are {x.dtype} {x.shape}; expected uint8 (n, h, w) or (n, c, h, w)"
@@ -314,7 +316,7 @@ def _source(
     test: tuple[Pixels, Labels] | None,
     names: tuple[str, ...] | None = None,
 ) -> Source:
-    """The source of a file; names are the numbers for None, () where no labels are known."""
+    """Builds the source of a file; names None stands for numbers, () for unknown labels."""
     count = 1 + int(max(y.max(), -1 if test is None else test[1].max()))
     names = tuple(map(str, range(count))) if names is None else names
     if names and len(names) < count:

@@ -1,8 +1,8 @@
-"""Outlier statistics that one forward pass gives; adding one is a function and a line.
+"""Outlier statistics from one forward pass; to add one, write a function and list it below.
 
-Each takes the pass's `Tables` and gives (n, k) numbers. What they are worth
-together is settled on the fit split (`calibrate`); a single likelihood would not
-do, since simple pictures can be likelier than real ones (Nalisnick et al., 2019).
+Each function takes the `Tables` of a pass and returns (n, k) numbers. How they are combined is
+fitted on the fit split (`calibrate`). The likelihood alone would not do, because simple
+pictures can be likelier than real ones (Nalisnick et al., 2019).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ REGIONS = 4
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a CVAE says of a picture at the mean of its posterior, under its likeliest label.
+    """A CVAE's view of a picture, at the mean of its posterior under its likeliest label.
 
     Attributes:
-        log_weights: (n, labels), log p(x, z|y) - log q(z|x) at that mean z for every label, nats:
-            what the ELBO is the mean of, and itself no bound.
-        mean: (n, z), of the latent features, from the mean of their prior.
-        log_variance: (n, z).
-        expected: (n, c, h, w), the expected picture, levels scaled to [0, 1].
-        picture: (n, c, h, w), the picture itself, scaled likewise.
+        log_weights: log p(x, z|y) - log q(z|x) at the posterior mean z, for every label, nats,
+            (n, labels). The ELBO is the mean of this over z; it is no bound itself.
+        mean: posterior mean of the latent features relative to their prior's mean, (n, z).
+        log_variance: posterior log-variance of the latent features, (n, z).
+        expected: expected picture, levels rescaled to [0, 1], (n, c, h, w).
+        picture: the picture itself, rescaled in the same way, (n, c, h, w).
     """
 
     log_weights: Tensor
@@ -42,15 +42,15 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Tables:
-    """What one pass says of every pixel, each (n, c, h, w), in nats.
+    """The values of every pixel in one pass, each (n, c, h, w), in nats.
 
     Attributes:
         surprise: s = -log p(pixel | before).
-        coarse: the part of it that is due to the pixel's first digit.
-        entropy: H, the surprise that the model expected.
-        variance: V, the variance that it expected of the surprise.
-        local: the surprise of a model of neighbours only, where the role names one.
-        reconstruction: of a CVAE, where the role names one.
+        coarse: the part of the surprise that comes from the pixel's first digit.
+        entropy: H, the expectation of the surprise under the model.
+        variance: V, the variance of the surprise under the model.
+        local: surprise under a model of neighbours only; None if the role names none.
+        reconstruction: the CVAE's view of the picture; None if the role names no CVAE.
     """
 
     surprise: Tensor
@@ -62,31 +62,31 @@ class Tables:
 
     @property
     def gain(self) -> Tensor:
-        """What the full model knows of each pixel beyond its neighbours, nats."""
+        """What the full model predicts of each pixel beyond its neighbours, nats."""
         assert self.local is not None
         return self.local - self.surprise
 
     @property
     def redrawn(self) -> Reconstruction:
-        """The reconstruction, which must be there."""
+        """The reconstruction, which must exist."""
         assert self.reconstruction is not None
         return self.reconstruction
 
 
 def tables(log_probs: Tensor, digits: Tensor, channels: int) -> Tables:
-    """The tables of a pass.
+    """Returns the tables of a pass.
+
+    The entropy of a digit is conditional on the true digits before it, so the entropy of a pixel
+    is the sum over its digits.
 
     Args:
-        log_probs: of every digit, (n, h, w, c * digits, base).
-        digits: the true ones, int64 (n, h, w, c * digits).
-        channels: c.
-
-    A digit's entropy is that given the true digits before it, so a pixel's is
-    the sum over its digits.
+        log_probs: log-probabilities of every digit, (n, h, w, c * digits, base).
+        digits: true digits, int64 (n, h, w, c * digits).
+        channels: number of channels c.
     """
     probs = log_probs.exp()
     entropy = -(probs * log_probs).sum(-1)
-    # Not E[l^2] - H^2, whose rounding can fall below 0.
+    # Not E[l^2] - H^2, which rounding can make negative.
     variance = (probs * (log_probs + entropy[..., None]).square()).sum(-1)
     taken = -log_probs.gather(-1, digits[..., None])[..., 0]
     first = taken.unflatten(-1, (channels, -1))[..., 0].permute(0, 3, 1, 2)
@@ -109,100 +109,100 @@ def coarse_surprise(t: Tables) -> Tensor:
 
 
 def total_entropy(t: Tables) -> Tensor:
-    """The surprise that the model expected of this picture."""
+    """The expectation of the surprise under the model."""
     return _total(t.entropy)
 
 
 def excess(t: Tables) -> Tensor:
-    """Surprise beyond the expected, in its own standard deviations."""
+    """The surprise beyond its expectation, in standard deviations under the model."""
     return (_total(t.surprise) - _total(t.entropy)) * torch.rsqrt(_total(t.variance) + 1e-6)
 
 
 def surprise_shares(t: Tables) -> Tensor:
-    """How much of the pixels' surprise lies in each interval of `EDGES`: a smooth histogram."""
+    """The share of pixels whose surprise lies above each interval of `EDGES`, smoothed."""
     return _shares(t.surprise, EDGES)
 
 
 def gain(t: Tables) -> Tensor:
-    """What the full model knows beyond its local one, nats."""
+    """What the full model predicts beyond the local model, nats."""
     return _total(t.gain)
 
 
 def local_ratio(t: Tables) -> Tensor:
-    """Surprise over local surprise."""
+    """The ratio of surprise to local surprise."""
     assert t.local is not None
     return _total(t.surprise) / (_total(t.local) + 1.0)
 
 
 def gain_shares(t: Tables) -> Tensor:
-    """The same histogram of the gains, over `GAINS`."""
+    """The share of pixels whose gain lies above each interval of `GAINS`, smoothed."""
     return _shares(t.gain, GAINS)
 
 
 def regional_gain(t: Tables) -> Tensor:
-    """Gains summed over a grid of regions."""
+    """Gains, summed over each region of a grid."""
     return _regional(t.gain)
 
 
 def bound(t: Tables) -> Tensor:
-    """The largest of the labels' log-weights."""
-    return t.redrawn.log_weights.topk(1, 1).values  # the exporter's ReduceMax has no CUDA kernel
+    """The largest log-weight over all labels."""
+    return t.redrawn.log_weights.topk(1, 1).values  # ReduceMax would have no CUDA kernel
 
 
 def margin(t: Tables) -> Tensor:
-    """By how much the likeliest label's log-weight exceeds the next one's."""
+    """The difference between the two largest log-weights."""
     weights = t.redrawn.log_weights
     best = weights.topk(min(2, weights.shape[1]), 1).values
     return best[:, :1] - best[:, -1:]
 
 
 def disagreement(t: Tables) -> Tensor:
-    """log p(x) of the density beyond the largest log-weight of the CVAE."""
+    """log p(x) of the density minus the largest log-weight of the CVAE."""
     return -bound(t) - _total(t.surprise)
 
 
 def divergence(t: Tables) -> Tensor:
-    """KL of the features' posterior from their prior."""
+    """The KL divergence of the features' posterior from their prior."""
     mean, log_variance = t.redrawn.mean, t.redrawn.log_variance
     terms = mean.square() + torch.exp(log_variance) - 1 - log_variance
     return 0.5 * terms.sum(1, keepdim=True)
 
 
 def latent_norms(t: Tables) -> Tensor:
-    """Lengths of the features' mean and standard deviation (Huang et al., 2024: LPath)."""
+    """Norms of the features' posterior mean and standard deviation (Huang et al., 2024: LPath)."""
     squares = (t.redrawn.mean.square(), torch.exp(t.redrawn.log_variance))
     return torch.cat([square.sum(1, keepdim=True).sqrt() for square in squares], 1)
 
 
 def latent(t: Tables) -> Tensor:
-    """The features' mean."""
+    """The features' posterior mean."""
     return t.redrawn.mean
 
 
 def error(t: Tables) -> Tensor:
-    """Squared distance of the picture from the expected one, plain and by its own size."""
+    """The squared distance of the picture from the expected one, absolute and relative."""
     size = _total(t.redrawn.picture.square())
     squared = _total((t.redrawn.picture - t.redrawn.expected).square())
     return torch.cat([squared, squared / (size + 0.25)], 1)
 
 
 def regional_error(t: Tables) -> Tensor:
-    """Squared distances summed over a grid of regions."""
+    """Squared differences from the expected picture, summed over each region of a grid."""
     return _regional((t.redrawn.picture - t.redrawn.expected).square())
 
 
 def regional_bias(t: Tables) -> Tensor:
-    """Signed distances summed over a grid of regions."""
+    """Signed differences from the expected picture, summed over each region of a grid."""
     return _regional(t.redrawn.picture - t.redrawn.expected)
 
 
 def regional_surprise(t: Tables) -> Tensor:
-    """Surprise summed over a grid of regions."""
+    """Surprise, summed over each region of a grid."""
     return _regional(t.surprise)
 
 
 def regional_entropy(t: Tables) -> Tensor:
-    """Expected surprise summed over a grid of regions."""
+    """Expected surprise, summed over each region of a grid."""
     return _regional(t.entropy)
 
 
@@ -211,8 +211,8 @@ class Statistic:
     """A named statistic.
 
     Attributes:
-        of: what computes it.
-        needs: the family that the density's role must name beside its first model.
+        of: function that computes it.
+        needs: family that must accompany the density in its role; None if none must.
     """
 
     of: Callable[[Tables], Tensor]
@@ -246,7 +246,7 @@ STATISTICS: Mapping[str, Statistic] = MappingProxyType(
 
 
 def statistics(t: Tables, names: tuple[str, ...]) -> Tensor:
-    """The statistics of those names side by side, (n, s)."""
+    """Returns the statistics of these names side by side, (n, s)."""
     return torch.cat([STATISTICS[name].of(t) for name in names], 1)
 
 
@@ -255,10 +255,10 @@ def _total(values: Tensor) -> Tensor:
 
 
 def _shares(values: Tensor, edges: tuple[float, ...]) -> Tensor:
-    """How many of the values lie above each interval of the edges, those within it in part.
+    """The share of values above each interval of the edges, (n, intervals).
 
-    A value counts 0 below an interval, 1 above, and rises linearly within, so that no
-    rounding can move it from one bin to the next.
+    A value below an interval counts 0, a value above it 1, and in between the count rises
+    linearly. Rounding can therefore not move a value from one bin to the next.
     """
     flat = values.flatten(1)
     shares = [((flat - low) / (high - low)).clamp(0, 1).mean(1) for low, high in pairwise(edges)]
@@ -266,14 +266,14 @@ def _shares(values: Tensor, edges: tuple[float, ...]) -> Tensor:
 
 
 def _regional(values: Tensor) -> Tensor:
-    """Sums over a grid of at most 4 x 4 regions of rows and columns, (n, regions)."""
+    """Sums over a grid of at most 4x4 regions, (n, regions)."""
     rows = _membership(values.shape[2])
     columns = _membership(values.shape[3])
     return (rows @ values.sum(1) @ columns.T).flatten(1)
 
 
 def _membership(size: int) -> Tensor:
-    """Which of `size` positions belong to which region, float32 (regions, size)."""
+    """Indicator of the region that each of `size` positions belongs to, float32 (regions, size)."""
     regions = min(REGIONS, size)
     member = torch.zeros(regions, size)
     member[torch.arange(size) * regions // size, torch.arange(size)] = 1

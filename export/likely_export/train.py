@@ -1,12 +1,12 @@
 """One training loop for every model family.
 
-The loop knows a model only by `objective` and `evaluate`, both in nats a picture.
-Weights are averaged exponentially as they descend, and the average is what is
-validated and kept; after a second stretch, the mean of those that ended the
-stretches, where it is better. On one device, a run that was interrupted goes on from its
-last checkpoint to the very weights that it would have reached undisturbed: the
-data order is a function of (seed, epoch), and every other random number comes
-from generators whose state the checkpoint holds.
+The loop uses only two methods of a model, `objective` and `evaluate`, both in nats per
+picture. It keeps an exponential moving average of the weights. This average is what is
+validated and kept. After a second stretch, the mean of the averages at the ends of the
+stretches is kept instead if it validates better. On one device, an interrupted run that
+resumes from its last checkpoint ends with exactly the weights that it would have had
+without the interruption: the data order is a function of (seed, epoch), and all other
+random numbers come from generators whose state is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ from likely_export.optimisers import Precision, Training, optimisers
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "weights.pt"
 LOG = "log.jsonl"
-STEPS_BETWEEN_LOOKS = 100  # at the objective, each of which waits for a GPU
+STEPS_BETWEEN_LOOKS = 100  # between checks that the objective is finite; each waits for the GPU
 
 
 class Model(Protocol):
-    """What the loop needs of an `nn.Module` to train it."""
+    """What the loop requires of an `nn.Module`."""
 
     config: Any
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
-        """What training lowers, nats (n,), for x: uint8 (n, c, h, w) and y: int64 (n,)."""
+        """The training loss in nats, (n,), for x: uint8 (n, c, h, w) and y: int64 (n,)."""
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
-        """What validation compares, nats (n,), the same at every call."""
+        """The validation loss in nats, (n,), which must be the same in every call."""
 
 
 @runtime_checkable
 class Expecting(Protocol):
-    """A model that learns more from pictures drawn afresh, if told what they are drawn by."""
+    """A model whose loss can be averaged over the binarisation of pictures."""
 
     def expected_objective(self, x: Tensor, y: Tensor, chances: Tensor) -> Tensor:
-        """What training lowers, nats (n,), for x drawn by Bernoulli(chances), each (n, c, h, w)."""
+        """The training loss in nats, (n,), for x drawn by Bernoulli(chances), each (n, c, h, w)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What a model is trained on.
+    """The hardware and precision for a training.
 
     Attributes:
-        device: `auto` takes a GPU if there is one.
-        devices: how many; more than one splits every batch among them.
-        precision: another than what suits the training and the processor.
+        device: `auto` uses a GPU if there is one.
+        devices: number of devices; with more than one, every batch is divided among them.
+        precision: overrides the training's precision; None chooses what suits the processor.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -77,10 +77,10 @@ class Hardware:
     precision: Precision | None = None
 
     def fabric(self, precision: Precision = "32-true") -> Fabric:
-        """A launched Fabric, of that precision where it suits and no other was chosen.
+        """Returns a launched Fabric with the precision that `arithmetic` chooses.
 
         Raises:
-            DeviceError: CUDA is asked for and not there, or there are fewer cards.
+            DeviceError: CUDA is requested but not available, or with fewer devices.
         """
         if self.device == "cuda" and not torch.cuda.is_available():
             raise DeviceError("device cuda was asked for, but torch sees no CUDA device")
@@ -92,39 +92,39 @@ class Hardware:
             accelerator=self.device, devices=self.devices, precision=self.arithmetic(precision)
         )
         fabric.launch()
-        # Else a card convolves with 10 bits of a float32's 23, whatever the precision's name.
+        # By default, GPUs convolve float32 in TF32, with 10 bits of mantissa instead of 23.
         torch.backends.cudnn.allow_tf32 = False
         if self.devices > 1:
-            # Kernels of 1 x 1 lie alike in either layout; torch says so on every device.
+            # The strides of 1x1 kernels are ambiguous but equivalent; every device would warn.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return fabric
 
     def check(self, training: Training, pictures: int) -> None:
-        """Returns if a training on so many pictures can be divided among so many devices.
+        """Raises unless a training on so many pictures can be divided among the devices.
 
         Raises:
-            InvalidInput: it ends by the clock, and each device has its own, or its batches leave
-                some devices more pictures than others.
+            InvalidInput: the training ends by the clock, which differs between devices, or its
+                batches cannot be divided evenly.
         """
         if self.devices > 1 and training.budget_seconds:
             raise InvalidInput(
                 "training.budget_seconds",
-                f"{training.budget_seconds:g} seconds are over at another step on each of "
-                f"{self.devices} devices: give steps or epochs, or train on one",
+                f"{training.budget_seconds:g} seconds end at a different step on each of "
+                f"{self.devices} devices: set steps or epochs, or train on one",
             )
         if (batch := min(training.batch, pictures)) % self.devices:
             raise InvalidInput(
                 "training.batch",
-                f"{batch} pictures a step are not the same number on each of {self.devices} "
-                f"devices: give a multiple of {self.devices} that is not above the {pictures} "
+                f"{batch} pictures per step cannot be divided evenly among {self.devices} "
+                f"devices: set a multiple of {self.devices} that is not above the {pictures} "
                 "pictures to train on",
             )
 
     def arithmetic(self, precision: Precision) -> Precision:
-        """The precision chosen; without a choice that one, but bfloat16 only in hardware.
+        """The precision chosen, or else this one, if it is not bfloat16 without hardware for it.
 
-        What has no units for it is several times slower in it than in float32. Only x86
-        processors (AVX-512 BF16) and NVIDIA cards are taken to have any.
+        Without such hardware, bfloat16 is several times slower than float32. Only x86 processors
+        (AVX-512 BF16) and NVIDIA GPUs are checked; all others are assumed to lack it.
         """
         if self.precision:
             return self.precision
@@ -138,14 +138,14 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
-        step: updates made.
-        done: the part of the run that is over, in [0, 1].
+        step: number of updates so far.
+        done: share of the run that is done, in [0, 1].
         seconds: processor time used (wall time on a GPU).
-        validation: the last mean of `evaluate`, nats a picture; NaN before the first.
-        best: the lowest so far.
+        validation: latest mean of `evaluate`, nats per picture; NaN before the first.
+        best: lowest validation so far.
     """
 
     step: int
@@ -157,13 +157,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a run came to.
+    """Result of a run.
 
     Attributes:
-        weights: the file with the averaged weights and the config.
-        steps: updates made.
+        weights: file with the averaged weights and the config.
+        steps: number of updates.
         seconds: processor time used (wall time on a GPU).
-        validation: mean of `evaluate` under these weights, nats a picture.
+        validation: mean of `evaluate` with these weights, nats per picture.
     """
 
     weights: Path
@@ -182,24 +182,24 @@ def fit(
     hardware: Hardware | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Trained:
-    """Trains a model and leaves weights, checkpoint and log in the folder.
+    """Trains a model, and writes its weights, checkpoints and log to a folder.
 
-    Seeds torch's, numpy's and Python's global generators.
+    Seeds the global generators of torch, numpy and Python.
 
     Args:
-        model: an `nn.Module`; trained in place, its averaged weights are in the file.
-        data: trained on `train`, watched on `validate`.
-        training: how.
-        folder: where `checkpoint.pt`, `weights.pt` and `log.jsonl` go.
-        resume: go on from the folder's checkpoint, if it has one.
-        hardware: on what.
+        model: an `nn.Module`, which is trained in place; the file contains averaged weights.
+        data: data set; trains on its part `train` and validates on `validate`.
+        training: settings of the training.
+        folder: where to write `checkpoint.pt`, `weights.pt` and `log.jsonl`.
+        resume: whether to resume from the folder's checkpoint, if there is one.
+        hardware: devices and precision.
         report: called after every step, if given.
 
     Raises:
-        InvalidInput: the checkpoint is of another model or another training, or this one does not
-            go with so many devices.
-        DeviceError: the device asked for is not there.
-        LikelyError: the objective is no longer finite.
+        InvalidInput: the checkpoint is of another model or training, or the training cannot be
+            divided among the devices.
+        DeviceError: the requested device is not available.
+        LikelyError: the objective is no longer finite, or a file cannot be written.
     """
     hardware = hardware or Hardware()
     hardware.check(training, len(data.train))
@@ -217,29 +217,29 @@ def fit(
 def _has_bfloat16(on_card: bool) -> bool:
     if on_card:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private: may go
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private: may disappear
     return bool(asked and asked())
 
 
 def restore_weights(model: nn.Module, file: Path) -> None:
-    """Loads the state of a `weights.pt` into a model of the same config."""
+    """Loads the weights of a `weights.pt` into a model with the same config."""
     model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state"])
 
 
 def check_trained(weights: Path, training: Training) -> None:
-    """Returns if a `weights.pt` is of the end of a training, as far as it tells.
+    """Raises unless a `weights.pt` is the result of this training, as far as the file tells.
 
-    Older files do not tell the settings. What the arithmetic was is not asked: a run's models may
-    have been trained on several machines.
+    Older files do not contain the settings. The precision is not compared, because the models of
+    a run may have been trained on several machines.
 
     Raises:
-        InvalidInput: it is of one with other stretches, such as a shorter one that this continues,
-            or with other settings.
+        InvalidInput: the file is of a training with other stretches, such as a shorter one that
+            this one continues, or with other settings.
     """
     told = torch.load(weights, map_location="cpu", weights_only=True)
     if told.get("more_epochs", ()) != training.more_epochs:
         raise InvalidInput(
-            str(weights), "is of a training with other stretches: train to the end of the recipe"
+            str(weights), "was trained with other stretches: train to the end of the recipe"
         )
     wanted = dataclasses.asdict(training)
     for key, given in told.get("training", {}).items():
@@ -252,10 +252,10 @@ def check_trained(weights: Path, training: Training) -> None:
 
 
 def begun_in(folder: Path) -> Precision | None:
-    """What a model's training is computed in, by its files; None where none tells.
+    """Returns the precision in which a model's training began; None if no file tells.
 
     Args:
-        folder: the model's, whose weights and checkpoint may not be there yet.
+        folder: the model's folder; its weights and checkpoint need not exist yet.
     """
     for file in filter(Path.is_file, (folder / CHECKPOINT, folder / WEIGHTS)):
         told = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -265,16 +265,16 @@ def begun_in(folder: Path) -> Precision | None:
 
 
 def check_data(folder: Path, digest: str) -> None:
-    """Returns if a model was trained on this data, divided likewise, as far as its files tell.
+    """Raises unless a model was trained on these data, split alike, as far as its files tell.
 
-    Older weights do not say it themselves; the checkpoint beside them does.
+    Older weights do not contain the digest; the checkpoint beside them does.
 
     Args:
-        folder: the model's, whose weights and checkpoint may not be there yet.
+        folder: the model's folder; its weights and checkpoint need not exist yet.
         digest: of the data.
 
     Raises:
-        InvalidInput: it was trained on other data, or other parts of it.
+        InvalidInput: the model was trained on other data or another split.
     """
     for file in filter(Path.is_file, (folder / WEIGHTS, folder / CHECKPOINT)):
         told = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -283,14 +283,14 @@ def check_data(folder: Path, digest: str) -> None:
         if told["data"] != digest:
             raise InvalidInput(
                 str(file),
-                "was trained on other data, or on another division of it, so it may have seen "
+                "was trained on other data, or on another split of it, so it may have seen "
                 "what is held out here: train this model afresh",
             )
         return
 
 
 class _Loop:
-    """The state of a run and how it moves by one step."""
+    """The state of a run, and the step that advances it."""
 
     def __init__(
         self, fabric: Fabric, model: Model, data: Dataset, training: Training, folder: Path
@@ -298,9 +298,9 @@ class _Loop:
         self.fabric, self.training, self.folder = fabric, training, folder
         self.data, self.config = data, dataclasses.asdict(model.config)
         self.name = type(model).__name__
-        # Optimisers hold views of the weights, so these must have arrived on their device.
+        # Optimisers hold views of the weights, so move the weights to their device first.
         module = fabric.to_device(cast(nn.Module, model))
-        # torch's types leave this overload out.
+        # torch's type stubs lack this overload.
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = AveragedModel(module, multi_avg_fn=_averaging(training.average))
         self.average.module.eval()
@@ -316,7 +316,7 @@ class _Loop:
         self.ends = list(itertools.accumulate([first, *more], initial=0))
 
     def start(self) -> None:
-        """A fresh run."""
+        """Starts a new run."""
         self.step, self.used, self.validated = 0, 0.0, 0
         self.validation, self.best = math.nan, math.inf
         self.best_state: dict[str, Tensor] | None = None
@@ -328,7 +328,7 @@ class _Loop:
             (self.folder / LOG).write_text("")
 
     def _seed(self, seed: int) -> None:
-        """Seeds every global generator, differently on every device."""
+        """Seeds every global generator, with a different seed on each device."""
         seed += self.fabric.global_rank
         random.seed(seed)
         np.random.seed(seed % (1 << 32))
@@ -336,35 +336,35 @@ class _Loop:
 
     @property
     def seconds(self) -> float:
-        """Time used, over all resumptions."""
+        """Time used, in all sessions of the run."""
         return self.used + self.clock() - self.began
 
     def stretches(self, step: float) -> float:
-        """How many stretches are over at a step, the part of one that is not included."""
+        """Progress at a step, in stretches: 1.5 is halfway through the second one."""
         if budget := self.training.budget_seconds:
             return min(1.0, self.seconds / budget)
         return float(np.interp(step, self.ends, range(len(self.ends))))
 
     @property
     def finished(self) -> bool:
-        """Whether the last validation closed the run."""
+        """Whether the last validation has been made."""
         return self.validated >= self.training.validations * (len(self.ends) - 1)
 
     @property
     def progress(self) -> Progress:
-        """Where the run stands."""
+        """Progress of the run."""
         budget = self.training.budget_seconds
         done = self.stretches(self.step) if budget else self.step / self.ends[-1]
         return Progress(self.step, done, self.seconds, self.validation, self.best)
 
     def advance(self) -> None:
-        """One update of the weights, and a validation when it is due."""
-        # The middle of a step, else the first of a stretch would move nothing.
+        """Updates the weights once, and validates if it is time to."""
+        # The rate at the middle of the step: at the start of a stretch it would be 0.
         self._update(self.training.rate(self.stretches(self.step + 0.5)))
         self.step += 1
         if self.step % STEPS_BETWEEN_LOOKS == 0:
             self._require_finite(self.losses[-1].item())
-        # A short stretch may pass several validations in one step.
+        # In a short stretch, several validations may fall into one step.
         due = math.floor(self.stretches(self.step) * self.training.validations + 1e-9)
         if due > self.validated:
             self.validated = due
@@ -398,10 +398,10 @@ class _Loop:
         self._log(line)
 
     def _end_stretch(self) -> dict[str, float]:
-        """Averages the averages with which the stretches ended, and keeps that where it is better.
+        """Averages the weights at the ends of the stretches; keeps the mean if it validates better.
 
-        Each stretch ends in another place of the same valley, whose middle lies lower (Izmailov
-        et al., 2018, https://arxiv.org/abs/1803.05407).
+        Each stretch ends at a different place in a valley whose middle is lower (Izmailov et al.,
+        2018, https://arxiv.org/abs/1803.05407).
         """
         self.ended += 1
         now = self.average.module.state_dict()
@@ -412,7 +412,7 @@ class _Loop:
             last = now[name].to(mean)
             if mean.is_floating_point():
                 mean.lerp_(last, 1 / self.ended)
-            else:  # a count
+            else:  # an integer, such as a count of batches
                 mean.copy_(last)
         middle = copy.deepcopy(self.average.module)
         middle.load_state_dict(self.of_ends)
@@ -462,18 +462,18 @@ class _Loop:
             _write(self.folder / CHECKPOINT, state)
 
     def restore(self) -> bool:
-        """Takes the folder's checkpoint up; False where there is none."""
+        """Resumes from the folder's checkpoint; returns False if there is none."""
         path = self.folder / CHECKPOINT
         if not path.is_file():
             return False
-        # What is not a weight stays with the processor: a step's number on a card is waited for.
+        # On the CPU, because optimisers' step counts on a GPU would have to be waited for.
         state = torch.load(path, map_location="cpu", weights_only=True)
         self._check(state, path)
         self.start_from(state)
         return True
 
     def start_from(self, state: Mapping[str, Any]) -> None:
-        """The run as it was when `state` was saved."""
+        """Restores the run as it was when `state` was saved."""
         self.module.load_state_dict(state["weights"])
         self.average.load_state_dict(state["average"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
@@ -485,7 +485,7 @@ class _Loop:
         if self.fabric.is_global_zero:
             _cut_log(self.folder / LOG, self.step)
             _set_random_state(state["random"], self.fabric.device)
-        else:  # the first device's noise is in the checkpoint; the others draw anew
+        else:  # the checkpoint has only the first device's generators; reseed the others
             self._seed(self.training.seed + self.step)
         self.began = self.clock()
 
@@ -498,11 +498,11 @@ class _Loop:
             changed.append("version of likely-export")
         if changed:
             raise InvalidInput(
-                str(path), f"was made with another {changed[0]}: train afresh or elsewhere"
+                str(path), f"was made with another {changed[0]}: train afresh or in another folder"
             )
 
     def keep(self) -> Trained:
-        """Writes the weights to be used."""
+        """Writes the final weights."""
         file = self.folder / WEIGHTS
         assert self.best_state is not None
         content = {
@@ -519,11 +519,11 @@ class _Loop:
 
 
 class _Objective(nn.Module):
-    """The objective as a forward pass, which is what Fabric's wrappers guard.
+    """The objective as a forward pass, because Fabric wraps `forward`.
 
     Args:
-        model: whose objective it is.
-        peak: the largest value of what pictures are drawn by.
+        model: the model whose objective it is.
+        peak: the value of the brightnesses (`Split.grey`) that is white.
     """
 
     def __init__(self, model: nn.Module, peak: int) -> None:
@@ -532,15 +532,15 @@ class _Objective(nn.Module):
         self.peak = peak
 
     def forward(self, x: Tensor, y: Tensor, grey: Tensor | None = None) -> Tensor:
-        """Nats a picture, mean over the batch."""
+        """The mean loss over the batch, nats per picture."""
         if grey is not None and isinstance(self.model, Expecting):
-            # Divided here, for a fraction that was handed in Fabric would round to bfloat16.
+            # Divided here, because Fabric would round a fraction passed in to bfloat16.
             return self.model.expected_objective(x, y, grey.float() / self.peak).mean()
         return cast(Model, self.model).objective(x, y).mean()
 
 
 class _Batches:
-    """Which pictures a step sees: a function of (seed, step) and nothing else."""
+    """The batch of each step, as a function of (seed, step) alone."""
 
     def __init__(self, split: Split, training: Training, rank: int, ranks: int) -> None:
         self.split, self.seed = split, training.seed % (1 << 64)
@@ -550,9 +550,9 @@ class _Batches:
         self.epoch, self.order = -1, np.empty(0, np.int64)
 
     def at(self, step: int) -> tuple[Tensor, ...]:
-        """This rank's share of that step: x uint8 (batch, c, h, w), y int64 (batch,).
+        """This rank's share of a step's batch: x, uint8 (batch, c, h, w), and y, int64 (batch,).
 
-        Where x is drawn, what it is drawn by, too: uint8 (batch, c, h, w).
+        If x is binarised, also the brightnesses it was drawn from, uint8 (batch, c, h, w).
         """
         epoch, i = divmod(step, self.per_epoch)
         if epoch != self.epoch:
@@ -573,7 +573,7 @@ class _Batches:
 def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
     @torch.no_grad()
     def average(averages: list[Tensor], weights: list[Tensor], count: Tensor | int) -> None:
-        # A young average forgets faster, or it would be of random weights for long.
+        # A smaller decay at the start, so that the initial random weights are soon forgotten.
         t = int(count)
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + t) / (10 + t)))
 
@@ -582,7 +582,7 @@ def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
 
 @torch.no_grad()
 def mean_of(model: Model, split: Split, batch: int = 64) -> float:
-    """The mean of `evaluate` over a part, nats a picture."""
+    """Returns the mean of `evaluate` over a part, nats per picture."""
     device = next(cast(nn.Module, model).parameters()).device
     total = 0.0
     for start in range(0, len(split), batch):
@@ -593,7 +593,7 @@ def mean_of(model: Model, split: Split, batch: int = 64) -> float:
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
-    """Of every global generator, but of cards that of this device alone."""
+    """States of all global generators; of GPUs, only this device's."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -608,7 +608,7 @@ def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())
     if (cards := state["cuda"]) and device.type == "cuda":
-        # Older checkpoints hold the states of all cards that their machine had.
+        # Older checkpoints contain the states of all GPUs of their machine.
         torch.cuda.set_rng_state(cards[min(device.index or 0, len(cards) - 1)].cpu(), device)
 
 
@@ -617,7 +617,7 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Drops what was logged after the checkpoint, for it will be logged again, and half a line."""
+    """Drops lines logged after the checkpoint, which will be logged again, and incomplete lines."""
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     whole = [line for line in lines if line.endswith("\n")]
     temporary = path.with_name(f".{path.name}")
@@ -626,10 +626,10 @@ def _cut_log(path: Path, step: int) -> None:
 
 
 def _write(path: Path, content: object) -> None:
-    """Writes by rename, so that a reader finds the old file or the new one, whole.
+    """Writes a file and renames it, so that readers see either the old or the new file, whole.
 
     Raises:
-        LikelyError: it cannot be written; nothing of it is left.
+        LikelyError: it cannot be written; no partial file is left.
     """
     temporary = path.with_name(f".{path.name}")
     try:
@@ -638,6 +638,6 @@ def _write(path: Path, content: object) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch tells a full disk by the latter
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         raise LikelyError(f"{path} cannot be written; is the disk full? {error}") from error

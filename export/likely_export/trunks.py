@@ -1,4 +1,4 @@
-"""What encoders and decoders of one vector a picture are made of: convolutions, then layers."""
+"""The layers that encoders and decoders with one vector per picture share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def trunk(
     depth: int,
     dropout: float,
 ) -> nn.Sequential:
-    """Scaled pixels (n, c, h, w) to features (n, width).
+    """Returns a network from scaled pixels (n, c, h, w) to features (n, width).
 
     Args:
-        shape: channels, rows, columns.
-        convolutions: channels of the stages, each of which halves the picture.
-        convolution_depth: layers of a stage, of 3 x 3 pixels; the last has a stride of 2.
+        shape: channels, rows, columns of a picture.
+        convolutions: channels of each stage; a stage halves height and width.
+        convolution_depth: 3x3 convolutions per stage; the last one has a stride of 2.
         width: features of every hidden layer.
-        depth: hidden layers behind the stages.
+        depth: linear hidden layers after the stages.
         dropout: share of hidden features dropped in training.
     """
     stages: list[nn.Module] = []
@@ -40,7 +40,7 @@ def trunk(
 
 
 def layers(inputs: int, width: int, depth: int, dropout: float) -> nn.Sequential:
-    """`depth` linear layers with rectifiers, (..., inputs) to (..., width)."""
+    """Returns `depth` linear layers, each with ReLU and dropout, (..., inputs) to (..., width)."""
     found: list[nn.Module] = []
     for _ in range(depth):
         found += [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)]

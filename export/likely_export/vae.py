@@ -1,12 +1,13 @@
-"""Variational autoencoder of p(x), and what its decoder says: means, deviations and draws.
+"""Variational autoencoder of p(x), and what its decoder returns: means, deviations and draws.
 
-A CVAE (`cvae`) that is told no label:
+This is a CVAE (`cvae`) without labels:
 
     z ~ N(0, I),    p(x|z) = prod_i p(x_i|z),    q(z|x) = N(mean, exp(log_variance))
 
-Kingma and Welling, 2014 (https://arxiv.org/abs/1312.6114). Its features are a distribution,
-and what stands behind features is one too: of every pixel the graphs here give mean and
-deviation, which for two levels are p(x_i = 1) and what follows from it, and exact draws.
+Kingma and Welling, 2014 (https://arxiv.org/abs/1312.6114). The features of a picture are a
+distribution, and so is the picture of given features. The graphs here return exact draws
+from it, and the mean and standard deviation of every pixel. With two levels, these are
+p(x_i = 1) = p and sqrt(p (1 - p)).
 """
 
 from __future__ import annotations
@@ -19,40 +20,40 @@ from likely_export.cvae import CVAE
 
 
 class VAE(CVAE):
-    """log p(x) bounded from below; the y of every method is not looked at."""
+    """A lower bound on log p(x); all methods ignore their y."""
 
 
 class Encode(nn.Module):
-    """The latent features of a picture without a label, as one graph."""
+    """The graph that encodes a picture without a label."""
 
     def __init__(self, model: VAE) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance float32 (n, z) of uint8 x (n, c, h, w)."""
+        """Mean and log-variance, float32 (n, z), of x, uint8 (n, c, h, w)."""
         return self.model.encode(x, _no_label(x))
 
 
 class Draw(nn.Module):
-    """A picture from the prior, as one graph."""
+    """The graph that draws a picture from the prior."""
 
     def __init__(self, model: VAE) -> None:
         super().__init__()
         self.pixels = Pixels(model)
 
     def forward(self, eps: Tensor, gumbel: Tensor) -> Tensor:
-        """x uint8 (n, c, h, w) of levels.
+        """x: levels, uint8 (n, c, h, w).
 
         Args:
             eps: standard normal noise (n, z).
-            gumbel: standard Gumbel noise, `noise_axes` of it a picture.
+            gumbel: standard Gumbel noise, (n, *noise_axes).
         """
         return self.pixels.draw(self.pixels.parameters_of(eps, _no_label(eps)), gumbel)
 
 
 class Decode(nn.Module):
-    """What stands behind features, as one graph."""
+    """The graph that decodes features."""
 
     def __init__(self, model: CVAE) -> None:
         super().__init__()
@@ -61,12 +62,12 @@ class Decode(nn.Module):
     def forward(
         self, z: Tensor, gumbel: Tensor, y: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and deviation float32 (n, c, h, w) in units of the range, and a draw uint8.
+        """Mean and deviation, float32 (n, c, h, w) relative to the range, and a draw, uint8.
 
         Args:
-            z: features (n, z) as `Encode` gives them.
-            gumbel: standard Gumbel noise, `noise_axes` of it a picture.
-            y: int64 (n,) of labels, for a model with labels.
+            z: features (n, z), as returned by `Encode`.
+            gumbel: standard Gumbel noise, (n, *noise_axes).
+            y: labels, int64 (n,), for a model with labels.
         """
         parameters = self.pixels.parameters_of(z, _no_label(z) if y is None else y)
         mean, deviation = self.pixels.moments(parameters)
@@ -74,18 +75,18 @@ class Decode(nn.Module):
 
 
 class Pixels(nn.Module):
-    """The distributions of all pixels, as parameters that `CVAE.decode` gives."""
+    """The distributions of all pixels, from the parameters that `CVAE.decode` returns."""
 
     def __init__(self, model: CVAE) -> None:
         super().__init__()
         self.model = model
 
     def parameters_of(self, z: Tensor, y: Tensor) -> Tensor:
-        """The parameters given features (n, z) and labels (n,)."""
+        """The parameters, given features (n, z) and labels (n,)."""
         return self.model.decode(self.model.drawn(z, y)[:, None], y)[:, 0]
 
     def moments(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every pixel, levels scaled to [0, 1], (n, c, h, w)."""
+        """Mean and standard deviation of every pixel, levels rescaled to [0, 1], (n, c, h, w)."""
         config = self.model.config
         if config.logistics:
             mean, deviation = logistic.moments(parameters, config.levels)
@@ -98,7 +99,7 @@ class Pixels(nn.Module):
         return mean.unflatten(1, config.shape), deviation.unflatten(1, config.shape)
 
     def draw(self, parameters: Tensor, gumbel: Tensor) -> Tensor:
-        """Levels uint8 (n, c, h, w), drawn with standard Gumbel noise (n, h, w, c, ...)."""
+        """Draws levels, uint8 (n, c, h, w), with standard Gumbel noise (n, h, w, c, ...)."""
         config = self.model.config
         noise = gumbel.permute(0, 3, 1, 2, 4).flatten(1, 3)
         if config.logistics:
@@ -109,9 +110,10 @@ class Pixels(nn.Module):
 
 
 def noise_axes(model: CVAE) -> tuple[int, int, int, int]:
-    """The axes of a picture's Gumbel noise, rows, columns, channels and numbers a pixel.
+    """Axes of a picture's Gumbel noise: rows, columns, channels, and numbers per channel.
 
-    A mixture of logistics takes one for each term and two for the level, a softmax one a level.
+    A mixture of logistics takes one number for each term and two for the level; a softmax takes
+    one for each level.
     """
     c, h, w = model.config.shape
     terms = model.config.logistics

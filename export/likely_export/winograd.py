@@ -1,9 +1,9 @@
-"""Three taps along a row by four products for two columns, in place of six.
+"""Convolutions with three taps along a row, by four products for two columns instead of six.
 
-F(2, 3) of Winograd (Arithmetic Complexity of Computations, 1980); Lavin and Gray (2016)
-brought it to convolutional networks. A row goes by its even and its odd columns: of each
-pair of sums, half of what they multiply is shared. Sums agree with a convolution's but for
-rounding.
+This is F(2, 3) of Winograd (Arithmetic Complexity of Computations, 1980), which Lavin and
+Gray (2016) brought to convolutional networks. A row is processed as pairs of an even and an
+odd column, which share half of the products. The results agree with those of a convolution
+up to rounding.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """A row of w columns by pairs; where w is odd, the last odd column lies outside."""
+    """A row of w columns as pairs; if w is odd, the last odd column lies outside the row."""
 
     even: Tensor  # (pairs, n, channels)
-    odd: Tensor  # likewise
+    odd: Tensor  # (pairs, n, channels)
 
     @classmethod
     def of(cls, row: Tensor, edge: Tensor) -> Pairs:
-        """The columns of a row (w, n, channels); what lies outside is edge (1, n, channels)."""
+        """Splits a row (w, n, channels) into pairs; edge (1, n, channels) pads an odd width."""
         if row.shape[0] % 2:
             row = torch.cat([row, edge])
         columns = row.unflatten(0, (-1, 2))
         return cls(columns[:, 0], columns[:, 1])
 
     def row(self, w: int) -> Tensor:
-        """The w columns in their order, (w, n, channels)."""
+        """The w columns in order, (w, n, channels)."""
         columns: Tensor = torch.stack(list(self), 1).flatten(0, 1)
         return columns[:w] if w % 2 else columns
 
 
 def seen(row: Pairs, edge: Tensor, w: int) -> list[Tensor]:
-    """What the four products read of a row of w columns, each (pairs, n, channels).
+    """The inputs of the four products for a row of w columns, each (pairs, n, channels).
 
     Args:
-        row: its columns.
-        edge: (1, n, channels), what is seen outside: zeros.
-        w: how many of the columns lie inside.
+        row: the columns.
+        edge: zeros (1, n, channels), the values outside the row.
+        w: number of columns inside the row.
     """
     even, odd = row
     if w % 2:
@@ -51,19 +51,20 @@ def seen(row: Pairs, edge: Tensor, w: int) -> list[Tensor]:
 
 
 def factors(left: Tensor, middle: Tensor, right: Tensor) -> list[Tensor]:
-    """What the four products multiply with, of a kernel's taps, each (channels, units)."""
+    """The matrices of the four products, each (channels, units), from a kernel's three taps."""
     outer, inner = (left + right) / 2, middle / 2
     return [left, outer + inner, outer - inner, -right]
 
 
 def sums(read: list[Tensor], weights: list[Tensor], bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of even and of odd columns, each (m, units), bias included.
+    """The results for even and for odd columns, bias included, each (m, units).
 
-    Each ends in a product, since ONNX Runtime fuses a product with the activation after it.
+    Each ends in a matrix product, because ONNX Runtime fuses a product with the activation that
+    follows it.
 
     Args:
-        read: what the products read, four times (m, channels), of `seen`.
-        weights: what they multiply it with, four times (channels, units), of `factors`.
+        read: the four inputs of `seen`, each (m, channels).
+        weights: the four matrices of `factors`, each (channels, units).
         bias: (units,) or (m, units).
     """
     one, other = torch.addmm(bias, read[1], weights[1]), read[2] @ weights[2]

@@ -132,7 +132,7 @@ def test_an_extended_bundle_is_the_old_one_and_more(bundle: Path, tmp_path: Path
     other = shortened(1)
     fewer = other.model_copy(update={"data": other.data.model_copy(update={"seed": 1})})
     runs.train_all(fewer, tmp_path / "run", only=["classifier"])
-    with pytest.raises(InvalidInput, match="is not what the bundle was made with"):
+    with pytest.raises(InvalidInput, match="is not the data that the bundle was made with"):
         extend(SHIPPED, tmp_path / "run", tmp_path / "out")
     recipes.load("digits").write(tmp_path / "run" / "recipe.toml")
     with pytest.raises(InvalidInput, match="no model of the role discriminate"):

@@ -108,7 +108,7 @@ def test_stretches_keep_together_what_lies_together(tmp_path: Path) -> None:
 
 def test_stretches_of_what_is_sorted_by_label_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", x=pictures(40), y=np.sort(np.arange(40) % 3))
-    with pytest.raises(InvalidInput, match=r"of label \d no picture falls to (train|fit|cal)"):
+    with pytest.raises(InvalidInput, match=r"no picture of label \d falls to (train|fit|cal)"):
         data.load(tmp_path / "set.npz", replace(SIZES, stretches=True), seed=0)
 
 
@@ -116,7 +116,7 @@ def test_a_label_that_would_not_be_ranked_is_refused(tmp_path: Path) -> None:
     y = np.zeros(400, np.int64)
     y[:3] = 1
     np.savez(tmp_path / "set.npz", x=pictures(400), y=y)
-    with pytest.raises(InvalidInput, match=r"of label 1 no picture .*: make that part larger"):
+    with pytest.raises(InvalidInput, match=r"no picture of label 1 .*: make that part larger"):
         data.load(tmp_path / "set.npz", SIZES)
 
 
@@ -151,7 +151,7 @@ def test_a_label_without_pictures_to_train_on_is_refused_or_held_out(
     sizes: Sizes,
 ) -> None:
     source = make(tmp_path)
-    with pytest.raises(InvalidInput, match=f"of label {label} there is no picture to train on"):
+    with pytest.raises(InvalidInput, match=f"label {label} has no picture to train on"):
         data.load(source, sizes)
     found = data.load(source, sizes, without=(label,))
     assert len(found.labels) == 2 and label not in found.labels
@@ -447,7 +447,7 @@ def empty_subfolder(folder: Path) -> Path:
         (no_picture, "not a readable picture"),
         (empty_subfolder, "b: holds no pictures"),
         (lambda folder: folder / "absent.npz", "exists"),
-        (lambda folder: folder, "subfolder a label"),
+        (lambda folder: folder, "subfolder per label"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, make, says: str) -> None:  # type: ignore[no-untyped-def]

@@ -274,7 +274,7 @@ def test_other_sets_are_published_without_folders_and_found_beside_the_data(tmp_
             "[roles]",
             "[[calibration.parts]]\nweight = -1.0\n[roles]",
             "calibration.parts",
-            "weight: -1.0 is not above 0",
+            "weight: -1.0; it must be above 0",
         ),
         (
             "[roles]",

@@ -330,10 +330,10 @@ def test_the_card_says_what_was_compared_and_what_chose(whole: str) -> None:
 @pytest.mark.parametrize(
     ("copies", "of_test", "says", "seen"),
     [
-        (None, None, "dealt to one part Test", ""),
+        (None, None, "is in one part Test", ""),
         ({"calibrate": 0, "test": 0}, {}, "none of them is a copy of one to train on", ""),
-        ({"calibrate": 2, "test": 0}, {}, "in the training part too: calibrate 2 pictures", ""),
-        ({"calibrate": 2, "test": 3}, {}, "calibrate 2, test 3 pictures", "train 3"),
+        ({"calibrate": 2, "test": 0}, {}, "copies of training pictures: calibrate 2.", ""),
+        ({"calibrate": 2, "test": 3}, {}, "training pictures: calibrate 2, test 3.", "train 3"),
         (
             {"calibrate": 0, "test": 0},
             {"fit": 4, "calibrate": 5},
@@ -350,7 +350,7 @@ def test_the_card_tells_of_pictures_that_are_in_two_parts(
     found = figures(shown) | {key: one for key, one in told.items() if one is not None}
     card = " ".join(Page(report.page(manifest(), found, shown)).sections["card"])
     assert says in card
-    assert ("calibration saw them" + (f", but for copies ({seen})" if seen else " C")) in card
+    assert ("calibration saw them" + (f", except for copies ({seen})" if seen else " C")) in card
 
 
 @pytest.mark.parametrize("folder", ["bundles/digits", "bundles/fashion_mnist"])
@@ -388,7 +388,7 @@ def test_what_could_not_be_measured_is_told_as_such() -> None:
     page = report.page(manifest(), found, shown)
     assert "or turn blank: half contrast." in " ".join(Page(page).sections["separation"])
     told = " ".join(Page(page).sections["promises"])
-    assert f"{CALIBRATION} calibration pictures cannot promise so little" in told
+    assert f"{CALIBRATION} calibration pictures cannot guarantee so little" in told
     assert "alpha = 0.001, 0.0005" in told and ">None<" not in page
 
 

@@ -118,10 +118,10 @@ def test_what_does_not_go_with_the_data_is_refused_before_anything_is_trained(
     own = recipe.calibration.model_dump() | {"parts": [{"kind": "contrast"}]}
     idle = recipes.Calibration.model_validate(own | {"contrast": ["grainy"]})
     two = {"data": recipe.data.model_copy(update={"levels": 2}), "calibration": idle}
-    with pytest.raises(InvalidInput, match="2 levels stay as they are under grainy"):
+    with pytest.raises(InvalidInput, match="levels stay as they are, or turn blank, under g"):
         runs.train_all(recipe.model_copy(update=two), tmp_path / "run")
     a = recipe.models["a"].model_copy(update={"options": {"contrast": 1.0}})
-    with pytest.raises(InvalidInput, match=r"models\.a\.training\.keep_best: .* give false"):
+    with pytest.raises(InvalidInput, match=r"models\.a\.training\.keep_best: .* set it to false"):
         runs.train_all(recipe.model_copy(update={"models": {**recipe.models, "a": a}}), tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -164,7 +164,7 @@ training.steps = 1
     [
         ('density = "b"', 'density = "a"', r"roles\.density: a CVAE has no such graph"),
         ('density = "b"', 'density = "b"\nencode = "b"', r"roles\.encode: a PixelCNN has no such"),
-        ('density = "b"', 'density = ["b", "vae"]', "a VAE has no place beside a density"),
+        ('density = "b"', 'density = ["b", "vae"]', "a VAE cannot stand beside a density"),
         (
             'density = "b"',
             'density = "b"\nencode = "wide"\ndecode = "a"',
@@ -172,12 +172,12 @@ training.steps = 1
         ),
         ('density = "b"', 'density = "b"\nencode = "vae"\ndecode = "a"', "encodes under them"),
         ("layers = 1", "layers = 1\nlabel_dropout = 1.5", r"models\.b: label_dropout: 1\.5 is not"),
-        ("layers = 1", "layers = 1\nlabel_dropout = 0.0", r"density: label_dropout = 0 teaches no"),
+        ("layers = 1", "layers = 1\nlabel_dropout = 0.0", r"density: label_dropout = 0 trains no"),
         (
             'conditional = "a"\n',
             'conditional = "free"\n[models.free]\nfamily = "pixelcnn"\nlabel_dropout = 1.0\n'
             "training.steps = 1\n",
-            r"conditional: label_dropout = 1 teaches no p\(x\|y\)",
+            r"conditional: label_dropout = 1 trains no p\(x\|y\)",
         ),
         ("[data]", f'[data]\nlabels = ["a", "{65 * "b"}"]', r"labels\.1\.name: .* at most 64"),
         (
@@ -202,12 +202,12 @@ def test_what_no_bundle_can_be_built_of_is_refused_before_anything_is_trained(
 @pytest.mark.parametrize(
     ("family", "roles", "says"),
     [
-        ("cvae", 'density = "b"', r"models\.a: family: a cvae learns of labels, and the"),
-        ("classifier", 'density = "b"', r"models\.a: .*a classifier learns of labels"),
+        ("cvae", 'density = "b"', r"models\.a: family: a cvae needs labels, and the"),
+        ("classifier", 'density = "b"', r"models\.a: .*a classifier needs labels"),
         (
             "vae",
             'density = "b"\nconditional = "b"',
-            r"roles\.conditional: is about labels",
+            r"roles\.conditional: needs labels",
         ),
     ],
 )
@@ -457,7 +457,7 @@ def test_workers_end_with_the_process_that_began_them(
         told = process.stderr.read().decode()  # whose other ends the workers hold
     wait_until(lambda: not any(map(running, workers)))
     if number == signal.SIGTERM:
-        assert process.returncode == 1 and "goes on from the last checkpoint" in told
+        assert process.returncode == 1 and "resumes from the last checkpoint" in told
     for path in checkpoints:
         assert torch.load(path, weights_only=True)["step"] > 0
 
@@ -520,8 +520,8 @@ def test_a_training_that_goes_on_says_so() -> None:
         display.update("a", Progress(8, 0.08, 1.0, math.nan, math.nan))
         display.update("a", Progress(9, 0.09, 1.0, math.nan, math.nan))
         display.update("b", Progress(1, 0.01, 0.1, math.nan, math.nan))
-    assert out.getvalue().count("goes on") == 1
-    assert out.getvalue().startswith("a: goes on from step 7\n")
+    assert out.getvalue().count("resumes") == 1
+    assert out.getvalue().startswith("a: resumes from step 7\n")
 
 
 def test_progress_is_bars_on_a_terminal() -> None:

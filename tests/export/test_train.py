@@ -402,7 +402,7 @@ def test_more_cards_than_there_are_is_an_error(
 
 @pytest.mark.parametrize(
     ("batch", "devices", "says"),
-    [(1, 2, "1 pictures a step"), (3, 2, "a multiple of 2"), (96, 4, "90 .* not above the 90")],
+    [(1, 2, "1 pictures per step"), (3, 2, "a multiple of 2"), (96, 4, "90 .* not above the 90")],
 )
 def test_every_device_has_as_many_pictures_of_a_batch_as_the_others(
     batch: int,

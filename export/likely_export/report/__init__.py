@@ -1,7 +1,7 @@
 """The report of a bundle's evaluation: one page that can be mailed, printed and archived.
 
-`page.html` is the frame. Each section is a function of a `Subject` here, which gives the view
-that the template of the same name shows, or None where there is nothing to show.
+`page.html` is the frame. Each section is a function of a `Subject` here. It returns the view
+that the template of the same name shows, or None if there is nothing to show.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ SECTIONS: tuple[tuple[str, str, Callable[[Subject], View]], ...] = (
 
 
 def page(manifest: Manifest, figures: Mapping[str, Any], material: Material) -> str:
-    """The report as one HTML text that needs nothing else, script included.
+    """Returns the report as self-contained HTML, without scripts.
 
     Args:
-        manifest: the bundle's.
-        figures: its `evaluation.json`; what is absent is left out.
-        material: what the figures were computed from.
+        manifest: manifest of the bundle.
+        figures: its `evaluation.json`; figures that are missing are left out of the report.
+        material: the pictures and numbers to show beside the figures.
     """
     subject = Subject(manifest, figures, material)
     sections = ((name, title, view(subject)) for name, title, view in SECTIONS)

@@ -1,4 +1,4 @@
-"""What the model is, what it is for, what it promises, and how to make it again."""
+"""The model card: what the model is, what it is for, what it guarantees, and how to rebuild it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from likely_export.report.outliers import hard
 from likely_export.report.subject import Subject, View
 from likely_export.report.text import PER_CENT, value
 
-ABOUT = (".html", ".json")  # files that tell of the bundle and are not served
+ABOUT = (".html", ".json")  # files that describe the bundle and are not served
 ANSWERS = {
     Role.DENSITY: "log p(x) and the outlier statistics",
     Role.CONDITIONAL: "log p(x|y) for every label",
@@ -25,7 +25,7 @@ ANSWERS = {
 
 
 def card(subject: Subject) -> View:
-    """A model card."""
+    """The model card."""
     manifest = subject.manifest
     c, h, w = manifest.shape
     recipe = manifest.recipe
@@ -63,7 +63,7 @@ def card(subject: Subject) -> View:
 
 
 def reproduction(subject: Subject) -> View:
-    """The commands, and the recipe that they follow."""
+    """The commands that rebuild the bundle, and its recipe."""
     recipe = subject.manifest.recipe
     return {
         "name": subject.manifest.name,
@@ -91,12 +91,12 @@ def _contrast(calibration: dict[str, Any]) -> list[str]:
 
 
 def _copies(found: dict[str, int] | None) -> str | None:
-    """How many pictures of which part are training pictures too; None if nobody counted."""
+    """How many pictures of each part are training pictures too; None if they were not counted."""
     return None if found is None else value({part: n for part, n in found.items() if n})
 
 
 def _seen(subject: Subject) -> dict[str, int]:
-    """How many pictures of the test part each part that it was to be kept from has, too."""
+    """How many test pictures also occur in each of the other parts."""
     learnt = (subject.figure("copies_of_training") or {}).get("test", 0)
     return {"train": learnt, **(subject.figure("test_copies_of") or {})}
 
@@ -109,7 +109,7 @@ def _training(training: dict[str, Any]) -> str:
 
 
 def _known(values: Any) -> Any:
-    """The values without those that are None, which TOML has no word for."""
+    """The values without None, which TOML cannot express."""
     if isinstance(values, dict):
         return {name: _known(item) for name, item in values.items() if item is not None}
     return [_known(item) for item in values] if isinstance(values, list | tuple) else values

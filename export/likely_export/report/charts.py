@@ -1,4 +1,4 @@
-"""Charts as inline SVG; their colours are variables of the page, which is light or dark."""
+"""Charts as inline SVG, coloured by variables of the page, which is light or dark."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from likely_export.material import Labelled, Sets
 from likely_export.measures import BAND, BINS, rejection_band
 from likely_export.report.text import words
 
-# What matplotlib draws with, and the page's names for it; the series are Okabe and Ito's.
+# Colours that matplotlib draws with, and the page's variables for them; series by Okabe and Ito.
 INK, FAINT, IN = "#1b2a41", "#b9c0ca", "#5b6b80"
 SERIES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 VARIABLES = {
@@ -72,11 +72,11 @@ Rate = tuple[float, tuple[float, float] | None]
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A drawing of a page.
+    """A chart of a page.
 
     Attributes:
-        svg: an element.
-        alt: what is seen.
+        svg: an SVG element.
+        alt: description of what it shows.
     """
 
     svg: Markup
@@ -84,12 +84,12 @@ class Chart:
 
 
 def ridges(inliers: Sets, outliers: Mapping[str, Sets], auroc: Mapping[str, float]) -> Chart:
-    """-log p(x) and the score of each set over those of the test part, one row a set.
+    """Histograms of -log p(x) and of the score, one row per set, over those of the test part.
 
     Args:
         inliers: the test part.
-        outliers: from top to bottom.
-        auroc: to write beside them.
+        outliers: sets by name, from top to bottom.
+        auroc: AUROC of each set, to write beside its row.
     """
     alt = (
         "Two columns of histograms, by likelihood alone and by the score, one row for each of "
@@ -100,11 +100,13 @@ def ridges(inliers: Sets, outliers: Mapping[str, Sets], auroc: Mapping[str, floa
 
 
 def rocs(inliers: Sets, outliers: Mapping[str, Sets]) -> Chart:
-    """Share of outliers rejected over share of test pictures rejected: likelihood, the score.
+    """ROC curves: share of outliers against share of test pictures rejected, by two scores.
+
+    The scores are the likelihood alone and the score that decides.
 
     Args:
         inliers: the test part.
-        outliers: the first few are highlighted.
+        outliers: sets by name; the first few are highlighted.
     """
     first = ", ".join(map(words, list(outliers)[:HIGHLIGHTED]))
     alt = (
@@ -115,12 +117,12 @@ def rocs(inliers: Sets, outliers: Mapping[str, Sets]) -> Chart:
 
 
 def uniformity(p_value: Doubles, calibration: int, y: Labels | None = None) -> Chart:
-    """How the test part's p-values are distributed, beside what is promised.
+    """The distribution of the test part's p-values, and what is guaranteed.
 
     Args:
         p_value: (n,).
-        calibration: how many scores they were ranked against.
-        y: (n,), labels to be shown apart.
+        calibration: number of scores that they were ranked against.
+        y: labels to show separately, (n,).
     """
     alt = (
         "A histogram of the test part's p-values with the level line of uniformity, and the share "
@@ -130,10 +132,10 @@ def uniformity(p_value: Doubles, calibration: int, y: Labels | None = None) -> C
 
 
 def rejections(rates: Mapping[str, Mapping[str, Rate]]) -> Chart:
-    """The rates of false rejections over their bands, a column an alpha and a row a name.
+    """False rejection rates over their bands, one column per alpha and one row per name.
 
     Args:
-        rates: by alpha and name, with bands; every alpha has the same names.
+        rates: rates with bands by alpha and name; every alpha has the same names.
     """
     alt = "Rates of false rejections as dots on their bands; the table tells them too."
     size = (12, 1.2 + 0.26 * max(map(len, rates.values())))
@@ -141,13 +143,13 @@ def rejections(rates: Mapping[str, Mapping[str, Rate]]) -> Chart:
 
 
 def reliability(labelled: Labelled, rule: str) -> Chart:
-    """How often the label is right, over how sure that rule's posterior is, in 15 bins."""
+    """A reliability diagram: accuracy against the posterior of the assigned label, in 15 bins."""
     alt = "Reliability diagram: dots with intervals beside the diagonal, and counts below."
     return _chart(f"reliability_{rule}", (6, 5), alt, partial(_reliability, labelled))
 
 
 def accuracy_of_kept(labelled: Labelled, rule: str) -> Chart:
-    """Accuracy by that rule among the pictures kept, over the share of pictures set aside."""
+    """Accuracy among the pictures kept, against the share of pictures set aside, by one rule."""
     alt = "Accuracy over the share of pictures set aside, by three orders of doing so."
     return _chart(f"accuracy_of_kept_{rule}", (6, 5), alt, partial(_accuracy_of_kept, labelled))
 
@@ -180,7 +182,7 @@ def _ridges(
 def _histograms(ax: Axes, inliers: Doubles, outliers: Sequence[Doubles], scale: str) -> None:
     low, high = np.quantile(np.concatenate([inliers, *outliers]), [0.001, 0.999])
     if scale == "log":
-        low = max(low, 1e-1)  # blank pictures cost next to nothing
+        low = max(low, 1e-1)  # blank pictures cost hardly any nats
         edges = np.geomspace(low, max(high, 2 * low) * 1.02, 72)
     else:
         edges = np.sinh(np.linspace(np.arcsinh(low), np.arcsinh(high) + 0.1, 72))
@@ -195,7 +197,7 @@ def _histograms(ax: Axes, inliers: Doubles, outliers: Sequence[Doubles], scale: 
     ax.set_xscale(scale)
     if scale == "asinh":
         ax.set_xticks([tick for tick in TICKS if edges[0] <= tick <= edges[-1]])
-    elif edges[-1] < 100 * edges[0]:  # powers of ten alone would be too few
+    elif edges[-1] < 100 * edges[0]:  # powers of ten alone would be too few ticks
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     _plain(ax.xaxis)
     ax.set_xlim(edges[0], edges[-1])
@@ -336,7 +338,7 @@ def _accuracy_of_kept(labelled: Labelled, figure: Figure) -> None:
 
 
 def _plain(axis: Axis) -> None:
-    """Writes powers of ten as numbers, since labels are not parsed for mathematics."""
+    """Writes powers of ten as plain numbers, because labels are not parsed as mathematics."""
     axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}".replace("-", "−")))
     axis.set_minor_formatter(NullFormatter())
 
@@ -357,13 +359,13 @@ def _note(
 def _chart(
     name: str, size: tuple[float, float], alt: str, paint: Callable[[Figure], None]
 ) -> Chart:
-    """What is painted on a figure of so many inches.
+    """Draws a chart of this size.
 
     Args:
-        name: no two charts of a page have the same.
-        size: width and height; an inch has 72 CSS pixels.
-        alt: what is seen.
-        paint: draws.
+        name: a name that no other chart of the page has.
+        size: width and height in inches; an inch is 72 CSS pixels.
+        alt: description of what the chart shows.
+        paint: draws on the figure.
     """
     file = io.StringIO()
     with mpl.rc_context(STYLE):
@@ -379,7 +381,7 @@ def _chart(
 
 
 def _inlined(svg: str, name: str) -> str:
-    """What is inside the drawing, for a page with others: ids of its own, the page's colours."""
+    """The content of an SVG, for a page with other charts: unique ids, and the page's colours."""
     found = re.search(r"<svg[^>]*>\s*<defs>\s*<style.*?</defs>(.*)</svg>", svg, re.DOTALL)
     assert found is not None, "matplotlib writes its drawings in another way"
     return re.sub(r"<[^>]*>", lambda tag: _tag(tag.group(), name), found.group(1))

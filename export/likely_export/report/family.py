@@ -1,4 +1,4 @@
-"""A comparison as a page: the members of the family in rows, what each is good for in columns."""
+"""A comparison as a page: a row for each member of the family, a column for each question."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def write(
     outside: Mapping[str, Pixels],
     levels: int,
 ) -> None:
-    """Leaves the page at that path: one HTML file that needs nothing else.
+    """Writes the page as a self-contained HTML file.
 
     Args:
-        path: of the file.
-        figures: of a comparison.
-        drawn: uint8 (k, c, h, w), draws by member.
-        outside: uint8 (1, c, h, w), one picture of each set that is none of the data.
-        levels: of a pixel.
+        path: path of the file.
+        figures: figures of a comparison.
+        drawn: draws by member, uint8 (k, c, h, w).
+        outside: one picture of each set that is not of the data, uint8 (1, c, h, w).
+        levels: number of levels.
     """
     sections = (
         ("answers", "Which member answers what", _answers(figures)),
@@ -58,7 +58,7 @@ def _title(figures: Mapping[str, Any]) -> str:
 
 
 def _answers(figures: Mapping[str, Any]) -> View:
-    """A row a member: what it learns, how well, and what it cannot do."""
+    """A row per member: what it learns, how well, and what it cannot do."""
     rows = []
     for name, member in figures["members"].items():
         nats = member.get("nats")
@@ -79,7 +79,7 @@ def _answers(figures: Mapping[str, Any]) -> View:
 
 
 def _rejects(member: Mapping[str, Any], alpha: float) -> str:
-    """Whether a member rejects pictures; one of an exact density may be calibrated too coarsely."""
+    """Whether a member rejects pictures; a small calibration may not suffice for alpha."""
     if any("rejected" in row for row in member["outside"].values()):
         return "yes"
     return f"not at {alpha:g}" if member.get("nats", {}).get("kind") == "exact" else "no"
@@ -100,7 +100,7 @@ def _drawn(figures: Mapping[str, Any], drawn: Mapping[str, Pixels], levels: int)
 
 
 def _composed(figures: Mapping[str, Any]) -> View:
-    """A table a question: p(x|y) told in two ways, and drawn in two ways."""
+    """A table per question: p(x|y) computed in two ways, and drawn in two ways."""
     likelihoods, drawings = [], []
     for name, member in figures["members"].items():
         found = member.get("composition", {})
@@ -153,7 +153,7 @@ def _composed(figures: Mapping[str, Any]) -> View:
 
 
 def _nothing(figures: Mapping[str, Any], outside: Mapping[str, Pixels], levels: int) -> View:
-    """A column a set: the share that is rejected, or called by a label without doubt."""
+    """A column per set: the share that is rejected, or labelled with confidence."""
     rows = []
     for name, member in figures["members"].items():
         whats = dict.fromkeys(what for row in member["outside"].values() for what in row)
@@ -169,7 +169,7 @@ def _nothing(figures: Mapping[str, Any], outside: Mapping[str, Pixels], levels: 
 
 
 def _probed(figures: Mapping[str, Any]) -> View:
-    """A column a number of labelled pictures."""
+    """A column per number of labelled pictures."""
     pixels = figures.get("probe_of_pixels", {})
     rows = []
     for name, member in figures["members"].items():
@@ -201,7 +201,7 @@ def _families(member: Mapping[str, Any]) -> list[str]:
 
 
 def _kind(nats: Mapping[str, Any]) -> str:
-    """Of a -log p(x) that is a bound, how it was measured: not as the others were."""
+    """How a bound on -log p(x) was measured, if it is one, since exact values were not so."""
     if nats["kind"] != "bound":
         return ""
     size = f" on {value(nats['test_size'])} pictures" if "test_size" in nats else ""

@@ -1,4 +1,4 @@
-"""The frame of a page: a heading, and sections that each have a template of their own."""
+"""The frame of a page: a heading, and sections with one template each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from likely_export.report.subject import View
 
 
 class Heading(NamedTuple):
-    """What a page is headed by."""
+    """Heading of a page."""
 
     kind: str
     name: str
@@ -19,12 +19,12 @@ class Heading(NamedTuple):
 
 
 def rendered(heading: Heading, lead: str, sections: Iterable[tuple[str, str, View]]) -> str:
-    """The page as HTML.
+    """Renders a page as HTML.
 
     Args:
-        heading: of the page.
-        lead: a sentence below it; none if empty.
-        sections: name of the template, title, and what it shows; without that it is left out.
+        heading: heading of the page.
+        lead: a sentence below the heading; empty for none.
+        sections: template's name, title and view of each section; None as view leaves it out.
     """
     environment = Environment(
         loader=PackageLoader("likely_export.report"),

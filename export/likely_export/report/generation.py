@@ -1,4 +1,4 @@
-"""What a bundle draws, completes, and whether it has only learned by heart."""
+"""What a bundle draws and completes, and whether it has only memorised."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from likely_export.report.subject import Subject, View
 from likely_export.report.text import told, value
 
 COLUMNS = 12
-MOST = 24  # draws of a label
+MOST = 24  # draws per label
 MOST_ROWS = 10
 
 
 def draws(subject: Subject) -> View:
-    """A contact sheet, a row a label."""
+    """A contact sheet with one row per label."""
     drawn, labels = subject.material.drawn, subject.material.labels
     if drawn is None or not drawn.size:
         return None
@@ -44,7 +44,7 @@ def draws(subject: Subject) -> View:
 
 
 def completions(subject: Subject) -> View:
-    """Originals, what of them was given, and what was drawn around that."""
+    """Originals, the part given to the model, and its completions."""
     completed, levels = subject.material.completed, subject.material.levels
     if completed is None or not len(completed.x):
         return None
@@ -70,7 +70,7 @@ def completions(subject: Subject) -> View:
 
 
 def copies(subject: Subject) -> View:
-    """Draws over the training pictures nearest to them."""
+    """Draws above their nearest training pictures."""
     nearest, levels = subject.material.nearest, subject.material.levels
     blocks = []
     for start in range(0, min(len(nearest), 2 * COLUMNS) if nearest is not None else 0, COLUMNS):

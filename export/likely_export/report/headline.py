@@ -1,4 +1,4 @@
-"""The figures that come first, what they are set beside, and all others."""
+"""The headline figures with what they are compared with, and all other figures."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CNN = "a small convolutional network of the same pictures"
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """One of the first figures.
+    """A figure that the report shows first.
 
     Attributes:
-        path: to the figure.
-        title: what it is called.
-        note: how it is read.
-        kind: how it is told.
-        tile: whether it is among the large ones.
+        path: path of the figure.
+        title: its title.
+        note: how to read it.
+        kind: how to format it.
+        tile: whether it is among the large ones at the top.
     """
 
     path: str
@@ -169,7 +169,7 @@ def _rows(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
 
 
 def _bound(subject: Subject, path: str) -> str:
-    """Which bound a figure given the label is; nothing where it is exact, or another figure."""
+    """The kind of bound that a figure given the label is; empty if it is exact or none."""
     graph = subject.manifest.graphs.get(Role.CONDITIONAL)
     if graph is None or not path.startswith("conditional_"):
         return ""
@@ -180,7 +180,7 @@ def _bound(subject: Subject, path: str) -> str:
 
 
 def _separations(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
-    """The sets of other data one by one, the corruptions together."""
+    """One row for each other data set, and one for all corruptions together."""
     outliers = subject.table("outliers")
     for name in _whole_sets(subject):
         shown, error = f"{outliers[name]['auroc']:.4f}", _error(outliers[name].get(_AUROC_ERROR))
@@ -207,7 +207,7 @@ def _separations(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]
 
 
 def _notes(size: int | None, alone: float | None) -> Iterator[str]:
-    """How many pictures an AUROC is of, and that of likelihood alone."""
+    """The number of pictures behind an AUROC, and the AUROC of likelihood alone."""
     if size is not None:
         yield f"of {value(size)} pictures"
     if alone is not None:
@@ -215,12 +215,12 @@ def _notes(size: int | None, alone: float | None) -> Iterator[str]:
 
 
 def _error(found: float | None) -> str:
-    """A standard error of an AUROC, to as many digits."""
+    """The standard error of an AUROC, with as many digits."""
     return "" if found is None else f"{found:.4f}"
 
 
 def _whole_sets(subject: Subject) -> list[str]:
-    """Outlier sets that are other data, not corruptions of this."""
+    """Outlier sets that are other data, not corruptions of these."""
     outliers = subject.table("outliers")
     return [n for n, one in outliers.items() if n not in (*PANEL, *HARD) and "auroc" in one]
 
@@ -237,7 +237,7 @@ def _tile(found: Any, kind: Kind) -> tuple[str, str]:
 
 
 def _title(path: str) -> str:
-    """What a figure is called that is no headline, like `outliers.blank.auroc`."""
+    """The title of a figure that is no headline, such as `outliers.blank.auroc`."""
     first, _, rest = path.partition(".")
     name, _, last = rest.rpartition(".")
     if first in ("outliers", "likelihood_only") and name:

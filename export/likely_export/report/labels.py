@@ -1,4 +1,4 @@
-"""Which labels are given, how surely, and which are mistaken for which."""
+"""The labels assigned, their confidence, and the most frequent confusions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from likely_export.report import charts
 from likely_export.report.subject import Subject, View
 from likely_export.report.text import measured, value, words
 
-MOST_LABELS = 30  # of a table that can be read
+MOST_LABELS = 30  # labels of a table that is still readable
 MOST_MISTAKES = 8
 MIXED = {
     "aurc": "this bundle: AURC",
@@ -29,7 +29,7 @@ MISTAKE, HIT = "213,94,0", "0,114,178"
 
 
 def classification(subject: Subject) -> View:
-    """Of each rule its confusion matrix, reliability diagram and accuracy against rejection."""
+    """The confusion matrix, reliability diagram and accuracy against rejection of each rule."""
     material = subject.material
     rules = {"generative": material.labelled, "discriminative": material.discriminated}
     views = [
@@ -50,7 +50,7 @@ def classification(subject: Subject) -> View:
 
 
 def _rule(name: str, labelled: Labelled, labels: Sequence[str]) -> dict[str, Any]:
-    """What one rule makes of the test part."""
+    """The labels of the test part by one rule."""
     k = len(labels)
     counts = np.zeros((k, k), np.int64)
     np.add.at(counts, (labelled.y, labelled.posterior.argmax(1)), 1)
@@ -71,7 +71,7 @@ def _rule(name: str, labelled: Labelled, labels: Sequence[str]) -> dict[str, Any
 
 
 def _mixed(subject: Subject, columns: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """Sets of outliers that were mixed in, and what that does to us and to a plain classifier."""
+    """Sets of outliers mixed in, and the figures of this bundle and of a plain classifier."""
     return [
         (words(name), [value(measured(one, key)) if key in one else "" for key in columns])
         for name, one in subject.table("mixed").items()
@@ -79,7 +79,7 @@ def _mixed(subject: Subject, columns: Iterable[str]) -> list[tuple[str, list[str
 
 
 def _matrix(counts: np.ndarray[Any, np.dtype[np.int64]]) -> list[list[dict[str, Any]]]:
-    """Cells with their counts and colours: stronger is more of the row."""
+    """Cells with counts and colours; a stronger colour is a larger share of the row."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     largest = max(float((shares * (1 - np.eye(len(counts)))).max()), 1e-9)
     rows = []

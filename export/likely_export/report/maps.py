@@ -1,4 +1,4 @@
-"""Where the nats of a picture come from, and which pixels speak for which label."""
+"""Where the nats of a picture come from, and which pixels favour which label."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 12
 
 
 def explanations(subject: Subject) -> View:
-    """A few pictures with their surprise maps, and which pixels speak for which of two labels."""
+    """A few pictures with their surprise maps, and maps of which of two labels pixels favour."""
     explained, labels = subject.material.explained, subject.material.labels
     if explained is None or not len(explained.x):
         return None
@@ -60,5 +60,5 @@ def explanations(subject: Subject) -> View:
 
 
 def _limit(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    """The end of a colour scale: a few pixels beyond it would darken all others."""
+    """The end of a colour scale: a quantile, so that extreme pixels do not darken all others."""
     return max(float(np.quantile(values, 0.995)), 1e-3)

@@ -1,4 +1,4 @@
-"""How well outliers are told apart, and whether false rejections are as rare as promised."""
+"""How well outliers are detected, and whether false rejections are as rare as guaranteed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from likely_export.report.pictures import sheet, tiles
 from likely_export.report.subject import Subject, View
 from likely_export.report.text import ERROR, joined, measured, value, words
 
-FAILS = 0.5  # an AUROC below it calls outliers more usual than test pictures
-SHOWN = "0.05"  # the alpha whose shares are told, where it was checked
+FAILS = 0.5  # an AUROC below it ranks outliers as more usual than test pictures
+SHOWN = "0.05"  # the alpha whose shares are shown, if it was checked
 NEAR = tuple(corruptions.HARD)
 
 
 def separation(subject: Subject) -> View:
-    """A row for each set of outliers, the hardest first, and their distributions and ROC curves."""
+    """A row per set of outliers, the hardest first, with their distributions and ROC curves."""
     found, alone = subject.table("outliers"), subject.table("likelihood_only")
     sets = subject.outliers
     names = [*sets, *(name for name in found if name not in sets)]
@@ -43,7 +43,7 @@ def separation(subject: Subject) -> View:
 
 
 def promises(subject: Subject) -> View:
-    """P-values beside uniform ones; false rejections and label sets, by label, beside alpha."""
+    """P-values against uniform ones; false rejections and label sets, by label, against alpha."""
     view: dict[str, Any] = {}
     labelled, inliers = subject.material.labelled, subject.inliers
     if inliers is not None and len(inliers.p_value) > 1:
@@ -68,7 +68,7 @@ def promises(subject: Subject) -> View:
 
 
 def hard(subject: Subject) -> list[tuple[str, str]]:
-    """Sets that are not told apart well, with their AUROC."""
+    """Sets that are hard to detect, with their AUROC."""
     found = {name: one for name, one in subject.table("outliers").items() if "auroc" in one}
     return [
         (words(name), value(measured(one, "auroc")))
@@ -78,7 +78,7 @@ def hard(subject: Subject) -> list[tuple[str, str]]:
 
 
 def _failing(alone: Mapping[str, Any]) -> list[str]:
-    """Sets that likelihood calls more usual than test pictures, the worst first."""
+    """Sets that likelihood ranks as more usual than test pictures, the worst first."""
     found = {name: one["auroc"] for name, one in alone.items() if one.get("auroc", 1) < FAILS}
     return [words(name) for name in sorted(found, key=lambda name: float(found[name]))]
 
@@ -128,9 +128,10 @@ def _rates(rates: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, 
 
 
 def _alone(rates: Mapping[str, Any], label: str) -> dict[str, Any] | None:
-    """A label's rate over what a label ranked alone would give: p-values rank all together.
+    """A label's rate, with the band of a label ranked alone.
 
-    So nothing is promised of it, and none is marked.
+    Since p-values rank all labels together, nothing is guaranteed for one label, and a rate outside
+    the band is not marked.
     """
     told = ("by_label", "band_by_label", "by_label_standard_error")
     cell = _cell(*(rates.get(name, {}).get(label) for name in told))
@@ -146,7 +147,7 @@ def _cell(rate: Any, band: Any, error: Any) -> dict[str, Any] | None:
 
 
 def _rates_by_name(found: Mapping[str, Any]) -> dict[str, charts.Rate]:
-    """The rate and band of all pictures together, and of every label, as far as they are told."""
+    """The rates and bands of all pictures together and of every label, as far as they exist."""
     overall = {"all": (found["overall"], found.get("band"))} if "overall" in found else {}
     bands, rates = found.get("band_by_label", {}), found["by_label"]
     told = {name: rate for name, rate in rates.items() if rate is not None}

@@ -1,4 +1,4 @@
-"""Pixels and maps as PNG images inside a page, one pixel of a file for one of a picture."""
+"""Pictures and maps as PNG images inside a page; one pixel of a file is one of a picture."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from likely.answers import Pixels
 
 Tiles = npt.NDArray[np.uint8]  # (n, h, w, 1) grey or (n, h, w, 3) colour, of 256 levels
 
-TILE = 60  # a picture's width on the screen, about, in CSS pixels
+TILE = 60  # approximate width of a picture on the screen, in CSS pixels
 WIDEST = 860
 MODES = {1: "LA", 3: "RGBA"}
-UNKNOWN = (86, 160, 211)  # where a pixel is hidden
-TINT = np.array([1.0, 0.83, 0.55])  # of what a model drew beside what it was given
+UNKNOWN = (86, 160, 211)  # colour of hidden pixels
+TINT = np.array([1.0, 0.83, 0.55])  # multiplies what a model drew, beside what it was given
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class Picture:
     """An image of a page.
 
     Attributes:
-        uri: all of its bytes.
-        alt: what is seen.
+        uri: data URI with all of its bytes.
+        alt: description of what it shows.
         width: in CSS pixels.
         height: in CSS pixels.
     """
@@ -40,9 +40,9 @@ class Picture:
 
 
 def tiles(x: Pixels, levels: int) -> Tiles:
-    """The pictures (n, c, h, w) on 256 levels: grey, or colour where they have three channels.
+    """Converts pictures (n, c, h, w) to 256 levels, in colour if they have three channels.
 
-    Of two or four channels the mean is shown.
+    Other pictures are grey; of two or four channels the mean is shown.
     """
     shown = np.moveaxis(x.astype(np.float64), 1, -1)
     if x.shape[1] != 3:
@@ -51,31 +51,31 @@ def tiles(x: Pixels, levels: int) -> Tiles:
 
 
 def coloured(values: npt.NDArray[np.floating], colours: str, low: float, high: float) -> Tiles:
-    """Maps (n, h, w) in the named colours of matplotlib, from low to high."""
+    """Colours maps (n, h, w), from low to high, by a colour map of matplotlib."""
     scaled = (values.astype(np.float64) - low) / max(high - low, 1e-12)
     found: Tiles = mpl.colormaps[colours](np.clip(scaled, 0, 1), bytes=True)[..., :3]
     return found
 
 
 def hidden(given: Tiles, known: npt.NDArray[np.bool_]) -> Tiles:
-    """The tiles (n, h, w, 1 or 3) in colour, blue where nothing is `known` (n, h, w)."""
+    """Returns the tiles (n, h, w, 1 or 3) in colour, blue where `known` (n, h, w) is false."""
     return np.where(known[..., None], _rgb(given), np.array(UNKNOWN, np.uint8))
 
 
 def tinted(drawn: Tiles, known: npt.NDArray[np.bool_]) -> Tiles:
-    """The tiles (n, h, w, 1 or 3) in colour, amber where they were drawn, not `known` (n, h, w)."""
+    """Returns the tiles (n, h, w, 1 or 3) in colour, amber where `known` (n, h, w) is false."""
     amber = np.round(_rgb(drawn) * TINT).astype(np.uint8)
     return np.where(known[..., None], _rgb(drawn), amber)
 
 
 def sheet(shown: Tiles, alt: str, columns: int, size: int = TILE) -> Picture:
-    """The tiles side by side in rows, with a gap between them.
+    """Arranges tiles in rows, with a gap between them.
 
     Args:
         shown: one or more tiles.
-        alt: what is seen.
-        columns: of a full row.
-        size: of a tile in CSS pixels, about: enlargement is by whole numbers.
+        alt: description of what they show.
+        columns: tiles in a full row.
+        size: approximate size of a tile in CSS pixels; tiles are enlarged by whole numbers.
     """
     n, h, w, channels = shown.shape
     columns = min(columns, n)
@@ -90,7 +90,7 @@ def sheet(shown: Tiles, alt: str, columns: int, size: int = TILE) -> Picture:
 
 
 def ramp(colours: str) -> Picture:
-    """The named colours of matplotlib from low to high; a legend says what they mean."""
+    """A colour map of matplotlib from low to high; a legend explains it."""
     line = coloured(np.linspace(0, 1, 128)[None, None], colours, 0, 1)[0]
     opaque = np.full((1, 128, 1), 255, np.uint8)
     return Picture(_uri(np.concatenate([line, opaque], -1)), "", 160, 10)

@@ -1,4 +1,4 @@
-"""What a report is about, and what its sections are made of."""
+"""The subject of a report, from which all sections are made."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from likely_export.corruptions import INLIERS
 from likely_export.material import Material, Sets
 from likely_export.report.text import ERROR, find, joined
 
-# What a section's template is given; a section without anything to show is None.
+# What a section passes to its template; None if it has nothing to show.
 View = dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A bundle, its figures and what they were computed from."""
+    """A bundle, its figures, and the material behind them."""
 
     manifest: Manifest
     figures: Mapping[str, Any]
     material: Material
 
     def figure(self, path: str) -> Any:
-        """The figure at that path, None where there is none."""
+        """Returns the figure at this path, or None."""
         return find(self.figures, path)
 
     def measured(self, path: str) -> Any:
-        """The same, with its standard error where that is told."""
+        """Returns the figure at this path, with its standard error if there is one."""
         return joined(self.figure(path), self.figure(f"{path}{ERROR}"))
 
     def table(self, name: str) -> Mapping[str, Any]:
-        """The figures of that name, none where they are absent."""
+        """Returns the figures under this name; empty if there are none."""
         found = self.figures.get(name)
         return found if isinstance(found, Mapping) else {}
 
@@ -43,7 +43,7 @@ class Subject:
 
     @property
     def outliers(self) -> dict[str, Sets]:
-        """All other sets, the hardest first."""
+        """All other sets, the hardest ones first."""
         found = self.table("outliers")
         others = {name: one for name, one in self.material.sets.items() if name != INLIERS}
         return dict(sorted(others.items(), key=lambda item: _auroc(found.get(item[0]))))

@@ -1,4 +1,4 @@
-"""Figures as a reader wants to see them."""
+"""Figures as text for readers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Literal
 Kind = Literal["plain", "share"]
 PER_CENT = "\u00a0%"
 MEASURED = ("mean", "standard_error")
-ERROR = "_standard_error"  # ends the name of what stands beside a figure
+ERROR = "_standard_error"  # suffix of the name of a figure's standard error
 
 
 def value(found: Any, kind: Kind = "plain") -> str:
-    """A figure in words: digits by its standard error where it has one.
+    """Formats a figure, with digits according to its standard error if it has one.
 
     Args:
         found: a number, a mean with a standard error, a range, a mapping of these, text, or None.
-        kind: a share is told in per cent.
+        kind: `share` is formatted in per cent.
     """
     if isinstance(found, Mapping):
         rest = {key: item for key, item in found.items() if key not in MEASURED}
@@ -38,12 +38,12 @@ def value(found: Any, kind: Kind = "plain") -> str:
 
 
 def measured(figures: Mapping[str, Any], name: str) -> Any:
-    """The figure of that name, with the standard error that may stand beside it."""
+    """Returns the figure of this name, joined with its standard error if there is one."""
     return joined(figures.get(name), figures.get(f"{name}{ERROR}"))
 
 
 def joined(found: Any, error: Any) -> Any:
-    """A figure as a mean with its standard error; item by item where there are several."""
+    """Returns a figure as a mean with a standard error; mappings are joined item by item."""
     if isinstance(found, Mapping) and isinstance(error, Mapping):
         return {key: joined(item, error.get(key)) for key, item in found.items()}
     return (
@@ -54,14 +54,14 @@ def joined(found: Any, error: Any) -> Any:
 
 
 def words(name: str) -> str:
-    """A key of the figures without its underscores."""
+    """Replaces the underscores of a figure's key by spaces."""
     return name.replace("_", " ")
 
 
 def flat(
     figures: Mapping[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every figure with the path to it; one and its standard error are one figure."""
+    """Yields every figure with its path; a figure and its standard error count as one."""
     for name in figures:
         if name.endswith(ERROR) and name.removesuffix(ERROR) in figures:
             continue
@@ -73,12 +73,12 @@ def flat(
 
 
 def told(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every figure in words, after its name in words."""
+    """Returns the name and the text of every figure."""
     return [(": ".join(map(words, path)), value(found)) for path, found in flat(figures)]
 
 
 def find(figures: Mapping[str, Any], path: str) -> Any:
-    """The figure at a path like `false_rejection.0.05.overall`, None where there is none."""
+    """Returns the figure at a path like `false_rejection.0.05.overall`, or None."""
     if path in figures:
         return figures[path]
     inside = (
