@@ -109,6 +109,14 @@ def test_a_contrast_holds_far_scores() -> None:
     assert part(normal, np.zeros(2, np.int64)) == pytest.approx(expected)
 
 
+def test_a_contrast_has_the_same_bits_in_whatever_company() -> None:
+    rng, label = np.random.default_rng(8), np.zeros(67, np.int64)
+    part = Contrast(rng.permutation(80)[:40].astype(float), *rng.normal(size=(2, 40)))
+    normal = rng.normal(size=(67, 80))
+    alone = [part(normal[i : i + 1], label[:1])[0] for i in range(67)]
+    assert np.array_equal(part(normal, label), alone)
+
+
 def test_parts_come_back_in_their_order_and_labels_have_what_is_usual_for_them() -> None:
     count = 12
     ranks = Ranks(np.array([[-1.0] * 2, [1.0] * 2]), np.array([-1.0, 1.0]), np.ones(2))
