@@ -92,6 +92,16 @@ def test_open_set_rate_counts_what_is_right_and_less_doubtful_than_outliers() ->
     assert area == pytest.approx(np.trapezoid(rate, accepted))
 
 
+def test_to_accept_an_outlier_is_an_error() -> None:
+    found = measures.open_set(np.array([0.0, 1.0]), np.ones(2, bool), np.array([2.0]))
+    assert found["aurc"] == pytest.approx((0 + 0 + 1 / 3) / 3) and found["oscr"] == 1
+
+
+def test_a_variance_estimated_below_0_is_0() -> None:
+    over, under = np.array([1.0, 0.0, 0.5, 0.5]), np.array([0.0, 0.75, 0.375])
+    assert measures.paired(over, under, np.arange(3))["standard_error"] == 0
+
+
 def test_the_error_of_an_open_set_rate_is_that_of_new_pictures() -> None:
     rng = np.random.default_rng(8)
     found = [
@@ -145,6 +155,11 @@ def test_no_rejection_can_be_promised_below_the_finest_alpha() -> None:
     assert measures.rejection_band(0.001, 100, 1000) is None
 
 
+def test_a_whole_number_of_rejections_is_not_rounded_below_itself() -> None:
+    assert 0.29 * 100 < 29  # as floats have it
+    assert measures.rejection_band(0.29, 99, 1000) == measures.rejection_band(0.295, 99, 1000)
+
+
 def test_calibration_error_of_honest_and_of_boastful_posteriors() -> None:
     rng = np.random.default_rng(1)
     sure = rng.uniform(0.5, 1, 50_000)
@@ -154,6 +169,7 @@ def test_calibration_error_of_honest_and_of_boastful_posteriors() -> None:
     boastful = np.tile([0.99, 0.01], (1000, 1))
     y = np.repeat([0, 1], 500)
     assert measures.calibration_error(boastful, y) == pytest.approx(0.49)
+    assert measures.calibration_error(np.array([[1.0, 0.0]]), np.array([1])) == 1
 
 
 def test_labels_are_told_by_their_posterior_alone() -> None:

@@ -5,6 +5,7 @@ import autoregressive
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 
 from likely.answers import Doubles, Guarantee
 from likely.outliers import Contrast, Detector
@@ -13,6 +14,7 @@ from likely_export.calibrate import PartConfig, Seen
 from likely_export.statistics import (
     EDGES,
     STATISTICS,
+    Reconstruction,
     Tables,
     excess,
     regional_surprise,
@@ -77,6 +79,51 @@ def test_shares_count_each_pixel_once() -> None:
     assert torch.all(shares[1:] <= shares[:-1] + 1e-6)
 
 
+def test_statistics_are_their_closed_forms() -> None:
+    surprise = torch.arange(16.0).view(1, 1, 4, 4)
+    local, picture = torch.full_like(surprise, 9.0), torch.zeros_like(surprise)
+    picture[..., 0, 0] = 1.0
+    redrawn = Reconstruction(
+        torch.tensor([[-7.0, -3.0, -5.0]]),
+        torch.tensor([[3.0, 4.0]]),
+        torch.tensor([[0.0, math.log(3.0)]]),
+        torch.full_like(surprise, 0.25),
+        picture,
+    )
+    t = Tables(surprise, surprise, surprise - 1, surprise + 1, local, redrawn)
+    squared = 0.75**2 + 15 * 0.25**2
+    expected = {
+        "excess": [16 / math.sqrt(136)],
+        "gain": [144 - 120],
+        "local_ratio": [120 / 145],
+        "bound": [-3],
+        "margin": [2],
+        "disagreement": [3 - 120],
+        "divergence": [(25 + 4 - 2 - math.log(3.0)) / 2],
+        "latent_norms": [5, 2],
+        "latent": [3, 4],
+        "error": [squared, squared / 1.25],
+        "regional_surprise": list(range(16)),
+        "regional_bias": [0.75, *[-0.25] * 15],
+    }
+    for name, values in expected.items():
+        assert STATISTICS[name].of(t)[0].tolist() == pytest.approx(values), name
+
+
+def test_regions_are_of_neighbours() -> None:
+    surprise = torch.arange(8.0)[:, None].expand(8, 8)[None, None]  # each row its number
+    t = Tables(surprise, surprise, surprise, surprise)
+    rows = torch.tensor([0.0 + 1, 2 + 3, 4 + 5, 6 + 7]) * 2
+    assert torch.equal(regional_surprise(t).view(4, 4), rows[:, None].expand(4, 4))
+
+
+def test_the_coarse_part_is_of_the_first_digit() -> None:
+    log_probs = torch.log(torch.tensor([[0.25, 0.75], [0.5, 0.5]])).view(1, 1, 1, 2, 2)
+    t = tables(log_probs, torch.zeros(1, 1, 1, 2, dtype=torch.long), 1)
+    assert float(t.coarse) == pytest.approx(math.log(4))
+    assert float(t.surprise) == pytest.approx(math.log(8))
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -125,8 +172,70 @@ def test_a_picture_is_held_out_together_with_its_corrupted_twin(
     odd = Seen(values[rows], label[rows])  # told from what it is made of by nothing
     parts, columns = [PartConfig("contrast")], {"all": np.arange(2)}
     calibrate.combination(Seen(values, label), parts, columns, odd, made_of=rows)
-    assert len(learnt_from) == calibrate.FOLDS + 1
+    # A part says how unusual a picture is that it was not fitted on; in the end all serve.
+    assert [len(fitted) for fitted, _ in learnt_from] == [37, 37, 38, 38, 50]
     assert all(twins <= fitted for fitted, twins in learnt_from)
+
+
+def test_what_a_split_promises_with_confidence_is_exact() -> None:
+    rng, n = np.random.default_rng(0), 40
+    seen = Seen(rng.normal(size=(n, 2)), np.zeros(n, np.int64))
+    learnt = calibrate.combination(seen, [PartConfig()], {"all": np.arange(2)})
+    y = np.arange(n) % 3  # of four labels
+    arrays = calibrate.detector(learnt, seen, rng.dirichlet(np.ones(4), n), y)
+    assert Detector(arrays).flaw(4) is None
+    # Of n pictures at most k lie in a tail of that size once in twenty times (Clopper and
+    # Pearson, 1934).
+    sizes = arrays["confident"]
+    assert binom.cdf(np.arange(n), n, sizes[:-1]) == pytest.approx(0.05)
+    assert sizes[-1] == 1
+
+
+def test_weights_count_beside_one_another_alone() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 2))
+    seen, found = Seen(values, np.zeros(40, np.int64)), []
+    for weight in (1.0, 6.0):
+        parts = [PartConfig(weight=weight), PartConfig("neighbours", weight=2 * weight)]
+        learnt = calibrate.combination(seen, parts, {"all": np.arange(2)})
+        found.append(learnt(seen.statistics, seen.label))
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_a_part_looks_at_its_own_statistics() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 3))
+    seen, part = Seen(values, np.zeros(40, np.int64)), PartConfig(statistics=("b",))
+    learnt = calibrate.combination(seen, [part], calibrate.places({"a": 1, "b": 2}))
+    assert learnt.parts[0].stored()["columns"].tolist() == [1, 2]
+
+
+def test_distances_are_measured_within_labels() -> None:
+    rng, label = np.random.default_rng(0), np.arange(400) % 2
+    v = rng.normal(size=(400, 2)) + 100 * label[:, None]
+    found = calibrate._mahalanobis(np.arange(2.0), v, label, 2)
+    assert np.mean(found(v, label)) == pytest.approx(2, rel=0.1)
+
+
+def test_a_mixture_keeps_what_varies_most() -> None:
+    v = np.random.default_rng(0).normal(size=(400, 3)) * [1, 10, 3]
+    config = PartConfig("mixture", dimensions=1, components=1)
+    kept = calibrate._mixture(config, np.arange(3.0), v).whitening
+    assert np.abs(kept[:, 0]).argmax() == 1
+
+
+def test_a_contrast_is_large_of_what_is_corrupted() -> None:
+    rng = np.random.default_rng(0)
+    real, odd = rng.normal(size=(200, 2)), rng.normal(size=(100, 2)) * 3 + 1
+    found = calibrate._contrast(PartConfig("contrast"), np.arange(2.0), real, odd)
+    none = np.zeros(200, np.int64)
+    assert np.mean(found(odd, none[:100])) > np.mean(found(real, none)) + 1
+
+
+def test_ranks_do_not_tell_apart_what_agrees_but_for_rounding() -> None:
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random((1000, 1)) < 0.9, 0.5, rng.normal(size=(1000, 1)))
+    values += 1e-12 * rng.normal(size=(1000, 1))
+    lower, upper = calibrate._ranks(values)(np.array([[0.5 - 1e-12], [0.5 + 1e-12]]))[:, 0]
+    assert upper - lower < 1e-6
 
 
 def test_a_few_pictures_of_a_label_do_not_say_how_far_its_next_ones_deviate() -> None:
@@ -181,3 +290,14 @@ def test_the_temperature_is_found_again() -> None:
     y = (honest.cumsum(1) > rng.random((20000, 1))).argmax(1)
     found = calibrate.temperature(log_pxy * 4, y, np.full(5, 0.2))
     assert found == pytest.approx(4, rel=0.05)
+
+
+def test_the_better_expert_and_its_temperature_are_found_again() -> None:
+    rng = np.random.default_rng(1)
+    log_pxy = rng.normal(size=(4000, 5)) * 3
+    honest = np.exp(log_pxy) / np.exp(log_pxy).sum(1, keepdims=True)
+    y = (honest.cumsum(1) > rng.random((4000, 1))).argmax(1)
+    evidence = np.stack([log_pxy * 4, rng.normal(size=(4000, 5))], 1)
+    weights, temperature = calibrate.expert_weights(evidence, y, np.full(5, 0.2))
+    assert sum(weights) == pytest.approx(1) and weights[0] > 0.8
+    assert temperature / weights[0] == pytest.approx(4, rel=0.1)

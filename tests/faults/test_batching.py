@@ -24,10 +24,10 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from likely import codec
+from likely import Client, LabelRule, codec
 from likely.batching.turns import Turns
 from likely.bundle import Role
-from likely.errors import OutOfMemory, RunStopped
+from likely.errors import OutOfMemory, RunStopped, ServerFault
 from likely.graphs import Array, Stop
 from likely.ranking import Ranked
 from likely.v1.generation_pb2 import Acceptance, CompleteRequest, GenerateRequest, SelfCheck
@@ -294,6 +294,39 @@ def test_a_version_of_which_one_graph_alone_gives_no_numbers_ends_too(running: R
         assert not live.server.registry.find("toy").healthy
         call = stub.Classify.future(classify, timeout=SECONDS)
         assert failed(call) is grpc.StatusCode.UNAVAILABLE
+
+
+DARK = np.zeros((1, 1, 3, 3), np.uint8)
+LEFT: dict[tuple[Role, str, str], Callable[[Client], Any]] = {
+    (Role.ENCODE, "mean", "Encode"): lambda c: c.encode(DARK),
+    (Role.ENCODE, "log_variance", "Encode"): lambda c: c.encode(DARK),
+    (Role.DECODE, "mean", "Decode"): lambda c: c.decode([[0, 0]], labels=[0]),
+    (Role.DECODE, "deviation", "Interpolate"): lambda c: c.interpolate(DARK, DARK, [0.5]),
+    (Role.DECODE, "mean", "Traverse"): lambda c: c.traverse(DARK, "brightness", [0]),
+    (Role.DISCRIMINATE, "log_pyx", "Classify"): lambda c: c.classify(
+        DARK, rule=LabelRule.DISCRIMINATIVE
+    ),
+    (Role.DISCRIMINATE, "log_pyx", "Generate"): lambda c: c.generate(1, label=0, acceptance=True),
+}
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize("what", LEFT)
+def test_whichever_graph_gives_no_number_it_is_withheld(
+    running: Running, what: tuple[Role, str, str]
+) -> None:
+    role, output, _ = what
+    with running() as live, Client(live.address) as client:
+        LEFT[what](client)
+        rigged = rig(live, role)
+
+        def spoil(_: Any, found: dict[str, Array]) -> None:
+            found[output] = found[output] * np.nan
+
+        rigged.change = spoil
+        with pytest.raises(ServerFault):
+            LEFT[what](client)
+        assert samples(live, "likely_withheld_total", model="toy") == 1
 
 
 @pytest.mark.fault(3)

@@ -135,6 +135,32 @@ def test_bytes_of_one_length_by_their_type_are_levels(tmp_path: Path) -> None:
     assert np.array_equal(read, x)
 
 
+def test_image_files_of_one_length_by_their_type_are_image_files(tmp_path: Path) -> None:
+    x = drawn(1)
+    image = encoded(x[0, 0])
+    rows = pa.array([image] * 3, pa.binary(len(image)))
+    read, _ = opened(parquet(tmp_path / "in.parquet", rows)).read(0, 3)
+    assert np.array_equal(read, np.repeat(x, 3, 0))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    ("begins", "is_image"),
+    [(b"MM\0*", True), (b"II*\0", True), (b"GIF87a", True), (b"GIF89a", True), (b"RIFF", False)],
+)
+def test_levels_are_an_image_file_where_they_begin_as_one(
+    tmp_path: Path, begins: bytes, is_image: bool
+) -> None:
+    x = drawn(1)
+    value = begins + x.tobytes()[len(begins) :]
+    pictures = opened(parquet(tmp_path / "in.parquet", pa.array([value])))
+    if is_image:
+        with pytest.raises(InvalidInput, match=r"in\.parquet\[0\]: .*image"):
+            pictures.read(0, 1)
+    else:
+        assert pictures.read(0, 1)[0].tobytes() == value
+
+
 def test_a_tensor_with_an_empty_level_is_refused(tmp_path: Path) -> None:
     flat: list[int | None] = [*drawn(3).flatten().tolist()]
     flat[2 * 20 + 7] = None

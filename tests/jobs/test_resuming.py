@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -158,6 +160,7 @@ def test_another_request_is_refused(
     runs = change.pop("runs", RUNS)
     with pytest.raises(JobError, match=sentence):
         draw(tmp_path / "whole", *runs, **{"rows": 20, **change})
+    draw(tmp_path / "whole", *RUNS, rows=20)  # the folder is nobody's meanwhile
     assert contents(tmp_path / "whole") == whole
 
 
@@ -203,6 +206,36 @@ def test_one_process_works_on_a_folder(draw: Job, backend: Backend, tmp_path: Pa
     ):
         draw(tmp_path / "out", *RUNS, rows=20)
     draw(tmp_path / "out", *RUNS, rows=20)
+
+
+def test_a_folder_that_another_works_on_is_not_held_open(backend: Backend, tmp_path: Path) -> None:
+    request = Request.of(Generation(RUNS), backend.info, Format.PARQUET, 20)
+    with Ledger(tmp_path, request):
+        before = sum(1 for _ in Path("/dev/fd").iterdir())
+        for _ in range(3):
+            with pytest.raises(JobError, match="another process works on"):
+                Ledger(tmp_path, request)
+        assert sum(1 for _ in Path("/dev/fd").iterdir()) == before
+
+
+def test_a_file_system_without_locks_holds_jobs_too(
+    draw: Job, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("likely.jobs.ledger.fcntl.flock", failing)
+    draw(tmp_path / "out", *RUNS, rows=20)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_what_a_writer_left_that_was_killed_at_once_is_no_job(
+    draw: Job, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{MANIFEST}.0123abcd.part").write_bytes(b"half")
+    draw(tmp_path / "out", *RUNS, rows=20)
+    assert contents(tmp_path / "out") == whole
 
 
 def test_a_manifest_that_is_slow_to_write_names_several_shards_at_once(

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from likely import logs
 from likely.errors import AccessDenied, SettingsError, Unauthenticated
-from likely.serving.access import UNKNOWN, Gate, Holder, Issuer, Scope, Secrets, gate
+from likely.serving import access
+from likely.serving.access import LARGEST_FILE, UNKNOWN, Gate, Holder, Issuer, Scope, Secrets, gate
 from likely.settings import load
 
 LOG = logs.logger("debug", "json", io.StringIO())
@@ -358,6 +360,44 @@ def test_keys_without_names_are_all_tried(tmp_path: Path) -> None:
         issuing(path)
 
 
+@pytest.mark.parametrize(("algorithms", "known"), [(("ES256",), True), (("ES256", "EdDSA"), False)])
+def test_a_token_that_names_no_key_is_of_the_only_one(
+    tmp_path: Path, algorithms: tuple[str, ...], known: bool
+) -> None:
+    gate = issuing(jwks(tmp_path / "jwks.json", *algorithms))
+    claims = jwt.decode(signed(), options={"verify_signature": False})
+    token = bearer(jwt.encode(claims, KEYS["ES256"], "ES256"))
+    assert gate.admit(SCORING, token) if known else refused(gate, token) == "TOKEN_INVALID"
+
+
+def test_a_key_that_is_too_short_signs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KEYS, "RS256", rsa.generate_private_key(65537, 1024))
+    known = issuing(jwks(tmp_path / "jwks.json", "RS256"))
+    with warnings.catch_warnings(action="ignore"):
+        token = bearer(signed("RS256"))
+    assert refused(known, token) == "TOKEN_INVALID"
+
+
+def test_no_more_tokens_are_remembered_than_so_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "REMEMBERED", 3)
+    issuer = issuing(jwks(tmp_path / "jwks.json", "ES256"))._issuer
+    assert issuer
+    for i in range(8):
+        assert issuer.find(signed(sub=f"robot-{i}")).name == f"robot-{i}"
+        assert len(issuer._checked) <= 3
+
+
+def test_a_file_that_is_too_large_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(TOKENS + "#" * LARGEST_FILE)
+    with pytest.raises(SettingsError, match="has more than 1048576 bytes"):
+        Secrets(path, LOG)
+
+
 @pytest.mark.parametrize(
     ("claims", "scopes"),
     [
@@ -454,3 +494,15 @@ def test_settings_make_the_gate(tokens: Path) -> None:
     ).is_open
     known = gate(load({"tokens": tokens}), LOG)
     assert known.admit(SCORING, bearer("correct-horse-battery"))
+
+
+def test_settings_make_the_issuer(tmp_path: Path) -> None:
+    path = jwks(tmp_path / "jwks.json", "ES256")
+    told: dict[str, Any] = {
+        "jwt_keys": path, "jwt_issuer": "https://issuer", "jwt_audience": "likely",
+    }  # fmt: skip
+    late = bearer(signed(exp=int(time.time()) - 100))
+    assert gate(load({**told, "jwt_leeway": 200}), LOG).admit(SCORING, late)
+    assert refused(gate(load({**told, "jwt_leeway": 0}), LOG), late) == "TOKEN_EXPIRED"
+    with pytest.raises(SettingsError, match="holds no key for EdDSA"):
+        gate(load({**told, "jwt_algorithms": ("EdDSA",)}), LOG)

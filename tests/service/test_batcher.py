@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from likely import warmup
 from likely.batching import batcher as batching
 from likely.batching import callers, gathering, headroom, tuning
-from likely.batching.admission import Bounds, Quota
+from likely.batching.admission import LATEST, SOONEST, Bounds, Quota, patience
 from likely.batching.batcher import Batcher
 from likely.batching.batches import Batch, rows_of
 from likely.batching.callers import Caller, Priority
-from likely.batching.lanes import Ask, Lanes
+from likely.batching.lanes import BULK_ROWS, Ask, Lanes
 from likely.batching.traffic import Traffic
 from likely.batching.tuning import Best
 from likely.batching.turns import Turns, Waiting
@@ -33,6 +33,7 @@ from likely.errors import (
     OutOfMemory,
     Overloaded,
     RunStopped,
+    ServerFault,
     Unavailable,
 )
 from likely.graphs import CPU, CUDA, Array, Stop
@@ -179,10 +180,27 @@ def test_what_comes_while_lanes_are_busy_merges_up_to_the_best_size() -> None:
 
 def test_a_large_request_is_divided_and_comes_back_in_order() -> None:
     async def work() -> None:
-        graph = Doubler()
-        async with opened(graph, lanes=3) as lanes:
+        graph, traffic = Doubler(), Traffic()
+        async with opened(graph, lanes=3, traffic=traffic) as lanes:
             assert await ask(lanes, *range(50)) == list(range(0, 100, 2))
         assert max(map(len, graph.runs)) == 4
+        (waits,) = traffic.waits.collect()
+        assert [s.value for s in waits.samples if s.name.endswith("_count")] == [1]
+
+    run(work())
+
+
+@pytest.mark.parametrize(("nbytes", "rows"), [(3 * 16, 3), (1, 1)])
+def test_a_batch_has_no_more_rows_than_bytes_allow(
+    monkeypatch: pytest.MonkeyPatch, nbytes: int, rows: int
+) -> None:
+    monkeypatch.setattr(batching, "BATCH_BYTES", nbytes)
+
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, best={Role.DENSITY: Best(8)}) as lanes:
+            assert await ask(lanes, *range(9)) == list(range(0, 18, 2))
+        assert max(map(len, graph.runs)) == rows
 
     run(work())
 
@@ -220,6 +238,23 @@ def test_few_light_rows_wait_for_a_run_that_is_about_to_end() -> None:
     run(work())
 
 
+def test_few_light_rows_do_not_wait_for_a_run_of_another_graph() -> None:
+    async def work() -> None:
+        graphs = {Role.DENSITY: Doubler(), Role.CONDITIONAL: Doubler()}
+        best = dict.fromkeys(graphs, Best(16, grain=3, pace=1e-6))
+        lanes = Lanes("fake", graphs, lanes=2, best=best)
+        graphs[Role.DENSITY].hold()
+        first = going(ask(lanes, 0))
+        await graphs[Role.DENSITY].arrived()
+        answer = await lanes.run(Role.CONDITIONAL, {"x": np.arange(1)}, ["y"])
+        assert answer["y"].tolist() == [0] and not first.done()
+        graphs[Role.DENSITY].release()
+        assert await first == [0]
+        await asyncio.to_thread(lanes.close)
+
+    run(work())
+
+
 def test_light_rows_wait_for_company_once_callers_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         graph, waited = Doubler(), list[bool]()
@@ -239,6 +274,25 @@ def test_light_rows_wait_for_company_once_callers_have_met(monkeypatch: pytest.M
             await asyncio.gather(ask(lanes, 1), ask(lanes, 2))
             assert waited[10]
             assert graph.runs[-1] == [1, 2]
+
+    run(work())
+
+
+def test_nobody_is_alone_beside_what_runs_or_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        graph, found = Doubler(), list[bool]()
+        monkeypatch.setattr(gathering.Gathering, "came", lambda _, *, alone: found.append(alone))
+        async with opened(graph) as lanes:
+            graph.hold()
+            asked = [going(ask(lanes, 1))]
+            await graph.arrived()
+            for i in (2, 3):
+                asked.append(going(ask(lanes, i)))
+                await settled()
+            graph.release()
+            await asyncio.gather(*asked)
+            await ask(lanes, 4)
+        assert found == [True, False, False, True]
 
     run(work())
 
@@ -263,6 +317,34 @@ def test_what_is_shorter_than_the_way_to_a_lane_runs_where_it_came() -> None:
                 await ask(lanes, POISON)
             assert await ask(lanes, 1, 2, 3) == [2, 4, 6]
             assert len(threads) == 2
+
+    run(work())
+
+
+def test_what_is_short_takes_a_lane_where_it_is_not_all_there_is() -> None:
+    async def work() -> None:
+        here = list[list[int]]()
+
+        class Seen(Doubler):
+            def run(
+                self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
+            ) -> list[Array]:
+                if threading.current_thread() is threading.main_thread():
+                    here.append(feeds["x"].tolist())
+                return super().run(feeds, outputs, stop) if 9 in feeds["x"] else [2 * feeds["x"]]
+
+        graph, best = Seen(), Best(3, grain=3, at_once=2, pace=1e-3)
+        async with opened(graph, lanes=2, best={Role.DENSITY: best}) as lanes:
+            graph.hold()
+            long = going(ask(lanes, 9, 9, 9))
+            await graph.arrived()
+            assert await ask(lanes, 1) == [2]  # beside another that runs
+            graph.release()
+            assert await long == [18, 18, 18]
+            assert not here
+        async with opened(graph, best={Role.DENSITY: Best(2, at_once=2, pace=1e-6)}) as lanes:
+            assert await ask(lanes, 1, 2, 3) == [2, 4, 6]
+            assert [1, 2] not in here  # as a third waits
 
     run(work())
 
@@ -308,6 +390,16 @@ def test_runs_on_all_cores_tell_nothing_of_the_pace_of_a_lane() -> None:
             for x in range(5):
                 await ask(lanes, x)
             assert len(wide.runs) == 5
+            assert lanes._batchers[Role.DENSITY].pace == 0.25
+
+    run(work())
+
+
+def test_runs_that_fail_tell_nothing_of_the_pace() -> None:
+    async def work() -> None:
+        async with opened(Doubler(), best={Role.DENSITY: Best(4, pace=0.25)}) as lanes:
+            with pytest.raises(RuntimeError, match="poison"):
+                await ask(lanes, POISON)
             assert lanes._batchers[Role.DENSITY].pace == 0.25
 
     run(work())
@@ -380,8 +472,13 @@ def test_a_deadline_that_passes_in_the_queue_is_not_run() -> None:
     run(work())
 
 
-@pytest.mark.parametrize("crowded", [True, False])
-def test_who_would_be_answered_too_late_makes_room_for_others_that_wait(crowded: bool) -> None:
+@pytest.mark.parametrize(
+    ("crowded", "seconds", "dropped"),
+    [(True, 15, True), (True, 22, True), (True, 28, False), (False, 15, False)],
+)
+def test_who_would_be_answered_too_late_makes_room_for_others_that_wait(
+    crowded: bool, seconds: float, dropped: bool
+) -> None:
     async def work() -> None:
         graph = Doubler()
         best = {Role.DENSITY: Best(2, pace=10.0)}
@@ -390,18 +487,18 @@ def test_who_would_be_answered_too_late_makes_room_for_others_that_wait(crowded:
             first = [going(ask(lanes, 0)), going(ask(lanes, 1))]
             await graph.arrived()
             # Let in before, as the chunks of a stream: else it would have been refused.
-            soon = time.monotonic() + SECONDS / 2
+            soon = time.monotonic() + seconds  # 20 for its own rows, 5 for half of those that run
             late = going(ask(lanes, 2, 2, client="a", deadline=soon, admitted=True))
             fine = [going(ask(lanes, 3, 3, client="b"))] if crowded else []
             await settled()
             graph.release()
             await asyncio.gather(*first, *fine)
-            if crowded:
+            if dropped:
                 with pytest.raises(DeadlineExceeded):
                     await late
             else:
                 assert await late == [4, 4]
-        assert any(2 in rows for rows in graph.runs) is not crowded
+        assert any(2 in rows for rows in graph.runs) is not dropped
 
     run(work())
 
@@ -418,6 +515,24 @@ def test_who_makes_the_model_raise_is_alone_in_failing(poisoned: list[int]) -> N
                     assert isinstance(answer, RuntimeError)
                 else:
                     assert answer == [2 * i]
+
+    run(work())
+
+
+def test_a_lane_comes_back_whatever_is_raised_in_it() -> None:
+    class Leaving(Doubler):
+        def run(
+            self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
+        ) -> list[Array]:
+            if np.any(feeds["x"] == POISON):
+                raise SystemExit
+            return super().run(feeds, outputs, stop)
+
+    async def work() -> None:
+        async with opened(Leaving()) as lanes:
+            with pytest.raises(ServerFault, match="a batch failed: SystemExit"):
+                await ask(lanes, POISON)
+            assert await ask(lanes, 1) == [2]
 
     run(work())
 
@@ -445,8 +560,28 @@ def test_without_memory_half_is_tried_once_and_then_refused() -> None:
             with pytest.raises(Overloaded, match="no memory"):
                 await ask(lanes, 1, 2, 3, 4)
             assert list(map(len, graph.runs)) == [4, 2, 2]
+            graph.fits, graph.runs = 0, []
+            with pytest.raises(Overloaded, match="no memory"):
+                await ask(lanes, 1)
+            assert graph.runs == [[1]]  # of one row there is no half
             graph.fits = HUGE  # and never for good
             assert await ask(lanes, 1, 2, 3, 4) == [2, 4, 6, 8]
+
+    run(work())
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_failures_are_counted_by_reasons_that_are_known_before(counted: bool) -> None:
+    async def work() -> None:
+        graph, traffic = Doubler(fits=1), Traffic()
+        async with opened(graph, traffic=traffic) as lanes:
+            with pytest.raises(RuntimeError, match="poison"):
+                await ask(lanes, POISON, client="a", counted=counted)
+            with pytest.raises(Overloaded):
+                await ask(lanes, 1, 2, 3, 4, client="a", counted=counted)
+        (failures,) = traffic.failures.collect()
+        reasons = [s.labels["reason"] for s in failures.samples if s.name.endswith("_total")]
+        assert reasons == (["raised", "Overloaded"] if counted else [])
 
     run(work())
 
@@ -507,11 +642,30 @@ def test_bytes_are_bounded_as_rows_are() -> None:
     run(work())
 
 
-@pytest.mark.parametrize("leaves", [False, True])
-def test_in_a_full_queue_the_greediest_client_gives_way(leaves: bool) -> None:
+def test_bytes_of_what_is_ready_count_too() -> None:
     async def work() -> None:
         graph = Doubler()
-        async with opened(graph, bounds=Bounds(rows=6)) as lanes:
+        options: dict[str, Any] = {"best": {Role.DENSITY: Best(2)}, "bounds": Bounds(nbytes=3 * 16)}
+        async with opened(graph, **options) as lanes:
+            graph.hold()
+            asked = [going(ask(lanes, i, i)) for i in range(2)]
+            await graph.arrived()
+            await settled()
+            assert lanes.ready == 2
+            with pytest.raises(Overloaded, match="wait already"):
+                await going(ask(lanes, 3, 4, client="a"))
+            graph.release()
+            assert [await each for each in asked] == [[0, 0], [2, 2]]
+
+    run(work())
+
+
+@pytest.mark.parametrize("bounds", [Bounds(rows=6), Bounds(nbytes=6 * 16)])
+@pytest.mark.parametrize("leaves", [False, True])
+def test_in_a_full_queue_the_greediest_client_gives_way(leaves: bool, bounds: Bounds) -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, bounds=bounds) as lanes:
             graph.hold()
             first = going(ask(lanes, 0))
             await graph.arrived()
@@ -526,6 +680,51 @@ def test_in_a_full_queue_the_greediest_client_gives_way(leaves: bool) -> None:
             found = await asyncio.gather(*greedy, return_exceptions=True)
             assert found[:2] == [[0, 0], [2, 2]]
             assert isinstance(found[2], asyncio.CancelledError if leaves else Overloaded)
+
+    run(work())
+
+
+def test_nobody_in_a_hurry_gives_way_to_bulk() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, bounds=Bounds(rows=6)) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            greedy = [going(ask(lanes, i, i, client="greedy")) for i in range(3)]
+            await settled()
+            with pytest.raises(Overloaded, match="wait already"):
+                await going(ask(lanes, 7, client="modest", priority=Priority.BULK))
+            graph.release()
+            assert await asyncio.gather(first, *greedy) == [[0], [0, 0], [2, 2], [4, 4]]
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("requests", "admitted"),
+    [
+        ([16], False),  # some of it runs already
+        ([4, 4, 4, 4], True),  # as the chunks of a stream
+    ],
+)
+def test_what_was_let_in_or_is_begun_gives_way_to_nobody(
+    requests: list[int], admitted: bool
+) -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, bounds=Bounds(rows=12)) as lanes:
+            graph.hold()
+            greedy = [
+                going(ask(lanes, *[1] * rows, client="greedy", admitted=admitted))
+                for rows in requests
+            ]
+            await graph.arrived()
+            await settled()
+            with pytest.raises(Overloaded, match="wait already"):
+                await going(ask(lanes, 7, client="modest"))
+            graph.release()
+            assert [await task for task in greedy] == [[2] * rows for rows in requests]
 
     run(work())
 
@@ -636,6 +835,48 @@ def test_what_was_let_in_is_not_refused_later() -> None:
     run(work())
 
 
+def test_what_the_process_asks_of_itself_is_not_refused() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, bounds=Bounds(rows=1)) as lanes:
+            graph.hold()
+            asked = [going(ask(lanes, i)) for i in range(3)]
+            await graph.arrived()
+            asked += [going(ask(lanes, i)) for i in range(3, 9)]
+            await settled()
+            graph.release()
+            assert await asyncio.gather(*asked) == [[2 * i] for i in range(9)]
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("role", "rows", "priority"),
+    [
+        (Role.DENSITY, BULK_ROWS - 1, Priority.INTERACTIVE),
+        (Role.DENSITY, BULK_ROWS, Priority.BULK),
+        (Role.SAMPLE, 1, Priority.BULK),
+        (Role.GENERATE, 1, Priority.BULK),
+    ],
+)
+def test_drawing_and_large_requests_are_bulk(role: Role, rows: int, priority: Priority) -> None:
+    async def work() -> None:
+        graph, best = Doubler(), Best(1000, grain=1000)
+        lanes = Lanes("fake", {role: graph}, lanes=1, best={role: best})
+        graph.hold()
+        asked = []
+        for n in (1, rows):
+            feed = rows_of({"x": np.arange(n)})
+            asked.append(asyncio.create_task(lanes.run_all(Ask(role, n, feed, ("y",)))))
+            await settled()
+        assert lanes._batchers[role].waiting(priority) == rows
+        graph.release()
+        await asyncio.gather(*asked)
+        await asyncio.to_thread(lanes.close)
+
+    run(work())
+
+
 def test_a_deadline_before_its_turn_is_refused_at_once() -> None:
     async def work() -> None:
         graph = Doubler()
@@ -654,26 +895,55 @@ def test_a_deadline_before_its_turn_is_refused_at_once() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("rows", [1, 3, 9])
-def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int) -> None:
+def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int, count: int) -> None:
     async def work() -> None:
         graph, pace = Doubler(), 10.0
-        async with opened(graph, best={Role.DENSITY: Best(4, pace=pace)}) as lanes:
+        async with opened(graph, lanes=count, best={Role.DENSITY: Best(4, pace=pace)}) as lanes:
             graph.hold()
-            first = going(ask(lanes, 0))
-            await graph.arrived()
-            waiting = going(ask(lanes, 1))
+            others = []
+            for _ in range(count):
+                others.append(going(ask(lanes, 0)))
+                await graph.arrived()
+            others.append(going(ask(lanes, 1)))
             await settled()
-            # What runs, what waits, and its own.
-            answered = headroom.MOST * pace * (0.5 + 1 + rows)
+            # What runs and what waits, which all lanes share, as they do its own but for the last.
+            batch = min(rows, 4)
+            shared = (0.5 * count + 1 + rows - batch) / count
+            answered = headroom.MOST * pace * (shared + batch)
             own, now = range(rows), time.monotonic()
             with pytest.raises(Overloaded, match="longer than the deadline allows"):
                 await going(ask(lanes, *own, client="a", deadline=now + answered - 1))
             fine = going(ask(lanes, *own, client="a", deadline=now + answered + 1))
             await settled()
             graph.release()
-            assert (await first, await waiting) == ([0], [2])
+            assert await asyncio.gather(*others) == [[0]] * count + [[2]]
             assert await fine == [2 * row for row in own]
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("priority", "rows"), [(Priority.INTERACTIVE, 0.5 + 1), (Priority.BULK, 0.5 + 1 + 2)]
+)
+def test_bulk_is_told_to_come_again_after_all_others(priority: Priority, rows: float) -> None:
+    async def work() -> None:
+        graph = Doubler()
+        best = Best(4, grain=4, pace=4.0)
+        async with opened(graph, best={Role.DENSITY: best}) as lanes:
+            graph.hold()
+            others = [going(ask(lanes, 0))]
+            await graph.arrived()
+            others.append(going(ask(lanes, 1)))
+            others.append(going(ask(lanes, 2, 2, client="b", priority=Priority.BULK)))
+            await settled()
+            until = time.monotonic() + 1
+            with pytest.raises(Overloaded) as caught:
+                await going(ask(lanes, 3, client="a", deadline=until, priority=priority))
+            assert caught.value.retry_after == pytest.approx(4.0 * rows)
+            graph.release()
+            assert await asyncio.gather(*others) == [[0], [2], [4, 4]]
 
     run(work())
 
@@ -833,6 +1103,27 @@ def test_lanes_serve_one_loop_after_another() -> None:
     run(left())
     graph.release()
     assert asyncio.run(ask(lanes, 3)) == [6]
+    lanes.close()
+
+
+def test_who_waits_for_company_is_woken_on_the_next_loop_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gathering, "LONGEST", 0.25)
+    graph, best = Doubler(), Best(16, grain=8, fixed=1.0)
+    lanes = Lanes("fake", {Role.DENSITY: graph}, lanes=1, best={Role.DENSITY: best})
+
+    async def left() -> None:
+        for i in (1, 2):
+            going(ask(lanes, i))
+        await settled()
+        assert lanes._alarm and not graph.runs
+
+    async def work() -> None:
+        assert list(await asyncio.gather(ask(lanes, 3), ask(lanes, 4))) == [[6], [8]]
+
+    run(left())
+    run(work())
     lanes.close()
 
 
@@ -1011,6 +1302,25 @@ def test_who_is_in_a_hurry_goes_before_bulk_that_is_ready(count: int, ended: set
     run(work())
 
 
+def test_no_lane_takes_bulk_by_itself_once_somebody_in_a_hurry_has_come() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, best={Role.DENSITY: Best(1)}) as lanes:
+            graph.hold()
+            bulk = [going(ask(lanes, i, client="b", priority=Priority.BULK)) for i in range(3)]
+            await graph.arrived()
+            await settled()
+            assert lanes.ready == 1
+            hurried = going(ask(lanes, 10, client="h"))
+            await asyncio.sleep(0)  # it waits, and the lanes have not been woken
+            graph.release()
+            time.sleep(0.1)  # the lane ends, and the event loop does nothing meanwhile
+            assert graph.runs == [[0]]
+            assert await asyncio.gather(hurried, *bulk) == [[20], [0], [2], [4]]
+
+    run(work())
+
+
 @pytest.mark.parametrize(("count", "at"), [(2, [0, 8]), (3, [0, 8, 16])])
 def test_bulk_that_is_ready_has_an_eighth_too(count: int, at: list[int]) -> None:
     async def work() -> None:
@@ -1164,6 +1474,26 @@ def test_a_fault_in_choosing_a_batch_is_not_that_of_the_one_before(
         async with opened(graph, traffic=traffic) as lanes:
             assert await ask(lanes, 1) == [2]
             assert gauge(traffic, "restarts") == 1 and gauge(traffic, "running") == 0
+
+    run(work())
+
+
+def test_who_has_left_harms_nobody_as_the_queue_is_begun_anew() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        async with opened(graph) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 1))
+            await graph.arrived()
+            leaver, stayer = going(ask(lanes, 2)), going(ask(lanes, 3))
+            await settled()
+            leaver.cancel()  # the queue has not heard of it yet
+            lanes._restart(RuntimeError("a fault of the queue's own"))
+            with pytest.raises(Unavailable):
+                await stayer
+            graph.release()
+            assert await first == [2]
 
     run(work())
 
@@ -1390,9 +1720,19 @@ def test_a_quota_is_spent_and_comes_back() -> None:
     with pytest.raises(Overloaded) as caught:
         quota.take("a", 1)
     assert caught.value.retry_after == pytest.approx(1.6)
+    quota.take("a", 0)  # of no pictures, whoever is in debt may ask
     assert quota.remembered == 1  # b's is full again, and forgotten
     for client in map(str, range(1000)):
         Quota().take(client, HUGE)
+
+
+def test_nobody_is_told_to_come_again_too_soon_or_too_late() -> None:
+    quota = Quota(1000, 1, lambda: 100.0)
+    quota.take("a", 1)
+    with pytest.raises(Overloaded) as caught:
+        quota.take("a", 1)
+    assert caught.value.retry_after == SOONEST
+    assert [patience(seconds) for seconds in (0.0, 1.0, 100.0)] == [SOONEST, 1.0, LATEST]
 
 
 def test_what_is_refused_for_now_costs_no_quota(monkeypatch: pytest.MonkeyPatch) -> None:

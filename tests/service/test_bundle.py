@@ -178,7 +178,13 @@ def test_other_answers_than_the_recorded_ones_are_refused(folder: Path) -> None:
 FLAWS: dict[str, tuple[dict[str, Any], str]] = {
     "scores": ({"scores": lambda a: a[::-1]}, "scores do not ascend"),
     "scores of none": ({"scores": lambda a: np.where(a == a[3], np.nan, a)}, "do not ascend"),
+    "endless scores": ({"scores": lambda a: np.append(a[:-1], np.inf)}, "do not ascend"),
+    "few scores": (
+        {"scores": lambda a: a[1:], "confident": lambda a: a[1:]},
+        "198 scores; the manifest says 2 and 199",
+    ),
     "confident": ({"confident": lambda a: a[:-1]}, "p-values that ascend"),
+    "confident of 0": ({"confident": lambda a: np.append(0, a[1:])}, r"within \(0, 1\]"),
     "confident of none": ({"confident": lambda a: np.full_like(a, np.nan)}, "that ascend"),
     "confident above 1": ({"confident": lambda a: a + 1}, r"within \(0, 1\]"),
     "few counts": ({"label_counts": lambda a: a[:1]}, "is not of"),

@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 from likely import codec
 from likely.answers import (
     Classifications,
+    Direction,
     Draws,
     Features,
     LabelRule,
@@ -93,6 +94,7 @@ def test_scores(n: int, surprise: bool) -> None:
         surprise=rng.random(shape, dtype=np.float32) if surprise else None,
         model_version="1",
     )
+    table.p_value[:1] = table.alpha  # which is rejected
     message, scores = codec.score_response(table), table.scores()
     assert same(codec.scores(message, shape if surprise else None), scores)
     assert np.array_equal(scores.verdict == Verdict.OUTLIER, scores.p_value <= 0.05)
@@ -118,6 +120,10 @@ def test_classifications(n: int, rule: LabelRule) -> None:
     )
     message = codec.classify_response(answer)
     assert same(codec.classifications(message, 4), answer)
+    answer.label_p_values[:, 1] = answer.alpha  # which is not in the set
+    assert np.array_equal(answer.label_sets, answer.label_p_values > answer.alpha)
+    message.ClearField("rule")  # as a server has it that knows no other
+    assert codec.classifications(message, 4).rule is LabelRule.GENERATIVE
     assert tallies.size(message) == n
     assert tallies.verdicts(message) == [Verdict(v) for v in answer.verdict]
 
@@ -173,9 +179,12 @@ def test_model_descriptions(conditional: str | None) -> None:
         default_alpha=0.2,
         posterior_temperature=1.5,
         execution_providers=("CPUExecutionProvider",),
-        limits=Limits(1, 2, 3, 4),
+        limits=Limits(1, 2, 3, 4, 5, 6, 7, 0.5, 8),
         digest="f" * 64,
+        version_labels=("canary", "stable"),
         discriminative=conditional is None,
+        directions=(Direction("brightness", "attribute"), Direction("label x", "label")),
+        deterministic=conditional is None,
     )
     assert codec.model_info(codec.model(info)) == info
 

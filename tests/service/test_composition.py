@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from likely import Client, InvalidInput, LabelRule, NotAnswered, bayes, codec
+from likely import Client, InvalidInput, LabelRule, NotAnswered, bayes, codec, noise
 from likely.answers import Acceptance, Draws, Pixels, Verdict
 from likely.bundle import Bundle
 from likely.engine import Engine
+from likely.generation import Generator
 from likely.graphs import Device
 from likely.serving import merging
 from likely.v1 import scoring_pb2
@@ -118,6 +120,10 @@ def test_the_requests_priors_take_the_place_of_trainings(client: Client, toy: To
     by_hand /= by_hand.sum(1, keepdims=True)
     assert answer.posterior == pytest.approx(by_hand, abs=1e-5)
     assert np.array_equal(answer.composed, client.classify(x, rule=RULE).composed)
+    # What a label's pictures look like does not depend on how many of them are expected.
+    usual, other = client.classify(x), client.classify(x, priors=[0.98, 0.01, 0.01])
+    assert np.array_equal(other.label_p_values, usual.label_p_values)
+    assert not np.array_equal(other.posterior, usual.posterior)
 
 
 def test_outliers_are_rejected_by_either_rule(client: Client, toy: Toy) -> None:
@@ -194,6 +200,24 @@ def test_accepted_draws_do_not_depend_on_batch_or_chunk(
     other.close()
     assert np.array_equal(whole.images[13:], tail.images)
     assert np.array_equal(whole.draws[13:], tail.draws)
+
+
+def test_what_is_never_kept_is_the_last_draw(engine: Engine, toy: Toy) -> None:
+    n, most = 12, 3
+    cut = drawn(engine, 2, n, most)
+    gumbel = noise.gumbel(7, range(n), (*SHAPE[1:], SHAPE[0], LEVELS), [most - 1] * n)
+    last = (toy.log_q + gumbel.transpose(0, 3, 1, 2, 4)).argmax(-1)
+    assert np.array_equal(cut.images[~cut.accepted], last[~cut.accepted])
+    assert not np.all(cut.accepted)
+
+
+def test_a_label_that_is_hardly_ever_kept_is_drawn_by_the_batch() -> None:
+    manifest: Any = SimpleNamespace(priors=np.array([0.7, 0.3, 0.0]))
+    other: Any = None
+    generator = Generator(manifest, other, other, other, other, rows=64)
+    assert [generator._ahead_of(np.array([label])) for label in range(3)] == [2, 4, 64]
+    assert generator._ahead_of(np.full(30, 1)) == 2
+    assert generator._ahead_of(np.full(100, 1)) == 1
 
 
 def test_labels_left_open_are_those_of_any_drawing(client: Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 
 from likely import graphs
 from likely.bundle import Bundle, Role
-from likely.errors import SettingsError
-from likely.graphs import Device, Session
+from likely.errors import BundleError, SettingsError
+from likely.graphs import CPU, CUDA, Device, Session
 
 if TYPE_CHECKING:
     from tests.conftest import Toy
@@ -80,3 +81,57 @@ def test_a_device_is_what_its_name_says() -> None:
 def test_auto_keeps_its_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "cuda_devices", lambda: 0)
     assert Device("auto", memory=5).resolve() == Device("cpu", memory=5)
+
+
+@pytest.mark.parametrize(
+    ("providers", "cards", "kind"),
+    [((CUDA, CPU), 1, "cuda"), ((CUDA, CPU), 0, "cpu"), ((CPU,), 1, "cpu")],
+)
+def test_auto_is_a_card_where_both_runtime_and_driver_have_one(
+    monkeypatch: pytest.MonkeyPatch, providers: tuple[str, ...], cards: int, kind: str
+) -> None:
+    runtime = SimpleNamespace(get_available_providers=lambda: providers)
+    monkeypatch.setattr(graphs, "runtime", lambda: runtime)
+    monkeypatch.setattr(graphs, "cuda_devices", lambda: cards)
+    assert str(Device("auto").resolve()) == ("cuda:0" if kind == "cuda" else kind)
+
+
+def test_a_card_computes_as_exactly_as_was_promised_and_within_its_memory() -> None:
+    usual = {"device_id": "3", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    assert graphs._cuda_options(Device("cuda", 3)) == usual
+    limits = {"gpu_mem_limit": "5000", "arena_extend_strategy": "kSameAsRequested"}
+    assert graphs._cuda_options(Device("cuda", 3, 5000)) == usual | limits
+
+
+def test_a_graph_is_opened_for_as_many_threads_as_asked(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, asked, opened = Bundle.open(toy.path), [], graphs.runtime().InferenceSession
+
+    def noted(path: str, options: Any, **more: Any) -> Any:
+        asked.append((options.intra_op_num_threads, options.inter_op_num_threads))
+        return opened(path, options, **more)
+
+    monkeypatch.setattr(graphs.runtime(), "InferenceSession", noted)
+    for threads in (1, 2):
+        spec = bundle.manifest.graphs[Role.DENSITY]
+        Session(bundle.graph(Role.DENSITY), spec, Device("cpu"), threads)
+    assert asked == [(1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("what", ["inputs", "outputs"])
+def test_a_graph_of_another_signature_is_refused(toy: Toy, what: str) -> None:
+    bundle = Bundle.open(toy.path)
+    spec = bundle.manifest.graphs[Role.ENCODE]
+    other = spec.model_copy(update={what: getattr(spec, what)[:1]})
+    with pytest.raises(BundleError, match=f"has the {what} .* where the manifest says"):
+        Session(bundle.graph(Role.ENCODE), other, Device("cpu"))
+
+
+def test_what_agrees_is_of_one_kind_and_near() -> None:
+    x = np.array([0.0, 1000.0], np.float32)
+    assert graphs.agrees(x + np.array([9e-4, 0.09], np.float32), x)
+    assert not graphs.agrees(x + np.float32(2e-3) * (x == 0), x)
+    assert not graphs.agrees(x * np.float32(1.0002), x)
+    assert not graphs.agrees(x.astype(np.float64), x) and not graphs.agrees(x[:1], x)
+    assert not graphs.agrees(np.array([1, 2]), np.array([1, 3]))

@@ -92,6 +92,9 @@ def test_the_ends_between_two_pictures_are_their_reconstructions(client: Client)
         own = client.decode(client.encode(x, labels=y).mean, labels=y, draws=1, seed=2)
         assert np.array_equal(found.mean[:, at], own.mean)
         assert np.array_equal(found.drawn[:, at], own.drawn)
+    halves = [client.encode(x, labels=y).mean / 2 for x, y in ((a, Y[:2]), (b, Y[2:]))]
+    middle = client.decode(sum(halves), labels=Y[2:])  # as near to either, it is of the last
+    assert found.mean[:, 1] == pytest.approx(middle.mean, abs=1e-6)
 
 
 def test_a_place_is_told_with_its_deviation(client: Client) -> None:

@@ -155,6 +155,27 @@ def test_a_version_is_loaded_and_unloaded(running: Running, toys: dict[str, Toy]
         assert admin.answers() == "1"
 
 
+def test_a_version_that_is_called_as_a_label_is_refused_and_freed(
+    running: Running,
+    make_toy: Callable[..., Toy],
+    toys: dict[str, Toy],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed, close = list[str](), Engine.close
+
+    def noted(engine: Engine) -> None:
+        closed.append(engine.manifest.version)
+        close(engine)
+
+    monkeypatch.setattr(Engine, "close", noted)
+    with administered(running, bundles=(toys["1"].path,)) as admin:
+        odd = make_toy(version="stable")
+        code = refusal(partial(admin.load, odd.path))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert closed == ["stable"]
+        assert admin.answers() == "1"
+
+
 def test_a_rollback_goes_one_change_back(
     running: Running, toys: dict[str, Toy], tmp_path: Path
 ) -> None:

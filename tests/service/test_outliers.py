@@ -10,9 +10,19 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
+from likely.answers import Guarantee
 from likely.bundle import Bundle
 from likely.errors import InvalidInput
-from likely.outliers import Detector, Mixture, Neighbours, benjamini_hochberg
+from likely.outliers import (
+    Combination,
+    Contrast,
+    Detector,
+    Mahalanobis,
+    Mixture,
+    Neighbours,
+    Ranks,
+    benjamini_hochberg,
+)
 
 if TYPE_CHECKING:
     from tests.conftest import Toy
@@ -84,6 +94,46 @@ def test_neighbours_are_the_nearest_of_the_whole_bank(bank: int) -> None:
     assert part(normal, np.zeros(21, np.int64)) == pytest.approx(apart, rel=1e-9)
 
 
+def test_a_picture_of_the_bank_is_as_near_as_can_be() -> None:
+    bank = np.random.default_rng(7).normal(size=(40, 4)) * 1e3
+    part = Neighbours(np.arange(4.0), np.zeros(4), np.eye(4), bank, np.array(1))
+    assert part(bank, np.zeros(40, np.int64)) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_contrast_holds_far_scores() -> None:
+    slopes, bends = np.array([1.0, -2.0, 3.0]), np.array([0.5, 0.25, -1.0])
+    part = Contrast(np.array([2.0, 0.0, 1.0]), slopes, bends)
+    normal = np.array([[1.0, 1e6, -7.0], [-1.5, 6.0, 2.0]])
+    held = np.array([[-6.0, 1.0, 6.0], [2.0, -1.5, 6.0]])
+    expected = held @ slopes + np.abs(held) @ bends
+    assert part(normal, np.zeros(2, np.int64)) == pytest.approx(expected)
+
+
+def test_a_contrast_has_the_same_bits_in_whatever_company() -> None:
+    rng, label = np.random.default_rng(8), np.zeros(67, np.int64)
+    part = Contrast(rng.permutation(80)[:40].astype(float), *rng.normal(size=(2, 40)))
+    normal = rng.normal(size=(67, 80))
+    alone = [part(normal[i : i + 1], label[:1])[0] for i in range(67)]
+    assert np.array_equal(part(normal, label), alone)
+
+
+def test_parts_come_back_in_their_order_and_labels_have_what_is_usual_for_them() -> None:
+    count = 12
+    ranks = Ranks(np.array([[-1.0] * 2, [1.0] * 2]), np.array([-1.0, 1.0]), np.ones(2))
+    part_ranks = Ranks(np.repeat([[-1.0], [1.0]], count, 1), np.array([-1.0, 1.0]), np.ones(count))
+    parts = tuple(
+        Mahalanobis(np.array([0.0]), np.zeros((1, 1)), np.full((1, 1), np.sqrt(k)))
+        for k in range(count)
+    )
+    weights = np.arange(count) / np.arange(count).sum()
+    usual = np.array([[0.0, 1.0], [5.0, 2.0]])
+    made = Combination(ranks, parts, part_ranks, weights, usual)
+    average = (weights * np.arange(count)).sum()  # of k times the square of 1
+    for combination in (made, Combination.read(made.stored())):
+        scores = combination(np.ones((2, 2)), np.array([0, 1]))
+        assert scores == pytest.approx([average, (average - 5) / 2])
+
+
 def test_a_mixture_gives_minus_its_log_density() -> None:
     rng, terms, r = np.random.default_rng(6), 5, 3
     roots = rng.normal(size=(terms, r, r)) + 2 * np.eye(r)
@@ -96,6 +146,27 @@ def test_a_mixture_gives_minus_its_log_density() -> None:
         for weight, mean, root in zip(weights, means, roots, strict=True)
     ]
     assert part(normal, np.zeros(11, np.int64)) == pytest.approx(-logsumexp(each, axis=0))
+
+
+def test_ties_count_against_a_picture_by_either_guarantee(toy: Toy) -> None:
+    arrays = Bundle.open(toy.path).calibration()
+    known = {"scores": np.array([0.0, 0, 1, 2]), "confident": np.array([0.3, 0.4, 0.5, 0.6, 1])}
+    detector = Detector({**arrays, **known})
+    scores = np.array([-1.0, 0.0, 1.0, 5.0])
+    assert detector.p_value(scores).tolist() == [1.0, 1.0, 0.6, 0.2]
+    assert detector.p_value(scores, Guarantee.PAC).tolist() == [1.0, 1.0, 0.5, 0.3]
+    assert detector.check_alpha(0.3, Guarantee.PAC) == 0.3
+    with pytest.raises(InvalidInput, match=r"0\.25 is not in \[0\.3, 1\).* cannot promise finer"):
+        detector.check_alpha(0.25, Guarantee.PAC)
+
+
+def test_a_label_ranks_pictures_among_its_own_and_ties_count_against_them(toy: Toy) -> None:
+    arrays = Bundle.open(toy.path).calibration()
+    known = {"label_scores": np.array([0.0, 0, 3, 1, 2, 5]), "label_counts": np.array([3, 0, 3])}
+    detector = Detector({**arrays, **known})
+    # A score below 0 does not speak against a picture, and one of 2 does so by 2 nats.
+    p = detector.label_p_values(np.array([-3.0, 2.0]), np.ones((2, 3)))
+    assert p.tolist() == [[1.0, 1.0, 1.0], [0.5, 1.0, 0.75]]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 2.0, 0.0049, float("nan"), float("inf")])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from likely.bundle import Bundle, Manifest
+from likely.bundle import Bundle, Manifest, Role
 from likely.engine import Engine
 from likely.errors import BundleError, InvalidInput, ModelNotFound, Unavailable
 from likely.graphs import Device
@@ -102,7 +102,20 @@ def test_a_model_is_described(
 ) -> None:
     opened = Engine.load(Bundle.open(toy.path), device=Device("cpu"), threads=1, max_batch=4)
     info = describe(opened, settings().limits, 0.05)
+    calibration, conditional = manifest.calibrated, manifest.graphs[Role.CONDITIONAL]
+    bound = conditional.model_copy(update={"kind": "iwae", "importance_samples": 64})
+    opened.manifest = manifest.model_copy(
+        update={
+            "calibration": calibration.model_copy(update={"temperature": 2.5}),
+            "graphs": {**manifest.graphs, Role.CONDITIONAL: bound},
+        }
+    )
+    other = describe(opened, settings().limits, 0.05, ["canary"])
     opened.close()
+    assert (info.posterior_temperature, other.posterior_temperature) == (1.0, 2.5)
+    assert (info.importance_samples, other.importance_samples) == (0, 64)
+    assert (info.version_labels, other.version_labels) == ((), ("canary",))
+    assert other.conditional_kind == "iwae"
     assert info.shape == manifest.shape
     assert info.methods == tuple(sorted(info.methods))
     assert len(info.methods) == 8

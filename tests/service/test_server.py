@@ -10,7 +10,7 @@ import shutil
 import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from likely import codec, statuses
+from likely import Client, codec, statuses
+from likely.batching.admission import Quota
 from likely.engine import Engine
 from likely.errors import BundleError, Overloaded, SettingsError
 from likely.serving import tallies
@@ -355,6 +356,62 @@ def test_request_ids_come_back_if_sane(stubs: Stubs, live: Live, given: str, kep
     line = next(line for line in log(live) if line.get("request_id") == returned)
     told = [line[key] for key in ("method", "model", "code", "images")]
     assert told == ["Score", "toy", "OK", 1]
+
+
+def test_what_goes_well_or_is_refused_for_now_is_told_for_debugging_alone(running: Running) -> None:
+    limits = {"client_images_per_second": 1e-3, "client_images_at_once": 1}
+    with (
+        running(**limits) as live,
+        grpc.insecure_channel(live.address, (("grpc.enable_retries", 0),)) as channel,
+    ):
+        stubs = Stubs(channel)
+        stubs.ask(on_toy(ScoreRequest))
+        failure(lambda: stubs.ask(on_toy(ScoreRequest)))
+        failure(lambda: stubs.ask(on_toy(ScoreRequest, model_name="other")))
+        lines = [line for line in log(live) if line["event"] == "rpc"]
+    assert [(line["code"], line["level"]) for line in lines] == [
+        ("OK", "debug"),
+        ("RESOURCE_EXHAUSTED", "debug"),
+        ("NOT_FOUND", "info"),
+    ]
+
+
+Z = np.zeros((3, 2), np.float32)
+COSTS: dict[str, tuple[Callable[[Client, Any], Any], int]] = {
+    "Score": (lambda c, x: c.score(x), 3),
+    "Classify": (lambda c, x: c.classify(x), 3),
+    "Encode": (lambda c, x: c.encode(x), 3),
+    "Decode": (lambda c, x: c.decode(Z, labels=[0] * 3), 3),
+    "Decode, drawn": (lambda c, x: c.decode(Z, labels=[0] * 3, draws=2), 6),
+    "Traverse": (lambda c, x: c.traverse(x, "brightness", [0, 1]), 6),
+    "Traverse, drawn": (lambda c, x: c.traverse(x, "brightness", [0, 1], draws=4), 24),
+    "Interpolate": (lambda c, x: c.interpolate(x, x, [0, 1]), 6),
+    "Interpolate, drawn": (lambda c, x: c.interpolate(x, x, [0, 1], draws=4), 24),
+    "Complete": (lambda c, x: c.complete(x, True, completions=2), 6),
+    "Complete, proposed": (lambda c, x: c.complete(x, True, completions=2, proposals=4), 24),
+    "Generate": (lambda c, x: c.generate(5), 5),
+    "Generate, checked": (lambda c, x: c.generate(5, self_check=True, alpha=0.2), 7),
+    "Generate, checked once": (lambda c, x: c.generate(5, self_check=True, max_draws=1), 5),
+    "Generate, accepted": (lambda c, x: c.generate(5, acceptance=True), 15),
+    "Generate, accepted soon": (lambda c, x: c.generate(5, acceptance=True, max_draws=2), 10),
+}
+
+
+@pytest.mark.parametrize("what", COSTS)
+def test_a_question_costs_what_is_looked_at_or_drawn_for_it(
+    live: Live, x: Any, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charged = list[tuple[str, int, str]]()
+
+    def noted(_: Quota, *given: Any) -> Any:
+        charged.append(given)
+        return nullcontext()
+
+    monkeypatch.setattr(Quota, "charged", noted)
+    ask, cost = COSTS[what]
+    with Client(live.address) as client:
+        ask(client, x[:3])
+    assert charged == [("ipv4:127.0.0.1", cost, "toy")]  # whatever the port
 
 
 def test_no_two_requests_share_an_id_though_random_is_set_back(stubs: Stubs) -> None:
