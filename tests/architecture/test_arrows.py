@@ -203,8 +203,9 @@ WITHIN = {
         "scan": "wire",
         "arrays": "",
         "signing": "",
-        "manifest": "arrays scan signing",
-        "__init__": "manifest",
+        "manifest": "",
+        "folder": "arrays manifest scan signing",
+        "__init__": "folder manifest",
     },
     "likely.client": {
         "credentials": "",
