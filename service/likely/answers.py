@@ -21,6 +21,7 @@ Labels = npt.NDArray[np.int64]
 Verdicts = npt.NDArray[np.int8]
 Accepted = npt.NDArray[np.bool_]
 
+NAME_PATTERN = "[a-z0-9][a-z0-9_.-]{0,63}"  # of names of models and versions
 VERSION_LABELS = ("stable", "canary")  # labels of versions, which no version may be called
 
 

@@ -20,6 +20,7 @@ from likely.answers import (
 )
 from likely.errors import InvalidInput, JobError, NotAnswered
 from likely.noise import SEED_LIMIT
+from likely.outliers import require_alpha
 
 ALPHA = 0.05  # default alpha
 SHARD = 4096  # default number of pictures in a shard
@@ -95,7 +96,7 @@ class Generation:
         if not 1 <= self.max_draws <= MOST_DRAWS:
             raise InvalidInput("max_draws", f"{self.max_draws} is not in 1 to {MOST_DRAWS}")
         if self.alpha is not None:
-            _check_alpha(self.alpha, info)
+            require_alpha(self.alpha, info.finest_alpha, info.calibration_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class Judgement:
             InvalidInput: a value is not allowed; the error names it and what is allowed.
             NotAnswered: the model lacks the rule's p(y|x).
         """
-        _check_alpha(self.alpha, info)
+        require_alpha(self.alpha, info.finest_alpha, info.calibration_size)
         if self.fdr is not None and not 0 < self.fdr < 1:
             raise InvalidInput("fdr", f"{self.fdr:g} is not in (0, 1)")
         if self.fdr is not None and self.guarantee is not Guarantee.MARGINAL:
@@ -232,15 +233,6 @@ class Request:
 
 def _flat(told: dict[str, Any]) -> dict[str, Any]:
     return {**told, **told["task"], "task": None}
-
-
-def _check_alpha(alpha: float, info: ModelInfo) -> None:
-    if not info.finest_alpha <= alpha < 1:
-        fine = f": {info.calibration_size} calibration pictures cannot promise finer"
-        finest = info.finest_alpha
-        raise InvalidInput(
-            "alpha", f"{alpha:g} is not in [{finest:.6g}, 1){fine if alpha < finest else ''}"
-        )
 
 
 def runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
