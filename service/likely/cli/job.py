@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from likely.answers import VERSION_LABELS, ModelInfo
-from likely.cli import show
+from likely.cli import options, show
 from likely.cli.connection import Connection, connected, on_the_command_line
 from likely.errors import JobError
 
@@ -180,7 +180,7 @@ def job(command: F) -> F:
 def _options() -> tuple[Callable[[F], F], ...]:
     file = click.Path(dir_okay=False, path_type=Path)
     return (
-        click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object."),
+        options.as_json("Print the result as a JSON object."),
         click.option(
             "--engine", type=click.Choice(["threads", "ray"]), default="threads",
             show_default=True, help="What makes the shards: threads here, or actors of Ray.",
