@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from likely.answers import USUAL_DRAWS, Guarantee, LabelRule, ModelInfo
+from likely.answers import DEFAULT_MAX_DRAWS, Guarantee, LabelRule, ModelInfo
 from likely.cli import options
 from likely.cli.job import Job, job
 
@@ -81,7 +81,7 @@ def generate(
         if not self_check:
             return Generation(wanted, seed, temperature)
         asked = info.default_alpha if alpha is None else alpha
-        most = USUAL_DRAWS if max_draws is None else max_draws
+        most = DEFAULT_MAX_DRAWS if max_draws is None else max_draws
         return Generation(wanted, seed, temperature, asked, most)
 
     job.run(ask, "drawing")

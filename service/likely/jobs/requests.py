@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from likely import bayes
 from likely.answers import (
-    HOTTEST,
-    MOST_DRAWS,
-    USUAL_DRAWS,
+    DEFAULT_MAX_DRAWS,
+    LARGEST_MAX_DRAWS,
+    MAX_TEMPERATURE,
     Guarantee,
     LabelRule,
     ModelInfo,
@@ -58,7 +58,7 @@ class Generation:
     seed: int = 0
     temperature: float = 1.0
     alpha: float | None = None
-    max_draws: int = USUAL_DRAWS
+    max_draws: int = DEFAULT_MAX_DRAWS
     kind: Literal["generate"] = "generate"
 
     @property
@@ -91,10 +91,12 @@ class Generation:
             raise InvalidInput("labels", "no pictures are asked for")
         if not -SEED_LIMIT <= self.seed < SEED_LIMIT:
             raise InvalidInput("seed", f"{self.seed} is not in [-2**63, 2**63)")
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= HOTTEST):
-            raise InvalidInput("temperature", f"{self.temperature:g} is not in [0, {HOTTEST:g}]")
-        if not 1 <= self.max_draws <= MOST_DRAWS:
-            raise InvalidInput("max_draws", f"{self.max_draws} is not in 1 to {MOST_DRAWS}")
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE):
+            raise InvalidInput(
+                "temperature", f"{self.temperature:g} is not in [0, {MAX_TEMPERATURE:g}]"
+            )
+        if not 1 <= self.max_draws <= LARGEST_MAX_DRAWS:
+            raise InvalidInput("max_draws", f"{self.max_draws} is not in 1 to {LARGEST_MAX_DRAWS}")
         if self.alpha is not None:
             require_alpha(self.alpha, info.finest_alpha, info.calibration_size)
 
