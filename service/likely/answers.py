@@ -21,6 +21,7 @@ Labels = npt.NDArray[np.int64]
 Verdicts = npt.NDArray[np.int8]
 Accepted = npt.NDArray[np.bool_]
 
+NAME_PATTERN = "[a-z0-9][a-z0-9_.-]{0,63}"  # of names of models and versions
 VERSION_LABELS = ("stable", "canary")  # labels of versions, which no version may be called
 
 
@@ -418,8 +419,9 @@ class Completions:
     model_version: str
 
 
-HOTTEST = 2.0  # highest temperature of a draw
-USUAL_DRAWS, MOST_DRAWS = 16, 100  # default and largest number of draws with a self-check
+MAX_TEMPERATURE = 2.0  # highest temperature of a draw
+# How often a picture is drawn at most with a self-check: by default, and on request.
+DEFAULT_MAX_DRAWS, LARGEST_MAX_DRAWS = 16, 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -319,7 +319,7 @@ def draws(message: generation_pb2.GenerateResponse) -> Draws:
     )
 
 
-def model(info: ModelInfo) -> models_pb2.Model:
+def model_message(info: ModelInfo) -> models_pb2.Model:
     """A model's description as a message."""
     channels, height, width = info.shape
     return models_pb2.Model(
@@ -388,7 +388,7 @@ def model_info(message: models_pb2.Model) -> ModelInfo:
     )
 
 
-def version(told: ModelVersion) -> admin_pb2.ModelVersion:
+def version_message(told: ModelVersion) -> admin_pb2.ModelVersion:
     """A version of a model, as a message."""
     return admin_pb2.ModelVersion(
         model_name=told.name,

@@ -19,7 +19,7 @@ from likely.bundle import Manifest, Role, TensorSpec
 from likely.errors import NotAnswered
 
 Mask = npt.NDArray[np.bool_]
-TOWER = np.float32(1e6)  # noise that outweighs every log-probability
+FIXING_NOISE = np.float32(1e6)  # noise that outweighs every log-probability
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,15 +334,15 @@ def _feed(spec: TensorSpec, plan: _Plan, rows: slice) -> npt.NDArray[Any]:
 
 
 def _fix(gumbel: Floats, given: Pixels, known: Mask) -> None:
-    """Sets the noise, (n, h, w, c[, digits], base), to `TOWER` at the digits of known levels."""
+    """Puts `FIXING_NOISE` at the digits of known levels, in noise (n, h, w, c[, digits], base)."""
     base = gumbel.shape[-1]
     digits = gumbel.reshape(*gumbel.shape[:4], -1, base)
     level = given.transpose(0, 2, 3, 1).astype(np.int64)
     where = known.transpose(0, 2, 3, 1)
     for digit in reversed(range(digits.shape[4])):
         level, value = np.divmod(level, base)
-        tower = (np.arange(base) == value[..., None]) * TOWER
-        digits[..., digit, :] = np.where(where[..., None], tower, digits[..., digit, :])
+        fixing = (np.arange(base) == value[..., None]) * FIXING_NOISE
+        digits[..., digit, :] = np.where(where[..., None], fixing, digits[..., digit, :])
 
 
 async def _ahead(

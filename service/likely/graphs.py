@@ -48,7 +48,7 @@ _NO_MEMORY = re.compile(
     r"[Ff]ailed to find a free memory block"
 )
 # The name of a card's library, which the runtime puts before the library's message.
-_SAID = re.compile(r"\bCU[A-Z_]+ (?:failure|error)\b")
+_LIBRARY_ERROR = re.compile(r"\bCU[A-Z_]+ (?:failure|error)\b")
 _NO_CUDNN = re.compile(r"cuDNN is (?:unavailable|not available)")
 _NO_LIBRARIES = re.compile(r"CUDA wasn'?t able to be loaded")
 # CUDA errors (cudaError_t in the CUDA runtime's manual) that mean that the card is gone, or that
@@ -278,7 +278,7 @@ def filled(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
 def device_fault(error: Exception) -> DeviceError | None:
     """The error as a `DeviceError`, if one of a card's libraries failed with it; else None."""
     text = str(error)
-    found = _SAID.search(text)
+    found = _LIBRARY_ERROR.search(text)
     return DeviceError(f"the device failed: {_from(text, found)}") if found else None
 
 
@@ -308,7 +308,7 @@ def _unopened(error: Exception, path: Path, device: Device) -> LikelyError:
             isinstance(failure, DeviceLost) and _BROKEN.search(text)
         ):
             return failure
-        if found := _SAID.search(text):
+        if found := _LIBRARY_ERROR.search(text):
             return DeviceError(
                 f"device {device} was asked for, but cannot be used: {_from(text, found)}"
             )
@@ -328,7 +328,9 @@ def _no_libraries(device: Device, sign: str) -> DeviceError:
 
 def _from(text: str, found: re.Match[str] | None) -> str:
     """The cause in the text of a runtime's error, without the source locations around it."""
-    begin = min((match.start() for match in (found, _SAID.search(text)) if match), default=0)
+    begin = min(
+        (match.start() for match in (found, _LIBRARY_ERROR.search(text)) if match), default=0
+    )
     return text[begin:].partition(" ; GPU=")[0][:200].strip()
 
 

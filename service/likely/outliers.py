@@ -399,13 +399,26 @@ class Detector:
             InvalidInput: alpha is not in [finest, 1), where PAC has a larger finest alpha.
         """
         finest = self.confident[0] if guarantee == Guarantee.PAC else self.finest_alpha
-        if not finest <= alpha < 1:
-            fine = f": {len(self.scores)} calibration pictures cannot promise finer"
-            raise InvalidInput(
-                "alpha",
-                f"{alpha:g} is not in [{finest:.6g}, 1){fine if alpha < finest else ''}",
-            )
+        require_alpha(alpha, finest, len(self.scores))
         return alpha
+
+
+def require_alpha(alpha: float, finest: float, size: int) -> None:
+    """Checks that a calibration can guarantee alpha.
+
+    Args:
+        alpha: the rate of false rejections.
+        finest: the smallest alpha that the calibration can guarantee.
+        size: number of calibration pictures.
+
+    Raises:
+        InvalidInput: alpha is not in [finest, 1).
+    """
+    if not finest <= alpha < 1:
+        fine = f": {size} calibration pictures cannot promise finer"
+        raise InvalidInput(
+            "alpha", f"{alpha:g} is not in [{finest:.6g}, 1){fine if alpha < finest else ''}"
+        )
 
 
 def label_score(score: Doubles, posterior: Doubles) -> Doubles:

@@ -20,7 +20,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from likely.answers import Limits
+from likely.answers import NAME_PATTERN, VERSION_LABELS, Limits
 from likely.errors import SettingsError
 
 PREFIX = "LIKELY_"
@@ -60,8 +60,8 @@ Algorithms = Annotated[
 
 
 def _version_label(text: str) -> str:
-    name = "[a-z0-9][a-z0-9_.-]{0,63}"
-    if not re.fullmatch(f"{name}:(stable|canary)={name}", text):
+    labels = "|".join(VERSION_LABELS)
+    if not re.fullmatch(f"{NAME_PATTERN}:({labels})={NAME_PATTERN}", text):
         raise ValueError("MODEL:stable=VERSION or MODEL:canary=VERSION, such as digits:stable=1.0")
     return text
 

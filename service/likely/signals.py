@@ -15,13 +15,13 @@ from types import FrameType
 from typing import NoReturn
 
 
-class Told(SystemExit):
+class Terminated(SystemExit):
     """The process was told to end; raised in the main thread, wherever that is."""
 
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Within this context, the first SIGTERM raises `Told` in the main thread.
+    """Within this context, the first SIGTERM raises `Terminated` in the main thread.
 
     A second SIGTERM ends the process at once, also after the context: the process has nothing
     left to do but end. If SIGTERM is handled or ignored already, nothing changes.
@@ -32,7 +32,7 @@ def ending() -> Iterator[None]:
 
     def tell(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  Python's
         signal.signal(signal.SIGTERM, end)
-        raise Told(128 + number)
+        raise Terminated(128 + number)
 
     try:
         signal.signal(signal.SIGTERM, tell)

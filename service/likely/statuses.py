@@ -86,7 +86,7 @@ M = TypeVar("M", bound=Message)
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
-class Failure(Protocol):
+class FailedCall(Protocol):
     """A failed call as grpc raises it, blocking or asynchronous."""
 
     def code(self) -> grpc.StatusCode:
@@ -118,7 +118,7 @@ def failure(error: Exception, request_id: str) -> failures_pb2.Failure:
     return failures_pb2.Failure.FromString(_status(error, request_id).SerializeToString())
 
 
-def error(failure: Failure) -> errors.LikelyError:
+def error(failure: FailedCall) -> errors.LikelyError:
     """The error that a failed call reports."""
     return _error(failure.code(), failure.details() or "", _rich(failure))
 
@@ -208,7 +208,7 @@ def _delay(error: Exception) -> float | None:
     return RETRY_SECONDS if error.retry_after is None else error.retry_after
 
 
-def _rich(failure: Failure) -> status_pb2.Status | None:
+def _rich(failure: FailedCall) -> status_pb2.Status | None:
     for key, value in failure.trailing_metadata() or ():
         if key == DETAILS_KEY:
             try:

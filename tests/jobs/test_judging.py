@@ -24,7 +24,7 @@ from likely.errors import InvalidInput, JobError, NotAnswered
 from likely.graphs import Device, Session
 from likely.jobs import backends
 from likely.jobs.backends import Backend, Bundled, Served
-from likely.jobs.steadiness import steady
+from likely.jobs.steadiness import batch_invariant
 from likely.jobs.tables import matrix
 from likely.outliers import benjamini_hochberg
 from tests.conftest import PRIORS
@@ -123,7 +123,7 @@ def test_the_folder_does_not_depend_on_batches_and_workers(
 def test_shipped_bundles_give_the_same_bits_in_whatever_batch(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     engine = Engine.load(opened, device=Device("cpu"), threads=2)
-    assert steady(engine, opened.golden()["density/x"])
+    assert batch_invariant(engine, opened.golden()["density/x"])
     engine.close()
 
 

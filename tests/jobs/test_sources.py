@@ -117,8 +117,8 @@ def test_arrays_are_held_two_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
     for start in (54, 56, 59):
         pictures.read(start, 60)
     assert len(read) == 20
-    (held,) = {id(each.held): each.held for each in pictures._sources}.values()  # type: ignore[attr-defined]
-    assert len(held._held) == 2
+    (cache,) = {id(each.cache): each.cache for each in pictures._sources}.values()  # type: ignore[attr-defined]
+    assert len(cache._held) == 2
     with ThreadPoolExecutor(8) as pool:
         spans = [(i % 50, i % 50 + 10) for i in range(0, 400, 7)]
         for (start, stop), (found, keys) in zip(
@@ -126,7 +126,7 @@ def test_arrays_are_held_two_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
         ):
             assert np.array_equal(found, x[start:stop])
             assert keys[0] == f"{start // 3 * 3:02d}.np{'zy'[start // 3 * 3 % 4 == 0]}[{start % 3}]"
-    assert len(held._held) == 2
+    assert len(cache._held) == 2
 
 
 def test_row_groups_are_held_two_at_a_time_of_all_files(
@@ -149,7 +149,7 @@ def test_row_groups_are_held_two_at_a_time_of_all_files(
     assert read == [0, 1] * 10
     pictures.read(55, 60)
     assert len(read) == 20
-    (held,) = {id(each.held): each.held for each in pictures._sources}.values()  # type: ignore[attr-defined]
+    (cache,) = {id(each.cache): each.cache for each in pictures._sources}.values()  # type: ignore[attr-defined]
     with ThreadPoolExecutor(8) as pool:
         spans = [(i % 50, i % 50 + 10) for i in range(0, 400, 7)]
         for (start, stop), (found, keys) in zip(
@@ -157,7 +157,7 @@ def test_row_groups_are_held_two_at_a_time_of_all_files(
         ):
             assert np.array_equal(found, x[start:stop])
             assert keys[0] == f"{start // 6 * 6:02d}.parquet[{start % 6}]"
-    assert len(held._held) == 2
+    assert len(cache._held) == 2
 
 
 def test_a_file_of_two_names_keeps_both(tmp_path: Path) -> None:

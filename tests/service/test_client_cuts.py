@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from likely import AsyncClient, Client, DeadlineExceeded, Overloaded, Unavailable, statuses
-from likely.client.line import PAUSES, Repeats
+from likely.client.line import PAUSES, Retries
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Toy
@@ -185,20 +185,20 @@ def test_an_answer_that_a_server_ends_for_now_is_asked_for_again(
 
 def test_the_pause_before_is_what_the_server_names() -> None:
     ended, busy, lost = Unavailable("", 1.5), Overloaded("", 2.5), Unavailable("")
-    repeats = Repeats(60, retries=True)
-    repeats.left()
-    assert repeats.pause(ended, begun=True) == 1.5
-    assert repeats.pause(busy, begun=True) == 2.5
-    assert repeats.pause(lost, begun=True) == PAUSES[2]
+    retries = Retries(60, enabled=True)
+    retries.left()
+    assert retries.pause(ended, begun=True) == 1.5
+    assert retries.pause(busy, begun=True) == 2.5
+    assert retries.pause(lost, begun=True) == PAUSES[2]
     with pytest.raises(Unavailable):  # as often as there are pauses
-        repeats.pause(lost, begun=True)
+        retries.pause(lost, begun=True)
     for refused in (ended, busy):  # gRPC has asked again
-        repeats.reset()
-        repeats.left()
+        retries.reset()
+        retries.left()
         with pytest.raises(type(refused)):
-            repeats.pause(refused)
-    assert (repeats.rest(ended), repeats.rest(busy)) == (0, 2.5)
-    short = Repeats(1, retries=True)
+            retries.pause(refused)
+    assert (retries.rest(ended), retries.rest(busy)) == (0, 2.5)
+    short = Retries(1, enabled=True)
     short.left()
     with pytest.raises(Unavailable):
         short.pause(ended, begun=True)

@@ -186,11 +186,11 @@ def test_model_descriptions(conditional: str | None) -> None:
         directions=(Direction("brightness", "attribute"), Direction("label x", "label")),
         deterministic=conditional is None,
     )
-    assert codec.model_info(codec.model(info)) == info
+    assert codec.model_info(codec.model_message(info)) == info
 
 
 def test_paths_that_are_no_text_are_told_nevertheless() -> None:
     folder = Path("w/mod\udce8le")  # as Python gives a byte of Latin-1
     told = ModelVersion(VersionState.FAILED, folder, message=f"{folder} is no bundle")
-    message = codec.version(told)
+    message = codec.version_message(told)
     assert (message.folder, message.message) == ("w/mod\ufffdle", "w/mod\ufffdle is no bundle")

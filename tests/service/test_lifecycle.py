@@ -210,7 +210,7 @@ def test_a_rollback_to_what_cannot_be_read_is_refused_as_loading_it_is(
         admin.label("stable", "2")
         admin.unload("1")
         told = set()
-        monkeypatch.setattr("likely.bundle.manifest.hashlib.file_digest", failing)
+        monkeypatch.setattr("likely.bundle.folder.hashlib.file_digest", failing)
         for change in (partial(admin.load, toys["1"].path), admin.rollback):
             with pytest.raises(grpc.RpcError) as caught:
                 change()

@@ -121,7 +121,7 @@ def test_what_was_told_and_ends_by_itself_hears_of_a_second_signal() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with pytest.raises(signals.Told), signals.ending():
+        with pytest.raises(signals.Terminated), signals.ending():
             signal.raise_signal(signal.SIGTERM)
         # The first process of a container has no default that would end it.
         assert signal.getsignal(signal.SIGTERM) is signals.end

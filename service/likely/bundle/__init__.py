@@ -1,9 +1,13 @@
 """Bundles: manifest, checks of every file, and signatures; nothing is opened before its check."""
 
-from likely.bundle.manifest import (
+from likely.bundle.folder import (
     LARGEST_MANIFEST,
     MANIFEST,
     Bundle,
+    read_manifest,
+    write_manifest,
+)
+from likely.bundle.manifest import (
     Graph,
     Kind,
     Latent,
@@ -11,8 +15,6 @@ from likely.bundle.manifest import (
     Name,
     Role,
     TensorSpec,
-    read_manifest,
-    write_manifest,
 )
 
 __all__ = [

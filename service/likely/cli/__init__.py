@@ -82,7 +82,7 @@ class Commands(click.Group):
         try:
             with signals.ending():
                 return super().invoke(ctx)
-        except signals.Told:
+        except signals.Terminated:
             with suppress(OSError):
                 click.echo("ended by SIGTERM", err=True)
             signals.end(signal.SIGTERM)

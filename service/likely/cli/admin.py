@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from likely.answers import VERSION_LABELS, ModelVersion, VersionState
-from likely.cli import show
+from likely.cli import options, show
 from likely.cli.connection import Connection, connected
 from likely.client.admin import ADDRESS, TIMEOUT
 
 ASKED = connected(TIMEOUT, address=ADDRESS, variable="LIKELY_ADMIN_ADDRESS")
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="For programs.")
+AS_JSON = options.as_json("For programs.")
 
 
 @click.group()

@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from likely.answers import Classifications, Draws, LabelRule, Scores, Verdict, joined
-from likely.cli import pictures, show
+from likely.cli import options, pictures, show
 from likely.cli.connection import Connection, connected
-from likely.errors import InvalidInput
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _FILES = click.argument(
     "files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
 )
-ALPHA_HELP = "Accepted rate of false rejections. [0.05, or the server's default_alpha]"
-_ALPHA = click.option("--alpha", type=float, help=ALPHA_HELP)
-_AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-
-
-def asks(command: F) -> F:
-    """Adds the options that name a server and a model."""
-    for option in (
-        click.option("--model-version", "version", help="The model's version. [the default one]"),
-        click.option("--model", help="The model's name. [the server's only one]"),
-        connected(),
-    ):
-        command = option(command)
-    return command
 
 
 @click.command(epilog=show.FOLDERS_HELP)
 @_FILES
-@asks
-@_ALPHA
+@options.asks
+@options.ALPHA
 @click.option(
     "--surprise",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write -log p of every pixel: .npz for arrays, .png to look at.",
 )
-@_AS_JSON
+@options.as_json()
 def score(
     files: tuple[Path, ...],
     server: Connection,
@@ -89,21 +72,13 @@ def score(
 
 @click.command(epilog=show.FOLDERS_HELP)
 @_FILES
-@asks
-@_ALPHA
-@click.option("--priors", help="p(y) in the model's order, separated by commas. [the model's]")
-@click.option(
-    "--min-posterior", type=float, default=0.0, help="Smallest posterior that assigns a label."
-)
-@click.option(
-    "--rule",
-    type=click.Choice([rule.name.lower() for rule in LabelRule]),
-    default=LabelRule.GENERATIVE.name.lower(),
-    show_default=True,
-    help="Bayes' rule over p(x|y), or the discriminative model's own p(y|x).",
-)
+@options.asks
+@options.ALPHA
+@options.PRIORS
+@options.MIN_POSTERIOR
+@options.RULE
 @click.option("--both", is_flag=True, help="Add log p(x|y) by the other rule; needs --json.")
-@_AS_JSON
+@options.as_json()
 def classify(
     files: tuple[Path, ...],
     server: Connection,
@@ -119,7 +94,7 @@ def classify(
     """Which label is assigned, if any?"""
     if both and not as_json:
         raise click.UsageError("--both needs --json")
-    given = numbers(priors)
+    given = options.numbers(priors)
     with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read(files, info)
@@ -163,17 +138,15 @@ def classify(
 
 
 @click.command()
-@asks
+@options.asks
 @click.option("--label", help="The label's name or index. [each drawn from the priors]")
 @click.option("--count", type=int, default=64, show_default=True, help="How many pictures.")
 @click.option("--seed", type=int, help="The same seed gives the same pictures. [a fresh one]")
 @click.option("--first-index", type=int, default=0, help="The index of the first picture.")
 @click.option("--temperature", type=float, help="Multiplies the noise, from 0 to 2. [1]")
-@click.option(
-    "--self-check", is_flag=True, help="Redraw what would be rejected or get another label."
-)
+@options.SELF_CHECK
 @click.option("--acceptance", is_flag=True, help="Draw from p(x) and keep with probability p(y|x).")
-@_ALPHA
+@options.ALPHA
 @click.option(
     "--max-draws", type=int, help="Of one picture, with --self-check [16] or --acceptance [100]."
 )
@@ -183,7 +156,7 @@ def classify(
     type=click.Path(path_type=Path),
     help="A grid (.png), arrays x and y (.npz), or an empty folder for pictures (no ending).",
 )
-@_AS_JSON
+@options.as_json()
 def generate(
     server: Connection,
     model: str | None,
@@ -240,7 +213,7 @@ def generate(
 
 @click.command()
 @connected()
-@_AS_JSON
+@options.as_json()
 def models(server: Connection, as_json: bool) -> None:
     """List the models of a server, and what really runs them."""
     with server.client() as client:
@@ -275,15 +248,3 @@ def _short(methods: Sequence[str]) -> list[str]:
 
 def _about(name: str, answer: Scores | Classifications) -> dict[str, Any]:
     return {"model": name, "version": answer.model_version, "alpha": answer.alpha}
-
-
-def numbers(text: str | None, field: str = "priors") -> list[float] | None:
-    """Parses a text such as `0.2,0.8`.
-
-    Raises:
-        InvalidInput: the text is not a list of numbers separated by commas.
-    """
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InvalidInput(field, f"{text!r} is no list of numbers separated by commas") from error

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from likely.answers import USUAL_DRAWS, Guarantee, LabelRule, ModelInfo
-from likely.cli.ask import ALPHA_HELP, numbers
+from likely.answers import DEFAULT_MAX_DRAWS, Guarantee, LabelRule, ModelInfo
+from likely.cli import options
 from likely.cli.job import Job, job
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ def batch() -> None:
     "--temperature", type=float, default=1.0, show_default=True,
     help="Multiplies the noise, from 0 to 2.",
 )  # fmt: skip
-@click.option(
-    "--self-check", is_flag=True, help="Redraw what would be rejected or get another label."
-)
+@options.SELF_CHECK
 @click.option("--alpha", type=float, help="Of --self-check. [0.05, or the server's default_alpha]")
 @click.option("--max-draws", type=int, help="Of one picture, with --self-check. [16]")
 @job
@@ -83,7 +81,7 @@ def generate(
         if not self_check:
             return Generation(wanted, seed, temperature)
         asked = info.default_alpha if alpha is None else alpha
-        most = USUAL_DRAWS if max_draws is None else max_draws
+        most = DEFAULT_MAX_DRAWS if max_draws is None else max_draws
         return Generation(wanted, seed, temperature, asked, most)
 
     job.run(ask, "drawing")
@@ -102,7 +100,7 @@ def _judging(command: F) -> F:
             "--guarantee", type=click.Choice(["marginal", "pac"]), default="marginal",
             show_default=True, help="Whether alpha holds on average, or with 95 % confidence.",
         ),
-        click.option("--alpha", type=float, help=ALPHA_HELP),
+        options.ALPHA,
         click.option(
             "--key-column", help="Parquet's column of the pictures' names. [key, if there]"
         ),
@@ -123,23 +121,17 @@ def score(job: Job, **given: Any) -> None:
 
 
 @batch.command(epilog=INPUT_HELP)
-@click.option("--priors", help="p(y) in the model's order, separated by commas. [the model's]")
+@options.PRIORS
 @click.option(
     "--estimate-priors", is_flag=True,
     help="Estimate p(y) from the pictures, and use it in the posteriors.",
 )  # fmt: skip
-@click.option(
-    "--min-posterior", type=float, default=0.0, help="Smallest posterior that assigns a label."
-)
-@click.option(
-    "--rule", type=click.Choice([rule.name.lower() for rule in LabelRule]),
-    default=LabelRule.GENERATIVE.name.lower(), show_default=True,
-    help="Bayes' rule over p(x|y), or the discriminative model's own p(y|x).",
-)  # fmt: skip
+@options.MIN_POSTERIOR
+@options.RULE
 @_judging
 def classify(job: Job, priors: str | None, rule: str, **given: Any) -> None:
     """Which label is assigned, if any?"""
-    asked = numbers(priors)
+    asked = options.numbers(priors)
     by = LabelRule[rule.upper()]
     _judge(job, "classify", priors=asked and tuple(asked), rule=by, **given)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from likely import machine
-from likely.cli import show
+from likely.cli import options, show
 from likely.errors import LikelyError
 
 SERVER_NEEDS = (
@@ -30,7 +30,7 @@ class Finding:
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="A bundle to open. [shipped]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@options.as_json()
 def doctor(bundle: Path | None, device: str, as_json: bool) -> None:
     """Say what is installed, what really runs, and what is broken.
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from likely.answers import VERSION_LABELS, ModelInfo
-from likely.cli import show
+from likely.cli import options, show
 from likely.cli.connection import Connection, connected, on_the_command_line
 from likely.errors import JobError
 
 if TYPE_CHECKING:
     from likely.jobs.backends import Opener
-    from likely.jobs.ledger import Begun
+    from likely.jobs.ledger import JobModel
     from likely.jobs.requests import Request, Task
     from likely.jobs.sources import Input, Pictures
 
@@ -67,10 +67,10 @@ class Job:
         opener, out = self._opener(), self.out.absolute()
         if given:
             require_apart(given, out)
-        begun = ledger.begun(out)
+        begun = ledger.job_model(out)
         if begun and self._may_mean(begun):
             opener = opener.pinned(begun.model, begun.version)
-            if begun.done and opener.elsewhere:  # the server may no longer have the version
+            if begun.done and opener.is_remote:  # the server may no longer have the version
                 request, _ = self._request(ask, begun.done, given)
                 with ledger.Ledger(out, request) as folder:
                     again = folder.summary
@@ -85,7 +85,7 @@ class Job:
             plan = Plan(request, out, opener.pinned(info.name, info.version), given, self.batch)
             maker = Maker(plan, backend, pictures)
             if self.engine == "ray":
-                cards = 1 if self.device == "cuda" and not opener.elsewhere else 0
+                cards = 1 if self.device == "cuda" and not opener.is_remote else 0
                 workers = ray_workers(plan, self.workers, max(1, self.threads), cards)
             else:
                 workers = threads(maker, self.workers or WORKERS)
@@ -111,7 +111,7 @@ class Job:
         lines = [row] if self.as_json else [{"of": k, "found": row[k]} for k in row]
         show.rows(lines, self.as_json, {"model": info.name, "version": info.version})
 
-    def _may_mean(self, begun: Begun) -> bool:
+    def _may_mean(self, begun: JobModel) -> bool:
         """Whether the options can mean the version that the job began with.
 
         The label by which the job asked for it counts, though it may name another version by
@@ -180,7 +180,7 @@ def job(command: F) -> F:
 def _options() -> tuple[Callable[[F], F], ...]:
     file = click.Path(dir_okay=False, path_type=Path)
     return (
-        click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object."),
+        options.as_json("Print the result as a JSON object."),
         click.option(
             "--engine", type=click.Choice(["threads", "ray"]), default="threads",
             show_default=True, help="What makes the shards: threads here, or actors of Ray.",

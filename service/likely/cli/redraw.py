@@ -8,8 +8,7 @@ import click
 import numpy as np
 
 from likely.answers import Redrawings
-from likely.cli import pictures, show
-from likely.cli.ask import asks, numbers
+from likely.cli import options, pictures, show
 from likely.cli.connection import Connection
 from likely.errors import InvalidInput
 
@@ -24,12 +23,11 @@ _OUT = click.option(
     type=click.Path(dir_okay=False, path_type=Path),
     help="A contact sheet (.png), or arrays mean, deviation and drawn (.npz).",
 )
-_AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 
 
 @click.command(epilog=show.FILES_HELP)
 @click.argument("files", nargs=-1, required=True, type=_FILE)
-@asks
+@options.asks
 @click.option("--direction", required=True, help="One of the model's, such as slant.")
 @click.option(
     "--points", default="-2,-1,0,1,2", show_default=True, help="Points, separated by commas."
@@ -37,7 +35,7 @@ _AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object
 @_DRAWS
 @_SEED
 @_OUT
-@_AS_JSON
+@options.as_json()
 def traverse(
     files: tuple[Path, ...],
     server: Connection,
@@ -55,7 +53,7 @@ def traverse(
     Each row of the sheet shows a picture as it is, then redrawn at each point.
     """
     pictures.require_form(out)
-    places = numbers(points, "points") or []
+    places = options.numbers(points, "points") or []
     with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read(files, info)
@@ -77,12 +75,12 @@ def traverse(
 @click.command(epilog=show.FILES_HELP)
 @click.argument("first", type=_FILE)
 @click.argument("last", type=_FILE)
-@asks
+@options.asks
 @click.option("--steps", type=click.IntRange(min=2), default=7, show_default=True)
 @_DRAWS
 @_SEED
 @_OUT
-@_AS_JSON
+@options.as_json()
 def interpolate(
     first: Path,
     last: Path,

@@ -36,8 +36,8 @@ from likely.answers import (
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import AsyncFeed
-from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
-from likely.client.plans import Held, Rule
+from likely.client.line import ADDRESS, TIMEOUT, Line, Retries, positive
+from likely.client.plans import GuaranteeLike, RuleLike
 from likely.client.values import Label
 from likely.errors import (
     DeadlineExceeded,
@@ -95,7 +95,7 @@ class AsyncClient:
         *,
         alpha: float | None = None,
         surprise: bool = False,
-        guarantee: Held = Guarantee.MARGINAL,
+        guarantee: GuaranteeLike = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> Scores:
@@ -110,8 +110,8 @@ class AsyncClient:
         alpha: float | None = None,
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
-        guarantee: Held = Guarantee.MARGINAL,
-        rule: Rule = LabelRule.GENERATIVE,
+        guarantee: GuaranteeLike = Guarantee.MARGINAL,
+        rule: RuleLike = LabelRule.GENERATIVE,
         both: bool = False,
         model: str | None = None,
         version: str | None = None,
@@ -137,7 +137,7 @@ class AsyncClient:
         *,
         alpha: float | None = None,
         surprise: bool = False,
-        guarantee: Held = Guarantee.MARGINAL,
+        guarantee: GuaranteeLike = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> AsyncIterator[Scores | LikelyError]:
@@ -155,8 +155,8 @@ class AsyncClient:
         alpha: float | None = None,
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
-        guarantee: Held = Guarantee.MARGINAL,
-        rule: Rule = LabelRule.GENERATIVE,
+        guarantee: GuaranteeLike = Guarantee.MARGINAL,
+        rule: RuleLike = LabelRule.GENERATIVE,
         both: bool = False,
         model: str | None = None,
         version: str | None = None,
@@ -194,7 +194,7 @@ class AsyncClient:
         version: str | None = None,
     ) -> Redrawings:
         """As `Client.decode`."""
-        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        how = plans.RedrawSettings(draws, seed, first_index, temperature, version)
         return await self._follow(plans.decode(self._catalogue, features, labels, how, model))
 
     async def traverse(
@@ -212,7 +212,7 @@ class AsyncClient:
         version: str | None = None,
     ) -> Traversal:
         """As `Client.traverse`."""
-        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        how = plans.RedrawSettings(draws, seed, first_index, temperature, version)
         return await self._follow(
             plans.traverse(self._catalogue, images, direction, points, labels, how, model)
         )
@@ -233,7 +233,7 @@ class AsyncClient:
         version: str | None = None,
     ) -> Redrawings:
         """As `Client.interpolate`."""
-        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        how = plans.RedrawSettings(draws, seed, first_index, temperature, version)
         return await self._follow(
             plans.interpolate(
                 self._catalogue, images, others, points, labels, other_labels, how, model
@@ -295,24 +295,24 @@ class AsyncClient:
             )
 
         parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
-        repeats = self._repeats()
+        retries = self._fresh_retries()
         while (request := await self._follow(parts.next())) is not None:
-            call = self._ask(request, repeats.left())
+            call = self._ask(request, retries.left())
             try:
-                with self._line.told():
+                with self._line.translated_errors():
                     async for message in call:
-                        repeats.reset()
+                        retries.reset()
                         if not parts.takes(message):
                             break
                         yield codec.draws(message)
             except (Unavailable, Overloaded, DeadlineExceeded) as error:
                 if self._retries and parts.resumes():
-                    await asyncio.sleep(repeats.rest(error))
+                    await asyncio.sleep(retries.rest(error))
                 else:
-                    await asyncio.sleep(repeats.pause(error))
+                    await asyncio.sleep(retries.pause(error))
                     parts.repeats()
             except ModelNotFound:
-                if not parts.seeks():
+                if not parts.try_next_replica():
                     raise
             finally:
                 call.cancel()
@@ -345,7 +345,7 @@ class AsyncClient:
             try:
                 answers = await self._answers(request)
             except ModelNotFound:
-                if not parts.seeks():
+                if not parts.try_next_replica():
                     raise
                 continue
             found += [codec.completions(answer) for answer in answers if parts.takes(answer)]
@@ -391,29 +391,29 @@ class AsyncClient:
 
     async def _answer(self, request: Any) -> Any:
         """The answer; the request is repeated if the connection ends before it."""
-        repeats = self._repeats()
+        retries = self._fresh_retries()
         while True:
             try:
-                with self._line.told():
-                    return await self._ask(request, repeats.left())
+                with self._line.translated_errors():
+                    return await self._ask(request, retries.left())
             except Unavailable as error:
-                await asyncio.sleep(repeats.pause(error))
+                await asyncio.sleep(retries.pause(error))
 
     async def _answers(self, request: Any) -> list[Any]:
         """All messages of a streamed answer; if it ends too soon, the whole request is repeated."""
-        repeats = self._repeats()
+        retries = self._fresh_retries()
         while True:
             messages: list[Any] = []
             try:
-                with self._line.told():
-                    async for message in self._ask(request, repeats.left()):
+                with self._line.translated_errors():
+                    async for message in self._ask(request, retries.left()):
                         messages.append(message)  # noqa: PERF401 (an error must keep those received)
                     return messages
             except (Unavailable, Overloaded) as error:
-                await asyncio.sleep(repeats.pause(error, begun=bool(messages)))
+                await asyncio.sleep(retries.pause(error, begun=bool(messages)))
 
-    def _repeats(self) -> Repeats:
-        return Repeats(self._timeout, self._retries)
+    def _fresh_retries(self) -> Retries:
+        return Retries(self._timeout, self._retries)
 
     def _ask(self, request: Any, timeout: float) -> Any:
         call = self._line.call(type(request))

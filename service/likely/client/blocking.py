@@ -28,8 +28,8 @@ from likely.answers import (
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import BlockingFeed
-from likely.client.line import ADDRESS, TIMEOUT, Line, Repeats, positive
-from likely.client.plans import Held, Rule
+from likely.client.line import ADDRESS, TIMEOUT, Line, Retries, positive
+from likely.client.plans import GuaranteeLike, RuleLike
 from likely.client.values import Label
 from likely.errors import (
     DeadlineExceeded,
@@ -115,7 +115,7 @@ class Client:
         *,
         alpha: float | None = None,
         surprise: bool = False,
-        guarantee: Held = Guarantee.MARGINAL,
+        guarantee: GuaranteeLike = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> Scores:
@@ -144,8 +144,8 @@ class Client:
         alpha: float | None = None,
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
-        guarantee: Held = Guarantee.MARGINAL,
-        rule: Rule = LabelRule.GENERATIVE,
+        guarantee: GuaranteeLike = Guarantee.MARGINAL,
+        rule: RuleLike = LabelRule.GENERATIVE,
         both: bool = False,
         model: str | None = None,
         version: str | None = None,
@@ -188,7 +188,7 @@ class Client:
         *,
         alpha: float | None = None,
         surprise: bool = False,
-        guarantee: Held = Guarantee.MARGINAL,
+        guarantee: GuaranteeLike = Guarantee.MARGINAL,
         model: str | None = None,
         version: str | None = None,
     ) -> Iterator[Scores | LikelyError]:
@@ -224,8 +224,8 @@ class Client:
         alpha: float | None = None,
         priors: npt.ArrayLike | None = None,
         min_posterior: float = 0.0,
-        guarantee: Held = Guarantee.MARGINAL,
-        rule: Rule = LabelRule.GENERATIVE,
+        guarantee: GuaranteeLike = Guarantee.MARGINAL,
+        rule: RuleLike = LabelRule.GENERATIVE,
         both: bool = False,
         model: str | None = None,
         version: str | None = None,
@@ -305,7 +305,7 @@ class Client:
         Raises:
             LikelyError: as `score`.
         """
-        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        how = plans.RedrawSettings(draws, seed, first_index, temperature, version)
         return self._follow(plans.decode(self._catalogue, features, labels, how, model))
 
     def traverse(
@@ -342,7 +342,7 @@ class Client:
         Raises:
             LikelyError: as `score`.
         """
-        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        how = plans.RedrawSettings(draws, seed, first_index, temperature, version)
         return self._follow(
             plans.traverse(self._catalogue, images, direction, points, labels, how, model)
         )
@@ -382,7 +382,7 @@ class Client:
         Raises:
             LikelyError: as `score`.
         """
-        how = plans.Redrawing(draws, seed, first_index, temperature, version)
+        how = plans.RedrawSettings(draws, seed, first_index, temperature, version)
         return self._follow(
             plans.interpolate(
                 self._catalogue, images, others, points, labels, other_labels, how, model
@@ -465,24 +465,24 @@ class Client:
             )
 
         parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
-        repeats = self._repeats()
+        retries = self._fresh_retries()
         while (request := self._follow(parts.next())) is not None:
-            call = self._ask(request, repeats.left())
+            call = self._ask(request, retries.left())
             try:
-                with self._line.told():
+                with self._line.translated_errors():
                     for message in call:
-                        repeats.reset()
+                        retries.reset()
                         if not parts.takes(message):
                             break
                         yield codec.draws(message)
             except (Unavailable, Overloaded, DeadlineExceeded) as error:
                 if self._retries and parts.resumes():
-                    time.sleep(repeats.rest(error))
+                    time.sleep(retries.rest(error))
                 else:
-                    time.sleep(repeats.pause(error))
+                    time.sleep(retries.pause(error))
                     parts.repeats()
             except ModelNotFound:
-                if not parts.seeks():
+                if not parts.try_next_replica():
                     raise
             finally:
                 call.cancel()  # if the reader left early; no effect on a call that has ended
@@ -534,7 +534,7 @@ class Client:
             try:
                 answers = self._answers(request)
             except ModelNotFound:
-                if not parts.seeks():
+                if not parts.try_next_replica():
                     raise
                 continue
             found += [codec.completions(answer) for answer in answers if parts.takes(answer)]
@@ -587,29 +587,29 @@ class Client:
 
     def _answer(self, request: Any) -> Any:
         """The answer; the request is repeated if the connection ends before it."""
-        repeats = self._repeats()
+        retries = self._fresh_retries()
         while True:
             try:
-                with self._line.told():
-                    return self._ask(request, repeats.left())
+                with self._line.translated_errors():
+                    return self._ask(request, retries.left())
             except Unavailable as error:
-                time.sleep(repeats.pause(error))
+                time.sleep(retries.pause(error))
 
     def _answers(self, request: Any) -> list[Any]:
         """All messages of a streamed answer; if it ends too soon, the whole request is repeated."""
-        repeats = self._repeats()
+        retries = self._fresh_retries()
         while True:
             messages: list[Any] = []
             try:
-                with self._line.told():
-                    for message in self._ask(request, repeats.left()):
+                with self._line.translated_errors():
+                    for message in self._ask(request, retries.left()):
                         messages.append(message)  # noqa: PERF402 (an error must keep those received)
                     return messages
             except (Unavailable, Overloaded) as error:
-                time.sleep(repeats.pause(error, begun=bool(messages)))
+                time.sleep(retries.pause(error, begun=bool(messages)))
 
-    def _repeats(self) -> Repeats:
-        return Repeats(self._timeout, self._retries)
+    def _fresh_retries(self) -> Retries:
+        return Retries(self._timeout, self._retries)
 
     def _ask(self, request: Any, timeout: float) -> Any:
         call = self._line.call(type(request))

@@ -76,7 +76,7 @@ class Catalogue:
         return self._known.get((name, version))
 
 
-class Naming:
+class LabelResolver:
     """Resolves the label names of one question for the version that answers it.
 
     A name is sent as its index in the described version. If a version answers that numbers the
@@ -91,7 +91,7 @@ class Naming:
         version: str | None,
         meant: Callable[[ModelInfo], Any] | None,
     ) -> None:
-        """The naming of one question.
+        """The resolver for one question.
 
         Args:
             catalogue: cache of model descriptions.
@@ -253,7 +253,7 @@ class Parts(Generic[G]):
         """
         named = isinstance(label, str)
         meant = (lambda info: index_of(label, info.labels)) if named else None
-        self._naming = Naming(catalogue, model, version, meant)
+        self._resolver = LabelResolver(catalogue, model, version, meant)
         self._divide: Callable[[ModelInfo], Iterator[G]] = divide
         self._requests: Iterator[G] | None = None
         self._settled: tuple[str, int] | None = None
@@ -265,12 +265,12 @@ class Parts(Generic[G]):
     def next(self) -> Plan[G | None]:
         """The next request, which may be the first one again; None if all have been answered."""
         if self._requests is None:
-            self.info = yield from self._naming.begin()
+            self.info = yield from self._resolver.begin()
             self._requests = self._divide(self.info)
         try:
             request, self._rest = self._rest or next(self._requests, None), None
         except InvalidInput:
-            self._naming.forget()
+            self._resolver.forget()
             raise
         if request is not None and self._settled:
             request.model_version, request.seed = self._settled
@@ -280,7 +280,7 @@ class Parts(Generic[G]):
     def takes(self, answer: Drawn) -> bool:
         """Whether an answer is usable; after an unusable one, all requests are made again."""
         if self._requests is not None and not self._settled:
-            if self._naming.holds(self.info, answer.model_version):
+            if self._resolver.holds(self.info, answer.model_version):
                 self._settled = answer.model_version, answer.seed
             else:
                 self._requests = None
@@ -290,7 +290,7 @@ class Parts(Generic[G]):
         self._left = self._replicas
         return True
 
-    def seeks(self) -> bool:
+    def try_next_replica(self) -> bool:
         """Whether to try another replica after ModelNotFound; if so, the request comes next."""
         self._left -= 1
         self.repeats()

@@ -116,7 +116,7 @@ class Line:
         return None
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def translated_errors(self) -> Iterator[None]:
         """Translates the failure of a call in this context to a `LikelyError`.
 
         An asyncio call that was cancelled because the channel was closed raises one too: the
@@ -142,22 +142,22 @@ class Line:
         return as_error(failure, self._where)
 
 
-class Repeats:
+class Retries:
     """Retries of requests whose answers are cut off, and the time that is left for them.
 
     gRPC's own retries end once the headers of an answer have arrived. All requests of this service
     are idempotent.
     """
 
-    def __init__(self, timeout: float, retries: bool) -> None:
+    def __init__(self, timeout: float, enabled: bool) -> None:
         """The retries of one request, or of several one after another.
 
         Args:
             timeout: maximum seconds for each request with its retries.
-            retries: whether to retry at all.
+            enabled: whether to retry at all.
         """
         self._timeout = timeout
-        self._pauses = PAUSES if retries else ()
+        self._pauses = PAUSES if enabled else ()
         self._times = 0
         self._end = 0.0
 

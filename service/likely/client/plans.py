@@ -30,7 +30,7 @@ from likely.answers import (
     Traversal,
     joined,
 )
-from likely.client.catalogue import Catalogue, Naming, Plan, Request
+from likely.client.catalogue import Catalogue, LabelResolver, Plan, Request
 from likely.client.values import (
     Label,
     array,
@@ -45,8 +45,8 @@ from likely.v1 import generation_pb2, latent_pb2, scoring_pb2
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Any)  # a message
-Held: TypeAlias = Guarantee | Literal["marginal", "pac"]
-Rule: TypeAlias = LabelRule | Literal["generative", "discriminative"]
+GuaranteeLike: TypeAlias = Guarantee | Literal["marginal", "pac"]
+RuleLike: TypeAlias = LabelRule | Literal["generative", "discriminative"]
 
 # Room for everything in a request except its pictures: names, priors, tags and lengths.
 OVERHEAD_BYTES = 16 << 10
@@ -95,7 +95,7 @@ def score_questions(
     info: ModelInfo,
     alpha: float | None,
     surprise: bool,
-    guarantee: Held,
+    guarantee: GuaranteeLike,
     version: str | None,
 ) -> Questions[Scores]:
     """The questions of `Client.score` and `score_stream`."""
@@ -126,8 +126,8 @@ def classify_questions(
     alpha: float | None,
     priors: npt.ArrayLike | None,
     min_posterior: float,
-    guarantee: Held,
-    rule: Rule,
+    guarantee: GuaranteeLike,
+    rule: RuleLike,
     both: bool,
     version: str | None,
 ) -> Questions[Classifications]:
@@ -161,7 +161,7 @@ def score(
     images: npt.ArrayLike,
     alpha: float | None,
     surprise: bool,
-    guarantee: Held,
+    guarantee: GuaranteeLike,
     model: str | None,
     version: str | None,
 ) -> Plan[Scores]:
@@ -173,7 +173,7 @@ def score(
         return (yield from _divided(x, info, questions))
 
     yield from _checked(catalogue, model, version, x)
-    return (yield from Naming(catalogue, model, version, None).follow(plan))
+    return (yield from LabelResolver(catalogue, model, version, None).follow(plan))
 
 
 def classify(
@@ -182,8 +182,8 @@ def classify(
     alpha: float | None,
     priors: npt.ArrayLike | None,
     min_posterior: float,
-    guarantee: Held,
-    rule: Rule,
+    guarantee: GuaranteeLike,
+    rule: RuleLike,
     both: bool,
     model: str | None,
     version: str | None,
@@ -198,7 +198,7 @@ def classify(
         return (yield from _divided(x, info, questions))
 
     yield from _checked(catalogue, model, version, x)
-    return (yield from Naming(catalogue, model, version, None).follow(plan))
+    return (yield from LabelResolver(catalogue, model, version, None).follow(plan))
 
 
 def encode(
@@ -229,12 +229,12 @@ def encode(
         return codec.features(answer)
 
     yield from _checked(catalogue, model, version, x)
-    naming = _naming(catalogue, model, version, len(x), labels)
-    return (yield from naming.follow(plan))
+    resolver = _resolver(catalogue, model, version, len(x), labels)
+    return (yield from resolver.follow(plan))
 
 
 @dataclass(frozen=True, slots=True)
-class Redrawing:
+class RedrawSettings:
     """Settings of Decode, Traverse and Interpolate: how many pictures are drawn, and how.
 
     Attributes:
@@ -288,7 +288,7 @@ def decode(
     catalogue: Catalogue,
     features: npt.ArrayLike,
     labels: npt.ArrayLike | None,
-    how: Redrawing,
+    how: RedrawSettings,
     model: str | None,
 ) -> Plan[Redrawings]:
     """The redrawings of all features."""
@@ -321,8 +321,8 @@ def decode(
             raise InvalidInput("features", f"shape {z.shape}; {asked} is asked")
 
     yield from _held(catalogue, model, how.version, check)
-    naming = _naming(catalogue, model, how.version, len(z), labels)
-    return (yield from naming.follow(plan))
+    resolver = _resolver(catalogue, model, how.version, len(z), labels)
+    return (yield from resolver.follow(plan))
 
 
 def traverse(
@@ -331,7 +331,7 @@ def traverse(
     direction: str,
     points: npt.ArrayLike,
     labels: npt.ArrayLike | None,
-    how: Redrawing,
+    how: RedrawSettings,
     model: str | None,
 ) -> Plan[Traversal]:
     """All pictures redrawn along a direction."""
@@ -354,8 +354,8 @@ def traverse(
         return joined(parts)
 
     yield from _checked(catalogue, model, how.version, x)
-    naming = _naming(catalogue, model, how.version, len(x), labels)
-    return (yield from naming.follow(plan))
+    resolver = _resolver(catalogue, model, how.version, len(x), labels)
+    return (yield from resolver.follow(plan))
 
 
 def interpolate(
@@ -365,7 +365,7 @@ def interpolate(
     points: npt.ArrayLike,
     labels: npt.ArrayLike | None,
     other_labels: npt.ArrayLike | None,
-    how: Redrawing,
+    how: RedrawSettings,
     model: str | None,
 ) -> Plan[Redrawings]:
     """All pictures redrawn on the lines to as many others."""
@@ -395,8 +395,8 @@ def interpolate(
         return joined(parts)
 
     yield from _checked(catalogue, model, how.version, x, far)
-    naming = _naming(catalogue, model, how.version, len(x), labels, other_labels)
-    return (yield from naming.follow(plan))
+    resolver = _resolver(catalogue, model, how.version, len(x), labels, other_labels)
+    return (yield from resolver.follow(plan))
 
 
 def _places(points: npt.ArrayLike) -> list[float]:
@@ -509,20 +509,20 @@ def completed(
     return replace(first, images=rows.reshape(len(x), count, *x.shape[1:]))
 
 
-def _naming(
+def _resolver(
     catalogue: Catalogue,
     model: str | None,
     version: str | None,
     n: int,
     *labels: npt.ArrayLike | None,
-) -> Naming:
-    """The naming of a question about n pictures with labels for each."""
+) -> LabelResolver:
+    """The resolver for a question about n pictures with labels for each."""
 
     def meant(info: ModelInfo) -> list[list[int] | None]:
         return [_labels(each, n, info) for each in labels]
 
     named = any(array("labels", each).dtype.kind == "U" for each in labels if each is not None)
-    return Naming(catalogue, model, version, meant if named else None)
+    return LabelResolver(catalogue, model, version, meant if named else None)
 
 
 def _labels(labels: npt.ArrayLike | None, n: int, info: ModelInfo) -> list[int] | None:

@@ -38,7 +38,7 @@ from likely.errors import (
     Unavailable,
 )
 from likely.jobs.requests import ALPHA, Generation, Judgement, Task
-from likely.jobs.steadiness import steady
+from likely.jobs.steadiness import batch_invariant
 
 if TYPE_CHECKING:
     from likely.bundle import Bundle
@@ -48,7 +48,7 @@ CHUNK = 256  # pictures in one chunk of draws
 FILLED = 64  # rows of every run, if its size could matter: the largest batch of a warm-up
 UNLIMITED = Limits(1 << 40, 1 << 40, CHUNK, 1 << 60)  # a job is its engine's only caller
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # backoff between attempts, in seconds
-_PASSING = (Overloaded, Unavailable, DeadlineExceeded)
+_RETRYABLE = (Overloaded, Unavailable, DeadlineExceeded)
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
@@ -85,10 +85,10 @@ class Opener(Protocol):
     """Opens a backend; can be sent to another process.
 
     Attributes:
-        elsewhere: whether the backend is a server, whose versions can change during the job.
+        is_remote: whether the backend is a server, whose versions can change during the job.
     """
 
-    elsewhere: ClassVar[bool]
+    is_remote: ClassVar[bool]
 
     def open(self) -> Backend:
         """Opens the backend."""
@@ -115,7 +115,7 @@ class Bundled:
     threads: int = 0
     keys: tuple[Path, ...] = ()
     max_batch: int = 0
-    elsewhere: ClassVar[bool] = False
+    is_remote: ClassVar[bool] = False
 
     def open(self) -> Local:
         """Verifies, opens and warms up the engine, whose answers do not depend on batching.
@@ -132,7 +132,7 @@ class Bundled:
         if len(folders) != 1:
             raise JobError(f"name one of {', '.join(map(str, folders))} by --bundle")
         bundle = Bundle.open(folders[0], self.keys)
-        engine = self._steady(bundle)
+        engine = self._batch_invariant(bundle)
         try:
             bundle.check_again()
         except BaseException:
@@ -144,7 +144,7 @@ class Bundled:
         """Returns itself: the bundle's folder contains a single version."""
         return self
 
-    def _steady(self, bundle: Bundle) -> Engine:
+    def _batch_invariant(self, bundle: Bundle) -> Engine:
         """An engine whose answers do not depend on the other pictures of a run.
 
         On a processor, runs may have any size if a few sizes give equal bits. On a card, equal
@@ -158,7 +158,7 @@ class Bundled:
         golden, size = bundle.golden().get(f"{Role.DENSITY}/x"), self.max_batch or FILLED
         if Device.parse(self.device).resolve().kind != "cuda":
             engine = self._engine(bundle, self.max_batch)
-            if golden is None or steady(engine, golden):
+            if golden is None or batch_invariant(engine, golden):
                 return engine
             engine.close()
             _LOG.warning(
@@ -168,7 +168,7 @@ class Bundled:
                 size,
             )
         engine = self._engine(bundle, size, filled=True)
-        if golden is None or steady(engine, golden, size):
+        if golden is None or batch_invariant(engine, golden, size):
             return engine
         engine.close()
         _LOG.warning(
@@ -305,7 +305,7 @@ class Served:
     server_name: str | None = None
     token_file: File | None = None
     begun: bool = False
-    elsewhere: ClassVar[bool] = True
+    is_remote: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.patience < math.inf:
@@ -333,12 +333,12 @@ class Served:
         return Remote(client, self)
 
     @property
-    def passing(self) -> tuple[type[LikelyError], ...]:
+    def retryable_errors(self) -> tuple[type[LikelyError], ...]:
         """The errors after which a request is retried, because they may be temporary."""
         if not self.begun:
-            return _PASSING
+            return _RETRYABLE
         token = () if self.token_file is None else (Unauthenticated,)
-        return (*_PASSING, ModelNotFound, *token)
+        return (*_RETRYABLE, ModelNotFound, *token)
 
     def pinned(self, model: str, version: str) -> Served:
         """The same server, pinned to that version."""
@@ -431,7 +431,7 @@ class Remote:
         while True:
             try:
                 return ask()
-            except self._served.passing as error:
+            except self._served.retryable_errors as error:
                 wished = error.retry_after if isinstance(error, Overloaded | Unavailable) else None
                 pause = max(pause, wished or 0.0)
                 if self._stopped.is_set() or time.monotonic() + pause > end:

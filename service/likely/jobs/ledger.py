@@ -180,7 +180,7 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class JobModel:
     """The model of a job that has begun in a folder.
 
     Attributes:
@@ -198,7 +198,7 @@ class Begun:
     done: ModelInfo | None
 
 
-def begun(folder: Path) -> Begun | None:
+def job_model(folder: Path) -> JobModel | None:
     """The model of the job in a folder; None if there is no job.
 
     Raises:
@@ -212,7 +212,7 @@ def begun(folder: Path) -> Begun | None:
     name, version = request.get("model"), request.get("version")
     if not isinstance(name, str) or not isinstance(version, str):
         return None
-    return Begun(name, version, told.get(LABEL), _info(told) if "summary" in told else None)
+    return JobModel(name, version, told.get(LABEL), _info(told) if "summary" in told else None)
 
 
 def beside(info: ModelInfo, label: str | None) -> dict[str, Any]:

@@ -11,15 +11,16 @@ from typing import Any, Literal
 
 from likely import bayes
 from likely.answers import (
-    HOTTEST,
-    MOST_DRAWS,
-    USUAL_DRAWS,
+    DEFAULT_MAX_DRAWS,
+    LARGEST_MAX_DRAWS,
+    MAX_TEMPERATURE,
     Guarantee,
     LabelRule,
     ModelInfo,
 )
 from likely.errors import InvalidInput, JobError, NotAnswered
 from likely.noise import SEED_LIMIT
+from likely.outliers import require_alpha
 
 ALPHA = 0.05  # default alpha
 SHARD = 4096  # default number of pictures in a shard
@@ -57,7 +58,7 @@ class Generation:
     seed: int = 0
     temperature: float = 1.0
     alpha: float | None = None
-    max_draws: int = USUAL_DRAWS
+    max_draws: int = DEFAULT_MAX_DRAWS
     kind: Literal["generate"] = "generate"
 
     @property
@@ -90,12 +91,14 @@ class Generation:
             raise InvalidInput("labels", "no pictures are asked for")
         if not -SEED_LIMIT <= self.seed < SEED_LIMIT:
             raise InvalidInput("seed", f"{self.seed} is not in [-2**63, 2**63)")
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= HOTTEST):
-            raise InvalidInput("temperature", f"{self.temperature:g} is not in [0, {HOTTEST:g}]")
-        if not 1 <= self.max_draws <= MOST_DRAWS:
-            raise InvalidInput("max_draws", f"{self.max_draws} is not in 1 to {MOST_DRAWS}")
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE):
+            raise InvalidInput(
+                "temperature", f"{self.temperature:g} is not in [0, {MAX_TEMPERATURE:g}]"
+            )
+        if not 1 <= self.max_draws <= LARGEST_MAX_DRAWS:
+            raise InvalidInput("max_draws", f"{self.max_draws} is not in 1 to {LARGEST_MAX_DRAWS}")
         if self.alpha is not None:
-            _check_alpha(self.alpha, info)
+            require_alpha(self.alpha, info.finest_alpha, info.calibration_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,7 @@ class Judgement:
             InvalidInput: a value is not allowed; the error names it and what is allowed.
             NotAnswered: the model lacks the rule's p(y|x).
         """
-        _check_alpha(self.alpha, info)
+        require_alpha(self.alpha, info.finest_alpha, info.calibration_size)
         if self.fdr is not None and not 0 < self.fdr < 1:
             raise InvalidInput("fdr", f"{self.fdr:g} is not in (0, 1)")
         if self.fdr is not None and self.guarantee is not Guarantee.MARGINAL:
@@ -232,15 +235,6 @@ class Request:
 
 def _flat(told: dict[str, Any]) -> dict[str, Any]:
     return {**told, **told["task"], "task": None}
-
-
-def _check_alpha(alpha: float, info: ModelInfo) -> None:
-    if not info.finest_alpha <= alpha < 1:
-        fine = f": {info.calibration_size} calibration pictures cannot promise finer"
-        finest = info.finest_alpha
-        raise InvalidInput(
-            "alpha", f"{alpha:g} is not in [{finest:.6g}, 1){fine if alpha < finest else ''}"
-        )
 
 
 def runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:

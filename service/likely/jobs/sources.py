@@ -151,7 +151,7 @@ class Pictures:
         return np.concatenate(parts), keys
 
 
-class _Held(Generic[T]):
+class _Cache(Generic[T]):
     """A small cache of what was read last: not all of a job's inputs need to fit in memory."""
 
     def __init__(self, most: int) -> None:
@@ -174,18 +174,18 @@ class _Held(Generic[T]):
 class _Array:
     file: Found
     rows: int
-    held: _Held[npt.NDArray[Any]]
+    cache: _Cache[npt.NDArray[Any]]
 
     @classmethod
-    def opened(cls, file: Found, geometry: Geometry, held: _Held[npt.NDArray[Any]]) -> _Array:
+    def opened(cls, file: Found, geometry: Geometry, cache: _Cache[npt.NDArray[Any]]) -> _Array:
         shape, kind = levels.header(file.path)
         none = pixels(np.empty((0, *shape[1:]) if shape else (), kind), file.name)
         if shape[0]:
             levels.check_fit(file.name, none.shape[1:], geometry.shape)
-        return cls(file, shape[0], held)
+        return cls(file, shape[0], cache)
 
     def read(self, start: int, stop: int) -> Part:
-        held = self.held.get(self.file, self._read)
+        held = self.cache.get(self.file, self._read)
         x = np.array(held[start:stop])  # a copy: a view would keep the whole array in memory
         keys = [f"{self.file.name}[{i}]" for i in range(start, stop)]
         return pixels(x, self.file.name), keys
@@ -274,10 +274,10 @@ class _Parquet:
     column: str
     key: str | None
     ends: list[int]  # for each row group, one past the index of its last row
-    held: _Held[Part]
+    cache: _Cache[Part]
 
     @classmethod
-    def opened(cls, file: Found, given: Input, geometry: Geometry, held: _Held[Part]) -> _Parquet:
+    def opened(cls, file: Found, given: Input, geometry: Geometry, cache: _Cache[Part]) -> _Parquet:
         try:
             with pq.ParquetFile(file.path) as opened:
                 form, told = opened.schema_arrow, opened.metadata
@@ -292,7 +292,7 @@ class _Parquet:
             require_keys(form.field(key), file.name)
         column = chosen(form, given.column, file.name)
         require_fit(form.field(column).type, file.name, geometry)
-        return cls(file, geometry, column, key, list(accumulate(ends)), held)
+        return cls(file, geometry, column, key, list(accumulate(ends)), cache)
 
     @property
     def rows(self) -> int:
@@ -304,7 +304,7 @@ class _Parquet:
         at = start
         while at < stop:
             group = bisect_right(self.ends, at)
-            x, named = self.held.get((self.file, group), partial(self._decoded, group))
+            x, named = self.cache.get((self.file, group), partial(self._decoded, group))
             offset = self.ends[group] - len(x)
             here = slice(at - offset, min(stop, self.ends[group]) - offset)
             parts.append(x[here])
@@ -408,8 +408,8 @@ def _shown(name: str) -> str:
 
 def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterator[Source]:
     images: list[Found] = []
-    arrays = _Held[npt.NDArray[Any]](_ARRAYS)
-    groups = _Held[Part](_GROUPS)
+    arrays = _Cache[npt.NDArray[Any]](_ARRAYS)
+    groups = _Cache[Part](_GROUPS)
     for file in found:
         suffix = file.path.suffix.lower()
         if suffix in levels.IMAGES:

@@ -17,7 +17,7 @@ ROWS = 17  # more than kernels process at once, and not a multiple of that
 SIZES = (1, 3, ROWS)
 
 
-def steady(engine: Engine, x: Pixels, filled: int = 0) -> bool:
+def batch_invariant(engine: Engine, x: Pixels, filled: int = 0) -> bool:
     """Whether an engine gives each picture the same bits in any run.
 
     On a processor, the graphs that `likely-export` writes do. Other graphs may add in another

@@ -30,7 +30,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         await self._lifecycle.look()
         found = self._lifecycle.versions()
         return admin_pb2.ListVersionsResponse(
-            versions=[codec.version(version) for version in found]
+            versions=[codec.version_message(version) for version in found]
         )
 
     async def LoadModel(
@@ -43,7 +43,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         if (nbytes := len(request.folder.encode())) > LONGEST:
             raise InvalidInput("folder", f"{nbytes} bytes; a path has at most {LONGEST}")
         version = await self._lifecycle.load(folder)
-        return admin_pb2.LoadModelResponse(version=codec.version(version))
+        return admin_pb2.LoadModelResponse(version=codec.version_message(version))
 
     async def UnloadModel(
         self, request: admin_pb2.UnloadModelRequest, context: Context
@@ -65,7 +65,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.RollbackResponse:
         """Makes the previous default version the stable one."""
         version = await self._lifecycle.rollback(request.model_name)
-        return admin_pb2.RollbackResponse(version=codec.version(version))
+        return admin_pb2.RollbackResponse(version=codec.version_message(version))
 
     async def ResetDrift(
         self, request: admin_pb2.ResetDriftRequest, context: Context

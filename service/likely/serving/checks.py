@@ -16,9 +16,9 @@ import numpy as np
 
 from likely import bayes, codec
 from likely.answers import (
-    HOTTEST,
-    MOST_DRAWS,
-    USUAL_DRAWS,
+    DEFAULT_MAX_DRAWS,
+    LARGEST_MAX_DRAWS,
+    MAX_TEMPERATURE,
     Acceptance,
     Accepted,
     Doubles,
@@ -206,8 +206,10 @@ def temperature(request: Drawn) -> float:
     """The factor of the noise, in [0, 2]; 1 if the request names none."""
     if not request.HasField("temperature"):
         return 1.0
-    if not (math.isfinite(request.temperature) and 0 <= request.temperature <= HOTTEST):
-        raise InvalidInput("temperature", f"{request.temperature:g} is not in [0, {HOTTEST:g}]")
+    if not (math.isfinite(request.temperature) and 0 <= request.temperature <= MAX_TEMPERATURE):
+        raise InvalidInput(
+            "temperature", f"{request.temperature:g} is not in [0, {MAX_TEMPERATURE:g}]"
+        )
     return request.temperature
 
 
@@ -218,10 +220,10 @@ def self_check(
     if not request.HasField("self_check"):
         return None
     asked = request.self_check
-    draws = asked.max_draws if asked.HasField("max_draws") else USUAL_DRAWS
+    draws = asked.max_draws if asked.HasField("max_draws") else DEFAULT_MAX_DRAWS
     return SelfCheck(
         _in_field("self_check", alpha, asked, engine.detector, default_alpha),
-        _within("self_check.max_draws", draws, MOST_DRAWS),
+        _within("self_check.max_draws", draws, LARGEST_MAX_DRAWS),
     )
 
 

@@ -339,7 +339,7 @@ class Models(models_pb2_grpc.ModelServiceServicer):
     ) -> models_pb2.ListModelsResponse:
         """Describes every served version."""
         infos = [self._described(engine) for engine in self._registry.served()]
-        return models_pb2.ListModelsResponse(models=[codec.model(info) for info in infos])
+        return models_pb2.ListModelsResponse(models=[codec.model_message(info) for info in infos])
 
     async def GetModel(
         self, request: models_pb2.GetModelRequest, context: Context
@@ -347,7 +347,9 @@ class Models(models_pb2_grpc.ModelServiceServicer):
         """Describes one version."""
         held = self._registry.lease(request.model_name, request.model_version)
         info = self._described(held.engine)
-        return models_pb2.GetModelResponse(model_version=info.version, model=codec.model(info))
+        return models_pb2.GetModelResponse(
+            model_version=info.version, model=codec.model_message(info)
+        )
 
     def _described(self, engine: Engine) -> ModelInfo:
         labels = self._registry.labels(engine.manifest.name, engine.manifest.version)

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from likely.answers import VERSION_LABELS, Direction, Limits, ModelInfo
+from likely.answers import NAME_PATTERN, VERSION_LABELS, Direction, Limits, ModelInfo
 from likely.bundle import Role
 from likely.errors import BundleError, InvalidInput, ModelNotFound, Unavailable
 
 if TYPE_CHECKING:
     from likely.engine import Engine
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 METHODS = {
     "Complete": "likely.v1.GenerationService/Complete",
     "Classify": "likely.v1.ScoringService/Classify",
@@ -291,7 +290,7 @@ def check_name(field: str, name: str) -> None:
         InvalidInput: it is not 1 to 64 characters of a-z, 0-9, `_`, `.`, `-`, with a letter or
             digit first.
     """
-    if not NAME.fullmatch(name):
+    if not re.fullmatch(NAME_PATTERN, name):
         shown = repr(name[:64]) + ("…" if len(name) > 64 else "") if name else "an empty name"
         raise InvalidInput(
             field,
