@@ -65,17 +65,17 @@ def test_lists_of_another_nesting_are_refused_by_their_row(tmp_path: Path) -> No
     flat = y.reshape(25, -1).tolist()
     refused(
         [*flat[:12], [*flat[12], 1], flat[13][:-1], *flat[14:]],
-        r"\[12\]: a list of 21; 20 levels are asked",
+        r"\[12\]: a list of 21; expected 20 levels",
         GREY,
     )
     turned = [*y[:12].tolist(), y[12].reshape(5, 4).tolist(), *y[13:].tolist()]
     refused(turned, r"\[12\]: 1 x 5 x 4 .* takes 1 x 4 x 5", GREY)
     ragged = y[12].tolist()
     ragged[0].append(ragged[1].pop())
-    refused([*y[:12].tolist(), ragged], r"\[12\]: a list of 6, where one of 5 is asked", GREY)
+    refused([*y[:12].tolist(), ragged], r"\[12\]: a list of 6; expected one of 5", GREY)
     refused([*y[:12].tolist(), [None, *ragged[1:]]], r"\[12\]: .* empty", GREY)
     refused([*flat[:12], [None, *flat[12][1:]]], r"\[12\]: .* empty", GREY)
-    refused([*flat[:12], [0.5, *flat[12][1:]]], "double; integers are asked", GREY)
+    refused([*flat[:12], [0.5, *flat[12][1:]]], "double; expected integers", GREY)
 
 
 def test_a_struct_without_bytes_is_refused(tmp_path: Path) -> None:

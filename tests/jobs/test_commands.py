@@ -196,7 +196,7 @@ def test_all_options_reach_the_job(batch: Batch, toy: Toy, tmp_path: Path) -> No
         (("--count", 1, "--seed", 2**63), 1, "seed: "),
         (("--count", 1, "--temperature", "nan"), 1, "temperature: nan is not in [0, 2]"),
         (("--count", 1, "--self-check", "--alpha", 2), 1, "alpha: 2 is not in [0.005, 1)"),
-        (("--count", 10**9, "--shard", 1), 1, "shard: 1 pictures; at least 10000 are asked here"),
+        (("--count", 10**9, "--shard", 1), 1, "shard: 1 pictures; expected at least 10000"),
     ],
 )
 def test_what_cannot_be_asked_is_told(

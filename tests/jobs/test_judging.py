@@ -384,13 +384,13 @@ def test_pictures_that_are_none_are_named(judge: Job, tmp_path: Path, pictures: 
     np.save(tmp_path / "shape.npy", x[:, :, :2])
     bad["shape.npy"] = r"1 x 2 x 3 .* takes 1 x 3 x 3"
     np.save(tmp_path / "float.npy", x.astype(float))
-    bad["float.npy"] = "float64; integers"
+    bad["float.npy"] = "float64; expected integers"
     (tmp_path / "none.parquet").write_bytes(b"PAR1 and no more")
     bad["none.parquet"] = "no Parquet file"
     pq.write_table(pa.table({"y": [1]}), tmp_path / "other.parquet")
     bad["other.parquet"] = "no column image or images .* there are y"
     pq.write_table(pa.table({"x": [[1, 2]]}), tmp_path / "few.parquet")
-    bad["few.parquet"] = "9 levels are asked"
+    bad["few.parquet"] = "expected 9 levels"
     pq.write_table(pa.table({"x": [None, b"123456789"]}), tmp_path / "null.parquet")
     bad["null.parquet"] = "1 rows of the pictures' column are empty"
     (tmp_path / "none.tar").write_bytes(b"no archive" * 100)

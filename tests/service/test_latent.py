@@ -218,7 +218,7 @@ def test_features_alone_are_a_model_too(plain: Toy, running: Running) -> None:
         assert moved.deviation is None and moved.spread is None
         told = plain.answer("decode", {"z": features.mean})["mean"]
         assert moved.mean[:, 0] == pytest.approx(told, abs=1e-6)
-        with pytest.raises(InvalidInput, match=r"^features: shape \(2, 1\); \(n, 2\) is asked$"):
+        with pytest.raises(InvalidInput, match=r"^features: shape \(2, 1\); expected \(n, 2\)$"):
             client.decode(features.mean[:1].T)  # as many bytes as one row has
         refused: list[Callable[[], Any]] = [
             lambda: client.score(X),

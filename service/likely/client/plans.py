@@ -294,7 +294,7 @@ def decode(
     """The redrawings of all features."""
     z: npt.NDArray[Any] = array("features", features, np.float32)
     if z.ndim != 2:
-        raise InvalidInput("features", f"shape {z.shape}; (n, z) is asked")
+        raise InvalidInput("features", f"shape {z.shape}; expected (n, z)")
 
     def plan(info: ModelInfo) -> Plan[Redrawings]:
         given = _labels(labels, len(z), info)
@@ -318,7 +318,7 @@ def decode(
     def check(info: ModelInfo) -> None:
         if info.latent_dimensions and z.shape[1] != info.latent_dimensions:
             asked = f"(n, {info.latent_dimensions})"
-            raise InvalidInput("features", f"shape {z.shape}; {asked} is asked")
+            raise InvalidInput("features", f"shape {z.shape}; expected {asked}")
 
     yield from _held(catalogue, model, how.version, check)
     resolver = _resolver(catalogue, model, how.version, len(z), labels)
@@ -371,7 +371,7 @@ def interpolate(
     """All pictures redrawn on the lines to as many others."""
     x, far, places = pixels(images), pixels(others), _places(points)
     if len(x) != len(far):
-        raise InvalidInput("others", f"{len(far)} pictures for {len(x)} images; as many are asked")
+        raise InvalidInput("others", f"{len(far)} pictures for {len(x)} images; expected as many")
 
     def plan(info: ModelInfo) -> Plan[Redrawings]:
         given = _labels(labels, len(x), info)
@@ -402,7 +402,7 @@ def interpolate(
 def _places(points: npt.ArrayLike) -> list[float]:
     places = array("points", points, np.float64)
     if places.ndim != 1:
-        raise InvalidInput("points", f"shape {places.shape}; (points,) is asked")
+        raise InvalidInput("points", f"shape {places.shape}; expected (points,)")
     found: list[float] = places.tolist()
     return found
 
@@ -537,7 +537,7 @@ def _labels(labels: npt.ArrayLike | None, n: int, info: ModelInfo) -> list[int] 
         named: list[Any] = [index_of(str(each), info.labels, "labels") for each in given]
         return named
     if n and not np.issubdtype(given.dtype, np.integer):
-        raise InvalidInput("labels", f"type {given.dtype}; integers are asked")
+        raise InvalidInput("labels", f"type {given.dtype}; expected integers")
     numbers: list[int] = given.tolist()
     return numbers
 

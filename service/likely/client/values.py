@@ -33,12 +33,12 @@ def pixels(images: npt.ArrayLike, name: str = "images") -> Pixels:
     """
     x = array(name, images)
     if x.ndim not in (3, 4):
-        raise InvalidInput(name, f"shape {x.shape}; (n, c, h, w) or (n, h, w) is asked")
+        raise InvalidInput(name, f"shape {x.shape}; expected (n, c, h, w) or (n, h, w)")
     if not np.issubdtype(x.dtype, np.integer):
         how = ": multiply by the top level and round" if x.dtype.kind == "f" else ""
-        raise InvalidInput(name, f"type {x.dtype}; integers from 0 to 255 are asked{how}")
+        raise InvalidInput(name, f"type {x.dtype}; expected integers from 0 to 255{how}")
     if x.dtype != np.uint8 and x.size and (x.min() < 0 or x.max() > 255):
-        raise InvalidInput(name, f"values {x.min()} to {x.max()}; 0 to 255 are asked")
+        raise InvalidInput(name, f"values {x.min()} to {x.max()}; expected 0 to 255")
     return x.astype(np.uint8, copy=False).reshape(x.shape if x.ndim == 4 else _one_channel(x.shape))
 
 

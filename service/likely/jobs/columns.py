@@ -62,7 +62,7 @@ def require_one(form: pa.Schema, column: str, name: str) -> None:
         InvalidInput: it has several.
     """
     if form.names.count(column) > 1:
-        raise InvalidInput(name, f"several columns {column}; one is asked")
+        raise InvalidInput(name, f"several columns {column}; expected one")
 
 
 def require_fit(kind: pa.DataType, name: str, geometry: Geometry) -> None:
@@ -185,7 +185,7 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
     while _is_list(inner):
         inner, depth = inner.value_type, depth + 1
     if not depth or not pa.types.is_integer(inner):
-        raise InvalidInput(name, f"{inner}; integers are asked, in lists of {size} levels")
+        raise InvalidInput(name, f"{inner}; expected integers, in lists of {size} levels")
     asked = {1: (size,), 3: lengths, **({2: lengths[1:]} if lengths[0] == 1 else {})}.get(depth)
     if asked is None:
         may = "2, 1" if lengths[0] == 1 else "2"
@@ -215,7 +215,7 @@ def _unfit(
     if found < 0:
         return InvalidInput(told, "one of its lists is empty")
     if depth == 1:
-        return InvalidInput(told, f"a list of {found}; {asked} levels are asked")
+        return InvalidInput(told, f"a list of {found}; expected {asked} levels")
     try:
         shape = np.shape(row)
         if len(shape) == depth:
@@ -225,7 +225,7 @@ def _unfit(
     except ValueError:
         pass  # ragged
     shown = f"{_shown(geometry.shape)} (channels x rows x columns)"
-    return InvalidInput(told, f"a list of {found}, where one of {asked} is asked: {shown}")
+    return InvalidInput(told, f"a list of {found}; expected one of {asked}: {shown}")
 
 
 def _of_bytes(values: Sequence[bytes], name: str, geometry: Geometry, first: int) -> Pixels:

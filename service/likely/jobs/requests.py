@@ -192,7 +192,7 @@ class Request:
         task.check(info)
         if rows < 1 or -(-task.total // rows) > MOST_SHARDS:
             least = max(1, -(-task.total // MOST_SHARDS))
-            raise InvalidInput("shard", f"{rows} pictures; at least {least} are asked here")
+            raise InvalidInput("shard", f"{rows} pictures; expected at least {least}")
         return cls(task, info.name, info.version, info.digest, form, rows)
 
     @property

@@ -241,7 +241,7 @@ class _Tar:
                 members.append((key, name, *place))
         keys = [key for key, *_ in members]
         if twice := next((a for a, b in pairwise(keys) if a == b), None):
-            raise InvalidInput(file.name, f"sample {twice} has several pictures; one is asked")
+            raise InvalidInput(file.name, f"sample {twice} has several pictures; expected one")
         sampled = {*keys}
         if lone := next((key for key in dotted if key not in sampled), None):
             told = f"a name of several dots, and sample {lone} has no picture whose name has one"

@@ -243,11 +243,11 @@ def mask(request: generation_pb2.CompleteRequest) -> Accepted:
     claimed, data = codec.shape(request.images), request.mask  # once: each access copies the bytes
     expected = math.prod(claimed)
     if len(data) != expected:
-        raise InvalidInput("mask", f"{len(data)} bytes; one for each of {expected} levels is asked")
+        raise InvalidInput("mask", f"{len(data)} bytes; expected one for each of {expected} levels")
     known = np.frombuffer(data, dtype=np.uint8)
     if known.size and known.max() > 1:
         first = int(np.argmax(known > 1))
-        raise InvalidInput("mask", f"byte {first} is {known[first]}; 0 or 1 is asked")
+        raise InvalidInput("mask", f"byte {first} is {known[first]}; expected 0 or 1")
     return known.reshape(claimed).astype(np.bool_)
 
 
@@ -293,9 +293,7 @@ def others(
         field = error.field.replace("images", "others", 1)
         raise InvalidInput(field, error.description) from None
     if len(x) != n:
-        raise InvalidInput(
-            "others.shape[0]", f"{len(x)} pictures for {n} images; as many are asked"
-        )
+        raise InvalidInput("others.shape[0]", f"{len(x)} pictures for {n} images; expected as many")
     return x
 
 
@@ -303,7 +301,7 @@ def features(request: latent_pb2.DecodeRequest, z: int) -> Floats:
     """The request's features, float32 (n, z), finite and at most LARGEST_FEATURE in size."""
     data = request.features  # once: each access copies the bytes
     if len(data) % (4 * z):
-        raise InvalidInput("features", f"{len(data)} bytes; rows of {z} 32-bit floats are asked")
+        raise InvalidInput("features", f"{len(data)} bytes; expected rows of {z} 32-bit floats")
     found = codec.latents(data, z)
     bad = ~(np.abs(found) <= LARGEST_FEATURE)  # NaN is not
     if bad.any():
@@ -329,7 +327,7 @@ def points(request: Moving, limits: Limits) -> Doubles:
     between = isinstance(request, latent_pb2.InterpolateRequest)
     low, high = (0.0, 1.0) if between else (-FARTHEST, FARTHEST)
     if not request.points:
-        raise InvalidInput("points", "none are named; one at least is asked")
+        raise InvalidInput("points", "none are named; expected at least one")
     if len(request.points) > limits.images_per_generation:
         raise InvalidInput(
             "points", f"{len(request.points)} are more than {limits.images_per_generation}"

@@ -163,7 +163,7 @@ def _shape(
 ) -> tuple[int, ...]:
     if len(given.shape) != len(tensor.shape):  # before copying it, as it may have millions
         raise InvalidInput(
-            f"{tensor.name}.shape", f"{len(given.shape)} dimensions; {len(tensor.shape)} are asked"
+            f"{tensor.name}.shape", f"{len(given.shape)} dimensions; expected {len(tensor.shape)}"
         )
     shape = tuple(given.shape)
     for axis, (length, asked) in enumerate(zip(shape, tensor.shape, strict=True)):
@@ -195,7 +195,7 @@ def _of_contents(
     for descriptor, _ in contents.ListFields():
         if descriptor.name != tensor.type.field:
             raise InvalidInput(
-                f"{tensor.name}.contents", f"{descriptor.name}; {tensor.type.field} is asked"
+                f"{tensor.name}.contents", f"{descriptor.name}; expected {tensor.type.field}"
             )
     values = getattr(contents, tensor.type.field)
     if len(values) != math.prod(shape):
