@@ -15,6 +15,7 @@ SERVICE = {
     "machine": "",
     "signals": "",
     "addresses": "errors",
+    "fresh": "errors",
     "answers": "numpy",
     "drift": "answers numpy",
     "bayes": "answers errors numpy",
@@ -23,7 +24,7 @@ SERVICE = {
     "levels": "answers errors numpy PIL",
     "codec": "answers errors v1 numpy",
     "statuses": "errors v1 grpc google",
-    "client": "addresses answers codec errors statuses v1 numpy grpc",
+    "client": "addresses answers codec errors fresh statuses v1 numpy grpc",
     "__init__": "answers client errors outliers",
     "settings": "answers errors pydantic pydantic_settings tomli_w",
     "logs": "structlog",
@@ -45,8 +46,8 @@ SERVICE = {
         "answers batching bundle engine errors graphs machine settings telemetry structlog"
     ),
     "serving": (
-        "addresses answers batching bayes bundle codec engine errors inference latent machine "
-        "noise outliers settings statuses telemetry tracing v1 versions "
+        "addresses answers batching bayes bundle codec engine errors fresh inference latent "
+        "machine noise outliers settings statuses telemetry tracing v1 versions "
         "cryptography google grpc grpc_health grpc_reflection jwt numpy pydantic structlog"
     ),
     "processes": (
@@ -249,9 +250,9 @@ WITHIN = {
         "__init__": "",
     },
     "likely.serving": {
-        "fresh": "",
-        "tls": "fresh",
-        "access": "fresh",
+        "reloading": "",
+        "tls": "reloading",
+        "access": "reloading",
         "doors": "",
         "merging": "",
         "tallies": "",

@@ -152,7 +152,9 @@ def test_a_folder_that_is_looked_at_is_not_written_into(
     np.save(tmp_path / "in.npy", toy.draw(np.random.default_rng(0), 3))
     told = batch("score", tmp_path, "--out", tmp_path / "scores")
     assert told.exit_code == 1
-    assert f"the job's folder {tmp_path / 'scores'} lies within the input {tmp_path}:" in told.stderr
+    assert (
+        f"the job's folder {tmp_path / 'scores'} lies within the input {tmp_path}:" in told.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
     odd = tmp_path / os.fsdecode(b"a\xff.npy")
     (tmp_path / "in.npy").rename(odd)
