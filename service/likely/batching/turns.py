@@ -53,9 +53,6 @@ class Turns(Generic[W]):
         self._lines: dict[str, deque[W]] = {}  # by client, in the order of their turns
         self._held: dict[str, int] = {}
 
-    def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
-
     def add(self, member: W) -> None:
         """Appends a member to its client's line."""
         line = self._lines.get(member.client)
