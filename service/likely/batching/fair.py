@@ -33,7 +33,7 @@ class Waiting:
 W = TypeVar("W", bound=Waiting)
 
 
-class Turns(Generic[W]):
+class FairQueue(Generic[W]):
     """A queue that is fair between clients, and first come, first served within each client.
 
     The room in a batch is divided evenly among the waiting clients. What they leave
