@@ -270,10 +270,10 @@ WITHIN = {
     },
     "likely.processes": {
         "process": "",
-        "together": "",
-        "worker": "process together",
+        "worker_metrics": "",
+        "worker": "process worker_metrics",
         "fanout": "",
-        "supervisor": "fanout process together worker",
+        "supervisor": "fanout process worker worker_metrics",
         "__init__": "",
     },
     "likely.jobs": {
