@@ -80,7 +80,7 @@ class Terms:
     Attributes:
         lanes: number of runs at once; 0 lets the warm-up find the best number.
         bounds: how much may wait in the queue of each graph.
-        patience: number of consecutive non-finite answers of one graph after which the
+        withheld_limit: number of consecutive non-finite answers of one graph after which the
             version counts as unhealthy; 0 for no limit.
         seen: callback that is called with the engine, the name of the method, and the rows of
             the `ScoreTable` whenever pictures were scored.
@@ -88,7 +88,7 @@ class Terms:
 
     lanes: int = 0
     bounds: Bounds = field(default_factory=Bounds)
-    patience: int = 0
+    withheld_limit: int = 0
     seen: Seen = _unseen
 
 
@@ -124,7 +124,7 @@ class Engine:
             bundle.manifest.latent_dimensions(Role.DECODE),
         )
         self._seen = terms.seen
-        self._trust = Trust(self.manifest.name, terms.patience, traffic)
+        self._trust = Trust(self.manifest.name, terms.withheld_limit, traffic)
         self._lanes = Lanes(
             self.manifest.name,
             warm.runners,

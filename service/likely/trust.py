@@ -24,19 +24,19 @@ class Trust:
         lost: callback for the moment when that happens.
     """
 
-    def __init__(self, name: str, patience: int, traffic: Traffic) -> None:
+    def __init__(self, name: str, withheld_limit: int, traffic: Traffic) -> None:
         """Starts with a healthy version.
 
         Args:
             name: the model's name.
-            patience: number of answers of one graph, withheld in a row, after which the version
-                is unhealthy; 0 for no limit.
+            withheld_limit: number of answers of one graph, withheld in a row, after which the
+                version is unhealthy; 0 for no limit.
             traffic: the metrics of withheld answers and unhealthy versions.
         """
         self.healthy = True
         self.lost: Callable[[], None] = _nobody
         self._name = name
-        self._patience = patience
+        self._withheld_limit = withheld_limit
         self._withheld = traffic.withheld.labels(name)
         self._unhealthy = traffic.unhealthy.labels(name)
         self._in_a_row: dict[str, int] = {}  # by graph: sound answers of others do not reset it
@@ -49,7 +49,7 @@ class Trust:
         """
         if not self.healthy:
             raise Unavailable(
-                f"this version of model {self._name} gave {self._patience} answers in a row "
+                f"this version of model {self._name} gave {self._withheld_limit} answers in a row "
                 "that were not finite, and answers no more"
             )
 
@@ -76,7 +76,7 @@ class Trust:
     def _count(self, graph: str) -> None:
         self._withheld.inc()
         in_a_row = self._in_a_row[graph] = self._in_a_row.get(graph, 0) + 1
-        if self.healthy and self._patience and in_a_row >= self._patience:
+        if self.healthy and self._withheld_limit and in_a_row >= self._withheld_limit:
             self.healthy = False
             self._unhealthy.inc()
             self.lost()

@@ -78,7 +78,7 @@ def warm_up(
         _prove(bundle.manifest, role, runner, golden)
     if max_batch:
         # A padded run costs the same for few rows as for many: do not spread rows over lanes.
-        best = dict.fromkeys(runners, Best(max_batch, grain=max_batch if filled else 1))
+        best = dict.fromkeys(runners, Best(max_batch, min_rows=max_batch if filled else 1))
     else:
         best = {role: _best(role, runner, golden) for role, runner in runners.items()}
         for role, runner in zip(roles, bare, strict=False):
@@ -131,7 +131,9 @@ def _is_worth_all_cores(
 ) -> bool:
     """Whether one row runs faster on all cores, and takes too long for the event loop."""
     sample, outputs = _sample(role, narrow, golden)
-    return not best.at_once and tuning.is_sooner(wide, narrow, sample, outputs, seconds=2 * TUNING)
+    return not best.loop_rows and tuning.is_sooner(
+        wide, narrow, sample, outputs, seconds=2 * TUNING
+    )
 
 
 def _lanes(role: Role, runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:

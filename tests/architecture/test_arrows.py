@@ -15,6 +15,7 @@ SERVICE = {
     "machine": "",
     "signals": "",
     "addresses": "errors",
+    "fresh": "errors",
     "answers": "numpy",
     "drift": "answers numpy",
     "bayes": "answers errors numpy",
@@ -23,7 +24,7 @@ SERVICE = {
     "levels": "answers errors numpy PIL",
     "codec": "answers errors v1 numpy",
     "statuses": "errors v1 grpc google",
-    "client": "addresses answers codec errors statuses v1 numpy grpc",
+    "client": "addresses answers codec errors fresh statuses v1 numpy grpc",
     "__init__": "answers client errors outliers",
     "settings": "answers errors pydantic pydantic_settings tomli_w",
     "logs": "structlog",
@@ -45,8 +46,8 @@ SERVICE = {
         "answers batching bundle engine errors graphs machine settings telemetry structlog"
     ),
     "serving": (
-        "addresses answers batching bayes bundle codec engine errors inference latent machine "
-        "noise outliers settings statuses telemetry tracing v1 versions "
+        "addresses answers batching bayes bundle codec engine errors fresh inference latent "
+        "machine noise outliers settings statuses telemetry tracing v1 versions "
         "cryptography google grpc grpc_health grpc_reflection jwt numpy pydantic structlog"
     ),
     "processes": (
@@ -223,16 +224,16 @@ WITHIN = {
     },
     "likely.batching": {
         "callers": "",
-        "turns": "",
+        "fair": "",
         "traffic": "",
         "admission": "callers traffic",
         "gathering": "",
         "headroom": "",
-        "batches": "callers turns",
+        "batches": "callers fair",
         "portions": "batches",
         "tuning": "batches",
         "width": "batches tuning",
-        "batcher": "admission batches callers gathering headroom traffic tuning turns width",
+        "batcher": "admission batches callers fair gathering headroom traffic tuning width",
         "lanes": "admission batcher batches callers traffic tuning",
         "__init__": "",
     },
@@ -250,9 +251,9 @@ WITHIN = {
         "__init__": "",
     },
     "likely.serving": {
-        "fresh": "",
-        "tls": "fresh",
-        "access": "fresh",
+        "reloading": "",
+        "tls": "reloading",
+        "access": "reloading",
         "doors": "",
         "merging": "",
         "tallies": "",
@@ -270,10 +271,10 @@ WITHIN = {
     },
     "likely.processes": {
         "process": "",
-        "together": "",
-        "worker": "process together",
+        "worker_metrics": "",
+        "worker": "process worker_metrics",
         "fanout": "",
-        "supervisor": "fanout process together worker",
+        "supervisor": "fanout process worker worker_metrics",
         "__init__": "",
     },
     "likely.jobs": {

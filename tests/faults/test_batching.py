@@ -25,7 +25,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from likely import Client, LabelRule, codec
-from likely.batching.turns import Turns
+from likely.batching.fair import FairQueue
 from likely.bundle import Role
 from likely.errors import OutOfMemory, RunStopped, ServerFault
 from likely.graphs import Array, Stop
@@ -821,7 +821,7 @@ def test_a_broken_queue_fails_what_waits_and_serves_on(
         rigged.begun()
         pending = [stub.Score.future(score(2), timeout=SECONDS) for _ in range(3)]
         waits(live, 6)
-        monkeypatch.setattr(Turns, "take", broken)
+        monkeypatch.setattr(FairQueue, "take", broken)
     assert len(first.result(SECONDS).scores) == 4
     waiting = [call for call in pending if call.exception(SECONDS)]
     assert waiting  # what was ready for the lane already is answered
@@ -892,7 +892,7 @@ def raising(live: Live, stub: Any, rigged: Rigged) -> None:
 
 def queue_broken(live: Live, stub: Any, rigged: Rigged) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Turns, "take", broken)
+        patch.setattr(FairQueue, "take", broken)
         call = stub.Score.future(score(MANY), timeout=SECONDS)
         assert failed(call) is grpc.StatusCode.UNAVAILABLE
 

@@ -81,8 +81,8 @@ def wire(address: str) -> Iterator[Wire]:
 def test_a_server_that_vanished_is_noticed_before_the_deadline(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channels, "SILENCE", 0.5)
-    monkeypatch.setattr(channels, "ANSWER", 0.5)
+    monkeypatch.setattr(channels, "KEEPALIVE_TIME", 0.5)
+    monkeypatch.setattr(channels, "KEEPALIVE_TIMEOUT", 0.5)
     with (
         running() as live,
         wire(live.address) as between,
@@ -100,8 +100,8 @@ def test_a_server_that_vanished_is_noticed_before_the_deadline(
 def test_a_client_that_vanished_leaves_nothing(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ports, "SILENCE", 0.5)
-    monkeypatch.setattr(ports, "ANSWER", 0.5)
+    monkeypatch.setattr(ports, "KEEPALIVE_TIME", 0.5)
+    monkeypatch.setattr(ports, "KEEPALIVE_TIMEOUT", 0.5)
     body = ScoreStreamRequest(request=on_toy(ScoreRequest)).SerializeToString()
     asked = struct.pack(">BI", 0, len(body)) + body
     with running() as live, http2.connected(live.address, patience=SECONDS) as there:

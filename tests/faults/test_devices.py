@@ -270,7 +270,7 @@ def unopened(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Unopened:
         monkeypatch.setattr(graphs, "cuda_devices", lambda: 1)
         loader = Loader(load({"device": device}), Traffic(), lambda *_: None)
         with pytest.raises(LikelyError) as caught:
-            loader.proved(Bundle.open(toy.path))
+            loader.load(Bundle.open(toy.path))
         assert caught.value.__cause__ is error
         return caught.value
 
@@ -355,7 +355,7 @@ def test_a_card_that_fails_in_the_golden_replay_is_no_fault_of_the_bundle(
             continue
         loader = Loader(load({"device": "cpu"}), Traffic(), lambda *_: None)
         with pytest.raises(DeviceError) as caught:
-            loader.proved(Bundle.open(toy.path))
+            loader.load(Bundle.open(toy.path))
         assert str(caught.value).endswith(f": {cause}")
 
 

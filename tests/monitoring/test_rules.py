@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from likely.processes.together import Together
+from likely.processes.worker_metrics import WorkerMetrics
 from likely.v1.scoring_pb2 import ClassifyRequest, ScoreRequest
 from tests.faults.alive import calling, drawing, on_toy
 from tests.monitoring.conftest import RULES
@@ -43,7 +43,7 @@ def families(
 ) -> dict[str, tuple[str, set[str]]]:
     """Type and labels of every metric, those of a supervisor included."""
     told = list(text_string_to_metric_families(page))
-    told += Together(tmp_path_factory.mktemp("workers"), 2).registry.collect()
+    told += WorkerMetrics(tmp_path_factory.mktemp("workers"), 2).registry.collect()
     found: dict[str, tuple[str, set[str]]] = {}
     for family in told:
         if family.name.endswith("_created"):  # when a series began: the format's own

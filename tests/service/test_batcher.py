@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from likely import warmup
 from likely.batching import batcher as batching
 from likely.batching import callers, gathering, headroom, tuning
-from likely.batching.admission import LATEST, SOONEST, Bounds, Quota, patience
+from likely.batching.admission import MAX_DELAY, MIN_DELAY, Bounds, Quota, retry_delay
 from likely.batching.batcher import Batcher
 from likely.batching.batches import Batch, rows_of
 from likely.batching.callers import Caller, Priority
+from likely.batching.fair import FairQueue, Waiting
 from likely.batching.lanes import BULK_ROWS, Ask, Lanes
 from likely.batching.traffic import Traffic
 from likely.batching.tuning import Best
-from likely.batching.turns import Turns, Waiting
 from likely.bundle import Graph, Role, TensorSpec
 from likely.errors import (
     DeadlineExceeded,
@@ -208,7 +208,7 @@ def test_a_batch_has_no_more_rows_than_bytes_allow(
 def test_free_lanes_share_what_is_worth_sharing() -> None:
     async def work() -> None:
         graph = Doubler()
-        async with opened(graph, lanes=2, best={Role.DENSITY: Best(16, grain=3)}) as lanes:
+        async with opened(graph, lanes=2, best={Role.DENSITY: Best(16, min_rows=3)}) as lanes:
             await ask(lanes, *range(10))
             assert sorted(map(len, graph.runs)) == [5, 5]
             graph.runs.clear()
@@ -221,7 +221,7 @@ def test_free_lanes_share_what_is_worth_sharing() -> None:
 def test_few_light_rows_wait_for_a_run_that_is_about_to_end() -> None:
     async def work() -> None:
         graph = Doubler()
-        best = Best(16, grain=3, pace=1e-6)
+        best = Best(16, min_rows=3, pace=1e-6)
         async with opened(graph, lanes=2, best={Role.DENSITY: best}) as lanes:
             graph.hold()
             first = going(ask(lanes, 0))
@@ -241,7 +241,7 @@ def test_few_light_rows_wait_for_a_run_that_is_about_to_end() -> None:
 def test_few_light_rows_do_not_wait_for_a_run_of_another_graph() -> None:
     async def work() -> None:
         graphs = {Role.DENSITY: Doubler(), Role.CONDITIONAL: Doubler()}
-        best = dict.fromkeys(graphs, Best(16, grain=3, pace=1e-6))
+        best = dict.fromkeys(graphs, Best(16, min_rows=3, pace=1e-6))
         lanes = Lanes("fake", graphs, lanes=2, best=best)
         graphs[Role.DENSITY].hold()
         first = going(ask(lanes, 0))
@@ -259,7 +259,7 @@ def test_light_rows_wait_for_company_once_callers_have_met(monkeypatch: pytest.M
     async def work() -> None:
         graph, waited = Doubler(), list[bool]()
         monkeypatch.setattr(gathering, "LONGEST", 0.25)  # more than a machine stalls for
-        best = Best(16, grain=8, fixed=1.0)
+        best = Best(16, min_rows=8, fixed=1.0)
         async with opened(graph, best={Role.DENSITY: best}) as lanes:
             gathers = lanes._gathers
 
@@ -309,7 +309,7 @@ def test_what_is_shorter_than_the_way_to_a_lane_runs_where_it_came() -> None:
                 return super().run(feeds, outputs, stop)
 
         graph = Seen()
-        best = Best(4, at_once=2, pace=1e-6)
+        best = Best(4, loop_rows=2, pace=1e-6)
         async with opened(graph, best={Role.DENSITY: best}) as lanes:
             assert list(await asyncio.gather(ask(lanes, 1), ask(lanes, 2))) == [[2], [4]]
             assert threads == {threading.current_thread().name}
@@ -333,7 +333,7 @@ def test_what_is_short_takes_a_lane_where_it_is_not_all_there_is() -> None:
                     here.append(feeds["x"].tolist())
                 return super().run(feeds, outputs, stop) if 9 in feeds["x"] else [2 * feeds["x"]]
 
-        graph, best = Seen(), Best(3, grain=3, at_once=2, pace=1e-3)
+        graph, best = Seen(), Best(3, min_rows=3, loop_rows=2, pace=1e-3)
         async with opened(graph, lanes=2, best={Role.DENSITY: best}) as lanes:
             graph.hold()
             long = going(ask(lanes, 9, 9, 9))
@@ -342,7 +342,7 @@ def test_what_is_short_takes_a_lane_where_it_is_not_all_there_is() -> None:
             graph.release()
             assert await long == [18, 18, 18]
             assert not here
-        async with opened(graph, best={Role.DENSITY: Best(2, at_once=2, pace=1e-6)}) as lanes:
+        async with opened(graph, best={Role.DENSITY: Best(2, loop_rows=2, pace=1e-6)}) as lanes:
             assert await ask(lanes, 1, 2, 3) == [2, 4, 6]
             assert [1, 2] not in here  # as a third waits
 
@@ -765,7 +765,7 @@ def test_what_is_refused_for_now_is_counted_where_that_is_all_of_it(
 ) -> None:
     async def work() -> None:
         graph, traffic = Doubler(), Traffic()
-        options = {"best": {Role.DENSITY: Best(4, grain=4, pace=10.0)}, "bounds": Bounds(rows=2)}
+        options = {"best": {Role.DENSITY: Best(4, min_rows=4, pace=10.0)}, "bounds": Bounds(rows=2)}
         async with opened(graph, traffic=traffic, **options) as lanes:
             graph.hold()
             first = going(ask(lanes, 0))
@@ -861,7 +861,7 @@ def test_what_the_process_asks_of_itself_is_not_refused() -> None:
 )
 def test_drawing_and_large_requests_are_bulk(role: Role, rows: int, priority: Priority) -> None:
     async def work() -> None:
-        graph, best = Doubler(), Best(1000, grain=1000)
+        graph, best = Doubler(), Best(1000, min_rows=1000)
         lanes = Lanes("fake", {role: graph}, lanes=1, best={role: best})
         graph.hold()
         asked = []
@@ -930,7 +930,7 @@ def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int, co
 def test_bulk_is_told_to_come_again_after_all_others(priority: Priority, rows: float) -> None:
     async def work() -> None:
         graph = Doubler()
-        best = Best(4, grain=4, pace=4.0)
+        best = Best(4, min_rows=4, pace=4.0)
         async with opened(graph, best={Role.DENSITY: best}) as lanes:
             graph.hold()
             others = [going(ask(lanes, 0))]
@@ -1071,7 +1071,7 @@ def test_a_broken_queue_fails_what_waits_and_is_begun_anew(
             waiting = [going(ask(lanes, i)) for i in range(3)]
             await settled()
             with monkeypatch.context() as patch:
-                patch.setattr(Turns, "take", broken)
+                patch.setattr(FairQueue, "take", broken)
                 graph.release()
                 assert await first == [2]
                 for task in waiting:
@@ -1110,7 +1110,7 @@ def test_who_waits_for_company_is_woken_on_the_next_loop_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gathering, "LONGEST", 0.25)
-    graph, best = Doubler(), Best(16, grain=8, fixed=1.0)
+    graph, best = Doubler(), Best(16, min_rows=8, fixed=1.0)
     lanes = Lanes("fake", {Role.DENSITY: graph}, lanes=1, best={Role.DENSITY: best})
 
     async def left() -> None:
@@ -1145,22 +1145,24 @@ def test_a_full_batch_begins_without_the_event_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grain", "runs"),
+    ("min_rows", "runs"),
     [
         (1, [[1], [2, 2], [3]]),  # half of what there is, for one lane
         (3, [[1], [2, 2, 3]]),  # more may come for a run that costs much whatever its rows
     ],
 )
-def test_a_lanes_share_is_ready_where_it_is_worth_a_run(grain: int, runs: list[list[int]]) -> None:
+def test_a_lanes_share_is_ready_where_it_is_worth_a_run(
+    min_rows: int, runs: list[list[int]]
+) -> None:
     async def work() -> None:
         graph = Doubler()
-        async with opened(graph, best={Role.DENSITY: Best(3, grain, pace=1.0)}) as lanes:
+        async with opened(graph, best={Role.DENSITY: Best(3, min_rows, pace=1.0)}) as lanes:
             graph.hold()
             first = going(ask(lanes, 1))
             await graph.arrived()
             second = going(ask(lanes, 2, 2))
             await settled()
-            assert lanes.ready == (2 if grain == 1 else 0)
+            assert lanes.ready == (2 if min_rows == 1 else 0)
             third = going(ask(lanes, 3))
             await settled()
             graph.release()
@@ -1664,21 +1666,21 @@ def test_every_request_has_one_outcome_and_its_own_rows(
 def test_turns_lose_no_row_and_give_none_twice(
     members: list[tuple[str, int]], rooms: list[int], removed: set[int]
 ) -> None:
-    turns: Turns[Waiting] = Turns()
+    queue: FairQueue[Waiting] = FairQueue()
     waiting = [Waiting(client, rows, 3) for client, rows in members]
     for member in waiting:
-        turns.add(member)
+        queue.add(member)
     gone = [member for i, member in enumerate(waiting) if i in removed]
     for member in gone:
-        turns.remove(member)
-        turns.remove(member)
+        queue.remove(member)
+        queue.remove(member)
     stay = [member for member in waiting if member not in gone]
-    assert turns.rows == sum(member.rows for member in stay)
+    assert queue.rows == sum(member.rows for member in stay)
     seen: dict[Waiting, int] = {}
-    while turns.rows:
-        before = turns.rows
+    while queue.rows:
+        before = queue.rows
         room = rooms[len(seen) % len(rooms)]
-        spans = turns.take(room)
+        spans = queue.take(room)
         assert len({member for member, _, _ in spans}) == len(spans)
         taken = sum(stop - start for _, start, stop in spans)
         assert taken == min(room, before)
@@ -1687,20 +1689,20 @@ def test_turns_lose_no_row_and_give_none_twice(
             seen[member] = stop
             earlier = waiting[: waiting.index(member)]  # each client's own come in order
             assert all(m.left == 0 for m in earlier if m.client == member.client and m in stay)
-        assert turns.nbytes == 3 * turns.rows
+        assert queue.nbytes == 3 * queue.rows
     assert seen == {member: member.rows for member in stay}
-    assert not turns.take(5)
+    assert not queue.take(5)
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=8), st.integers(1, 64))
 def test_clients_that_wait_are_served_alike(sizes: list[int], room: int) -> None:
-    turns: Turns[Waiting] = Turns()
+    queue: FairQueue[Waiting] = FairQueue()
     served = dict.fromkeys(map(str, range(len(sizes))), 0)
     for _ in range(40):
         for client, rows in zip(served, sizes, strict=True):
-            while turns.held(client) < 200:  # all of them wait, always
-                turns.add(Waiting(client, rows, 1))
-        for member, start, stop in turns.take(room):
+            while queue.held(client) < 200:  # all of them wait, always
+                queue.add(Waiting(client, rows, 1))
+        for member, start, stop in queue.take(room):
             served[member.client] += stop - start
         assert max(served.values()) - min(served.values()) <= room
 
@@ -1731,8 +1733,8 @@ def test_nobody_is_told_to_come_again_too_soon_or_too_late() -> None:
     quota.take("a", 1)
     with pytest.raises(Overloaded) as caught:
         quota.take("a", 1)
-    assert caught.value.retry_after == SOONEST
-    assert [patience(seconds) for seconds in (0.0, 1.0, 100.0)] == [SOONEST, 1.0, LATEST]
+    assert caught.value.retry_after == MIN_DELAY
+    assert [retry_delay(seconds) for seconds in (0.0, 1.0, 100.0)] == [MIN_DELAY, 1.0, MAX_DELAY]
 
 
 def test_what_is_refused_for_now_costs_no_quota(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1787,7 +1789,7 @@ class Timed(Doubler):
 
 
 @pytest.mark.parametrize(
-    ("once", "each", "rows", "grain"),
+    ("once", "each", "rows", "min_rows"),
     [
         (0.0, 5e-3, 8, 1),  # heavy: what is lost between batches is small soon
         (0.0, 6e-5, 64, 7),  # light: it is not
@@ -1796,12 +1798,12 @@ class Timed(Doubler):
     ],
 )
 def test_the_best_batch_is_found(
-    monkeypatch: pytest.MonkeyPatch, once: float, each: float, rows: int, grain: int
+    monkeypatch: pytest.MonkeyPatch, once: float, each: float, rows: int, min_rows: int
 ) -> None:
     graph = Timed(once, each)
     monkeypatch.setattr("time.thread_time", lambda: graph.now)
     found = tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=1.0)
-    assert (found.rows, found.grain) == (rows, grain)
+    assert (found.rows, found.min_rows) == (rows, min_rows)
     assert found.pace == pytest.approx(each + once / rows)
 
 

@@ -100,11 +100,11 @@ class Past(Worker):
 class Workers:
     """Several workers, the RPC that asks them all, and what the supervisor is told."""
 
-    def __init__(self, workers: list[Worker], stub: Any, strayed: list[int]) -> None:
+    def __init__(self, workers: list[Worker], stub: Any, restarted: list[int]) -> None:
         self.workers = workers
         self.settled: list[Collection[int]] = []
         self.unloaded: list[Version | None] = []
-        self.strayed = strayed
+        self.restarted = restarted
         self._stub = stub
 
     @property
@@ -138,19 +138,19 @@ async def together(folder: Path, *workers: Worker) -> AsyncIterator[Workers]:
         server.add_insecure_port(f"unix:{socket}")
     settled: list[Collection[int]] = []
     unloaded: list[Version | None] = []
-    strayed: list[int] = []
+    restarted: list[int] = []
 
     def told(served: object, asked: Collection[int], version: Version | None) -> None:
         settled.append(asked)
         unloaded.append(version)
 
-    servicer = Fanout(lambda: sockets, told, strayed.append, LOG)
+    servicer = Fanout(lambda: sockets, told, restarted.append, LOG)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, servers[-1])
     port = servers[-1].add_insecure_port("127.0.0.1:0")
     for server in servers:
         await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        found = Workers(list(workers), admin_pb2_grpc.AdminServiceStub(channel), strayed)
+        found = Workers(list(workers), admin_pb2_grpc.AdminServiceStub(channel), restarted)
         found.settled, found.unloaded = settled, unloaded
         yield found
     for server in reversed(servers):
@@ -162,7 +162,7 @@ def test_a_change_is_made_by_all(tmp_path: Path) -> None:
         async with together(tmp_path, Worker(), Worker(), Worker()) as workers:
             assert await workers.ask() == (grpc.StatusCode.OK, "")
             assert workers.made == [1, 1, 1]
-            assert (workers.settled, workers.strayed) == ([{0, 1, 2}], [])
+            assert (workers.settled, workers.restarted) == ([{0, 1, 2}], [])
             for worker in workers.workers:  # a token may end before the last one is asked
                 assert worker.shown & {key for key, _ in SHOWN} == {"x-request-id"}
 
@@ -188,7 +188,7 @@ def test_what_the_first_refuses_nobody_is_asked(tmp_path: Path) -> None:
         async with together(tmp_path, Worker(refuses=True), Worker()) as workers:
             assert await workers.ask() == (grpc.StatusCode.NOT_FOUND, "it is not here")
             assert workers.made == [0, 0]
-            assert (workers.settled, workers.strayed) == ([], [])
+            assert (workers.settled, workers.restarted) == ([], [])
 
     asyncio.run(work())
 
@@ -198,7 +198,7 @@ def test_who_cannot_follow_is_told_of_and_the_change_stands(tmp_path: Path) -> N
         async with together(tmp_path, Worker(), Worker(refuses=True), Worker()) as workers:
             assert await workers.ask() == (grpc.StatusCode.OK, "")
             assert workers.made == [1, 0, 1]
-            assert (workers.settled, workers.strayed) == ([{0, 1, 2}], [1])
+            assert (workers.settled, workers.restarted) == ([{0, 1, 2}], [1])
 
     asyncio.run(work())
 
@@ -215,7 +215,7 @@ def test_a_change_that_takes_long_is_asked_of_all_and_leaves_others_their_turn(
             code, _ = await workers.ask()
             late = grpc.StatusCode.DEADLINE_EXCEEDED
             assert code is (grpc.StatusCode.OK if slow else late)
-            assert (workers.made[1 - slow], workers.settled, workers.strayed) == (1, [{0, 1}], [])
+            assert (workers.made[1 - slow], workers.settled, workers.restarted) == (1, [{0, 1}], [])
             workers.workers[slow].goes_on.set()
             assert await workers.ask() == (grpc.StatusCode.OK, "")
 
@@ -234,7 +234,7 @@ def test_a_change_goes_on_without_its_caller(slow: int, tmp_path: Path) -> None:
                 while not workers.settled:
                     await asyncio.sleep(0.01)
             assert workers.made == [1, 1]
-            assert workers.strayed == []
+            assert workers.restarted == []
 
     asyncio.run(work())
 
@@ -247,7 +247,7 @@ def test_all_go_back_to_where_the_first_does(tmp_path: Path) -> None:
             assert first.asked == ["back"]
             assert other.asked == ["toy:stable=2"]
             assert bare.asked == ["toy:stable=2", "load /2", "toy:stable=2"]
-            assert (workers.settled, workers.strayed) == ([{0, 1, 2}], [])
+            assert (workers.settled, workers.restarted) == ([{0, 1, 2}], [])
 
     asyncio.run(work())
 
@@ -261,6 +261,6 @@ def test_who_cannot_go_back_is_told_of(refusal: grpc.StatusCode, tmp_path: Path)
         bare.refusal = refusal
         async with together(tmp_path, Past("123", "2"), bare) as workers:
             assert await workers.roll_back() == "2"
-            assert (workers.settled, workers.strayed) == ([{0, 1}], [1])
+            assert (workers.settled, workers.restarted) == ([{0, 1}], [1])
 
     asyncio.run(work())

@@ -415,7 +415,7 @@ def test_merging_and_parting_lose_nothing(sizes: list[int], maps: bool) -> None:
         scores=[scoring_pb2.Score(p_value=n) for n in range(total)],
         surprise=x.tobytes() if maps else b"",
     )
-    found = merging.parted(answer, [score(part) for part in parts])
+    found = merging.split(answer, [score(part) for part in parts])
     for part, (a, b) in zip(found, pairwise(edges), strict=True):
         assert (part.model_version, part.alpha) == ("1", 0.1)
         assert [each.p_value for each in part.scores] == list(range(a, b))

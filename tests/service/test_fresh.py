@@ -11,7 +11,8 @@ import pytest
 
 from likely import logs
 from likely.errors import SettingsError
-from likely.serving.fresh import Fresh
+from likely.fresh import ReloadedValue
+from likely.serving.reloading import reloaded
 from tests.faults.history import events
 
 
@@ -37,13 +38,13 @@ def reader(tmp_path: Path) -> Reader:
 
 def test_what_hindered_a_reload_is_told_once_and_tried_until_it_passes(reader: Reader) -> None:
     out = io.StringIO()
-    fresh = Fresh([reader.path], reader, logs.logger("debug", "json", out), interval=0)
+    known = reloaded([reader.path], reader, logs.logger("debug", "json", out), interval=0)
     reader.path.write_text("newer")
     for hindrance in (OSError("too many open files"), SettingsError("it is no TOML")):
         reader.hindrance = hindrance
-        assert [fresh.value() for _ in range(3)] == ["old"] * 3
+        assert [known.value() for _ in range(3)] == ["old"] * 3
     reader.hindrance = None
-    assert [fresh.value() for _ in range(3)] == ["newer"] * 3
+    assert [known.value() for _ in range(3)] == ["newer"] * 3
     told = [(event["event"], event.get("reason")) for event in events(out.getvalue())]
     assert told == [
         ("not reloaded", "too many open files"),
@@ -61,7 +62,6 @@ def moved(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [moved, lambda path: path.write_text("newer")])
 def test_whatever_changes_is_read(reader: Reader, change: Callable[[Path], object]) -> None:
-    log = logs.logger("debug", "json", io.StringIO())
-    fresh = Fresh([reader.path], reader, log, interval=0)
+    known = ReloadedValue([reader.path], reader, interval=0)
     change(reader.path)
-    assert fresh.value() == reader.path.read_text()
+    assert known.value() == reader.path.read_text()

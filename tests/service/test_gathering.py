@@ -15,11 +15,11 @@ class Clock:
 
 
 def after(
-    gap: float, times: int, grain: int = 16, *, alone: bool = False
+    gap: float, times: int, min_rows: int = 16, *, alone: bool = False
 ) -> tuple[Gathering, Clock]:
     """What so many arrivals at these distances have taught."""
     clock = Clock()
-    gathering = Gathering(grain, FIXED, clock)
+    gathering = Gathering(min_rows, FIXED, clock)
     for _ in range(times):
         clock.now += gap
         gathering.came(alone=alone)
@@ -67,7 +67,7 @@ def test_nobody_waits_any_more_once_rows_come_seldom() -> None:
 
 
 def test_enough_rows_wait_for_nobody() -> None:
-    gathering, clock = after(FIXED, 100, grain=4)
+    gathering, clock = after(FIXED, 100, min_rows=4)
 
     assert gathering.wait(3, clock.now) > 0
     assert gathering.wait(4, clock.now) == 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from likely.batching.headroom import LEAST, MISSED, MOST, TELLS, Headroom
+from likely.batching.headroom import LEAST, MIN_ESTIMATE, MISSED, MOST, Headroom
 
-ESTIMATE = 10 * TELLS
+ESTIMATE = 10 * MIN_ESTIMATE
 
 
 @pytest.mark.parametrize("spread", [0.12, 0.16, 0.2])
@@ -49,7 +49,7 @@ def test_a_missed_deadline_counts_as_late() -> None:
 def test_what_is_short_or_was_not_estimated_tells_nothing() -> None:
     headroom = calm(1000)
     before = headroom.times
-    for estimate in (0.0, 0.9 * TELLS):
+    for estimate in (0.0, 0.9 * MIN_ESTIMATE):
         headroom.answered(estimate, 100.0)
         headroom.missed(estimate)
     assert headroom.times == before

@@ -282,7 +282,7 @@ def test_a_watched_folder_is_followed(
 def test_the_watch_outlives_a_bundle_that_makes_a_library_raise(
     running: Running, toys: dict[str, Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proved = Loader.proved
+    load = Loader.load
 
     def odd(self: Loader, bundle: Bundle) -> Engine:
         with loading.refusing(bundle.path):
@@ -290,9 +290,9 @@ def test_the_watch_outlives_a_bundle_that_makes_a_library_raise(
                 raise KeyError("what no error of ours foresees")
         if bundle.path.name == "odder":
             raise KeyError("what nothing foresees")
-        return proved(self, bundle)
+        return load(self, bundle)
 
-    monkeypatch.setattr(Loader, "proved", odd)
+    monkeypatch.setattr(Loader, "load", odd)
     with administered(running, bundles=(), watch=tmp_path, watch_seconds=0.02) as admin:
         for name, told in (("odd", "refused"), ("odder", "fault")):
             shutil.copytree(toys["1"].path, tmp_path / f".{name}")

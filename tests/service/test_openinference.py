@@ -305,7 +305,7 @@ def test_a_bad_request_is_refused_with_its_field(
 def test_many_single_elements_are_read_piece_by_piece(
     stub: GRPCInferenceServiceStub, x: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "PIECE", 7)
+    monkeypatch.setattr(tensors, "CHUNK", 7)
     asked = pictures("toy/score", x, raw=False)
     assert tensors.is_long(asked) and not tensors.is_long(pictures("toy/score", x))
     whole = arrays(stub.ModelInfer(pictures("toy/score", x)))
@@ -327,7 +327,7 @@ def test_a_version_that_is_unloaded_answers_what_it_has_begun_to_read(
         assert read_on.wait(30)
         return read(*given)
 
-    monkeypatch.setattr(tensors, "PIECE", 7)
+    monkeypatch.setattr(tensors, "CHUNK", 7)
     monkeypatch.setattr(tensors, "read", slowly)
     with running() as live, grpc.insecure_channel(live.address) as channel:
         live.run(live.server.lifecycle.load(newer.path))
@@ -353,7 +353,7 @@ def test_many_single_elements_are_written_piece_by_piece(
     stub: GRPCInferenceServiceStub, x: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = arrays(stub.ModelInfer(pictures("toy", x, raw=False), timeout=30))
-    monkeypatch.setattr(tensors, "PIECE", 4)
+    monkeypatch.setattr(tensors, "CHUNK", 4)
     answer = stub.ModelInfer(pictures("toy", x, raw=False), timeout=30)
     assert not answer.raw_output_contents
     for name, values in arrays(answer).items():

@@ -60,7 +60,7 @@ class Opening:
 @pytest.fixture
 def bundle(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """The toy, as if its runs were too long for the event loop."""
-    monkeypatch.setattr(tuning, "AT_ONCE", 0.0)
+    monkeypatch.setattr(tuning, "LOOP_SECONDS", 0.0)
     return Bundle.open(toy.path)
 
 
@@ -94,7 +94,7 @@ def test_what_is_short_enough_for_the_event_loop_stays_there(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "is_sooner", lambda *_, **__: True)
-    monkeypatch.setattr(tuning, "AT_ONCE", 1e6)
+    monkeypatch.setattr(tuning, "LOOP_SECONDS", 1e6)
     bundle = Bundle.open(toy.path)
     warm = Opening(bundle).warm_up()
     assert warm.best[Role.DENSITY].wide is None
@@ -166,7 +166,7 @@ def test_a_batch_in_several_runs_ends_between_them() -> None:
 def test_runs_are_filled_up_to_one_size_and_divided_by_it(bundle: Bundle) -> None:
     opening = Opening(bundle)
     warm = opening.warm_up(max_batch=4, filled=True)
-    assert all((best.rows, best.grain) == (4, 4) for best in warm.best.values())
+    assert all((best.rows, best.min_rows) == (4, 4) for best in warm.best.values())
     runner = warm.runners[Role.DENSITY]
     x = np.resize(bundle.golden()["density/x"], (11, 1, 3, 3))
     ranked = opening.completed(Role.DENSITY, opening(Role.DENSITY, 1))

@@ -54,23 +54,23 @@ class Loader:
 
     def __init__(self) -> None:
         self.raises: dict[Path, Exception] = {}
-        self.proofs: list[str] = []
+        self.loaded: list[str] = []
 
-    def claimed(self, folder: Path) -> tuple[str, str]:
+    def read_identity(self, folder: Path) -> tuple[str, str]:
         text = (folder / MANIFEST).read_text()
         if not text:
             raise BundleError("it says nothing", "manifest")
         return "toy", text.split()[0]
 
-    def verified(self, folder: Path) -> Any:
+    def verify(self, folder: Path) -> Any:
         if error := self.raises.get(folder):
             raise error
         version, digest = (folder / MANIFEST).read_text().split()
         manifest = SimpleNamespace(name="toy", version=version)
         return SimpleNamespace(manifest=manifest, digest=digest, path=folder)
 
-    def proved(self, bundle: Any) -> Engine:
-        self.proofs.append(bundle.manifest.version)
+    def load(self, bundle: Any) -> Engine:
+        self.loaded.append(bundle.manifest.version)
         return Engine(bundle)
 
 
@@ -207,7 +207,7 @@ def test_what_was_unloaded_is_not_even_opened(tmp_path: Path) -> None:
         await follower.lifecycle.begin(())
         await follower.watcher.begin()
         assert await follower.look(2) == {"1": "1"}
-        assert follower.loader.proofs == ["1"]
+        assert follower.loader.loaded == ["1"]
         shutil.rmtree(tmp_path / "2")
         await follower.look(2)
         put(tmp_path / "2", "2")  # put there anew, it is wanted
@@ -438,19 +438,19 @@ def test_what_had_no_memory_is_tried_again_more_and_more_seldom(
             put(tmp_path / "large", "1")
             follower.loader.raises[tmp_path / "large"] = MemoryError()
             tried = []
-            while now < 5 * watch.LATEST:
+            while now < 5 * watch.MAX_DELAY:
                 before = follower.counted("likely_load_failures_total", reason="memory")
                 await follower.look()
                 if follower.counted("likely_load_failures_total", reason="memory") != before:
                     tried.append(now)
                 now += 10
             pauses = [after - before for before, after in itertools.pairwise(tried)]
-            assert pauses[:3] == [watch.SOONEST, 2 * watch.SOONEST, 4 * watch.SOONEST]
-            assert pauses == sorted(pauses) and pauses[-1] == watch.LATEST
+            assert pauses[:3] == [watch.MIN_DELAY, 2 * watch.MIN_DELAY, 4 * watch.MIN_DELAY]
+            assert pauses == sorted(pauses) and pauses[-1] == watch.MAX_DELAY
             put(tmp_path / "large", "1.1")  # another one
             await follower.look(2)
             del follower.loader.raises[tmp_path / "large"]
-            now += watch.SOONEST
+            now += watch.MIN_DELAY
             assert await follower.look() == {"1.1": "large"}
 
     asyncio.run(work())
@@ -478,7 +478,7 @@ def test_what_was_tried_as_memory_was_freed_is_not_tried_more_seldom(
                 await follower.lifecycle.unload("toy", version)
                 await follower.look()
             assert tried() == 4
-            now += watch.SOONEST
+            now += watch.MIN_DELAY
             await follower.look()
             assert tried() == 5
 

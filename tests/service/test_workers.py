@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from likely import graphs, logs, machine
 from likely.errors import LikelyError, SettingsError
 from likely.processes import fanout, process, supervisor, worker
-from likely.processes.together import MEBIBYTES, ROOM, Together
+from likely.processes.worker_metrics import MEBIBYTES, ROOM, WorkerMetrics
 from likely.serving import ports
 from likely.telemetry.metrics import METHODS, SECONDS
 from tests.faults import http2
@@ -38,8 +38,8 @@ REQUESTS = "likely_requests_total"
 KINDS = (http2.PING, http2.GOAWAY)
 WORKER = """
 import sys
-from likely.processes import together
-together.count_as(int(sys.argv[1]))
+from likely.processes import worker_metrics
+worker_metrics.count_as(int(sys.argv[1]))
 from likely.telemetry.metrics import Metrics
 Metrics().ready(True)
 """
@@ -47,8 +47,8 @@ BUSY = """
 import sys
 from types import SimpleNamespace
 import numpy as np
-from likely.processes import together
-together.count_as(int(sys.argv[1]))
+from likely.processes import worker_metrics
+worker_metrics.count_as(int(sys.argv[1]))
 from likely.bundle import Role
 from likely.inference import inference_pb2
 from likely.telemetry.metrics import CODES, METHODS, STREAMS, Metrics
@@ -94,7 +94,7 @@ asyncio.run(hang())
 """
 
 
-def work(shared: Together, index: int, doing: str = WORKER) -> None:
+def work(shared: WorkerMetrics, index: int, doing: str = WORKER) -> None:
     """A worker that is ready, or what else it is doing, and then dies."""
     code = [sys.executable, "-c", doing, str(index)]
     subprocess.run(code, env={"PYTHONPATH": ":".join(sys.path), **shared.environment}, check=True)
@@ -107,7 +107,7 @@ def told(registry: CollectorRegistry) -> dict[str, str]:
 
 
 def test_a_server_without_a_worker_is_not_ready_and_wants_some(tmp_path: Path) -> None:
-    shared = Together(tmp_path, 2)
+    shared = WorkerMetrics(tmp_path, 2)
     assert told(shared.registry)["likely_workers_wanted"] == "2.0"
     for live in (True, False):
         if live:
@@ -118,7 +118,7 @@ def test_a_server_without_a_worker_is_not_ready_and_wants_some(tmp_path: Path) -
 
 
 def test_metrics_have_their_room_before_a_worker_writes_them(tmp_path: Path) -> None:
-    shared = Together(tmp_path, 2)
+    shared = WorkerMetrics(tmp_path, 2)
     for _ in range(2):
         for index in (0, 1):
             work(shared, index)
@@ -131,7 +131,7 @@ def test_metrics_have_their_room_before_a_worker_writes_them(tmp_path: Path) -> 
 
 
 def test_eight_models_that_are_asked_everything_need_no_more_room(tmp_path: Path) -> None:
-    shared = Together(tmp_path, 1)
+    shared = WorkerMetrics(tmp_path, 1)
     before = sizes(tmp_path)
     work(shared, 0, BUSY)
     assert sizes(tmp_path) == before
@@ -191,7 +191,7 @@ def test_a_folder_without_room_is_left(
 def supervised(settings: Settings, folder: Path, told: io.StringIO) -> supervisor.Supervisor:
     """A supervisor that runs nothing yet; to be made where the event loop runs."""
     log = logs.logger("info", "json", told)
-    return supervisor.Supervisor(settings, log, folder, Together(folder, settings.workers))
+    return supervisor.Supervisor(settings, log, folder, WorkerMetrics(folder, settings.workers))
 
 
 def test_a_long_change_by_rpc_outlasts_its_clients_pings(
@@ -272,7 +272,7 @@ def test_a_worker_that_cannot_be_made_anew_is_tried_again(
             raise BlockingIOError(11, "Resource temporarily unavailable")
 
         monkeypatch.setattr(asyncio, "create_subprocess_exec", made)
-        monkeypatch.setattr(supervisor, "SOONEST", 0.01)
+        monkeypatch.setattr(supervisor, "MIN_DELAY", 0.01)
         await keeper._keep(0)
 
     if begun:
@@ -327,7 +327,7 @@ def test_a_worker_that_missed_a_change_and_does_not_end_is_killed(
                 os.waitid(os.P_PID, worker.pid, os.WSTOPPED)  # or SIGTERM would overtake it
             keeper._ready.add(0)
             keeping = asyncio.create_task(keeper._outlived(0, worker))
-            keeper._strayed(0)
+            keeper._restart_worker(0)
             return await asyncio.wait_for(keeping, 20)
         finally:
             if worker.returncode is None:
@@ -360,12 +360,12 @@ def test_a_worker_that_missed_a_change_drains_on_when_the_server_ends(
         assert worker.stdout and await worker.stdout.readline() == b"ready\n"
         waiting: Any = asyncio.create_task(worker.wait())
         if first == "change":
-            keeper._strayed(0)
+            keeper._restart_worker(0)
             assert await worker.stdout.readline() == b"told\n"
         ending = asyncio.create_task(keeper._end(signal.SIGTERM, [waiting]))
         if first == "end":
             assert await worker.stdout.readline() == b"told\n"
-            keeper._strayed(0)
+            keeper._restart_worker(0)
         await asyncio.sleep(0.3)
         drained.touch()
         await ending

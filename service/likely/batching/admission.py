@@ -11,7 +11,7 @@ from likely.batching import callers
 from likely.batching.traffic import Traffic
 from likely.errors import Overloaded, Unavailable
 
-SOONEST, LATEST = 0.05, 30.0  # bounds of the retry delay that refused callers are told, in seconds
+MIN_DELAY, MAX_DELAY = 0.05, 30.0  # bounds of the delay that refused callers are told, in seconds
 _FREE = nullcontext()
 
 
@@ -71,7 +71,7 @@ class Quota:
             raise Overloaded(
                 f"{rows} pictures are more than is left of the quota of {self._rate:g} a second, "
                 f"{self._burst} at once",
-                max(SOONEST, excess / self._rate),
+                max(MIN_DELAY, excess / self._rate),
             )
         self._sweep(now)
         self._owed[client] = owed + rows, now
@@ -128,10 +128,10 @@ class Quota:
         self._owed = {c: entry for c, entry in self._owed.items() if self._owing(c, now) > 0}
 
 
-def patience(seconds: float) -> float:
+def retry_delay(seconds: float) -> float:
     """Seconds after which a refused caller should retry.
 
     Args:
         seconds: estimated time until the queue has been worked off.
     """
-    return min(LATEST, max(SOONEST, seconds))
+    return min(MAX_DELAY, max(MIN_DELAY, seconds))

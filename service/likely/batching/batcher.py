@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from likely.batching.admission import Bounds, patience
+from likely.batching.admission import Bounds, retry_delay
 from likely.batching.batches import Batch, Member, Runner
 from likely.batching.callers import Priority
+from likely.batching.fair import FairQueue
 from likely.batching.gathering import Gathering
-from likely.batching.headroom import TELLS, Headroom
+from likely.batching.headroom import MIN_ESTIMATE, Headroom
 from likely.batching.traffic import Traffic
 from likely.batching.tuning import Best
-from likely.batching.turns import Turns
 from likely.batching.width import Width
 from likely.errors import DeadlineExceeded, Overloaded
 
@@ -30,8 +30,8 @@ class Batcher:
     Attributes:
         runner: runs the graph.
         pace: seconds per row in a lane, smoothed over recent runs; 0 while unknown.
-        at_once: maximum number of rows that may run on the event loop.
-        grain: minimum number of rows that are worth a lane while others run.
+        loop_rows: maximum number of rows that may run on the event loop.
+        min_rows: minimum number of rows that are worth a lane while others run.
         row_bytes: bytes of one row's inputs and outputs.
         width: chooses between one core and all cores for lone batches.
     """
@@ -53,21 +53,21 @@ class Batcher:
         self.runner = runner
         self.pace = best.pace
         self._first_pace = 0.0  # pace of the first run, if the warm-up measured none
-        self.at_once = best.at_once
+        self.loop_rows = best.loop_rows
         self.width = Width(best)
         self.row_bytes = sum(
             math.prod(spec.array_shape(1)) * np.dtype(spec.dtype).itemsize for spec in specs
         )
         self._most = max(1, min(best.rows, BATCH_BYTES // self.row_bytes))
-        self.grain = min(best.grain, self._most)
+        self.min_rows = min(best.min_rows, self._most)
         self._measured = best.pace
-        self._gathering = Gathering(self.grain, best.fixed)
+        self._gathering = Gathering(self.min_rows, best.fixed)
         self._headroom = tuple(Headroom() for _ in Priority)
         self._ready = 0  # rows of prepared batches that no lane has taken yet
         self._runs = 0  # number of running batches
         self._under_way = 0  # their rows
         self._bounds = bounds
-        self._turns: tuple[Turns[Member], ...] = tuple(Turns() for _ in Priority)
+        self._queues: tuple[FairQueue[Member], ...] = tuple(FairQueue() for _ in Priority)
         self._name = name
         self._traffic = traffic
         self._running = traffic.running.labels(name, graph)
@@ -79,27 +79,27 @@ class Batcher:
     @property
     def rows(self) -> int:
         """Number of rows that wait, for their turn or, in prepared batches, for a lane."""
-        interactive, bulk = self._turns
+        interactive, bulk = self._queues
         return interactive.rows + bulk.rows + self._ready
 
     def waiting(self, priority: Priority) -> int:
         """Number of rows of that priority that wait for their turn."""
-        return self._turns[priority].rows
+        return self._queues[priority].rows
 
     def is_enough(self, priority: Priority, lanes: int) -> bool:
         """Whether enough rows of that priority wait to prepare a batch for one of `lanes` lanes."""
-        return self._turns[priority].rows >= self._share(lanes, 2)
+        return self._queues[priority].rows >= self._share(lanes, 2)
 
     def ahead(self, priority: Priority) -> int:
         """Number of waiting rows that go before a newcomer of that priority."""
         if priority is Priority.BULK:
             return self.rows
-        return self._turns[priority].rows + self._ready
+        return self._queues[priority].rows + self._ready
 
     def check(
         self, member: Member, wait: Callable[[Priority], float], lanes: int
     ) -> Sequence[Member]:
-        """Decides whether a member may be queued, and returns the members to refuse in its favour.
+        """Decides whether a member may be queued, and returns the members to evict in its favour.
 
         If the queue is full, these are the latest requests of the clients with the most rows.
 
@@ -109,7 +109,7 @@ class Batcher:
             lanes: number of lanes that share the work.
 
         Raises:
-            Overloaded: refusing other members would not make enough room, or its deadline would
+            Overloaded: evicting other members would not make enough room, or its deadline would
                 probably pass before its answer.
         """
         if not self.rows:
@@ -123,49 +123,49 @@ class Batcher:
                 self._shed(member, "deadline")
                 raise Overloaded(
                     f"an answer would take about {answered:.3g} s, longer than the deadline allows",
-                    patience(seconds),
+                    retry_delay(seconds),
                 )
             member.estimate = answered
         if not self._full(member):
             return ()
-        greedier = self._greedier(member)
-        if not greedier:
+        victims = self._victims(member)
+        if not victims:
             self._shed(member, "queue")
             raise Overloaded(
                 f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
                 f"pictures and {self._bounds.nbytes} bytes",
-                patience(wait(member.priority)),
+                retry_delay(wait(member.priority)),
             )
-        return greedier
+        return victims
 
-    def refuse(self, members: Sequence[Member], wait: Callable[[Priority], float]) -> None:
-        """Refuses members in favour of a client with fewer rows.
+    def evict(self, members: Sequence[Member], wait: Callable[[Priority], float]) -> None:
+        """Removes members from the queue, and refuses them, in favour of a client with fewer rows.
 
         Args:
-            members: the members to refuse, as `check` returned them.
+            members: the members to evict, as `check` returned them.
             wait: as for `check`.
         """
-        for greedy in members:
-            self._turns[greedy.priority].remove(greedy)
-            if greedy.dead:  # its caller has left, and the event loop has not handled that yet
+        for victim in members:
+            self._queues[victim.priority].remove(victim)
+            if victim.dead:  # its caller has left, and the event loop has not handled that yet
                 continue
-            self._shed(greedy, "share")
-            greedy.future.set_exception(
+            self._shed(victim, "share")
+            victim.future.set_exception(
                 Overloaded(
                     "the queue is full, and other clients ask for less",
-                    patience(wait(greedy.priority)),
+                    retry_delay(wait(victim.priority)),
                 )
             )
 
     def add(self, member: Member) -> None:
         """Queues a member."""
         self._gathering.came(alone=not (self.rows or self._runs))
-        self._turns[member.priority].add(member)
+        self._queues[member.priority].add(member)
 
     def wait(self, priority: Priority) -> float:
         """Seconds for which the rows of that priority wait for more; the queue must have some."""
-        turns = self._turns[priority]
-        return self._gathering.wait(turns.rows, turns.first().since)
+        queue = self._queues[priority]
+        return self._gathering.wait(queue.rows, queue.first().since)
 
     def began(self, batch: Batch) -> None:
         """Notes that a batch runs, from now on or since a lane took it."""
@@ -191,7 +191,7 @@ class Batcher:
 
     def remove(self, member: Member) -> None:
         """Removes a member from the queue and from prepared batches."""
-        self._turns[member.priority].remove(member)
+        self._queues[member.priority].remove(member)
         for batch in member.batches:
             if batch.ready:
                 rows = sum(stop - start for each, start, stop in batch.spans if each is member)
@@ -213,18 +213,18 @@ class Batcher:
             lanes: number of lanes that share the work.
             ready: whether to prepare the batch for a lane that is still busy.
         """
-        turns, now = self._turns[priority], time.monotonic()
-        while turns.rows:
+        queue, now = self._queues[priority], time.monotonic()
+        while queue.rows:
             size = self._share(lanes, 2) if ready else self._share(lanes)
             if free > 0:
-                size = min(size, max(self.grain, -(-turns.rows // free)))
-            spans = turns.take(size)
+                size = min(size, max(self.min_rows, -(-queue.rows // free)))
+            spans = queue.take(size)
             # About half of what the lane runs is left.
             half = self._under_way / lanes / 2 if ready else 0.0
             takes = self.pace * (half + sum(stop - start for _, start, stop in spans))
             for member, _, _ in spans:
                 # If others wait, a member that would be answered too late makes room for them.
-                spare = takes if turns.rows > member.left else 0.0
+                spare = takes if queue.rows > member.left else 0.0
                 late = member.deadline is not None and member.deadline <= now + spare
                 if late and not member.dead:
                     self._miss(member)
@@ -258,7 +258,7 @@ class Batcher:
         """Updates the headroom if a member's caller left because the deadline passed."""
         if member.deadline is None or member.answered:
             return
-        if time.monotonic() >= member.deadline - TELLS:
+        if time.monotonic() >= member.deadline - MIN_ESTIMATE:
             self._headroom[member.priority].missed(member.estimate)
 
     def tell(self) -> None:
@@ -270,7 +270,7 @@ class Batcher:
 
     def clear(self) -> Sequence[Member]:
         """Removes and returns all members that wait for their turn; not those of ready batches."""
-        return [member for turns in self._turns for member in turns.clear()]
+        return [member for queue in self._queues for member in queue.clear()]
 
     def forget(self) -> None:
         """Forgets everything that an earlier event loop has left waiting."""
@@ -280,7 +280,7 @@ class Batcher:
 
     def _miss(self, member: Member) -> None:
         """Fails a member whose answer would come after its deadline."""
-        self._turns[member.priority].remove(member)
+        self._queues[member.priority].remove(member)
         self._headroom[member.priority].missed(member.estimate)
         member.future.set_exception(
             DeadlineExceeded(
@@ -291,12 +291,12 @@ class Batcher:
     def _share(self, lanes: int, each: int = 1) -> int:
         """Rows of a batch if all rows that wait or run are divided into `each` batches per lane.
 
-        The result is at least `grain` and `SHARED` seconds of work, and at most a full batch.
+        The result is at least `min_rows` and `SHARED` seconds of work, and at most a full batch.
         """
         share = math.ceil((self.rows + self._under_way) / (lanes * each))
         # If nothing was measured, the fixed cost of a run is unknown, so all batches are full.
         least = int(SHARED / self._measured) if self._measured else self._most
-        return min(self._most, max(self.grain, least, share))
+        return min(self._most, max(self.min_rows, least, share))
 
     def _full(self, member: Member, less_rows: int = 0, less_bytes: int = 0) -> bool:
         """Whether there is no room for a member, if so many fewer rows and bytes waited."""
@@ -305,22 +305,22 @@ class Batcher:
             return False
         if rows + member.rows > self._bounds.rows:
             return True
-        interactive, bulk = self._turns
+        interactive, bulk = self._queues
         nbytes = interactive.nbytes + bulk.nbytes + self._ready * member.row_bytes - less_bytes
         return nbytes + member.rows * member.row_bytes > self._bounds.nbytes
 
-    def _greedier(self, member: Member) -> Sequence[Member]:
+    def _victims(self, member: Member) -> Sequence[Member]:
         """The latest requests of the clients with the most waiting rows, enough to make room.
 
-        Empty if refusing them would not make enough room, or if no client has more rows waiting
+        Empty if evicting them would not make enough room, or if no client has more rows waiting
         than the member's client would have.
         """
         found: list[Member] = []
         rows = nbytes = 0
-        most = member.rows + sum(turns.held(member.client) for turns in self._turns)
-        for turns in (self._turns[p] for p in reversed(Priority) if p >= member.priority):
-            for latest in turns.above(most):
-                if not latest.guest or latest.taken:
+        most = member.rows + sum(queue.held(member.client) for queue in self._queues)
+        for queue in (self._queues[p] for p in reversed(Priority) if p >= member.priority):
+            for latest in queue.above(most):
+                if not latest.evictable or latest.taken:
                     break
                 found.append(latest)
                 rows += latest.left

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from likely.batching.callers import Priority
-from likely.batching.turns import Waiting
+from likely.batching.fair import Waiting
 from likely.bundle import Graph
 from likely.errors import OutOfMemory, Overloaded, RunStopped, ServerFault
 from likely.graphs import Array, Stop
@@ -56,7 +56,7 @@ class Member(Waiting):
             never.
         since: arrival, by the same clock.
         estimate: estimated seconds until its answer, made at admission; 0 if none was made.
-        guest: whether it may still be refused in favour of another client's request.
+        evictable: whether it may still be refused in favour of another client's request.
         counted: whether metrics count its failure.
         batches: batches that contain rows of it and have not ended.
         trace: records waits and runs; None if the request is not traced.
@@ -69,7 +69,7 @@ class Member(Waiting):
     deadline: float | None = None
     since: float = 0.0
     estimate: float = 0.0
-    guest: bool = False
+    evictable: bool = False
     counted: bool = True
     batches: set[Batch] = field(default_factory=set)
     trace: Trace | None = None

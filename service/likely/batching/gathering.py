@@ -21,16 +21,16 @@ class Gathering:
     """
 
     def __init__(
-        self, grain: int, fixed: float, clock: Callable[[], float] = time.monotonic
+        self, min_rows: int, fixed: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Starts with no arrivals.
 
         Args:
-            grain: number of rows from which on a batch does not wait.
+            min_rows: number of rows from which on a batch does not wait.
             fixed: fixed cost of a run, in seconds.
             clock: returns monotonic time in seconds.
         """
-        self._grain = grain
+        self._min_rows = min_rows
         self._lull = min(WORTH * fixed, LONGEST)
         self._clock = clock
         self._gap = LONGEST  # seconds between two arrivals, smoothed
@@ -56,6 +56,6 @@ class Gathering:
             rows: number of rows that wait.
             since: arrival of the first waiting request, by the clock.
         """
-        if rows >= self._grain or self._gap > self._lull or self._last - self._met > REMEMBERED:
+        if rows >= self._min_rows or self._gap > self._lull or self._last - self._met > REMEMBERED:
             return 0.0
         return max(0.0, min(self._last + self._lull, since + LONGEST) - self._clock())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 LEAST, MOST = 1.25, 2.0  # bounds of the multiple of the estimate
 MISSED = 0.005  # fraction of the answers that may take longer
-TELLS = 0.01  # seconds; shorter estimates are ignored, as their errors are mostly the clock's
+MIN_ESTIMATE = 0.01  # seconds; shorter ones are ignored, as their errors are mostly the clock's
 _STEP = 0.1
 
 
@@ -25,18 +25,18 @@ class Headroom:
         self.times = MOST
 
     def answered(self, estimate: float, seconds: float) -> None:
-        """Learns from an answer; ignores estimates below `TELLS`, including 0 for none.
+        """Learns from an answer; ignores estimates below `MIN_ESTIMATE`, including 0 for none.
 
         Args:
             estimate: seconds that the answer was expected to take.
             seconds: seconds that it took.
         """
-        if estimate >= TELLS:
+        if estimate >= MIN_ESTIMATE:
             self._seen(missed=seconds > self.times * estimate)
 
     def missed(self, estimate: float) -> None:
         """Learns that a request was admitted, but its deadline came before its answer."""
-        if estimate >= TELLS:
+        if estimate >= MIN_ESTIMATE:
             self._seen(missed=True)
 
     def _seen(self, *, missed: bool) -> None:

@@ -192,14 +192,14 @@ class Lanes:
             (ask.role, member) for ask, member in zip(asks, members, strict=True) if ask.rows
         ]
         if not caller.admitted:
-            # All graphs are checked before anybody is refused in favour of this request.
-            greedier = [
+            # All graphs are checked before any member is evicted in favour of this request.
+            victims = [
                 self._batchers[role].check(member, self._wait, self._count)
                 for role, member in waiting
             ]
-            for (role, _), greedy in zip(waiting, greedier, strict=True):
-                if greedy:
-                    self._batchers[role].refuse(greedy, self._wait)
+            for (role, _), chosen in zip(waiting, victims, strict=True):
+                if chosen:
+                    self._batchers[role].evict(chosen, self._wait)
             caller.admitted = True
         for role, member in waiting:
             self._batchers[role].add(member)
@@ -223,7 +223,7 @@ class Lanes:
             priority=Priority.BULK if bulk else Priority.INTERACTIVE,
             deadline=caller.deadline,
             since=time.monotonic(),
-            guest=not caller.admitted,
+            evictable=not caller.admitted,
             counted=caller.counted,
             trace=caller.trace,
         )
@@ -362,7 +362,7 @@ class Lanes:
     def _is_worth_a_lane(self, role: Role, priority: Priority) -> bool:
         """Whether the waiting rows are enough for a lane, or no short run will soon free one."""
         batcher = self._batchers[role]
-        return batcher.waiting(priority) >= batcher.grain or not any(
+        return batcher.waiting(priority) >= batcher.min_rows or not any(
             of is role and batch.rows * batcher.pace <= SOON for batch, of in self._running.items()
         )
 
@@ -387,7 +387,7 @@ class Lanes:
     def _is_short(self, role: Role, batch: Batch) -> bool:
         """Whether a batch is short, no other batch runs, and no more rows of its graph wait."""
         batcher = self._batchers[role]
-        return batch.rows <= batcher.at_once and len(self._running) == 1 and not batcher.rows
+        return batch.rows <= batcher.loop_rows and len(self._running) == 1 and not batcher.rows
 
     def _is_alone(self) -> bool:
         """Whether one batch runs and nothing else waits or runs."""

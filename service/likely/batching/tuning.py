@@ -16,7 +16,7 @@ from likely.graphs import CPU, Array
 
 HOP = 1e-4  # seconds per batch beside its run: thread hop, joining the inputs, dividing the outputs
 BETWEEN = 2e-3  # seconds lost between two batches while all cores are busy
-AT_ONCE = 1e-3  # seconds for which a run may block the event loop
+LOOP_SECONDS = 1e-3  # seconds for which a run may block the event loop
 SLOWER = 1.05  # a larger run may cost this much more per row than the fastest, as each run costs
 NEAR = 1.05  # a smaller batch this close to the fastest is preferred, as it delays others less
 FEWER = 1.1  # fewer lanes than cores are used only if they are faster by this factor
@@ -31,18 +31,19 @@ class Best:
 
     Attributes:
         rows: maximum number of rows per batch.
-        grain: minimum number of rows that are worth a run of their own while others arrive or run.
+        min_rows: minimum number of rows that are worth a run of their own while others arrive or
+            run.
         pace: seconds per row in a full batch; 0 if not measured.
-        at_once: maximum number of rows that run on the event loop instead of in a lane.
+        loop_rows: maximum number of rows that run on the event loop instead of in a lane.
         fixed: seconds that a run costs whatever its number of rows.
         run: rows per run, if a batch is faster in several runs; 0 for one run per batch.
         wide: runner on all cores for lone batches; None if that is not faster.
     """
 
     rows: int
-    grain: int = 1
+    min_rows: int = 1
     pace: float = 0.0
-    at_once: int = 0
+    loop_rows: int = 0
     fixed: float = 0.0
     run: int = 0
     wide: Runner | None = None
@@ -119,9 +120,9 @@ def batch(
     pace = took[rows] / rows
     each = max((took[rows] - took[1]) / (rows - 1), 1e-7) if rows > 1 else pace
     fixed = max(0.0, took[1] - each) + HOP
-    grain = min(rows, math.ceil(fixed / each / SPARE))
-    at_once = max((size for size, spent in took.items() if spent <= AT_ONCE), default=0)
-    return Best(rows, grain, pace, min(rows, at_once), fixed, run if run < rows else 0)
+    min_rows = min(rows, math.ceil(fixed / each / SPARE))
+    loop_rows = max((size for size, spent in took.items() if spent <= LOOP_SECONDS), default=0)
+    return Best(rows, min_rows, pace, min(rows, loop_rows), fixed, run if run < rows else 0)
 
 
 def lanes(

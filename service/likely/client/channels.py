@@ -34,8 +34,8 @@ Token: TypeAlias = str | Callable[[], str]
 File: TypeAlias = credentials.File
 Address: TypeAlias = str | Sequence[str]
 
-SILENCE = 30.0  # seconds of silence during a request after which a keepalive ping is sent
-ANSWER = 20.0  # seconds in which the ping must be answered
+KEEPALIVE_TIME = 30.0  # seconds of silence during a request after which a keepalive ping is sent
+KEEPALIVE_TIMEOUT = 20.0  # seconds in which the ping must be answered
 LOOKUP = 1.0  # least seconds between two DNS look-ups; gRPC's 30 outlast a rolling update
 RECONNECT = 2.0  # most seconds between two attempts to reach a replica; gRPC would go up to 120
 LARGEST = 1 << 30  # bytes of the largest request that is retried; gRPC would stop at 256 KiB
@@ -123,9 +123,9 @@ class Route:
             ("grpc.dns_min_time_between_resolutions_ms", round(1000 * LOOKUP)),
             ("grpc.max_reconnect_backoff_ms", round(1000 * RECONNECT)),
             # Without keepalive, requests to a peer that vanished would wait for their deadlines.
-            ("grpc.keepalive_time_ms", round(1000 * SILENCE)),
-            ("grpc.keepalive_timeout_ms", round(1000 * ANSWER)),
-            ("grpc.http2.ping_timeout_ms", round(1000 * ANSWER)),
+            ("grpc.keepalive_time_ms", round(1000 * KEEPALIVE_TIME)),
+            ("grpc.keepalive_timeout_ms", round(1000 * KEEPALIVE_TIMEOUT)),
+            ("grpc.http2.ping_timeout_ms", round(1000 * KEEPALIVE_TIMEOUT)),
             ("grpc.http2.max_pings_without_data", 0),  # no limit on the number of pings
         )
         local = all(map(is_local, several))

@@ -3,74 +3,21 @@
 from __future__ import annotations
 
 import ssl
-import time
-from abc import ABC, abstractmethod
 from os import PathLike
 from pathlib import Path
-from threading import Lock
-from typing import Generic, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import grpc
 
 from likely.errors import SettingsError
+from likely.fresh import ReloadedValue
 
 File: TypeAlias = str | PathLike[str]
-_Mark: TypeAlias = tuple[int, int, int, int] | None
-T = TypeVar("T")
 
 LOOK = 1.0  # least seconds between two checks of the files
 
 
-class _Files(ABC, Generic[T]):
-    """The content of files, reread when they change; unusable files leave the former content."""
-
-    def __init__(self, *files: File | None) -> None:
-        self._files = files
-        self._looking = Lock()
-        self._next = time.monotonic() + LOOK
-        self._seen = self._marks()
-        self._held = self._read()
-        self._edition = 1
-
-    def edition(self) -> int:
-        """A number that grows when the content changes; checks the files at most once a second."""
-        with self._looking:
-            if time.monotonic() >= self._next:
-                self._next = time.monotonic() + LOOK
-                self._look()
-            return self._edition
-
-    def _look(self) -> None:
-        # Stat before reading: if a file is written in between, the next check sees a difference.
-        marks = self._marks()
-        if marks == self._seen:
-            return
-        try:
-            held = self._read()
-            self._check()
-        except (OSError, SettingsError):  # the next check tries again
-            return
-        self._seen = marks
-        if held != self._held:
-            self._held = held
-            self._edition += 1
-
-    def _marks(self) -> tuple[_Mark, ...]:
-        return tuple(_mark(file) for file in self._files)
-
-    @abstractmethod
-    def _read(self) -> T:
-        """The current content.
-
-        Raises:
-            SettingsError: a file cannot be read.
-        """
-
-    def _check(self) -> None:
-        """Raises OSError if the reread content cannot be used."""
-
-
-class TokenFile(_Files[str]):
+class TokenFile:
     """A bearer token in a file that is renewed, for example by Kubernetes; returns the newest."""
 
     def __init__(self, file: File) -> None:
@@ -82,22 +29,14 @@ class TokenFile(_Files[str]):
         Raises:
             SettingsError: the file cannot be read, or contains no token.
         """
-        super().__init__(file)
+        self._token = ReloadedValue([file], lambda: _token(file), interval=LOOK)
 
     def __call__(self) -> str:
         """The token for the next request."""
-        self.edition()
-        return self._held
-
-    def _read(self) -> str:
-        (file,) = self._files
-        try:
-            return bearer((_bytes(file) or b"").decode())
-        except (UnicodeDecodeError, SettingsError):
-            raise SettingsError(f"{file} holds no token: one word of ASCII characters") from None
+        return self._token.value()
 
 
-class Credentials(_Files[tuple[bytes | None, ...]]):
+class Credentials:
     """The PEM files of a route; a channel keeps the content they had when it was opened."""
 
     def __init__(self, ca: File | None, certificate: File | None, key: File | None) -> None:
@@ -111,7 +50,18 @@ class Credentials(_Files[tuple[bytes | None, ...]]):
         Raises:
             SettingsError: a file cannot be read.
         """
-        super().__init__(ca, key, certificate)
+        self._files = ca, key, certificate
+        paths = [file for file in self._files if file is not None]
+        self._content = ReloadedValue(
+            paths, self._read, check=self._check, renewed=self._renew, interval=LOOK
+        )
+        self._held = self._content.value()
+        self._edition = 1
+
+    def edition(self) -> int:
+        """A number that grows when the content changes; checks the files at most once a second."""
+        self._content.value()
+        return self._edition
 
     def of_channel(self) -> grpc.ChannelCredentials:
         """The TLS credentials for a channel that is opened now."""
@@ -120,7 +70,7 @@ class Credentials(_Files[tuple[bytes | None, ...]]):
     def _read(self) -> tuple[bytes | None, ...]:
         return tuple(map(_bytes, self._files))
 
-    def _check(self) -> None:
+    def _check(self, _: object) -> None:
         """Raises OSError if a file is not PEM, or certificate and key do not match."""
         ca, key, certificate = self._files
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -128,6 +78,11 @@ class Credentials(_Files[tuple[bytes | None, ...]]):
             context.load_verify_locations(ca)
         if certificate is not None:
             context.load_cert_chain(certificate, key, password="")
+
+    def _renew(self, held: tuple[bytes | None, ...]) -> None:
+        if held != self._held:
+            self._held = held
+            self._edition += 1
 
 
 def bearer(token: str) -> str:
@@ -143,14 +98,11 @@ def bearer(token: str) -> str:
     return word
 
 
-def _mark(file: File | None) -> _Mark:
-    if file is None:
-        return None
+def _token(file: File) -> str:
     try:
-        found = Path(file).stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+        return bearer((_bytes(file) or b"").decode())
+    except (UnicodeDecodeError, SettingsError):
+        raise SettingsError(f"{file} holds no token: one word of ASCII characters") from None
 
 
 def _bytes(file: File | None) -> bytes | None:

@@ -34,7 +34,7 @@ GRACE, TURNS = 0.01, 20
 ENDING = 5.0  # seconds for the stream to end by itself once all items are answered
 
 
-class _Patience:
+class _Backoff:
     """Counts the breaks of a stream between two answers, and computes the backoff."""
 
     def __init__(self, retries: bool) -> None:
@@ -103,19 +103,19 @@ class BlockingFeed(Generic[A]):
 
     def outcomes(self, items: Iterable[npt.ArrayLike]) -> Generator[A | LikelyError, None, None]:
         """Yields the outcome of each item, in the order of the items."""
-        patience = _Patience(self._retries)
+        backoff = _Backoff(self._retries)
         reader = self._open()
         threading.Thread(target=self._pull, args=(items,), daemon=True, name="feed").start()
         try:
             while True:
                 found, failure = self._wait()
                 if failure:
-                    time.sleep(patience.delay(failure))
+                    time.sleep(backoff.delay(failure))
                     reader = self._open()
                 elif not found:
                     break
                 for outcome in found:
-                    patience.reset()
+                    backoff.reset()
                     yield outcome
             reader.join(ENDING)  # all items are answered: the stream ends by itself
             if self._fault:
@@ -234,19 +234,19 @@ class AsyncFeed(Generic[A]):
         self, items: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike]
     ) -> AsyncGenerator[A | LikelyError, None]:
         """Yields the outcome of each item, in the order of the items."""
-        patience = _Patience(self._retries)
+        backoff = _Backoff(self._retries)
         reader = self._open()
         puller = asyncio.create_task(self._pull(items))
         try:
             while True:
                 found, failure = await self._wait()
                 if failure:
-                    await asyncio.sleep(patience.delay(failure))
+                    await asyncio.sleep(backoff.delay(failure))
                     reader = self._open()
                 elif not found:
                     break
                 for outcome in found:
-                    patience.reset()
+                    backoff.reset()
                     yield outcome
             with suppress(TimeoutError):
                 async with asyncio.timeout(ENDING):

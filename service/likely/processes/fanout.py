@@ -42,7 +42,7 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
         self,
         sockets: Callable[[], Sequence[tuple[int, Path]]],
         settled: Callable[[admin_pb2.ListVersionsResponse, Collection[int], Version | None], None],
-        strayed: Callable[[int], None],
+        restart_worker: Callable[[int], None],
         log: FilteringBoundLogger,
     ) -> None:
         """Creates a servicer.
@@ -51,12 +51,12 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
             sockets: returns the numbers and admin sockets of the workers that are ready.
             settled: called after each change with what is served now, the numbers of the workers
                 that were asked, and the version that was unloaded, if any.
-            strayed: called with the number of a worker that could not make a change.
+            restart_worker: restarts a worker, given its number, that could not make a change.
             log: receives an error if no worker reports what is served after a change.
         """
         self._sockets = sockets
         self._settled = settled
-        self._strayed = strayed
+        self._restart_worker = restart_worker
         self._log = log
         self._turn = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
@@ -112,12 +112,12 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
         raise Unavailable("no worker is ready")
 
     async def _change(self, method: str, request: Any, context: Context) -> Any:
-        change = asyncio.create_task(self._carried(method, request, _handed_on(context)))
+        change = asyncio.create_task(self._apply_change(method, request, _handed_on(context)))
         self._changes.add(change)
         change.add_done_callback(self._ended)
         return await _answered(asyncio.shield(change), context)
 
-    async def _carried(self, method: str, request: Any, metadata: Metadata) -> Any:
+    async def _apply_change(self, method: str, request: Any, metadata: Metadata) -> Any:
         async with self._turn:
             (_, first), *others = asked = self._ready()
             answer, late = None, None
@@ -137,7 +137,7 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
             sockets = [first]
             for (index, socket), outcome in zip(others, followed, strict=True):
                 if isinstance(outcome, Exception) and not _is_late(outcome):
-                    self._strayed(index)
+                    self._restart_worker(index)
                 else:
                     sockets.append(socket)
             if (served := await served_by(sockets, metadata)) is None:

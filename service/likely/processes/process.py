@@ -106,7 +106,7 @@ async def run(
         signals.leave(0)
 
 
-def patience(settings: Settings) -> float:
+def end_timeout(settings: Settings) -> float:
     """Seconds that a process may take to end after a signal; after that, it counts as hung."""
     return settings.drain_delay + settings.drain_seconds + MARGIN
 

@@ -21,8 +21,8 @@ from likely import graphs, logs, machine
 from likely.errors import DeviceLost, LikelyError, SettingsError
 from likely.processes import process
 from likely.processes.fanout import Fanout, Version, is_silent, served_by
-from likely.processes.together import MEBIBYTES, Together
 from likely.processes.worker import LOST, READY, Order
+from likely.processes.worker_metrics import MEBIBYTES, WorkerMetrics
 from likely.serving import access, ports
 from likely.serving.guard import Guard, Guarded
 from likely.settings import PREFIX, Settings
@@ -35,7 +35,7 @@ from likely.versions.watch import scan
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-SOONEST, LATEST = 0.1, 30.0  # bounds of the backoff, in seconds, before a worker is restarted
+MIN_DELAY, MAX_DELAY = 0.1, 30.0  # bounds of the backoff, in seconds, before a worker is restarted
 STEADY = 60.0  # the backoff starts again after a worker has lived this many seconds
 LOOK = 5.0  # seconds between two health checks of a worker
 SILENCES = 6  # checks in a row without an answer after which a worker counts as hung
@@ -56,9 +56,9 @@ def serve(settings: Settings) -> None:
     graphs.require_runtime()
     log = logs.logger(settings.log_level, settings.log_format)
     logs.adopt_stdlib(settings.log_format)
-    with private(count) as (folder, together), reserved(settings) as port:
+    with private(count) as (folder, metrics), reserved(settings) as port:
         fixed = settings.model_copy(update={"port": port, "workers": count})
-        asyncio.run(Supervisor(fixed, log, folder, together).run())
+        asyncio.run(Supervisor(fixed, log, folder, metrics).run())
 
 
 def automatic(settings: Settings) -> int:
@@ -75,7 +75,7 @@ def automatic(settings: Settings) -> int:
 
 
 @contextmanager
-def private(workers: int) -> Iterator[tuple[Path, Together]]:
+def private(workers: int) -> Iterator[tuple[Path, WorkerMetrics]]:
     """Creates a private folder for sockets and metrics, and yields it with the metrics.
 
     The folder is in the temporary directory or, if that fails, in shared memory.
@@ -89,7 +89,7 @@ def private(workers: int) -> Iterator[tuple[Path, Together]]:
             try:
                 made = tempfile.TemporaryDirectory(prefix="likely-", dir=place)
                 folder = Path(stack.enter_context(made))
-                found = folder, Together(folder, workers)
+                found = folder, WorkerMetrics(folder, workers)
             except OSError as error:
                 reason = error.strerror or str(error)
                 continue
@@ -135,7 +135,7 @@ class Supervisor:
     """Keeps the workers of one server alive."""
 
     def __init__(
-        self, settings: Settings, log: FilteringBoundLogger, folder: Path, together: Together
+        self, settings: Settings, log: FilteringBoundLogger, folder: Path, metrics: WorkerMetrics
     ) -> None:
         """Creates a supervisor; `run` does the work.
 
@@ -143,12 +143,12 @@ class Supervisor:
             settings: settings in which the port and the number of workers are decided.
             log: receives events about workers.
             folder: folder for sockets, private to this server.
-            together: the workers' metrics.
+            metrics: the workers' metrics.
         """
         self._settings = settings
         self._log = log
         self._folder = folder
-        self._together = together
+        self._metrics = metrics
         self._running: dict[int, Process] = {}
         self._ready: set[int] = set()
         self._leaving: set[Process] = set()  # workers that missed a change, and drain
@@ -204,7 +204,7 @@ class Supervisor:
 
     async def _keep(self, index: int) -> None:
         """Starts a worker, and restarts it when it dies, until the server ends."""
-        wait = SOONEST
+        wait = MIN_DELAY
         while not self._ending:
             began = time.monotonic()
             try:
@@ -217,8 +217,8 @@ class Supervisor:
                 code = await self._outlived(index, worker)
             was_ready = index in self._ready
             self._ready.discard(index)
-            self._together.ended(index)
-            self._together.ready(len(self._ready))
+            self._metrics.ended(index)
+            self._metrics.ready(len(self._ready))
             if self._ending:
                 return
             if code == LOST:
@@ -228,11 +228,11 @@ class Supervisor:
                     f"worker {index} could not start (exit {code}); see its error above"
                 )
             if time.monotonic() - began > STEADY:
-                wait = SOONEST
+                wait = MIN_DELAY
             self._log.error("worker ended", worker=index, code=code, again_in=wait)
-            self._together.restarted()
+            self._metrics.restarted()
             await asyncio.sleep(wait)
-            wait = min(2 * wait, LATEST)
+            wait = min(2 * wait, MAX_DELAY)
             await self._until_found(index)
 
     async def _outlived(self, index: int, worker: Process) -> int:
@@ -285,7 +285,7 @@ class Supervisor:
             *(sys.executable, "-m", "likely.processes.worker"),
             stdin=PIPE,
             stdout=PIPE,
-            env={**surroundings, **self._together.environment},
+            env={**surroundings, **self._metrics.environment},
             start_new_session=True,  # otherwise the worker would get Ctrl-C twice
         )
         assert worker.stdin
@@ -302,10 +302,10 @@ class Supervisor:
         worker.stdin.write(order.line())
         if await worker.stdout.readline() == READY:
             if changes != self._changes:  # it missed a change while it loaded
-                self._strayed(index)
+                self._restart_worker(index)
                 return worker
             self._ready.add(index)
-            self._together.ready(len(self._ready))
+            self._metrics.ready(len(self._ready))
             if len(self._ready) == self._settings.workers:
                 self._begun.set()
         return worker
@@ -334,7 +334,7 @@ class Supervisor:
         if living:
             _, late = await asyncio.wait(
                 [asyncio.create_task(worker.wait()) for worker in living],
-                timeout=process.patience(self._settings),
+                timeout=process.end_timeout(self._settings),
             )
             for worker in living if late else ():
                 if worker.returncode is None:
@@ -351,7 +351,7 @@ class Supervisor:
         settings = self._settings
         if settings.metrics_port == "off":
             return None
-        return Exporter(self._together.registry, settings.metrics_host, settings.metrics_port)
+        return Exporter(self._metrics.registry, settings.metrics_host, settings.metrics_port)
 
     def _administer(self) -> grpc.aio.Server | None:
         settings = self._settings
@@ -362,7 +362,7 @@ class Supervisor:
         server = grpc.aio.server(options=ports.options(settings, shared=False))
         served: Any = Guarded(guard, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            Fanout(self._sockets, self._settled, self._strayed, self._log), served
+            Fanout(self._sockets, self._settled, self._restart_worker, self._log), served
         )
         port = ports.listen(server, settings, settings.admin_host, settings.admin_port, self._log)
         self._log.info("admin", host=settings.admin_host, port=port)
@@ -408,20 +408,20 @@ class Supervisor:
             self._settings, self._unloaded = settled, left
             self._changes += 1
             for index in self._ready - set(asked):  # became ready in the meantime
-                self._strayed(index)
+                self._restart_worker(index)
 
-    def _strayed(self, index: int) -> None:
+    def _restart_worker(self, index: int) -> None:
         """Lets a worker that missed a change drain and end, so that `_keep` restarts it."""
         if self._ending:  # it has a signal already; a second one would end it without draining
             return
         self._log.error("worker could not follow a change", worker=index)
         self._ready.discard(index)
-        self._together.ready(len(self._ready))
+        self._metrics.ready(len(self._ready))
         worker = self._running[index]
         if worker.returncode is None:
             worker.terminate()
             self._leaving.add(worker)
-            seconds = process.patience(self._settings)
+            seconds = process.end_timeout(self._settings)
             asyncio.get_running_loop().call_later(seconds, self._overdue, index, worker)
 
     def _overdue(self, index: int, worker: Process) -> None:

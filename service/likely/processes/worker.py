@@ -22,8 +22,8 @@ from typing import Any
 
 from likely import logs, signals
 from likely.errors import DeviceLost, LikelyError
-from likely.processes import together
-from likely.processes.process import patience, run, signalled
+from likely.processes import worker_metrics
+from likely.processes.process import end_timeout, run, signalled
 from likely.serving.server import Server
 from likely.settings import Settings
 
@@ -61,7 +61,7 @@ def main() -> int:
     """Serves, and returns the exit code."""
     order = Order(**json.loads(sys.stdin.buffer.readline()))
     settings = Settings(**order.settings)
-    together.count_as(order.index)
+    worker_metrics.count_as(order.index)
     log = logs.logger(settings.log_level, settings.log_format).bind(worker=order.index)
     logs.adopt_stdlib(settings.log_format)
     try:
@@ -79,7 +79,7 @@ def main() -> int:
 
 async def _work(order: Order, settings: Settings, log: Any) -> None:
     ending = signalled()
-    _end_with_the_input(ending, patience(settings))
+    _end_with_the_input(ending, end_timeout(settings))
     socket = Path(order.socket)
     server = Server(
         settings,

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from likely.addresses import is_local
 from likely.errors import AccessDenied, SettingsError, Unauthenticated
-from likely.serving.fresh import INTERVAL, Fresh
+from likely.fresh import INTERVAL
+from likely.serving.reloading import reloaded
 from likely.settings import Settings
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Secrets:
         Raises:
             SettingsError: the file cannot be read, or does not have this format.
         """
-        self._known = Fresh([path], lambda: _secrets(path), log, interval)
+        self._known = reloaded([path], lambda: _secrets(path), log, interval)
         if not self._known.value():
             log.warning("no token is valid", file=str(path))
 
@@ -151,7 +152,7 @@ class Issuer:
         Raises:
             SettingsError: the file cannot be read, or holds keys but none for these algorithms.
         """
-        self._keys = Fresh([keys], lambda: _keys(keys, algorithms), log, interval)
+        self._keys = reloaded([keys], lambda: _keys(keys, algorithms), log, interval)
         if not self._keys.value():
             log.warning("no signed token is valid", file=str(keys))
         self._log = log

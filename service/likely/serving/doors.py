@@ -50,7 +50,7 @@ class Door:
 
     A request inside is accepted: it is answered, unless it is cut off at the end of the drain.
     Requests that arrive after `close` wait, so that the server can first tell their connections
-    to go elsewhere. After `shut`, they are refused.
+    to go elsewhere. After `turn_away`, they are refused.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Door:
         self._cut: Tasks = set()
         self._warned: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._shut = asyncio.Event()
+        self._turned_away = asyncio.Event()
         self._empty = asyncio.Event()
 
     @property
@@ -70,9 +70,9 @@ class Door:
         """Holds a request that arrives at a closed door, then refuses it.
 
         Raises:
-            Unavailable: the door has been shut.
+            Unavailable: requests are turned away.
         """
-        await self._shut.wait()
+        await self._turned_away.wait()
         raise Unavailable("the server is shutting down")
 
     def inside(self) -> Inside:
@@ -96,10 +96,10 @@ class Door:
         for reader in self._warned:
             reader.cancel()
 
-    def shut(self) -> None:
+    def turn_away(self) -> None:
         """Refuses the requests that wait, and all newcomers."""
         self._closed = True
-        self._shut.set()
+        self._turned_away.set()
 
     async def empty(self, seconds: float) -> bool:
         """Waits until no request is inside, for at most `seconds`; returns whether none is."""

@@ -167,7 +167,7 @@ class Feed(Generic[R]):
             if not half:
                 return [await self._checked(requests[0])]
             whole: Any = await self._checked(merging.merged(requests))
-            return merging.parted(whole, requests)
+            return merging.split(whole, requests)
         except Exception as error:
             if not half or isinstance(error, OF_ALL):
                 return [error] * len(requests)

@@ -56,7 +56,7 @@ def merged(requests: Sequence[Q]) -> Q:
     return whole
 
 
-def parted(response: R, requests: Sequence[Request]) -> list[R]:
+def split(response: R, requests: Sequence[Request]) -> list[R]:
     """Splits the answer to `merged(requests)` into the answers to the requests."""
     spans = pairwise(accumulate(map(rows, requests), initial=0))
     if isinstance(response, scoring_pb2.ClassifyResponse):

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 
-SILENCE = 60.0  # seconds without traffic after which a client gets a keepalive ping
-ANSWER = 20.0  # seconds that it has to answer the ping
+KEEPALIVE_TIME = 60.0  # seconds without traffic after which a client gets a keepalive ping
+KEEPALIVE_TIMEOUT = 20.0  # seconds that it has to answer the ping
 PINGS = 10.0  # minimum seconds between a client's own pings
 
 
@@ -37,11 +37,11 @@ def options(settings: Settings, shared: bool) -> list[tuple[str, Any]]:
         # A port that is taken is an error, unless other processes are meant to share it.
         ("grpc.so_reuseport", int(shared)),
         # Nothing reports that a machine or a network is gone; requests would wait for hours.
-        ("grpc.keepalive_time_ms", round(1000 * SILENCE)),
-        ("grpc.keepalive_timeout_ms", round(1000 * ANSWER)),
+        ("grpc.keepalive_time_ms", round(1000 * KEEPALIVE_TIME)),
+        ("grpc.keepalive_timeout_ms", round(1000 * KEEPALIVE_TIMEOUT)),
         # No keepalive ping is sent while another ping of gRPC's is under way, so its timeout is
         # the same.
-        ("grpc.http2.ping_timeout_ms", round(1000 * ANSWER)),
+        ("grpc.http2.ping_timeout_ms", round(1000 * KEEPALIVE_TIMEOUT)),
         ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * PINGS)),
         ("grpc.keepalive_permit_without_calls", 1),
         *(aged if settings.connection_seconds else []),

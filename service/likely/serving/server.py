@@ -236,7 +236,7 @@ class Server:
         await asyncio.sleep(HOLD)
         stopping = [asyncio.create_task(server.stop(grace + READ)) for server in servers]
         await asyncio.sleep(HOLD)
-        door.shut()
+        door.turn_away()
         is_empty = await door.empty(grace)
         if not is_empty:
             self._log.warning("cut off", requests=door.cut())

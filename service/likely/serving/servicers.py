@@ -51,14 +51,14 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         registry: Registry,
         limits: Limits,
         default_alpha: float,
-        quota: Quota | None = None,
+        quota: Quota,
         *,
         guard: Guard,
     ) -> None:
         self._registry = registry
         self._limits = limits
         self._default_alpha = default_alpha
-        self._quota = quota or Quota()
+        self._quota = quota
         self._guard = guard
 
     async def Score(
@@ -174,12 +174,12 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     """Generates and completes pictures."""
 
     def __init__(
-        self, registry: Registry, limits: Limits, default_alpha: float, quota: Quota | None = None
+        self, registry: Registry, limits: Limits, default_alpha: float, quota: Quota
     ) -> None:
         self._registry = registry
         self._limits = limits
         self._default_alpha = default_alpha
-        self._quota = quota or Quota()
+        self._quota = quota
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -261,10 +261,10 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
 class Latent(latent_pb2_grpc.LatentServiceServicer):
     """Redraws pictures from latent features."""
 
-    def __init__(self, registry: Registry, limits: Limits, quota: Quota | None = None) -> None:
+    def __init__(self, registry: Registry, limits: Limits, quota: Quota) -> None:
         self._registry = registry
         self._limits = limits
-        self._quota = quota or Quota()
+        self._quota = quota
 
     async def Decode(
         self, request: latent_pb2.DecodeRequest, context: Context

@@ -11,7 +11,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from likely.errors import SettingsError
-from likely.serving.fresh import INTERVAL, Fresh
+from likely.fresh import INTERVAL
+from likely.serving.reloading import reloaded
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -39,13 +40,13 @@ def server_credentials(
         SettingsError: a file cannot be read, or certificate and key do not belong together.
     """
     paths = [certificate, key, *([client_ca] if client_ca else [])]
-    fresh = Fresh(paths, lambda: _configuration(certificate, key, client_ca), log, interval)
-    last = fresh.value()
+    known = reloaded(paths, lambda: _configuration(certificate, key, client_ca), log, interval)
+    last = known.value()
 
     def exchanged() -> grpc.ServerCertificateConfiguration | None:
         """Returns the new certificate; None if it has not changed."""
         nonlocal last
-        if (now := fresh.value()) is last:
+        if (now := known.value()) is last:
             return None
         last = now
         return now

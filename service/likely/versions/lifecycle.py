@@ -136,7 +136,7 @@ class Lifecycle:
         drained = await self._in_turn(self._unload(name, version))
         await asyncio.shield(drained)
 
-    async def vacated(self, folder: Path) -> None:
+    async def folder_emptied(self, folder: Path) -> None:
         """Unloads the version that came from a folder which no longer holds a bundle.
 
         If another folder holds the version too, it stays served.
@@ -144,7 +144,7 @@ class Lifecycle:
         Raises:
             Refused: a label points at it.
         """
-        await self._in_turn(self._vacated(absolute(folder)))
+        await self._in_turn(self._folder_emptied(absolute(folder)))
 
     async def set_label(self, name: str, label: str, version: str) -> None:
         """Points a label at a version; an empty version removes the label.
@@ -197,10 +197,10 @@ class Lifecycle:
         """Whether a served version came from that folder."""
         return self._key_of(absolute(folder)) is not None
 
-    async def claimed(self, folder: Path) -> Key | None:
+    async def read_identity(self, folder: Path) -> Key | None:
         """Returns the name and version in a folder's manifest; None if it cannot be read."""
         try:
-            return await asyncio.to_thread(self._loader.claimed, folder)
+            return await asyncio.to_thread(self._loader.read_identity, folder)
         except (LikelyError, OSError):
             return None
 
@@ -229,8 +229,8 @@ class Lifecycle:
     def _open_all(self, folders: Sequence[Path]) -> list[Engine]:
         engines: list[Engine] = []
         try:
-            bundles = [self._loader.verified(folder) for folder in folders]
-            engines.extend(self._loader.proved(bundle) for bundle in bundles)
+            bundles = [self._loader.verify(folder) for folder in folders]
+            engines.extend(self._loader.load(bundle) for bundle in bundles)
         except BaseException:
             for engine in engines:
                 engine.close()
@@ -241,15 +241,15 @@ class Lifecycle:
         self._registry.engines()  # raises Unavailable while the first bundles are being loaded
         self._loading = folder
         try:
-            bundle = await asyncio.to_thread(self._loader.verified, folder)
+            bundle = await asyncio.to_thread(self._loader.verify, folder)
             if self._serves(bundle):
                 engine = self._registry.find(bundle.manifest.name, bundle.manifest.version)
                 if not engine.healthy:
-                    engine = await asyncio.to_thread(self._loader.proved, bundle)
+                    engine = await asyncio.to_thread(self._loader.load, bundle)
                     await self._renew(engine, folder)
                 await self._found(engine, folder)
             else:
-                engine = await asyncio.to_thread(self._loader.proved, bundle)
+                engine = await asyncio.to_thread(self._loader.load, bundle)
                 await self._admit(engine, folder)
         except (LikelyError, OSError, MemoryError) as error:
             raise await self._refused(folder, error) from error
@@ -310,7 +310,7 @@ class Lifecycle:
         self._remember(name, before)
         await self._tell()
 
-    async def _vacated(self, folder: Path) -> None:
+    async def _folder_emptied(self, folder: Path) -> None:
         if key := self._key_of(folder):
             if self._folders[key] == [folder]:
                 await self._unload(*key)
@@ -350,7 +350,7 @@ class Lifecycle:
             found = self._registry.find(name, target.version).digest
         else:
             try:
-                found = (await asyncio.to_thread(self._loader.verified, target.folder)).digest
+                found = (await asyncio.to_thread(self._loader.verify, target.folder)).digest
             except (LikelyError, OSError, MemoryError) as error:
                 raise await self._refused(target.folder, error) from error
         if found != target.digest:

@@ -32,7 +32,7 @@ class Loader:
         cores = machine.cores()
         self._threads = settings.threads or max(1, cores // (settings.workers or cores))
 
-    def claimed(self, folder: Path) -> tuple[str, str]:
+    def read_identity(self, folder: Path) -> tuple[str, str]:
         """Returns the name and version in a folder's manifest, without checking the bundle.
 
         Raises:
@@ -42,7 +42,7 @@ class Loader:
             manifest = read_manifest(folder)
         return manifest.name, manifest.version
 
-    def verified(self, folder: Path) -> Bundle:
+    def verify(self, folder: Path) -> Bundle:
         """Opens the bundle in a folder and checks everything that needs no runtime.
 
         Raises:
@@ -59,7 +59,7 @@ class Loader:
             )
         return bundle
 
-    def proved(self, bundle: Bundle) -> Engine:
+    def load(self, bundle: Bundle) -> Engine:
         """Opens the engine of a verified bundle, replays the golden outputs and warms it up.
 
         Raises:

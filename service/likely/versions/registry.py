@@ -69,13 +69,15 @@ class Registry:
     """The engines of a server; requests find them once it is filled and open.
 
     All methods must be called on the event loop's thread, so that each is atomic for requests.
-
-    Attributes:
-        policy: which version answers a request that names none, if no version is `stable`.
     """
 
     def __init__(self, policy: Policy = "newest") -> None:
-        self.policy = policy
+        """Creates an empty registry.
+
+        Args:
+            policy: which version answers a request that names none, if no version is `stable`.
+        """
+        self._policy = policy
         self._shelves: dict[str, dict[str, Held]] | None = None
         self._labels: dict[str, dict[str, str]] = {}
         self._is_open = False
@@ -183,7 +185,7 @@ class Registry:
         if not versions:
             return None
         stable = self._labels.get(name, {}).get("stable")
-        return stable or versions[-1 if self.policy == "newest" else 0]
+        return stable or versions[-1 if self._policy == "newest" else 0]
 
     def set_label(self, name: str, label: str, version: str | None) -> None:
         """Points a label at a version, or removes it if the version is None.

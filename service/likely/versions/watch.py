@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from likely.telemetry.metrics import Metrics
 
 Mark = tuple[tuple[str, int, int, int, int], ...]
-SOONEST, LATEST = 60.0, 3600.0  # bounds of the backoff, in seconds, after a lack of memory
+MIN_DELAY, MAX_DELAY = 60.0, 3600.0  # bounds of the backoff, in seconds, after a lack of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Watcher:
         """Loads the bundles that are there now; refused ones are counted, logged and retried."""
         self._seen = await self._scan()
         for path, mark in self._seen.items() if self._unloaded else ():
-            if await self._lifecycle.claimed(path) in self._unloaded:
+            if await self._lifecycle.read_identity(path) in self._unloaded:
                 self._done[path] = mark
         await self._follow(self._seen)
 
@@ -179,17 +179,17 @@ class Watcher:
 
     def _wait(self, path: Path, again: bool) -> None:
         # Retries are rare, because a load that takes all memory may kill the server.
-        short, pause = self._short.get(path) if again else None, SOONEST
+        short, pause = self._short.get(path) if again else None, MIN_DELAY
         if short:
             pause = short.pause
             if self._lifecycle.freed == short.freed:  # it was retried because its wait was over
-                pause = min(2 * pause, LATEST)
+                pause = min(2 * pause, MAX_DELAY)
         self._short[path] = _Short(self._lifecycle.freed, pause, time.monotonic() + pause)
 
     async def _leave(self, gone: set[Path]) -> None:
         for path in gone:
             try:
-                await self._lifecycle.vacated(path)
+                await self._lifecycle.folder_emptied(path)
             except LikelyError as error:  # retried at every poll
                 if path not in self._kept:
                     self._log.warning("kept", folder=str(path), message=str(error))

@@ -260,7 +260,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
             given.HasField("contents") for given in request.inputs
         )
         outputs = [(tensor, answer.outputs[tensor.name]) for tensor in wanted]
-        if raw or sum(values.size for _, values in outputs) <= tensors.PIECE:
+        if raw or sum(values.size for _, values in outputs) <= tensors.CHUNK:
             tensors.write(response, outputs, raw)
         else:
             await asyncio.to_thread(tensors.write, response, outputs, raw)

@@ -17,7 +17,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
 
 
-PIECE = 1 << 14  # elements converted at a time; also bytes from which a typed request is long
+CHUNK = 1 << 14  # elements converted at a time; also bytes from which a typed request is long
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Tensor:
 
 def is_long(request: inference_pb2.ModelInferRequest) -> bool:
     """Whether the inputs are so many typed elements that reading them takes long."""
-    return not request.raw_input_contents and request.ByteSize() > PIECE
+    return not request.raw_input_contents and request.ByteSize() > CHUNK
 
 
 def read(
@@ -134,8 +134,8 @@ def write(
             response.raw_output_contents.append(stored.tobytes())
         else:
             elements, flat = getattr(into.contents, tensor.type.field), stored.ravel()
-            for at in range(0, len(flat), PIECE):  # other threads may run between pieces
-                elements.extend(flat[at : at + PIECE].tolist())
+            for at in range(0, len(flat), CHUNK):  # other threads may run between chunks
+                elements.extend(flat[at : at + CHUNK].tolist())
 
 
 def asked(
@@ -206,8 +206,8 @@ def _of_contents(
     dtype = tensor.type.dtype
     is_whole = dtype.kind in "iu"
     found = np.empty(len(values), np.int64 if is_whole else dtype)
-    for at in range(0, len(values), PIECE):  # other threads may run between pieces
-        found[at : at + PIECE] = values[at : at + PIECE]
+    for at in range(0, len(values), CHUNK):  # other threads may run between chunks
+        found[at : at + CHUNK] = values[at : at + CHUNK]
     if is_whole and found.size:
         limits = np.iinfo(dtype)
         if found.min() < limits.min or found.max() > limits.max:

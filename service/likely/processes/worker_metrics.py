@@ -21,7 +21,7 @@ _NOTHING = struct.pack("i", 0)  # header of a metrics file of which no bytes are
 
 
 def count_as(index: int) -> None:
-    """Makes this process write its metrics as the worker with that index, for `Together`.
+    """Makes this process write its metrics as the worker with that index, for `WorkerMetrics`.
 
     A worker that is restarted under the same index continues from its predecessor's counts,
     however that one ended.
@@ -29,7 +29,7 @@ def count_as(index: int) -> None:
     values.ValueClass = values.MultiProcessValue(lambda: index)  # type: ignore[no-untyped-call]
 
 
-class Together:
+class WorkerMetrics:
     """The combined metrics of all workers.
 
     Workers map their metrics files into memory, and a process that writes to such a file while

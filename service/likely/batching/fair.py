@@ -33,7 +33,7 @@ class Waiting:
 W = TypeVar("W", bound=Waiting)
 
 
-class Turns(Generic[W]):
+class FairQueue(Generic[W]):
     """A queue that is fair between clients, and first come, first served within each client.
 
     The room in a batch is divided evenly among the waiting clients. What they leave
@@ -52,9 +52,6 @@ class Turns(Generic[W]):
         self.nbytes = 0
         self._lines: dict[str, deque[W]] = {}  # by client, in the order of their turns
         self._held: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
 
     def add(self, member: W) -> None:
         """Appends a member to its client's line."""
