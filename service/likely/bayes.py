@@ -10,6 +10,7 @@ import numpy.typing as npt
 from likely.answers import Doubles
 from likely.errors import InvalidInput
 
+BLOCK = 1 << 14  # rows
 SLACK = 1e-6  # by which the sum of priors may differ from 1
 
 
@@ -150,7 +151,11 @@ def estimated_priors(
     """
     found = priors
     for _ in range(most if len(posterior) else 0):
-        moved = reweighted(posterior, priors, found).mean(0)
+        sums = np.zeros((1, len(found)))
+        for at in range(0, len(posterior), BLOCK):  # copies of a part alone
+            part = reweighted(posterior[at : at + BLOCK], priors, found)
+            sums = np.concatenate((sums, part)).sum(0, keepdims=True)
+        moved = sums[0] / len(posterior)
         close = np.abs(moved - found).max() <= tolerance
         found = moved
         if close:

@@ -145,8 +145,17 @@ def test_row_groups_are_held_two_at_a_time_of_all_files(
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
     pictures = opened(tmp_path)
+    footers: list[Path] = []
+    footer = pq.read_metadata
+
+    def described(path: Path) -> pq.FileMetaData:
+        footers.append(path)
+        return footer(path)
+
+    monkeypatch.setattr(pq, "read_metadata", described)
     assert np.array_equal(pictures.read(0, 60)[0], x)
     assert read == [0, 1] * 10
+    assert len(footers) == 10  # one per file, however many groups it has
     pictures.read(55, 60)
     assert len(read) == 20
     (cache,) = {id(each.cache): each.cache for each in pictures._sources}.values()  # type: ignore[attr-defined]

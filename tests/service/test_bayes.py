@@ -116,7 +116,9 @@ def test_in_logs_the_least_posterior_counts_where_priors_rule_out_the_rest() -> 
 
 
 @pytest.mark.parametrize("frequent", range(5))
-def test_priors_are_estimated_from_pictures_without_labels(frequent: int) -> None:
+def test_priors_are_estimated_from_pictures_without_labels(
+    frequent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One label has half of the pictures, where the model takes all for equal."""
     rng = np.random.default_rng(frequent)
     priors, true = np.full(5, 0.2), np.full(5, 0.125)
@@ -126,6 +128,9 @@ def test_priors_are_estimated_from_pictures_without_labels(frequent: int) -> Non
     x = centres[y] + rng.normal(size=(len(y), 5))
     posterior = bayes.posterior(-np.square(x[:, None] - centres).sum(2) / 2, priors)
     found = bayes.estimated_priors(posterior, priors)
+    with monkeypatch.context() as patch:
+        patch.setattr(bayes, "BLOCK", 999)
+        assert bayes.estimated_priors(posterior, priors) == pytest.approx(found, abs=1e-12)
     assert np.abs(found - true).max() < 0.02
     assert found.sum() == pytest.approx(1)
     weighed = bayes.reweighted(posterior, priors, found)

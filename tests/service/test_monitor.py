@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -16,7 +18,8 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from likely import codec
 from likely.telemetry.histograms import Tally
-from likely.telemetry.monitor import P_VALUES
+from likely.telemetry.metrics import Metrics
+from likely.telemetry.monitor import KEPT, P_VALUES
 from likely.v1.admin_pb2 import ResetDriftRequest, UnloadModelRequest
 from likely.v1.admin_pb2_grpc import AdminServiceStub
 from likely.v1.generation_pb2 import GenerateRequest, SelfCheck
@@ -169,6 +172,33 @@ def test_without_a_level_there_is_no_test(running: Running, toy: Toy) -> None:
         assert drift(live, "images_total") == 0
         assert drift(live, "alarm") == 0
         assert scrape(live)["likely_drift_log10_threshold"] == math.inf
+
+
+def test_metrics_of_versions_long_unloaded_are_removed() -> None:
+    """A server that is given a new version every hour has no metrics without end."""
+    metrics = Metrics(drift_level=0.01)
+    for version in range(40):
+        metrics.serving([_Engine(str(version)), _Engine("kept")])  # type: ignore[list-item]
+    metrics.serving([_Engine("0")])  # type: ignore[list-item]
+    page = generate_latest(metrics.registry).decode()
+    for family in ("likely_model_info", "likely_p_value_count", "likely_drift_alarm"):
+        lines = [line for line in page.splitlines() if line.startswith(f"{family}{{")]
+        versions = {re.search('version="([^"]*)"', line)[1] for line in lines}  # type: ignore[index]
+        assert versions == {"0", "kept", *map(str, range(40 - KEPT + 1, 40))}, family
+
+
+class _Engine:
+    """As much of an engine as metrics look at."""
+
+    digest = "0"
+    providers = ("CPUExecutionProvider",)
+    detector = SimpleNamespace(scores=np.arange(9.0))
+
+    def __init__(self, version: str) -> None:
+        self.manifest = SimpleNamespace(name="toy", version=version, dimensions=4)
+
+    def answers(self, method: str) -> bool:
+        return method == "Score"
 
 
 def test_readiness_and_loads_are_told(running: Running) -> None:

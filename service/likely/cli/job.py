@@ -70,12 +70,12 @@ class Job:
         begun = ledger.job_model(out)
         if begun and self._may_mean(begun):
             opener = opener.pinned(begun.model, begun.version)
-            if begun.done and opener.is_remote:  # the server may no longer have the version
-                request, _ = self._request(ask, begun.done, given)
+            if done := begun.done and opener.known(begun.done):
+                request, _ = self._request(ask, done, given)
                 with ledger.Ledger(out, request) as folder:
                     again = folder.summary
                 if again is not None:
-                    self._tell(again, begun.done)
+                    self._tell(again, done)
                     return
         backend = opener.open()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -60,22 +61,24 @@ def finish(ledger: Ledger, info: ModelInfo) -> dict[str, Any]:
 
 def _of_accepted(ledger: Ledger) -> Doubles:
     """The posteriors (n, labels) of the pictures that are not outliers."""
-    parts = []
+    found, n = np.empty((0, 0)), 0
     for each in _columns(ledger, "posterior", "verdict"):
         kept: Accepted = each["verdict"] != tables.VERDICTS[Verdict.OUTLIER]
-        parts.append(each["posterior"][kept])
-    return np.concatenate(parts)
+        part = each["posterior"][kept]
+        if not n:
+            found = np.empty((ledger.request.task.total, part.shape[1]))
+        found[n : n + len(part)] = part
+        n += len(part)
+    return found[:n]
 
 
 def _posterior(measured: pa.Table, info: ModelInfo, priors: Doubles) -> Doubles:
     return bayes.reweighted(tables.matrix(measured["posterior"]), np.array(info.priors), priors)
 
 
-def _columns(ledger: Ledger, *names: str) -> list[dict[str, Any]]:
+def _columns(ledger: Ledger, *names: str) -> Iterator[dict[str, Any]]:
     """These columns of every measured shard, in the order of the shards."""
-    found = []
     for shard in range(ledger.request.shards):
         path = ledger.path(shard, measured=True)
         table = pq.read_table(path, columns=list(names), partitioning=None)
-        found.append({name: tables.matrix(table[name]) for name in names})
-    return found
+        yield {name: tables.matrix(table[name]) for name in names}

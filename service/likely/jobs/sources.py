@@ -43,6 +43,7 @@ KEY = "key"
 # Row groups of Parquet files, and arrays, kept in memory: workers read neighbouring shards.
 _GROUPS = 2
 _ARRAYS = 2
+_FOOTERS = 2  # a footer describes all row groups, and is long if there are many
 
 Part = tuple[Pixels, list[str]]
 T = TypeVar("T")
@@ -275,9 +276,17 @@ class _Parquet:
     key: str | None
     ends: list[int]  # for each row group, one past the index of its last row
     cache: _Cache[Part]
+    footers: _Cache[pq.FileMetaData]
 
     @classmethod
-    def opened(cls, file: Found, given: Input, geometry: Geometry, cache: _Cache[Part]) -> _Parquet:
+    def opened(
+        cls,
+        file: Found,
+        given: Input,
+        geometry: Geometry,
+        cache: _Cache[Part],
+        footers: _Cache[pq.FileMetaData],
+    ) -> _Parquet:
         try:
             with pq.ParquetFile(file.path) as opened:
                 form, told = opened.schema_arrow, opened.metadata
@@ -292,7 +301,7 @@ class _Parquet:
             require_keys(form.field(key), file.name)
         column = chosen(form, given.column, file.name)
         require_fit(form.field(column).type, file.name, geometry)
-        return cls(file, geometry, column, key, list(accumulate(ends)), cache)
+        return cls(file, geometry, column, key, list(accumulate(ends)), cache, footers)
 
     @property
     def rows(self) -> int:
@@ -315,7 +324,8 @@ class _Parquet:
     def _decoded(self, group: int) -> Part:
         wanted = [self.column, *([self.key] if self.key else [])]
         try:
-            with pq.ParquetFile(self.file.path) as opened:
+            footer = self.footers.get(self.file, partial(pq.read_metadata, self.file.path))
+            with pq.ParquetFile(self.file.path, metadata=footer) as opened:
                 table = opened.read_row_group(group, wanted)
         except (pa.ArrowException, OSError) as error:
             raise InvalidInput(self.file.name, f"cannot be read: {error}") from error
@@ -410,6 +420,7 @@ def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterat
     images: list[Found] = []
     arrays = _Cache[npt.NDArray[Any]](_ARRAYS)
     groups = _Cache[Part](_GROUPS)
+    footers = _Cache[pq.FileMetaData](_FOOTERS)
     for file in found:
         suffix = file.path.suffix.lower()
         if suffix in levels.IMAGES:
@@ -423,7 +434,7 @@ def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterat
         elif suffix in TAR:
             yield _Tar.opened(file, geometry)
         else:
-            yield _Parquet.opened(file, given, geometry, groups)
+            yield _Parquet.opened(file, given, geometry, groups, footers)
     if images:
         yield _Images(images, geometry)
 

@@ -20,7 +20,7 @@ from likely import machine
 from likely.answers import Verdict
 from likely.batching.traffic import FAILED, SHED, Traffic
 from likely.errors import SettingsError
-from likely.telemetry.monitor import Monitor
+from likely.telemetry.monitor import Monitor, Unloaded
 
 if TYPE_CHECKING:
     from likely.engine import Engine
@@ -127,6 +127,7 @@ class Metrics:
             ("name", "version", "digest", "provider"),
         )
         self._served: set[tuple[str, ...]] = set()
+        self._unloaded = Unloaded[tuple[str, ...]](workers)
         self._ready = gauge(READY, READY_MEANS)
         self._loads = counter("likely_loads", "Versions that began to be served.", ("model",))
         self._refusals = gauge(
@@ -176,8 +177,11 @@ class Metrics:
         engines = list(engines)
         self.monitor.serving(engines)
         served = {_labels_of(engine) for engine in engines}
-        for gone in self._served - served:
-            self._models.labels(*gone).set(0)
+        gone = self._served - served
+        for labels in gone:
+            self._models.labels(*labels).set(0)
+        for labels in self._unloaded.expired(gone, served):
+            self._models.remove(*labels)
         for labels in served:
             self._models.labels(*labels).set(1)
         for name, *_ in served - self._served:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -17,7 +17,9 @@ from likely.telemetry.histograms import Tally
 if TYPE_CHECKING:
     from likely.engine import Engine
 
+K = TypeVar("K", bound=tuple[str, ...])
 METHODS = ("Score", "Classify")  # tested separately: some callers send both the same pictures
+KEPT = 16  # the metrics of this many versions remain after they were unloaded
 PERIOD = 0.2  # seconds for which pictures are collected
 NATS = (10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000, 5000, 7000,
         10000)  # fmt: skip
@@ -84,6 +86,43 @@ class Families:
             registry=registry,
         )
 
+    def remove(self, model: str, version: str) -> None:
+        """Removes the metrics of a version."""
+        for family in (self.nats, self.per_dimension, self.p_values):
+            family.remove(model, version)
+        for method in METHODS:
+            for stream in (self.pictures, self.logs, self.alarms):
+                stream.remove(model, version, method)
+
+
+class Unloaded(Generic[K]):
+    """Label values of versions that were unloaded; the metrics of old ones are removed."""
+
+    def __init__(self, workers: int) -> None:
+        """No versions yet.
+
+        Args:
+            workers: number of processes; prometheus_client removes no labels if there are several.
+        """
+        self._kept = KEPT if workers == 1 else math.inf
+        self._since: dict[K, None] = {}  # ordered by when they were unloaded
+
+    def expired(self, unloaded: Iterable[K], served: Iterable[K]) -> list[K]:
+        """Returns the versions whose metrics are to be removed, and forgets these.
+
+        Args:
+            unloaded: versions that are no longer served since the last call.
+            served: versions that are served now.
+        """
+        self._since |= dict.fromkeys(unloaded)
+        for labels in served:
+            self._since.pop(labels, None)
+        excess = max(0, len(self._since) - self._kept)
+        found = [labels for at, labels in enumerate(self._since) if at < excess]
+        for labels in found:
+            del self._since[labels]
+        return found
+
 
 class Monitor:
     """Records the scores of one process, and tests whether they drift.
@@ -113,17 +152,21 @@ class Monitor:
             registry=registry,
         ).set(self.threshold)
         self._watched: dict[Engine, _Watched] = {}
+        self._unloaded = Unloaded[tuple[str, str]](workers)
         self._telling: asyncio.TimerHandle | None = None
 
     def serving(self, engines: Iterable[Engine]) -> None:
         """These models, and no others, are monitored from now on."""
         self.tell()
         served = [engine for engine in engines if engine.answers("Score")]
-        for engine in [engine for engine in self._watched if engine not in served]:
+        gone = [engine for engine in self._watched if engine not in served]
+        for engine in gone:
             self._watched.pop(engine).end()
         for engine in served:
             if engine not in self._watched:
                 self._watched[engine] = _Watched(self._families, engine, self.threshold)
+        for labels in self._unloaded.expired(map(_labels_of, gone), map(_labels_of, served)):
+            self._families.remove(*labels)
 
     def saw(self, engine: Engine, method: str, rows: Doubles) -> None:
         """Pictures have been scored by one of `METHODS`; called in the event loop.
@@ -163,7 +206,7 @@ class _Watched:
     """
 
     def __init__(self, families: Families, engine: Engine, threshold: float) -> None:
-        labels = (engine.manifest.name, engine.manifest.version)
+        labels = _labels_of(engine)
         self.gathered: dict[str, list[Doubles]] = {method: [] for method in METHODS}
         self._dimensions = engine.manifest.dimensions
         self._threshold = threshold
@@ -206,3 +249,7 @@ class _Watched:
         self._pictures[method].inc(len(unusualness))
         self._logs[method].set(test.log / math.log(10))
         self._alarms[method].set(float(test.highest >= self._threshold * math.log(10)))
+
+
+def _labels_of(engine: Engine) -> tuple[str, str]:
+    return engine.manifest.name, engine.manifest.version
