@@ -24,7 +24,7 @@ class Traffic:
         shed: counter of requests refused for now (the reasons are in `SHED`), by model and reason.
         dropped: counter of requests whose caller did not wait for the answer, by model and stage
             ("queue" or "run").
-        failures: counter of failed runs, by model and reason.
+        failures: counter of failed runs, once per affected request, by model and reason.
         restarts: counter of queues that failed and were restarted, by model.
         withheld: counter of answers withheld because they were not finite, by model.
         unhealthy: gauge of versions that no longer answer because too many answers were withheld,
@@ -68,7 +68,7 @@ class Traffic:
         )
         self.failures = Counter(
             "likely_run_failures",
-            "Failed runs, by model and reason.",
+            "Failed runs, once per affected request, by model and reason.",
             ("model", "reason"),
             registry=into,
         )

@@ -56,8 +56,7 @@ class Children(dict[tuple[str, ...], M]):
 class Metrics:
     """The metrics of one server, in a registry of their own.
 
-    Label values are bounded: methods are those of the contract, models are
-    those served.
+    Label values are bounded: methods are those of the contract, models those served.
 
     Attributes:
         registry: the registry of all these metrics.
