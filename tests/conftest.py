@@ -88,7 +88,7 @@ class Toy:
         return np.stack(columns, 1).astype(np.float32)
 
     def moments(self, p: Doubles) -> dict[str, Array]:
-        """Means and standard deviations (n, c, h, w) of p (n, h, w, c, levels), for pixels in [0, 1]."""
+        """Pixel means and deviations, in [0, 1], (n, c, h, w), under p (n, h, w, c, levels)."""
         levels = np.linspace(0, 1, LEVELS)
         mean = p @ levels
         deviation = np.sqrt((p * np.square(levels - mean[..., None])).sum(-1))
@@ -440,7 +440,7 @@ class Live:
         return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine on the server's event loop: grpc.aio wants one event loop per process."""
+        """Runs a coroutine on the server's event loop: grpc.aio wants one loop per process."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
 
 

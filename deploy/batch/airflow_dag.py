@@ -13,7 +13,7 @@ from airflow.timetables.interval import CronDataIntervalTimetable
 
 with DAG(
     "likely_classify",
-    # With a plain cron expression, `ds` would be the date of the run in Airflow 3, not of its pictures.
+    # With a plain cron expression, Airflow 3 sets `ds` to the date of the run, not of its pictures.
     schedule=CronDataIntervalTimetable("15 2 * * *", timezone="UTC"),
     start_date=datetime(2026, 1, 1),
     catchup=False,
