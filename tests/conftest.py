@@ -1,4 +1,4 @@
-"""A toy bundle with known answers, built without torch, and a real server that serves it."""
+"""Fixtures: a toy bundle with known answers, built without torch, and a real server for it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from likely.serving.server import Server
     from likely.settings import Settings
 
-# Shared cores make single examples slow now and then; the tests have a timeout anyway. The same
-# code is held to the same examples; HYPOTHESIS_PROFILE=searching looks for new ones.
+# On shared cores, single examples are slow now and then, so there is no deadline; the tests have a
+# timeout anyway. Examples are the same in every run; HYPOTHESIS_PROFILE=searching tries new ones.
 hypothesis_settings.register_profile("shared", deadline=None, derandomize=True)
 hypothesis_settings.register_profile("searching", deadline=None, derandomize=False)
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "shared"))
@@ -44,8 +44,8 @@ CALIBRATION = 199
 class Toy:
     """Independent categorical pixels, so that every answer has a closed form.
 
-    p(x) = prod_d q[d, x_d] and p(x|y) = prod_d theta[y, d, x_d]. The discriminative p(y|x) is
-    of the first pixel alone, t[x_0, y], and consistent: sum_x p(y|x) p(x) is the prior of y.
+    p(x) = prod_d q[d, x_d] and p(x|y) = prod_d theta[y, d, x_d]. The discriminative p(y|x) depends
+    on the first pixel only, t[x_0, y], and is consistent: sum_x p(y|x) p(x) is the prior of y.
     """
 
     path: Path
@@ -71,7 +71,7 @@ class Toy:
 
     @property
     def log_tables(self) -> Doubles:
-        """log p(x_d|y) for every label, and log p(x_d) for none, (labels + 1, c, h, w, levels)."""
+        """log p(x_d|y) of every label, then log p(x_d), as (labels + 1, c, h, w, levels)."""
         tables: Doubles = np.concatenate((self.log_theta, self.log_q[None]))
         return tables
 
@@ -88,7 +88,7 @@ class Toy:
         return np.stack(columns, 1).astype(np.float32)
 
     def moments(self, p: Doubles) -> dict[str, Array]:
-        """Mean and deviation in units of the range (n, c, h, w) of p (n, h, w, c, levels)."""
+        """Pixel means and deviations, in [0, 1], (n, c, h, w), under p (n, h, w, c, levels)."""
         levels = np.linspace(0, 1, LEVELS)
         mean = p @ levels
         deviation = np.sqrt((p * np.square(levels - mean[..., None])).sum(-1))
@@ -98,7 +98,7 @@ class Toy:
         }
 
     def answer(self, role: str, feeds: dict[str, Array]) -> dict[str, Array]:
-        """What the graph of that role gives."""
+        """Returns the outputs of the graph of that role."""
         if role == "density":
             x = feeds["x"]
             return {
@@ -167,7 +167,7 @@ ROLES: dict[str, tuple[Inputs, Inputs]] = {
         },
     ),
 }
-# Of a model without labels, and without a distribution, as an autoencoder is.
+# The graphs of a model without labels and without a distribution, such as an autoencoder.
 PLAIN: dict[str, tuple[Inputs, Inputs]] = {
     "encode": (X, {"mean": ("float32", ("batch", LATENT))}),
     "decode": (
@@ -188,7 +188,7 @@ def build_toy(
     seed: int = 0,
     plain: bool = False,
 ) -> Toy:
-    """Writes the toy bundle and gives its closed form, which another seed makes another."""
+    """Writes the toy bundle and returns its closed form; the seed determines its tables."""
     from likely.bundle import write_manifest
 
     rng = np.random.default_rng(seed)
@@ -212,9 +212,9 @@ def _log_softmax(logits: Doubles) -> Doubles:
 
 
 def _consistent(q: Doubles, seed: int) -> Doubles:
-    """log p(y|level) (levels, labels), at random but for q and `PRIORS`, the margins of the two.
+    """Random log p(y|level) (levels, labels), whose joint has the marginals q and `PRIORS`.
 
-    The joint is fitted to them in turn (Deming and Stephan, 1940).
+    The joint is fitted by iterative proportional fitting (Deming and Stephan, 1940).
     """
     joint = np.exp(3 * np.random.default_rng([seed, 1]).normal(size=(LEVELS, LABELS)))
     for _ in range(2000):
@@ -425,7 +425,7 @@ def _manifest(
 
 @dataclass
 class Live:
-    """A running server, its log, and the event loop that it runs on."""
+    """A running server, its log, and its event loop."""
 
     server: Server
     loop: asyncio.AbstractEventLoop
@@ -440,7 +440,7 @@ class Live:
         return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine on the server's own loop: grpc.aio wants one loop a process."""
+        """Runs a coroutine on the server's event loop: grpc.aio wants one loop per process."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
 
 
@@ -449,7 +449,7 @@ Running = Callable[..., AbstractContextManager[Live]]
 
 @pytest.fixture(scope="session")
 def make_toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Toy]:
-    """Builds a toy bundle in a folder of its own."""
+    """Returns a function that builds a toy bundle in a new folder."""
     pytest.importorskip("onnx")
 
     def make(name: str = "toy", version: str = "1.0", **more: Any) -> Toy:
@@ -460,13 +460,13 @@ def make_toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Toy]:
 
 @pytest.fixture(scope="session")
 def toy(make_toy: Callable[..., Toy]) -> Toy:
-    """The toy bundle; not to be changed."""
+    """The toy bundle; shared, so tests must not change it."""
     return make_toy()
 
 
 @pytest.fixture
 def manifest(toy: Toy) -> Manifest:
-    """What the toy bundle says of itself."""
+    """The manifest of the toy bundle."""
     from likely.bundle import Bundle
 
     return Bundle.open(toy.path).manifest
@@ -474,7 +474,7 @@ def manifest(toy: Toy) -> Manifest:
 
 @pytest.fixture
 def settings(toy: Toy) -> Callable[..., Settings]:
-    """Settings for a test: the toy, free ports, quiet."""
+    """Returns a function that makes settings for a test: the toy bundle, free ports, one thread."""
     return _settings_of(toy)
 
 
@@ -500,7 +500,7 @@ def _settings_of(toy: Toy) -> Callable[..., Settings]:
 def running(toy: Toy) -> Running:
     """Runs a real server on free ports: `with running(**settings) as live`.
 
-    `made` are further arguments of the server itself.
+    With `load=False`, its bundles are not loaded. `made` are further arguments of `Server`.
     """
     from likely import logs
     from likely.serving.server import Server
@@ -533,7 +533,7 @@ def running(toy: Toy) -> Running:
 
 @contextmanager
 def _looping() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop in a thread of its own, which outlives neither a failure nor the tests."""
+    """Runs an event loop in a daemon thread; stops it at the end, also after a failure."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -547,6 +547,6 @@ def _looping() -> Iterator[asyncio.AbstractEventLoop]:
 
 @pytest.fixture(scope="session")
 def live(running: Running) -> Iterator[Live]:
-    """A server with the toy; shared, so not to be stopped."""
+    """A server with the toy bundle; shared, so tests must not stop it."""
     with running() as server:
         yield server

@@ -1,7 +1,8 @@
-"""An Airflow DAG (Airflow 3): every night the day before is classified, its priors estimated.
+"""An Airflow 3 DAG that classifies the previous day's pictures every night and estimates priors.
 
-Its pictures lie in a folder of that date and change no more; a day without a folder has none. A
-retry has the same date, so the same folders, and goes on where the last one ended.
+The pictures of a day are in a folder named after its date and no longer change. A day without a
+folder has no pictures. A retry has the same date, so it uses the same folders and resumes where the
+previous attempt stopped.
 """
 
 from datetime import datetime, timedelta
@@ -12,7 +13,7 @@ from airflow.timetables.interval import CronDataIntervalTimetable
 
 with DAG(
     "likely_classify",
-    # Of a plain cron expression, Airflow 3 would give the date of the run, and not of its pictures.
+    # With a plain cron expression, Airflow 3 sets `ds` to the date of the run, not of its pictures.
     schedule=CronDataIntervalTimetable("15 2 * * *", timezone="UTC"),
     start_date=datetime(2026, 1, 1),
     catchup=False,

@@ -50,7 +50,7 @@ class Trust:
         if not self.healthy:
             raise Unavailable(
                 f"this version of model {self._name} gave {self._withheld_limit} answers in a row "
-                "that were not finite, and answers no more"
+                "that were not finite, and no longer answers"
             )
 
     def check(self, graph: str, *arrays: Array) -> None:

@@ -24,7 +24,7 @@ class Traffic:
         shed: counter of requests refused for now (the reasons are in `SHED`), by model and reason.
         dropped: counter of requests whose caller did not wait for the answer, by model and stage
             ("queue" or "run").
-        failures: counter of failed runs, by model and reason.
+        failures: counter of failed runs, once per affected request, by model and reason.
         restarts: counter of queues that failed and were restarted, by model.
         withheld: counter of answers withheld because they were not finite, by model.
         unhealthy: gauge of versions that no longer answer because too many answers were withheld,
@@ -34,42 +34,59 @@ class Traffic:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         into = registry or CollectorRegistry()
         graph = ("model", "graph")
-        self.waiting = _gauge("likely_queue_rows", "Rows that wait.", graph, into)
-        self.running = _gauge("likely_batches_running", "Batches in lanes.", graph, into)
+        self.waiting = _gauge(
+            "likely_queue_rows", "Rows waiting in the queue, by model and graph.", graph, into
+        )
+        self.running = _gauge(
+            "likely_batches_running", "Batches running now, by model and graph.", graph, into
+        )
         self.batches = Histogram(
-            "likely_batch_rows", "Rows of a batch.", graph, buckets=ROWS, registry=into
+            "likely_batch_rows",
+            "Rows per batch.",
+            graph,
+            buckets=ROWS,
+            registry=into,
         )
         self.waits = Histogram(
             "likely_queue_seconds",
-            "Time that a request's first rows waited.",
+            "Seconds that a request's first rows waited.",
             graph,
             buckets=SECONDS,
             registry=into,
         )
         self.shed = Counter(
-            "likely_shed", "Requests refused under load.", ("model", "reason"), registry=into
+            "likely_shed",
+            "Requests refused for now, by reason.",
+            ("model", "reason"),
+            registry=into,
         )
         self.dropped = Counter(
             "likely_dropped",
-            "Requests whose caller did not wait for the answer.",
+            "Requests whose caller left before the answer, by model and stage (queue or run).",
             ("model", "stage"),
             registry=into,
         )
         self.failures = Counter(
-            "likely_run_failures", "Runs that failed.", ("model", "reason"), registry=into
+            "likely_run_failures",
+            "Failed runs, once per affected request, by model and reason.",
+            ("model", "reason"),
+            registry=into,
         )
         self.restarts = Counter(
             "likely_queue_restarts",
-            "Queues that failed and were restarted.",
+            "Restarts of a model's queues after an internal error, by model.",
             ("model",),
             registry=into,
         )
         self.withheld = Counter(
-            "likely_withheld", "Answers withheld as not finite.", ("model",), registry=into
+            "likely_withheld",
+            "Answers withheld because they were not finite, by model.",
+            ("model",),
+            registry=into,
         )
         self.unhealthy = _gauge(
             "likely_unhealthy_versions",
-            "Versions that no longer answer because too many answers were withheld; per worker.",
+            "Versions that stopped answering after too many non-finite answers; sum over workers.",
             ("model",),
             into,
         )

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GRPCInferenceServiceStub(object):
-    """Answers clients of the Open Inference Protocol with what our own services say.
+    """Serves the models of likely to clients of the Open Inference Protocol.
     """
 
     def __init__(self, channel):
@@ -88,7 +88,7 @@ class GRPCInferenceServiceStub(object):
 
 
 class GRPCInferenceServiceServicer(object):
-    """Answers clients of the Open Inference Protocol with what our own services say.
+    """Serves the models of likely to clients of the Open Inference Protocol.
     """
 
     def ServerLive(self, request, context):
@@ -99,7 +99,7 @@ class GRPCInferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ServerReady(self, request, context):
-        """Tells whether the server takes requests.
+        """Tells whether the server accepts requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,42 +113,44 @@ class GRPCInferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ServerMetadata(self, request, context):
-        """Names the server and the extensions that it has.
+        """Returns the name and version of the server, and its extensions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelMetadata(self, request, context):
-        """Names a model's versions, inputs and outputs.
+        """Returns the versions, inputs and outputs of a model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelInfer(self, request, context):
-        """Asks a model.
+        """Runs a model on the inputs of the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelStreamInfer(self, request_iterator, context):
-        """Asks models, message by message; answers come as they are ready, by id.
+        """Runs models on a stream of requests. Responses are sent as soon as they are
+        ready, in any order; match them by id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelConfig(self, request, context):
-        """Extension: what Triton would call the model's configuration.
+        """Extension: returns the configuration of a model, as Triton defines it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelStatistics(self, request, context):
-        """Extension: how many requests of this protocol there were, and their time.
+        """Extension: returns how many requests of this protocol the models answered, and
+        how long they took.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -223,7 +225,7 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GRPCInferenceService(object):
-    """Answers clients of the Open Inference Protocol with what our own services say.
+    """Serves the models of likely to clients of the Open Inference Protocol.
     """
 
     @staticmethod

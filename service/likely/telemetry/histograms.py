@@ -1,4 +1,4 @@
-"""Histograms that take many values at once."""
+"""A Prometheus histogram that observes many values at once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from likely.answers import Doubles
 
 
 class Tally(Histogram):
-    """A histogram that counts many values together, faster than `observe` in a loop."""
+    """A histogram that observes many values at once, faster than `observe` in a loop."""
 
     def observe_all(self, values: Doubles) -> None:
-        """Counts finite values (n,), each as `observe` does."""
+        """Observes all values, an array (n,) of finite numbers, as `observe` does with each."""
         found = np.searchsorted(self._upper_bounds, values, side="left")
         counts = np.bincount(found, minlength=len(self._buckets))
         for bucket in np.flatnonzero(counts):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from likely.engine import Engine
 
 M = TypeVar("M", Counter, Gauge, Histogram)
-INFERRING = ("ModelInfer", "ModelStreamInfer")  # every model answers them
+INFERRING = ("ModelInfer", "ModelStreamInfer")  # answered by every model
 METHODS = (
     "Score", "ScoreStream", "Classify", "ClassifyStream", "Encode", "Generate", "Complete",
     "Decode", "Traverse", "Interpolate", *INFERRING,
@@ -35,13 +35,13 @@ STREAMS = ("ScoreStream", "ClassifyStream", "ModelStreamInfer")
 JUDGING = ("Score", "Classify")
 CODES = ("OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")
 READY = "likely_ready"
-READY_MEANS = "1 while requests are taken, as health says; of several workers the largest."
+READY_MEANS = "1 while requests are accepted, as health reports; the maximum over workers."
 _VERDICTS = {int(verdict): verdict.name.lower() for verdict in Verdict}
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class Children(dict[tuple[str, ...], M]):
-    """A metric's children by their labels; `labels` itself is too slow for every request."""
+    """Caches a metric's children by label values: `labels` is too slow to call per request."""
 
     def __init__(self, metric: M) -> None:
         super().__init__()
@@ -69,14 +69,15 @@ class Metrics:
 
         Args:
             drift_level: accepted probability of a false drift alarm; 0 for no test.
-            workers: number of processes that serve side by side.
+            workers: number of worker processes.
         """
+        # Help texts are short, as the metrics files of several workers repeat them in every series.
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.traffic = Traffic(self.registry)
         self.monitor = Monitor(self.registry, drift_level, workers)
         counter = partial(Counter, registry=self.registry)
-        # With several workers, the largest value counts.
+        # With several workers, a scrape returns the largest value.
         gauge = partial(Gauge, multiprocess_mode="livemax", registry=self.registry)
         self._requests = Children(
             counter("likely_requests", "Requests answered.", ("method", "model", "code"))
@@ -84,7 +85,7 @@ class Metrics:
         self._seconds = Children(
             Histogram(
                 "likely_request_seconds",
-                "Time from a request's arrival to the end of its answer.",
+                "Seconds from arrival to the end of the answer.",
                 ("method", "model"),
                 buckets=SECONDS,
                 registry=self.registry,
@@ -93,7 +94,7 @@ class Metrics:
         self._running = Children(
             Gauge(
                 "likely_requests_in_flight",
-                "Requests that are being answered.",
+                "Requests being answered now, by method.",
                 ("method",),
                 multiprocess_mode="livesum",
                 registry=self.registry,
@@ -102,78 +103,80 @@ class Metrics:
         self._messages = Children(
             counter(
                 "likely_stream_messages",
-                "Messages of streams answered.",
+                "Stream messages answered.",
                 ("method", "model", "code"),
             )
         )
         self._images = Children(
             counter(
                 "likely_images",
-                "Pictures scored, classified, encoded or drawn.",
+                "Pictures in answers.",
                 ("method", "model"),
             )
         )
         self._verdicts = Children(
             counter(
                 "likely_verdicts",
-                "Pictures by what was decided about them.",
+                "Pictures by verdict.",
                 ("method", "model", "verdict"),
             )
         )
         self._models = gauge(
             "likely_model_info",
-            "1 for each version served, 0 once it is not any more; by the execution provider "
-            "that its sessions prefer.",
+            "1 for each served version, 0 once it is no longer served; `provider` is the execution "
+            "provider that its sessions prefer.",
             ("name", "version", "digest", "provider"),
         )
         self._served: set[tuple[str, ...]] = set()
         self._unloaded = Unloaded[tuple[str, ...]](workers)
         self._ready = gauge(READY, READY_MEANS)
-        self._loads = counter("likely_loads", "Versions that began to be served.", ("model",))
+        self._loads = counter(
+            "likely_loads", "Versions that started to be served, by model.", ("model",)
+        )
         self._refusals = gauge(
             "likely_refused_bundles",
-            "Bundles that were to be served and are refused, until they are loaded or gone.",
+            "Bundles that should be served but were refused, until they load or disappear.",
         )
         self._watch_lost = gauge(
             "likely_watch_lost",
-            "1 while the watched folder cannot be read, or has no bundle left of those served.",
+            "1 while the watched folder cannot be read, or contains none of the served bundles.",
         )
         self._refused = counter(
             "likely_load_failures",
-            "Bundles refused while serving; what was served before was served on.",
+            "Bundles refused while serving, by reason; what was served before is still served.",
             ("reason",),
         )
         build = gauge(
             "likely_build_info",
-            "1, with the versions that run.",
+            "1; the labels are the running versions of likely, Python and the runtime.",
             ("version", "python", "runtime"),
         )
         runtime = ",".join(f"{name}=={number}" for name, number in machine.runtimes().items())
         build.labels(machine.version("likely") or "", platform.python_version(), runtime).set(1)
 
     def began(self, method: str) -> None:
-        """A request has arrived."""
+        """Counts a request that has arrived."""
         self._running[(method,)].inc()
 
     def ended(self, method: str, model: str, code: str, seconds: float) -> None:
-        """A request has been answered."""
+        """Counts a request that has been answered."""
         self._running[(method,)].dec()
         self._requests[method, model, code].inc()
         self._seconds[method, model].observe(seconds)
 
     def streamed(self, method: str, model: str, code: str) -> None:
-        """One message of a stream has been answered."""
+        """Counts a stream message that has been answered."""
         self._messages[method, model, code].inc()
 
     def answered(self, method: str, model: str, images: int, verdicts: Sequence[int]) -> None:
-        """Pictures have been answered, with verdicts of these numbers."""
+        """Counts the pictures of an answer, and their verdicts, given as numbers of `Verdict`."""
         if images:
             self._images[method, model].inc(images)
         for verdict in set(verdicts):
             self._verdicts[method, model, _VERDICTS[verdict]].inc(verdicts.count(verdict))
 
     def serving(self, engines: Iterable[Engine]) -> None:
-        """These models, and no others, are served from now on."""
+        """Records that these models, and no others, are served from now on."""
         engines = list(engines)
         self.monitor.serving(engines)
         served = {_labels_of(engine) for engine in engines}
@@ -191,7 +194,7 @@ class Metrics:
         self._served = served
 
     def _expect(self, engine: Engine) -> None:
-        """Creates the series that alerts watch at 0: a rate misses a series' first increment."""
+        """Creates the series that alerts watch, at 0: `rate` misses a series' first increment."""
         name = engine.manifest.name
         for reason in SHED:
             self.traffic.shed.labels(name, reason)
@@ -210,19 +213,19 @@ class Metrics:
                 self._verdicts[method, name, verdict.name.lower()]
 
     def ready(self, ready: bool) -> None:
-        """Requests are accepted from now on, or no longer."""
+        """Records whether requests are accepted."""
         self._ready.set(ready)
 
     def refused(self, count: int) -> None:
-        """This number of bundles is refused at present."""
+        """Records how many bundles are refused at present."""
         self._refusals.set(count)
 
     def watch_lost(self, lost: bool) -> None:
-        """The watched folder is lost, or no longer lost."""
+        """Records whether the watched folder is lost."""
         self._watch_lost.set(lost)
 
     def load_failed(self, reason: str) -> None:
-        """A bundle has been refused while serving."""
+        """Counts a bundle that was refused while serving."""
         self._refused.labels(reason).inc()
 
 
@@ -252,7 +255,7 @@ class Exporter:
         self.port = self._server.server_port
 
     def close(self) -> None:
-        """Stops listening; waits for the thread."""
+        """Stops listening, and waits for the server's thread to end."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""Metrics and drift tests of scored pictures; pictures are collected and processed together."""
+"""Metrics and drift tests of scored pictures, which are collected and processed in batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from likely.engine import Engine
 
 K = TypeVar("K", bound=tuple[str, ...])
-METHODS = ("Score", "Classify")  # tested separately: some callers send both the same pictures
+METHODS = ("Score", "Classify")  # tested separately: some callers send the same pictures to both
 KEPT = 16  # the metrics of this many versions remain after they were unloaded
 PERIOD = 0.2  # seconds for which pictures are collected
 NATS = (10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000, 5000, 7000,
@@ -33,12 +33,13 @@ class Families:
     """The metrics of scored pictures, for all versions.
 
     Attributes:
-        nats: -log p(x), by model and version.
-        per_dimension: -log p(x) per pixel and channel, by model and version.
-        p_values: the p-values that were returned, by model and version.
-        pictures: pictures that were bet on, by model, version and method.
-        logs: log10 of the martingale, by model, version and method.
-        alarms: whether the martingale has reached its threshold, likewise.
+        nats: histogram of -log p(x) in nats, by model and version.
+        per_dimension: histogram of -log p(x) in nats per pixel and channel, by model and version.
+        p_values: histogram of the returned p-values, by model and version.
+        pictures: counter of pictures that the drift test has used, by model, version and method.
+        logs: gauge of log10 of the martingale, by model, version and method.
+        alarms: gauge that is 1 once the martingale has reached the threshold, by model, version
+            and method.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -46,14 +47,14 @@ class Families:
         stream = (*model, "method")
         self.nats = Tally(
             "likely_negative_log_likelihood_nats",
-            "-log p(x) of pictures scored or classified.",
+            "-log p(x) of pictures scored or classified, in nats.",
             model,
             buckets=NATS,
             registry=registry,
         )
         self.per_dimension = Tally(
             "likely_negative_log_likelihood_nats_per_dimension",
-            "-log p(x) of pictures scored or classified, for each pixel and channel.",
+            "-log p(x) of pictures scored or classified, in nats per pixel and channel.",
             model,
             buckets=NATS_PER_DIMENSION,
             registry=registry,
@@ -67,20 +68,20 @@ class Families:
         )
         self.pictures = Counter(
             "likely_drift_images",
-            "Pictures that the test for drift has bet on.",
+            "Pictures that the drift test has used, by model, version and method.",
             stream,
             registry=registry,
         )
         self.logs = Gauge(
             "likely_drift_log10_martingale",
-            "log10 of the capital won by betting on drift; of several workers the largest.",
+            "log10 of the drift test's martingale; the maximum over workers.",
             stream,
             multiprocess_mode="livemax",
             registry=registry,
         )
         self.alarms = Gauge(
             "likely_drift_alarm",
-            "1 once the martingale has reached its threshold, until the test is begun anew.",
+            "1 once the martingale has reached the threshold, until the drift test is restarted.",
             stream,
             multiprocess_mode="livemax",
             registry=registry,
@@ -131,7 +132,7 @@ class Monitor:
     are those served.
 
     Attributes:
-        threshold: log10 of the martingale at which the alarm is raised; inf without a test.
+        threshold: log10 of the martingale that raises the alarm; inf without a test.
     """
 
     def __init__(self, registry: CollectorRegistry, level: float = 0.0, workers: int = 1) -> None:
@@ -141,13 +142,13 @@ class Monitor:
             registry: the registry of its metrics.
             level: the accepted probability that a served version ever raises a false alarm;
                 0 for no test.
-            workers: number of processes that share the level.
+            workers: number of worker processes that share the level.
         """
         self.threshold = math.log10(workers * len(METHODS) / level) if level else math.inf
         self._families = Families(registry)
         Gauge(
             "likely_drift_log10_threshold",
-            "log10 of the capital at which there is an alarm; +Inf without a test.",
+            "log10 of the martingale that raises the drift alarm; +Inf without a test.",
             multiprocess_mode="livemax",
             registry=registry,
         ).set(self.threshold)
