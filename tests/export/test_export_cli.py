@@ -146,7 +146,7 @@ def test_a_mistake_is_one_sentence_on_stderr(
 
 @pytest.mark.parametrize(
     ("more", "says"),
-    [((), "the same command goes on"), (("--fresh",), "the same command without --fresh goes on")],
+    [((), "the same command resumes"), (("--fresh",), "the same command without --fresh resumes")],
 )
 def test_an_interruption_says_how_to_go_on(
     recipe: Path,
