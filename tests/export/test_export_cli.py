@@ -253,7 +253,7 @@ def test_build_reports_its_steps_and_its_bundle(
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("figures.json", "beside which the figures lie as .json"), ("folder", "is a directory")],
+    [("figures.json", "figures are written beside it as .json"), ("folder", "is a directory")],
 )
 def test_a_comparison_that_could_not_be_written_is_not_begun(
     name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
