@@ -63,7 +63,7 @@ def main() -> None:
 @click.option("--recipe", default="digits", show_default=True, help="Name or .toml file.")
 @click.option("--data", help="Where the pictures are, if not where the recipe says.")
 @click.option("--size", default="", help="Another size that the recipe names, such as paper.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of all models  [default: the recipe's]")
+@click.option("--seed", type=click.IntRange(min=0), help="Of every model  [default: the recipe's]")
 @click.option("--without", multiple=True, help="Hold this label out, too; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder  [default: runs/RECIPE]")
 @click.option("--model", "models", multiple=True, help="Train only this model; repeatable.")

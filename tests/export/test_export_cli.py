@@ -146,7 +146,7 @@ def test_a_mistake_is_one_sentence_on_stderr(
 
 @pytest.mark.parametrize(
     ("more", "says"),
-    [((), "the same command goes on"), (("--fresh",), "the same command without --fresh goes on")],
+    [((), "the same command resumes"), (("--fresh",), "the same command without --fresh resumes")],
 )
 def test_an_interruption_says_how_to_go_on(
     recipe: Path,
@@ -253,7 +253,7 @@ def test_build_reports_its_steps_and_its_bundle(
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("figures.json", "beside which the figures lie as .json"), ("folder", "is a directory")],
+    [("figures.json", "figures are written beside it as .json"), ("folder", "is a directory")],
 )
 def test_a_comparison_that_could_not_be_written_is_not_begun(
     name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

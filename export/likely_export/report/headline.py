@@ -123,7 +123,7 @@ HEADLINES = (
 
 
 def headline(subject: Subject) -> View:
-    """The first figures, each with what it is set beside."""
+    """The headline figures, each with what it is compared with."""
     anchors = _anchors(subject.figures)
     rows = [*_rows(subject, anchors), *_separations(subject, anchors)]
     known = {one.path for one in HEADLINES} | set(map(_auroc, _whole_sets(subject)))
