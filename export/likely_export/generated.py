@@ -220,6 +220,8 @@ class Drawing:
     def _memorised(self, groups: Sequence[Pixels]) -> tuple[Pixels, dict[str, Any]]:
         """Compares draws with their nearest training pictures, and tells whether they are too near.
 
+        Too near is at or below the distance of the nearest 1 % of test pictures: if more of these
+        are copies, that distance is 0, which that of a copied draw is not below.
         For each label, as many test pictures are compared as draws, because the pictures of some
         labels are nearer to each other than those of others.
         """
@@ -233,7 +235,7 @@ class Drawing:
             "test_size": len(held),
             "distance_of_draws": measures.mean(distance),
             "distance_of_test": measures.mean(usual),
-            "nearer_than_1_percent_of_test": float(np.mean(distance < np.quantile(usual, 0.01))),
+            "nearer_than_1_percent_of_test": float(np.mean(distance <= np.quantile(usual, 0.01))),
             "nearer_than_1_percent_of_test_standard_error": measures.error_below_quantile(
                 distance, usual, 0.01
             ),

@@ -155,7 +155,7 @@ def average_precision(inliers: Doubles, outliers: Doubles) -> float:
 
 
 def error_below_quantile(values: Doubles, of: Doubles, level: float) -> float:
-    """The standard error of the share of values that lie below a quantile of other values.
+    """The standard error of the share of values at or below a quantile of other values.
 
     This is the bootstrap's, without resampling: the rank of a sample quantile follows a beta
     distribution, and given the quantile the share is binomial.
