@@ -12,8 +12,8 @@ from likely import noise
 from likely.answers import Acceptance, Doubles, Draws, Labels, Pixels, SelfCheck, joined
 from likely.bundle import Bundle, Graph, Manifest, Role
 from likely.engine import Engine
-from likely.graphs import Array, Device, Session
-from likely_export import measures, passes
+from likely.graphs import Array
+from likely_export import calibrate, measures, passes
 from likely_export.data import Dataset, Split, spread
 from likely_export.judge import Judge, taught
 from likely_export.material import Completed
@@ -194,7 +194,7 @@ class Drawing:
         if self.manifest.leader(Role.SAMPLE) != self.manifest.leader(Role.DENSITY):
             return {}
         spec = self.manifest.graphs[Role.SAMPLE]
-        session = Session(self.bundle.graph(Role.SAMPLE), spec, Device("cpu"))
+        session = passes.opened(self.bundle, Role.SAMPLE)
         n = min(most, COMPARED)
         feeds: dict[str, Array] = {
             "gumbel": noise.gumbel(SEED, range(n), _noise_shape(spec)),
@@ -202,12 +202,10 @@ class Drawing:
         if spec.input("y") is not None:
             feeds["y"] = np.full(n, len(self.manifest.labels), np.int64)
         drawn = passes.column(session, feeds, "x")
-        density = self.manifest.graphs[Role.DENSITY]
-        seen = Session(self.bundle.graph(Role.DENSITY), density, Device("cpu"))
+        seen = passes.opened(self.bundle, Role.DENSITY)
         statistics = passes.column(seen, {"x": drawn}, "statistics").astype(np.float64)
-        ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
-        surprise = statistics[:, ends["surprise"] - 1]
-        entropy = statistics[:, ends["entropy"] - 1]
+        columns = calibrate.places(sizes)
+        surprise, entropy = (statistics[:, columns[name][-1]] for name in ("surprise", "entropy"))
         return {
             "self_entropy": {
                 "draws": n,

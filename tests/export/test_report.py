@@ -17,7 +17,7 @@ from likely.answers import Doubles, Pixels
 from likely.bundle import Bundle, Manifest, Role
 from likely_export import corruptions, measures, recipes, report
 from likely_export.corruptions import INLIERS
-from likely_export.material import Compared, Completed, Explained, Labelled, Material, Sets
+from likely_export.material import Compared, Completed, Explained, Labelled, Material, PictureSet
 from likely_export.report import charts, pictures, text
 from likely_export.report.card import ANSWERS
 from likely_export.report.outliers import hard, separation
@@ -73,12 +73,12 @@ def drawn(*shape: int, levels: int = 256) -> Pixels:
     return np.random.default_rng(len(shape)).integers(0, levels, shape).astype(np.uint8)
 
 
-def one_set(x: Pixels, seed: int, nats: float, score: float) -> Sets:
+def one_set(x: Pixels, seed: int, nats: float, score: float) -> PictureSet:
     generator = np.random.default_rng(seed)
     unusualness: Doubles = generator.normal(score, 1, N)
     ranks = (unusualness[:, None] <= generator.normal(0, 1, CALIBRATION)).sum(1)
     p_value = (1 + ranks) / (CALIBRATION + 1)
-    return Sets(x[:3], generator.normal(nats, 5, N), unusualness, p_value)
+    return PictureSet(x[:3], generator.normal(nats, 5, N), unusualness, p_value)
 
 
 def material(channels: int = 1, levels: int = 256, patch: int | None = None) -> Material:
