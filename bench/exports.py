@@ -16,27 +16,9 @@ import torch
 from bench import models
 from likely.bundle import Graph
 from likely.graphs import Device, Session
-from likely_export import (
-    autoregressive,
-    cvae,
-    drawing,
-    graphs,
-    heads,
-    hygiene,
-    logistic,
-    mixture,
-    pixelcnn,
-    raster,
-    roles,
-    sampler,
-    trunks,
-    winograd,
-)
+from likely_export import graphs
 
-MODULES = (
-    *(autoregressive, cvae, drawing, graphs, heads, hygiene, logistic, mixture),
-    *(models, pixelcnn, raster, roles, sampler, trunks, winograd),
-)
+SOURCES = Path(str(graphs.__file__)).parent  # the folder of likely_export
 
 
 @dataclass(frozen=True)
@@ -55,7 +37,7 @@ class Exports:
     @classmethod
     def of(cls, cache: Path, report: Callable[[str], None]) -> Exports:
         """The graphs of the present sources; exports them if the cache lacks them."""
-        folder = cache / _digest()
+        folder = cache / digest(Path(str(models.__file__)).read_text())
         record = folder / "seconds.json"
         if not record.exists():
             shutil.rmtree(cache, ignore_errors=True)
@@ -73,11 +55,16 @@ class Exports:
         return Session(self.path(name), spec, Device("cpu"))
 
 
-def _digest() -> str:
-    digest = hashlib.sha256(f"{torch.__version__} {onnx.__version__}".encode())
-    for module in MODULES:
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()[:16]
+def digest(*parts: str) -> str:
+    """The digest of all sources of likely_export, of the libraries' versions and of these parts.
+
+    An export depends on more modules than those that it is called from.
+    """
+    found = hashlib.sha256()
+    sources = (path.read_text() for path in sorted(SOURCES.rglob("*.py")))
+    for part in (torch.__version__, onnx.__version__, *parts, *sources):
+        found.update(hashlib.sha256(part.encode()).digest())
+    return found.hexdigest()[:16]
 
 
 def _export(folder: Path, report: Callable[[str], None]) -> dict[str, float]:

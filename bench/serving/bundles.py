@@ -6,21 +6,20 @@ calibrated on random pictures, so that the server does the same work as for a re
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from torch import nn
 
+from bench.exports import digest
 from bench.serving.pictures import drawn
 from likely.answers import Pixels
 from likely.bundle import MANIFEST, Role, write_manifest
 from likely.graphs import Device, Session
-from likely_export import calibrate, graphs, heads, pixelcnn, roles, statistics
+from likely_export import calibrate, graphs, roles
 from likely_export.calibrate import PartConfig, Seen
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
 
@@ -32,12 +31,12 @@ SCORERS = {
 STATISTICS = ("surprise", "entropy", "excess", "surprise_shares")
 CALIBRATED = 300
 SEED = 0
-_SOURCES = (calibrate, graphs, heads, pixelcnn, roles, statistics)
 
 
 def bundle(name: str, cache: Path, report: Callable[[str], None]) -> Path:
     """The folder of a scorer's bundle; exports it if the present sources have not made it yet."""
-    folder = cache / f"{name}-{_digest(SCORERS[name])}"
+    own = digest(str(SCORERS[name]), Path(__file__).read_text())
+    folder = cache / f"{name}-{own}"
     if not (folder / MANIFEST).exists():
         report(f"exporting the {name} scorer")
         shutil.rmtree(folder, ignore_errors=True)
@@ -54,12 +53,7 @@ def _write(name: str, config: PixelCNNConfig, folder: Path) -> None:
     exported = graphs.export(source, folder / "density.onnx", config.levels, 0)
     session = Session(folder / "density.onnx", exported.graph, Device("cpu"))
     fit, held = (_seen(session, part) for part in np.split(_calibration(config), 2))
-    widths = np.cumsum(list(source.widths.values()))
-    columns = {
-        each: np.arange(end - width, end)
-        for (each, width), end in zip(source.widths.items(), widths, strict=True)
-    }
-    learnt = calibrate.combination(fit, [PartConfig()], columns)
+    learnt = calibrate.combination(fit, [PartConfig()], calibrate.places(source.widths))
     np.savez(folder / "calibration.npz", **calibrate.detector(learnt, held))  # type: ignore[arg-type]
     np.savez(
         folder / "golden.npz",
@@ -93,11 +87,3 @@ def _calibration(config: PixelCNNConfig) -> Pixels:
 def _seen(session: Session, x: Pixels) -> Seen:
     parts = [session.run({"x": part}, ["statistics"])[0] for part in np.array_split(x, 20)]
     return Seen(np.concatenate(parts), np.zeros(len(x), np.int64))
-
-
-def _digest(config: PixelCNNConfig) -> str:
-    digest = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {config}".encode())
-    for module in (*_SOURCES, roles):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    digest.update(Path(__file__).read_bytes())
-    return digest.hexdigest()[:16]

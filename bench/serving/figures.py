@@ -108,7 +108,7 @@ def _against(
     return {
         f"throughput.{name}.32x1.of_raw": _best(seen, "32x1.rate", "raw.rate"),
         f"throughput.{name}.4x64.of_raw": _best(seen, "4x64.rate", "raw.rate"),
-        f"throughput.{name}.32x1.requests_per_second": _told(seen["32x1.rate"], most=True),
+        f"throughput.{name}.32x1.requests_per_second": _summary(seen["32x1.rate"], most=True),
         f"throughput.{name}.32x1.of_echo": _best(seen, "32x1.rate", "echo.rate"),
         f"cpu.{name}.32x1.of_echo": _least(seen, "32x1.cpu", "echo.cpu"),
         f"cpu.{name}.32x1.of_raw": _least(seen, "32x1.cpu", "raw.cpu"),
@@ -116,9 +116,9 @@ def _against(
         f"cpu.{name}.4x64.of_raw": _least(seen, "4x64.cpu", "raw.cpu"),
         f"cpu.{name}.stream.of_unary": _least(seen, "stream.cpu", "32x1.cpu"),
         f"latency.{name}.lone.over_raw.of_echo": _over(seen),
-        f"latency.{name}.32x1.p99_seconds": _told(seen["32x1.p99"]),
+        f"latency.{name}.32x1.p99_seconds": _summary(seen["32x1.p99"]),
         f"{name}.microseconds": {
-            key: _told([1e6 * value for value in seen[key]])
+            key: _summary([1e6 * value for value in seen[key]])
             for key in ("raw.cpu", "raw.lone", "raw.lone.wide", "echo.cpu", "echo.lone", "32x1.cpu",
                         "lone", "stream.cpu")
         },
@@ -212,5 +212,5 @@ def _over(seen: Samples) -> dict[str, float]:
     }
 
 
-def _told(values: list[float], *, most: bool = False) -> dict[str, float]:
+def _summary(values: list[float], *, most: bool = False) -> dict[str, float]:
     return {"best": max(values) if most else min(values), "median": median(values)}

@@ -17,7 +17,6 @@ from bench.serving.processes import Running, Talk
 SCORE = "/likely.v1.ScoringService/Score"
 STREAM = "/likely.v1.ScoringService/ScoreStream"
 DEADLINE = 1.0  # seconds: deadline of each request under overload
-Report = Callable[[str], None]
 Result = dict[str, Any]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from likely import noise
 from likely.answers import Doubles, Floats, Labels, Pixels
-from likely.graphs import Array, Session
+from likely.graphs import Session
 from likely_export import passes
 
 PATCH, STRIDE = 4, 2
@@ -20,7 +19,8 @@ def by_pixel(session: Session, x: Pixels, pair: Labels) -> Floats:
         x: uint8 (n, c, h, w).
         pair: first and second label, int64 (n, 2).
     """
-    maps, each = passes.column(session, _feeds(session, x), "surprise"), np.arange(len(x))
+    maps = passes.column(session, passes.feeds(session.spec, x), "surprise")
+    each = np.arange(len(x))
     found: Floats = maps[each, pair[:, 1]] - maps[each, pair[:, 0]]
     return found
 
@@ -63,13 +63,6 @@ def by_occlusion(
 
 
 def _log_ratio(session: Session, x: Pixels, pair: Labels) -> Doubles:
-    log_pxy = passes.column(session, _feeds(session, x), "log_pxy").astype(np.float64)
-    found: Doubles = np.subtract(*np.take_along_axis(log_pxy, pair, 1).T)
+    log_pxy = passes.column(session, passes.feeds(session.spec, x), "log_pxy")
+    found: Doubles = np.subtract(*np.take_along_axis(log_pxy.astype(np.float64), pair, 1).T)
     return found
-
-
-def _feeds(session: Session, x: Pixels) -> dict[str, Array]:
-    feeds: dict[str, Array] = {"x": x}
-    if (eps := session.spec.input("eps")) is not None:
-        feeds["eps"] = noise.common(eps.array_shape(len(x)))
-    return feeds

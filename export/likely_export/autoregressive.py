@@ -141,7 +141,7 @@ class Autoregressive(nn.Module):
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """The training loss in nats per picture, (n,); labels are withheld at random."""
-        return self._told(x, y, self.head.nats)
+        return self._summed(x, y, self.head.nats)
 
     def expected_objective(self, x: Tensor, y: Tensor, chances: Tensor) -> Tensor:
         """The training loss averaged over the binarisation of each pixel, (n,).
@@ -160,9 +160,9 @@ class Autoregressive(nn.Module):
         def nats(features: Tensor, x: Tensor) -> Tensor:
             return self.head.expected(self.head.log_probs(features, x), chances)
 
-        return self._told(x, y, nats)
+        return self._summed(x, y, nats)
 
-    def _told(self, x: Tensor, y: Tensor, nats: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _summed(self, x: Tensor, y: Tensor, nats: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Sums nats(features, x) per picture, (n,), with labels withheld at random."""
         if self.config.labels:
             withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout

@@ -32,6 +32,7 @@ from likely.outliers import (
     Ranks,
     label_score,
 )
+from likely_export.measures import label_nats
 
 _Kept = TypeVar("_Kept", Ranks, Mahalanobis, Mixture, Neighbours, Contrast)
 
@@ -216,9 +217,7 @@ def expert_weights(
 def _label_nll(
     log_pxy: npt.NDArray[np.floating], y: Labels, priors: Doubles, temperature: float
 ) -> float:
-    posterior = bayes.posterior(log_pxy, priors, temperature)
-    taken = posterior[np.arange(len(y)), y]
-    return float(-np.log(np.maximum(taken, 1e-300)).mean())
+    return float(label_nats(bayes.posterior(log_pxy, priors, temperature), y).mean())
 
 
 def _columns(

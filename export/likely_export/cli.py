@@ -186,7 +186,7 @@ def build(run: Path, source: str | None, out: Path, evaluated: bool) -> None:
     with _steps() as report:
         manifest = build_bundle(run, out, report, source=source)
         evaluated = evaluated and Role.DENSITY in manifest.graphs
-        click.echo(_told(out, manifest))
+        click.echo(_contents(out, manifest))
         if evaluated:
             report("evaluate; the bundle can be served meanwhile")
             figures, _ = _evaluated(out, Run.open(run, source).recipe)
@@ -196,7 +196,7 @@ def build(run: Path, source: str | None, out: Path, evaluated: bool) -> None:
         click.echo(f"It has no density. Now: likely-export features {out}")
 
 
-def _told(out: Path, manifest: Manifest) -> str:
+def _contents(out: Path, manifest: Manifest) -> str:
     """A line that says what the folder contains now."""
     size = sum(record.size for record in manifest.files.values())
     return f"{out}: {manifest.name} {manifest.version}, {size / 1e6:.2f} MB"
@@ -241,7 +241,7 @@ def extend(bundle: Path, run: Path, source: str | None, out: Path, version: str 
         raise click.UsageError("--out is BUNDLE itself; name another folder")
     with _steps() as report:
         manifest = extend_bundle(bundle, run, out, report, version, source=source)
-    click.echo(_told(out, manifest))
+    click.echo(_contents(out, manifest))
     if Role.DENSITY in manifest.graphs and EVALUATION not in manifest.files:
         click.echo(f"It has no figures. Now: likely-export evaluate {out} --write")
 
@@ -386,24 +386,12 @@ def list_recipes() -> None:
 
 
 def _show(figures: Mapping[str, Any]) -> None:
+    from likely_export.report.text import flat, value
+
     table = Table("figure", "value")
-    for name, value in _flat(figures):
-        table.add_row(name, _text(value))
+    for path, found in flat(figures):
+        table.add_row(".".join(path), value(found))
     Console().print(table)
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{name}.")
-        else:
-            yield path + name, value
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " to ".join(map(_text, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @main.command()

@@ -25,7 +25,7 @@ from likely.answers import Doubles, Pixels
 from likely.bundle import Bundle, Manifest, Role
 from likely.engine import Engine
 from likely.errors import InvalidInput
-from likely.graphs import Device, Session
+from likely.graphs import Device
 from likely_export import composition, families, features, measures, passes
 from likely_export.composition import noise_pictures
 from likely_export.data import Dataset, Split, spread
@@ -213,7 +213,7 @@ class _Member:
         if Role.CONDITIONAL in self.manifest.graphs:
             found[GENERATIVE] = (await engine.classify(x, ALPHA)).posterior
         if Role.DISCRIMINATE in self.manifest.graphs:
-            session = self._session(Role.DISCRIMINATE)
+            session = passes.opened(self.bundle, Role.DISCRIMINATE)
             log_pyx = passes.column(session, {"x": x}, "log_pyx").astype(np.float64)
             found[DISCRIMINATIVE] = bayes.posterior(log_pyx, np.ones(log_pyx.shape[1]))
         return found
@@ -290,7 +290,7 @@ class _Member:
         found: dict[str, float] = {}
         levels, labels = self.manifest.levels, max(1, len(self.manifest.labels))
         for role, spec in self.manifest.graphs.items():
-            session = self._session(role)
+            session = passes.opened(self.bundle, role)
             feeds = example(spec.inputs, BATCH, levels, labels, SEED)
             outputs = [output.name for output in spec.outputs]
             found[role.value] = 1e3 / BATCH * min(_clocked(session.run, feeds, outputs))
@@ -313,9 +313,6 @@ class _Member:
             )
             total += min(_clocked(_step, cast(Model, made.train()), x, y))
         return 1e3 / TRAINED * total
-
-    def _session(self, role: Role) -> Session:
-        return Session(self.bundle.graph(role), self.manifest.graphs[role], Device("cpu"))
 
 
 def learns(manifest: Manifest) -> list[str]:

@@ -58,9 +58,7 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
         "by": {
             rule.name.lower(): {
                 "accuracy": measures.mean(found.label == part.y),
-                "label_nll_nats": measures.mean(
-                    -np.log(np.maximum(found.posterior[rows, part.y], 1e-300))
-                ),
+                "label_nll_nats": measures.mean(measures.label_nats(found.posterior, part.y)),
                 "ece": measures.calibration_error(found.posterior, part.y),
                 "log_pxy_nats": measures.mean(values[rows, part.y]) | {"kind": kind},
             }

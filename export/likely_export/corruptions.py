@@ -134,7 +134,8 @@ def inverted(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: A
 
 def salt(x: Pixels, levels: int, generator: Generator) -> Pixels:
     """3 % of the pixels set to the highest level."""
-    return np.where(generator.random(x.shape) < 0.03, levels - 1, x).astype(np.uint8)
+    chosen = generator.random((len(x), 1, *x.shape[2:])) < 0.03  # with all of its channels
+    return np.where(chosen, levels - 1, x).astype(np.uint8)
 
 
 def overlay(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
@@ -154,10 +155,9 @@ def swapped(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: AR
 
 def independent(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
     """Every pixel from another picture: the right levels at the right places, nothing else."""
-    n = len(x)
-    flat = x.reshape(n, -1)
-    rows = generator.integers(0, n, flat.shape)
-    return np.take_along_axis(flat, rows, 0).reshape(x.shape)
+    n, _, h, w = x.shape
+    rows = generator.integers(0, n, (n, 1, h, w))  # one for all channels: colours stay together
+    return np.take_along_axis(x, rows, 0)
 
 
 def stripes(x: Pixels, levels: int, generator: Generator) -> Pixels:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from likely import noise
 from likely.answers import Pixels
 from likely.bundle import Bundle, Graph, Role
 from likely.graphs import Array, Device, Session
+from likely_export import passes
 from likely_export.graphs import cut
 
 PICTURES = 16
@@ -40,7 +40,7 @@ def measure(bundle: Bundle, decide: Callable[..., object], x: Pixels) -> dict[st
     part = {"x": np.ascontiguousarray(x[:PICTURES])}
     with tempfile.TemporaryDirectory() as folder:
         plain = _plain(bundle.graph(Role.DENSITY), density, Path(folder) / "plain.onnx")
-    session = Session(bundle.graph(Role.DENSITY), density, Device("cpu"))
+    session = passes.opened(bundle, Role.DENSITY)
     given = [name for name in ("statistics", "label") if density.output(name) is not None]
     seen = session.run(part, given)
     runs: dict[str, list[Callable[[], object]]] = {
@@ -49,10 +49,9 @@ def measure(bundle: Bundle, decide: Callable[..., object], x: Pixels) -> dict[st
         "combination_cost": [partial(decide, *seen)],
     }
     if (spec := bundle.manifest.graphs.get(Role.CONDITIONAL)) is not None:
-        feeds: dict[str, Array] = dict(part)
-        if (eps := spec.input("eps")) is not None:
-            feeds["eps"] = np.ascontiguousarray(noise.common(eps.array_shape(len(part["x"]))))
-        session = Session(bundle.graph(Role.CONDITIONAL), spec, Device("cpu"))
+        feeds = passes.feeds(spec, part["x"])
+        feeds = {name: np.ascontiguousarray(feed) for name, feed in feeds.items()}
+        session = passes.opened(bundle, Role.CONDITIONAL)
         runs["classification_cost"] = _passes(session, feeds)
     least = dict.fromkeys(runs, np.inf)
     for _ in range(ROUNDS):

@@ -158,11 +158,14 @@ class CVAE(nn.Module):
         tables = self._tables(self.decode(z[:, None], y)[:, 0])
         return torch.unflatten(tables, 1, self.config.shape)
 
-    def expected(self, z: Tensor, y: Tensor) -> Tensor:
-        """The expected picture given z (n, z) and y (n,), levels scaled to [0, 1], (n, c, h, w)."""
+    def clamped_mean(self, z: Tensor, y: Tensor) -> Tensor:
+        """The mean picture given z (n, z) and y (n,), levels scaled to [0, 1], (n, c, h, w).
+
+        Mixtures of logistics give `logistic.clamped_mean`, which is not quite their mean.
+        """
         parameters = self.decode(z[:, None], y)[:, 0]
         if self.config.logistics:
-            means = logistic.expected(parameters)
+            means = logistic.clamped_mean(parameters)
         else:
             levels = torch.linspace(0, 1, self.config.levels, device=z.device)
             means = torch.softmax(parameters, -1) @ levels
@@ -280,6 +283,10 @@ class CVAE(nn.Module):
 
     def _log_likelihood(self, hidden: Tensor, x: Tensor) -> Tensor:
         """log p(x|z, y) in nats, (..., k), from features; x is broadcast against (..., k, d)."""
+        if torch.is_autocast_enabled(hidden.device.type):
+            # Mixed precision may round in the hidden layers, but not in the head.
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self._log_likelihood(hidden.float(), x)
         if self.config.levels == 2 and not self.config.logistics:
             return self._bernoulli(hidden, x)
         parameters = self._decoded(hidden)
@@ -291,10 +298,6 @@ class CVAE(nn.Module):
 
     def _bernoulli(self, hidden: Tensor, x: Tensor) -> Tensor:
         """log p(x|z, y) for two levels: the sum of x l - softplus(l), l the log-odds of level 1."""
-        if torch.is_autocast_enabled(hidden.device.type):
-            # Mixed precision may round hidden layers, but not two large sums that nearly cancel.
-            with torch.autocast(hidden.device.type, enabled=False):
-                return self._bernoulli(hidden.float(), x)
         weight = self.decoder_out.weight.unflatten(0, (self.dimensions, 2))
         bias = self.decoder_out.bias.unflatten(0, (self.dimensions, 2))
         # As one matrix, so that a single Gemm adds the bias.

@@ -136,9 +136,9 @@ class Dataset:
             of: the part to search in; the training part by default.
             among: the parts whose pictures are searched for.
         """
-        seen = set(map(_print, getattr(self, of).given))
+        seen = set(map(_fingerprint, getattr(self, of).given))
         return {
-            part: sum(_print(picture) in seen for picture in getattr(self, part).given)
+            part: sum(_fingerprint(picture) in seen for picture in getattr(self, part).given)
             for part in among
         }
 
@@ -341,6 +341,6 @@ def _digest(parts: dict[str, Split]) -> str:
     return digest.hexdigest()
 
 
-def _print(picture: Pixels) -> bytes:
+def _fingerprint(picture: Pixels) -> bytes:
     """Returns a hash that identifies a picture by its content."""
     return hashlib.blake2b(picture.tobytes(), digest_size=16).digest()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from likely import bayes, noise
+from likely import bayes
 from likely.answers import Doubles, Labels, Pixels
 from likely.bundle import Graph, Role
 from likely.graphs import Array, Session
@@ -175,9 +175,7 @@ def _evidence(
     conditional: Graph, rows: Callable[[Mapping[str, Array], Sequence[str]], list[Array]], x: Pixels
 ) -> Array:
     """log p_e(x|y) of pictures, (n, experts, labels); `rows` runs the graph or its module."""
-    feeds: dict[str, Array] = {"x": x}
-    if (eps := conditional.input("eps")) is not None:
-        feeds["eps"] = noise.common(eps.array_shape(len(x)))
+    feeds = passes.feeds(conditional, x)
     if conditional.output("evidence") is None:
         return rows(feeds, ["log_pxy"])[0][:, None]
     return rows(feeds, ["evidence"])[0]

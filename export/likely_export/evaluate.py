@@ -27,9 +27,9 @@ from likely.answers import (
 )
 from likely.bundle import Bundle, Kind, Manifest, Role, write_manifest
 from likely.engine import Engine
-from likely.graphs import Device, Session
+from likely.graphs import Device
 from likely_export import attribution, baselines, corruptions, costs, measures, passes, report
-from likely_export.data import Dataset, bernoulli, spread
+from likely_export.data import BINARISATION, Dataset, bernoulli, spread
 from likely_export.generated import SEED, Drawing, Sizes
 from likely_export.judge import Judge, taught
 from likely_export.material import (
@@ -39,7 +39,7 @@ from likely_export.material import (
     Explained,
     Labelled,
     Material,
-    Sets,
+    PictureSet,
 )
 
 BINARISATIONS = 3
@@ -181,7 +181,6 @@ class _Evaluation:
             nearest=drawing.nearest,
             completed=await drawing.completed(),
             explained=await self._explained(taken),
-            alphas=tuple(self.alphas),
         )
         return figures, material
 
@@ -195,14 +194,14 @@ class _Evaluation:
         detector = self.engine.detector
         return detector.p_value(detector.score(statistics, label))
 
-    async def _outside(self) -> dict[str, Sets]:
+    async def _outside(self) -> dict[str, PictureSet]:
         pictures = corruptions.reported(self.some, self.manifest.levels)
-        found: dict[str, Sets] = {}
+        found: dict[str, PictureSet] = {}
         for name, x in {**self.others, **pictures}.items():
             found[name] = _set(x, await self._score(x), self.sizes.examples)
         return found
 
-    def _separations(self, sets: Mapping[str, Sets]) -> dict[str, Any]:
+    def _separations(self, sets: Mapping[str, PictureSet]) -> dict[str, Any]:
         """AUROC, FPR95 and AUPR of every outlier set, by our score and by likelihood alone."""
         inside = sets[corruptions.INLIERS]
         ours: dict[str, Any] = {}
@@ -217,7 +216,7 @@ class _Evaluation:
                 "size": len(outside.p_value),
                 "accepted": {alpha: float(np.mean(one)) for alpha, one in accepted.items()},
                 "accepted_standard_error": {
-                    alpha: measures.error(one) for alpha, one in accepted.items()
+                    alpha: measures.standard_error(one) for alpha, one in accepted.items()
                 },
             }
             likelihood[name] = measures.separation(inside.nats, outside.nats, made_of)
@@ -229,7 +228,7 @@ class _Evaluation:
         names = [label.name for label in self.manifest.labels]
         found: dict[str, Any] = {
             "overall": float(np.mean(p_value <= alpha)),
-            "overall_standard_error": measures.error(p_value <= alpha),
+            "overall_standard_error": measures.standard_error(p_value <= alpha),
             "band": measures.rejection_band(alpha, size, n),
         }
         if names:
@@ -260,8 +259,7 @@ class _Evaluation:
 
     def _discriminated(self, scores: ScoreTable) -> Labelled:
         """The labels of the test part by p(y|x), given the part's scores."""
-        graph = self.manifest.graphs[Role.DISCRIMINATE]
-        session = Session(self.bundle.graph(Role.DISCRIMINATE), graph, Device("cpu"))
+        session = passes.opened(self.bundle, Role.DISCRIMINATE)
         log_pyx = passes.column(session, {"x": self.test.x}, "log_pyx")
         posterior = bayes.under_priors(log_pyx, self.manifest.priors, self.manifest.priors)
         return Labelled(self.test.y, posterior, scores.p_value)
@@ -278,14 +276,14 @@ class _Evaluation:
         counts = self.engine.detector.label_counts
         return {
             "coverage": float(covered.mean()),
-            "coverage_standard_error": measures.error(covered),
+            "coverage_standard_error": measures.standard_error(covered),
             **self._by_label("coverage_by_label", covered),
             "least_by_label": {
                 label.name: self._least_coverage(alpha, y, int(counts[y]))
                 for y, label in enumerate(self.manifest.labels)
             },
             "mean_size": float(members.sum(1).mean()),
-            "mean_size_standard_error": measures.error(members.sum(1)),
+            "mean_size_standard_error": measures.standard_error(members.sum(1)),
         }
 
     def _least_coverage(self, alpha: float, y: int, calibration: int) -> float | None:
@@ -302,7 +300,7 @@ class _Evaluation:
         if self.test.grey is not None:
             # The test part is draw 0; the figure is the mean over several draws.
             for draw in range(1, BINARISATIONS):
-                generator = np.random.Generator(np.random.Philox(key=[SEED, draw]))
+                generator = np.random.Generator(np.random.Philox(key=[BINARISATION, draw]))
                 x = bernoulli(self.test.grey, self.test.peak, generator)
                 draws.append((await self._classify(x)).log_pxy)
         log_prior = np.log(self.manifest.priors)
@@ -316,7 +314,7 @@ class _Evaluation:
         eps = graph.input("eps")
         if eps is None:
             return {}
-        session = Session(self.bundle.graph(Role.CONDITIONAL), graph, Device("cpu"))
+        session = passes.opened(self.bundle, Role.CONDITIONAL)
         part = self.test.some(self.sizes.bound)
         calls = max(1, BOUND_SAMPLES // graph.importance_samples)
         rows = np.arange(len(part))
@@ -375,9 +373,8 @@ class _Evaluation:
         if taken is None or not compared:
             return Explained(x, surprise)
         pair = np.argsort(-taken.posterior[rows], 1)[:, :2].astype(np.int64)
-        graph = self.manifest.graphs[Role.CONDITIONAL]
-        session = Session(self.bundle.graph(Role.CONDITIONAL), graph, Device("cpu"))
-        if graph.output("surprise") is not None:
+        session = passes.opened(self.bundle, Role.CONDITIONAL)
+        if session.spec.output("surprise") is not None:
             found = attribution.by_pixel(session, x, pair)
             sums = found.sum((1, 2, 3), dtype=np.float64)
             return Explained(x, surprise, Compared(pair, sums, found))
@@ -387,7 +384,7 @@ class _Evaluation:
 
 
 def _panel(
-    sets: Mapping[str, Sets], outliers: Mapping[str, Any], made_of: Labels
+    sets: Mapping[str, PictureSet], outliers: Mapping[str, Any], made_of: Labels
 ) -> dict[str, float]:
     """The least and the mean AUROC over PANEL, whose sets are corruptions of the same pictures."""
     panel = [name for name in corruptions.PANEL if name in sets]
@@ -403,5 +400,7 @@ def _panel(
     }
 
 
-def _set(x: Pixels, scores: ScoreTable, examples: int) -> Sets:
-    return Sets(x[spread(len(x), examples)], -scores.log_px, scores.unusualness, scores.p_value)
+def _set(x: Pixels, scores: ScoreTable, examples: int) -> PictureSet:
+    return PictureSet(
+        x[spread(len(x), examples)], -scores.log_px, scores.unusualness, scores.p_value
+    )

@@ -12,8 +12,8 @@ from likely import noise
 from likely.answers import Acceptance, Doubles, Draws, Labels, Pixels, SelfCheck, joined
 from likely.bundle import Bundle, Graph, Manifest, Role
 from likely.engine import Engine
-from likely.graphs import Array, Device, Session
-from likely_export import measures, passes
+from likely.graphs import Array
+from likely_export import calibrate, measures, passes
 from likely_export.data import Dataset, Split, spread
 from likely_export.judge import Judge, taught
 from likely_export.material import Completed
@@ -194,7 +194,7 @@ class Drawing:
         if self.manifest.leader(Role.SAMPLE) != self.manifest.leader(Role.DENSITY):
             return {}
         spec = self.manifest.graphs[Role.SAMPLE]
-        session = Session(self.bundle.graph(Role.SAMPLE), spec, Device("cpu"))
+        session = passes.opened(self.bundle, Role.SAMPLE)
         n = min(most, COMPARED)
         feeds: dict[str, Array] = {
             "gumbel": noise.gumbel(SEED, range(n), _noise_shape(spec)),
@@ -202,12 +202,10 @@ class Drawing:
         if spec.input("y") is not None:
             feeds["y"] = np.full(n, len(self.manifest.labels), np.int64)
         drawn = passes.column(session, feeds, "x")
-        density = self.manifest.graphs[Role.DENSITY]
-        seen = Session(self.bundle.graph(Role.DENSITY), density, Device("cpu"))
+        seen = passes.opened(self.bundle, Role.DENSITY)
         statistics = passes.column(seen, {"x": drawn}, "statistics").astype(np.float64)
-        ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
-        surprise = statistics[:, ends["surprise"] - 1]
-        entropy = statistics[:, ends["entropy"] - 1]
+        columns = calibrate.places(sizes)
+        surprise, entropy = (statistics[:, columns[name][-1]] for name in ("surprise", "entropy"))
         return {
             "self_entropy": {
                 "draws": n,
@@ -220,6 +218,8 @@ class Drawing:
     def _memorised(self, groups: Sequence[Pixels]) -> tuple[Pixels, dict[str, Any]]:
         """Compares draws with their nearest training pictures, and tells whether they are too near.
 
+        Too near is at or below the distance of the nearest 1 % of test pictures: if more of these
+        are copies, that distance is 0, which that of a copied draw is not below.
         For each label, as many test pictures are compared as draws, because the pictures of some
         labels are nearer to each other than those of others.
         """
@@ -233,7 +233,7 @@ class Drawing:
             "test_size": len(held),
             "distance_of_draws": measures.mean(distance),
             "distance_of_test": measures.mean(usual),
-            "nearer_than_1_percent_of_test": float(np.mean(distance < np.quantile(usual, 0.01))),
+            "nearer_than_1_percent_of_test": float(np.mean(distance <= np.quantile(usual, 0.01))),
             "nearer_than_1_percent_of_test_standard_error": measures.error_below_quantile(
                 distance, usual, 0.01
             ),

@@ -86,7 +86,7 @@ def golden(session: Session, levels: int, labels: int) -> dict[str, Array]:
         fresh = example(specs, 2, levels, labels, seed)
         if seed < GOLDEN_TRIES:
             feeds = fresh
-            # With very many pixels, some nearly tie under any noise: only these get other noise.
+        else:  # with very many pixels, some nearly tie under any noise: only these get other noise
             fallen = _fallen(outputs, moved, feeds["gumbel"])
             feeds["gumbel"] = np.where(fallen, fresh["gumbel"], feeds["gumbel"])
         outputs = session.run(feeds, names)

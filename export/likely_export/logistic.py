@@ -61,8 +61,11 @@ def log_probs(parameters: Tensor, levels: int) -> Tensor:
     return torch.unflatten(log_prob(every, x.repeat(d), levels), -1, (d, levels))
 
 
-def expected(parameters: Tensor) -> Tensor:
-    """The mixture's mean, each term's mean clamped to [-1, 1], rescaled to [0, 1], (..., d)."""
+def clamped_mean(parameters: Tensor) -> Tensor:
+    """The mixture's mean with each term's mean clamped to the range, rescaled to [0, 1], (..., d).
+
+    `moments` has that of the discretised levels.
+    """
     logits, mean, _ = parameters.unbind(-3)
     means = (torch.softmax(logits, -2) * mean.clamp(-1, 1)).sum(-2)
     return (means + 1) / 2
@@ -80,7 +83,7 @@ def moments(parameters: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     logits, mean, log_scale = parameters.unbind(-3)
     weight = torch.softmax(logits, -2)
     sharpness = torch.exp(-log_scale.clamp(SHARPEST, FLATTEST))
-    pivot = torch.round(expected(parameters) * (levels - 1))
+    pivot = torch.round(clamped_mean(parameters) * (levels - 1))
     first, second = torch.zeros_like(pivot), torch.zeros_like(pivot)
     thresholds = torch.arange(1, levels, dtype=parameters.dtype, device=parameters.device)
     for part in thresholds.split(AT_ONCE):

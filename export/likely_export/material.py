@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from likely.answers import Accepted, Doubles, Floats, Labels, Pixels
 
@@ -12,7 +12,7 @@ BOUND = "bound_nats"  # figure of a model whose bundle has no graph of log p(x)
 
 
 @dataclass(frozen=True, slots=True)
-class Sets:
+class PictureSet:
     """One set of pictures, in or out of distribution, with the bundle's answers.
 
     Attributes:
@@ -107,16 +107,14 @@ class Material:
         nearest: draws beside their nearest training pictures, uint8 (k, 2, c, h, w).
         completed: completions, if the bundle completes.
         explained: a few test pictures; with labels, those that are hardest to label.
-        alphas: significance levels of the figures.
     """
 
     levels: int
     labels: tuple[str, ...]
-    sets: Mapping[str, Sets]
+    sets: Mapping[str, PictureSet]
     labelled: Labelled | None = None
     discriminated: Labelled | None = None
     drawn: Pixels | None = None
     nearest: Pixels | None = None
     completed: Completed | None = None
     explained: Explained | None = None
-    alphas: tuple[float, ...] = field(default=(0.01, 0.05, 0.1))

@@ -35,7 +35,7 @@ def rank_correlation(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return float(spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
-def error(values: npt.NDArray[Any]) -> float | None:
+def standard_error(values: npt.NDArray[Any]) -> float | None:
     """Returns the standard error of a mean or a share, or None if there are no values."""
     return mean(values)["standard_error"] if len(values) else None
 
@@ -45,7 +45,7 @@ def by_label(name: str, values: Accepted, y: Labels, labels: Sequence[str]) -> d
     own = {label: values[y == k] for k, label in enumerate(labels)}
     return {
         name: {label: share(one) for label, one in own.items()},
-        f"{name}_standard_error": {label: error(one) for label, one in own.items()},
+        f"{name}_standard_error": {label: standard_error(one) for label, one in own.items()},
     }
 
 
@@ -155,7 +155,7 @@ def average_precision(inliers: Doubles, outliers: Doubles) -> float:
 
 
 def error_below_quantile(values: Doubles, of: Doubles, level: float) -> float:
-    """The standard error of the share of values that lie below a quantile of other values.
+    """The standard error of the share of values at or below a quantile of other values.
 
     This is the bootstrap's, without resampling: the rank of a sample quantile follows a beta
     distribution, and given the quantile the share is binomial.
@@ -223,7 +223,7 @@ def labelling(posterior: Doubles, y: Labels, kept: Accepted | None = None) -> di
         found["accuracy_of_accepted"] = mean(right[kept]) if kept.any() else None
     return {
         **found,
-        "label_nll_nats": mean(-np.log(np.maximum(posterior[np.arange(n), y], 1e-300))),
+        "label_nll_nats": mean(label_nats(posterior, y)),
         "ece": calibration_error(posterior, y),
         "ece_standard_error": bootstrap_error(
             lambda at: calibration_error(posterior[at], y[at]), n
@@ -231,6 +231,12 @@ def labelling(posterior: Doubles, y: Labels, kept: Accepted | None = None) -> di
         "aurc": selective_risk(doubt, ~right),
         "aurc_standard_error": bootstrap_error(lambda at: selective_risk(doubt[at], ~right[at]), n),
     }
+
+
+def label_nats(posterior: Doubles, y: Labels) -> Doubles:
+    """-log p(y|x) of the true labels y (n,), from a posterior (n, labels), nats; always finite."""
+    found: Doubles = -np.log(np.maximum(posterior[np.arange(len(y)), y], 1e-300))
+    return found
 
 
 def selective_risk(doubt: Doubles, wrong: Accepted) -> float:

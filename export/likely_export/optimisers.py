@@ -119,7 +119,7 @@ class Training:
         return now == before and more[: len(fewer)] == fewer
 
 
-class Matrices(torch.optim.Muon):
+class Muon(torch.optim.Muon):
     """Muon for weights with two or more axes, each viewed as a matrix (out, everything else).
 
     PyTorch's own Muon orthogonalises updates in bfloat16. On processors without instructions for
@@ -199,7 +199,7 @@ def optimisers(module: nn.Module, training: Training) -> list[torch.optim.Optimi
         torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, foreach=True)
     ]
     if matrices:
-        chosen.append(Matrices(matrices, training.muon_learning_rate, training.muon_weight_decay))
+        chosen.append(Muon(matrices, training.muon_learning_rate, training.muon_weight_decay))
     for optimiser in chosen:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]

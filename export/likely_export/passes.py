@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from likely import machine
+from likely import machine, noise
+from likely.answers import Pixels
+from likely.bundle import Bundle, Graph, Role
 from likely.graphs import Array, Device, Session
 from likely_export.graphs import Exported
 from likely_export.roles import GraphSource
@@ -21,6 +23,22 @@ FEW = 2  # batch of pictures that expand to a row per label, so that they fit a 
 def session(folder: Path, exported: Exported) -> Session:
     """Opens a graph on the CPU."""
     return Session(folder / exported.graph.file, exported.graph, Device("cpu"))
+
+
+def opened(bundle: Bundle, role: Role) -> Session:
+    """Opens a bundle's graph of this role on the CPU."""
+    return Session(bundle.graph(role), bundle.manifest.graphs[role], Device("cpu"))
+
+
+def feeds(graph: Graph, x: Pixels) -> dict[str, Array]:
+    """The feeds of a graph of pictures, uint8 (n, c, h, w), with the common noise if it takes any.
+
+    The noise is one picture's, and read-only.
+    """
+    found: dict[str, Array] = {"x": x}
+    if (eps := graph.input("eps")) is not None:
+        found["eps"] = noise.common(eps.array_shape(len(x)))
+    return found
 
 
 def rows(

@@ -79,4 +79,4 @@ class Display:
 def _status(now: Progress) -> str:
     if math.isnan(now.validation):
         return f"step {now.step}"
-    return f"step {now.step}  validation {now.validation:.2f} nats  best {now.best:.2f}"
+    return f"step {now.step}  validation {now.validation:.2f} nats  kept {now.kept:.2f}"

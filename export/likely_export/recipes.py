@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
 import numpy as np
 import tomli_w
@@ -36,6 +36,8 @@ from likely_export.families import GIVEN_BY_DATA, family
 from likely_export.optimisers import Precision, Training
 from likely_export.sources import Source
 from likely_export.statistics import STATISTICS
+
+_Named = TypeVar("_Named", str, float)
 
 UNKNOWN = "extra_forbidden"  # pydantic's error type for an unknown key
 
@@ -130,14 +132,22 @@ class Calibration(_Table):
     @field_validator("parts", mode="before")
     @classmethod
     def _known_parts(cls, parts: Any) -> Any:
-        return tuple(_checked(PartConfig, part) for part in parts)
+        checked = tuple(_checked(PartConfig, part) for part in parts)
+        for part in checked:
+            _unique(part.statistics)
+        return checked
 
     @field_validator("contrast")
     @classmethod
     def _known_corruptions(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := [name for name in names if name not in CHOOSING]:
             raise ValueError(f"{unknown[0]} is none of {', '.join(CHOOSING)}")
-        return names
+        return _unique(names)
+
+    @field_validator("alphas")
+    @classmethod
+    def _different_alphas(cls, alphas: tuple[float, ...]) -> tuple[float, ...]:
+        return _unique(alphas)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -273,7 +283,7 @@ class Recipe(_Table):
         """Returns the recipe with another training seed for every model; the splits stay."""
         return self._with_training(lambda own: dataclasses.replace(own, seed=seed))
 
-    def computed(
+    def with_precisions(
         self,
         arithmetic: Callable[[Precision], Precision],
         begun: Mapping[str, Precision] | None = None,
@@ -303,7 +313,7 @@ class Recipe(_Table):
         if self.models.keys() != earlier.models.keys():
             return False
         now = {name: model.training.precision for name, model in self.models.items()}
-        earlier = earlier.computed(lambda own: own, now)
+        earlier = earlier.with_precisions(lambda own: own, now)
         trainings = {name: model.training for name, model in earlier.models.items()}
         shorter = _relocated(self._with_trainings(trainings), earlier.data.source)
         if any(model.training != trainings[name] for name, model in self.models.items()):
@@ -514,7 +524,7 @@ def _relocated(recipe: Recipe, source: str) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
 
 
-def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
+def _unique(names: tuple[_Named, ...]) -> tuple[_Named, ...]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} is named twice")
     return names

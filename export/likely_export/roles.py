@@ -120,7 +120,7 @@ def _reconstruction(cvae: CVAE, x: Tensor) -> Reconstruction:
         log_weights=weights,
         mean=cvae.from_centre(mean, likeliest),
         log_variance=log_variance,
-        expected=cvae.expected(mean, likeliest),
+        expected=cvae.clamped_mean(mean, likeliest),
         picture=x.float() / (cvae.config.levels - 1),
     )
 

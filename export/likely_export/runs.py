@@ -167,7 +167,7 @@ def train_all(
                 f"has begun in {its} in {folder}: use --precision {its}, or train it afresh",
             )
     # The run's recipe, and everything derived from it, states the precision that is used.
-    recipe = recipe.computed(hardware.arithmetic, begun)
+    recipe = recipe.with_precisions(hardware.arithmetic, begun)
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
     data = _check(recipe)
     for name in names:

@@ -145,14 +145,15 @@ class Progress:
         done: share of the run that is done, in [0, 1].
         seconds: processor time used (wall time on a GPU).
         validation: latest mean of `evaluate`, nats per picture; NaN before the first.
-        best: lowest validation so far.
+        kept: validation of the weights that would be kept now; the lowest so far, or with
+            `keep_best` = false the latest.
     """
 
     step: int
     done: float
     seconds: float
     validation: float
-    best: float
+    kept: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +220,6 @@ def _has_bfloat16(on_card: bool) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private: may disappear
     return bool(asked and asked())
-
-
-def restore_weights(model: nn.Module, file: Path) -> None:
-    """Loads the weights of a `weights.pt` into a model with the same config."""
-    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state"])
 
 
 def check_trained(weights: Path, training: Training) -> None:

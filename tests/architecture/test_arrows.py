@@ -88,7 +88,9 @@ EXPORT = {
     "cvae": "likely.errors limits logistic moves trunks torch",
     "vae": "cvae logistic torch",
     "autoencoder": "limits moves trunks torch",
-    "calibrate": "likely.answers likely.bayes likely.errors likely.outliers numpy scipy sklearn",
+    "calibrate": (
+        "likely.answers likely.bayes likely.errors likely.outliers measures numpy scipy sklearn"
+    ),
     "classifier": "likely.errors calibrate data limits moves numpy torch",
     "families": "likely.errors autoencoder classifier cvae local pixelcnn pixelrnn vae torch",
     "optimisers": "likely.errors torch",
@@ -112,22 +114,25 @@ EXPORT = {
     "cuda_kernels": "",
     "hygiene": "likely.bundle likely.errors cuda_kernels onnx",
     "graphs": "likely.bundle likely.errors likely.graphs hygiene roles numpy onnx torch",
-    "passes": "likely.graphs likely.machine graphs roles numpy torch",
+    "passes": (
+        "likely.answers likely.bundle likely.graphs likely.machine likely.noise graphs roles numpy "
+        "torch"
+    ),
     "baselines": "likely.answers data numpy PIL scipy sklearn",
     "judge": "likely.answers numpy torch",
-    "costs": "likely.answers likely.bundle likely.graphs likely.noise graphs numpy",
+    "costs": "likely.answers likely.bundle likely.graphs graphs passes numpy",
     "report": (
         "likely.answers likely.bundle corruptions material measures "
         "PIL jinja2 markupsafe matplotlib numpy scipy tomli_w"
     ),
     "generated": (
-        "likely.answers likely.bundle likely.engine likely.graphs likely.noise data judge "
-        "material measures passes numpy"
+        "likely.answers likely.bundle likely.engine likely.graphs likely.noise calibrate "
+        "data judge material measures passes numpy"
     ),
     "composition": (
         "likely.answers likely.bundle likely.engine data generated judge measures numpy"
     ),
-    "attribution": "likely.answers likely.graphs likely.noise passes numpy",
+    "attribution": "likely.answers likely.graphs passes numpy",
     "evaluate": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.graphs attribution "
         "baselines corruptions costs data generated judge material measures passes report numpy"
@@ -143,7 +148,7 @@ EXPORT = {
     ),
     "replacing": "likely.bundle likely.errors",
     "decisions": (
-        "likely.answers likely.bayes likely.bundle likely.graphs likely.noise likely.outliers "
+        "likely.answers likely.bayes likely.bundle likely.graphs likely.outliers "
         "calibrate corruptions data graphs passes plan recipes numpy"
     ),
     "build": (
@@ -166,13 +171,7 @@ BENCH = {
         "likely.bundle likely_export.autoregressive likely_export.cvae likely_export.pixelcnn "
         "likely_export.roles onnx torch"
     ),
-    "exports": (
-        "likely.bundle likely.graphs likely_export.autoregressive likely_export.cvae "
-        "likely_export.drawing likely_export.graphs likely_export.heads likely_export.hygiene "
-        "likely_export.logistic likely_export.mixture likely_export.pixelcnn likely_export.raster "
-        "likely_export.roles likely_export.sampler likely_export.trunks likely_export.winograd "
-        "models onnx torch"
-    ),
+    "exports": "likely.bundle likely.graphs likely_export.graphs models onnx torch",
     "measures": (
         "likely.bundle likely.graphs likely.noise likely.warmup likely_export.graphs "
         "clock exports models numpy"
@@ -181,9 +180,9 @@ BENCH = {
     "tables": "rich",
     "pixelrnn": (
         "likely.bundle likely.graphs likely_export.autoregressive likely_export.data "
-        "likely_export.graphs likely_export.optimisers likely_export.pixelcnn "
-        "likely_export.pixelrnn likely_export.recipes likely_export.roles likely_export.train "
-        "clock models numpy torch"
+        "likely_export.families likely_export.graphs likely_export.optimisers "
+        "likely_export.pixelcnn likely_export.pixelrnn likely_export.recipes likely_export.roles "
+        "likely_export.train clock models numpy torch"
     ),
     "jobs": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.graphs likely.jobs "
@@ -191,9 +190,8 @@ BENCH = {
     ),
     "serving": (
         "likely.answers likely.bundle likely.codec likely.graphs likely.machine likely.v1 "
-        "likely_export.calibrate likely_export.graphs likely_export.heads "
-        "likely_export.pixelcnn likely_export.roles likely_export.statistics "
-        "environment grpc numpy onnx rich torch"
+        "likely_export.calibrate likely_export.graphs likely_export.pixelcnn likely_export.roles "
+        "environment exports grpc numpy rich torch"
     ),
     "__main__": "figures tables rich",
 }

@@ -1,5 +1,6 @@
 """Corruptions: pictures of the same kind, changed, the same every time."""
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -10,6 +11,7 @@ from likely.errors import InvalidInput
 from likely_export.corruptions import CHOOSING, HARD, PANEL, contrasting, corrupt, reported
 
 SETS = (PANEL, HARD, CHOOSING)
+GREY = {"salt": "aaf158eae108119d", "independent_pixels": "1465089b8ef09068"}
 EVERY = [name for names in SETS for name in names]
 
 
@@ -64,6 +66,24 @@ def test_some_do_exactly_this() -> None:
     assert np.array_equal(np.sort(corrupt("patch_swap", x, 256), None), np.sort(x, None))
     shifted = corrupt("shifted_6", x, 256).astype(int)
     assert shifted.sum() <= x.astype(int).sum()
+
+
+def test_pixels_are_chosen_once_for_all_channels() -> None:
+    x = np.random.default_rng(0).integers(0, 255, (40, 3, 16, 12)).astype(np.uint8)
+    salted = corrupt("salt", x, 256)
+    white = (salted == 255).all(1)
+    assert np.array_equal(np.any(salted != x, 1), white)
+    assert white.mean() == pytest.approx(0.03, abs=0.005)
+    mixed = corrupt("independent_pixels", x, 256)
+    for at in np.ndindex(16, 12):
+        colours = {tuple(colour) for colour in x[:, :, *at].tolist()}
+        assert {tuple(colour) for colour in mixed[:, :, *at].tolist()} <= colours
+
+
+def test_grey_pictures_are_corrupted_as_ever() -> None:
+    x = np.random.default_rng(0).integers(0, 255, (4, 1, 8, 6)).astype(np.uint8)
+    for name, before in GREY.items():
+        assert hashlib.sha256(corrupt(name, x, 256).tobytes()).hexdigest()[:16] == before
 
 
 def test_what_tells_nothing_on_two_levels_is_left_out() -> None:

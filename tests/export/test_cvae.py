@@ -97,6 +97,19 @@ def test_two_levels_of_many_pixels_do_not_round_under_mixed_precision() -> None:
 
 
 @every_head
+def test_heads_are_in_float32_under_mixed_precision(config: CVAEConfig) -> None:
+    model, (x, y), eps = cvae(config), pictures(config, 3), noise(config, 3, 2)
+    hidden = torch.randn(3, 2, config.width).bfloat16()
+    found = model._log_likelihood(hidden.float(), x.flatten(1)[:, None])
+    dtypes = []
+    model.decoder_out.register_forward_hook(lambda *seen: dtypes.append(seen[2].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model._log_likelihood(hidden, x.flatten(1)[:, None])
+        assert model.log_weights(x, y, eps).dtype == torch.float32
+    assert torch.equal(mixed, found) and set(dtypes) <= {torch.float32}
+
+
+@every_head
 def test_the_bound_rises_with_its_samples(config: CVAEConfig) -> None:
     model, (x, y) = cvae(config, spread=2.0), pictures(config, 20)
     with torch.no_grad():

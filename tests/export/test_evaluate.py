@@ -23,7 +23,7 @@ from likely_export.data import Dataset, spread
 from likely_export.evaluate import _Evaluation
 from likely_export.generated import Sizes
 from likely_export.judge import Judge
-from likely_export.material import Sets
+from likely_export.material import PictureSet
 
 FOLDER = Path("bundles/digits")
 
@@ -115,7 +115,7 @@ def test_the_figures_of_sets_have_errors_and_the_panel_those_of_its_own(
     made = evaluation(engine, data, (0.1,))
     names = [INLIERS, *PANEL]
     sets = {
-        name: Sets(made.some[:1], *np.random.default_rng(at).normal(at / 9, 1, (3, size)))
+        name: PictureSet(made.some[:1], *np.random.default_rng(at).normal(at / 9, 1, (3, size)))
         for at, (name, size) in enumerate(zip(names, [60, *[10] * len(PANEL)], strict=True))
     }
     found = made._separations(sets)
@@ -145,7 +145,7 @@ def test_a_corruption_that_tells_nothing_is_no_set(
     monkeypatch.setattr(corruptions, "PANEL", panel)
     made = evaluation(engine, data, (0.1,))
     noise = np.random.default_rng(0).normal(0, 1, (3, len(made.test)))
-    sets = {INLIERS: Sets(made.some[:1], *noise)}
+    sets = {INLIERS: PictureSet(made.some[:1], *noise)}
     sets |= asyncio.run(made._outside())
     assert set(sets) == {INLIERS, *PANEL, *HARD} - {"salt"}
     found = made._separations(sets)

@@ -78,7 +78,18 @@ def test_training_pictures_are_known_for_copies(engine: Engine, data: Dataset) -
     assert np.array_equal(pairs[:, 0], pairs[:, 1]) and len(pairs) == 3
     _, fresh = made._memorised(test)
     assert fresh["distance_of_draws"] == fresh["distance_of_test"]
-    assert fresh["nearer_than_1_percent_of_test"] <= 0.01
+    assert fresh["nearer_than_1_percent_of_test"] <= 0.01 + 1 / fresh["draws"]
+
+
+def test_copies_in_the_test_part_hide_no_copier(engine: Engine, data: Dataset) -> None:
+    """If more than 1 % of the test pictures are copies, no distance is below their quantile."""
+    few = data.test.take(np.arange(100))
+    test = replace(few, x=np.concatenate([data.train.x[:3], few.x[3:]]))
+    test = replace(test, y=np.concatenate([data.train.y[:3], few.y[3:]]))
+    made = drawing(engine, replace(data, test=test))
+    _, copied = made._memorised([data.train.x[data.train.y == y] for y in range(10)])
+    assert copied["nearer_than_1_percent_of_test"] == 1
+    assert copied["nearer_than_1_percent_of_test_standard_error"] == 0
 
 
 def test_labels_are_drawn_in_turn_and_no_index_twice(engine: Engine) -> None:

@@ -124,8 +124,8 @@ def test_bootstrap_error_of_a_mean_is_the_known_one_and_the_same_again() -> None
 
 
 def test_the_error_of_none_at_all_is_none() -> None:
-    assert measures.error(np.zeros(0, bool)) is None
-    assert measures.error(np.arange(100) < 20) == pytest.approx(0.04, rel=0.01)
+    assert measures.standard_error(np.zeros(0, bool)) is None
+    assert measures.standard_error(np.arange(100) < 20) == pytest.approx(0.04, rel=0.01)
 
 
 def test_rank_correlation_of_what_is_all_the_same_is_none() -> None:
@@ -170,6 +170,11 @@ def test_calibration_error_of_honest_and_of_boastful_posteriors() -> None:
     y = np.repeat([0, 1], 500)
     assert measures.calibration_error(boastful, y) == pytest.approx(0.49)
     assert measures.calibration_error(np.array([[1.0, 0.0]]), np.array([1])) == 1
+
+
+def test_the_nats_of_a_label_are_finite() -> None:
+    found = measures.label_nats(np.array([[0.25, 0.75], [1.0, 0.0]]), np.array([0, 1]))
+    assert found == pytest.approx([np.log(4), 300 * np.log(10)])
 
 
 def test_labels_are_told_by_their_posterior_alone() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from likely import machine, noise
 from likely.answers import Pixels
-from likely.bundle import TensorSpec
+from likely.bundle import Graph, TensorSpec
 from likely.graphs import Array, Session
 from likely_export import passes
 from likely_export.roles import GraphSource
@@ -45,6 +45,15 @@ def test_outputs_are_those_of_all_rows_in_the_order_asked() -> None:
     source = GraphSource(Noisy(), inputs, outputs)
     product, total = passes.torch_rows(source, {"eps": eps, "x": x}, ["product", "sum"])
     assert np.array_equal(product, x * eps) and np.array_equal(total, x + eps)
+
+
+def test_the_common_noise_is_fed_to_graphs_that_take_it() -> None:
+    x, own = pictures(5), (spec("x", "uint8", *SHAPE),)
+    plain = Graph(file="plain.onnx", inputs=own, outputs=(), importance_samples=0)
+    assert passes.feeds(plain, x) == {"x": x}
+    noisy = plain.model_copy(update={"inputs": (*own, spec("eps", "float32", 2, 3))})
+    fed = passes.feeds(noisy, x)
+    assert fed["x"] is x and np.array_equal(fed["eps"], noise.common((5, 2, 3)))
 
 
 class Wide(nn.Module):

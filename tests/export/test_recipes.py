@@ -107,10 +107,10 @@ def test_another_seed_is_every_models_and_no_splits(tmp_path: Path) -> None:
 
 
 def test_a_recipe_says_what_it_is_computed_in() -> None:
-    recipe = recipes.load("mnist").computed(lambda _: "32-true")
+    recipe = recipes.load("mnist").with_precisions(lambda _: "32-true")
 
     assert {model.training.precision for model in recipe.models.values()} == {"32-true"}
-    assert recipe.computed(lambda own: own) == recipe
+    assert recipe.with_precisions(lambda own: own) == recipe
 
 
 def test_a_label_held_out_is_another_set_to_report_against() -> None:
@@ -245,6 +245,24 @@ def test_other_sets_are_published_without_folders_and_found_beside_the_data(tmp_
         ('version = "1"', "", "version", "is missing"),
         ("calibrate = 20", "", "data.splits", "calibrate is missing"),
         ("[roles]", "[calibration]\nalphas = [2.0]\n[roles]", "calibration.alphas.0", "less than"),
+        (
+            "[roles]",
+            "[calibration]\nalphas = [0.1, 0.05, 0.1]\n[roles]",
+            "calibration.alphas",
+            "0.1 is named twice",
+        ),
+        (
+            "[roles]",
+            '[calibration]\ncontrast = ["wavy", "grainy", "wavy"]\n[roles]',
+            "calibration.contrast",
+            "wavy is named twice",
+        ),
+        (
+            "[roles]",
+            '[[calibration.parts]]\nstatistics = ["surprise", "surprise"]\n[roles]',
+            "calibration.parts",
+            "surprise is named twice",
+        ),
         (
             "[roles]",
             '[calibration]\nstatistics = ["mood"]\n[roles]',

@@ -17,9 +17,10 @@ from likely.answers import Doubles, Pixels
 from likely.bundle import Bundle, Manifest, Role
 from likely_export import corruptions, measures, recipes, report
 from likely_export.corruptions import INLIERS
-from likely_export.material import Compared, Completed, Explained, Labelled, Material, Sets
+from likely_export.material import Compared, Completed, Explained, Labelled, Material, PictureSet
 from likely_export.report import charts, pictures, text
 from likely_export.report.card import ANSWERS
+from likely_export.report.outliers import hard, separation
 from likely_export.report.subject import Subject
 
 LABELS = ("0", "<one> & $two$", "ankle boot")
@@ -72,12 +73,12 @@ def drawn(*shape: int, levels: int = 256) -> Pixels:
     return np.random.default_rng(len(shape)).integers(0, levels, shape).astype(np.uint8)
 
 
-def one_set(x: Pixels, seed: int, nats: float, score: float) -> Sets:
+def one_set(x: Pixels, seed: int, nats: float, score: float) -> PictureSet:
     generator = np.random.default_rng(seed)
     unusualness: Doubles = generator.normal(score, 1, N)
     ranks = (unusualness[:, None] <= generator.normal(0, 1, CALIBRATION)).sum(1)
     p_value = (1 + ranks) / (CALIBRATION + 1)
-    return Sets(x[:3], generator.normal(nats, 5, N), unusualness, p_value)
+    return PictureSet(x[:3], generator.normal(nats, 5, N), unusualness, p_value)
 
 
 def material(channels: int = 1, levels: int = 256, patch: int | None = None) -> Material:
@@ -187,8 +188,14 @@ def figures(shown: Material) -> dict[str, Any]:
     }
 
 
+def floats(name: str, *axes: int) -> dict[str, Any]:
+    return {"name": name, "dtype": "float32", "shape": ("batch", *axes)}
+
+
 def manifest(channels: int = 1, labels: tuple[str, ...] = LABELS) -> Manifest:
-    graph = {"file": "density.onnx", "inputs": (), "outputs": (), "kind": "exact"}
+    x = {"name": "x", "dtype": "uint8", "shape": ("batch", channels, 8, 6)}
+    outputs = [floats(name) for name in ("log_px", "surprise", "statistics")]
+    graph = {"file": "density.onnx", "inputs": (x,), "outputs": outputs, "kind": "exact"}
     names = ("density.onnx", "calibration.npz", "golden.npz")
     return Manifest.model_validate(
         {
@@ -298,9 +305,10 @@ def test_standard_errors_are_told_beside_their_figures(whole: str) -> None:
     [("exact", 0, ""), ("elbo", 1, "an ELBO"), ("iwae", 4, "an IWAE bound of 4 samples")],
 )
 def test_a_bound_given_the_label_is_told_as_one(kind: str, samples: int, says: str) -> None:
-    graph = {"file": "c.onnx", "inputs": (), "outputs": (), "kind": kind}
     fields = manifest().model_dump()
-    fields["graphs"]["conditional"] = graph | {"importance_samples": samples}
+    own = {"file": "c.onnx", "kind": kind, "importance_samples": samples}
+    own |= {"outputs": [floats("log_pxy", len(LABELS))]}
+    fields["graphs"]["conditional"] = fields["graphs"]["density"] | own
     fields["files"]["c.onnx"] = fields["files"]["density.onnx"]
     shown = material()
     found = figures(shown) | {
@@ -580,6 +588,17 @@ def test_the_hardest_set_comes_first() -> None:
     subject = Subject(manifest(), figures(shown), shown)
     aurocs = [subject.figures["outliers"][name]["auroc"] for name in subject.outliers]
     assert len(aurocs) > 10 and aurocs == sorted(aurocs)
+
+
+def test_a_set_is_hard_by_its_auroc_alone() -> None:
+    shown = material()
+    found = {"blurred": {"auroc": 0.9995}, "half_contrast": {"auroc": 0.94}, "salt": {"auroc": 0.9}}
+    subject = Subject(manifest(), {"outliers": found}, shown)
+    assert [name for name, _ in hard(subject)] == ["salt", "half contrast"]
+    view = separation(subject)
+    assert view is not None
+    rows = {row["name"]: row["near"] for row in view["rows"]}
+    assert rows["half contrast"] and not rows["blurred"] and not rows["salt"]
 
 
 def test_the_card_knows_every_graph_that_a_bundle_may_have() -> None:

@@ -310,7 +310,7 @@ def test_a_run_that_moves_to_another_machine_keeps_the_precision_of_what_has_beg
     assert precisions(folder)["b"] == "32-true"
 
     # What the model's files say holds, whatever the recipe beside them does.
-    recipe.computed(lambda own: own).write(folder / runs.RECIPE)
+    recipe.with_precisions(lambda own: own).write(folder / runs.RECIPE)
     assert precisions(folder)["b"] == "bf16-mixed"
     runs.train_all(recipe, folder, only=["b"])
     assert precisions(folder)["b"] == "32-true"
@@ -511,7 +511,7 @@ def test_progress_is_lines_where_there_is_no_terminal() -> None:
             display.update("a", Progress(step, step / 100, step / 10, valid, valid))
     lines = out.getvalue().splitlines()
     assert len(lines) == 2 and lines[0].startswith("a:   1%  step 1")
-    assert lines[1] == "a: 100%  step 100  validation 12.50 nats  best 12.50  10 s"
+    assert lines[1] == "a: 100%  step 100  validation 12.50 nats  kept 12.50  10 s"
 
 
 def test_a_training_that_goes_on_says_so() -> None:
@@ -528,4 +528,4 @@ def test_progress_is_bars_on_a_terminal() -> None:
     out = io.StringIO()
     with Display(["a", "b"], Console(file=out, force_terminal=True, width=100)) as display:
         display.update("b", Progress(5, 1.0, 0.5, 3.0, 2.0))
-    assert "step 5" in out.getvalue() and "best 2.00" in out.getvalue()
+    assert "step 5" in out.getvalue() and "kept 2.00" in out.getvalue()

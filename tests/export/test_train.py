@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from likely.errors import DeviceError, InvalidInput, LikelyError
 from likely_export import data, train
 from likely_export.data import Dataset, Sizes
-from likely_export.optimisers import Matrices, Precision, Training, optimisers
+from likely_export.optimisers import Muon, Precision, Training, optimisers
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
 from likely_export.train import Hardware, Progress
 
@@ -197,7 +197,7 @@ def test_training_lowers_the_objective_and_says_how_far_it_is(
 def test_the_weights_kept_are_those_that_were_validated(pictures: Dataset, tmp_path: Path) -> None:
     done = train.fit(toy(pictures), pictures, TRAINING, tmp_path)
     again = toy(pictures)
-    train.restore_weights(again, done.weights)
+    again.load_state_dict(state(tmp_path))
     # Not to the bit: where a tensor lies in memory decides in which order some processors add.
     found = train.mean_of(again.eval(), pictures.validate)
     assert found == pytest.approx(done.validation, rel=1e-6)
@@ -267,6 +267,18 @@ def test_a_finished_run_goes_on_when_its_recipe_gains_a_stretch(
         train.fit(toy(pictures), pictures, replace(LONGER, more_epochs=(2,)), tmp_path / "grown")
 
 
+@pytest.mark.parametrize(("keep_best", "kept"), [(True, 2.0), (False, 4.0)])
+def test_progress_tells_what_would_be_kept_now(
+    pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_best: bool, kept: float
+) -> None:
+    told = iter([3.0, 2.0, 4.0])
+    monkeypatch.setattr(train, "mean_of", lambda *_: next(told))
+    seen: list[Progress] = []
+    training = replace(TRAINING, epochs=1, validations=3, keep_best=keep_best)
+    done = train.fit(toy(pictures), pictures, training, tmp_path, report=seen.append)
+    assert (seen[-1].validation, seen[-1].kept, done.validation) == (4.0, kept, kept)
+
+
 @pytest.mark.parametrize("found", [[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]])
 def test_what_ended_the_stretches_is_averaged_where_that_is_better(
     pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[float]
@@ -311,7 +323,7 @@ def test_nothing_but_whole_files_is_ever_seen(
 def test_muon_moves_kernels_in_place_and_along_orthogonal_directions() -> None:
     for layout in (torch.contiguous_format, torch.channels_last):
         weight = nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=layout))
-        optimiser = Matrices([weight], lr=1.0, weight_decay=0.0)
+        optimiser = Muon([weight], lr=1.0, weight_decay=0.0)
         weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
         optimiser.step()
         moved = weight.detach().flatten(1)
@@ -323,7 +335,7 @@ def test_muon_moves_kernels_in_place_and_along_orthogonal_directions() -> None:
 def test_muon_moves_as_that_of_pytorch_does(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
     ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
-    pair = Matrices([ours], lr=0.1, weight_decay=0.2), torch.optim.Muon([theirs], 0.1, 0.2)
+    pair = Muon([ours], lr=0.1, weight_decay=0.2), torch.optim.Muon([theirs], 0.1, 0.2)
     for _ in range(4):
         ours.grad = theirs.grad = torch.randn(shape, generator=generator)
         for optimiser in pair:

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from scipy.stats import binomtest
 
 from likely.answers import Doubles, Labels
-from likely_export.material import Labelled, Sets
+from likely_export.material import Labelled, PictureSet
 from likely_export.measures import BAND, BINS, rejection_band
 from likely_export.report.text import words
 
@@ -83,7 +83,9 @@ class Chart:
     alt: str
 
 
-def ridges(inliers: Sets, outliers: Mapping[str, Sets], auroc: Mapping[str, float]) -> Chart:
+def ridges(
+    inliers: PictureSet, outliers: Mapping[str, PictureSet], auroc: Mapping[str, float]
+) -> Chart:
     """Histograms of -log p(x) and of the score, one row per set, over those of the test part.
 
     Args:
@@ -99,7 +101,7 @@ def ridges(inliers: Sets, outliers: Mapping[str, Sets], auroc: Mapping[str, floa
     return _chart("ridges", size, alt, partial(_ridges, inliers, outliers, auroc))
 
 
-def rocs(inliers: Sets, outliers: Mapping[str, Sets]) -> Chart:
+def rocs(inliers: PictureSet, outliers: Mapping[str, PictureSet]) -> Chart:
     """ROC curves: share of outliers against share of test pictures rejected, by two scores.
 
     The scores are the likelihood alone and the score that decides.
@@ -155,7 +157,10 @@ def accuracy_of_kept(labelled: Labelled, rule: str) -> Chart:
 
 
 def _ridges(
-    inliers: Sets, outliers: Mapping[str, Sets], auroc: Mapping[str, float], figure: Figure
+    inliers: PictureSet,
+    outliers: Mapping[str, PictureSet],
+    auroc: Mapping[str, float],
+    figure: Figure,
 ) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     _histograms(left, inliers.nats, [one.nats for one in outliers.values()], "log")
@@ -212,7 +217,7 @@ def _heights(values: Doubles, edges: npt.NDArray[np.floating]) -> Doubles:
     return np.asarray(counts / counts.max(), np.float64)
 
 
-def _rocs(inliers: Sets, outliers: Mapping[str, Sets], figure: Figure) -> None:
+def _rocs(inliers: PictureSet, outliers: Mapping[str, PictureSet], figure: Figure) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     floor = max(1e-4, 1 / len(inliers.nats))
     rates = np.geomspace(floor, 1, 160)

@@ -69,7 +69,7 @@ def _answers(figures: Mapping[str, Any]) -> View:
                 "learns": ", ".join(member["learns"]),
                 "nats": "" if nats is None else value(_measured(nats)),
                 "kind": "" if nats is None else _kind(nats),
-                "bits": _told(member.get("bits_per_dim")),
+                "bits": _shown(member.get("bits_per_dim")),
                 "accuracy": {rule: value(a, "share") for rule, a in member["accuracy"].items()},
                 "rejects": _rejects(member, figures["alpha"]),
                 "draws": member["draws"],
@@ -91,11 +91,11 @@ def _drawn(figures: Mapping[str, Any], drawn: Mapping[str, Pixels], levels: int)
             "name": name,
             "draws": figures["members"][name]["draws"],
             "sheet": sheet(tiles(x, levels), f"{len(x)} draws of {name}", COLUMNS),
-            "faithfulness": _told(figures["members"][name].get("faithfulness"), "share"),
+            "faithfulness": _shown(figures["members"][name].get("faithfulness"), "share"),
         }
         for name, x in drawn.items()
     ]
-    judge = _told(figures.get("judge_accuracy"), "share")
+    judge = _shown(figures.get("judge_accuracy"), "share")
     return {"rows": rows, "judge": judge} if rows else None
 
 
@@ -190,7 +190,7 @@ def _expense(figures: Mapping[str, Any]) -> View:
     members = figures["members"]
     columns = list(dict.fromkeys(c for m in members.values() for c in m["milliseconds"]))
     rows = [
-        {"name": name, "cells": [_told(member["milliseconds"].get(c)) for c in columns]}
+        {"name": name, "cells": [_shown(member["milliseconds"].get(c)) for c in columns]}
         for name, member in members.items()
     ]
     return {"rows": rows, "columns": columns}
@@ -212,9 +212,9 @@ def _measured(nats: Mapping[str, Any]) -> dict[str, Any]:
     return {key: nats[key] for key in ("mean", "standard_error")}
 
 
-def _told(found: Any, kind: Any = "plain") -> str:
+def _shown(found: Any, kind: Any = "plain") -> str:
     return "" if found is None else value(found, kind)
 
 
 def _shares(found: Mapping[str, float], sizes: Mapping[str, float]) -> list[str]:
-    return [_told(found.get(size), "share") for size in sizes]
+    return [_shown(found.get(size), "share") for size in sizes]

@@ -12,6 +12,7 @@ from likely_export.report.subject import Subject, View
 from likely_export.report.text import ERROR, joined, measured, value, words
 
 FAILS = 0.5  # an AUROC below it ranks outliers as more usual than test pictures
+HARD_BELOW = 0.95  # an AUROC below it is called hard to detect
 SHOWN = "0.05"  # the alpha whose shares are shown, if it was checked
 NEAR = tuple(corruptions.HARD)
 
@@ -73,7 +74,7 @@ def hard(subject: Subject) -> list[tuple[str, str]]:
     return [
         (words(name), value(measured(one, "auroc")))
         for name, one in sorted(found.items(), key=lambda item: float(item[1]["auroc"]))
-        if one["auroc"] < 0.9 or name in NEAR
+        if one["auroc"] < HARD_BELOW
     ]
 
 
@@ -91,7 +92,7 @@ def _row(subject: Subject, name: str, alpha: str) -> dict[str, Any]:
     return {
         "name": words(name),
         "what": (made.__doc__ or "").split("\n")[0] if made else "",
-        "near": name in NEAR,
+        "near": name in NEAR and figures.get("auroc", 1) < HARD_BELOW,
         "size": value(figures["size"]) if "size" in figures else "",
         "picture": _example(subject, name) if one is not None and len(one.examples) else None,
         **{key: figures.get(key) for key in _with_errors("auroc", "fpr95", "aupr")},

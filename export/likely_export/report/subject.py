@@ -8,7 +8,7 @@ from typing import Any
 
 from likely.bundle import Manifest
 from likely_export.corruptions import INLIERS
-from likely_export.material import Material, Sets
+from likely_export.material import Material, PictureSet
 from likely_export.report.text import ERROR, find, joined
 
 # What a section passes to its template; None if it has nothing to show.
@@ -37,12 +37,12 @@ class Subject:
         return found if isinstance(found, Mapping) else {}
 
     @property
-    def inliers(self) -> Sets | None:
+    def inliers(self) -> PictureSet | None:
         """The test part."""
         return self.material.sets.get(INLIERS)
 
     @property
-    def outliers(self) -> dict[str, Sets]:
+    def outliers(self) -> dict[str, PictureSet]:
         """All other sets, the hardest ones first."""
         found = self.table("outliers")
         others = {name: one for name, one in self.material.sets.items() if name != INLIERS}
