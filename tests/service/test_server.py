@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from likely import Client, codec, statuses
+from likely.batching import callers
 from likely.batching.admission import Quota
 from likely.engine import Engine
 from likely.errors import BundleError, Overloaded, SettingsError
@@ -403,8 +404,8 @@ def test_a_question_costs_what_is_looked_at_or_drawn_for_it(
 ) -> None:
     charged = list[tuple[str, int, str]]()
 
-    def noted(_: Quota, *given: Any) -> Any:
-        charged.append(given)
+    def noted(_: Quota, rows: int, model: str) -> Any:
+        charged.append((callers.current().client, rows, model))
         return nullcontext()
 
     monkeypatch.setattr(Quota, "charged", noted)
