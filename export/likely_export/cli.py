@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from likely import signals
 from likely.errors import InvalidInput, LikelyError
 
 _OUT = click.option(
@@ -34,6 +35,13 @@ if TYPE_CHECKING:
 
 class _Sentences(click.Group):
     """Turns errors into a sentence on stderr and exit code 1; SIGTERM ends like Ctrl-C."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Runs the command that the arguments name, and ends the process."""
+        try:
+            return super().main(*args, **more)
+        finally:
+            signals.drop_unwritable()
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -57,13 +57,14 @@ def end(number: int, frame: FrameType | None = None) -> None:  # noqa: ARG001  P
     os._exit(128 + number)
 
 
-def forget() -> None:
-    """Drops a standard error that cannot be written, or the process would end with code 120."""
-    try:
-        if sys.stderr:
-            sys.stderr.flush()
-    except (OSError, ValueError):
-        sys.stderr = None
+def drop_unwritable() -> None:
+    """Drops standard streams that cannot be written, or the process would end with code 120."""
+    for name in ("stdout", "stderr"):
+        try:
+            if stream := getattr(sys, name):
+                stream.flush()
+        except (OSError, ValueError):
+            setattr(sys, name, None)
 
 
 def leave(code: int) -> NoReturn:

@@ -158,7 +158,7 @@ EXPORT = {
     ),
     "__init__": "",
     "cli": (
-        "likely.bundle likely.errors build compare evaluate features material "
+        "likely.bundle likely.errors likely.signals build compare evaluate features material "
         "progress recipes replacing report runs train click pydantic rich"
     ),
 }

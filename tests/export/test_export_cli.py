@@ -328,7 +328,8 @@ def test_what_is_not_installed_is_named() -> None:
 def test_what_cannot_be_written_is_one_sentence() -> None:
     code = "from likely_export.cli import main; main()"
     command = [sys.executable, "-c", code, "recipes"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:  # noqa: PTH123
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: [Errno 28]") and done.stderr.count("\n") == 1

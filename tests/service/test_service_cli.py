@@ -335,6 +335,22 @@ def test_what_a_table_is_of_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]
     assert "written to [red]x[/red] [/a] :pen:.png" in capsys.readouterr().out
 
 
+def test_what_cannot_be_written_is_one_sentence(live: Live) -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(
+            [*COMMAND, "models", "--address", live.address, "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=buffered,
+            text=True,
+            check=False,
+        )
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("Error: [Errno 28]")
+    assert ran.stderr.count("\n") == 1
+
+
 def test_a_long_table_has_a_line_for_each_row(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,7 @@ class Commands(click.Group):
         try:
             return super().main(*args, **more)
         finally:
-            signals.forget()
+            signals.drop_unwritable()
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's
         """The commands' names."""

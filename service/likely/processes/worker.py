@@ -73,7 +73,7 @@ def main() -> int:
             sys.stderr.write(f"Error: {error}\n")
         return REFUSED
     finally:
-        signals.forget()
+        signals.drop_unwritable()
     return 0
 
 
