@@ -10,7 +10,7 @@ import numpy.typing as npt
 from likely.answers import Doubles
 from likely.errors import InvalidInput
 
-BLOCK = 1 << 14  # rows
+BLOCK = 1 << 14  # rows reweighted at once
 SLACK = 1e-6  # by which the sum of priors may differ from 1
 
 
@@ -151,11 +151,10 @@ def estimated_priors(
     """
     found = priors
     for _ in range(most if len(posterior) else 0):
-        sums = np.zeros((1, len(found)))
-        for at in range(0, len(posterior), BLOCK):  # copies of a part alone
-            part = reweighted(posterior[at : at + BLOCK], priors, found)
-            sums = np.concatenate((sums, part)).sum(0, keepdims=True)
-        moved = sums[0] / len(posterior)
+        sums = np.zeros(len(found))
+        for at in range(0, len(posterior), BLOCK):  # so that copies take little memory
+            sums += reweighted(posterior[at : at + BLOCK], priors, found).sum(0)
+        moved = sums / len(posterior)
         close = np.abs(moved - found).max() <= tolerance
         found = moved
         if close:

@@ -351,23 +351,6 @@ def test_what_cannot_be_written_is_one_sentence(live: Live) -> None:
     assert ran.stderr.count("\n") == 1
 
 
-def test_a_long_table_has_a_line_for_each_row(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "40")  # where rich would fold
-    entries = [
-        {"picture": "é" * (i % 50), "log_px": -1.5 * i, "verdict": "outlier"} for i in range(201)
-    ]
-    show.rows(entries, False, {"model": "toy", "alpha": 0.05})
-    lines = capsys.readouterr().out.splitlines()
-    head = next(line for line in lines if "log px" in line)
-    body = [line for line in lines if line.endswith("outlier")]
-    assert len(body) == 201
-    assert {line.index("outlier") for line in body} == {head.index("verdict")}
-    assert body[100].split()[-2:] == ["-150", "outlier"]
-    assert lines[-1] == "model toy, alpha 0.05"
-
-
 def test_a_table_of_models_fits_a_narrow_terminal(
     likely: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import click
 from rich import box
-from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,7 +33,6 @@ TOLD_EVERY = 30.0  # seconds between two lines of progress if there is no termin
 # In a table, texts of more than _FOLDED characters may continue in the next line, in a column of
 # at least _LEAST characters.
 _FOLDED, _LEAST = 16, 11
-_MANY = 200  # rows; rich would take half a millisecond per row to lay out a longer table
 NONE = "\N{EN DASH}"  # stands in a table for no value
 _COLOURS = {"accepted": "green", "outlier": "red", "ambiguous": "yellow"}
 
@@ -52,9 +50,6 @@ def rows(entries: Sequence[Mapping[str, Any]], as_json: bool, about: Mapping[str
             click.echo(json.dumps({**entry, **about}))
         return
     told = ", ".join(f"{key} {value}" for key, value in about.items())
-    if len(entries) > _MANY:
-        _lines(entries, told)
-        return
     caption = Text(told, "table.caption") if told else None  # a str would be read as markup
     table = Table(
         caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
@@ -70,27 +65,6 @@ def rows(entries: Sequence[Mapping[str, Any]], as_json: bool, about: Mapping[str
     for entry in entries:
         table.add_row(*(_cell(value) for value in entry.values()))
     Console().print(table)
-
-
-def _lines(entries: Sequence[Mapping[str, Any]], told: str) -> None:
-    """Prints rows in aligned columns, one line per row, whatever the width of the terminal."""
-    lefts = [isinstance(value, str) for value in entries[0].values()]
-    cells = [[_text(value) for value in entry.values()] for entry in entries]
-    heads = [key.replace("_", " ") for key in entries[0]]
-    widths = [max(map(cell_len, column)) for column in zip(heads, *cells, strict=True)]
-    colours = bool(Console().color_system)
-
-    def line(texts: Sequence[str]) -> str:
-        shown = []
-        for text, width, left in zip(texts, widths, lefts, strict=True):
-            gap = " " * (width - cell_len(text))
-            if colours and text in _COLOURS:
-                text = click.style(text, _COLOURS[text])
-            shown.append(text + gap if left else gap + text)
-        return f" {'  '.join(shown)}"
-
-    head = [f"\n{line(heads)}", f" {'-' * (sum(widths) + 2 * len(widths) - 2)}"]
-    click.echo("\n".join([*head, *map(line, cells), "", told]), color=colours or None)
 
 
 @contextmanager
@@ -166,8 +140,6 @@ def progress(parts: Iterable[slice], total: int, what: str) -> Iterator[slice]:
 
 
 def _cell(value: Any) -> Text:
-    return Text(_text(value), style=_COLOURS.get(str(value), ""))
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return Text(f"{value:.4g}")
+    return Text(str(value), style=_COLOURS.get(str(value), ""))
