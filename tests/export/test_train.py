@@ -211,6 +211,26 @@ def test_two_seeds_and_two_runs(pictures: Dataset, tmp_path: Path) -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+class Saturating(Toy):
+    """A model whose gradients are subnormal, as those of a saturated sigmoid."""
+
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        self.gradient = torch.ones(1, requires_grad=True)
+        (self.gradient * 1e-39).backward()
+        return super().objective(x, y)
+
+
+@pytest.mark.skipif(
+    not torch.set_flush_denormal(False), reason="this processor cannot flush subnormal numbers"
+)
+def test_subnormal_numbers_do_not_slow_training(pictures: Dataset, tmp_path: Path) -> None:
+    torch.set_flush_denormal(False)
+    torch.manual_seed(5)
+    model = Saturating(ToyConfig(pictures.shape))
+    train.fit(model, pictures, replace(TRAINING, epochs=1, validations=1), tmp_path)
+    assert model.gradient.grad is not None and model.gradient.grad.item() == 0
+
+
 def test_a_budget_of_processor_time_ends_a_run(pictures: Dataset, tmp_path: Path) -> None:
     training = Training(budget_seconds=0.3, batch=16, validations=3)
     done = train.fit(toy(pictures), pictures, training, tmp_path)
