@@ -388,18 +388,18 @@ def model_info(message: models_pb2.Model) -> ModelInfo:
     )
 
 
-def version_message(told: ModelVersion) -> admin_pb2.ModelVersion:
+def version_message(version: ModelVersion) -> admin_pb2.ModelVersion:
     """A version of a model, as a message."""
     return admin_pb2.ModelVersion(
-        model_name=told.name,
-        model_version=told.version,
-        state=_STATES[told.state],
-        folder=_sent(str(told.folder)),
-        digest=told.digest,
-        labels=told.labels,
-        is_default=told.is_default,
-        reason=told.reason,
-        message=_sent(told.message),
+        model_name=version.name,
+        model_version=version.version,
+        state=_STATES[version.state],
+        folder=_sent(str(version.folder)),
+        digest=version.digest,
+        labels=version.labels,
+        is_default=version.is_default,
+        reason=version.reason,
+        message=_sent(version.message),
     )
 
 

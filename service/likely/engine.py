@@ -136,7 +136,7 @@ class Engine:
         self.providers = self._lanes.providers
         self.arrangement: dict[str, object] = {
             "lanes": warm.lanes,
-            "graphs": {str(role): best.told() for role, best in warm.best.items()},
+            "graphs": {str(role): best.log_fields() for role, best in warm.best.items()},
         }
         self._generator = Generator(
             self.manifest,
@@ -221,12 +221,12 @@ class Engine:
         """Whether the version may answer: false after too many non-finite answers in a row."""
         return self._trust.healthy
 
-    def when_unhealthy(self, told: Callable[[], None]) -> None:
+    def when_unhealthy(self, callback: Callable[[], None]) -> None:
         """Registers a callback for the moment when the version becomes unhealthy.
 
         It is called on the event loop.
         """
-        self._trust.lost = told
+        self._trust.lost = callback
 
     def answers(self, method: str) -> bool:
         """Whether the bundle has what an RPC, such as `Score`, needs."""

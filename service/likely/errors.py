@@ -36,7 +36,7 @@ class LikelyError(Exception):
     """The base class of all errors that likely raises on purpose."""
 
     @property
-    def told(self) -> str:
+    def public_message(self) -> str:
         """The text that callers of a server get."""
         return str(self)
 
@@ -159,7 +159,7 @@ class BundleError(LikelyError):
         return cls(f"{path} cannot be read: {error.strerror}", "unreadable")
 
     @property
-    def told(self) -> str:
+    def public_message(self) -> str:
         """The message alone: the library's message stays in the log."""
         return self.message
 

@@ -57,7 +57,7 @@ class ReloadedValue(Generic[T]):
         self._interval = interval
         self._looking = Lock()
         self._seen = self._mark()
-        self._told: tuple[_Mark, str] | None = None
+        self._reported: tuple[_Mark, str] | None = None
         self._next = time.monotonic() + interval
         self._value = read()
 
@@ -78,10 +78,10 @@ class ReloadedValue(Generic[T]):
             value = self._read()
             self._check(value)
         except (LikelyError, OSError) as error:  # retried at every check
-            told = mark, str(error)
-            if told != self._told:
+            failure = mark, str(error)
+            if failure != self._reported:
                 self._failed(str(error))
-            self._told = told
+            self._reported = failure
         else:
             self._seen, self._value = mark, value
             self._renewed(value)

@@ -76,12 +76,12 @@ _FATAL = {
 }
 
 
-def _telling(errors: Mapping[int, str]) -> re.Pattern[str]:
+def _error_pattern(errors: Mapping[int, str]) -> re.Pattern[str]:
     numbers, names = "|".join(map(str, errors)), "|".join(errors.values())
     return re.compile(rf"CUDA failure (?:{numbers})\b|CUDA error cudaError(?:{names})\b")
 
 
-_BROKEN, _LOST = _telling(_FATAL), _telling(_GONE | _FATAL)
+_BROKEN, _LOST = _error_pattern(_FATAL), _error_pattern(_GONE | _FATAL)
 _PRELOADING = Lock()
 
 
@@ -419,10 +419,12 @@ def _preload() -> None:
 def _check_interface(
     path: Path, what: str, specs: Sequence[TensorSpec], found: Sequence[Any]
 ) -> None:
-    told = {spec.name: (_ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs}
+    declared = {spec.name: (_ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs}
     seen = {arg.name: (arg.type, list(arg.shape)) for arg in found}
-    if told != seen:
-        raise BundleError(f"{path} has the {what}s {seen} where the manifest says {told}", "graph")
+    if declared != seen:
+        raise BundleError(
+            f"{path} has the {what}s {seen} where the manifest says {declared}", "graph"
+        )
 
 
 _ONNX_TYPES = {"uint8": "tensor(uint8)", "int64": "tensor(int64)", "float32": "tensor(float)"}

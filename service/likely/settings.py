@@ -256,5 +256,5 @@ def _sentence(error: ValidationError) -> str:
     # A union gives one error for each of its members: together they say what is allowed.
     allowed = [first["msg"], *(e["msg"] for e in others if e["loc"][0] == key)]
     bare = (text.removeprefix("Value error, ") for text in allowed)
-    told = " or ".join(text.removeprefix("Input should be ") for text in bare)
-    return f"{key} = {first['input']!r} is not allowed; it should be {told}"
+    expected = " or ".join(text.removeprefix("Input should be ") for text in bare)
+    return f"{key} = {first['input']!r} is not allowed; it should be {expected}"

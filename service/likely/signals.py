@@ -30,19 +30,19 @@ def ending() -> Iterator[None]:
         yield
         return
 
-    def tell(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  Python's
+    def terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  Python's
         signal.signal(signal.SIGTERM, end)
         raise Terminated(128 + number)
 
     try:
-        signal.signal(signal.SIGTERM, tell)
+        signal.signal(signal.SIGTERM, terminate)
     except ValueError:  # only the main thread may set signal handlers
         yield
         return
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is tell:
+        if signal.getsignal(signal.SIGTERM) is terminate:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -99,7 +99,7 @@ class FailedCall(Protocol):
         """Its trailing metadata: pairs of key and value."""
 
 
-def is_told(error: Exception) -> TypeGuard[errors.LikelyError]:
+def is_public(error: Exception) -> TypeGuard[errors.LikelyError]:
     """Whether callers get the error's text; the texts of other errors stay in the log."""
     return type(error) in _CODES
 
@@ -138,14 +138,18 @@ def _status(error: Exception, request_id: str) -> status_pb2.Status:
     code, reason = _CODES.get(type(error), _INTERNAL)
     if isinstance(error, errors.Unauthenticated):
         reason = error.reason
-    message = _short(error.told) if is_told(error) else f"internal error, request {request_id}"
+    message = (
+        _short(error.public_message)
+        if is_public(error)
+        else f"internal error, request {request_id}"
+    )
     rich = status_pb2.Status(code=code.value[0], message=message)
-    told = [
+    details = [
         details_pb2.ErrorInfo(reason=reason, domain=DOMAIN),
         details_pb2.RequestInfo(request_id=request_id),
         *_details(error),
     ]
-    for detail in told:
+    for detail in details:
         rich.details.add().Pack(detail)
     return rich
 

@@ -249,7 +249,7 @@ def test_an_extra_that_is_missing_is_named(toy: Toy, tmp_path: Path, missing: st
 def test_logs_have_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(show, "TOLD_EVERY", 0.0)
+    monkeypatch.setattr(show, "PROGRESS_SECONDS", 0.0)
     with show.long_bar(1000, 400, "scoring") as advance:
         advance(150)
         advance(150)
@@ -261,7 +261,7 @@ def test_logs_have_a_line_now_and_then(
 def test_a_job_goes_on_though_nobody_can_be_told_how_far_it_is(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "from likely.cli import main, show; show.TOLD_EVERY = 0.0; main()"
+    code = "from likely.cli import main, show; show.PROGRESS_SECONDS = 0.0; main()"
     words = ["generate", "--count", "5", "--bundle", toy.path, "--device", "cpu", "--json"]
     command = [sys.executable, "-c", code, "batch", *map(str, words), "--out", str(tmp_path / "o")]
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)

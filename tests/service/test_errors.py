@@ -35,7 +35,7 @@ def test_errors_survive_a_process_border() -> None:
     refused = BundleError("a.onnx does not open", "graph", "truncated")
     again = pickle.loads(pickle.dumps(refused))
     assert isinstance(again, BundleError)
-    assert (str(again), again.told) == (str(refused), "a.onnx does not open")
+    assert (str(again), again.public_message) == (str(refused), "a.onnx does not open")
     busy = pickle.loads(pickle.dumps(Unavailable("draining", 2.5)))
     assert isinstance(busy, Unavailable) and busy.retry_after == 2.5
 

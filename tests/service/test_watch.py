@@ -39,7 +39,7 @@ class Engine:
         self.manifest = bundle.manifest
         self.digest = bundle.digest
 
-    def when_unhealthy(self, told: Any) -> None:
+    def when_unhealthy(self, callback: Any) -> None:
         pass
 
     def answers(self, method: str) -> bool:

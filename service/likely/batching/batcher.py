@@ -74,7 +74,7 @@ class Batcher:
         self._waiting = traffic.waiting.labels(name, graph)
         self._batches = traffic.batches.labels(name, graph)
         self._waits = traffic.waits.labels(name, graph)
-        self._told = 0
+        self._reported = 0
 
     @property
     def rows(self) -> int:
@@ -261,12 +261,12 @@ class Batcher:
         if time.monotonic() >= member.deadline - MIN_ESTIMATE:
             self._headroom[member.priority].missed(member.estimate)
 
-    def tell(self) -> None:
+    def report_waiting(self) -> None:
         """Updates the metric of waiting rows."""
         rows = self.rows
-        if rows != self._told:
-            self._waiting.inc(rows - self._told)
-            self._told = rows
+        if rows != self._reported:
+            self._waiting.inc(rows - self._reported)
+            self._reported = rows
 
     def clear(self) -> Sequence[Member]:
         """Removes and returns all members that wait for their turn; not those of ready batches."""
@@ -276,7 +276,7 @@ class Batcher:
         """Forgets everything that an earlier event loop has left waiting."""
         self.clear()
         self._ready = 0  # a batch that a lane took by itself is never reported as begun
-        self.tell()
+        self.report_waiting()
 
     def _miss(self, member: Member) -> None:
         """Fails a member whose answer would come after its deadline."""

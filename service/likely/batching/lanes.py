@@ -262,7 +262,7 @@ class Lanes:
             member.future.exception()  # marks it retrieved, so that the loop does not log it
         member.future.cancel()
         self._batchers[role].remove(member)
-        self._batchers[role].tell()
+        self._batchers[role].report_waiting()
         member.leave()
 
     def _wake(self) -> None:
@@ -276,7 +276,7 @@ class Lanes:
                 self._ready.append(ready)
             self._hurried = self._waits(Priority.INTERACTIVE)
             for batcher in self._batchers.values():
-                batcher.tell()
+                batcher.report_waiting()
         except Exception as error:
             self._restart(error, started and started[1])
 
@@ -494,7 +494,7 @@ class Lanes:
             for member in batcher.clear():
                 if not member.dead:
                     member.future.set_exception(Unavailable(why))
-            batcher.tell()
+            batcher.report_waiting()
 
 
 def _taken(ready: Ready, *priorities: Priority) -> tuple[Role, Batch] | None:

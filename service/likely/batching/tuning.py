@@ -48,7 +48,7 @@ class Best:
     run: int = 0
     wide: Runner | None = None
 
-    def told(self) -> dict[str, object]:
+    def log_fields(self) -> dict[str, object]:
         """Returns the fields that describe it in a log."""
         pace = float(f"{1000 * self.pace:.3g}")
         return {

@@ -167,8 +167,8 @@ class _Scan:
         opsets = [self._read(part, _OPSET, "an opset") for part in _parts(model, "opset_import")]
         imported = {(_text(opset, "domain"), _number(opset, "version")) for opset in opsets}
         if imported not in ({("", OPSET)}, {("ai.onnx", OPSET)}):
-            told = ", ".join(f"{d or 'ai.onnx'} {v}" for d, v in sorted(imported)) or "nothing"
-            raise WireError(f"it imports {told}; ai.onnx {OPSET} alone is allowed")
+            imports = ", ".join(f"{d or 'ai.onnx'} {v}" for d, v in sorted(imported)) or "nothing"
+            raise WireError(f"it imports {imports}; ai.onnx {OPSET} alone is allowed")
         graphs = list(_parts(model, "graph"))
         if not graphs:
             raise WireError("it holds no graph")

@@ -31,7 +31,7 @@ def versions(server: Connection, as_json: bool) -> None:
     """List versions that are served, loading or draining, and bundles that were refused."""
     with server.admin() as client:
         found = client.versions()
-    show.rows([_told(version, as_json) for version in found], as_json, {})
+    show.rows([_row(version, as_json) for version in found], as_json, {})
 
 
 @admin.command()
@@ -42,7 +42,7 @@ def load(server: Connection, folder: Path, as_json: bool) -> None:
     """Serve the bundle in FOLDER, an absolute path as the server sees it."""
     with server.admin() as client:
         loaded = client.load(folder)
-    show.rows([_told(loaded, as_json)], as_json, {})
+    show.rows([_row(loaded, as_json)], as_json, {})
 
 
 @admin.command()
@@ -76,7 +76,7 @@ def rollback(server: Connection, model: str, as_json: bool) -> None:
     """Label as stable the version of MODEL that was the default before the last change."""
     with server.admin() as client:
         back = client.rollback(model)
-    show.rows([_told(back, as_json)], as_json, {})
+    show.rows([_row(back, as_json)], as_json, {})
 
 
 @admin.command("reset-drift")
@@ -90,7 +90,7 @@ def reset_drift(server: Connection, model: str, version: str | None) -> None:
     click.echo(f"the test for drift of {model} {found} begins anew")
 
 
-def _told(version: ModelVersion, as_json: bool) -> dict[str, Any]:
+def _row(version: ModelVersion, as_json: bool) -> dict[str, Any]:
     """A row of the output: every field for programs, the relevant ones for people."""
     found: dict[str, Any] = {
         "model": version.name,
@@ -101,8 +101,8 @@ def _told(version: ModelVersion, as_json: bool) -> dict[str, Any]:
         "folder": str(version.folder),
     }
     if as_json:
-        told = {"reason": version.reason, "message": version.message}
-        return found | {"digest": version.digest} | told
+        details = {"reason": version.reason, "message": version.message}
+        return found | {"digest": version.digest} | details
     refused = version.state is VersionState.FAILED
     return found | {
         "labels": " ".join(version.labels) or show.NONE,

@@ -28,7 +28,7 @@ def health(server: Connection, model: str | None) -> None:
         try:
             answer = check(asked, timeout=positive(server.timeout))
         except grpc.RpcError as error:
-            raise _told(error, server.address, model) from error
+            raise _error_of(error, server.address, model) from error
     if answer != _SERVING:
         what = server.address if model is None else f"{model} at {server.address}"
         raise Unavailable(f"{what} is up but not serving yet, or any more")
@@ -46,7 +46,7 @@ def _request(model: str) -> bytes:
     return b"\x0a" + bytes([len(name)]) + name
 
 
-def _told(error: Any, address: str, model: str | None) -> LikelyError:
+def _error_of(error: Any, address: str, model: str | None) -> LikelyError:
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         return unreached(address, error.details())
     if error.code() is grpc.StatusCode.NOT_FOUND:

@@ -75,7 +75,7 @@ class Job:
                 with ledger.Ledger(out, request) as folder:
                     again = folder.summary
                 if again is not None:
-                    self._tell(again, done)
+                    self._print_summary(again, done)
                     return
         backend = opener.open()
         try:
@@ -93,7 +93,7 @@ class Job:
             found = run(plan, maker, workers, functools.partial(show.long_bar, what=what), label)
         finally:
             backend.close()
-        self._tell(found, info)
+        self._print_summary(found, info)
 
     def _request(
         self, ask: Ask, info: ModelInfo, given: Input | None
@@ -106,7 +106,7 @@ class Job:
         task = ask(info, pictures)
         return Request.of(task, info, Format(self.form), self.shard), pictures
 
-    def _tell(self, found: dict[str, Any], info: ModelInfo) -> None:
+    def _print_summary(self, found: dict[str, Any], info: ModelInfo) -> None:
         row = {"out": str(self.out), **_flat(found)}
         lines = [row] if self.as_json else [{"of": k, "found": row[k]} for k in row]
         show.rows(lines, self.as_json, {"model": info.name, "version": info.version})

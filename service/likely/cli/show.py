@@ -29,7 +29,7 @@ FILES_HELP = (
     "channel. Nothing is resized, cropped or inverted."
 )
 FOLDERS_HELP = FILES_HELP.replace("FILES are", "FILES are folders, or")
-TOLD_EVERY = 30.0  # seconds between two lines of progress if there is no terminal
+PROGRESS_SECONDS = 30.0  # seconds between two lines of progress if there is no terminal
 # In a table, texts of more than _FOLDED characters may continue in the next line, in a column of
 # at least _LEAST characters.
 _FOLDED, _LEAST = 16, 11
@@ -49,8 +49,8 @@ def rows(entries: Sequence[Mapping[str, Any]], as_json: bool, about: Mapping[str
         for entry in entries:
             click.echo(json.dumps({**entry, **about}))
         return
-    told = ", ".join(f"{key} {value}" for key, value in about.items())
-    caption = Text(told, "table.caption") if told else None  # a str would be read as markup
+    text = ", ".join(f"{key} {value}" for key, value in about.items())
+    caption = Text(text, "table.caption") if text else None  # a str would be read as markup
     table = Table(
         caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
@@ -103,16 +103,16 @@ def long_bar(total: int, done: int, what: str) -> Iterator[Callable[[int], None]
     columns = (
         TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(),
     )  # fmt: skip
-    began = told = time.monotonic()
+    began = last_printed = time.monotonic()
     shown = Progress(*columns, console=console, disable=not console.is_terminal)
     task = shown.add_task(what, total=total, completed=done)
 
     def advance(n: int) -> None:
-        nonlocal told
+        nonlocal last_printed
         shown.advance(task, n)
         now = time.monotonic()
-        if not console.is_terminal and now - told >= TOLD_EVERY:
-            told = now
+        if not console.is_terminal and now - last_printed >= PROGRESS_SECONDS:
+            last_printed = now
             at = int(shown.tasks[0].completed)
             rate = (at - done) / (now - began)
             with suppress(OSError):

@@ -86,8 +86,8 @@ def within(request: R, most: int | None, field: str = "images") -> R:
         InvalidInput: the request is larger.
     """
     if most is not None and (size := request.ByteSize()) > most:
-        told = f"{size} bytes with what is asked about them; the server takes {most} at a time"
-        raise InvalidInput(field, told)
+        problem = f"{size} bytes with what is asked about them; the server takes {most} at a time"
+        raise InvalidInput(field, problem)
     return request
 
 

@@ -189,8 +189,8 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
     asked = {1: (size,), 3: lengths, **({2: lengths[1:]} if lengths[0] == 1 else {})}.get(depth)
     if asked is None:
         may = "2, 1" if lengths[0] == 1 else "2"
-        told = f"levels in lists within {depth - 1} other lists; {may} or none are expected"
-        raise InvalidInput(name, f"{told}: {_shown(lengths)}, or {size} in one list")
+        problem = f"levels in lists within {depth - 1} other lists; {may} or none are expected"
+        raise InvalidInput(name, f"{problem}: {_shown(lengths)}, or {size} in one list")
     lists = 1  # number of lists per picture at this depth
     for length in asked:
         # A null counts as a wrong length: flatten() would skip it.
@@ -198,8 +198,8 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
         if (wrong := found != length).any():
             at = int(np.argmax(wrong))
             row = at // lists
-            told = f"{name}[{first + row}]"
-            raise _unfit(told, rows[row].as_py(), int(found[at]), length, depth, geometry)
+            where = f"{name}[{first + row}]"
+            raise _unfit(where, rows[row].as_py(), int(found[at]), length, depth, geometry)
         array = array.flatten()
         lists *= length
     if array.null_count:
@@ -209,23 +209,23 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
 
 
 def _unfit(
-    told: str, row: Any, found: int, asked: int, depth: int, geometry: Geometry
+    where: str, row: Any, found: int, asked: int, depth: int, geometry: Geometry
 ) -> InvalidInput:
     """The error for a row of which one list has another length than expected."""
     if found < 0:
-        return InvalidInput(told, "one of its lists is empty")
+        return InvalidInput(where, "one of its lists is empty")
     if depth == 1:
-        return InvalidInput(told, f"a list of {found}; expected {asked} levels")
+        return InvalidInput(where, f"a list of {found}; expected {asked} levels")
     try:
         shape = np.shape(row)
         if len(shape) == depth:
-            levels.check_fit(told, shape if depth == 3 else (1, *shape), geometry.shape)
+            levels.check_fit(where, shape if depth == 3 else (1, *shape), geometry.shape)
     except InvalidInput as error:
         return error
     except ValueError:
         pass  # ragged
     shown = f"{_shown(geometry.shape)} (channels x rows x columns)"
-    return InvalidInput(told, f"a list of {found}; expected one of {asked}: {shown}")
+    return InvalidInput(where, f"a list of {found}; expected one of {asked}: {shown}")
 
 
 def _of_bytes(values: Sequence[bytes], name: str, geometry: Geometry, first: int) -> Pixels:
@@ -238,9 +238,9 @@ def _of_bytes(values: Sequence[bytes], name: str, geometry: Geometry, first: int
         if bare[row]:
             found[row] = np.frombuffer(value, np.uint8).reshape(geometry.shape)
             continue
-        told = f"{name}[{first + row}]"
-        x = levels.of_image(io.BytesIO(value), told, geometry.shape[0], geometry.levels)
-        levels.check_fit(told, x.shape, geometry.shape)
+        where = f"{name}[{first + row}]"
+        x = levels.of_image(io.BytesIO(value), where, geometry.shape[0], geometry.levels)
+        levels.check_fit(where, x.shape, geometry.shape)
         found[row] = x
     return found
 

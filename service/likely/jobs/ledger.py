@@ -75,19 +75,21 @@ class Ledger:
         self._is_written, self._due = True, 0.0
         self._lock = _locked(folder)
         try:
-            told = _read(folder)
-            if told is not None:
-                request.require(told["request"])
-            self._beside = {key: each for key, each in (told or beside).items() if key in BESIDE}
+            manifest = _read(folder)
+            if manifest is not None:
+                request.require(manifest["request"])
+            self._beside = {
+                key: each for key, each in (manifest or beside).items() if key in BESIDE
+            }
             self._clear()
-            self.summary: dict[str, Any] | None = (told or {}).get("summary")
-            self._measured = self._whole(told, "measured", True)
-            self._done = self._whole(told, "shards", False)
+            self.summary: dict[str, Any] | None = (manifest or {}).get("summary")
+            self._measured = self._whole(manifest, "measured", True)
+            self._done = self._whole(manifest, "shards", False)
             if len(self._done) < request.shards:
                 self.summary = None
             elif self.summary is not None:
                 self._forget()
-            if self._told() != told:  # the manifest of a finished job stays untouched
+            if self._manifest() != manifest:  # the manifest of a finished job stays untouched
                 self._write()
         except BaseException:
             os.close(self._lock)
@@ -137,8 +139,8 @@ class Ledger:
         counts: Counter[str] = Counter()
         for record in self._done.values():
             counts.update(record.counts)
-        told = {name: counts[name] for name in sorted(counts)}
-        self.summary = {"pictures": self.request.task.total, **told, **found}
+        totals = {name: counts[name] for name in sorted(counts)}
+        self.summary = {"pictures": self.request.task.total, **totals, **found}
         self._measured = {}
         self._write()
         self._forget()
@@ -154,22 +156,28 @@ class Ledger:
 
     def _write(self) -> None:
         began = time.monotonic()
-        files.write(self.folder / MANIFEST, json.dumps(self._told(), indent=1).encode() + b"\n")
+        files.write(self.folder / MANIFEST, json.dumps(self._manifest(), indent=1).encode() + b"\n")
         ended = time.monotonic()
         self._is_written, self._due = True, ended + PAUSE * (ended - began)
 
-    def _told(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"format": FORMAT, "request": self.request.told(), **self._beside}
+    def _manifest(self) -> dict[str, Any]:
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "request": self.request.as_dict(),
+            **self._beside,
+        }
         if self._measured:
-            told["measured"] = _records(self._measured)
-        told["shards"] = _records(self._done)
+            manifest["measured"] = _records(self._measured)
+        manifest["shards"] = _records(self._done)
         if self.summary is not None:
-            told["summary"] = self.summary
-        return told
+            manifest["summary"] = self.summary
+        return manifest
 
-    def _whole(self, told: dict[str, Any] | None, key: str, measured: bool) -> dict[int, Record]:
+    def _whole(
+        self, manifest: dict[str, Any] | None, key: str, measured: bool
+    ) -> dict[int, Record]:
         """The listed shards whose files exist and match their digests, by number."""
-        named = {Record(**entry).file: Record(**entry) for entry in (told or {}).get(key, [])}
+        named = {Record(**entry).file: Record(**entry) for entry in (manifest or {}).get(key, [])}
         found = {}
         for shard in range(self.request.shards if named else 0):
             path = self.path(shard, measured)
@@ -205,14 +213,16 @@ def job_model(folder: Path) -> JobModel | None:
         JobError: the folder contains something else.
         OSError: the folder cannot be read.
     """
-    told = _read(folder) if folder.exists() else None
-    request = told["request"] if told else None
-    if not told or not isinstance(request, dict):
+    manifest = _read(folder) if folder.exists() else None
+    request = manifest["request"] if manifest else None
+    if not manifest or not isinstance(request, dict):
         return None
     name, version = request.get("model"), request.get("version")
     if not isinstance(name, str) or not isinstance(version, str):
         return None
-    return JobModel(name, version, told.get(LABEL), _info(told) if "summary" in told else None)
+    return JobModel(
+        name, version, manifest.get(LABEL), _info(manifest) if "summary" in manifest else None
+    )
 
 
 def beside(info: ModelInfo, label: str | None) -> dict[str, Any]:
@@ -226,9 +236,9 @@ def beside(info: ModelInfo, label: str | None) -> dict[str, Any]:
     return {MODEL: model, **({LABEL: label} if label else {})}
 
 
-def _info(told: dict[str, Any]) -> ModelInfo | None:
+def _info(manifest: dict[str, Any]) -> ModelInfo | None:
     try:
-        request, model = told["request"], told[MODEL]
+        request, model = manifest["request"], manifest[MODEL]
         c, h, w = map(int, model["shape"])
         return ModelInfo(
             name=request["model"],
@@ -284,7 +294,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     """The content of the folder's manifest; None if the folder is empty."""
     path = folder / MANIFEST
     try:
-        told = json.loads(path.read_bytes())
+        manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         strange = sorted(p.name for p in folder.iterdir() if not p.name.endswith(files.PART))
         if strange:
@@ -294,6 +304,10 @@ def _read(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise JobError(f"{path} is no manifest of a job: {error}") from error
-    if not isinstance(told, dict) or told.get("format") != FORMAT or "request" not in told:
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or "request" not in manifest
+    ):
         raise JobError(f"{path} is no manifest of a job in format {FORMAT}")
-    return told
+    return manifest

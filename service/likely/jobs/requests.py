@@ -204,7 +204,7 @@ class Request:
         """The index of a shard's first picture, and one past its last."""
         return shard * self.rows, min((shard + 1) * self.rows, self.task.total)
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """The request as plain JSON values."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
@@ -212,9 +212,9 @@ class Request:
     def metadata(self) -> dict[str, str]:
         """The metadata of each shard: which request it is part of."""
         about = {"model": self.model, "version": self.version, "digest": self.digest}
-        task = {name: self.told()["task"].get(name) for name in ("kind", "alpha", "seed")}
+        task = {name: self.as_dict()["task"].get(name) for name in ("kind", "alpha", "seed")}
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (about | task).items()}
-        texts["request"] = json.dumps(self.told(), sort_keys=True)
+        texts["request"] = json.dumps(self.as_dict(), sort_keys=True)
         return {f"likely.{k}": text for k, text in texts.items() if text != "null"}
 
     def require(self, other: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ class Request:
         Raises:
             JobError: it contains another one; the error names the first difference.
         """
-        here, there = _flat(self.told()), _flat(other)
+        here, there = _flat(self.as_dict()), _flat(other)
         # The digest comes last: if the version differs too, the version says more.
         for key in sorted(here.keys() | there.keys(), key=lambda key: (key == "digest", key)):
             if here.get(key) != there.get(key):
@@ -233,8 +233,8 @@ class Request:
                 )
 
 
-def _flat(told: dict[str, Any]) -> dict[str, Any]:
-    return {**told, **told["task"], "task": None}
+def _flat(request: dict[str, Any]) -> dict[str, Any]:
+    return {**request, **request["task"], "task": None}
 
 
 def runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:

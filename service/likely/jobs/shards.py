@@ -45,8 +45,10 @@ def encoded(table: pa.Table, form: Format, levels: int) -> bytes:
 
 def _text(table: pa.Table) -> dict[str, Any]:
     """The table's metadata, each entry as an array of one string."""
-    told = table.schema.metadata or {}
-    return {key.decode().replace(".", "_"): np.array(value.decode()) for key, value in told.items()}
+    metadata = table.schema.metadata or {}
+    return {
+        key.decode().replace(".", "_"): np.array(value.decode()) for key, value in metadata.items()
+    }
 
 
 def _samples(table: pa.Table, levels: int) -> Iterator[tuple[str, bytes]]:
@@ -66,8 +68,8 @@ def _samples(table: pa.Table, levels: int) -> Iterator[tuple[str, bytes]]:
             yield f"{key}.npy", _npy(images[row])
         if "label" in columns:
             yield f"{key}.cls", str(int(columns["label"][row])).encode()
-        told = {name: column[row].tolist() for name, column in columns.items()}
-        yield f"{key}.json", json.dumps(told).encode()
+        values = {name: column[row].tolist() for name, column in columns.items()}
+        yield f"{key}.json", json.dumps(values).encode()
 
 
 def _png(picture: Pixels) -> bytes:

@@ -236,8 +236,8 @@ class _Tar:
             if f".{ending.lower()}" != suffix:
                 dotted[key] = name
             elif place is None:
-                told = "neither a plain file nor a hard link to one before it"
-                raise InvalidInput(f"{file.name}:{name}", told)
+                problem = "neither a plain file nor a hard link to one before it"
+                raise InvalidInput(f"{file.name}:{name}", problem)
             else:
                 members.append((key, name, *place))
         keys = [key for key, *_ in members]
@@ -245,8 +245,8 @@ class _Tar:
             raise InvalidInput(file.name, f"sample {twice} has several pictures; expected one")
         sampled = {*keys}
         if lone := next((key for key in dotted if key not in sampled), None):
-            told = f"a name of several dots, and sample {lone} has no picture whose name has one"
-            raise InvalidInput(f"{file.name}:{dotted[lone]}", told)
+            problem = f"a name of several dots, and sample {lone} has no picture whose name has one"
+            raise InvalidInput(f"{file.name}:{dotted[lone]}", problem)
         return cls(file, geometry, members)
 
     @property
@@ -258,11 +258,11 @@ class _Tar:
         with self.file.path.open("rb") as archive:
             for key, name, offset, size in self.members[start:stop]:
                 archive.seek(offset)
-                told, data = f"{self.file.name}:{name}", BytesIO(archive.read(size))
+                where, data = f"{self.file.name}:{name}", BytesIO(archive.read(size))
                 parts.append(
-                    _npy(data, told, self.geometry)
+                    _npy(data, where, self.geometry)
                     if name.lower().endswith(".npy")
-                    else _image(data, told, self.geometry)
+                    else _image(data, where, self.geometry)
                 )
                 keys.append(key)
         return np.stack(parts), keys
@@ -289,8 +289,8 @@ class _Parquet:
     ) -> _Parquet:
         try:
             with pq.ParquetFile(file.path) as opened:
-                form, told = opened.schema_arrow, opened.metadata
-                ends = [told.row_group(i).num_rows for i in range(told.num_row_groups)]
+                form, metadata = opened.schema_arrow, opened.metadata
+                ends = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         except pa.ArrowInvalid as error:
             raise InvalidInput(file.name, f"no Parquet file: {error}") from error
         key = given.key or (KEY if KEY in form.names else None)
@@ -379,8 +379,8 @@ def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> It
     Raises:
         OSError: a folder cannot be read.
     """
-    told = folder.stat()
-    own = (told.st_dev, told.st_ino)
+    status = folder.stat()
+    own = (status.st_dev, status.st_ino)
     if own in above:  # a link leads back to a folder above
         return
     for each in sorted(folder.iterdir(), key=lambda each: each.name):

@@ -253,11 +253,11 @@ class Supervisor:
 
     async def _until_found(self, index: int) -> None:
         """Waits while the watched folder is lost, as a new worker would find no bundles in it."""
-        told = False
+        logged = False
         while not self._ending and await self._is_lost():
-            if not told:
+            if not logged:
                 self._log.error("worker waits for the watched folder", worker=index)
-            told = True
+            logged = True
             await asyncio.sleep(self._settings.watch_seconds)
 
     async def _is_lost(self) -> bool:

@@ -92,9 +92,9 @@ class _Workers(MultiProcessCollector):
         super().__init__(None, str(folder))  # type: ignore[no-untyped-call]
 
     def collect(self) -> Iterator[Metric]:
-        told: Any = super().collect()  # type: ignore[no-untyped-call]
+        metrics: Any = super().collect()  # type: ignore[no-untyped-call]
         names = set()
-        for metric in told:
+        for metric in metrics:
             names.add(metric.name)
             yield metric
         if READY not in names:

@@ -270,8 +270,8 @@ def completions(
     if given > 1 and (request.HasField("label") or request.HasField("temperature")):
         raise InvalidInput("proposals", f"{given} need an absent label and temperature")
     if given > 1 and manifest.leader(Role.SAMPLE) != manifest.leader(Role.DENSITY):
-        told = f"{given} need a model that can compute log p(x) of its draws"
-        raise InvalidInput("proposals", told)
+        problem = f"{given} need a model that can compute log p(x) of its draws"
+        raise InvalidInput("proposals", problem)
     _within("proposals", given, min(MOST_PROPOSALS, limits.images_per_generation // (n * count)))
     return count, given
 

@@ -157,7 +157,7 @@ class Guard:
         self._registry = registry
         self._metrics = metrics
         self._log = log.bind()  # a logger that was never bound would bind itself at each event
-        self._tells_all = log.is_enabled_for(logging.DEBUG)
+        self._logs_all = log.is_enabled_for(logging.DEBUG)
         self._gate = gate or Gate()
         self._tracing = tracing
         self._patience = slow_reader_seconds
@@ -245,7 +245,9 @@ class Guard:
             call.code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
             raise
         except Exception as error:
-            refusal = statuses.status(self.told(error, method, call.request_id), call.request_id)
+            refusal = statuses.status(
+                self.public_error(error, method, call.request_id), call.request_id
+            )
             call.code = refusal[0].name
         finally:
             self._ended(call)
@@ -253,18 +255,18 @@ class Guard:
         code, message, details = refusal
         return await context.abort(code, message, (*trailer, *details))
 
-    def told(self, error: Exception, method: str, request_id: str) -> Exception:
+    def public_error(self, error: Exception, method: str, request_id: str) -> Exception:
         """Returns the error that callers get for an error, and logs it if it is a fault."""
         if isinstance(error, DeviceLost):
             self._lost(error)
             return Unavailable("the device is gone; the server shuts down, to be restarted")
-        if not statuses.is_told(error):
+        if not statuses.is_public(error):
             self._log.error("fault", method=method, request_id=request_id, exc_info=error)
         return error
 
     def failure(self, error: Exception, method: str, request_id: str) -> Failure:
         """Returns the failure that the caller gets for one message of a stream."""
-        return statuses.failure(self.told(error, method, request_id), request_id)
+        return statuses.failure(self.public_error(error, method, request_id), request_id)
 
     def streamed(self, method: str, request: Any, code: int) -> None:
         """Counts one message of a stream that was answered with a status code; 0 is OK.
@@ -315,12 +317,12 @@ class Guard:
                 },
             )
         # Successes are only counted, as a line each would cost as much as a small model's run.
-        told = call.is_ours and call.code not in ("OK", "RESOURCE_EXHAUSTED")
-        if told or self._tells_all:
-            self._tell(call, seconds, self._log.info if told else self._log.debug)
+        notable = call.is_ours and call.code not in ("OK", "RESOURCE_EXHAUSTED")
+        if notable or self._logs_all:
+            self._log_call(call, seconds, self._log.info if notable else self._log.debug)
 
-    def _tell(self, call: Call, seconds: float, tell: Callable[..., object]) -> None:
-        tell(
+    def _log_call(self, call: Call, seconds: float, log: Callable[..., object]) -> None:
+        log(
             "rpc",
             method=call.method,
             model=call.model,

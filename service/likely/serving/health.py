@@ -58,10 +58,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self, request: health_pb2.HealthCheckRequest, _: object
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Yields the status of one service and its changes; a slow reader may miss some."""
-        told = None
+        sent = None
         while True:
             changed, status = self._changed, self._statuses.get(request.service, _UNKNOWN)
-            if status != told:
-                told = status
+            if status != sent:
+                sent = status
                 yield health_pb2.HealthCheckResponse(status=status)
             await changed.wait()

@@ -109,7 +109,7 @@ class Server:
         self._tracing = Tracing() if settings.tracing else None
         self.lost: asyncio.Future[DeviceLost] = asyncio.get_running_loop().create_future()
         loader = Loader(settings, self._metrics.traffic, self._metrics.monitor.saw)
-        self.lifecycle = Lifecycle(self.registry, loader, self._metrics, log, self._tell)
+        self.lifecycle = Lifecycle(self.registry, loader, self._metrics, log, self._update_health)
         self._watcher: Watcher | None = None
         if settings.watch:
             self._watcher = Watcher(
@@ -155,8 +155,8 @@ class Server:
             SettingsError: the server cannot listen on an address.
         """
         settings = self._settings
-        self._tell_health(NOT_SERVING)
-        await self._tell()
+        self._set_health(NOT_SERVING)
+        await self._update_health()
         self.port = ports.listen(self._grpc, settings, settings.host, settings.port, self._log)
         if self._admin and self._admin_socket:
             self._admin.add_insecure_port(f"unix:{self._admin_socket}")
@@ -194,7 +194,7 @@ class Server:
         self.lifecycle.pin(settings.version_labels)
         self.registry.open()
         self._loaded = True
-        await self._tell()
+        await self._update_health()
 
     async def stop(
         self,
@@ -220,7 +220,7 @@ class Server:
         await asyncio.sleep(delay)
         self.lifecycle.end()
         await self._drain(grace)
-        self._metrics.monitor.tell()
+        self._metrics.monitor.flush()
         if self._exporter:
             await asyncio.to_thread(self._exporter.close)
         if self._tracing:
@@ -277,12 +277,12 @@ class Server:
             self.lost.set_result(error)
             self._go_quiet()
 
-    async def _tell(self) -> None:
+    async def _update_health(self) -> None:
         """Updates the health of the server and of each model."""
         if not self._loaded:
             return
         serving = {e.manifest.name for e in self.registry.engines() if e.healthy}
-        self._tell_health(SERVING if serving else NOT_SERVING)
+        self._set_health(SERVING if serving else NOT_SERVING)
         self._models |= {engine.manifest.name for engine in self.registry.engines()}
         for name in self._models:
             self._health.set(f"{MODEL}{name}", SERVING if name in serving else NOT_SERVING)
@@ -296,7 +296,7 @@ class Server:
         self._health.end()
         self._metrics.ready(False)
 
-    def _tell_health(self, status: int) -> None:
+    def _set_health(self, status: int) -> None:
         self._metrics.ready(status == SERVING and not self._quiet)
         for service in ("", *SERVICES):
             self._health.set(service, status)

@@ -130,7 +130,7 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
                 yield scoring_pb2.ScoreStreamResponse(
                     outcomes=[
                         scoring_pb2.ScoreOutcome(
-                            sequence_id=n, **self._told(outcome, "ScoreStream")
+                            sequence_id=n, **self._outcome_field(outcome, "ScoreStream")
                         )
                         for n, outcome in outcomes
                     ]
@@ -148,13 +148,13 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
                 yield scoring_pb2.ClassifyStreamResponse(
                     outcomes=[
                         scoring_pb2.ClassifyOutcome(
-                            sequence_id=n, **self._told(outcome, "ClassifyStream")
+                            sequence_id=n, **self._outcome_field(outcome, "ClassifyStream")
                         )
                         for n, outcome in outcomes
                     ]
                 )
 
-    def _told(self, outcome: object, method: str) -> dict[str, Any]:
+    def _outcome_field(self, outcome: object, method: str) -> dict[str, Any]:
         """Returns an outcome as the field of the message that holds it: response or failure."""
         if not isinstance(outcome, Exception):
             return {"response": outcome}

@@ -77,15 +77,15 @@ def _pem(path: Path) -> bytes:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _check_pair(chain: bytes, secret: bytes, told: str) -> None:
+def _check_pair(chain: bytes, secret: bytes, paths: str) -> None:
     """Checks that certificate and key match; gRPC accepts any two and fails every handshake."""
     try:
         own = x509.load_pem_x509_certificates(chain)[0].public_key()
         key = serialization.load_pem_private_key(secret, password=None).public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise SettingsError(f"{told} are not a PEM certificate and its unencrypted key") from None
+        raise SettingsError(f"{paths} are not a PEM certificate and its unencrypted key") from None
     if own != key:
-        raise SettingsError(f"{told} do not belong together")
+        raise SettingsError(f"{paths} do not belong together")
 
 
 def _check_roots(roots: bytes, path: Path) -> None:

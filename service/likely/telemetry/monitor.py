@@ -154,11 +154,11 @@ class Monitor:
         ).set(self.threshold)
         self._watched: dict[Engine, _Watched] = {}
         self._unloaded = Unloaded[tuple[str, str]](workers)
-        self._telling: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def serving(self, engines: Iterable[Engine]) -> None:
         """These models, and no others, are monitored from now on."""
-        self.tell()
+        self.flush()
         served = [engine for engine in engines if engine.answers("Score")]
         gone = [engine for engine in self._watched if engine not in served]
         for engine in gone:
@@ -181,20 +181,20 @@ class Monitor:
         if watched is None:
             return  # being unloaded: no longer monitored
         watched.gathered[method].append(rows)
-        if self._telling is None:
-            self._telling = asyncio.get_running_loop().call_later(PERIOD, self.tell)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(PERIOD, self.flush)
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         """Processes the pictures that were collected."""
-        if self._telling:
-            self._telling.cancel()
-            self._telling = None
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
         for watched in self._watched.values():
-            watched.tell()
+            watched.flush()
 
     def reset(self, engine: Engine) -> None:
         """Restarts the drift tests of a version."""
-        self.tell()
+        self.flush()
         if engine in self._watched:
             self._watched[engine].begin()
 
@@ -232,7 +232,7 @@ class _Watched:
         for gauge in (*self._logs.values(), *self._alarms.values()):
             gauge.set(0)
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         for method, gathered in self.gathered.items():
             if not gathered:
                 continue

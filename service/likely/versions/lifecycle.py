@@ -92,8 +92,8 @@ class Lifecycle:
         self._registry.fill(engines)
         for engine, folder in zip(engines, folders, strict=True):
             self._folders[_key(engine)] = [folder]
-            self._told("model", engine)
-        await self._tell()
+            self._watch_and_log("model", engine)
+        await self._notify()
 
     def pin(self, labels: Mapping[tuple[str, str], str]) -> None:
         """Sets the labels that the settings define.
@@ -281,14 +281,14 @@ class Lifecycle:
         except BaseException:
             await asyncio.to_thread(engine.close)
             raise
-        self._told("loaded", engine)
+        self._watch_and_log("loaded", engine)
         await self._settle(engine, folder, before)
 
     async def _renew(self, engine: Engine, folder: Path) -> None:
         """Replaces the engine of the same bundle; the old engine drains and is closed."""
         self._close_unused(self._registry.replace(engine), folder)
-        self._told("loaded", engine)
-        await self._tell()
+        self._watch_and_log("loaded", engine)
+        await self._notify()
 
     async def _found(self, engine: Engine, folder: Path) -> None:
         """Notes that a version which is already served also came from this folder."""
@@ -308,7 +308,7 @@ class Lifecycle:
                         self._registry.set_label(name, label, version)
                 self._retire(*replaced, folder)
         self._remember(name, before)
-        await self._tell()
+        await self._notify()
 
     async def _folder_emptied(self, folder: Path) -> None:
         if key := self._key_of(folder):
@@ -328,7 +328,7 @@ class Lifecycle:
         before = self._default(name)
         drained = self._retire(name, version, self._folders[name, version][-1])
         self._remember(name, before)
-        await self._tell()
+        await self._notify()
         return drained
 
     async def _set_label(self, name: str, label: str, version: str) -> None:
@@ -337,7 +337,7 @@ class Lifecycle:
         self._registry.set_label(name, label, version or None)
         self._remember(name, before)
         self._log.info("label", name=name, label=label, version=version)
-        await self._tell()
+        await self._notify()
 
     async def _rollback(self, name: str) -> ModelVersion:
         self._registry.find(name)
@@ -364,7 +364,7 @@ class Lifecycle:
         # Also drops what `_load` may have remembered: a rollback cannot be rolled back.
         self._former[name] = former[:-1]
         self._log.info("rolled back", name=name, version=target.version)
-        await self._tell()
+        await self._notify()
         return self._described(self._registry.find(name, target.version))
 
     def _retire(self, name: str, version: str, folder: Path) -> asyncio.Task[None]:
@@ -413,7 +413,7 @@ class Lifecycle:
         self._failed.pop(folder, None)
         if not is_none:  # a mistyped path is not remembered
             self._failed[folder] = ModelVersion(  # the newest last
-                VersionState.FAILED, folder, reason=reason, message=error.told
+                VersionState.FAILED, folder, reason=reason, message=error.public_message
             )
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
@@ -452,7 +452,7 @@ class Lifecycle:
     def _key_of(self, folder: Path) -> Key | None:
         return next((key for key, folders in self._folders.items() if folder in folders), None)
 
-    def _told(self, event: str, engine: Engine) -> None:
+    def _watch_and_log(self, event: str, engine: Engine) -> None:
         name, version = _key(engine)
         engine.when_unhealthy(partial(self._sickened, engine))
         self._log.info(
@@ -467,9 +467,9 @@ class Lifecycle:
     def _sickened(self, engine: Engine) -> None:
         name, version = _key(engine)
         self._log.error("unhealthy", name=name, version=version)
-        self._task(self._tell())
+        self._task(self._notify())
 
-    async def _tell(self) -> None:
+    async def _notify(self) -> None:
         self._metrics.serving(self._registry.engines())
         await self._changed()
 

@@ -81,7 +81,7 @@ class Answer:
     """Outputs by name, and parameters that describe them, such as alpha or the seed."""
 
     outputs: Arrays
-    told: Settings
+    parameters: Settings
 
 
 @dataclass(frozen=True, slots=True)

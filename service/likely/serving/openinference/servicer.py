@@ -103,7 +103,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         manifest = engine.manifest
         kind = inference_pb2.ModelMetadataResponse.TensorMetadata
 
-        def told(given: tuple[Tensor, ...]) -> list[Any]:
+        def metadata(given: tuple[Tensor, ...]) -> list[Any]:
             return [kind(name=t.name, datatype=t.datatype, shape=t.shape) for t in given]
 
         return inference_pb2.ModelMetadataResponse(
@@ -114,8 +114,8 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
                 if each.manifest.name == manifest.name
             ],
             platform=PLATFORM,
-            inputs=told(operation.inputs(manifest)),
-            outputs=told(operation.outputs(manifest)),
+            inputs=metadata(operation.inputs(manifest)),
+            outputs=metadata(operation.outputs(manifest)),
         )
 
     async def ModelInfer(
@@ -149,10 +149,10 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
                         self._guard.streamed(STREAM, request, 0)
                         yield inference_pb2.ModelStreamInferResponse(infer_response=outcome)
                         continue
-                    told = self._guard.failure(outcome, STREAM, request_id)
-                    self._guard.streamed(STREAM, request, told.code)
+                    failure = self._guard.failure(outcome, STREAM, request_id)
+                    self._guard.streamed(STREAM, request, failure.code)
                     yield inference_pb2.ModelStreamInferResponse(
-                        error_message=told.message,
+                        error_message=failure.message,
                         infer_response=inference_pb2.ModelInferResponse(
                             id=request.id, model_name=request.model_name
                         ),
@@ -253,7 +253,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         response = inference_pb2.ModelInferResponse(
             model_name=request.model_name, model_version=version, id=request.id
         )
-        for name, value in answer.told.items():
+        for name, value in answer.parameters.items():
             field = "double_param" if isinstance(value, float) else "int64_param"
             setattr(response.parameters[name], field, value)
         raw = bool(request.raw_input_contents) or not any(
