@@ -17,19 +17,19 @@ class Failed:
     """A failed call as a client sees it."""
 
     def __init__(self, code: grpc.StatusCode, message: str, metadata: Any) -> None:
-        self._told = code, message, metadata
+        self._status = code, message, metadata
 
     def code(self) -> grpc.StatusCode:
-        return self._told[0]
+        return self._status[0]
 
     def details(self) -> str:
-        return self._told[1]
+        return self._status[1]
 
     def trailing_metadata(self) -> Any:
-        return self._told[2]
+        return self._status[2]
 
 
-TOLD = [
+ERRORS = [
     errors.InvalidInput("images.shape[0]", "-1 is negative"),
     errors.InvalidInput("", "no message"),
     errors.ModelNotFound("a@2", "no a@2"),
@@ -43,7 +43,7 @@ TOLD = [
 ]
 
 
-@pytest.mark.parametrize("error", TOLD, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_there_and_back(error: errors.LikelyError) -> None:
     again = statuses.error(Failed(*statuses.status(error, "id-1")))
     assert type(again) is type(error)
@@ -51,7 +51,7 @@ def test_there_and_back(error: errors.LikelyError) -> None:
     assert vars(again) == vars(error)
 
 
-@pytest.mark.parametrize("error", TOLD, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_each_carries_its_reason_and_the_request(error: errors.LikelyError) -> None:
     code, _, metadata = statuses.status(error, "id-1")
     rich = status_pb2.Status.FromString(dict(metadata)[statuses.DETAILS_KEY])
