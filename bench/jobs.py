@@ -45,8 +45,8 @@ def done(*words: object) -> dict[str, Any]:
     """Runs a job without disturbance; returns its summary."""
     command = [*LIKELY, *map(str, words), "--json"]
     ran = subprocess.run(command, capture_output=True, check=True)  # noqa: S603
-    told: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return told
+    summary: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return summary
 
 
 def killed(words: Sequence[object], out: Path, times: int, rng: random.Random) -> list[int]:
@@ -96,11 +96,11 @@ def actors(driver: int) -> list[int]:
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            told = (folder / "stat").read_text()
+            stat = (folder / "stat").read_text()
             names[int(folder.name)] = (folder / "cmdline").read_text()
         except OSError:
             continue
-        parents[int(folder.name)] = int(told.rpartition(")")[2].split()[1])
+        parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
 
     def below(process: int) -> bool:
         while process in parents and process != driver:

@@ -53,7 +53,7 @@ def collect(bundles: Mapping[str, Path], pace: Pace, report: Report) -> Figures:
         for name, server in servers.items():
             report(f"{name}: raw runs")
             how, rates = bench.best(name, cores)
-            figures[f"raw.{name}"] = {"best": how.told(), "images_per_second": rates}
+            figures[f"raw.{name}"] = {"best": how.description(), "images_per_second": rates}
             figures |= _against(bench, name, server, echo, how, pace, report)
         report("overload")
         figures |= _overload(bench, servers["heavy"])

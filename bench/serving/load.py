@@ -112,7 +112,7 @@ class Tally:
             self._cpu = {name: used - before[name] for name, used in _cpu(self._plan).items()}
             self.ended.set()
 
-    def told(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """The result: counts, requests per second, and latencies and CPU time in seconds."""
         return {
             "seconds": self._seconds,
@@ -147,7 +147,7 @@ async def run(plan: Plan) -> dict[str, Any]:
             working.result()
         if ended not in done:
             raise TimeoutError(f"fewer than {plan.answers} answers in {limit:.0f} s")
-    return tally.told()
+    return tally.result()
 
 
 async def _closed(asks: Sequence[Ask]) -> None:

@@ -49,7 +49,7 @@ class Arrangement:
     threads: int
     sessions: int
 
-    def told(self) -> str:
+    def description(self) -> str:
         """The arrangement in words."""
         return f"{self.sessions} x {self.threads} threads, batches of {self.batch}"
 
@@ -95,7 +95,7 @@ class Bench:
     def best(self, scorer: str, cores: int) -> tuple[Arrangement, dict[str, float]]:
         """The arrangement with the most images per second, and the rates of all arrangements."""
         tried = {
-            how.told(): how
+            how.description(): how
             for batch in self._pace.batches
             for how in (Arrangement(batch, cores, 1), Arrangement(batch, 1, cores))
         }

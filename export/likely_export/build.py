@@ -99,8 +99,8 @@ def _bound(run: Run, data: Dataset) -> dict[str, float | int] | None:
             *(torch.from_numpy(each).split(passes.BATCH) for each in (part.x, part.y)), strict=True
         )
         nats = torch.cat([model.evaluate(x, y) for x, y in pairs])
-    told = {"importance_samples": model.config.importance_samples, "test_size": len(part)}
-    return measures.mean(nats.double().numpy()) | told
+    counts = {"importance_samples": model.config.importance_samples, "test_size": len(part)}
+    return measures.mean(nats.double().numpy()) | counts
 
 
 def extend(

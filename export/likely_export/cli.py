@@ -364,8 +364,8 @@ def _tell_absent(recipe: Recipe) -> None:
     """Warns about other data sets that the recipe names and that do not exist."""
     for name, path in recipe.places().items():
         if not path.exists():
-            told = f"warning: evaluation.others.{name} is left out: {path} is not there"
-            click.echo(told, err=True)
+            warning = f"warning: evaluation.others.{name} is left out: {path} is not there"
+            click.echo(warning, err=True)
 
 
 @contextmanager

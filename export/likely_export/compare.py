@@ -196,9 +196,9 @@ class _Member:
                 "bits_per_dim": measures.mean(scores.bits_per_dim),
             }
         if EVALUATION in self.manifest.files:
-            told = json.loads((self.bundle.path / EVALUATION).read_bytes())
-            if BOUND in told:
-                return {"nats": told[BOUND] | {"kind": "bound"}}
+            figures = json.loads((self.bundle.path / EVALUATION).read_bytes())
+            if BOUND in figures:
+                return {"nats": figures[BOUND] | {"kind": "bound"}}
         return {}
 
     async def _accuracy(self, engine: Engine) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def corrupt(name: str, x: Pixels, levels: int) -> Pixels:
     return known[name](x, levels, np.random.Generator(np.random.Philox(key=key)))
 
 
-def tells(before: Pixels, after: Pixels) -> bool:
+def is_informative(before: Pixels, after: Pixels) -> bool:
     """Whether a corruption changed at least half of the pictures without turning them blank.
 
     With few levels, some corruptions change nothing, such as weak noise that is rounded away, or
@@ -55,7 +55,7 @@ def tells(before: Pixels, after: Pixels) -> bool:
 def reported(x: Pixels, levels: int) -> dict[str, Pixels]:
     """Returns pictures, uint8 (n, c, h, w), after each informative corruption of PANEL and HARD."""
     every = {name: corrupt(name, x, levels) for name in (*PANEL, *HARD)}
-    return {name: made for name, made in every.items() if name == BLANK or tells(x, made)}
+    return {name: made for name, made in every.items() if name == BLANK or is_informative(x, made)}
 
 
 def contrasting(
@@ -63,7 +63,8 @@ def contrasting(
 ) -> tuple[Pixels, npt.NDArray[np.int64], tuple[str, ...]]:
     """Returns corrupted pictures, the rows they were made from, and the corruptions left out.
 
-    Each picture is corrupted in one way. Corruptions that change too little are left out (`tells`).
+    Each picture is corrupted in one way. Corruptions that change too little are left out
+    (`is_informative`).
 
     Args:
         names: keys of CHOOSING; each is applied to an equal part of the pictures.
@@ -75,7 +76,7 @@ def contrasting(
     """
     rows = np.array_split(np.arange(len(x)), len(names))
     made = [corrupt(name, x[part], levels) for name, part in zip(names, rows, strict=True)]
-    kept = [tells(x[part], one) for part, one in zip(rows, made, strict=True)]
+    kept = [is_informative(x[part], one) for part, one in zip(rows, made, strict=True)]
     if not any(kept):
         raise InvalidInput(
             "calibration.contrast",

@@ -84,9 +84,9 @@ def attach(bundle: Path, figures: Mapping[str, Any], material: Material) -> Mani
     not agree with it: use a copy (`replacing.rewriting`) of a bundle that may be served.
     """
     manifest = Bundle.open(bundle).manifest
-    told = json.dumps(figures, indent=1, allow_nan=False) + "\n"
+    text = json.dumps(figures, indent=1, allow_nan=False) + "\n"
     page = report.page(manifest, figures, material)
-    (bundle / EVALUATION).write_text(told)
+    (bundle / EVALUATION).write_text(text)
     (bundle / REPORT).write_text(page, encoding="utf-8")
     return write_manifest(bundle, manifest.model_dump(exclude={"files"}))
 
@@ -326,8 +326,8 @@ class _Evaluation:
             bounds.append(log_pxy[rows, part.y])
         bound = np.logaddexp.reduce(np.array(bounds, np.float64), axis=0) - np.log(calls)
         bits = -bound / (self.manifest.dimensions * np.log(2))
-        told = {"importance_samples": calls * graph.importance_samples, "test_size": len(part)}
-        return {"conditional_bits_per_dim": measures.mean(bits) | told}
+        counts = {"importance_samples": calls * graph.importance_samples, "test_size": len(part)}
+        return {"conditional_bits_per_dim": measures.mean(bits) | counts}
 
     async def _mixed(self, judge: Judge, taken: Classifications) -> dict[str, Any]:
         """Classification with outliers mixed in, where accepting one is an error.

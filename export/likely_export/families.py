@@ -75,8 +75,8 @@ def config(
     chosen = family(name)
     if chosen.needs_labels and not labels:
         raise InvalidInput("family", f"a {name} needs labels, and the data have none")
-    told = labels if chosen.labelled else 0
-    return chosen.config(shape=shape, levels=levels, labels=told, **options)
+    label_count = labels if chosen.labelled else 0
+    return chosen.config(shape=shape, levels=levels, labels=label_count, **options)
 
 
 def create(

@@ -125,10 +125,10 @@ def _check_traces(model: onnx.ModelProto) -> None:
 def _check_signature(
     what: str, specs: Iterable[TensorSpec], found: Iterable[onnx.ValueInfoProto]
 ) -> None:
-    told = {spec.name: spec.shape for spec in specs}
+    declared = {spec.name: spec.shape for spec in specs}
     seen = {value.name: _axes(value) for value in found}
-    if told != seen:
-        raise BundleError(f"the graph has the {what}s {seen} where {told} was declared")
+    if declared != seen:
+        raise BundleError(f"the graph has the {what}s {seen} where {declared} was declared")
     for name, axes in seen.items():
         if not axes or axes[0] != "batch" or not all(isinstance(axis, int) for axis in axes[1:]):
             raise BundleError(f"the {what} {name} is {axes}; axis 0 alone may vary, as 'batch'")
@@ -156,17 +156,17 @@ def _types(graph: onnx.GraphProto) -> dict[str, str]:
 
 
 def _check_node(node: onnx.NodeProto, types: Mapping[str, str]) -> None:
-    op, told = node.op_type, f"the node {node.name or node.output[0]}"
+    op, shown = node.op_type, f"the node {node.name or node.output[0]}"
     if node.domain not in ("", "ai.onnx"):
-        raise BundleError(f"{told} is {node.domain}.{op}; only ai.onnx is allowed")
+        raise BundleError(f"{shown} is {node.domain}.{op}; only ai.onnx is allowed")
     if op in RANDOM:
-        raise BundleError(f"{told} is {op}, which draws at random; noise must be an input")
+        raise BundleError(f"{shown} is {op}, which draws at random; noise must be an input")
     if op in BRANCHING:
-        raise BundleError(f"{told} is {op}; of control flow, Scan alone is allowed")
+        raise BundleError(f"{shown} is {op}; of control flow, Scan alone is allowed")
     version = onnx.defs.get_schema(op, OPSET).since_version
     kernel = KERNELS.get(op)
     if kernel is None or not kernel.first <= version <= kernel.last:
-        raise BundleError(f"{told} is {op}-{version}, which has no CUDA kernel")
+        raise BundleError(f"{shown} is {op}-{version}, which has no CUDA kernel")
     source = node.input[op in TYPED_BY_SECOND]
     if types[source] not in kernel.types:
-        raise BundleError(f"{told} is {op}-{version} of {types[source]}, which has no CUDA kernel")
+        raise BundleError(f"{shown} is {op}-{version} of {types[source]}, which has no CUDA kernel")

@@ -15,8 +15,8 @@ def at_least(least: int, config: object, *names: str) -> None:
         value = getattr(config, name)
         several = isinstance(value, tuple | list)
         if not all(item >= least for item in (value if several else (value,))):
-            told = list(value) if several else value
-            raise InvalidInput(name, f"{told}; at least {least} is needed")
+            shown = list(value) if several else value
+            raise InvalidInput(name, f"{shown}; at least {least} is needed")
 
 
 def shares(config: object, *names: str) -> None:

@@ -94,10 +94,10 @@ def _manifest(recipe: Recipe, data: Dataset, made: Mapping[Role, GraphSource]) -
     """
     graphs = {role: source.graph(f"{role}.onnx") for role, source in made.items()}
     names = [GOLDEN, *(graph.file for graph in graphs.values())]
-    told = fields(recipe, data, graphs) | {"parity_nats": 0.0}
+    content = fields(recipe, data, graphs) | {"parity_nats": 0.0}
     if Role.DENSITY in made:
         names.append(CALIBRATION)
-        told["calibration"] = {
+        content["calibration"] = {
             "file": CALIBRATION,
             "size": len(data.calibrate),
             "weights": _weights(graphs.get(Role.CONDITIONAL)),
@@ -105,7 +105,7 @@ def _manifest(recipe: Recipe, data: Dataset, made: Mapping[Role, GraphSource]) -
         }
     empty = {"size": 0, "sha256": "0" * 64}
     try:
-        return Manifest.model_validate({**told, "files": dict.fromkeys(names, empty)})
+        return Manifest.model_validate({**content, "files": dict.fromkeys(names, empty)})
     except ValidationError as error:
         raise refusal(error, "roles") from error
 

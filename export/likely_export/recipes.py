@@ -317,8 +317,8 @@ class Recipe(_Table):
         trainings = {name: model.training for name, model in earlier.models.items()}
         shorter = _relocated(self._with_trainings(trainings), earlier.data.source)
         if any(model.training != trainings[name] for name, model in self.models.items()):
-            told = {"version": earlier.version, "description": earlier.description}
-            shorter = shorter.model_copy(update=told)
+            overrides = {"version": earlier.version, "description": earlier.description}
+            shorter = shorter.model_copy(update=overrides)
         return shorter == earlier and all(
             model.training.continues(dataclasses.asdict(trainings[name]))
             for name, model in self.models.items()

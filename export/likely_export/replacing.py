@@ -75,10 +75,10 @@ def _is_bundle(folder: Path) -> bool:
     """Whether its manifest is that of a bundle; web apps, for example, use the same file name."""
     try:
         with (folder / MANIFEST).open("rb") as handle:
-            told = json.loads(handle.read(LARGEST_MANIFEST + 1))
+            document = json.loads(handle.read(LARGEST_MANIFEST + 1))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(told, dict) and told.keys() >= _KEYS
+    return isinstance(document, dict) and document.keys() >= _KEYS
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -193,8 +193,10 @@ def train_all(
 
 def _begun(recipe: Recipe, folder: Path, afresh: Sequence[str]) -> dict[str, Precision]:
     """Returns the precisions in which models have begun, except those to be trained afresh."""
-    told = {name: train.begun_in(folder / name) for name in recipe.models.keys() - set(afresh)}
-    return {name: precision for name, precision in told.items() if precision}
+    precisions = {
+        name: train.begun_in(folder / name) for name in recipe.models.keys() - set(afresh)
+    }
+    return {name: precision for name, precision in precisions.items() if precision}
 
 
 def _untrained(recipe: Recipe, name: str, data: Dataset) -> nn.Module:
@@ -274,8 +276,8 @@ def _alone(folder: Path, names: Sequence[str]) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                told = "is being trained by another process"
-                raise InvalidInput(str(folder / name), told) from error
+                problem = "is being trained by another process"
+                raise InvalidInput(str(folder / name), problem) from error
             except OSError:
                 pass  # a file system without locking
         yield
@@ -309,11 +311,11 @@ def _check_made(weights: Path, model: nn.Module, chosen: recipes.Model) -> None:
         labels=given.labels,
     )
     for key in (field.name for field in dataclasses.fields(wanted)):
-        if (its := getattr(given, key)) != (told := getattr(wanted, key)):
+        if (its := getattr(given, key)) != (expected := getattr(wanted, key)):
             default = "" if key in chosen.options else ", by default,"
             raise InvalidInput(
                 str(weights),
-                f"was trained with {key} {its} where the recipe says{default} {told}: "
+                f"was trained with {key} {its} where the recipe says{default} {expected}: "
                 "train this model afresh",
             )
 
@@ -333,8 +335,8 @@ def _seldom(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
 def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Trained]:
     # Spawn instead of fork: a child forked after OpenMP has run hangs.
     context = multiprocessing.get_context("spawn")
-    told: Any = context.Queue()
-    waiting = {job.name: context.Process(target=_work, args=(job, told)) for job in jobs}
+    messages: Any = context.Queue()
+    waiting = {job.name: context.Process(target=_work, args=(job, messages)) for job in jobs}
     running: dict[str, BaseProcess] = {}
     trained: dict[str, Trained] = {}
     try:
@@ -343,7 +345,7 @@ def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Train
                 name = next(iter(waiting))
                 running[name] = waiting.pop(name)
                 running[name].start()
-            name, news = _next(told, running)
+            name, news = _next(messages, running)
             if isinstance(news, Progress):
                 if report:
                     report(name, news)
@@ -360,29 +362,31 @@ def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Train
     return {job.name: trained[job.name] for job in jobs}
 
 
-def _next(told: Any, running: Mapping[str, BaseProcess]) -> tuple[str, Progress | Trained | str]:
+def _next(
+    messages: Any, running: Mapping[str, BaseProcess]
+) -> tuple[str, Progress | Trained | str]:
     """Waits for the next message of a worker; a worker that died silently counts as one."""
     while True:
         ended = [name for name, process in running.items() if process.exitcode is not None]
         try:
             # The last message of an ended process has arrived by now, and is returned first.
-            news: tuple[str, Progress | Trained | str] = told.get(timeout=0 if ended else 1.0)
+            news: tuple[str, Progress | Trained | str] = messages.get(timeout=0 if ended else 1.0)
             return news
         except queue.Empty:
             for name in ended:
                 return name, f"its process ended with code {running[name].exitcode}"
 
 
-def _work(job: Job, told: Any) -> None:
+def _work(job: Job, messages: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        told.put((job.name, job.run(lambda name, now: told.put((name, now)))))
+        messages.put((job.name, job.run(lambda name, now: messages.put((name, now)))))
     except LikelyError as error:
-        told.put((job.name, str(error)))
+        messages.put((job.name, str(error)))
     except Exception as error:
         traceback.print_exc()
-        told.put((job.name, f"{type(error).__name__}: {error}"))
+        messages.put((job.name, f"{type(error).__name__}: {error}"))
 
 
 def _end_with_parent() -> None:

@@ -235,13 +235,13 @@ def check_trained(weights: Path, training: Training) -> None:
         InvalidInput: the file is of a training with other stretches, such as a shorter one that
             this one continues, or with other settings.
     """
-    told = torch.load(weights, map_location="cpu", weights_only=True)
-    if told.get("more_epochs", ()) != training.more_epochs:
+    stored = torch.load(weights, map_location="cpu", weights_only=True)
+    if stored.get("more_epochs", ()) != training.more_epochs:
         raise InvalidInput(
             str(weights), "was trained with other stretches: train to the end of the recipe"
         )
     wanted = dataclasses.asdict(training)
-    for key, given in told.get("training", {}).items():
+    for key, given in stored.get("training", {}).items():
         if key != "precision" and wanted.get(key, given) != given:
             raise InvalidInput(
                 str(weights),
@@ -257,8 +257,8 @@ def begun_in(folder: Path) -> Precision | None:
         folder: the model's folder; its weights and checkpoint need not exist yet.
     """
     for file in filter(Path.is_file, (folder / CHECKPOINT, folder / WEIGHTS)):
-        told = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if precision := told.get("training", {}).get("precision"):
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if precision := stored.get("training", {}).get("precision"):
             return cast(Precision, precision)
     return None
 
@@ -276,10 +276,10 @@ def check_data(folder: Path, digest: str) -> None:
         InvalidInput: the model was trained on other data or another split.
     """
     for file in filter(Path.is_file, (folder / WEIGHTS, folder / CHECKPOINT)):
-        told = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if "data" not in told:
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if "data" not in stored:
             continue
-        if told["data"] != digest:
+        if stored["data"] != digest:
             raise InvalidInput(
                 str(file),
                 "was trained on other data, or on another split of it, so it may have seen "
@@ -422,10 +422,10 @@ class _Loop:
 
     def _require_finite(self, loss: float, validation: float | None = None) -> None:
         if not all(map(math.isfinite, (loss, validation or 0.0))):
-            told = "" if validation is None else f", validation {validation}"
+            suffix = "" if validation is None else f", validation {validation}"
             raise LikelyError(
                 f"training of {self.name} diverged before step {self.step}: "
-                f"objective {loss}{told}; lower the learning rate"
+                f"objective {loss}{suffix}; lower the learning rate"
             )
 
     @property

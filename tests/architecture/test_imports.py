@@ -16,9 +16,9 @@ for module in pkgutil.walk_packages(likely.__path__, "likely."):
 
 def loaded(code: str) -> set[str]:
     """The top-level packages that are loaded once the code has run."""
-    tell = "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    listing = "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
     ran = subprocess.run(
-        [sys.executable, "-c", code + tell], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code + listing], capture_output=True, text=True, check=True
     )
     return set(ran.stdout.split())
 

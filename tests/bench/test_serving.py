@@ -81,13 +81,13 @@ def test_the_slope_of_memory_is_not_moved_by_a_step() -> None:
 
 
 def test_a_light_scorer_is_exported_once(tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
 
-    first = bundles.bundle("light", tmp_path, told.append)
-    second = bundles.bundle("light", tmp_path, told.append)
+    first = bundles.bundle("light", tmp_path, messages.append)
+    second = bundles.bundle("light", tmp_path, messages.append)
 
     assert first == second
-    assert len(told) == 1
+    assert len(messages) == 1
     assert Bundle.open(first).manifest.name == "light"
 
 

@@ -48,10 +48,10 @@ def test_the_whole_tour(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr
     assert "How plausible is it?" in ran.stdout
-    told = " ".join(ran.stdout.split())
+    printed = " ".join(ran.stdout.split())
     for label in ("7", "sneaker"):
-        assert f"3 to 5 of label {label}, drawn again alone: the same." in told
-    assert "1.3 % to 10.7 % of 300 digits are rejected at 0.05" in told
+        assert f"3 to 5 of label {label}, drawn again alone: the same." in printed
+    assert "1.3 % to 10.7 % of 300 digits are rejected at 0.05" in printed
     assert "The server has ended well." in ran.stdout
     for name in ("mnist.png", "fashion_mnist.png", "surprise.png", "likelihoods.png"):
         with Image.open(tmp_path / name) as figure:

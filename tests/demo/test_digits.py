@@ -54,14 +54,14 @@ def test_labels_are_right_and_the_evaluation_says_how_often(
     engine: Engine, digits: tuple[Any, Any]
 ) -> None:
     x, y = digits
-    told = json.loads((FOLDER / "evaluation.json").read_text())
+    figures = json.loads((FOLDER / "evaluation.json").read_text())
     answer = asyncio.run(engine.classify(x, 0.05))
     accuracy = float(np.mean(answer.label == y))
-    assert accuracy > told["baselines"]["logistic_regression_accuracy"]
-    assert accuracy == pytest.approx(told["accuracy"]["mean"])
+    assert accuracy > figures["baselines"]["logistic_regression_accuracy"]
+    assert accuracy == pytest.approx(figures["accuracy"]["mean"])
     scores = asyncio.run(engine.score(x, 0.05))
-    assert -scores.log_px.mean() == pytest.approx(told["nll_nats"]["mean"], abs=1e-3)
-    assert told["nll_nats"]["mean"] < told["baselines"]["gaussian_mixture_nll_nats"]
+    assert -scores.log_px.mean() == pytest.approx(figures["nll_nats"]["mean"], abs=1e-3)
+    assert figures["nll_nats"]["mean"] < figures["baselines"]["gaussian_mixture_nll_nats"]
 
 
 def test_the_bundle_is_small(engine: Engine) -> None:

@@ -94,9 +94,9 @@ def test_what_the_image_runs_is_a_command_with_these_flags(dockerfile: str) -> N
     health = json.loads(last(dockerfile, "HEALTHCHECK").partition("CMD ")[2])
     for words in ([*entry, *json.loads(last(dockerfile, "CMD"))], health):
         _, command, *given = words
-        told = CliRunner().invoke(main, [command, "--help"])
-        assert told.exit_code == 0
-        assert all(flag in told.output for flag in given if flag.startswith("--"))
+        result = CliRunner().invoke(main, [command, "--help"])
+        assert result.exit_code == 0
+        assert all(flag in result.output for flag in given if flag.startswith("--"))
     assert health[health.index("--address") + 1] == f"127.0.0.1:{DEFAULTS.port}"
 
 

@@ -199,21 +199,21 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
         tmp_path / "bundle", data, recipe.calibration.alphas, others, SIZES
     )
     evaluate.attach(tmp_path / "bundle", figures, material)
-    told = json.loads((tmp_path / "bundle" / "evaluation.json").read_text())
-    assert 0 < told["nll_nats"]["mean"] < 64 * np.log(17)
-    assert told["marginal_nll_nats"]["mean"] < 64 * np.log(17)
-    assert set(told["outliers"]) == {"upside", *PANEL, *HARD} == set(told["likelihood_only"])
-    assert told["statistics_cost"] > 0.5 and told["classification_cost"] > 1
+    stored = json.loads((tmp_path / "bundle" / "evaluation.json").read_text())
+    assert 0 < stored["nll_nats"]["mean"] < 64 * np.log(17)
+    assert stored["marginal_nll_nats"]["mean"] < 64 * np.log(17)
+    assert set(stored["outliers"]) == {"upside", *PANEL, *HARD} == set(stored["likelihood_only"])
+    assert stored["statistics_cost"] > 0.5 and stored["classification_cost"] > 1
     wanted = {"accuracy", "ece", "aurc", "false_rejection", "faithfulness", "self_entropy"}
-    assert {*wanted, "train_on_draws_accuracy", "label_set", "memorisation"} <= set(told)
-    assert set(told["discriminative"]) < set(told) and set(told["cnn"]) < set(told)
-    assert told["test_parity_nats"] == manifest.test_parity_nats
-    assert told["statistics_cost"] > told["combination_cost"] > 0
-    mixed = told["mixed"]["upside"]
+    assert {*wanted, "train_on_draws_accuracy", "label_set", "memorisation"} <= set(stored)
+    assert set(stored["discriminative"]) < set(stored) and set(stored["cnn"]) < set(stored)
+    assert stored["test_parity_nats"] == manifest.test_parity_nats
+    assert stored["statistics_cost"] > stored["combination_cost"] > 0
+    mixed = stored["mixed"]["upside"]
     assert {"oscr", "oscr_standard_error", "cnn_max_softmax_oscr"} <= set(mixed)
-    assert set(told["train_on_draws_accuracy_by_label"]) == set("0123456789")
-    assert {"auroc_standard_error", "aupr"} <= set(told["outliers"]["upside"])
-    assert told["self_checked"]["draws_a_picture"]["mean"] >= 1
+    assert set(stored["train_on_draws_accuracy_by_label"]) == set("0123456789")
+    assert {"auroc_standard_error", "aupr"} <= set(stored["outliers"]["upside"])
+    assert stored["self_checked"]["draws_a_picture"]["mean"] >= 1
     assert (tmp_path / "bundle" / "report.html").stat().st_size > 10_000
     assert material.explained is not None
     compared = material.explained.compared

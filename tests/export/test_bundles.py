@@ -51,7 +51,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     engine.close()
 
 
-def told(name: str) -> dict[str, Any]:
+def figures_of(name: str) -> dict[str, Any]:
     figures: dict[str, Any] = json.loads((FOLDERS[name] / "evaluation.json").read_text())
     return figures
 
@@ -74,7 +74,7 @@ def test_it_is_small_and_made_by_the_recipe_of_its_name(folder: Path) -> None:
 
 @each
 def test_its_evaluation_says_what_is_promised(name: str) -> None:
-    figures = told(name)
+    figures = figures_of(name)
     for key, most in AT_MOST[name].items():
         assert mean(figures[key]) <= most, key
     for key, least in AT_LEAST[name].items():
@@ -96,7 +96,7 @@ def test_binary_digits_are_told_in_as_few_nats_as_is_said() -> None:
 @needs_data
 def test_binary_digits_of_a_draw_of_ones_own_need_as_few_nats() -> None:
     """Other coins than the evaluation's, log p(x) over labels, through ONNX Runtime."""
-    told = json.loads((BINARY / "evaluation.json").read_text())["marginal_nll_nats"]
+    expected = json.loads((BINARY / "evaluation.json").read_text())["marginal_nll_nats"]
     with np.load(DATA / "mnist.npz") as arrays:
         grey = arrays["x_test"][::50, None]
     x = (np.random.default_rng(0).random(grey.shape) * 255 < grey).astype(np.uint8)
@@ -104,21 +104,21 @@ def test_binary_digits_of_a_draw_of_ones_own_need_as_few_nats() -> None:
     log_pxy = asyncio.run(engine.classify(x, 0.05)).log_pxy
     nats = np.log(log_pxy.shape[1]) - np.logaddexp.reduce(log_pxy, 1)
     engine.close()
-    assert nats.mean() == pytest.approx(told["mean"], abs=4 * nats.std() / np.sqrt(len(x)))
+    assert nats.mean() == pytest.approx(expected["mean"], abs=4 * nats.std() / np.sqrt(len(x)))
 
 
 def test_likelihood_alone_takes_digits_for_clothes() -> None:
-    assert told("fashion_mnist")["likelihood_only"]["mnist"]["auroc"] < 0.2
+    assert figures_of("fashion_mnist")["likelihood_only"]["mnist"]["auroc"] < 0.2
 
 
 def test_as_many_clothes_are_rejected_as_promised() -> None:
-    for rejected in told("fashion_mnist")["false_rejection"].values():
+    for rejected in figures_of("fashion_mnist")["false_rejection"].values():
         low, high = rejected["band"]
         assert low <= rejected["overall"] <= high
 
 
 def test_digits_of_other_writers_are_rejected_hardly_more_often() -> None:
-    for alpha, rejected in told("mnist")["false_rejection"].items():
+    for alpha, rejected in figures_of("mnist")["false_rejection"].items():
         assert rejected["overall"] < float(alpha) + 0.01
 
 
@@ -130,7 +130,7 @@ def test_it_does_what_its_evaluation_says(engine: Engine) -> None:
     with np.load(DATA / f"{OTHER[name]}.npz") as arrays:
         others = arrays["x_test"][::200, None]
     answer = asyncio.run(engine.classify(x, 0.05))
-    accuracy = told(name)["accuracy"]["mean"]
+    accuracy = figures_of(name)["accuracy"]["mean"]
     error = 3 * np.sqrt(accuracy * (1 - accuracy) / len(x))
     assert np.mean(answer.label == y) == pytest.approx(accuracy, abs=error)
     assert np.mean(answer.p_value <= 0.05) < 0.06 + 4 * np.sqrt(0.05 * 0.95 / len(x))

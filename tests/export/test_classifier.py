@@ -177,14 +177,16 @@ def test_the_page_on_labels_does_what_it_shows(tmp_path: Path) -> None:
     np.savez(tmp_path / "digits.npz", x=np.zeros((2, 28, 28), np.uint8))
     with served(tmp_path / "server.log") as server:
         words = [sys.executable, "-c", code.replace("127.0.0.1:50051", server.address)]
-        assert told(words, tmp_path) == printed
+        assert output_of(words, tmp_path) == printed
         for line in (ask, draw):
             _, *rest = line.split()
-            told([sys.executable, "-m", "likely", *rest, "--address", server.address], tmp_path)
+            output_of(
+                [sys.executable, "-m", "likely", *rest, "--address", server.address], tmp_path
+            )
     assert (tmp_path / "threes.png").is_file()
 
 
-def told(words: list[str], folder: Path) -> str:
+def output_of(words: list[str], folder: Path) -> str:
     """What a program prints; it has to end well."""
     ran = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=folder)
     assert ran.returncode == 0, ran.stderr[-2000:]

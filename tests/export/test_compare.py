@@ -107,12 +107,12 @@ def test_features_that_need_a_label_are_none_of_a_picture_alone(found: Compariso
 def test_bayes_rule_is_compared_where_both_directions_are_known(found: Comparison) -> None:
     digits, features = (found.figures["members"][name] for name in ("digits", "features"))
     assert "composition" not in features
-    told = digits["composition"]["likelihoods"]
-    assert told["pictures"] == 30
+    likelihoods = digits["composition"]["likelihoods"]
+    assert likelihoods["pictures"] == 30
     # What a picture's likelihood is in all decides either way; twenty steps teach labels little.
-    assert told["spearman_of_pictures"] > 0.5
-    assert told["by"]["generative"]["accuracy"]["mean"] > 0.8
-    kinds = {rule: by["log_pxy_nats"]["kind"] for rule, by in told["by"].items()}
+    assert likelihoods["spearman_of_pictures"] > 0.5
+    assert likelihoods["by"]["generative"]["accuracy"]["mean"] > 0.8
+    kinds = {rule: by["log_pxy_nats"]["kind"] for rule, by in likelihoods["by"].items()}
     assert kinds == {"generative": "bound", "discriminative": "exact"}
     drawings = digits["composition"]["drawings"]
     assert set(drawings) == {"acceptance", "own"}
@@ -132,9 +132,9 @@ def test_an_exact_density_and_a_bound_are_told_apart(found: Comparison) -> None:
 def test_costs_are_of_every_graph_and_of_training(found: Comparison, members: list[Path]) -> None:
     for folder in members:
         manifest = Bundle.open(folder).manifest
-        told = found.figures["members"][manifest.name]["milliseconds"]
-        assert set(told) == {*(role.value for role in manifest.graphs), "training"}
-        assert min(told.values()) > 0
+        milliseconds = found.figures["members"][manifest.name]["milliseconds"]
+        assert set(milliseconds) == {*(role.value for role in manifest.graphs), "training"}
+        assert min(milliseconds.values()) > 0
 
 
 def test_features_are_probed_beside_pixels(found: Comparison) -> None:
@@ -146,8 +146,8 @@ def test_features_are_probed_beside_pixels(found: Comparison) -> None:
 
 def test_of_more_labels_than_draws_each_is_drawn_once(members: list[Path], data: Dataset) -> None:
     found = compare(members[2:], data, sizes=replace(SIZES, drawn=7))
-    told = found.figures["members"]["given_labels"]
-    assert told["draws"] == "by label" and "mean" in told["faithfulness"]
+    figures = found.figures["members"]["given_labels"]
+    assert figures["draws"] == "by label" and "mean" in figures["faithfulness"]
     assert len(found.drawn["given_labels"]) == SIZES.shown
 
 

@@ -37,12 +37,12 @@ def test_a_label_without_test_pictures_has_no_rates(engine: Engine, data: Datase
     without = data.test.take(np.flatnonzero(data.test.y != 9))
     made = evaluation(engine, replace(data, test=without), (0.1,))
     taken = asyncio.run(made._classify(made.test.x))
-    rates, told = made._false_rejection(taken.p_value, 0.1), made._labels(taken)
-    found = told["label_set"]["0.1"]
+    rates, figures = made._false_rejection(taken.p_value, 0.1), made._labels(taken)
+    found = figures["label_set"]["0.1"]
     for by_label in (rates["by_label"], rates["band_by_label"], found["coverage_by_label"]):
         assert by_label["9"] is None and by_label["8"] is not None
     assert found["least_by_label"]["9"] is None
-    assert json.loads(json.dumps([rates, told], allow_nan=False))
+    assert json.loads(json.dumps([rates, figures], allow_nan=False))
 
 
 def test_where_nothing_is_accepted_nothing_is_said_of_it(engine: Engine, data: Dataset) -> None:
@@ -63,8 +63,8 @@ def test_alphas_that_are_too_fine_are_named(engine: Engine, data: Dataset) -> No
 
 def test_what_is_given_the_label_says_which_bound_it_is(engine: Engine, data: Dataset) -> None:
     made = evaluation(engine, data, (0.1,))
-    told = made._labels(asyncio.run(made._classify(made.test.x)))["conditional_nll_nats"]
-    assert (told["kind"], told["importance_samples"]) == ("iwae", 32)
+    bound = made._labels(asyncio.run(made._classify(made.test.x)))["conditional_nll_nats"]
+    assert (bound["kind"], bound["importance_samples"]) == ("iwae", 32)
 
 
 def test_what_combines_statistics_is_part_of_their_cost(engine: Engine, data: Dataset) -> None:

@@ -169,11 +169,11 @@ def test_figures_may_be_written_into_a_bundle_again(
     from likely_export import evaluate
 
     bundle = shutil.copytree("bundles/digits", tmp_path / "digits")
-    told: list[float] = []
+    returned: list[float] = []
 
     def evaluated(*arguments: object) -> tuple[dict[str, float], Material]:
-        told.append(77.0 + len(told))
-        return {"nll_nats": told[-1]}, Material(17, (), {})
+        returned.append(77.0 + len(returned))
+        return {"nll_nats": returned[-1]}, Material(17, (), {})
 
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
     for nats in (77.0, 78.0):
@@ -183,7 +183,7 @@ def test_figures_may_be_written_into_a_bundle_again(
         assert json.loads((bundle / "evaluation.json").read_text())["nll_nats"] == nats
     (bundle / "model.sig").touch()
     result = call("evaluate", bundle, "--write")
-    assert result.exit_code == 1 and "is signed" in result.stderr and len(told) == 2
+    assert result.exit_code == 1 and "is signed" in result.stderr and len(returned) == 2
 
 
 def test_an_anchor_beside_no_figure_is_told(
@@ -194,8 +194,8 @@ def test_an_anchor_beside_no_figure_is_told(
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: ({"aurc": 0.1}, Material(17, (), {})))
     anchors = tuple(recipes.Anchor(figure=f, value=1, source="x") for f in ("aurc", "auroc"))
     digits = recipes.load("digits")
-    told = digits.model_copy(update={"evaluation": recipes.Evaluation(anchors=anchors)})
-    figures, _ = cli._evaluated(Path("bundles/digits"), told, write=False)
+    anchored = digits.model_copy(update={"evaluation": recipes.Evaluation(anchors=anchors)})
+    figures, _ = cli._evaluated(Path("bundles/digits"), anchored, write=False)
     assert capsys.readouterr().err == "warning: anchors: this evaluation has no figure auroc\n"
     assert len(figures["anchors"]) == 2
 

@@ -127,8 +127,10 @@ def test_a_bundle_that_draws_and_scores_without_labels_is_evaluated_beside_them(
     assert figures["memorisation"]["draws"] == 40 == figures["memorisation"]["test_size"]
     assert not {"faithfulness", "train_on_draws_accuracy", "self_checked"} & set(figures)
     assert material.drawn is not None and material.drawn.shape == (1, 3, 1, 8, 8)
-    told = figures["discriminative"]
-    assert {"accuracy", "accuracy_of_accepted", "label_nll_nats", "ece", "aurc"} <= set(told)
+    discriminative = figures["discriminative"]
+    assert {"accuracy", "accuracy_of_accepted", "label_nll_nats", "ece", "aurc"} <= set(
+        discriminative
+    )
     assert "accuracy" not in figures and "accuracy" in figures["cnn"] and "mixed" not in figures
     bundle = Bundle.open(tmp_path / "bundle")
     engine = Engine.load(bundle, device=Device("cpu"), threads=1, max_batch=16)

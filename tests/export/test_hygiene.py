@@ -190,7 +190,7 @@ def second_dynamic_axis(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "told"),
+    ("plant", "problem"),
     [
         (pad, "Pad-19, which has no CUDA kernel"),
         (pad_in_scan, "Pad-19, which has no CUDA kernel"),
@@ -212,13 +212,13 @@ def second_dynamic_axis(model: onnx.ModelProto) -> None:
     ],
 )
 def test_a_planted_fault_is_found(
-    plant: Plant, told: str, tmp_path_factory: pytest.TempPathFactory
+    plant: Plant, problem: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     content, given = sample(tmp_path_factory.getbasetemp())
     model = onnx.load_from_string(content)
     checked(model, given)
     plant(model)
-    with pytest.raises(BundleError, match=told.replace("{", r"\{")):
+    with pytest.raises(BundleError, match=problem.replace("{", r"\{")):
         checked(model, given)
 
 

@@ -83,9 +83,9 @@ def test_moments_and_draws_are_those_of_the_table(levels: int, logistics: int) -
     p = model.log_probs(z, torch.zeros(3).long()).double().exp()
     scale = torch.linspace(0, 1, levels).double()
     mean, deviation = pixels.moments(parameters)
-    told = p @ scale
-    spread = torch.sqrt((p * (scale - told[..., None]).square()).sum(-1))
-    assert mean.numpy() == pytest.approx(told.numpy(), abs=1e-5)
+    expected = p @ scale
+    spread = torch.sqrt((p * (scale - expected[..., None]).square()).sum(-1))
+    assert mean.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
     assert deviation.numpy() == pytest.approx(spread.numpy(), abs=1e-5)
 
     n, axes = 4000, noise_axes(model)

@@ -43,8 +43,8 @@ def test_standard_errors_of_a_separation_are_those_of_new_pictures(
     rng = np.random.default_rng(6)
     found = [measures.separation(rng.normal(size=n), rng.normal(1.5, 1.2, m)) for _ in range(300)]
     for name in ("auroc", "fpr95", "aupr"):
-        told = np.mean([one[f"{name}_standard_error"] for one in found])
-        assert told == pytest.approx(np.std([one[name] for one in found]), rel=0.15), name
+        estimated = np.mean([one[f"{name}_standard_error"] for one in found])
+        assert estimated == pytest.approx(np.std([one[name] for one in found]), rel=0.15), name
 
 
 @pytest.mark.parametrize(("n", "m"), [(400, 400), (400, 150)])
@@ -60,8 +60,8 @@ def test_standard_errors_of_outliers_made_of_inliers_are_those_of_new_pictures(
         found.append(measures.separation(inliers, outliers, made_of))
         apart.append(measures.paired(*measures.placements(inliers, outliers))["standard_error"])
     for name in ("auroc", "fpr95", "aupr"):
-        told = np.mean([one[f"{name}_standard_error"] for one in found])
-        assert told == pytest.approx(np.std([one[name] for one in found]), rel=0.2), name
+        estimated = np.mean([one[f"{name}_standard_error"] for one in found])
+        assert estimated == pytest.approx(np.std([one[name] for one in found]), rel=0.2), name
     # Taken for independent, they would seem to be known less well than they are.
     assert np.mean(apart) > 1.2 * np.std([one["auroc"] for one in found])
 
@@ -108,8 +108,8 @@ def test_the_error_of_an_open_set_rate_is_that_of_new_pictures() -> None:
         measures.open_set_rate(rng.normal(size=300), rng.random(300) < 0.4, rng.normal(1, 1, 30))
         for _ in range(1000)
     ]
-    told = np.mean([one["standard_error"] for one in found])
-    assert told == pytest.approx(np.std([one["mean"] for one in found]), rel=0.1)
+    estimated = np.mean([one["standard_error"] for one in found])
+    assert estimated == pytest.approx(np.std([one["mean"] for one in found]), rel=0.1)
 
 
 def test_bootstrap_error_of_a_mean_is_the_known_one_and_the_same_again() -> None:

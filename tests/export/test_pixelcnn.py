@@ -151,9 +151,9 @@ def test_a_pixel_yet_to_be_drawn_costs_the_mean_of_what_its_draws_cost(name: str
             weight = chances[at] if level else 1 - chances[at]
             mean[at] -= weight * model.surprise(drawn, y)[at]
     assert mean.abs().max() < 1e-5
-    told = model.expected_objective(x, torch.zeros(4).long() if y is None else y, chances)
+    objective = model.expected_objective(x, torch.zeros(4).long() if y is None else y, chances)
     expected = model.head.expected(model.log_probs(x, y), chances)
-    assert torch.allclose(told, expected.sum((1, 2, 3)))
+    assert torch.allclose(objective, expected.sum((1, 2, 3)))
 
 
 @EVERY

@@ -142,10 +142,10 @@ def test_a_label_without_pictures_that_is_held_out_is_no_other_set(tmp_path: Pat
 def test_other_sets_are_of_the_same_shape_or_refused(tmp_path: Path) -> None:
     for name, side in (("set", 4), ("same", 4), ("odd", 5)):
         np.savez(tmp_path / name, x=np.zeros((2, side, side), np.uint8), y=[0, 1])
-    told = TINY + '[evaluation.others]\nsame = "same.npz"\nabsent = "absent.npz"\n'
-    (tmp_path / "mine.toml").write_text(told)
+    text = TINY + '[evaluation.others]\nsame = "same.npz"\nabsent = "absent.npz"\n'
+    (tmp_path / "mine.toml").write_text(text)
     assert recipes.load(tmp_path / "mine.toml").others(4).keys() == {"same"}
-    (tmp_path / "mine.toml").write_text(told + 'odd = "odd.npz"\n')
+    (tmp_path / "mine.toml").write_text(text + 'odd = "odd.npz"\n')
     with pytest.raises(InvalidInput, match=r"has pictures \(1, 5, 5\) where those of set are"):
         recipes.load(tmp_path / "mine.toml").others(4)
 
@@ -159,9 +159,9 @@ def test_the_data_or_another_set_is_no_other_set(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(TINY + table)
     recipe = recipes.load(tmp_path / "mine.toml")
     assert recipe.others(4).keys() == {"near", "far"}
-    told = recipes.from_table(recipe.published(), recipe.data.source)
+    published = recipes.from_table(recipe.published(), recipe.data.source)
     with pytest.raises(InvalidInput, match=r"others\.near: .*set\.npz is the data too"):
-        told.others(4)
+        published.others(4)
     (tmp_path / "mine.toml").write_text(TINY + table + 'farther = "link.npz"\n')
     with pytest.raises(InvalidInput, match=r"others\.farther: .*link\.npz is far too"):
         recipes.load(tmp_path / "mine.toml").others(4)
@@ -170,13 +170,13 @@ def test_the_data_or_another_set_is_no_other_set(tmp_path: Path) -> None:
 def test_other_sets_span_the_levels_that_no_key_chose(tmp_path: Path) -> None:
     for name, top in (("set", 255), ("dark", 1)):
         np.savez(tmp_path / name, x=np.full((2, 4, 4), top, np.uint8), y=[0, 1])
-    told = TINY + '[evaluation.others]\ndark = "dark.npz"\n'
+    text = TINY + '[evaluation.others]\ndark = "dark.npz"\n'
     path = tmp_path / "mine.toml"
-    path.write_text(told.replace("levels = 4\n", ""))
+    path.write_text(text.replace("levels = 4\n", ""))
     with pytest.raises(InvalidInput, match=r"others\.dark.*reach 1 where white is 255: stretch"):
         recipes.load(path).others(256)
     for levels in (2, 256):  # what they are is said
-        path.write_text(told.replace("levels = 4", f"levels = {levels}"))
+        path.write_text(text.replace("levels = 4", f"levels = {levels}"))
         assert recipes.load(path).others(levels)["dark"].max() == 1
 
 

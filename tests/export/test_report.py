@@ -254,8 +254,8 @@ def test_every_set_and_every_figure_is_told(whole: str) -> None:
         assert f"{one['auroc']:.4f}" in table and f"{one['fpr95']:.4f}" in table
         assert f"{figures(shown)['likelihood_only'][name]['auroc']:.4f}" in table
     everything = " ".join(page.sections["every_figure"])
-    told = [path for path, _ in text.flat(figures(shown)) if path[0] != "anchors"]
-    assert all(".".join(path) in everything for path in told)
+    paths = [path for path, _ in text.flat(figures(shown)) if path[0] != "anchors"]
+    assert all(".".join(path) in everything for path in paths)
     headline = " ".join(page.sections["headline"])
     for value in (
         "80.12",
@@ -316,10 +316,10 @@ def test_a_bound_given_the_label_is_told_as_one(kind: str, samples: int, says: s
         "conditional_bits_per_dim": {"mean": 2.5, "standard_error": 0.1, "importance_samples": 64},
     }
     page = report.page(Manifest.model_validate(fields), found, shown)
-    told = " ".join(Page(page).sections["headline"])
-    assert ("nats given the label, at most" in told) == bool(says)
-    assert f"p(x|y); lower is better{says and '; '}{says} 85.50 ± 0.25" in told
-    assert ("IWAE bound of 64 samples" in told) == bool(says)
+    headline = " ".join(Page(page).sections["headline"])
+    assert ("nats given the label, at most" in headline) == bool(says)
+    assert f"p(x|y); lower is better{says and '; '}{says} 85.50 ± 0.25" in headline
+    assert ("IWAE bound of 64 samples" in headline) == bool(says)
 
 
 def test_the_card_says_what_was_compared_and_what_chose(whole: str) -> None:
@@ -354,8 +354,8 @@ def test_the_card_tells_of_pictures_that_are_in_two_parts(
     copies: dict[str, int] | None, of_test: dict[str, int] | None, says: str, seen: str
 ) -> None:
     shown = material()
-    told = {"copies_of_training": copies, "test_copies_of": of_test}
-    found = figures(shown) | {key: one for key, one in told.items() if one is not None}
+    additions = {"copies_of_training": copies, "test_copies_of": of_test}
+    found = figures(shown) | {key: one for key, one in additions.items() if one is not None}
     card = " ".join(Page(report.page(manifest(), found, shown)).sections["card"])
     assert says in card
     assert ("calibration saw them" + (f", except for copies ({seen})" if seen else " C")) in card
@@ -363,8 +363,8 @@ def test_the_card_tells_of_pictures_that_are_in_two_parts(
 
 @pytest.mark.parametrize("folder", ["bundles/digits", "bundles/fashion_mnist"])
 def test_evaluations_without_standard_errors_still_have_a_report(folder: str) -> None:
-    told = json.loads((Path(folder) / "evaluation.json").read_text())
-    found = without_errors(told)
+    evaluation = json.loads((Path(folder) / "evaluation.json").read_text())
+    found = without_errors(evaluation)
     names = [label.name for label in Bundle.open(Path(folder)).manifest.labels]
     shown = dataclasses.replace(
         material(), labels=tuple(names), drawn=None, labelled=None, discriminated=None
@@ -395,9 +395,9 @@ def test_what_could_not_be_measured_is_told_as_such() -> None:
         one["coverage_by_label"] = one["least_by_label"] = {"0": None}
     page = report.page(manifest(), found, shown)
     assert "or turn blank: half contrast." in " ".join(Page(page).sections["separation"])
-    told = " ".join(Page(page).sections["promises"])
-    assert f"{CALIBRATION} calibration pictures cannot guarantee so little" in told
-    assert "alpha = 0.001, 0.0005" in told and ">None<" not in page
+    promises = " ".join(Page(page).sections["promises"])
+    assert f"{CALIBRATION} calibration pictures cannot guarantee so little" in promises
+    assert "alpha = 0.001, 0.0005" in promises and ">None<" not in page
 
 
 def test_names_are_shown_as_they_are(whole: str) -> None:
@@ -436,8 +436,8 @@ def test_each_rule_is_told_where_it_classifies() -> None:
     for rules in ((), ("labelled",), ("discriminated",), ("labelled", "discriminated")):
         gone: dict[str, Any] = dict.fromkeys({"labelled", "discriminated"} - set(rules))
         page = report.page(manifest(), figures(shown), dataclasses.replace(shown, **gone))
-        told = " ".join(Page(page).sections.get("classification", []))
-        assert (bayes in told, own in told) == ("labelled" in rules, "discriminated" in rules)
+        section = " ".join(Page(page).sections.get("classification", []))
+        assert (bayes in section, own in section) == ("labelled" in rules, "discriminated" in rules)
         assert page.count('class="confusion"') == len(rules)
         assert ('id="classification"' in page) == bool(rules)
     less = {name: one for name, one in figures(shown).items() if name != "discriminative"}

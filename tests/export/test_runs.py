@@ -66,12 +66,12 @@ def recipe(tmp_path: Path) -> Recipe:
 def test_models_trained_side_by_side_are_those_trained_alone(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    told: list[tuple[str, Progress]] = []
+    reports: list[tuple[str, Progress]] = []
     both = runs.train_all(
-        recipe, tmp_path / "both", report=lambda name, now: told.append((name, now))
+        recipe, tmp_path / "both", report=lambda name, now: reports.append((name, now))
     )
     assert list(both) == ["a", "b"] and [both[name].steps for name in both] == [6, 4]
-    assert {name for name, now in told if now.done == 1} == {"a", "b"}
+    assert {name for name, now in reports if now.done == 1} == {"a", "b"}
     run = runs.Run.open(tmp_path / "both")
     assert run.recipe == recipe
     for name in both:
@@ -85,13 +85,13 @@ def test_models_trained_side_by_side_are_those_trained_alone(
 def test_a_finished_run_is_not_trained_again_unless_afresh(recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     runs.train_all(recipe, folder, only=["a"])
-    told: list[int] = []
-    runs.train_all(recipe, folder, only=["a"], report=lambda _, now: told.append(now.step))
-    assert told == []
+    steps: list[int] = []
+    runs.train_all(recipe, folder, only=["a"], report=lambda _, now: steps.append(now.step))
+    assert steps == []
     runs.train_all(
-        recipe, folder, only=["a"], resume=False, report=lambda _, now: told.append(now.step)
+        recipe, folder, only=["a"], resume=False, report=lambda _, now: steps.append(now.step)
     )
-    assert told[-1] == 6
+    assert steps[-1] == 6
 
 
 def test_a_folder_belongs_to_one_recipe(recipe: Recipe, tmp_path: Path) -> None:
@@ -137,14 +137,14 @@ def test_sets_of_one_file_name_are_refused_as_a_manifest_could_not_tell_them_apa
         (tmp_path / place).parent.mkdir()
         np.savez(tmp_path / place, x=np.full((2, 4, 3), 255, np.uint8), y=[0, 1])
 
-    def told(folder: str) -> Recipe:
+    def with_others(folder: str) -> Recipe:
         others = {name: f"{folder}{place}.npz" for name, place in zip("pq", places, strict=False)}
         return recipe.model_copy(update={"evaluation": recipes.Evaluation(others=others)})
 
     with pytest.raises(InvalidInput, match=rf"evaluation\.others\.{says}"):
-        runs.train_all(told(f"{tmp_path}/"), tmp_path / "run")
+        runs.train_all(with_others(f"{tmp_path}/"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    runs._check(told(""))
+    runs._check(with_others(""))
 
 
 OTHERS = """
@@ -234,11 +234,11 @@ def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path
     runs.train_all(recipe, tmp_path / "run", only=["b"])
     longer = recipe._with_training(lambda own: replace(own, more_epochs=(1,)))
     longer = longer.model_copy(update={"version": "2"})
-    told: list[int] = []
+    steps: list[int] = []
     runs.train_all(
-        longer, tmp_path / "run", only=["b"], report=lambda _, now: told.append(now.step)
+        longer, tmp_path / "run", only=["b"], report=lambda _, now: steps.append(now.step)
     )
-    assert min(told) > 4 and runs.Run.open(tmp_path / "run").recipe == longer
+    assert min(steps) > 4 and runs.Run.open(tmp_path / "run").recipe == longer
     assert runs.Run.open(tmp_path / "run").model("b") is not None
     longer._with_training(lambda own: replace(own, more_epochs=(1, 1))).write(
         tmp_path / "run" / runs.RECIPE
@@ -260,9 +260,9 @@ def test_a_run_is_gone_on_with_where_its_data_are_now(recipe: Recipe, tmp_path: 
     opened = runs.Run.open(folder, moved)
     assert opened.recipe == there
     assert opened.model("b", opened.recipe.data.load()) is not None
-    told: list[str] = []
-    runs.train_all(there, folder, report=lambda name, _: told.append(name))
-    assert set(told) == {"a"} and runs.Run.open(folder).recipe == there
+    names: list[str] = []
+    runs.train_all(there, folder, report=lambda name, _: names.append(name))
+    assert set(names) == {"a"} and runs.Run.open(folder).recipe == there
 
     x = np.random.default_rng(1).integers(0, 256, (60, 4, 3)).astype(np.uint8)
     np.savez(moved, x=x, y=np.arange(60) % 2)
@@ -298,8 +298,8 @@ def test_a_run_that_moves_to_another_machine_keeps_the_precision_of_what_has_beg
             runs.train_all(recipe, folder, only=[name])
         assert precisions(folder) == {"a": "32-true", "b": "bf16-mixed"}
     for name, its in precisions(folder).items():
-        told = torch.load(folder / name / train.CHECKPOINT, weights_only=True)
-        assert told["training"]["precision"] == its and told["step"] > 3
+        checkpoint = torch.load(folder / name / train.CHECKPOINT, weights_only=True)
+        assert checkpoint["training"]["precision"] == its and checkpoint["step"] > 3
 
     chosen = Hardware("cpu", precision="32-true")
     with pytest.raises(InvalidInput, match=r"models\.b: .* --precision bf16-mixed, or train it af"):
@@ -454,10 +454,10 @@ def test_workers_end_with_the_process_that_began_them(
         finally:
             process.send_signal(number)
         assert process.stderr is not None
-        told = process.stderr.read().decode()  # whose other ends the workers hold
+        stderr = process.stderr.read().decode()  # whose other ends the workers hold
     wait_until(lambda: not any(map(running, workers)))
     if number == signal.SIGTERM:
-        assert process.returncode == 1 and "resumes from the last checkpoint" in told
+        assert process.returncode == 1 and "resumes from the last checkpoint" in stderr
     for path in checkpoints:
         assert torch.load(path, weights_only=True)["step"] > 0
 
@@ -475,7 +475,7 @@ class Ended:
         self.exitcode = exitcode
 
 
-class Told:
+class Messages:
     """A queue of what has arrived, to which one that talks on adds when it is waited for."""
 
     def __init__(self, *arrived: Any, talking: Any = None) -> None:
@@ -490,15 +490,15 @@ class Told:
 
 
 def test_a_worker_that_dies_without_a_word_is_news(recipe: Recipe, tmp_path: Path) -> None:
-    assert runs._next(Told(), {"a": Ended(-9)}) == ("a", "its process ended with code -9")  # type: ignore[dict-item]
+    assert runs._next(Messages(), {"a": Ended(-9)}) == ("a", "its process ended with code -9")  # type: ignore[dict-item]
 
 
 def test_a_worker_that_dies_is_noticed_though_another_reports() -> None:
     running: Any = {"a": Ended(None), "b": Ended(None)}
     now = Progress(1, 0.5, 0.1, 3.0, 3.0)
-    assert runs._next(Told(talking=("b", now)), running) == ("b", now)
+    assert runs._next(Messages(talking=("b", now)), running) == ("b", now)
     running["a"] = Ended(1)
-    last = Told(("b", now), ("a", "diverged"), talking=("b", now))
+    last = Messages(("b", now), ("a", "diverged"), talking=("b", now))
     assert [runs._next(last, running) for _ in range(2)] == [("b", now), ("a", "diverged")]
     assert runs._next(last, running) == ("a", "its process ended with code 1")
 

@@ -162,11 +162,11 @@ def test_a_picture_is_held_out_together_with_its_corrupted_twin(
     learnt_from: list[tuple[set[float], set[float]]] = []
     contrast = calibrate._contrast
 
-    def told(config: PartConfig, columns: Doubles, v: Doubles, odd: Doubles) -> Contrast:
+    def recording(config: PartConfig, columns: Doubles, v: Doubles, odd: Doubles) -> Contrast:
         learnt_from.append(({*v[:, 0]}, {*odd[:, 0]}))
         return contrast(config, columns, v, odd)
 
-    monkeypatch.setattr(calibrate, "_contrast", told)
+    monkeypatch.setattr(calibrate, "_contrast", recording)
     values, label = np.random.default_rng(0).normal(size=(50, 2)), np.zeros(50, np.int64)
     rows = np.delete(np.arange(50), range(5, 10))  # what is made of the others was left out
     odd = Seen(values[rows], label[rows])  # told from what it is made of by nothing

@@ -65,10 +65,10 @@ class Expecting(Toy):
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)
-        self.told: list[tuple[Tensor, Tensor]] = []
+        self.received: list[tuple[Tensor, Tensor]] = []
 
     def expected_objective(self, x: Tensor, y: Tensor, chances: Tensor) -> Tensor:
-        self.told.append((x, chances))
+        self.received.append((x, chances))
         return super().objective(x, y)
 
 
@@ -150,8 +150,8 @@ def test_what_pictures_are_drawn_by_is_told_to_models_that_learn_of_it(
     model, hardware = Expecting(ToyConfig(pictures.shape)), Hardware("cpu", precision=precision)
     forty = replace(TRAINING, epochs=0, steps=40)
     train.fit(model, pictures, forty, tmp_path / "drawn", hardware=hardware)
-    assert len(model.told) == 40
-    x, chances = (torch.stack(each) for each in zip(*model.told, strict=True))
+    assert len(model.received) == 40
+    x, chances = (torch.stack(each) for each in zip(*model.received, strict=True))
     assert set(x.unique().tolist()) == {0, 1}
     assert torch.allclose(chances.unique(), torch.tensor([30 / 255, 220 / 255]))
     for chance in chances.unique():
@@ -161,7 +161,7 @@ def test_what_pictures_are_drawn_by_is_told_to_models_that_learn_of_it(
     given = replace(pictures, train=replace(pictures.train, grey=None))
     model = Expecting(ToyConfig(pictures.shape))
     train.fit(model, given, TRAINING, tmp_path / "given", hardware=hardware)
-    assert model.calls and not model.told
+    assert model.calls and not model.received
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -291,8 +291,8 @@ def test_a_finished_run_goes_on_when_its_recipe_gains_a_stretch(
 def test_progress_tells_what_would_be_kept_now(
     pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_best: bool, kept: float
 ) -> None:
-    told = iter([3.0, 2.0, 4.0])
-    monkeypatch.setattr(train, "mean_of", lambda *_: next(told))
+    means = iter([3.0, 2.0, 4.0])
+    monkeypatch.setattr(train, "mean_of", lambda *_: next(means))
     seen: list[Progress] = []
     training = replace(TRAINING, epochs=1, validations=3, keep_best=keep_best)
     done = train.fit(toy(pictures), pictures, training, tmp_path, report=seen.append)
@@ -303,8 +303,8 @@ def test_progress_tells_what_would_be_kept_now(
 def test_what_ended_the_stretches_is_averaged_where_that_is_better(
     pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[float]
 ) -> None:
-    told = iter(found)
-    monkeypatch.setattr(train, "mean_of", lambda *_: next(told))
+    means = iter(found)
+    monkeypatch.setattr(train, "mean_of", lambda *_: next(means))
     training = replace(TRAINING, epochs=1, validations=1, keep_best=False)
     train.fit(toy(pictures), pictures, training, tmp_path)
     first = state(tmp_path)
@@ -333,8 +333,8 @@ def test_nothing_but_whole_files_is_ever_seen(
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    told = rf"checkpoint\.pt cannot be written; is the disk full\? {error}"
-    with pytest.raises(LikelyError, match=told):
+    message = rf"checkpoint\.pt cannot be written; is the disk full\? {error}"
+    with pytest.raises(LikelyError, match=message):
         train.fit(toy(pictures), pictures, TRAINING, tmp_path, resume=False)
     assert (tmp_path / train.CHECKPOINT).read_bytes() == before
     assert not list(tmp_path.glob(".*"))

@@ -71,8 +71,8 @@ class Served:
 
     def address(self, workers: int = 1) -> str:
         """Where it listens, once all its workers serve."""
-        told = {"workers": workers} if workers > 1 else {}
-        return f"127.0.0.1:{self.wait_for('serving', **told)['port']}"
+        fields = {"workers": workers} if workers > 1 else {}
+        return f"127.0.0.1:{self.wait_for('serving', **fields)['port']}"
 
 
 @contextmanager
@@ -209,8 +209,8 @@ class Load:
 
     def _run(self, rng: random.Random) -> None:
         with grpc.insecure_channel(self._address, options=ALONE) as channel:
-            told = self._watch(channel) if self._heedful else lambda: False
-            while not self._stop.is_set() and not told():
+            draining = self._watch(channel) if self._heedful else lambda: False
+            while not self._stop.is_set() and not draining():
                 question = self._questions.pick(rng)
                 name = self.history.begin(question)
                 outcome = self._questions.ask(channel, question, name)
@@ -219,7 +219,7 @@ class Load:
                     self._stop.wait(self._patience)
 
     def _watch(self, channel: grpc.Channel) -> Callable[[], bool]:
-        told = threading.Event()
+        draining = threading.Event()
 
         def watch() -> None:
             with contextlib.suppress(grpc.RpcError):
@@ -227,10 +227,10 @@ class Load:
                     health_pb2.HealthCheckRequest()
                 ):
                     if answer.status == health_pb2.HealthCheckResponse.NOT_SERVING:
-                        told.set()
+                        draining.set()
 
         threading.Thread(target=watch, daemon=True).start()
-        return told.is_set
+        return draining.is_set
 
 
 def first_process() -> list[str]:

@@ -142,9 +142,9 @@ def guarded(
 
 
 def signed(issuer: Any, **claims: Any) -> str:
-    told = {"iss": "https://issuer", "aud": "likely", "sub": "robot", "scope": "score"}
+    defaults = {"iss": "https://issuer", "aud": "likely", "sub": "robot", "scope": "score"}
     ends = {"exp": int(time.time()) + 60}
-    return jwt.encode({**told, **ends, **claims}, issuer, "ES256", headers={"kid": "k"})
+    return jwt.encode({**defaults, **ends, **claims}, issuer, "ES256", headers={"kid": "k"})
 
 
 def asks(live: Live, authority: Authority, token: str | None, **shown: Any) -> Any:
@@ -248,10 +248,10 @@ def test_reflection_and_unknown_methods_ask_for_a_token(
             lambda: unknown(b"", timeout=SECONDS),
         ):
             refused(ask, grpc.StatusCode.UNAUTHENTICATED, "TOKEN_MISSING")
-        told = stub.ServerReflectionInfo(
+        answers = stub.ServerReflectionInfo(
             iter([request]), timeout=SECONDS, metadata=route.metadata()
         )
-        assert len(list(told)) == 1
+        assert len(list(answers)) == 1
     well(guarded, authority)
 
 
@@ -467,9 +467,9 @@ def test_a_certificate_is_exchanged_while_serving(running: Running, authority: A
         assert len(before.score(X).log_px) == 1  # what is connected stays so
         with Client(live.address, ca=authority.ca) as after:
             assert len(after.score(X).log_px) == 1
-        told = [json.loads(line)["event"] for line in live.log.getvalue().splitlines()]
-        assert told.count("not reloaded") == 1
-        assert told.count("reloaded") == 1
+        events = [json.loads(line)["event"] for line in live.log.getvalue().splitlines()]
+        assert events.count("not reloaded") == 1
+        assert events.count("reloaded") == 1
         well(live, authority, None)
 
 
@@ -486,9 +486,9 @@ def test_our_clients_do_not_say_that_nobody_is_there_where_tls_fails(
             (plain.address, {"ca": authority.ca}, failed),
         ):
             with Client(address, retries=False, **given) as client:
-                with pytest.raises(Unavailable, match=sentence) as told:
+                with pytest.raises(Unavailable, match=sentence) as caught:
                     client.models()
-                assert ("starts one" in str(told.value)) is (sentence != failed)
+                assert ("starts one" in str(caught.value)) is (sentence != failed)
 
 
 @pytest.mark.fault(38)

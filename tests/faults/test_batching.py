@@ -267,7 +267,11 @@ def test_a_message_that_fails_is_counted_once_and_costs_its_mates_nothing(
             stub = ScoringServiceStub(channel)
             answers = list(stub.ScoreStream(iter(messages), timeout=SECONDS))
             spent = failed(stub.Score.future(score(), timeout=SECONDS))
-        codes = {told.sequence_id: told.failure.code for each in answers for told in each.outcomes}
+        codes = {
+            outcome.sequence_id: outcome.failure.code
+            for each in answers
+            for outcome in each.outcomes
+        }
         internal, _ = grpc.StatusCode.INTERNAL.value
         assert codes == {n: internal * (n == 9) for n in range(10)}
         assert max(rigged.runs) > 4
@@ -527,8 +531,8 @@ def test_who_cancels_on_arrival_leaves_no_trace(live: Live, stub: Any) -> None:
         call.cancel()
     assert {call.code().name for call in calls} <= {"CANCELLED", "OK"}
     until(lambda: not any(samples(live, name) for name in GAUGES))
-    told = [json.loads(line) for line in live.log.getvalue().splitlines()[before:]]
-    assert {line["code"] for line in told if line["event"] == "rpc"} <= {"CANCELLED", "OK"}
+    lines = [json.loads(line) for line in live.log.getvalue().splitlines()[before:]]
+    assert {line["code"] for line in lines if line["event"] == "rpc"} <= {"CANCELLED", "OK"}
 
 
 @pytest.mark.fault(22)
@@ -812,9 +816,9 @@ def test_a_broken_queue_fails_what_waits_and_serves_on(
 
     rigged = rig(live)
     restarts = samples(live, "likely_queue_restarts_total")
-    told: list[Any] = []
+    raised: list[Any] = []
     live.loop.call_soon_threadsafe(
-        live.loop.set_exception_handler, lambda _, context: told.append(context["exception"])
+        live.loop.set_exception_handler, lambda _, context: raised.append(context["exception"])
     )
     with rigged.held():
         first = stub.Score.future(score(4), timeout=SECONDS)
@@ -832,7 +836,7 @@ def test_a_broken_queue_fails_what_waits_and_serves_on(
     monkeypatch.undo()
     assert len(stub.Score(score(2), timeout=SECONDS).scores) == 2
     assert samples(live, "likely_queue_restarts_total") > restarts
-    assert told and all("secret" in str(error) for error in told)
+    assert raised and all("secret" in str(error) for error in raised)
     live.loop.call_soon_threadsafe(live.loop.set_exception_handler, None)
 
 
@@ -924,7 +928,7 @@ def test_however_a_request_ends_nothing_of_it_is_kept(
     wide: Live, end: Callable[[Live, Any, Rigged], None]
 ) -> None:
     batcher = wide.server.registry.find("toy")._lanes._batchers[Role.DENSITY]
-    runner, told = batcher.runner, wide.loop.get_exception_handler()
+    runner, handler = batcher.runner, wide.loop.get_exception_handler()
     wide.loop.call_soon_threadsafe(wide.loop.set_exception_handler, lambda *_: None)
     with grpc.insecure_channel(wide.address) as channel:
         stub = ScoringServiceStub(channel)
@@ -937,7 +941,7 @@ def test_however_a_request_ends_nothing_of_it_is_kept(
         again(20)  # until the runtime's arena and the allocator have what they need
         with flat_memory(48):
             again(300)
-    wide.loop.call_soon_threadsafe(wide.loop.set_exception_handler, told)
+    wide.loop.call_soon_threadsafe(wide.loop.set_exception_handler, handler)
     alive(wide)
 
 

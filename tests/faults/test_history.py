@@ -16,7 +16,7 @@ def right(question: object, version: str, answer: object) -> bool:
     return version in ("1", "2") and answer == f"{question} by {version}"
 
 
-def told(name: str, code: str = "OK", **more: object) -> dict[str, object]:
+def log_entry(name: str, code: str = "OK", **more: object) -> dict[str, object]:
     return {"event": "rpc", "request_id": name, "code": code, **more}
 
 
@@ -28,7 +28,11 @@ def well() -> tuple[History, list[dict[str, object]]]:
     history.end(first, Outcome("OK", "1", "question 0 by 1"))
     _, _, trailing = statuses.status(Unavailable("ending"), third)
     history.end(third, Outcome("UNAVAILABLE", trailing=dict(trailing) | {REQUEST_ID: third}))
-    return history, [told(first), told(second), told(third, "UNAVAILABLE", accepted=False)]
+    return history, [
+        log_entry(first),
+        log_entry(second),
+        log_entry(third, "UNAVAILABLE", accepted=False),
+    ]
 
 
 def test_a_run_that_went_well_has_no_violations() -> None:
@@ -47,12 +51,12 @@ def twice(history: History, log: list[dict[str, object]]) -> None:
 
 
 def wrong(history: History, log: list[dict[str, object]]) -> None:
-    log.append(told(history.begin("question 3")))
+    log.append(log_entry(history.begin("question 3")))
     history.end("request-3", Outcome("OK", "1", "question 0 by 1"))
 
 
 def misnamed(history: History, log: list[dict[str, object]]) -> None:
-    log.append(told(history.begin("question 3")))
+    log.append(log_entry(history.begin("question 3")))
     history.end("request-3", Outcome("OK", "1", "question 3 by 2"))
 
 
@@ -68,23 +72,23 @@ def untold(history: History, log: list[dict[str, object]]) -> None:
 def headless(history: History, log: list[dict[str, object]]) -> None:
     name = history.begin("question 3")
     _, _, trailing = statuses.status(Unavailable("ending"), name)
-    told = {REQUEST_ID: name, **dict(trailing)}
-    del told[statuses.PUSHBACK_KEY]
-    history.end(name, Outcome("UNAVAILABLE", trailing=told))
+    metadata = {REQUEST_ID: name, **dict(trailing)}
+    del metadata[statuses.PUSHBACK_KEY]
+    history.end(name, Outcome("UNAVAILABLE", trailing=metadata))
 
 
 def lost(history: History, log: list[dict[str, object]]) -> None:
-    log.append(told(history.begin("question 3")))
+    log.append(log_entry(history.begin("question 3")))
     history.end("request-3", Outcome("UNAVAILABLE"))
 
 
 def cut(history: History, log: list[dict[str, object]]) -> None:
-    log.append(told(history.begin("question 3"), "UNAVAILABLE"))
+    log.append(log_entry(history.begin("question 3"), "UNAVAILABLE"))
     history.end("request-3", Outcome("UNAVAILABLE"))
 
 
 def repeated(history: History, log: list[dict[str, object]]) -> None:
-    log.append(told("request-0"))
+    log.append(log_entry("request-0"))
 
 
 def invented(history: History, log: list[dict[str, object]]) -> None:

@@ -87,10 +87,10 @@ def told_to_end(toy: Toy, tmp_path: Path, *before: str, more: tuple[object, ...]
         (job,) = map(int, Path(f"/proc/{job}/task/{job}/children").read_text().split())
     began = time.monotonic()
     os.kill(job, signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert time.monotonic() - began < 10
-    assert "ended by SIGTERM" in told
-    assert "Traceback" not in told
+    assert "ended by SIGTERM" in stderr
+    assert "Traceback" not in stderr
     assert 2 <= shards_of(out) < 60
     # Ray ends its workers as it likes, and one may write until then; the resumed job clears that.
     assert more or not list(out.glob(".*.part"))
@@ -121,9 +121,9 @@ def failed(command: list[object]) -> str:
     """The sentence that a command fails with."""
     ran = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert ran.returncode == 1, ran
-    told: str = ran.stderr
-    assert "Traceback" not in told
-    return told
+    stderr: str = ran.stderr
+    assert "Traceback" not in stderr
+    return stderr
 
 
 @pytest.mark.fault(40)

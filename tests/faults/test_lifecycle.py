@@ -283,8 +283,8 @@ def test_a_bad_bundle_leaves_the_old_version(
         assert any(packed.Unpack(info) for packed in rich.details)
         assert info.reason == "BUNDLE_REFUSED"
         versions = admin.ListVersions(admin_pb2.ListVersionsRequest()).versions
-        told = [(v.model_version, v.state, v.reason) for v in versions]
-        assert told == [
+        listed = [(v.model_version, v.state, v.reason) for v in versions]
+        assert listed == [
             ("1", admin_pb2.VERSION_STATE_SERVING, ""),
             ("", admin_pb2.VERSION_STATE_FAILED, reason),
         ]

@@ -118,9 +118,9 @@ def in_flight(url: str) -> list[str]:
 def refused(channel: grpc.Channel) -> None:
     """A request that is wrong is told so, ten times."""
     for _ in range(10):
-        with pytest.raises(grpc.RpcError) as told:
+        with pytest.raises(grpc.RpcError) as caught:
             ScoringServiceStub(channel).Score(WRONG, timeout=30, wait_for_ready=True)
-        error: Any = told.value
+        error: Any = caught.value
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error.details()
 
 

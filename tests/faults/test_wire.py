@@ -246,9 +246,9 @@ def test_every_seed_gives_the_same_bytes_again(caller: Caller, seed: int) -> Non
 def test_priors_and_alpha_are_held_to_what_can_be_promised(
     caller: Caller, fields: dict[str, Any], field: str, said: str
 ) -> None:
-    found, told = bad_field(lambda: caller.ask(on_toy(ClassifyRequest, **fields)))
+    found, description = bad_field(lambda: caller.ask(on_toy(ClassifyRequest, **fields)))
     assert found == field
-    assert said in told
+    assert said in description
 
 
 @pytest.mark.fault(14)
@@ -460,8 +460,8 @@ def test_a_caller_that_does_not_read_is_cut_off(running: Running) -> None:
         assert "read nothing for 0.5 seconds" in failure.details()
         counted = scrape(live)['likely_images_total{method="Generate",model="toy"}']
         assert drawn <= counted < 1 << 18, "the stream was drawn although nobody read it"
-        told = 'likely_requests_total{code="DEADLINE_EXCEEDED",method="Generate",model="toy"}'
-        assert scrape(live)[told] == 1
+        sample = 'likely_requests_total{code="DEADLINE_EXCEEDED",method="Generate",model="toy"}'
+        assert scrape(live)[sample] == 1
         is_well(live)
 
 

@@ -93,10 +93,10 @@ def test_no_node_falls_back_to_the_cpu(
     path = str(Bundle.open(folder).graph(role))
     session = ort.InferenceSession(path, options, providers=[CUDA, graphs.CPU])
     assert session.get_providers()[0] == CUDA
-    told = "".join(capfd.readouterr())
-    assert "CUDA kernel not found in registries for Op type" not in told
+    output = "".join(capfd.readouterr())
+    assert "CUDA kernel not found in registries for Op type" not in output
     # Shapes are computed on the processor by choice, and copied once a run; in a Scan, each step.
-    copied = set(re.findall(r"Add Memcpy(?:From|To)Host (?:after|before) (\S+)", told))
+    copied = set(re.findall(r"Add Memcpy(?:From|To)Host (?:after|before) (\S+)", output))
     assert not copied & inside_scans(path), copied
 
 

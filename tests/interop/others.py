@@ -19,7 +19,7 @@ def installed(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not there, reason=f"{package} is not in {VENV.name}")
 
 
-def told(words: Sequence[str | Path], given: str = "", seconds: float = 60) -> str:
+def output_of(words: Sequence[str | Path], given: str = "", seconds: float = 60) -> str:
     """What a program prints; it has to end well."""
     ran = subprocess.run(
         [str(word) for word in words],

@@ -55,14 +55,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, stocked: Served) -> Path:
 
 
 def test_the_pages_commands_give_what_they_say(folder: Path) -> None:
-    told = {
+    manifests = {
         path.parent.name: json.loads(path.read_bytes()) for path in folder.glob("*/manifest.json")
     }
-    assert {name: each["summary"]["pictures"] for name, each in told.items()} == {
+    assert {name: each["summary"]["pictures"] for name, each in manifests.items()} == {
         "drawn": 300, "checked": 200, "shards": 50, "scores": 300, "rejections": 500, "labels": 50,
         "weighed": 300,
     }  # fmt: skip
-    priors = told["weighed"]["summary"]["priors"]
+    priors = manifests["weighed"]["summary"]["priors"]
     assert sorted(priors, key=priors.get)[-2:] == ["3", "5"]
 
 
@@ -111,12 +111,12 @@ def parsed(words: list[str]) -> dict[str, Any]:
 
 
 def test_the_cron_job_is_one(tmp_path: Path) -> None:
-    told = yaml.safe_load((DEPLOY / "cronjob.yaml").read_text())
-    assert (told["apiVersion"], told["kind"]) == ("batch/v1", "CronJob")
-    assert told["spec"]["concurrencyPolicy"] == "Forbid"
-    pod = told["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    cron_job = yaml.safe_load((DEPLOY / "cronjob.yaml").read_text())
+    assert (cron_job["apiVersion"], cron_job["kind"]) == ("batch/v1", "CronJob")
+    assert cron_job["spec"]["concurrencyPolicy"] == "Forbid"
+    pod = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "OnFailure"
-    assert told["spec"]["timeZone"] == "Etc/UTC"
+    assert cron_job["spec"]["timeZone"] == "Etc/UTC"
     (container,) = pod["containers"]
     sources = {variable["name"]: variable["valueFrom"] for variable in container["env"]}
     assert {*sources} == {"JOB", "CORES"}
@@ -140,7 +140,7 @@ def test_the_cron_job_is_one(tmp_path: Path) -> None:
     incoming.mkdir(parents=True)
     scheduled = int(datetime(2026, 3, 1, 2, 15, tzinfo=UTC).timestamp()) // 60
     for _ in range(2):  # tried again, whenever that is
-        parent, *words = ran(f"{told['metadata']['name']}-{scheduled}").stdout.splitlines()
+        parent, *words = ran(f"{cron_job['metadata']['name']}-{scheduled}").stdout.splitlines()
         assert int(parent) == os.getpid()  # no shell stands between: signals reach the job
         found = parsed(["likely", *words])
         assert found["inputs"] == (incoming,)
@@ -150,10 +150,10 @@ def test_the_cron_job_is_one(tmp_path: Path) -> None:
         assert "/data" in mounts
         assert any(found["bundle"].is_relative_to(mount) for mount in mounts)
     incoming.rmdir()  # nothing came that day
-    nothing = ran(f"{told['metadata']['name']}-{scheduled}")
+    nothing = ran(f"{cron_job['metadata']['name']}-{scheduled}")
     assert (nothing.returncode, nothing.stdout) == (0, "no pictures of 2026-02-28\n")
     for name in ("manual", "2", "manual7", "20260228"):  # begun by hand, and tells no minute
-        refused = ran(f"{told['metadata']['name']}-{name}")
+        refused = ran(f"{cron_job['metadata']['name']}-{name}")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert refused.stderr.endswith(f"-{name}, does not end in the minute of a schedule\n")
     extras = re.search(r"--build-arg EXTRAS=(\S+)", (DEPLOY / "cronjob.yaml").read_text())

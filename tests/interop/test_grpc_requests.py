@@ -9,13 +9,13 @@ import pytest
 
 from demo.serving import Served
 from likely import Client
-from tests.interop.others import PYTHON, SCRIPTS, installed, told
+from tests.interop.others import PYTHON, SCRIPTS, installed, output_of
 
 pytestmark = installed("grpc_requests")
 
 
 def test_it_asks_by_both_protocols(server: Served, client: Client) -> None:
-    found = json.loads(told([PYTHON, SCRIPTS / "reflecting.py", server.address]))
+    found = json.loads(output_of([PYTHON, SCRIPTS / "reflecting.py", server.address]))
     assert {"likely.v1.ScoringService", "inference.GRPCInferenceService"} <= set(found["services"])
     ours = client.score(np.zeros((1, 8, 8), np.uint8))
     (score,) = found["score"]["scores"]

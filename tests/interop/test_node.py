@@ -48,8 +48,8 @@ def answers(server: Served, x: Pixels) -> dict[str, Any]:
         timeout=60,
     )
     assert ran.returncode == 0, ran.stderr
-    told: dict[str, Any] = json.loads(ran.stdout)
-    return told
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
 
 
 def unpacked(text: str, dtype: str) -> np.ndarray[Any, Any]:

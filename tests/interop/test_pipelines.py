@@ -14,7 +14,7 @@ from demo.serving import Served
 from likely.inference import inference_pb2
 from likely.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from likely.serving.openinference.operations import OPERATIONS, Operation, full
-from tests.interop.others import PYTHON, installed, told
+from tests.interop.others import PYTHON, installed, output_of
 
 PAGE = Path("docs/pipelines.md").read_text()
 OURS, REPLICAS, TRITON = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
@@ -42,7 +42,7 @@ def test_several_replicas_are_given_as_shown(server: Served) -> None:
 def test_tritonclient_does_what_is_shown(server: Served) -> None:
     code = TRITON.replace("127.0.0.1:50051", server.address)
     assert server.address in code
-    assert "True" in told([PYTHON, "-c", code])  # a blank picture is none of the digits
+    assert "True" in output_of([PYTHON, "-c", code])  # a blank picture is none of the digits
 
 
 def listed() -> dict[str, list[set[str]]]:

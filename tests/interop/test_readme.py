@@ -29,12 +29,12 @@ def test_the_python_session_runs(stocked: Served) -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     (shown,) = blocks("text")
-    printed, told = ran.stdout.splitlines(), shown.splitlines()
-    assert printed[0].startswith("(10, 1, 28, 28) ") and told[0].startswith("(10, 1, 28, 28) ")
+    printed, expected = ran.stdout.splitlines(), shown.splitlines()
+    assert printed[0].startswith("(10, 1, 28, 28) ") and expected[0].startswith("(10, 1, 28, 28) ")
     # How many draws and which likelihoods, a machine's arithmetic has a say in; not in these.
     assert printed[2].startswith("[1 1 1 1 1 2 2 2 2 2] [3 3 3 3 3 ")
-    assert printed[2][:36] == told[2][:36] and printed[3:] == told[3:]
-    assert len(printed) == len(told)
+    assert printed[2][:36] == expected[2][:36] and printed[3:] == expected[3:]
+    assert len(printed) == len(expected)
 
 
 COMMANDS = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]

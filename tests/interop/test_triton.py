@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from demo.serving import Served
 from likely import Client
 from likely.answers import Pixels
-from tests.interop.others import PYTHON, SCRIPTS, installed, told
+from tests.interop.others import PYTHON, SCRIPTS, installed, output_of
 
 pytestmark = installed("tritonclient")
 
@@ -28,7 +28,9 @@ def x() -> Pixels:
 def answers(server: Served, x: Pixels) -> dict[str, Any]:
     """What tritonclient was told."""
     given = json.dumps(x.tolist())
-    found: dict[str, Any] = json.loads(told([PYTHON, SCRIPTS / "triton.py", server.address], given))
+    found: dict[str, Any] = json.loads(
+        output_of([PYTHON, SCRIPTS / "triton.py", server.address], given)
+    )
     return found
 
 
@@ -78,6 +80,6 @@ def test_a_bad_request_is_refused_as_by_our_own_services(answers: dict[str, Any]
 
 
 def test_what_was_asked_is_counted(answers: dict[str, Any], x: Pixels) -> None:
-    (told,) = answers["statistics"]["model_stats"]
-    assert int(told["inference_count"]) >= len(x)
-    assert int(told["inference_stats"]["success"]["count"]) >= len(x)
+    (statistics,) = answers["statistics"]["model_stats"]
+    assert int(statistics["inference_count"]) >= len(x)
+    assert int(statistics["inference_stats"]["success"]["count"]) >= len(x)

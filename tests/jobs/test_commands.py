@@ -44,9 +44,9 @@ def test_programs_and_people_are_told_the_same(
     batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--each", 5, "--out", tmp_path / "out")
-    told = batch("generate", *words, "--json")
-    assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout) == {
+    result = batch("generate", *words, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {
         "out": str(tmp_path / "out"), "pictures": 15, "accepted": 15, "draws": 15,
         "model": "toy", "version": "1.0",
     }  # fmt: skip
@@ -91,9 +91,9 @@ def test_a_file_may_hold_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     words += ["--count=1", f"--out={tmp_path / 'out'}"]
     assert CliRunner().invoke(main, words).exit_code == 1
     assert shown == ["secret"]
-    told = CliRunner().invoke(main, [*words, "--token=other"])
-    assert told.exit_code == 2
-    assert "either --token or --token-file" in " ".join(told.stderr.replace("│", " ").split())
+    result = CliRunner().invoke(main, [*words, "--token=other"])
+    assert result.exit_code == 2
+    assert "either --token or --token-file" in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_a_token_of_the_command_line_goes_before_one_of_the_environment(
@@ -123,12 +123,12 @@ def test_a_token_of_the_command_line_goes_before_one_of_the_environment(
     assert shown == ["named", "named", "named-in-a-file", "named-in-a-file"]
     assert run(TOKEN="other", TOKEN_FILE=other) == 2
     assert run("--token=named", f"--token-file={named}") == 2
-    told = CliRunner().invoke(
+    result = CliRunner().invoke(
         main,
         ["health", "--address=127.0.0.1:1"],
         env={"LIKELY_TOKEN": "other", "LIKELY_TOKEN_FILE": other},
     )
-    assert told.exit_code == 1  # it shows no token, and nobody answers
+    assert result.exit_code == 1  # it shows no token, and nobody answers
 
 
 def test_the_connections_files_are_named_in_full_to_workers_elsewhere(
@@ -155,30 +155,30 @@ def test_a_folder_that_is_looked_at_is_not_written_into(
     batch: Batch, toy: Toy, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "in.npy", toy.draw(np.random.default_rng(0), 3))
-    told = batch("score", tmp_path, "--out", tmp_path / "scores")
-    assert told.exit_code == 1
+    result = batch("score", tmp_path, "--out", tmp_path / "scores")
+    assert result.exit_code == 1
     assert (
-        f"the job's folder {tmp_path / 'scores'} lies within the input {tmp_path}:" in told.stderr
+        f"the job's folder {tmp_path / 'scores'} lies within the input {tmp_path}:" in result.stderr
     )
     assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
     odd = tmp_path / os.fsdecode(b"a\xff.npy")
     (tmp_path / "in.npy").rename(odd)
     (tmp_path / os.fsdecode(b"a\xfe.npz")).write_bytes(b"PK")
-    told = batch("score", tmp_path, "--out", tmp_path / ".scores")
-    assert (told.exit_code, told.stderr.count("no array can be read")) == (1, 1), told.output
-    told = batch("score", odd, "--alpha", 0.1, "--out", tmp_path / ".scores")
-    assert told.exit_code == 0, told.output
+    result = batch("score", tmp_path, "--out", tmp_path / ".scores")
+    assert (result.exit_code, result.stderr.count("no array can be read")) == (1, 1), result.output
+    result = batch("score", odd, "--alpha", 0.1, "--out", tmp_path / ".scores")
+    assert result.exit_code == 0, result.output
     assert table(tmp_path / ".scores")["key"].to_pylist() == [f"a?.npy[{i}]" for i in range(3)]
 
 
 def test_all_options_reach_the_job(batch: Batch, toy: Toy, tmp_path: Path) -> None:
     np.save(tmp_path / "in.npy", toy.draw(np.random.default_rng(0), 30))
-    told = batch(
+    result = batch(
         "classify", tmp_path / "in.npy", "--alpha", 0.2, "--guarantee", "pac", "--priors",
         "0.2,0.2,0.6", "--min-posterior", 0.8, "--rule", "discriminative", "--format", "npz",
         "--shard", 7, "--batch", 3, "--workers", 1, "--out", tmp_path / "out",
     )  # fmt: skip
-    assert told.exit_code == 0, told.output
+    assert result.exit_code == 0, result.output
     request = json.loads((tmp_path / "out" / "manifest.json").read_bytes())["request"]
     task = request["task"]
     assert (request["format"], request["rows"]) == ("npz", 7)
@@ -229,8 +229,8 @@ def test_the_environment_names_a_server_where_no_bundle_is_named(
     monkeypatch.setenv("LIKELY_ADDRESS", live.address)
     words = ("batch", "generate", "--count", "3", "--out", str(tmp_path / "server"))
     before = live.log.getvalue().count("Generate")
-    told = CliRunner().invoke(main, words)
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
     assert live.log.getvalue().count("Generate") > before
 
 

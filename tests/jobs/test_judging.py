@@ -285,13 +285,13 @@ def test_shards_say_how_they_came_to_be(
     judge: Job, pictures: Path, backend: Backend, tmp_path: Path
 ) -> None:
     judge(tmp_path / "out", "score", pictures)
-    told = pq.read_metadata(tmp_path / "out" / "part-00002.parquet").metadata
-    assert told[b"likely.model"] == b"toy"
-    assert told[b"likely.version"] == b"1.0"
-    assert told[b"likely.digest"].decode() == backend.info.digest
-    assert told[b"likely.alpha"] == b"0.1"
+    metadata = pq.read_metadata(tmp_path / "out" / "part-00002.parquet").metadata
+    assert metadata[b"likely.model"] == b"toy"
+    assert metadata[b"likely.version"] == b"1.0"
+    assert metadata[b"likely.digest"].decode() == backend.info.digest
+    assert metadata[b"likely.alpha"] == b"0.1"
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert json.loads(told[b"likely.request"]) == manifest["request"]
+    assert json.loads(metadata[b"likely.request"]) == manifest["request"]
 
 
 @pytest.mark.parametrize("form", ["npz", "webdataset"])

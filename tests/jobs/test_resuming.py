@@ -72,8 +72,8 @@ def test_a_job_that_is_done_makes_nothing(
 ) -> None:
     counted = Counted(monkeypatch)
     before = (tmp_path / "whole" / MANIFEST).stat()
-    told = draw(tmp_path / "whole", *RUNS, rows=20)
-    assert told == json.loads(whole[MANIFEST])["summary"]
+    summary = draw(tmp_path / "whole", *RUNS, rows=20)
+    assert summary == json.loads(whole[MANIFEST])["summary"]
     assert counted.shards == []
     assert contents(tmp_path / "whole") == whole
     assert (tmp_path / "whole" / MANIFEST).stat() == before

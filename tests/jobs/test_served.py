@@ -92,8 +92,8 @@ def test_a_job_is_resumed_with_the_version_that_it_began_with(
     load(first, toys["2"])  # which is the default from now on
     for words in ((), ("--model=toy",), ("--model-version=1",)):
         ended(tmp_path, 1)
-        told = drawing(first, tmp_path, *words)
-        assert told.exit_code == 0, told.output
+        result = drawing(first, tmp_path, *words)
+        assert result.exit_code == 0, result.output
         assert contents(tmp_path) == whole
     assert len(table(tmp_path)) == 60
     other = drawing(first, tmp_path, "--model-version=2")
@@ -112,8 +112,8 @@ def test_a_label_means_the_version_that_it_named_at_first(
     for version in ("=stable", "=1", "=canary", None):
         words = [f"--model-version{version}"] if version else []
         ended(tmp_path, 1)
-        told = drawing(first, tmp_path, *words)
-        assert told.exit_code == 0, told.output
+        result = drawing(first, tmp_path, *words)
+        assert result.exit_code == 0, result.output
         assert contents(tmp_path) == whole
     label(first, stable="1", canary="2")  # and another label what it names now
     for done in (True, False):
@@ -136,7 +136,7 @@ def test_a_job_that_is_done_says_so_without_its_version(
         return CliRunner().invoke(main, [*asked, *where, *words])
 
     before = [drawing(first, drawn, "--json"), scoring(first.address)]
-    assert [told.exit_code for told in before] == [0, 0]
+    assert [result.exit_code for result in before] == [0, 0]
     whole = contents(tmp_path)
     load(first, toys["2"])
     unload(first, "1")
@@ -161,9 +161,9 @@ def test_a_version_that_is_gone_for_good_is_named(
     before = contents(tmp_path)
     load(first, toys["2"])
     unload(first, "1")
-    told = drawing(first, tmp_path)
-    assert told.exit_code == 1
-    assert f"{first.address} no longer has toy@1, with which this job began" in told.stderr
+    result = drawing(first, tmp_path)
+    assert result.exit_code == 1
+    assert f"{first.address} no longer has toy@1, with which this job began" in result.stderr
     assert contents(tmp_path) == before
 
 
@@ -196,8 +196,8 @@ def test_other_processes_ask_for_the_version_of_the_job(
         return made
 
     monkeypatch.setattr(ray_workers, "ray_workers", actors)
-    told = drawing(first, tmp_path / "ray", "--engine=ray")
-    assert told.exit_code == 0, told.output
+    result = drawing(first, tmp_path / "ray", "--engine=ray")
+    assert result.exit_code == 0, result.output
     assert drawing(first, tmp_path / "threads", "--model-version=1").exit_code == 0
     assert contents(tmp_path / "ray") == contents(tmp_path / "threads")
 

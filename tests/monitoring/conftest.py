@@ -59,13 +59,13 @@ class Watch:
     def __init__(self, folder: Path, prometheus: int) -> None:
         self._folder = folder
         self._api = f"http://127.0.0.1:{prometheus}/api/v1/query?"
-        self._told: list[dict[str, Any]] = []
+        self._alerts: list[dict[str, Any]] = []
         self._news = threading.Condition()
 
     def heard(self, alerts: list[dict[str, Any]]) -> None:
         """The Alertmanager tells of these."""
         with self._news:
-            self._told += alerts
+            self._alerts += alerts
             self._news.notify_all()
 
     @contextmanager
@@ -76,7 +76,7 @@ class Watch:
         part.write_text(json.dumps(targets))
         part.rename(whole)
         with self._news:
-            self._told.clear()
+            self._alerts.clear()
         yield self
         whole.write_text("[]")
 
@@ -109,13 +109,13 @@ class Watch:
         end = time.monotonic() + SECONDS
         while True:
             with self._news:
-                for alert in self._told:
+                for alert in self._alerts:
                     about = alert["labels"].get("instance", "")
                     meant = instance is None or about == instance
                     if (alert["labels"]["alertname"], alert["status"]) == (name, status) and meant:
                         return alert
                 self._news.wait(0.05)
-            assert time.monotonic() < end, f"{name} is not {status}; told was {self._told}"
+            assert time.monotonic() < end, f"{name} is not {status}; told was {self._alerts}"
             if during:
                 during()
 
@@ -221,8 +221,8 @@ def _webhook(heard: Watch) -> Iterator[int]:
 
 @contextmanager
 def _running(log: Path, command: list[str], ready: str) -> Iterator[None]:
-    with log.open("wb") as told:
-        process = subprocess.Popen(command, stdout=told, stderr=told)
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
         end = time.monotonic() + SECONDS
         while not _answers(ready):

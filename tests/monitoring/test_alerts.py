@@ -183,10 +183,10 @@ def test_a_lost_worker(
 ) -> None:
     flags = ("--bundle", toy.path, "--port", 0, "--workers", 2, "--metrics-port", 0)
     with served(tmp_path, *flags) as server:
-        told = server.wait_for("serving", workers=2)
-        with watch.of(told["metrics"]):
+        event = server.wait_for("serving", workers=2)
+        with watch.of(event["metrics"]):
             # Of what happened before the first scrape, nobody sees an increase.
-            watch.knows("likely_worker_restarts_total", told["metrics"])
+            watch.knows("likely_worker_restarts_total", event["metrics"])
             children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
             _, *others = children.read_text().split()
 

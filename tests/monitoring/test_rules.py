@@ -42,10 +42,10 @@ def families(
     page: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[str, set[str]]]:
     """Type and labels of every metric, those of a supervisor included."""
-    told = list(text_string_to_metric_families(page))
-    told += WorkerMetrics(tmp_path_factory.mktemp("workers"), 2).registry.collect()
+    metrics = list(text_string_to_metric_families(page))
+    metrics += WorkerMetrics(tmp_path_factory.mktemp("workers"), 2).registry.collect()
     found: dict[str, tuple[str, set[str]]] = {}
-    for family in told:
+    for family in metrics:
         if family.name.endswith("_created"):  # when a series began: the format's own
             continue
         name = family.name + "_total" * (family.type == "counter")

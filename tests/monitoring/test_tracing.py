@@ -61,8 +61,8 @@ class Collector:
             return found
 
     def is_one(self, span: Any, name: str, code: int) -> bool:
-        told = attributes(span).get("rpc.grpc.status_code")
-        return bool(span.name.endswith(f"/{name}") and told == code)
+        status = attributes(span).get("rpc.grpc.status_code")
+        return bool(span.name.endswith(f"/{name}") and status == code)
 
     def within(self, span: Any) -> dict[str, Any]:
         """The spans directly within one."""

@@ -122,8 +122,8 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(tokens: Path) -> None:
     tokens.unlink()
     assert known.admit(SCORING, new)
     assert known.admit(SCORING, new)
-    told = [json.loads(line)["event"] for line in out.getvalue().splitlines()]
-    assert told == ["reloaded"] + ["not reloaded"] * 4
+    events = [json.loads(line)["event"] for line in out.getvalue().splitlines()]
+    assert events == ["reloaded"] + ["not reloaded"] * 4
     assert "horse" not in out.getvalue()
 
 
@@ -188,7 +188,7 @@ def jwks(path: Path, *algorithms: str, **more: Any) -> Path:
 
 
 def signed(algorithm: str = "ES256", key: Any = None, kid: Any = None, **claims: Any) -> str:
-    told = {
+    payload = {
         "iss": "https://issuer",
         "aud": "likely",
         "sub": "robot@example",
@@ -196,9 +196,9 @@ def signed(algorithm: str = "ES256", key: Any = None, kid: Any = None, **claims:
         "scope": "openid score",
         **claims,
     }
-    told = {name: value for name, value in told.items() if value is not None}
+    payload = {name: value for name, value in payload.items() if value is not None}
     headers = {"kid": algorithm if kid is None else kid}
-    return jwt.encode(told, key or KEYS[algorithm], algorithm, headers=headers)
+    return jwt.encode(payload, key or KEYS[algorithm], algorithm, headers=headers)
 
 
 def issuing(path: Path, **more: Any) -> Gate:
@@ -223,8 +223,8 @@ def test_a_signed_token_is_its_subject(tmp_path: Path, algorithm: str) -> None:
 def forged() -> str:
     """A token that takes the public key for a shared secret, as old libraries did."""
     header, body, _ = signed().split(".")
-    told = json.loads(jwt.utils.base64url_decode(header))
-    mine = jwt.utils.base64url_encode(json.dumps({**told, "alg": "HS256"}).encode()).decode()
+    fields = json.loads(jwt.utils.base64url_decode(header))
+    mine = jwt.utils.base64url_encode(json.dumps({**fields, "alg": "HS256"}).encode()).decode()
     public = json.dumps(jwt.get_algorithm_by_name("ES256").to_jwk(KEYS["ES256"].public_key()))
     signature = jwt.get_algorithm_by_name("HS256").sign(f"{mine}.{body}".encode(), public.encode())
     return f"{mine}.{body}.{jwt.utils.base64url_encode(signature).decode()}"
@@ -498,11 +498,11 @@ def test_settings_make_the_gate(tokens: Path) -> None:
 
 def test_settings_make_the_issuer(tmp_path: Path) -> None:
     path = jwks(tmp_path / "jwks.json", "ES256")
-    told: dict[str, Any] = {
+    options: dict[str, Any] = {
         "jwt_keys": path, "jwt_issuer": "https://issuer", "jwt_audience": "likely",
     }  # fmt: skip
     late = bearer(signed(exp=int(time.time()) - 100))
-    assert gate(load({**told, "jwt_leeway": 200}), LOG).admit(SCORING, late)
-    assert refused(gate(load({**told, "jwt_leeway": 0}), LOG), late) == "TOKEN_EXPIRED"
+    assert gate(load({**options, "jwt_leeway": 200}), LOG).admit(SCORING, late)
+    assert refused(gate(load({**options, "jwt_leeway": 0}), LOG), late) == "TOKEN_EXPIRED"
     with pytest.raises(SettingsError, match="holds no key for EdDSA"):
-        gate(load({**told, "jwt_algorithms": ("EdDSA",)}), LOG)
+        gate(load({**options, "jwt_algorithms": ("EdDSA",)}), LOG)

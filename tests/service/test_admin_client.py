@@ -170,23 +170,23 @@ def test_a_token_is_shown(running: Running, toys: dict[str, Toy], tmp_path: Path
 
 
 def test_a_release_by_commands(likely: Callable[..., Result], toys: dict[str, Toy]) -> None:
-    def told(*args: object) -> str:
+    def output_of(*args: object) -> str:
         result = likely(*args)
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    assert json.loads(told("load", toys["2"].path, "--json"))["version"] == "2"
-    assert told("label", "toy", "canary", "2") == "toy 2 is canary\n"
-    rows = [json.loads(line) for line in told("versions", "--json").splitlines()]
+    assert json.loads(output_of("load", toys["2"].path, "--json"))["version"] == "2"
+    assert output_of("label", "toy", "canary", "2") == "toy 2 is canary\n"
+    rows = [json.loads(line) for line in output_of("versions", "--json").splitlines()]
     assert [(row["version"], row["labels"], row["default"]) for row in rows] == [
         ("1", [], False),
         ("2", ["canary"], True),
     ]
-    assert told("label", "toy", "canary") == "no version of toy is canary\n"
-    assert json.loads(told("rollback", "toy", "--json"))["labels"] == ["stable"]
-    assert told("reset-drift", "toy", "2") == "the test for drift of toy 2 begins anew\n"
-    assert told("unload", "toy", "2") == "toy 2 is served no more\n"
-    table = told("versions")
+    assert output_of("label", "toy", "canary") == "no version of toy is canary\n"
+    assert json.loads(output_of("rollback", "toy", "--json"))["labels"] == ["stable"]
+    assert output_of("reset-drift", "toy", "2") == "the test for drift of toy 2 begins anew\n"
+    assert output_of("unload", "toy", "2") == "toy 2 is served no more\n"
+    table = output_of("versions")
     assert "stable" in table and "serving" in table and "yes" in table
 
 

@@ -776,8 +776,8 @@ def test_what_is_refused_for_now_is_counted_where_that_is_all_of_it(
             own = range(rows)
             other = going(ask(lanes, *own, client="b", counted=counted, deadline=deadline))
             await settled()
-            told = traffic.shed.labels("fake", reason)._value.get()
-            assert (told, gauge(traffic, "shed")) == (counted, counted)
+            count = traffic.shed.labels("fake", reason)._value.get()
+            assert (count, gauge(traffic, "shed")) == (counted, counted)
             graph.release()
             found = await asyncio.gather(first, waiting, other, return_exceptions=True)
             assert sum(isinstance(each, Overloaded) for each in found) == 1
@@ -948,7 +948,7 @@ def test_bulk_is_told_to_come_again_after_all_others(priority: Priority, rows: f
     run(work())
 
 
-class Told:
+class Recorder:
     """Stands for a headroom, and keeps what it is told."""
 
     times = 1.0
@@ -984,11 +984,11 @@ def test_an_estimate_is_compared_with_what_came_of_it(
     misses: int,
     priority: Priority,
 ) -> None:
-    told: list[Told] = []
+    recorders: list[Recorder] = []
 
-    def made() -> Told:
-        told.append(Told())
-        return told[-1]
+    def made() -> Recorder:
+        recorders.append(Recorder())
+        return recorders[-1]
 
     monkeypatch.setattr(batching, "Headroom", made)
 
@@ -1009,9 +1009,9 @@ def test_an_estimate_is_compared_with_what_came_of_it(
             await asyncio.gather(*others)
             await asyncio.gather(last, return_exceptions=True)
         estimate = pytest.approx(pace * (0.5 + 1 + 1))  # what runs, what waits, and its own
-        assert told[priority].answers == [estimate] * answers
-        assert told[priority].misses == [estimate] * misses
-        other = told[1 - priority]
+        assert recorders[priority].answers == [estimate] * answers
+        assert recorders[priority].misses == [estimate] * misses
+        other = recorders[1 - priority]
         assert not other.answers and not other.misses
 
     run(work())
@@ -1062,8 +1062,10 @@ def test_a_broken_queue_fails_what_waits_and_is_begun_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def work() -> None:
-        graph, traffic, told = Doubler(), Traffic(), []
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        graph, traffic, contexts = Doubler(), Traffic(), []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: contexts.append(context)
+        )
         async with opened(graph, traffic=traffic) as lanes:
             graph.hold()
             first = going(ask(lanes, 1))
@@ -1078,7 +1080,7 @@ def test_a_broken_queue_fails_what_waits_and_is_begun_anew(
                     with pytest.raises(Unavailable):
                         await task
             assert await ask(lanes, 4) == [8]
-        assert [str(context["exception"]) for context in told] == ["the queue is broken"]
+        assert [str(context["exception"]) for context in contexts] == ["the queue is broken"]
         assert gauge(traffic, "restarts") == 1
         assert gauge(traffic, "waiting") == gauge(traffic, "running") == 0
 

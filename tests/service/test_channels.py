@@ -427,16 +427,16 @@ def test_a_client_after_a_fork_says_so(live: Live, x: Any) -> None:
         if not child:  # nothing of pytest's may run here
             try:
                 client.score(x[:1])
-                told = "answered"
+                outcome = "answered"
             except BaseException as error:
-                told = f"{type(error).__name__}: {error}"
-            os.write(writing, told.encode())
+                outcome = f"{type(error).__name__}: {error}"
+            os.write(writing, outcome.encode())
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading) as pipe:
-            told = pipe.read()
+            outcome = pipe.read()
         os.waitpid(child, 0)
-        assert told.startswith(f"Forked: this client was used in process {os.getpid()}")
+        assert outcome.startswith(f"Forked: this client was used in process {os.getpid()}")
         assert len(client.score(x[:1]).log_px) == 1
 
 

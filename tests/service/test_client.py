@@ -126,10 +126,10 @@ def test_a_level_that_is_none_is_told_of_its_own_picture(client: Client, x: Any)
         ("others", lambda: client.interpolate(x, wrong, [0, 1])),
     ]
     for field, ask in asks:
-        with pytest.raises(InvalidInput) as told:
+        with pytest.raises(InvalidInput) as caught:
             ask()
-        assert told.value.field == f"{field}.data"
-        assert told.value.description == (
+        assert caught.value.field == f"{field}.data"
+        assert caught.value.description == (
             "level 9 at picture 231, channel 0, row 1, column 2 is not in [0, 4)"
         )
 
@@ -250,9 +250,9 @@ def test_an_unreachable_server_is_unavailable() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with Client(address, timeout=30) as client, pytest.raises(Unavailable) as told:
+        with Client(address, timeout=30) as client, pytest.raises(Unavailable) as caught:
             client.models()
-    assert str(told.value).startswith(
+    assert str(caught.value).startswith(
         f"no likely server answers at {address}; `likely serve` starts one. gRPC says: failed to"
     )
 
@@ -263,10 +263,10 @@ def test_an_unreachable_server_is_unavailable() -> None:
 def test_who_does_not_answer_in_time_is_named(kind: Any, start: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        with kind(address, timeout=0.3) as client, pytest.raises(DeadlineExceeded) as told:
+        with kind(address, timeout=0.3) as client, pytest.raises(DeadlineExceeded) as caught:
             client.models() if kind is Client else client.versions()
     words = f"a likely server at {address} had answered; where none runs, `likely {start}"
-    assert words in str(told.value)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), 1e300, 10**30, "5", None])
@@ -349,9 +349,9 @@ def test_what_is_asked_of_a_client_that_another_thread_closes_fails(
             asking = threads.submit(ask, client)
             assert asked.wait(10)
             client.close()
-            with pytest.raises(LikelyError, match="this client was closed before all") as told:
+            with pytest.raises(LikelyError, match="this client was closed before all") as caught:
                 asking.result(10)
-        assert type(told.value) is LikelyError
+        assert type(caught.value) is LikelyError
 
 
 CALLS: list[tuple[str, Callable[[Any, Any], Any]]] = [

@@ -191,6 +191,6 @@ def test_model_descriptions(conditional: str | None) -> None:
 
 def test_paths_that_are_no_text_are_told_nevertheless() -> None:
     folder = Path("w/mod\udce8le")  # as Python gives a byte of Latin-1
-    told = ModelVersion(VersionState.FAILED, folder, message=f"{folder} is no bundle")
-    message = codec.version_message(told)
+    version = ModelVersion(VersionState.FAILED, folder, message=f"{folder} is no bundle")
+    message = codec.version_message(version)
     assert (message.folder, message.message) == ("w/mod\ufffdle", "w/mod\ufffdle is no bundle")

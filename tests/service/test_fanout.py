@@ -140,11 +140,11 @@ async def together(folder: Path, *workers: Worker) -> AsyncIterator[Workers]:
     unloaded: list[Version | None] = []
     restarted: list[int] = []
 
-    def told(served: object, asked: Collection[int], version: Version | None) -> None:
+    def record(served: object, asked: Collection[int], version: Version | None) -> None:
         settled.append(asked)
         unloaded.append(version)
 
-    servicer = Fanout(lambda: sockets, told, restarted.append, LOG)
+    servicer = Fanout(lambda: sockets, record, restarted.append, LOG)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, servers[-1])
     port = servers[-1].add_insecure_port("127.0.0.1:0")
     for server in servers:

@@ -54,7 +54,7 @@ def score(x: Any, **more: Any) -> ScoreRequest:
     return ScoreRequest(**{"model_name": "toy", "images": codec.images(x), **more})
 
 
-def told(stub: ScoringServiceStub, requests: list[Any]) -> dict[int, Any]:
+def outcomes_of(stub: ScoringServiceStub, requests: list[Any]) -> dict[int, Any]:
     """The outcome of each message of a stream, by its number; each comes once."""
     kind: Any
     kind, call = (
@@ -84,7 +84,7 @@ def test_each_message_is_answered_as_a_call_of_its_own(stub: ScoringServiceStub,
     settings: list[dict[str, Any]] = [{}, {"surprise": True}, {"alpha": 0.2}, {}, {}]
     parts = cut(x, (1, 1, 3, 0, 70))
     requests = [score(part, **settings[n // 7 % 5]) for n, part in enumerate(parts)]
-    for n, outcome in told(stub, requests).items():
+    for n, outcome in outcomes_of(stub, requests).items():
         shape = parts[n].shape if requests[n].surprise else None
         mine, alone = (
             codec.scores(outcome.response, shape),
@@ -100,7 +100,7 @@ def test_each_message_is_answered_as_a_call_of_its_own(stub: ScoringServiceStub,
         ClassifyRequest(model_name="toy", images=codec.images(part), priors=priors[n // 9 % 2])
         for n, part in enumerate(parts)
     ]
-    for n, outcome in told(stub, asked).items():
+    for n, outcome in outcomes_of(stub, asked).items():
         found = codec.classifications(outcome.response, 3)
         expected = codec.classifications(stub.Classify(asked[n]), 3)
         np.testing.assert_allclose(found.posterior, expected.posterior, rtol=1e-5)
@@ -124,7 +124,7 @@ def test_a_bad_message_is_refused_alone(stub: ScoringServiceStub, x: Any) -> Non
     }
     flat = [(field, request) for field, requests in bad.items() for request in requests]
     requests = [good, *(each for _, request in flat for each in (request, good))]
-    outcomes = told(stub, requests)
+    outcomes = outcomes_of(stub, requests)
     alone = stub.Score(good)
     for n in range(0, len(requests), 2):
         assert outcomes[n].response == alone
@@ -150,7 +150,7 @@ def test_messages_are_merged_as_far_as_one_request_may_go_and_parted_as_little_a
             return await ask(x, *args, **more)
 
         monkeypatch.setattr(engine, "score", noted)
-        outcomes = told(ScoringServiceStub(channel), [score(each[None]) for each in x])
+        outcomes = outcomes_of(ScoringServiceStub(channel), [score(each[None]) for each in x])
     failed = [n for n, outcome in outcomes.items() if outcome.HasField("failure")]
     assert failed == [n for n in range(len(x)) if np.array_equal(x[n], cursed)]
     assert max(asked) == 16
@@ -168,18 +168,18 @@ def test_what_no_message_causes_is_told_of_all_at_once(
         raise errors.Unavailable("the queue failed and was restarted")
 
     monkeypatch.setattr(live.server.registry.find("toy"), "score", gone)
-    outcomes = told(stub, [score(each[None]) for each in x])
+    outcomes = outcomes_of(stub, [score(each[None]) for each in x])
     codes = {outcome.failure.code for outcome in outcomes.values()}
     assert codes == {grpc.StatusCode.UNAVAILABLE.value[0]} and len(outcomes) == len(x)
     assert sum(asked) == len(x) > len(asked)
 
 
 def test_an_unknown_model_or_version_is_not_found(stub: ScoringServiceStub, x: Any) -> None:
-    (outcome,) = told(stub, [score(x[:1], model_name="other")]).values()
+    (outcome,) = outcomes_of(stub, [score(x[:1], model_name="other")]).values()
     error = statuses.error_of(outcome.failure)
     assert isinstance(error, errors.ModelNotFound)
     assert error.resource == "other"
-    outcomes = told(stub, [score(x[:1], model_version="9"), score(x[:1])])
+    outcomes = outcomes_of(stub, [score(x[:1], model_version="9"), score(x[:1])])
     assert isinstance(statuses.error_of(outcomes[0].failure), errors.ModelNotFound)
     assert len(outcomes[1].response.scores) == 1
 
@@ -196,7 +196,7 @@ def test_a_fault_is_of_one_message_and_tells_nothing_but_its_request_id(
         return await ask(x, *args, **more)
 
     monkeypatch.setattr(engine, "score", broken)
-    outcomes = told(stub, [score(each[None]) for each in x])
+    outcomes = outcomes_of(stub, [score(each[None]) for each in x])
     failed = [n for n, outcome in outcomes.items() if outcome.HasField("failure")]
     assert failed == [n for n in range(len(x)) if np.array_equal(x[n], cursed)]
     failure = outcomes[17].failure
@@ -219,7 +219,7 @@ def test_bytes_that_are_no_message_end_the_stream(live: Live) -> None:
 def test_messages_are_counted(running: Running, x: Any) -> None:
     with running() as live:
         with grpc.insecure_channel(live.address) as channel:
-            told(
+            outcomes_of(
                 ScoringServiceStub(channel),
                 [score(x[:3]), score(x[:1], alpha=2.0), score(x[:1]), score(x[:1], model_name="o")],
             )

@@ -45,8 +45,8 @@ def test_what_hindered_a_reload_is_told_once_and_tried_until_it_passes(reader: R
         assert [known.value() for _ in range(3)] == ["old"] * 3
     reader.hindrance = None
     assert [known.value() for _ in range(3)] == ["newer"] * 3
-    told = [(event["event"], event.get("reason")) for event in events(out.getvalue())]
-    assert told == [
+    logged = [(event["event"], event.get("reason")) for event in events(out.getvalue())]
+    assert logged == [
         ("not reloaded", "too many open files"),
         ("not reloaded", "it is no TOML"),
         ("reloaded", None),

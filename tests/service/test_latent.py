@@ -55,11 +55,13 @@ def test_features_stand_for_their_closed_form(toy: Toy, client: Client) -> None:
     y = np.arange(5) % 3
     found = client.decode(z, labels=y, draws=2, seed=7)
     gumbel = np.zeros((5, *SHAPE[1:], SHAPE[0], LEVELS), np.float32)
-    told = toy.answer("decode", {"z": z, "y": y, "gumbel": gumbel})
-    assert found.mean == pytest.approx(told["mean"], abs=1e-5)
-    assert found.deviation == pytest.approx(told["deviation"], abs=1e-5)
+    expected = toy.answer("decode", {"z": z, "y": y, "gumbel": gumbel})
+    assert found.mean == pytest.approx(expected["mean"], abs=1e-5)
+    assert found.deviation == pytest.approx(expected["deviation"], abs=1e-5)
     assert found.drawn.shape == (5, 2, *SHAPE) and found.drawn.max() < LEVELS
-    assert np.array_equal(client.decode(z, labels=y, draws=1, temperature=0).drawn[:, 0], told["x"])
+    assert np.array_equal(
+        client.decode(z, labels=y, draws=1, temperature=0).drawn[:, 0], expected["x"]
+    )
 
 
 def test_draws_follow_the_distribution_that_is_told(client: Client) -> None:
@@ -216,8 +218,8 @@ def test_features_alone_are_a_model_too(plain: Toy, running: Running) -> None:
         assert features.log_variance is None and set(features.label) == {-1}
         moved = client.traverse(X, BRIGHTNESS, [0, 1])
         assert moved.deviation is None and moved.spread is None
-        told = plain.answer("decode", {"z": features.mean})["mean"]
-        assert moved.mean[:, 0] == pytest.approx(told, abs=1e-6)
+        expected = plain.answer("decode", {"z": features.mean})["mean"]
+        assert moved.mean[:, 0] == pytest.approx(expected, abs=1e-6)
         with pytest.raises(InvalidInput, match=r"^features: shape \(2, 1\); expected \(n, 2\)$"):
             client.decode(features.mean[:1].T)  # as many bytes as one row has
         refused: list[Callable[[], Any]] = [

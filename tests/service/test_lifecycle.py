@@ -107,10 +107,10 @@ def test_the_log_tells_how_a_version_runs(running: Running, toys: dict[str, Toy]
         admin.load(toys["2"].path)
         lines = [json.loads(line) for line in admin.live.log.getvalue().splitlines()]
         for event in ("model", "loaded"):
-            (told,) = [line for line in lines if line["event"] == event]
-            assert told["lanes"] == 1
-            assert told["graphs"]["density"]["rows"] == 8
-            assert told["graphs"]["density"]["alone_on_all_cores"] is False
+            (entry,) = [line for line in lines if line["event"] == event]
+            assert entry["lanes"] == 1
+            assert entry["graphs"]["density"]["rows"] == 8
+            assert entry["graphs"]["density"]["alone_on_all_cores"] is False
 
 
 def test_labels_name_versions(running: Running, toys: dict[str, Toy]) -> None:
@@ -120,8 +120,8 @@ def test_labels_name_versions(running: Running, toys: dict[str, Toy]) -> None:
         assert [admin.answers(v) for v in ("stable", "canary", "1", "2")] == ["1", "2", "1", "2"]
         models = {model.version: model.version_labels for model in admin.client.models()}
         assert models == {"1": ("stable",), "2": ("canary",)}
-        told = {v: (list(m.labels), m.is_default) for v, m in admin.versions().items()}
-        assert told == {"1": (["stable"], True), "2": (["canary"], False)}
+        listed = {v: (list(m.labels), m.is_default) for v, m in admin.versions().items()}
+        assert listed == {"1": (["stable"], True), "2": (["canary"], False)}
         admin.label("stable", "")
         assert admin.answers() == "2"
         with pytest.raises(ModelNotFound, match="toy@stable"):
@@ -209,14 +209,14 @@ def test_a_rollback_to_what_cannot_be_read_is_refused_as_loading_it_is(
         admin.load(toys["2"].path)
         admin.label("stable", "2")
         admin.unload("1")
-        told = set()
+        refusals = set()
         monkeypatch.setattr("likely.bundle.folder.hashlib.file_digest", failing)
         for change in (partial(admin.load, toys["1"].path), admin.rollback):
             with pytest.raises(grpc.RpcError) as caught:
                 change()
-            told.add((caught.value.code(), caught.value.details()))
+            refusals.add((caught.value.code(), caught.value.details()))
         sentence = f"{toys['1'].path} cannot be read"
-        assert told == {(grpc.StatusCode.FAILED_PRECONDITION, sentence)}
+        assert refusals == {(grpc.StatusCode.FAILED_PRECONDITION, sentence)}
         monkeypatch.undo()
         assert admin.rollback().model_version == "1"
 
@@ -294,10 +294,10 @@ def test_the_watch_outlives_a_bundle_that_makes_a_library_raise(
 
     monkeypatch.setattr(Loader, "load", odd)
     with administered(running, bundles=(), watch=tmp_path, watch_seconds=0.02) as admin:
-        for name, told in (("odd", "refused"), ("odder", "fault")):
+        for name, event in (("odd", "refused"), ("odder", "fault")):
             shutil.copytree(toys["1"].path, tmp_path / f".{name}")
             (tmp_path / f".{name}").rename(tmp_path / name)
-            eventually(partial(is_told, admin.live, told))
+            eventually(partial(is_told, admin.live, event))
         shutil.copytree(toys["2"].path, tmp_path / ".sound")
         (tmp_path / ".sound").rename(tmp_path / "a sound one")
         eventually(lambda: admin.live.server.registry.default("toy") == "2")

@@ -42,9 +42,9 @@ def watched(running: Running) -> Iterator[Live]:
 def found(live: Live, name: str, **labels: str) -> float:
     """A metric of the toy."""
     wanted = {"model": "toy", "version": "1.0", **labels}
-    told = ",".join(f'{key}="{value}"' for key, value in sorted(wanted.items()))
+    rendered = ",".join(f'{key}="{value}"' for key, value in sorted(wanted.items()))
     samples = {_sorted(sample): value for sample, value in scrape(live).items()}
-    return samples[f"{name}{{{told}}}"]
+    return samples[f"{name}{{{rendered}}}"]
 
 
 def _sorted(sample: str) -> str:
@@ -205,6 +205,6 @@ def test_readiness_and_loads_are_told(running: Running) -> None:
     with running(load=False) as live:
         assert scrape(live)["likely_ready"] == 0
         live.run(live.server.load())
-        told = scrape(live)
-        assert told["likely_ready"] == 1
-        assert told['likely_loads_total{model="toy"}'] == 1
+        samples = scrape(live)
+        assert samples["likely_ready"] == 1
+        assert samples['likely_loads_total{model="toy"}'] == 1

@@ -193,11 +193,11 @@ def test_models_are_described(stub: GRPCInferenceServiceStub) -> None:
         assert stub.ModelReady(pb.ModelReadyRequest(name=model.name)).ready
         assert (meta.name, list(meta.versions)) == (model.name, ["1.0"])
         first = 1 if config.max_batch_size else 0
-        for told, configured in ((meta.inputs, config.input), (meta.outputs, config.output)):
-            assert [t.name for t in told] == [c.name for c in configured]
-            assert [list(t.shape)[first:] for t in told] == [list(c.dims) for c in configured]
+        for described, configured in ((meta.inputs, config.input), (meta.outputs, config.output)):
+            assert [t.name for t in described] == [c.name for c in configured]
+            assert [list(t.shape)[first:] for t in described] == [list(c.dims) for c in configured]
             types = [pb.DataType.Name(c.data_type) for c in configured]
-            assert [f"TYPE_{t.datatype}" for t in told] == types
+            assert [f"TYPE_{t.datatype}" for t in described] == types
     assert stub.ServerLive(pb.ServerLiveRequest()).live
     assert stub.ServerReady(pb.ServerReadyRequest()).ready
     assert stub.ServerMetadata(pb.ServerMetadataRequest()).name == "likely"
@@ -212,9 +212,9 @@ def test_answers_have_the_shapes_that_metadata_tells(
     for model in ("toy", *(f"toy/{suffix}" for suffix in judging)):
         meta = stub.ModelMetadata(pb.ModelMetadataRequest(name=model))
         answer = stub.ModelInfer(pictures(model, x))
-        for told, given in zip(meta.outputs, answer.outputs, strict=True):
-            assert (told.name, told.datatype) == (given.name, given.datatype)
-            assert list(given.shape) == [20, *list(told.shape)[1:]]
+        for described, given in zip(meta.outputs, answer.outputs, strict=True):
+            assert (described.name, described.datatype) == (given.name, given.datatype)
+            assert list(given.shape) == [20, *list(described.shape)[1:]]
 
 
 def refused(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
@@ -407,9 +407,9 @@ def test_statistics_and_metrics_count_what_was_asked(running: Running, x: Any) -
             stub.ModelInfer(pictures("toy/score", x))
         refused(lambda: stub.ModelInfer(pictures("toy/score", GOOD, alpha=7)))
         asked = pb.ModelStatisticsRequest(name="toy/score")
-        (told,) = stub.ModelStatistics(asked).model_stats
-        assert (told.inference_count, told.execution_count) == (60, 3)
-        stats = told.inference_stats
+        (statistics,) = stub.ModelStatistics(asked).model_stats
+        assert (statistics.inference_count, statistics.execution_count) == (60, 3)
+        stats = statistics.inference_stats
         assert (stats.success.count, stats.fail.count) == (3, 1)
         parts = stats.compute_input.ns + stats.compute_infer.ns + stats.compute_output.ns
         assert 0 < parts == stats.success.ns
@@ -429,15 +429,15 @@ def test_statistics_are_of_the_versions_that_are_asked_for(
         live.run(live.server.lifecycle.set_label("toy", "stable", "1.0"))
         stub = GRPCInferenceServiceStub(channel)
 
-        def told(name: str = "", version: str = "") -> set[tuple[str, str]]:
+        def covered(name: str = "", version: str = "") -> set[tuple[str, str]]:
             asked = pb.ModelStatisticsRequest(name=name, version=version)
             return {(m.name, m.version) for m in stub.ModelStatistics(asked).model_stats}
 
-        whole = told()
+        whole = covered()
         assert {version for _, version in whole} == {"1.0", "2.0"}
-        assert told("toy/score") == {("toy/score", "1.0"), ("toy/score", "2.0")}
-        assert told("toy/score", "stable") == {("toy/score", "1.0")}
-        assert told(version="2.0") == {key for key in whole if key[1] == "2.0"}
+        assert covered("toy/score") == {("toy/score", "1.0"), ("toy/score", "2.0")}
+        assert covered("toy/score", "stable") == {("toy/score", "1.0")}
+        assert covered(version="2.0") == {key for key in whole if key[1] == "2.0"}
 
 
 def test_messages_of_a_stream_are_counted_by_what_became_of_them(running: Running, x: Any) -> None:

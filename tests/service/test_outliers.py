@@ -171,9 +171,9 @@ def test_a_label_ranks_pictures_among_its_own_and_ties_count_against_them(toy: T
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 2.0, 0.0049, float("nan"), float("inf")])
 def test_an_alpha_that_cannot_be_promised_is_refused(detector: Detector, alpha: float) -> None:
-    with pytest.raises(InvalidInput, match=r"\[0.005, 1\)") as told:
+    with pytest.raises(InvalidInput, match=r"\[0.005, 1\)") as caught:
         detector.check_alpha(alpha)
-    assert ("cannot promise finer" in str(told.value)) == (alpha < 0.005)
+    assert ("cannot promise finer" in str(caught.value)) == (alpha < 0.005)
 
 
 def test_the_finest_alpha_can_be_promised(detector: Detector) -> None:

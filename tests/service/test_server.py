@@ -355,8 +355,8 @@ def test_request_ids_come_back_if_sane(stubs: Stubs, live: Live, given: str, kep
     returned = dict(call.trailing_metadata())["x-request-id"]
     assert (returned == given) is kept
     line = next(line for line in log(live) if line.get("request_id") == returned)
-    told = [line[key] for key in ("method", "model", "code", "images")]
-    assert told == ["Score", "toy", "OK", 1]
+    logged = [line[key] for key in ("method", "model", "code", "images")]
+    assert logged == ["Score", "toy", "OK", 1]
 
 
 def test_what_goes_well_or_is_refused_for_now_is_told_for_debugging_alone(running: Running) -> None:

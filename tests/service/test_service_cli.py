@@ -192,11 +192,11 @@ def test_generate_writes_arrays(
     likely: Callable[..., Result], live: Live, tmp_path: Path, label: str
 ) -> None:
     out = tmp_path / "drawn.npz"
-    told = lines(
+    rows = lines(
         likely("generate", "--label", label, "--count", 9, "--seed", 3, "--out", out, "--json")
     )
     row = {"out": str(out), "pictures": 9, "seed": 3, "draws": 9, "accepted": 9}
-    assert told == [{**row, "model": "toy", "version": "1.0"}]
+    assert rows == [{**row, "model": "toy", "version": "1.0"}]
     with np.load(out) as arrays, Client(live.address) as client:
         drawn = client.generate(9, label=1, seed=3)
         assert np.array_equal(arrays["x"], drawn.images)
@@ -207,11 +207,11 @@ def test_generate_by_acceptance_tells_its_draws(
     likely: Callable[..., Result], live: Live, tmp_path: Path
 ) -> None:
     words = ("--label", 2, "--count", 9, "--seed", 3, "--acceptance", "--max-draws", 4)
-    (told,) = lines(likely("generate", *words, "--out", tmp_path / "kept.npz", "--json"))
+    (row,) = lines(likely("generate", *words, "--out", tmp_path / "kept.npz", "--json"))
     with Client(live.address) as client:
         kept = client.generate(9, label=2, seed=3, acceptance=True, max_draws=4)
-    assert (told["draws"], told["accepted"]) == (kept.draws.sum(), kept.accepted.sum())
-    assert told["draws"] > 9 > told["accepted"]
+    assert (row["draws"], row["accepted"]) == (kept.draws.sum(), kept.accepted.sum())
+    assert row["draws"] > 9 > row["accepted"]
 
 
 def test_generate_writes_pictures(likely: Callable[..., Result], tmp_path: Path) -> None:
@@ -221,9 +221,9 @@ def test_generate_writes_pictures(likely: Callable[..., Result], tmp_path: Path)
     for name in ("lossy.jpg", "grid"):
         (tmp_path / "grid").mkdir(exist_ok=True)
         (tmp_path / "grid" / "other").touch()
-        told = failed(likely("generate", "--count", 1, "--out", tmp_path / name))
-        assert ("neither in .png nor in .npz" in told) == (name == "lossy.jpg")
-        assert ("is not empty" in told) == (name == "grid")
+        message = failed(likely("generate", "--count", 1, "--out", tmp_path / name))
+        assert ("neither in .png nor in .npz" in message) == (name == "lossy.jpg")
+        assert ("is not empty" in message) == (name == "grid")
     more = ("--count", 3, "--first-index", 5, "--label", 2)
     assert likely("generate", *more, "--out", tmp_path / "folder").exit_code == 0
     names = [path.name for path in sorted((tmp_path / "folder").iterdir())]
@@ -251,10 +251,10 @@ def test_what_would_do_nothing_is_wrong_usage(
     likely: Callable[..., Result], array: Path, tmp_path: Path
 ) -> None:
     out = ("--count", 1, "--out", tmp_path / "x.png")
-    told = failed(likely("generate", "--alpha", 0.1, *out), 2)
-    assert "--alpha needs --self-check" in told
-    told = failed(likely("generate", "--max-draws", 3, *out), 2)
-    assert "--max-draws needs --self-check or --acceptance" in told
+    message = failed(likely("generate", "--alpha", 0.1, *out), 2)
+    assert "--alpha needs --self-check" in message
+    message = failed(likely("generate", "--max-draws", 3, *out), 2)
+    assert "--max-draws needs --self-check or --acceptance" in message
     assert likely("generate", "--max-draws", 3, "--self-check", *out).exit_code == 0
     assert "--both needs --json" in failed(likely("classify", array, "--both"), 2)
     assert "neither in .png" in failed(likely("score", array, "--surprise", tmp_path / "m.jpg"))
@@ -319,11 +319,11 @@ def test_a_name_that_is_no_utf8_is_shown_as_far_as_it_is(
     live: Live, tmp_path: Path, encoding: str
 ) -> None:
     Image.new("L", (3, 3)).save(tmp_path / os.fsdecode(b"\xe9t\xe9.png"))
-    told = {"LIKELY_ADDRESS": live.address, "PYTHONIOENCODING": encoding, "COLUMNS": "500"}
+    variables = {"LIKELY_ADDRESS": live.address, "PYTHONIOENCODING": encoding, "COLUMNS": "500"}
     ran = subprocess.run(
         [*COMMAND, "score", tmp_path],
         capture_output=True,
-        env={**os.environ, **told},
+        env={**os.environ, **variables},
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
@@ -440,9 +440,9 @@ def test_a_variable_that_is_no_setting_is_told_at_the_start(
                  "LIKELY_SERVICE_HOST", "LIKELY_PORT_50051_TCP_ADDR"):  # fmt: skip
         monkeypatch.setenv(name, "cpu")
     monkeypatch.setattr("likely.processes.supervisor.serve", lambda settings: None)
-    told = likely("serve", "--log-format", "json")
-    assert told.exit_code == 0, told.output
-    events = [json.loads(line) for line in told.stderr.splitlines()]
+    result = likely("serve", "--log-format", "json")
+    assert result.exit_code == 0, result.output
+    events = [json.loads(line) for line in result.stderr.splitlines()]
     assert {event["event"] for event in events} == {"unknown variable"}
     assert [(event["variable"], event["nearest"]) for event in events] == [
         ("LIKELY_BUNDLE", "LIKELY_BUNDLES"), ("LIKELY_PROT", "LIKELY_PORT"), ("LIKELY_X", None),
@@ -464,17 +464,17 @@ def test_what_kubernetes_sets_for_a_service_is_no_setting(
         }.items():
             monkeypatch.setenv(f"{service}_{name}", value)
     monkeypatch.setattr("likely.processes.supervisor.serve", lambda settings: None)
-    told = likely("serve", "--log-format", "json")
-    assert told.exit_code == 0, told.output
-    (event,) = (json.loads(line) for line in told.stderr.splitlines())
+    result = likely("serve", "--log-format", "json")
+    assert result.exit_code == 0, result.output
+    (event,) = (json.loads(line) for line in result.stderr.splitlines())
     assert event["variables"] == ["LIKELY_ADMIN_PORT", "LIKELY_METRICS_PORT", "LIKELY_PORT"]
     printed = likely("serve", "--print-config").stdout
     assert "\nport = 50051" in printed and "\nmetrics_port = 9464" in printed
 
 
 def test_a_label_of_no_version_is_told_with_an_example(likely: Callable[..., Result]) -> None:
-    told = failed(likely("serve", "--labels", "digits=3", "--print-config"))
-    assert "it should be MODEL:stable=VERSION or" in told and "digits:stable=1.0" in told
+    message = failed(likely("serve", "--labels", "digits=3", "--print-config"))
+    assert "it should be MODEL:stable=VERSION or" in message and "digits:stable=1.0" in message
 
 
 def test_a_bad_flag_is_one_sentence(likely: Callable[..., Result]) -> None:
@@ -512,9 +512,11 @@ def test_a_bad_bundle_ends_serve_with_one_sentence(make_toy: Callable[..., Toy])
     )  # fmt: skip
     assert ran.returncode == 1
     # Nor is anything logged; what others write to stderr, gRPC itself say, is not ours.
-    told = [line for line in ran.stderr.splitlines() if line.startswith(("Error", "Traceback"))]
-    assert len(told) == 1
-    assert told[0].startswith(f"Error: {foreign} is not a bundle that this version reads")
+    sentences = [
+        line for line in ran.stderr.splitlines() if line.startswith(("Error", "Traceback"))
+    ]
+    assert len(sentences) == 1
+    assert sentences[0].startswith(f"Error: {foreign} is not a bundle that this version reads")
     assert events(ran.stderr) == []
 
 
@@ -544,8 +546,8 @@ def test_serve_answers_and_ends_well_when_told(toy: Toy, number: int) -> None:
         process.send_signal(number)
         assert process.wait(30) == 0
         assert process.stderr is not None
-        told = [event["event"] for event in events(process.stderr.read())]
-    assert told[-2:] == ["draining", "ended"]
+        logged = [event["event"] for event in events(process.stderr.read())]
+    assert logged[-2:] == ["draining", "ended"]
 
 
 PATIENT = ("--timeout", "30")

@@ -38,8 +38,8 @@ def test_labels_are_set_and_taken_back_as_shown(
 ) -> None:
     bundles = tuple(make_toy("digits", version).path for version in ("1.0", "1.1"))
     with running(bundles=bundles, labels=("digits:stable=1.0",), admin_port=0) as live:
-        told = {"50051": live.address, "50052": f"127.0.0.1:{live.server.admin_port}"}
-        code = re.sub(r"127\.0\.0\.1:(5005\d)", lambda found: told[found[1]], shown("python"))
+        addresses = {"50051": live.address, "50052": f"127.0.0.1:{live.server.admin_port}"}
+        code = re.sub(r"127\.0\.0\.1:(5005\d)", lambda found: addresses[found[1]], shown("python"))
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.stdout.splitlines() == ["canary 1.1", "stable 1.1", "stable 1.0"], ran.stderr
 

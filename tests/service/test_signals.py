@@ -155,8 +155,8 @@ class Loading:
 async def ended(beyond: bool, lost: bool) -> list[dict[str, Any]]:
     """What the loop is told of, when a process has run whose server loads as its end comes."""
     loop = asyncio.get_running_loop()
-    told: list[dict[str, Any]] = []
-    loop.set_exception_handler(lambda _, context: told.append(context))
+    contexts: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: contexts.append(context))
     server: Any = Loading(beyond)
     ending: asyncio.Future[signal.Signals] = loop.create_future()
     if lost:
@@ -167,7 +167,7 @@ async def ended(beyond: bool, lost: bool) -> list[dict[str, Any]]:
     await process.run(server, load({}), log, ending, lost=3)
     del server
     gc.collect()
-    return told
+    return contexts
 
 
 def test_a_load_that_fails_while_all_ends_is_no_fault() -> None:

@@ -119,11 +119,11 @@ def relabel(folder: Path) -> None:
 
 def forge(folder: Path) -> None:
     """The envelope's payload changed, its signature kept."""
-    told = json.loads((folder / "model.sig").read_text())
-    payload = told["dsseEnvelope"]["payload"]
+    document = json.loads((folder / "model.sig").read_text())
+    payload = document["dsseEnvelope"]["payload"]
     other = "A" if payload[40] != "A" else "B"
-    told["dsseEnvelope"]["payload"] = payload[:40] + other + payload[41:]
-    (folder / "model.sig").write_text(json.dumps(told))
+    document["dsseEnvelope"]["payload"] = payload[:40] + other + payload[41:]
+    (folder / "model.sig").write_text(json.dumps(document))
 
 
 def link_signature(folder: Path) -> None:

@@ -295,15 +295,15 @@ def test_an_entry_that_cannot_be_looked_at_hides_no_other(under: str, tmp_path: 
         odd = tmp_path / under / "odd"
         odd.symlink_to("x" * 300)  # longer than a name can be
         follower = Watched(tmp_path)
-        told = io.StringIO()
-        follower.watcher._log = logs.logger("warning", "json", told)
+        out = io.StringIO()
+        follower.watcher._log = logs.logger("warning", "json", out)
         await follower.lifecycle.begin(())
         await follower.watcher.begin()
         assert follower.served() == {"1": "1"}
         put(tmp_path / "toy" / "2", "2")
         assert await follower.look(2) == {"1": "1", "2": "2"}
         assert follower.counted("likely_watch_lost") == 0
-        (line,) = map(json.loads, told.getvalue().splitlines())
+        (line,) = map(json.loads, out.getvalue().splitlines())
         assert line["event"] == "passed over"
         assert (line["folder"], line["reason"]) == (str(odd), os.strerror(errno.ENAMETOOLONG))
         await follower.lifecycle.close()

@@ -100,7 +100,7 @@ def work(shared: WorkerMetrics, index: int, doing: str = WORKER) -> None:
     subprocess.run(code, env={"PYTHONPATH": ":".join(sys.path), **shared.environment}, check=True)
 
 
-def told(registry: CollectorRegistry) -> dict[str, str]:
+def samples_of(registry: CollectorRegistry) -> dict[str, str]:
     """The samples of a scrape, by name and labels."""
     lines = generate_latest(registry).decode().splitlines()
     return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -108,13 +108,13 @@ def told(registry: CollectorRegistry) -> dict[str, str]:
 
 def test_a_server_without_a_worker_is_not_ready_and_wants_some(tmp_path: Path) -> None:
     shared = WorkerMetrics(tmp_path, 2)
-    assert told(shared.registry)["likely_workers_wanted"] == "2.0"
+    assert samples_of(shared.registry)["likely_workers_wanted"] == "2.0"
     for live in (True, False):
         if live:
             work(shared, 1)
         else:
             shared.ended(1)
-        assert told(shared.registry)["likely_ready"] == f"{live:.1f}"
+        assert samples_of(shared.registry)["likely_ready"] == f"{live:.1f}"
 
 
 def test_metrics_have_their_room_before_a_worker_writes_them(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_eight_models_that_are_asked_everything_need_no_more_room(tmp_path: Path
     work(shared, 0, BUSY)
     assert sizes(tmp_path) == before
     buckets = [
-        name for name in told(shared.registry) if name.startswith("likely_request_seconds_b")
+        name for name in samples_of(shared.registry) if name.startswith("likely_request_seconds_b")
     ]
     assert len(buckets) > 8 * len(METHODS) * len(SECONDS)
     assert sum(before.values()) == MEBIBYTES << 20
@@ -188,9 +188,9 @@ def test_a_folder_without_room_is_left(
     assert not list(places[0].iterdir())
 
 
-def supervised(settings: Settings, folder: Path, told: io.StringIO) -> supervisor.Supervisor:
+def supervised(settings: Settings, folder: Path, out: io.StringIO) -> supervisor.Supervisor:
     """A supervisor that runs nothing yet; to be made where the event loop runs."""
-    log = logs.logger("info", "json", told)
+    log = logs.logger("info", "json", out)
     return supervisor.Supervisor(settings, log, folder, WorkerMetrics(folder, settings.workers))
 
 
@@ -198,7 +198,7 @@ def test_a_long_change_by_rpc_outlasts_its_clients_pings(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ports, "PINGS", 0.1)
-    told = io.StringIO()
+    out = io.StringIO()
 
     def pinged(port: int) -> list[int]:
         with http2.connected(f"127.0.0.1:{port}") as there:
@@ -209,11 +209,11 @@ def test_a_long_change_by_rpc_outlasts_its_clients_pings(
             return list(islice(answers, 6))
 
     async def asked() -> list[int]:
-        admin = supervised(settings(admin_port=0, workers=2), tmp_path, told)._administer()
+        admin = supervised(settings(admin_port=0, workers=2), tmp_path, out)._administer()
         assert admin
         await admin.start()
         try:
-            return await asyncio.to_thread(pinged, json.loads(told.getvalue())["port"])
+            return await asyncio.to_thread(pinged, json.loads(out.getvalue())["port"])
         finally:
             await admin.stop(0)
 
@@ -258,10 +258,10 @@ def test_a_worker_that_cannot_be_made_anew_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     begun: bool,
 ) -> None:
-    told, tries = io.StringIO(), 0
+    out, tries = io.StringIO(), 0
 
     async def kept() -> None:
-        keeper = supervised(settings(workers=2), tmp_path, told)
+        keeper = supervised(settings(workers=2), tmp_path, out)
         if begun:
             keeper._begun.set()
 
@@ -278,7 +278,7 @@ def test_a_worker_that_cannot_be_made_anew_is_tried_again(
     if begun:
         asyncio.run(kept())
         assert tries == 3
-        assert told.getvalue().count("Resource temporarily unavailable") == 2
+        assert out.getvalue().count("Resource temporarily unavailable") == 2
     else:
         with pytest.raises(LikelyError, match="worker 0 could not start: Resource temporarily"):
             asyncio.run(kept())
@@ -287,24 +287,24 @@ def test_a_worker_that_cannot_be_made_anew_is_tried_again(
 def test_a_worker_that_hangs_is_killed(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = io.StringIO()
+    out = io.StringIO()
     monkeypatch.setattr(supervisor, "LOOK", 0.01)
     monkeypatch.setattr(fanout, "SOON", 0.2)
 
     async def outlived() -> int:
-        keeper = supervised(settings(workers=2), tmp_path, told)
+        keeper = supervised(settings(workers=2), tmp_path, out)
         worker = await asyncio.create_subprocess_exec("sleep", "600")
         with socket.socket(socket.AF_UNIX) as hung:
             hung.bind(str(keeper._socket(0)))
             hung.listen()
             keeping = asyncio.create_task(keeper._outlived(0, worker))
             await asyncio.sleep(0.5)
-            assert not told.getvalue()  # it may load for long
+            assert not out.getvalue()  # it may load for long
             keeper._ready.add(0)
             return await keeping
 
     assert asyncio.run(outlived()) == -signal.SIGKILL
-    assert "worker hangs" in told.getvalue()
+    assert "worker hangs" in out.getvalue()
 
 
 @pytest.mark.parametrize("hangs", [True, False])
@@ -314,12 +314,12 @@ def test_a_worker_that_missed_a_change_and_does_not_end_is_killed(
     monkeypatch: pytest.MonkeyPatch,
     hangs: bool,
 ) -> None:
-    told = io.StringIO()
+    out = io.StringIO()
     monkeypatch.setattr(supervisor, "LOOK", 0.01)
     monkeypatch.setattr(process, "MARGIN", 0.2)
 
     async def outlived() -> int:
-        keeper = supervised(settings(workers=2, drain_seconds=0), tmp_path, told)
+        keeper = supervised(settings(workers=2, drain_seconds=0), tmp_path, out)
         worker = keeper._running[0] = await asyncio.create_subprocess_exec("sleep", "60")
         try:
             if hangs:
@@ -336,7 +336,7 @@ def test_a_worker_that_missed_a_change_and_does_not_end_is_killed(
             await asyncio.sleep(0.3)  # one that has ended is not killed
 
     assert asyncio.run(outlived()) == -(signal.SIGKILL if hangs else signal.SIGTERM)
-    assert ("worker hangs" in told.getvalue()) is hangs
+    assert ("worker hangs" in out.getvalue()) is hangs
 
 
 TRAPS = """
@@ -407,7 +407,7 @@ def test_only_what_others_ask_a_worker_is_counted(running: Running, tmp_path: Pa
         registry = live.server._metrics.registry
 
         def counted() -> list[str]:
-            samples = told(registry).items()
+            samples = samples_of(registry).items()
             return [name for name, n in samples if name.startswith(REQUESTS) and n != "0.0"]
 
         assert not live.run(fanout.is_silent(path))

@@ -102,9 +102,9 @@ def _seen(subject: Subject) -> dict[str, int]:
 
 
 def _training(training: dict[str, Any]) -> str:
-    told = ("epochs", "steps", "batch", "optimiser", "learning_rate", "precision")
+    names = ("epochs", "steps", "batch", "optimiser", "learning_rate", "precision")
     return ", ".join(
-        f"{name.replace('_', ' ')} {value(training[name])}" for name in told if training.get(name)
+        f"{name.replace('_', ' ')} {value(training[name])}" for name in names if training.get(name)
     )
 
 

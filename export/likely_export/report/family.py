@@ -104,15 +104,15 @@ def _composed(figures: Mapping[str, Any]) -> View:
     likelihoods, drawings = [], []
     for name, member in figures["members"].items():
         found = member.get("composition", {})
-        if told := found.get("likelihoods"):
+        if comparison := found.get("likelihoods"):
             likelihoods.append(
                 {
                     "name": name,
-                    "pictures": value(told["pictures"]),
+                    "pictures": value(comparison["pictures"]),
                     "agreement": [
-                        value(told["spearman_of_pictures"]),
-                        value(told["spearman_of_labels"]),
-                        value(told["spearman_of_other_labels"]),
+                        value(comparison["spearman_of_pictures"]),
+                        value(comparison["spearman_of_labels"]),
+                        value(comparison["spearman_of_other_labels"]),
                     ],
                     "rules": [
                         {
@@ -124,7 +124,7 @@ def _composed(figures: Mapping[str, Any]) -> View:
                             "nats": value(_measured(by["log_pxy_nats"])),
                             "kind": by["log_pxy_nats"]["kind"],
                         }
-                        for rule, by in told["by"].items()
+                        for rule, by in comparison["by"].items()
                     ],
                 }
             )
@@ -159,8 +159,8 @@ def _nothing(figures: Mapping[str, Any], outside: Mapping[str, Pixels], levels: 
         whats = dict.fromkeys(what for row in member["outside"].values() for what in row)
         for what in whats:
             shares = [member["outside"].get(x, {}).get(what) for x in outside]
-            told = ["" if share is None else value(share, "share") for share in shares]
-            rows.append({"name": name, "what": what, "shares": told, "bad": what != "rejected"})
+            cells = ["" if share is None else value(share, "share") for share in shares]
+            rows.append({"name": name, "what": what, "shares": cells, "bad": what != "rejected"})
     heads = [
         {"name": words(name), "picture": sheet(tiles(x, levels), f"one of {words(name)}", 1)}
         for name, x in outside.items()

@@ -6,7 +6,7 @@ import numpy as np
 
 from likely_export.report.pictures import hidden, sheet, tiles, tinted
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import told, value
+from likely_export.report.text import rows_of, value
 
 COLUMNS = 12
 MOST = 24  # draws per label
@@ -39,7 +39,7 @@ def draws(subject: Subject) -> View:
         "checked": _share(subject.figure("self_checked.faithfulness")),
         "draws_a_picture": _plain(subject.figure("self_checked.draws_a_picture")),
         "on_draws": _share(subject.figure("train_on_draws_accuracy")),
-        "self_entropy": told(subject.table("self_entropy")),
+        "self_entropy": rows_of(subject.table("self_entropy")),
     }
 
 
@@ -80,7 +80,7 @@ def copies(subject: Subject) -> View:
         drawn = sheet(tiles(pairs[:, 0], levels), f"{n} draws", COLUMNS)
         seen = sheet(tiles(pairs[:, 1], levels), f"the {n} nearest training pictures", COLUMNS)
         blocks.append((drawn, seen))
-    rows = told(subject.table("memorisation"))
+    rows = rows_of(subject.table("memorisation"))
     return {"blocks": blocks, "rows": rows} if blocks or rows else None
 
 

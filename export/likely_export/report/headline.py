@@ -10,7 +10,7 @@ from likely.bundle import Kind as Likelihood
 from likely.bundle import Role
 from likely_export.corruptions import HARD, PANEL
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import MEASURED, PER_CENT, Kind, flat, told, value, words
+from likely_export.report.text import MEASURED, PER_CENT, Kind, flat, rows_of, value, words
 
 Anchors = dict[str, list[dict[str, str]]]
 
@@ -132,7 +132,7 @@ def headline(subject: Subject) -> View:
             found = subject.figure(path)
             shown = value(found) if found is not None else ""
             rows.append({"title": _title(path), "value": shown, "note": "", "anchors": beside})
-    baselines = told(subject.table("baselines"))
+    baselines = rows_of(subject.table("baselines"))
     if not rows and not baselines:
         return None
     return {

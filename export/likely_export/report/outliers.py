@@ -134,8 +134,8 @@ def _alone(rates: Mapping[str, Any], label: str) -> dict[str, Any] | None:
     Since p-values rank all labels together, nothing is guaranteed for one label, and a rate outside
     the band is not marked.
     """
-    told = ("by_label", "band_by_label", "by_label_standard_error")
-    cell = _cell(*(rates.get(name, {}).get(label) for name in told))
+    keys = ("by_label", "band_by_label", "by_label_standard_error")
+    cell = _cell(*(rates.get(name, {}).get(label) for name in keys))
     return cell and {**cell, "inside": None}
 
 
@@ -151,8 +151,8 @@ def _rates_by_name(found: Mapping[str, Any]) -> dict[str, charts.Rate]:
     """The rates and bands of all pictures together and of every label, as far as they exist."""
     overall = {"all": (found["overall"], found.get("band"))} if "overall" in found else {}
     bands, rates = found.get("band_by_label", {}), found["by_label"]
-    told = {name: rate for name, rate in rates.items() if rate is not None}
-    return overall | {name: (rate, bands.get(name)) for name, rate in told.items()}
+    known = {name: rate for name, rate in rates.items() if rate is not None}
+    return overall | {name: (rate, bands.get(name)) for name, rate in known.items()}
 
 
 def _sets(sets: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -160,10 +160,10 @@ def _sets(sets: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, An
         {"rate": value(measured(one, "mean_size"))} for one in sets.values() if "mean_size" in one
     ]
     rows = [{"name": "mean size of the set", "cells": sizes}] if len(sizes) == len(sets) else []
-    told = ("coverage_by_label", "least_by_label", "coverage_by_label_standard_error")
+    keys = ("coverage_by_label", "least_by_label", "coverage_by_label_standard_error")
     for label in labels:
         cells = [
-            _covered(*(one.get(name, {}).get(label) for name in told)) for one in sets.values()
+            _covered(*(one.get(name, {}).get(label) for name in keys)) for one in sets.values()
         ]
         if any(cells):
             rows.append({"name": f"coverage of {label}", "cells": cells})

@@ -21,11 +21,11 @@ def value(found: Any, kind: Kind = "plain") -> str:
     """
     if isinstance(found, Mapping):
         rest = {key: item for key, item in found.items() if key not in MEASURED}
-        told = ", ".join(f"{words(str(key))} {value(item, kind)}" for key, item in rest.items())
+        details = ", ".join(f"{words(str(key))} {value(item, kind)}" for key, item in rest.items())
         if len(rest) == len(found):
-            return told
+            return details
         mean, error = (float(found[key]) for key in MEASURED)
-        return _measured(mean, error, kind) + (f" ({told})" if rest else "")
+        return _measured(mean, error, kind) + (f" ({details})" if rest else "")
     if isinstance(found, list | tuple):
         return (" to " if len(found) == 2 else ", ").join(value(item, kind) for item in found)
     if found is None:
@@ -72,7 +72,7 @@ def flat(
             yield (*path, name), found
 
 
-def told(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+def rows_of(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the name and the text of every figure."""
     return [(": ".join(map(words, path)), value(found)) for path, found in flat(figures)]
 
