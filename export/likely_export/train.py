@@ -205,7 +205,7 @@ def fit(
     """
     hardware = hardware or Hardware()
     hardware.check(training, len(data.train))
-    # Where a sigmoid saturates, gradients are subnormal numbers, on which a CPU is many times slower.
+    # Gradients of saturated sigmoids are subnormal numbers, on which CPUs are many times slower.
     torch.set_flush_denormal(True)
     folder.mkdir(parents=True, exist_ok=True)
     loop = _Loop(hardware.fabric(training.precision), model, data, training, folder)
