@@ -11,7 +11,7 @@ from likely.answers import Doubles
 from likely.errors import InvalidInput
 
 BLOCK = 1 << 14  # rows reweighted at once
-SLACK = 1e-6  # by which the sum of priors may differ from 1
+PRIOR_SUM_TOLERANCE = 1e-6  # by which the sum of priors may differ from 1
 
 
 def logsumexp(values: npt.NDArray[np.floating], axis: int = -1) -> Doubles:
@@ -85,10 +85,10 @@ def check_priors(priors: Sequence[float], labels: int) -> Doubles:
     if len(priors) != labels:
         raise InvalidInput("priors", f"{len(priors)} values; the model has {labels} labels")
     values = np.array(priors, dtype=np.float64)
-    if np.any(wrong := ~((values >= 0) & (values <= 1 + SLACK))):
+    if np.any(wrong := ~((values >= 0) & (values <= 1 + PRIOR_SUM_TOLERANCE))):
         first = int(np.argmax(wrong))
         raise InvalidInput(f"priors[{first}]", f"{values[first]:g} is no probability in [0, 1]")
-    if abs(values.sum() - 1) > SLACK:
+    if abs(values.sum() - 1) > PRIOR_SUM_TOLERANCE:
         raise InvalidInput("priors", f"they sum to {values.sum():.9g}; 1 within 1e-6 is needed")
     return values
 

@@ -44,8 +44,8 @@ ENDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 
         0.99, 0.995, 0.998)  # fmt: skip
 SHARES = (0.05, 0.2, 0.6)  # shares of changed pictures that bettors assume
 POWERS = (0.05, 0.3)  # exponents a of the densities a p^(a - 1) that they assume for these
-MEMORY = 256  # pictures in a window; learning bettors learn from the last complete window
-BELIEF = 32.0  # pictures that the prior law of a learning bettor counts as
+WINDOW = 256  # pictures in a window; learning bettors learn from the last complete window
+PRIOR_WEIGHT = 32.0  # pictures that the prior law of a learning bettor counts as
 
 
 class Reference:
@@ -123,7 +123,7 @@ class Martingale:
         bins = len(reference.cells)
         self._urn = reference.cells.copy()
         self._recent = np.zeros((2, bins))  # counts of the last whole window, and of this one
-        self._laws = self._learnt()
+        self._laws = self._current_laws()
         self._capital = np.full(len(self._laws), -np.inf)  # logarithms
 
     def bet(self, scores: Doubles) -> None:
@@ -134,14 +134,14 @@ class Martingale:
         """
         bins = self._reference.bins(scores, self._rng)
         while len(bins):
-            room = MEMORY - self.pictures % MEMORY
-            self._bet(bins[:room])
+            room = WINDOW - self.pictures % WINDOW
+            self._bet_in_window(bins[:room])
             bins = bins[room:]
-            if self.pictures % MEMORY == 0:
+            if self.pictures % WINDOW == 0:
                 self._recent = np.stack((self._recent[1], np.zeros_like(self._recent[1])))
-                self._laws = self._learnt()
+                self._laws = self._current_laws()
 
-    def _bet(self, bins: Bins) -> None:
+    def _bet_in_window(self, bins: Bins) -> None:
         steps = np.arange(len(bins))
         seen = np.zeros((len(bins) + 1, len(self._urn)))
         seen[steps + 1, bins] = 1
@@ -163,10 +163,10 @@ class Martingale:
         self.log = float(logs[-1])
         self.highest = max(self.highest, float(logs.max()))
 
-    def _learnt(self) -> Doubles:
+    def _current_laws(self) -> Doubles:
         """The laws of all bettors (bettors, bins); those that learn come last."""
         counts, shares = self._recent[0], self._reference.shares
-        recent = (BELIEF * shares + counts) / (BELIEF + counts.sum())
+        recent = (PRIOR_WEIGHT * shares + counts) / (PRIOR_WEIGHT + counts.sum())
         mixed = [(1 - share) * shares + share * recent for share in (0.3, 1.0)]
         laws: Doubles = np.concatenate((self._reference.laws, mixed))
         return laws

@@ -29,7 +29,7 @@ from likely.answers import (
     verdicts,
 )
 from likely.batching.admission import Bounds
-from likely.batching.batches import Runner, rows_of
+from likely.batching.batches import Runner, feed_from_arrays
 from likely.batching.lanes import Ask, Lanes
 from likely.batching.traffic import Traffic
 from likely.bundle import Bundle, Role
@@ -58,11 +58,11 @@ _NEEDS: dict[str, tuple[frozenset[Role], ...]] = {
 Seen: TypeAlias = "Callable[[Engine, str, Doubles], None]"
 
 
-def _unseen(_: Engine, __: str, ___: Doubles) -> None:
+def _ignore_scores(_: Engine, __: str, ___: Doubles) -> None:
     """Does nothing: the default, where no monitor is told."""
 
 
-class How(TypedDict, total=False):
+class JudgeOptions(TypedDict, total=False):
     """The keyword arguments of `Engine.judge`."""
 
     priors: Doubles | None
@@ -89,7 +89,7 @@ class Terms:
     lanes: int = 0
     bounds: Bounds = field(default_factory=Bounds)
     withheld_limit: int = 0
-    seen: Seen = _unseen
+    seen: Seen = _ignore_scores
 
 
 class Engine:
@@ -141,7 +141,7 @@ class Engine:
         self._generator = Generator(
             self.manifest,
             self._lanes,
-            self._passes,
+            self._passes_check,
             self._surprise,
             self._p_label,
             rows=warm.best[Role.SAMPLE].rows if Role.SAMPLE in warm.best else 1,
@@ -181,19 +181,19 @@ class Engine:
         terms, traffic = terms or Terms(), traffic or Traffic()
         detector, weights = _detector(bundle), bundle.weights()
 
-        def opened(role: Role, threads: int) -> Session:
+        def open_session(role: Role, threads: int) -> Session:
             graph = bundle.manifest.graphs[role]
             return Session(bundle.graph(role), graph, device, threads, weights)
 
-        def completed(role: Role, runner: Runner) -> Runner:
+        def wrap_runner(role: Role, runner: Runner) -> Runner:
             if role is Role.DENSITY and detector is not None:
                 return Ranked(runner, detector, bundle.manifest.dimensions)
             return runner
 
         warm = warm_up(
             bundle,
-            opened,
-            completed,
+            open_session,
+            wrap_runner,
             lanes=terms.lanes,
             # A card runs one graph at a time; with more lanes, runs would only queue there.
             cores=1 if device.kind == "cuda" else threads,
@@ -226,11 +226,11 @@ class Engine:
 
         It is called on the event loop.
         """
-        self._trust.lost = callback
+        self._trust.on_unhealthy = callback
 
     def answers(self, method: str) -> bool:
         """Whether the bundle has what an RPC, such as `Score`, needs."""
-        return self._lacks(method) is None
+        return self._missing_requirement(method) is None
 
     def require(self, method: str) -> None:
         """Checks that the bundle answers an RPC.
@@ -238,10 +238,10 @@ class Engine:
         Raises:
             NotAnswered: the bundle lacks a graph, or directions, that the RPC needs.
         """
-        if lacks := self._lacks(method):
+        if lacks := self._missing_requirement(method):
             raise NotAnswered(f"model {self.manifest.name} has {lacks}, so it does not answer this")
 
-    def _lacks(self, method: str) -> str | None:
+    def _missing_requirement(self, method: str) -> str | None:
         """What the bundle lacks to answer an RPC; None if it lacks nothing."""
         for roles in _NEEDS[method]:
             if not any(role in self._lanes for role in roles):
@@ -274,7 +274,9 @@ class Engine:
             self._seen(self, "Score", scores.rows)
         return scores
 
-    async def classify(self, x: Pixels, alpha: float, **how: Unpack[How]) -> Classifications:
+    async def classify(
+        self, x: Pixels, alpha: float, **how: Unpack[JudgeOptions]
+    ) -> Classifications:
         """Decides which label is assigned, if any: the second result of `judge`."""
         return (await self.judge(x, alpha, **how))[1]
 
@@ -305,22 +307,22 @@ class Engine:
         self._trust.require()
         asks = [_ask(Role.DENSITY, {"x": x}, _SCORE)]
         if both or rule == LabelRule.GENERATIVE:
-            asks.append(self._conditional(x))
+            asks.append(self._conditional_ask(x))
         if both or rule == LabelRule.DISCRIMINATIVE:
             asks.append(_ask(Role.DISCRIMINATE, {"x": x}, ("log_pyx",)))
         arrays = await self._lanes.run_all(*asks)
-        found = {ask.role: given for ask, given in zip(asks, arrays, strict=True)}
-        scores = self._scores(found[Role.DENSITY], alpha, guarantee)
+        arrays_by_role = {ask.role: outputs for ask, outputs in zip(asks, arrays, strict=True)}
+        scores = self._scores(arrays_by_role[Role.DENSITY], alpha, guarantee)
         log_pxy = composed = label_p_values = np.empty((len(x), 0))
-        if (conditional := found.get(Role.CONDITIONAL)) is not None:
+        if (conditional := arrays_by_role.get(Role.CONDITIONAL)) is not None:
             log_pxy = conditional["log_pxy"].astype(np.float64)
             evidence = self._evidence(conditional)
             # Label p-values use the model's own priors: what the pictures of a label look like
             # does not depend on how many of them a request expects.
-            own = self._posterior(evidence)
-            posterior = own if priors is None else self._posterior(evidence, priors)
-            label_p_values = self.detector.label_p_values(scores.unusualness, own)
-        if (discriminative := found.get(Role.DISCRIMINATE)) is not None:
+            model_posterior = self._posterior(evidence)
+            posterior = model_posterior if priors is None else self._posterior(evidence, priors)
+            label_p_values = self.detector.label_p_values(scores.unusualness, model_posterior)
+        if (discriminative := arrays_by_role.get(Role.DISCRIMINATE)) is not None:
             self._trust.check(Role.DISCRIMINATE, *discriminative.values())
             log_pyx, learnt = discriminative["log_pyx"].astype(np.float64), self.manifest.priors
             composed = bayes.composed(log_pyx, scores.log_px, learnt)
@@ -360,7 +362,7 @@ class Engine:
             label = np.full(len(x), -1)
         else:
             if label is None:
-                (conditional,) = await self._lanes.run_all(self._conditional(x))
+                (conditional,) = await self._lanes.run_all(self._conditional_ask(x))
                 label = self._posterior(self._evidence(conditional)).argmax(1).astype(np.int64)
             feeds["y"] = label
         outputs = [spec.name for spec in graph.outputs]
@@ -411,10 +413,10 @@ class Engine:
         features = await self.encode(x, label)
         way = self.directions[direction]
         z = features.mean[:, None] + points[:, None] * way.step
-        labels = self._decoded_under(features.label[:, None].repeat(len(points), 1))
+        labels = self._decoder_labels(features.label[:, None].repeat(len(points), 1))
         found = await self._redrawer.redraw(z.astype(np.float32), labels, drawing)
         self._check_redrawn(found)
-        position, spread = way.place(features)
+        position, spread = way.position_of(features)
         return Traversal(
             mean=found.mean,
             deviation=found.deviation,
@@ -456,7 +458,7 @@ class Engine:
         t = points[:, None]
         z = (1 - t) * first.mean[:, None] + t * last.mean[:, None]
         near = np.where(points < 0.5, first.label[:, None], last.label[:, None])
-        labels = self._decoded_under(near)
+        labels = self._decoder_labels(near)
         found = await self._redrawer.redraw(z.astype(np.float32), labels, drawing)
         self._check_redrawn(found)
         return found
@@ -556,7 +558,7 @@ class Engine:
         self._lanes.close()
         self._trust.end()
 
-    async def _passes(self, x: Pixels, labels: Labels, alpha: float) -> Accepted:
+    async def _passes_check(self, x: Pixels, labels: Labels, alpha: float) -> Accepted:
         """Whether draws are accepted, and classified as the labels that they were drawn with."""
         if Role.CONDITIONAL in self._lanes and np.all(labels >= 0):
             answer = await self.classify(x, alpha, seen=False)
@@ -573,7 +575,7 @@ class Engine:
         p: Doubles = np.exp(found["log_pyx"][np.arange(len(x)), labels].astype(np.float64))
         return p
 
-    def _decoded_under(self, label: Labels) -> Labels | None:
+    def _decoder_labels(self, label: Labels) -> Labels | None:
         """The labels, or None if the model decodes without labels."""
         return None if self._lanes.graph(Role.DECODE).input("y") is None else label
 
@@ -607,7 +609,7 @@ class Engine:
         weights = np.array(self.manifest.calibrated.weights)
         return bayes.pooled(conditional["evidence"], weights)
 
-    def _conditional(self, x: Pixels) -> Ask:
+    def _conditional_ask(self, x: Pixels) -> Ask:
         graph = self._lanes.graph(Role.CONDITIONAL)
         eps = graph.input("eps")
         outputs = ("log_pxy", "evidence") if graph.output("evidence") else ("log_pxy",)
@@ -644,4 +646,4 @@ def _detector(bundle: Bundle) -> Detector | None:
 
 
 def _ask(role: Role, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> Ask:
-    return Ask(role, len(feeds["x"]), rows_of(feeds), outputs)
+    return Ask(role, len(feeds["x"]), feed_from_arrays(feeds), outputs)

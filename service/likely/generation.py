@@ -26,8 +26,8 @@ FIXING_NOISE = np.float32(1e6)  # noise that outweighs every log-probability
 class _Plan:
     """Pictures to draw: row i is attempt attempts[i] at picture indices[i], with label labels[i].
 
-    `given` has the levels of fixed pixels, and `known` is true where a pixel is fixed; both are
-    (n, c, h, w).
+    `fixed_levels` has the levels of fixed pixels, and `known` is true where a pixel is fixed;
+    both are (n, c, h, w).
     """
 
     seed: int
@@ -35,7 +35,7 @@ class _Plan:
     indices: Sequence[int]
     attempts: Sequence[int]
     labels: Labels
-    given: Pixels | None = None
+    fixed_levels: Pixels | None = None
     known: Mask | None = None
 
 
@@ -93,10 +93,10 @@ class Generator:
             attempts = np.ones(len(images), dtype=np.int64)
             accepted = np.ones(len(images), dtype=np.bool_)
             if check:
-                attempts, accepted = await self._checked(role, plan, images, check)
+                attempts, accepted = await self._redraw_failing(role, plan, images, check)
             return self._answer(images, labels, indices[0], seed, attempts, accepted)
 
-        return _ahead(draw, count, chunk)
+        return _draw_ahead(draw, count, chunk)
 
     def accept(
         self,
@@ -120,13 +120,13 @@ class Generator:
 
         async def draw(start: int, stop: int) -> Draws:
             indices = range(first_index + start, first_index + stop)
-            labels = self._chosen(label, seed, indices)
-            images, draws, accepted = await self._kept(
+            labels = self._choose_labels(label, seed, indices)
+            images, draws, accepted = await self._draw_accepted(
                 labels, seed, temperature, indices, acceptance.max_draws
             )
             return self._answer(images, labels, indices[0], seed, draws, accepted)
 
-        return _ahead(draw, count, chunk)
+        return _draw_ahead(draw, count, chunk)
 
     def complete(
         self,
@@ -161,7 +161,7 @@ class Generator:
                 temperature,
                 (first_index + pictures).tolist(),
                 attempts.tolist(),
-                np.full(len(rows), self._null if label is None else label),
+                np.full(len(rows), self._no_label_index if label is None else label),
                 given[pictures],
                 known[pictures],
             )
@@ -172,10 +172,10 @@ class Generator:
             labels = np.full(stop - start, -1 if label is None else label)
             return self._answer(images, labels, start, seed, ones * proposals, ones.astype(bool))
 
-        return _ahead(draw, len(given) * completions, chunk)
+        return _draw_ahead(draw, len(given) * completions, chunk)
 
     @property
-    def _null(self) -> int:
+    def _no_label_index(self) -> int:
         """The index that stands for no label."""
         return len(self._manifest.labels)
 
@@ -199,9 +199,9 @@ class Generator:
         """The label of each picture: the requested one, or a draw; -1 if the graph takes none."""
         if not self._takes_label(role):
             return np.full(len(indices), -1)
-        return self._chosen(label, seed, indices)
+        return self._choose_labels(label, seed, indices)
 
-    def _chosen(self, label: int | None, seed: int, indices: Sequence[int]) -> Labels:
+    def _choose_labels(self, label: int | None, seed: int, indices: Sequence[int]) -> Labels:
         """The label of each picture: the requested one, or a draw from the priors."""
         if label is not None:
             return np.full(len(indices), label)
@@ -217,7 +217,7 @@ class Generator:
         (drawn,) = await self._lanes.run_all(Ask(role, len(plan.indices), feed, ("x",)))
         return drawn["x"]
 
-    async def _checked(
+    async def _redraw_failing(
         self, role: Role, plan: _Plan, images: Pixels, check: SelfCheck
     ) -> tuple[Labels, Mask]:
         """Redraws, in place, pictures that fail the check.
@@ -245,7 +245,7 @@ class Generator:
         accepted[failing] = False
         return attempts, accepted
 
-    async def _kept(
+    async def _draw_accepted(
         self, labels: Labels, seed: int, temperature: float, indices: Sequence[int], most: int
     ) -> tuple[Pixels, Labels, Mask]:
         """Draws from p(x): for each picture the first draw that p(y|x) keeps, else the last.
@@ -258,13 +258,15 @@ class Generator:
         draws, accepted = np.full(n, most), np.zeros(n, dtype=np.bool_)
         drawn, left = 0, np.arange(n)
         while left.size and drawn < most:
-            ahead = min(self._ahead_of(labels[left]), most - drawn)
+            ahead = min(self._draws_at_once(labels[left]), most - drawn)
             attempts = list(range(drawn, drawn + ahead)) * left.size
             rows = left.repeat(ahead)
-            where = [indices[row] for row in rows.tolist()]
-            nobody = np.full(rows.size, self._null)
-            x = await self._draw(Role.SAMPLE, _Plan(seed, temperature, where, attempts, nobody))
-            chance = noise.uniform(seed, where, noise.Use.ACCEPTANCE, attempts)
+            picture_indices = [indices[row] for row in rows.tolist()]
+            unlabelled = np.full(rows.size, self._no_label_index)
+            x = await self._draw(
+                Role.SAMPLE, _Plan(seed, temperature, picture_indices, attempts, unlabelled)
+            )
+            chance = noise.uniform(seed, picture_indices, noise.Use.ACCEPTANCE, attempts)
             kept = (chance < await self._p_label(x, labels[rows])).reshape(left.size, ahead)
             any_kept = kept.any(1)
             first = np.where(any_kept, kept.argmax(1), ahead - 1)
@@ -273,7 +275,7 @@ class Generator:
             drawn, left = drawn + ahead, left[~any_kept]
         return images, draws, accepted
 
-    def _ahead_of(self, labels: Labels) -> int:
+    def _draws_at_once(self, labels: Labels) -> int:
         """The number of draws of each picture that are made at once.
 
         They are enough to fill a batch, but no more than the rarest label takes on average.
@@ -328,12 +330,12 @@ def _feed(spec: TensorSpec, plan: _Plan, rows: slice) -> npt.NDArray[Any]:
     gumbel = noise.gumbel(plan.seed, indices, shape, attempts)
     if plan.temperature != 1:
         gumbel *= np.float32(plan.temperature)
-    if plan.given is not None and plan.known is not None:
-        _fix(gumbel, plan.given[rows], plan.known[rows])
+    if plan.fixed_levels is not None and plan.known is not None:
+        _fix_levels(gumbel, plan.fixed_levels[rows], plan.known[rows])
     return gumbel
 
 
-def _fix(gumbel: Floats, given: Pixels, known: Mask) -> None:
+def _fix_levels(gumbel: Floats, given: Pixels, known: Mask) -> None:
     """Puts `FIXING_NOISE` at the digits of known levels, in noise (n, h, w, c[, digits], base)."""
     base = gumbel.shape[-1]
     digits = gumbel.reshape(*gumbel.shape[:4], -1, base)
@@ -345,7 +347,7 @@ def _fix(gumbel: Floats, given: Pixels, known: Mask) -> None:
         digits[..., digit, :] = np.where(where[..., None], fixing, digits[..., digit, :])
 
 
-async def _ahead(
+async def _draw_ahead(
     draw: Callable[[int, int], Coroutine[Any, Any, Draws]], count: int, chunk: int
 ) -> AsyncGenerator[Draws, None]:
     """The draws of rows 0..count-1 in chunks; each starts while the one before is consumed."""

@@ -55,8 +55,8 @@ _NO_LIBRARIES = re.compile(r"CUDA wasn'?t able to be loaded")
 # leave the process's CUDA context unusable: by number, as a failed call reports them, and by name,
 # as a failed launch of a kernel does. Errors of cuDNN and cuBLAS do not show whether the context
 # is lost; if it is, the next run fails with one of these.
-_GONE = {46: "DevicesUnavailable", 100: "NoDevice"}
-_FATAL = {
+_CARD_GONE_ERRORS = {46: "DevicesUnavailable", 100: "NoDevice"}
+_CONTEXT_LOST_ERRORS = {
     214: "ECCUncorrectable",
     226: "Contained",
     700: "IllegalAddress",
@@ -81,8 +81,11 @@ def _error_pattern(errors: Mapping[int, str]) -> re.Pattern[str]:
     return re.compile(rf"CUDA failure (?:{numbers})\b|CUDA error cudaError(?:{names})\b")
 
 
-_BROKEN, _LOST = _error_pattern(_FATAL), _error_pattern(_GONE | _FATAL)
-_PRELOADING = Lock()
+_CONTEXT_LOST, _CARD_LOST = (
+    _error_pattern(_CONTEXT_LOST_ERRORS),
+    _error_pattern(_CARD_GONE_ERRORS | _CONTEXT_LOST_ERRORS),
+)
+_PRELOAD_LOCK = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +226,7 @@ class Session:
                 return self.run_bound(feeds, outputs, options)
             arrays: list[Array] = self._session.run(list(outputs), dict(feeds), options)
         except Exception as error:  # ONNX Runtime raises its own types, one for each status
-            raise _failure(error) from error
+            raise _to_likely_error(error) from error
         return arrays
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
@@ -242,7 +245,7 @@ class Session:
         n = rows(feeds)
         kind, index = self._device.kind, self._device.index
         binding = self._session.io_binding()
-        for name, feed in filled(feeds, bucket(n)).items():
+        for name, feed in pad_rows(feeds, padded_size(n)).items():
             value = runtime().OrtValue.ortvalue_from_numpy(feed, kind, index)
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
@@ -256,12 +259,12 @@ def rows(feeds: Mapping[str, Array]) -> int:
     return len(next(iter(feeds.values())))
 
 
-def bucket(n: int) -> int:
+def padded_size(n: int) -> int:
     """The padded size of a batch of `n` rows: the next power of two, at least 1."""
     return 1 << max(n - 1, 0).bit_length()
 
 
-def filled(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
+def pad_rows(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
     """The feeds padded to `size` rows by repeating their last row, each contiguous in memory.
 
     Unlike zeros, a repeated row is an input of the kind that the graph was made for.
@@ -279,54 +282,56 @@ def device_fault(error: Exception) -> DeviceError | None:
     """The error as a `DeviceError`, if one of a card's libraries failed with it; else None."""
     text = str(error)
     found = _LIBRARY_ERROR.search(text)
-    return DeviceError(f"the device failed: {_from(text, found)}") if found else None
+    return DeviceError(f"the device failed: {_extract_cause(text, found)}") if found else None
 
 
-def _failure(error: Exception, what: str = "the run") -> Exception:
+def _to_likely_error(error: Exception, what: str = "the run") -> Exception:
     """The `LikelyError` that an error of the runtime means; else that error itself."""
     text = str(error)
     if _STOPPED.search(text):
         return RunStopped("the run was stopped")
     found = _NO_MEMORY.search(text)
     if found or isinstance(error, MemoryError):
-        return OutOfMemory(f"no memory for {what}: {_from(text, found)}")
-    if found := _LOST.search(text):
-        return DeviceLost(f"the card is lost: {_from(text, found)}")
+        return OutOfMemory(f"no memory for {what}: {_extract_cause(text, found)}")
+    if found := _CARD_LOST.search(text):
+        return DeviceLost(f"the card is lost: {_extract_cause(text, found)}")
     if found := _NO_CUDNN.search(text):
-        return DeviceError(f"cuDNN was not found ('likely[cuda]' brings it): {_from(text, found)}")
+        return DeviceError(
+            f"cuDNN was not found ('likely[cuda]' brings it): {_extract_cause(text, found)}"
+        )
     return error
 
 
-def _unopened(error: Exception, path: Path, device: Device) -> LikelyError:
+def _to_opening_error(error: Exception, path: Path, device: Device) -> LikelyError:
     """The `LikelyError` that a runtime's error in opening a graph means."""
-    text, failure = str(error), _failure(error, f"the graph {path}")
+    text, failure = str(error), _to_likely_error(error, f"the graph {path}")
     if isinstance(failure, OutOfMemory):
         return failure
     if device.kind == "cuda":
         # A card that is busy or absent was never in use, so it is not lost.
         if isinstance(failure, DeviceError) or (
-            isinstance(failure, DeviceLost) and _BROKEN.search(text)
+            isinstance(failure, DeviceLost) and _CONTEXT_LOST.search(text)
         ):
             return failure
         if found := _LIBRARY_ERROR.search(text):
             return DeviceError(
-                f"device {device} was asked for, but cannot be used: {_from(text, found)}"
+                f"device {device} was asked for, but cannot be used: {_extract_cause(text, found)}"
             )
         if _NO_LIBRARIES.search(text):
-            return _no_libraries(device, "the runtime cannot load CUDA")
+            return _missing_libraries_error(device, "the runtime cannot load CUDA")
     return BundleError(
         f"{path} is not a graph that ONNX Runtime {runtime().__version__} opens", "graph", text
     )
 
 
-def _no_libraries(device: Device, sign: str) -> DeviceError:
+def _missing_libraries_error(device: Device, sign: str) -> DeviceError:
     return DeviceError(
         f"device {device} was asked for, but {sign}: the CUDA and cuDNN libraries that ONNX "
         "Runtime needs were not found ('likely[cuda]' brings them)"
     )
 
 
-def _from(text: str, found: re.Match[str] | None) -> str:
+def _extract_cause(text: str, found: re.Match[str] | None) -> str:
     """The cause in the text of a runtime's error, without the source locations around it."""
     begin = min(
         (match.start() for match in (found, _LIBRARY_ERROR.search(text)) if match), default=0
@@ -370,9 +375,9 @@ def _open(path: Path, device: Device, threads: int, weights: Mapping[str, bytes]
         # With its fallback, if the card fails, the runtime would use the CPU and print that.
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises its own types, one for each status
-        raise _unopened(error, path, device) from error
+        raise _to_opening_error(error, path, device) from error
     if device.kind == "cuda" and (runs := session.get_providers()[0]) != CUDA:
-        raise _no_libraries(device, f"the session runs on {runs}")
+        raise _missing_libraries_error(device, f"the session runs on {runs}")
     return session
 
 
@@ -412,7 +417,7 @@ def _check_cuda(ort: Any, device: Device) -> None:
 def _preload() -> None:
     """Loads CUDA's libraries; those that are not found are reported on standard error."""
     # Only one at a time: of two redirections at once, one would remain in place.
-    with _PRELOADING, redirect_stdout(sys.stderr):
+    with _PRELOAD_LOCK, redirect_stdout(sys.stderr):
         runtime().preload_dlls()
 
 

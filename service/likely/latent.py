@@ -22,7 +22,7 @@ from likely.batching.lanes import Ask, Lanes
 from likely.bundle import Latent, Manifest, Role
 from likely.errors import BundleError, InvalidInput, NotAnswered
 
-_CONSISTENT = 1e-3  # most by which probe . step may differ from 1
+_PROBE_TOLERANCE = 1e-3  # most by which probe . step may differ from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Direction:
     probe: Doubles
     offset: float
 
-    def place(self, features: Features) -> tuple[Doubles, Doubles | None]:
+    def position_of(self, features: Features) -> tuple[Doubles, Doubles | None]:
         """The positions of features: mean and standard deviation, each float64 (n,).
 
         The deviation is None if the features have no variance.
@@ -76,7 +76,7 @@ def directions(
             raise BundleError(f"{latent.file} has no finite array {name} of {shape}", "latent")
         found.append(array.astype(np.float64))
     steps, probes, offsets = found
-    if len(set(names)) < len(names) or np.any(abs((steps * probes).sum(1) - 1) > _CONSISTENT):
+    if len(set(names)) < len(names) or np.any(abs((steps * probes).sum(1) - 1) > _PROBE_TOLERANCE):
         raise BundleError(
             f"{latent.file} has two directions of one name, or a probe that does not fit its step",
             "latent",
@@ -125,7 +125,7 @@ class Redrawer:
         """
         graph = self._lanes.graph(Role.DECODE)
         shape, gumbel = z.shape[:2], graph.input("gumbel")
-        label = self._labelled(label, shape)
+        label = self._decoder_labels(label, shape)
         if drawing.count and gumbel is None:
             raise NotAnswered(
                 f"model {self._manifest.name} gives pictures, not a distribution of them: "
@@ -158,7 +158,7 @@ class Redrawer:
             model_version=self._manifest.version,
         )
 
-    def _labelled(self, label: Labels | None, shape: tuple[int, ...]) -> Labels | None:
+    def _decoder_labels(self, label: Labels | None, shape: tuple[int, ...]) -> Labels | None:
         """The labels as the graph takes them, for rows of the given shape."""
         takes = self._lanes.graph(Role.DECODE).input("y") is not None
         if label is not None and not takes:

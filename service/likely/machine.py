@@ -13,11 +13,11 @@ INSTALL = (
     "install one: pip install 'likely[cpu]' (CPU), 'likely[gpu]' (a GPU whose CUDA and cuDNN "
     "are installed) or 'likely[cuda]' (a GPU, bringing CUDA and cuDNN)"
 )
-_GROUPS = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
 _QUOTAS = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")  # of cgroup v2, of v1
 
 
-def cores(groups: Path = _GROUPS) -> int:
+def cores(groups: Path = _CGROUPS) -> int:
     """Number of CPU cores that this process may use, by its affinity and its container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return math.ceil(min(count or 1, max(1.0, _quota(groups))))

@@ -27,7 +27,7 @@ from likely.errors import InvalidInput
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 BLOCK = 8
-FEW = 4  # most rows whose values are compared with all knots
+MAX_COMPARED_ROWS = 4  # most rows whose values are compared with all knots
 GROUP = 16  # values in a group, of which the smallest is found first
 ROUNDING = 1e-12  # relative tolerance of a rank's bound
 
@@ -68,16 +68,16 @@ class Ranks(_Stored):
     def __call__(self, values: npt.NDArray[np.floating]) -> Doubles:
         """Normal scores (n, s) of values (n, s)."""
         x: Doubles = values.astype(np.float64)
-        knot, normal, slope = self._lines[:, self._line(x), np.arange(x.shape[1])]
+        knot, normal, slope = self._lines[:, self._line_indices(x), np.arange(x.shape[1])]
         scores: Doubles = slope * (x - knot) + normal
         return scores
 
-    def _line(self, values: Doubles) -> npt.NDArray[np.intp]:
+    def _line_indices(self, values: Doubles) -> npt.NDArray[np.intp]:
         """The index (n, s) of each value's line: the number of knots that are not above it."""
-        if len(values) <= FEW:  # cheaper for few rows than a search in each column
+        if len(values) <= MAX_COMPARED_ROWS:  # cheaper for few rows than a search in each column
             return np.asarray(np.count_nonzero(self.knots <= values[:, None], axis=1))
         searched = zip(self._columns, values.T, strict=True)
-        return np.stack([own.searchsorted(v, "right") for own, v in searched], 1)
+        return np.stack([column.searchsorted(v, "right") for column, v in searched], 1)
 
     @cached_property
     def _columns(self) -> tuple[Doubles, ...]:
@@ -127,7 +127,7 @@ class Mahalanobis(_Stored):
     def __call__(self, normal: Doubles, label: Labels) -> Doubles:
         """The distances (n,)."""
         centres = self.centres[label] if len(self.centres) > 1 else self.centres
-        whitened = _times(normal[:, self.columns.astype(int)] - centres, self.whitening)
+        whitened = _multiply_rows(normal[:, self.columns.astype(int)] - centres, self.whitening)
         distance: Doubles = np.square(whitened).sum(1)
         return distance
 
@@ -154,15 +154,15 @@ class Mixture(_Stored):
 
     def __call__(self, normal: Doubles, label: Labels) -> Doubles:  # noqa: ARG002
         """Minus log-densities (n,), up to a constant."""
-        v = _times(normal[:, self.columns.astype(int)] - self.centre, self.whitening)
-        roots, origins = self._side_by_side
-        independent = (_times(v, roots) - origins).reshape(len(v), *self.means.shape)
+        v = _multiply_rows(normal[:, self.columns.astype(int)] - self.centre, self.whitening)
+        roots, origins = self._joined_roots
+        independent = (_multiply_rows(v, roots) - origins).reshape(len(v), *self.means.shape)
         terms = self.offsets - 0.5 * np.square(independent).sum(2)
         improbable: Doubles = -np.logaddexp.reduce(terms, axis=1)
         return improbable
 
     @cached_property
-    def _side_by_side(self) -> tuple[Doubles, Doubles]:
+    def _joined_roots(self) -> tuple[Doubles, Doubles]:
         """The roots of all terms as one matrix (r, m * r), and the means times them, (m * r,)."""
         r = self.means.shape[1]
         origins = (self.means[:, None] @ self.roots).reshape(-1)
@@ -189,18 +189,20 @@ class Neighbours(_Stored):
 
     def __call__(self, normal: Doubles, label: Labels) -> Doubles:  # noqa: ARG002
         """The distances (n,)."""
-        v = _times(normal[:, self.columns.astype(int)] - self.centre, self.whitening)
+        v = _multiply_rows(normal[:, self.columns.astype(int)] - self.centre, self.whitening)
         ones, k = np.ones((len(v), 1)), int(self.count)
         found = np.empty(len(v))
         for start in range(0, len(v), BLOCK):  # the distances of a block fit in a cache
             rows = v[start : start + BLOCK]
-            apart = _times(np.concatenate((rows, ones[start : start + BLOCK]), 1), self._apart)
+            apart = _multiply_rows(
+                np.concatenate((rows, ones[start : start + BLOCK]), 1), self._distance_matrix
+            )
             squares = _smallest(apart, k) + np.square(rows).sum(1)[:, None]
             found[start : start + BLOCK] = np.sqrt(np.maximum(squares, 0)).mean(1)
         return found
 
     @cached_property
-    def _apart(self) -> Doubles:
+    def _distance_matrix(self) -> Doubles:
         """The matrix (r + 1, b) from (v, 1) to |v - u|^2 - |v|^2 for each of the bank's rows u."""
         return np.concatenate((-2 * self.bank.T, np.square(self.bank).sum(1)[None]))
 
@@ -330,9 +332,9 @@ class Detector:
             labels: number of labels under which pictures are ranked; 0 for none.
         """
         counts, n = self.label_counts, len(self.scores)
-        if not _ascend(self.scores):
+        if not _is_ascending(self.scores):
             return "scores do not ascend"
-        if self.confident.shape != (n + 1,) or not _ascend(self.confident):
+        if self.confident.shape != (n + 1,) or not _is_ascending(self.confident):
             return f"confident is not {n + 1} p-values that ascend"
         if not 0 < self.confident[0] <= self.confident[-1] <= 1:
             return "confident is not within (0, 1]"
@@ -340,7 +342,7 @@ class Detector:
             return f"label_counts is not of {labels} labels"
         if counts.min(initial=0) < 0 or counts.sum() != len(self.label_scores):
             return f"label_counts does not divide {len(self.label_scores)} label_scores"
-        if not all(map(_ascend, np.split(self.label_scores, np.cumsum(counts)[:-1]))):
+        if not all(map(_is_ascending, np.split(self.label_scores, np.cumsum(counts)[:-1]))):
             return "label_scores do not ascend within a label"
         return None
 
@@ -477,7 +479,7 @@ def _smallest(values: Doubles, k: int) -> Doubles:
     return np.partition(among, k - 1, axis=1)[:, :k]
 
 
-def _times(rows: Doubles, matrix: Doubles) -> Doubles:
+def _multiply_rows(rows: Doubles, matrix: Doubles) -> Doubles:
     """rows @ matrix (n, r), where the bits of a row do not depend on the other rows.
 
     BLAS chooses its kernel, and with it the order of additions, by the number of rows. Here
@@ -490,5 +492,5 @@ def _times(rows: Doubles, matrix: Doubles) -> Doubles:
     return products
 
 
-def _ascend(values: Doubles) -> bool:
+def _is_ascending(values: Doubles) -> bool:
     return bool(np.isfinite(values).all() and (np.diff(values) >= 0).all())

@@ -42,7 +42,7 @@ class Ranked:
         self.providers = runner.providers
         self._runner = runner
         self._detector = detector
-        self._bit = -math.log(2) * dimensions  # log p(x) at one bit per dimension
+        self._log_px_per_bit = -math.log(2) * dimensions  # log p(x) at one bit per dimension
 
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None
@@ -50,22 +50,22 @@ class Ranked:
         """The outputs with these names, in this order."""
         if RANKED not in outputs:
             return self._runner.run(feeds, outputs, stop)
-        own = self._own(outputs)
-        found = dict(zip(own, self._runner.run(feeds, own, stop), strict=True))
+        graph_outputs = self._graph_outputs(outputs)
+        found = dict(zip(graph_outputs, self._runner.run(feeds, graph_outputs, stop), strict=True))
         found[RANKED] = self._ranked(found[_LOG_PX], found[_STATISTICS], found.get(_LABEL))
         return [found[name] for name in outputs]
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
         """The outputs of a run with no rows."""
-        own = self._own(outputs)
-        found = dict(zip(own, self._runner.empty(own), strict=True))
+        graph_outputs = self._graph_outputs(outputs)
+        found = dict(zip(graph_outputs, self._runner.empty(graph_outputs), strict=True))
         found[RANKED] = np.empty((0, _COLUMNS))
         return [found[name] for name in outputs]
 
     def _ranked(self, log_px: Array, statistics: Array, label: Array | None) -> Doubles:
         table = np.empty((len(log_px), _COLUMNS))
         table[:, 0] = log_px
-        table[:, 1] = table[:, 0] / self._bit
+        table[:, 1] = table[:, 0] / self._log_px_per_bit
         table[:, 2] = self._score(statistics, label)
         table[:, 3] = self._detector.p_value(table[:, 2])
         return table
@@ -79,7 +79,7 @@ class Ranked:
         score[finite] = self._detector.score(statistics[finite], known)
         return score
 
-    def _own(self, outputs: Sequence[str]) -> tuple[str, ...]:
+    def _graph_outputs(self, outputs: Sequence[str]) -> tuple[str, ...]:
         """The outputs that the graph itself must give to compute these."""
         needed = [_LOG_PX, _STATISTICS, *(o.name for o in self.spec.outputs if o.name == _LABEL)]
         return tuple(dict.fromkeys([*(o for o in outputs if o != RANKED), *needed]))

@@ -12,7 +12,7 @@ from likely.errors import ServerFault, Unavailable
 from likely.graphs import Array
 
 
-def _nobody() -> None:
+def _do_nothing() -> None:
     """Does nothing: the default callback."""
 
 
@@ -21,7 +21,7 @@ class Trust:
 
     Attributes:
         healthy: false once too many answers of one graph in a row were withheld.
-        lost: callback for the moment when that happens.
+        on_unhealthy: callback for the moment when that happens.
     """
 
     def __init__(self, name: str, withheld_limit: int, traffic: Traffic) -> None:
@@ -34,7 +34,7 @@ class Trust:
             traffic: the metrics of withheld answers and unhealthy versions.
         """
         self.healthy = True
-        self.lost: Callable[[], None] = _nobody
+        self.on_unhealthy: Callable[[], None] = _do_nothing
         self._name = name
         self._withheld_limit = withheld_limit
         self._withheld = traffic.withheld.labels(name)
@@ -70,16 +70,16 @@ class Trust:
                 self._in_a_row.pop(graph, None)
             return
         if callers.current().counted:
-            self._count(graph)
+            self._count_withheld(graph)
         raise ServerFault("the model gave a value that is not finite")
 
-    def _count(self, graph: str) -> None:
+    def _count_withheld(self, graph: str) -> None:
         self._withheld.inc()
         in_a_row = self._in_a_row[graph] = self._in_a_row.get(graph, 0) + 1
         if self.healthy and self._withheld_limit and in_a_row >= self._withheld_limit:
             self.healthy = False
             self._unhealthy.inc()
-            self.lost()
+            self.on_unhealthy()
 
     def end(self) -> None:
         """Stops counting the version as unhealthy, if it was."""

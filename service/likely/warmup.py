@@ -17,11 +17,12 @@ from likely.ranking import RANKED
 
 LARGEST = 64  # rows of a batch on CPUs: larger ones gain nothing, and other requests wait
 LARGEST_ON_CARD = 256
-WIDEST = 8  # cores of one run: graphs of this size are not faster on more
-LONG = (Role.DENSITY,)  # roles whose runs may be worth several cores
-TUNING = 0.06  # seconds of measuring for each graph
-DRAWING = 0.25  # the same for a graph that draws pixel by pixel
-DRAWING_ON_CARD = 4.0  # on a card, a drawing takes perhaps a second, of one picture or of many
+MAX_CORES_PER_RUN = 8  # cores of one run: graphs of this size are not faster on more
+MULTI_CORE_ROLES = (Role.DENSITY,)  # roles whose runs may be worth several cores
+TUNING_SECONDS = 0.06  # seconds of measuring for each graph
+DRAWING_SECONDS = 0.25  # the same for a graph that draws pixel by pixel
+# On a card, a drawing takes perhaps a second, of one picture or of many.
+DRAWING_SECONDS_ON_CARD = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ class Warm:
 
 def warm_up(
     bundle: Bundle,
-    opened: Callable[[Role, int], Runner],
-    completed: Callable[[Role, Runner], Runner],
+    open_graph: Callable[[Role, int], Runner],
+    wrap_runner: Callable[[Role, Runner], Runner],
     *,
     lanes: int,
     cores: int,
@@ -53,8 +54,8 @@ def warm_up(
 
     Args:
         bundle: a verified bundle.
-        opened: opens the graph of a role for runs on the given number of cores.
-        completed: wraps the runner of a role, to add what is computed from the graph's outputs.
+        open_graph: opens the graph of a role for runs on the given number of cores.
+        wrap_runner: wraps the runner of a role, to add what is computed from the graph's outputs.
         lanes: number of runs at once; 0 to find the best number.
         cores: the largest number of lanes that is tried, and the most cores of one run.
         max_batch: rows of one run at most; 0 to find the best number.
@@ -64,37 +65,45 @@ def warm_up(
         BundleError: a graph cannot be opened, has no golden outputs, or does not reproduce them.
     """
     roles = list(bundle.manifest.graphs)
-    widest = 1 if max_batch else min(cores, WIDEST)
-    several = [role for role in roles if role in LONG and widest > 1]
+    widest = 1 if max_batch else min(cores, MAX_CORES_PER_RUN)
+    several = [role for role in roles if role in MULTI_CORE_ROLES and widest > 1]
     with ThreadPoolExecutor(cores) as pool:
-        bare = list(pool.map(opened, roles + several, [1] * len(roles) + [widest] * len(several)))
-    found = [completed(role, runner) for role, runner in zip(roles + several, bare, strict=True)]
+        bare = list(
+            pool.map(
+                open_graph,
+                roles + several,
+                [1] * len(roles) + [widest] * len(several),
+            )
+        )
+    found = [wrap_runner(role, runner) for role, runner in zip(roles + several, bare, strict=True)]
     if filled:
         found = [Portions(runner, max_batch, fill=True) for runner in found]
     runners = dict(zip(roles, found, strict=False))
     wide = dict(zip(several, found[len(roles) :], strict=True))
     golden = bundle.golden()
     for role, runner in (*runners.items(), *wide.items()):
-        _prove(bundle.manifest, role, runner, golden)
+        _check_golden(bundle.manifest, role, runner, golden)
     if max_batch:
         # A padded run costs the same for few rows as for many: do not spread rows over lanes.
         best = dict.fromkeys(runners, Best(max_batch, min_rows=max_batch if filled else 1))
     else:
-        best = {role: _best(role, runner, golden) for role, runner in runners.items()}
+        best = {role: _tune_graph(role, runner, golden) for role, runner in runners.items()}
         for role, runner in zip(roles, bare, strict=False):
-            if best[role].run:
-                runners[role] = completed(role, Portions(runner, best[role].run))
+            if best[role].rows_per_run:
+                runners[role] = wrap_runner(role, Portions(runner, best[role].rows_per_run))
         for role, runner in wide.items():
             if _is_worth_all_cores(role, runner, runners[role], best[role], golden):
                 best[role] = replace(best[role], wide=runner)
     if not lanes and cores > 1:
         # Any graph shows how many runs at once suit this machine; most requests use the density.
         role = Role.DENSITY if Role.DENSITY in runners else next(iter(runners))
-        lanes = _lanes(role, runners[role], golden, best[role].rows, cores)
+        lanes = _tune_lanes(role, runners[role], golden, best[role].rows, cores)
     return Warm(runners, lanes or cores, best)
 
 
-def _prove(manifest: Manifest, role: Role, runner: Runner, golden: Mapping[str, Array]) -> None:
+def _check_golden(
+    manifest: Manifest, role: Role, runner: Runner, golden: Mapping[str, Array]
+) -> None:
     graph = manifest.graphs[role]
     outputs = [spec.name for spec in graph.outputs]
     names = [*(spec.name for spec in graph.inputs), *outputs]
@@ -110,18 +119,18 @@ def _prove(manifest: Manifest, role: Role, runner: Runner, golden: Mapping[str, 
             )
 
 
-def _best(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
+def _tune_graph(role: Role, runner: Runner, golden: Mapping[str, Array]) -> Best:
     """Measures how a graph runs best on this machine, with its golden inputs."""
     sample, outputs = _sample(role, runner, golden)
     on_card = runner.providers[0] != CPU
     most = LARGEST_ON_CARD if on_card else LARGEST
     # Drawing gains most from large batches and takes longest: try fewer sizes.
     step = 4 if role in (Role.SAMPLE, Role.GENERATE) else 2
-    seconds, growth = TUNING, None
+    seconds, growth = TUNING_SECONDS, None
     if role == Role.SAMPLE:
         # Pixel by pixel, a run has a high fixed cost: four times the rows take twice the time.
-        seconds, growth = (DRAWING_ON_CARD, 1.0) if on_card else (DRAWING, 2.0)
-    return tuning.batch(
+        seconds, growth = (DRAWING_SECONDS_ON_CARD, 1.0) if on_card else (DRAWING_SECONDS, 2.0)
+    return tuning.find_best_batch(
         runner, sample, outputs, most=most, step=step, seconds=seconds, growth=growth
     )
 
@@ -131,15 +140,19 @@ def _is_worth_all_cores(
 ) -> bool:
     """Whether one row runs faster on all cores, and takes too long for the event loop."""
     sample, outputs = _sample(role, narrow, golden)
-    return not best.loop_rows and tuning.is_sooner(
-        wide, narrow, sample, outputs, seconds=2 * TUNING
+    return not best.loop_rows and tuning.is_faster_on_all_cores(
+        wide, narrow, sample, outputs, seconds=2 * TUNING_SECONDS
     )
 
 
-def _lanes(role: Role, runner: Runner, golden: Mapping[str, Array], rows: int, cores: int) -> int:
+def _tune_lanes(
+    role: Role, runner: Runner, golden: Mapping[str, Array], rows: int, cores: int
+) -> int:
     """Measures how many runs at once are best on this machine."""
     sample, outputs = _sample(role, runner, golden)
-    return tuning.lanes(runner, sample, outputs, rows=rows, most=cores, seconds=2 * TUNING)
+    return tuning.find_lane_count(
+        runner, sample, outputs, rows=rows, most=cores, seconds=2 * TUNING_SECONDS
+    )
 
 
 def _sample(

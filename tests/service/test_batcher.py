@@ -20,7 +20,7 @@ from likely.batching import batcher as batching
 from likely.batching import callers, gathering, headroom, tuning
 from likely.batching.admission import MAX_DELAY, MIN_DELAY, Bounds, Quota, retry_delay
 from likely.batching.batcher import Batcher
-from likely.batching.batches import Batch, rows_of
+from likely.batching.batches import Batch, feed_from_arrays
 from likely.batching.callers import Caller, Priority
 from likely.batching.fair import FairQueue, Waiting
 from likely.batching.lanes import BULK_ROWS, Ask, Lanes
@@ -194,7 +194,7 @@ def test_a_large_request_is_divided_and_comes_back_in_order() -> None:
 def test_a_batch_has_no_more_rows_than_bytes_allow(
     monkeypatch: pytest.MonkeyPatch, nbytes: int, rows: int
 ) -> None:
-    monkeypatch.setattr(batching, "BATCH_BYTES", nbytes)
+    monkeypatch.setattr(batching, "MAX_BATCH_BYTES", nbytes)
 
     async def work() -> None:
         graph = Doubler()
@@ -258,16 +258,16 @@ def test_few_light_rows_do_not_wait_for_a_run_of_another_graph() -> None:
 def test_light_rows_wait_for_company_once_callers_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         graph, waited = Doubler(), list[bool]()
-        monkeypatch.setattr(gathering, "LONGEST", 0.25)  # more than a machine stalls for
-        best = Best(16, min_rows=8, fixed=1.0)
+        monkeypatch.setattr(gathering, "MAX_WAIT", 0.25)  # more than a machine stalls for
+        best = Best(16, min_rows=8, fixed_cost=1.0)
         async with opened(graph, best={Role.DENSITY: best}) as lanes:
-            gathers = lanes._gathers
+            gathers = lanes._should_gather
 
             def noted(role: Role, priority: Priority) -> bool:
                 waited.append(gathers(role, priority))
                 return waited[-1]
 
-            monkeypatch.setattr(lanes, "_gathers", noted)
+            monkeypatch.setattr(lanes, "_should_gather", noted)
             for i in range(10):
                 assert await ask(lanes, i) == [2 * i]
             assert waited == [False] * 10  # alone, however fast it comes
@@ -281,7 +281,9 @@ def test_light_rows_wait_for_company_once_callers_have_met(monkeypatch: pytest.M
 def test_nobody_is_alone_beside_what_runs_or_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         graph, found = Doubler(), list[bool]()
-        monkeypatch.setattr(gathering.Gathering, "came", lambda _, *, alone: found.append(alone))
+        monkeypatch.setattr(
+            gathering.Gathering, "record_arrival", lambda _, *, alone: found.append(alone)
+        )
         async with opened(graph) as lanes:
             graph.hold()
             asked = [going(ask(lanes, 1))]
@@ -593,7 +595,7 @@ def test_what_is_refused_for_want_of_memory_is_counted_once(counted: bool) -> No
         best = dict.fromkeys(graphs, Best(2))
         lanes = Lanes("fake", graphs, lanes=1, best=best, traffic=traffic)
         callers.announce(Caller("a", counted=counted))
-        feed = rows_of({"x": np.arange(7)})
+        feed = feed_from_arrays({"x": np.arange(7)})
         for _ in range(3):
             with pytest.raises(Overloaded, match="no memory"):
                 await lanes.run_all(*(Ask(role, 7, feed, ("y",)) for role in graphs))
@@ -793,7 +795,7 @@ def test_nobody_gives_way_for_who_finds_no_room_at_another_graph() -> None:
 
         async def both(client: str) -> list[int]:
             callers.announce(Caller(client))
-            feed = rows_of({"x": np.arange(1)})
+            feed = feed_from_arrays({"x": np.arange(1)})
             await lanes.run_all(*(Ask(role, 1, feed, ("y",)) for role in graphs))
             return []
 
@@ -866,7 +868,7 @@ def test_drawing_and_large_requests_are_bulk(role: Role, rows: int, priority: Pr
         graph.hold()
         asked = []
         for n in (1, rows):
-            feed = rows_of({"x": np.arange(n)})
+            feed = feed_from_arrays({"x": np.arange(n)})
             asked.append(asyncio.create_task(lanes.run_all(Ask(role, n, feed, ("y",)))))
             await settled()
         assert lanes._batchers[role].waiting(priority) == rows
@@ -911,7 +913,7 @@ def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int, co
             # What runs and what waits, which all lanes share, as they do its own but for the last.
             batch = min(rows, 4)
             shared = (0.5 * count + 1 + rows - batch) / count
-            answered = headroom.MOST * pace * (shared + batch)
+            answered = headroom.MAX_MULTIPLE * pace * (shared + batch)
             own, now = range(rows), time.monotonic()
             with pytest.raises(Overloaded, match="longer than the deadline allows"):
                 await going(ask(lanes, *own, client="a", deadline=now + answered - 1))
@@ -951,17 +953,17 @@ def test_bulk_is_told_to_come_again_after_all_others(priority: Priority, rows: f
 class Recorder:
     """Stands for a headroom, and keeps what it is told."""
 
-    times = 1.0
+    multiple = 1.0
 
     def __init__(self) -> None:
         self.answers: list[float] = []
         self.misses: list[float] = []
 
-    def answered(self, estimate: float, seconds: float) -> None:
+    def record_answer(self, estimate: float, seconds: float) -> None:
         assert seconds > 0
         self.answers += [estimate] if estimate else []
 
-    def missed(self, estimate: float) -> None:
+    def record_miss(self, estimate: float) -> None:
         self.misses.append(estimate)
 
 
@@ -1111,15 +1113,15 @@ def test_lanes_serve_one_loop_after_another() -> None:
 def test_who_waits_for_company_is_woken_on_the_next_loop_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gathering, "LONGEST", 0.25)
-    graph, best = Doubler(), Best(16, min_rows=8, fixed=1.0)
+    monkeypatch.setattr(gathering, "MAX_WAIT", 0.25)
+    graph, best = Doubler(), Best(16, min_rows=8, fixed_cost=1.0)
     lanes = Lanes("fake", {Role.DENSITY: graph}, lanes=1, best={Role.DENSITY: best})
 
     async def left() -> None:
         for i in (1, 2):
             going(ask(lanes, i))
         await settled()
-        assert lanes._alarm and not graph.runs
+        assert lanes._wake_timer and not graph.runs
 
     async def work() -> None:
         assert list(await asyncio.gather(ask(lanes, 3), ask(lanes, 4))) == [[6], [8]]
@@ -1389,18 +1391,18 @@ def test_a_lane_of_an_earlier_loop_takes_nothing_of_the_next_one() -> None:
 
 def test_a_run_of_nobodys_rows_teaches_no_pace() -> None:
     batcher = Batcher("fake", Doubler(), Best(4, pace=1.0), Bounds(), Traffic(), "density")
-    batcher.ran(0, 1e-5)
+    batcher.record_run(0, 1e-5)
     assert batcher.pace == 1.0
 
 
 @pytest.mark.parametrize("seconds", [(9.0, 1.0), (1.0, 9.0)])
 def test_one_run_that_stood_still_begins_no_pace(seconds: tuple[float, float]) -> None:
     batcher = Batcher("fake", Doubler(), Best(4), Bounds(), Traffic(), "density")
-    batcher.ran(2, 2 * seconds[0])
+    batcher.record_run(2, 2 * seconds[0])
     assert batcher.pace == 0
-    batcher.ran(1, seconds[1])
+    batcher.record_run(1, seconds[1])
     assert batcher.pace == 1.0
-    batcher.ran(1, 2.0)
+    batcher.record_run(1, 2.0)
     assert batcher.pace == pytest.approx(1.1)
 
 
@@ -1431,7 +1433,7 @@ def test_a_batch_whose_start_fails_is_told_and_holds_no_lane(
 ) -> None:
     async def work() -> None:
         graph, traffic, begun = Doubler(), Traffic(), list[int]()
-        began = Batcher.began
+        began = Batcher.record_start
 
         def failing(batcher: Batcher, batch: Batch) -> None:
             begun.append(batch.rows)
@@ -1439,7 +1441,7 @@ def test_a_batch_whose_start_fails_is_told_and_holds_no_lane(
                 raise RuntimeError("a fault of the queue's own")
             began(batcher, batch)
 
-        monkeypatch.setattr(Batcher, "began", failing)
+        monkeypatch.setattr(Batcher, "record_start", failing)
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         async with opened(graph, best={Role.DENSITY: Best(2)}, traffic=traffic) as lanes:
             graph.hold()  # the second is ready, and the lane takes it by itself
@@ -1465,7 +1467,7 @@ def test_a_fault_in_choosing_a_batch_is_not_that_of_the_one_before(
 ) -> None:
     async def work() -> None:
         graph, traffic, asked = Doubler(), Traffic(), list[int]()
-        choose = Lanes._next
+        choose = Lanes._take_next
 
         def failing(lanes: Lanes, free: int) -> Any:
             asked.append(free)
@@ -1473,7 +1475,7 @@ def test_a_fault_in_choosing_a_batch_is_not_that_of_the_one_before(
                 raise RuntimeError("a fault of the queue's own")
             return choose(lanes, free)
 
-        monkeypatch.setattr(Lanes, "_next", failing)
+        monkeypatch.setattr(Lanes, "_take_next", failing)
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         async with opened(graph, traffic=traffic) as lanes:
             assert await ask(lanes, 1) == [2]
@@ -1590,7 +1592,7 @@ def test_who_leaves_gives_up_all_asks_and_is_counted_once(stage: str) -> None:
         lanes = Lanes("fake", graphs, lanes=2, best=best, traffic=traffic)
         for graph in graphs.values():
             graph.hold()
-        feed = rows_of({"x": np.arange(1)})
+        feed = feed_from_arrays({"x": np.arange(1)})
 
         def both() -> asyncio.Task[Any]:
             asks = (Ask(role, 1, feed, ("y",)) for role in graphs)
@@ -1690,7 +1692,7 @@ def test_turns_lose_no_row_and_give_none_twice(
             assert start == seen.get(member, 0) < stop <= member.rows
             seen[member] = stop
             earlier = waiting[: waiting.index(member)]  # each client's own come in order
-            assert all(m.left == 0 for m in earlier if m.client == member.client and m in stay)
+            assert all(m.rows_left == 0 for m in earlier if m.client == member.client and m in stay)
         assert queue.nbytes == 3 * queue.rows
     assert seen == {member: member.rows for member in stay}
     assert not queue.take(5)
@@ -1702,7 +1704,7 @@ def test_clients_that_wait_are_served_alike(sizes: list[int], room: int) -> None
     served = dict.fromkeys(map(str, range(len(sizes))), 0)
     for _ in range(40):
         for client, rows in zip(served, sizes, strict=True):
-            while queue.held(client) < 200:  # all of them wait, always
+            while queue.client_rows(client) < 200:  # all of them wait, always
                 queue.add(Waiting(client, rows, 1))
         for member, start, stop in queue.take(room):
             served[member.client] += stop - start
@@ -1804,7 +1806,7 @@ def test_the_best_batch_is_found(
 ) -> None:
     graph = Timed(once, each)
     monkeypatch.setattr("time.thread_time", lambda: graph.now)
-    found = tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=1.0)
+    found = tuning.find_best_batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=1.0)
     assert (found.rows, found.min_rows) == (rows, min_rows)
     assert found.pace == pytest.approx(each + once / rows)
 
@@ -1827,8 +1829,8 @@ def test_a_batch_is_run_by_as_many_rows_as_are_quickest(
 
     graph = Cached(0.0, 0.0)
     monkeypatch.setattr("time.thread_time", lambda: graph.now)
-    found = tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=1.0)
-    assert (found.rows, found.run) == (rows, run)
+    found = tuning.find_best_batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=1.0)
+    assert (found.rows, found.rows_per_run) == (rows, run)
     assert found.pace == pytest.approx(5e-3 * (1 if run else crowded))
 
 
@@ -1846,9 +1848,9 @@ def test_no_size_wins_by_being_run_again(monkeypatch: pytest.MonkeyPatch) -> Non
 
     graph = Cold(0.0, 0.0)
     monkeypatch.setattr("time.thread_time", lambda: graph.now)
-    found = tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=0.06)
+    found = tuning.find_best_batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=0.06)
     assert sorted(map(len, graph.runs)) == [1, 1, 2, 4]
-    assert (found.rows, found.run) == (8, 4)
+    assert (found.rows, found.rows_per_run) == (8, 4)
 
 
 @pytest.mark.parametrize(
@@ -1860,14 +1862,14 @@ def test_all_cores_are_taken_only_where_that_is_clearly_sooner(
     graphs = Timed(0.0, wide), Timed(0.0, narrow)
     monkeypatch.setattr("time.perf_counter", lambda: sum(graph.now for graph in graphs))
     sample = {"x": np.arange(3)}
-    assert tuning.is_sooner(*graphs, sample, ["y"], seconds=0.1) == sooner
+    assert tuning.is_faster_on_all_cores(*graphs, sample, ["y"], seconds=0.1) == sooner
     assert sum(graph.now for graph in graphs) <= max(0.1 + wide + narrow, 2 * (wide + narrow))
 
 
 def test_a_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = Timed(0.0, 0.1)
     monkeypatch.setattr("time.thread_time", lambda: graph.now)
-    tuning.batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=0.5)
+    tuning.find_best_batch(graph, {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=0.5)
     assert graph.now <= 0.5 + 1e-9
 
 
@@ -1878,7 +1880,9 @@ def test_a_slow_run_that_hardly_grows_with_its_rows_is_tried_with_more(
     graph = Timed(0.04, 2e-3)
     monkeypatch.setattr("time.thread_time", lambda: graph.now)
     sample, spent = {"x": np.arange(3)}, 0.25
-    found = tuning.batch(graph, sample, ["y"], most=64, step=4, seconds=spent, growth=growth)
+    found = tuning.find_best_batch(
+        graph, sample, ["y"], most=64, step=4, seconds=spent, growth=growth
+    )
     assert found.rows == rows
 
 
@@ -1916,7 +1920,7 @@ def test_a_card_is_tried_once_it_is_warm_and_as_far_as_its_memory_goes(
     card = Card(once, each, cold, room)
     monkeypatch.setattr("time.perf_counter", lambda: card.now)
     sample = {"x": np.arange(3)}
-    found = tuning.batch(card, sample, ["y"], most=256, step=2, seconds=0.06, growth=1.0)
+    found = tuning.find_best_batch(card, sample, ["y"], most=256, step=2, seconds=0.06, growth=1.0)
     assert found.rows == rows
     assert found.pace == pytest.approx(each + once / rows)
 
@@ -1926,12 +1930,14 @@ def test_a_card_draws_many_at_once_however_long_a_run_takes(
 ) -> None:
     card = Card(0.7, 1e-4, 2.0, 4096)
     monkeypatch.setattr("time.perf_counter", lambda: card.now)
-    assert warmup._best(Role.SAMPLE, card, {"sample/x": np.arange(3)}).rows == 256
+    assert warmup._tune_graph(Role.SAMPLE, card, {"sample/x": np.arange(3)}).rows == 256
 
 
 def test_a_card_without_memory_for_a_row_is_told() -> None:
     with pytest.raises(OutOfMemory):
-        tuning.batch(Card(0, 0, 0, 0), {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=0.1)
+        tuning.find_best_batch(
+            Card(0, 0, 0, 0), {"x": np.arange(3)}, ["y"], most=64, step=2, seconds=0.1
+        )
 
 
 @pytest.mark.parametrize(("slowed", "expected"), [(False, 2), (True, 1)])
@@ -1952,5 +1958,7 @@ def test_fewer_lanes_are_taken_only_where_they_are_faster(slowed: bool, expected
                 self.inside -= 1
             return [feeds["x"]]
 
-    found = tuning.lanes(Shared(), {"x": np.arange(3)}, ["y"], rows=4, most=2, seconds=0.4)
+    found = tuning.find_lane_count(
+        Shared(), {"x": np.arange(3)}, ["y"], rows=4, most=2, seconds=0.4
+    )
     assert found == expected

@@ -215,9 +215,9 @@ def test_a_label_that_is_hardly_ever_kept_is_drawn_by_the_batch() -> None:
     manifest: Any = SimpleNamespace(priors=np.array([0.7, 0.3, 0.0]))
     other: Any = None
     generator = Generator(manifest, other, other, other, other, rows=64)
-    assert [generator._ahead_of(np.array([label])) for label in range(3)] == [2, 4, 64]
-    assert generator._ahead_of(np.full(30, 1)) == 2
-    assert generator._ahead_of(np.full(100, 1)) == 1
+    assert [generator._draws_at_once(np.array([label])) for label in range(3)] == [2, 4, 64]
+    assert generator._draws_at_once(np.full(30, 1)) == 2
+    assert generator._draws_at_once(np.full(100, 1)) == 1
 
 
 def test_labels_left_open_are_those_of_any_drawing(client: Client) -> None:

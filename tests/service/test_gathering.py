@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from likely.batching.gathering import LONGEST, REMEMBERED, Gathering
+from likely.batching.gathering import MAX_WAIT, OVERLAP_MEMORY, Gathering
 
 FIXED = 3e-4
 
@@ -22,7 +22,7 @@ def after(
     gathering = Gathering(min_rows, FIXED, clock)
     for _ in range(times):
         clock.now += gap
-        gathering.came(alone=alone)
+        gathering.record_arrival(alone=alone)
     return gathering, clock
 
 
@@ -30,7 +30,7 @@ def after(
 def test_a_lone_caller_never_waits(gap: float) -> None:
     for times in range(1, 100):
         gathering, clock = after(gap, times, alone=True)
-        assert gathering.wait(1, clock.now) == 0
+        assert gathering.delay(1, clock.now) == 0
 
 
 def test_who_is_alone_waits_as_long_as_others_are_remembered() -> None:
@@ -38,54 +38,54 @@ def test_who_is_alone_waits_as_long_as_others_are_remembered() -> None:
     waited = 0
     for _ in range(1000):
         clock.now += FIXED
-        gathering.came(alone=True)
-        waited += gathering.wait(1, clock.now) > 0
-    assert waited == pytest.approx(REMEMBERED / FIXED, abs=2)
+        gathering.record_arrival(alone=True)
+        waited += gathering.delay(1, clock.now) > 0
+    assert waited == pytest.approx(OVERLAP_MEMORY / FIXED, abs=2)
 
 
 def test_rows_wait_where_others_follow_closely_and_until_they_do_not() -> None:
     gathering, clock = after(FIXED, 100)
     since = clock.now
 
-    assert gathering.wait(1, since) == pytest.approx(4 * FIXED)
+    assert gathering.delay(1, since) == pytest.approx(4 * FIXED)
     clock.now += FIXED
-    assert gathering.wait(1, since) == pytest.approx(3 * FIXED)
-    gathering.came(alone=False)
-    assert gathering.wait(2, since) == pytest.approx(4 * FIXED)
+    assert gathering.delay(1, since) == pytest.approx(3 * FIXED)
+    gathering.record_arrival(alone=False)
+    assert gathering.delay(2, since) == pytest.approx(4 * FIXED)
     clock.now += 4 * FIXED
-    assert gathering.wait(2, since) == 0
+    assert gathering.delay(2, since) == 0
 
 
 def test_nobody_waits_any_more_once_rows_come_seldom() -> None:
     gathering, clock = after(FIXED, 100)
     waited = 0
     for _ in range(20):
-        clock.now += LONGEST
-        gathering.came(alone=False)
-        waited += gathering.wait(1, clock.now) > 0
+        clock.now += MAX_WAIT
+        gathering.record_arrival(alone=False)
+        waited += gathering.delay(1, clock.now) > 0
     assert waited < 5
 
 
 def test_enough_rows_wait_for_nobody() -> None:
     gathering, clock = after(FIXED, 100, min_rows=4)
 
-    assert gathering.wait(3, clock.now) > 0
-    assert gathering.wait(4, clock.now) == 0
+    assert gathering.delay(3, clock.now) > 0
+    assert gathering.delay(4, clock.now) == 0
 
 
 def test_a_request_waits_no_longer_than_the_longest() -> None:
     gathering, clock = after(FIXED, 100)
     since = clock.now
-    while clock.now < since + LONGEST - FIXED / 2:
-        assert gathering.wait(2, since) > 0
+    while clock.now < since + MAX_WAIT - FIXED / 2:
+        assert gathering.delay(2, since) > 0
         clock.now += FIXED
-        gathering.came(alone=False)
-    assert gathering.wait(2, since) <= FIXED / 2
+        gathering.record_arrival(alone=False)
+    assert gathering.delay(2, since) <= FIXED / 2
 
 
 def test_who_makes_heavy_runs_waits_for_nobody() -> None:
     clock = Clock()
     gathering = Gathering(1, FIXED, clock)
     for _ in range(100):
-        gathering.came(alone=False)
-        assert gathering.wait(1, clock.now) == 0
+        gathering.record_arrival(alone=False)
+        assert gathering.delay(1, clock.now) == 0

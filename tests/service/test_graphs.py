@@ -30,8 +30,8 @@ def feeds(session: Session, n: int) -> dict[str, Any]:
 
 
 def test_buckets_are_the_powers_of_two() -> None:
-    assert [graphs.bucket(n) for n in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
-    assert all(graphs.bucket(n) == n for n in (16, 32, 64, 256))
+    assert [graphs.padded_size(n) for n in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert all(graphs.padded_size(n) == n for n in (16, 32, 64, 256))
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -39,12 +39,12 @@ def test_a_batch_is_filled_up_with_its_last_row(n: int) -> None:
     x = np.arange(n * 6, dtype=np.uint8).reshape(n, 1, 2, 3)
     y = np.arange(n)[::-1]  # in no order of memory that a runtime would take
     given: dict[str, Any] = {"x": x, "y": y}
-    filled = graphs.filled(given, graphs.bucket(n))
+    filled = graphs.pad_rows(given, graphs.padded_size(n))
     for name, feed in given.items():
-        assert len(filled[name]) == graphs.bucket(n)
+        assert len(filled[name]) == graphs.padded_size(n)
         assert filled[name].dtype == feed.dtype and filled[name].flags.c_contiguous
         assert np.array_equal(filled[name][:n], feed)
-        assert np.array_equal(filled[name][n:], np.repeat(feed[-1:], graphs.bucket(n) - n, 0))
+        assert np.array_equal(filled[name][n:], np.repeat(feed[-1:], graphs.padded_size(n) - n, 0))
 
 
 @pytest.mark.parametrize("role", Role)

@@ -115,7 +115,7 @@ def test_a_step_moves_the_place_by_itself(client: Client) -> None:
     for t in (-3.0, 0.0, 1.5):
         moved = Features((mean + t * STEPS[0]).astype(np.float32), None, Y, "1")
         still = Features(mean, None, Y, "1")
-        assert way.place(moved)[0] - way.place(still)[0] == pytest.approx(t, abs=1e-5)
+        assert way.position_of(moved)[0] - way.position_of(still)[0] == pytest.approx(t, abs=1e-5)
 
 
 def test_an_answer_is_of_its_own_picture_alone(engine: Engine) -> None:

@@ -21,7 +21,7 @@ def withheld(trust: Trust, graph: str, *arrays: Array) -> bool:
 
 def test_so_many_in_a_row_end_it() -> None:
     trust, lost = Trust("m", 3, Traffic()), list[bool]()
-    trust.lost = lambda: lost.append(trust.healthy)
+    trust.on_unhealthy = lambda: lost.append(trust.healthy)
     for values in (NOT_FINITE, NOT_FINITE, FINITE, NOT_FINITE, NOT_FINITE):
         assert withheld(trust, "density", FINITE, values) == (values is NOT_FINITE)
         trust.require()

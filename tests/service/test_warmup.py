@@ -60,16 +60,16 @@ class Opening:
 @pytest.fixture
 def bundle(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """The toy, as if its runs were too long for the event loop."""
-    monkeypatch.setattr(tuning, "LOOP_SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "MAX_LOOP_SECONDS", 0.0)
     return Bundle.open(toy.path)
 
 
-@pytest.mark.parametrize(("cores", "threads"), [(2, 2), (16, warmup.WIDEST)])
+@pytest.mark.parametrize(("cores", "threads"), [(2, 2), (16, warmup.MAX_CORES_PER_RUN)])
 @pytest.mark.parametrize("sooner", [True, False])
 def test_the_density_is_opened_for_all_cores_and_kept_where_that_is_sooner(
     bundle: Bundle, cores: int, threads: int, sooner: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "is_sooner", lambda *_, **__: sooner)
+    monkeypatch.setattr(tuning, "is_faster_on_all_cores", lambda *_, **__: sooner)
     opening = Opening(bundle)
     warm = opening.warm_up(cores=cores)
     assert opening.wide == [(Role.DENSITY, threads)]
@@ -93,8 +93,8 @@ def test_no_graph_is_opened_for_several_cores_where_none_could_be_used(
 def test_what_is_short_enough_for_the_event_loop_stays_there(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "is_sooner", lambda *_, **__: True)
-    monkeypatch.setattr(tuning, "LOOP_SECONDS", 1e6)
+    monkeypatch.setattr(tuning, "is_faster_on_all_cores", lambda *_, **__: True)
+    monkeypatch.setattr(tuning, "MAX_LOOP_SECONDS", 1e6)
     bundle = Bundle.open(toy.path)
     warm = Opening(bundle).warm_up()
     assert warm.best[Role.DENSITY].wide is None
@@ -124,8 +124,8 @@ def test_a_batch_that_is_sooner_done_in_several_runs_is_divided_and_ranked_at_on
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opening, asked = Opening(bundle), list[int]()
-    monkeypatch.setattr(tuning, "batch", lambda *_, **__: Best(8, run=3))
-    monkeypatch.setattr(tuning, "is_sooner", lambda *_, **__: False)
+    monkeypatch.setattr(tuning, "find_best_batch", lambda *_, **__: Best(8, rows_per_run=3))
+    monkeypatch.setattr(tuning, "is_faster_on_all_cores", lambda *_, **__: False)
     runner = opening.warm_up().runners[Role.DENSITY]
     ranked = opening.completed(Role.DENSITY, opening(Role.DENSITY, 1))
     p_value = Detector.p_value

@@ -12,7 +12,7 @@ from likely.batching.traffic import Traffic
 from likely.errors import Overloaded, Unavailable
 
 MIN_DELAY, MAX_DELAY = 0.05, 30.0  # bounds of the delay that refused callers are told, in seconds
-_FREE = nullcontext()
+_NO_CHARGE = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Quota:
                 f"{self._burst} at once",
                 max(MIN_DELAY, excess / self._rate),
             )
-        self._sweep(now)
+        self._forget_full_buckets(now)
         self._owed[client] = owed + rows, now
 
     def charged(self, rows: int, model: str) -> AbstractContextManager[None]:
@@ -91,7 +91,7 @@ class Quota:
             Overloaded: the quota is used up.
         """
         if not self._rate:
-            return _FREE
+            return _NO_CHARGE
         caller = callers.current()
         try:
             self.take(caller.client, rows)
@@ -99,10 +99,10 @@ class Quota:
             if caller.counted:
                 self._traffic.shed.labels(model, "quota").inc()
             raise
-        return self._unless_refused(caller.client, rows)
+        return self._refund_if_refused(caller.client, rows)
 
     @contextmanager
-    def _unless_refused(self, client: str, rows: int) -> Iterator[None]:
+    def _refund_if_refused(self, client: str, rows: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -120,7 +120,7 @@ class Quota:
         owed, since = self._owed.get(client, (0.0, now))
         return max(0.0, owed - (now - since) * self._rate)
 
-    def _sweep(self, now: float) -> None:
+    def _forget_full_buckets(self, now: float) -> None:
         """Forgets the clients whose buckets are full again, from time to time."""
         if now - self._swept < max(1.0, self._burst / self._rate):
             return

@@ -19,8 +19,9 @@ from likely.batching.tuning import Best
 from likely.batching.width import Width
 from likely.errors import DeadlineExceeded, Overloaded
 
-SHARED = 8e-3  # minimum seconds of work in a share; for less, the overhead of a batch matters
-BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs, at most
+# Minimum seconds of work in a share; for less, the overhead of a batch matters.
+MIN_SHARE_SECONDS = 8e-3
+MAX_BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs, at most
 _SMOOTHING = 0.1
 
 
@@ -58,14 +59,14 @@ class Batcher:
         self.row_bytes = sum(
             math.prod(spec.array_shape(1)) * np.dtype(spec.dtype).itemsize for spec in specs
         )
-        self._most = max(1, min(best.rows, BATCH_BYTES // self.row_bytes))
-        self.min_rows = min(best.min_rows, self._most)
-        self._measured = best.pace
-        self._gathering = Gathering(self.min_rows, best.fixed)
+        self._max_rows = max(1, min(best.rows, MAX_BATCH_BYTES // self.row_bytes))
+        self.min_rows = min(best.min_rows, self._max_rows)
+        self._warm_up_pace = best.pace
+        self._gathering = Gathering(self.min_rows, best.fixed_cost)
         self._headroom = tuple(Headroom() for _ in Priority)
         self._ready = 0  # rows of prepared batches that no lane has taken yet
         self._runs = 0  # number of running batches
-        self._under_way = 0  # their rows
+        self._running_rows = 0  # their rows
         self._bounds = bounds
         self._queues: tuple[FairQueue[Member], ...] = tuple(FairQueue() for _ in Priority)
         self._name = name
@@ -88,9 +89,9 @@ class Batcher:
 
     def is_enough(self, priority: Priority, lanes: int) -> bool:
         """Whether enough rows of that priority wait to prepare a batch for one of `lanes` lanes."""
-        return self._queues[priority].rows >= self._share(lanes, 2)
+        return self._queues[priority].rows >= self._batch_rows(lanes, 2)
 
-    def ahead(self, priority: Priority) -> int:
+    def rows_ahead(self, priority: Priority) -> int:
         """Number of waiting rows that go before a newcomer of that priority."""
         if priority is Priority.BULK:
             return self.rows
@@ -115,22 +116,25 @@ class Batcher:
         if not self.rows:
             return ()
         if member.deadline is not None:
-            seconds, batch = wait(member.priority), min(member.rows, self._most)
+            seconds, batch = wait(member.priority), min(member.rows, self._max_rows)
             # Its last batch runs once everything before it has run, its own other batches included.
             answered = seconds + ((member.rows - batch) / lanes + batch) * self.pace
             # An answer that comes too late is wasted work.
-            if member.since + self._headroom[member.priority].times * answered > member.deadline:
-                self._shed(member, "deadline")
+            if (
+                member.arrived_at + self._headroom[member.priority].multiple * answered
+                > member.deadline
+            ):
+                self._count_refusal(member, "deadline")
                 raise Overloaded(
                     f"an answer would take about {answered:.3g} s, longer than the deadline allows",
                     retry_delay(seconds),
                 )
             member.estimate = answered
-        if not self._full(member):
+        if not self._has_no_room(member):
             return ()
-        victims = self._victims(member)
+        victims = self._members_to_evict(member)
         if not victims:
-            self._shed(member, "queue")
+            self._count_refusal(member, "queue")
             raise Overloaded(
                 f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
                 f"pictures and {self._bounds.nbytes} bytes",
@@ -147,9 +151,9 @@ class Batcher:
         """
         for victim in members:
             self._queues[victim.priority].remove(victim)
-            if victim.dead:  # its caller has left, and the event loop has not handled that yet
+            if victim.is_done:  # its caller has left, and the event loop has not handled that yet
                 continue
-            self._shed(victim, "share")
+            self._count_refusal(victim, "share")
             victim.future.set_exception(
                 Overloaded(
                     "the queue is full, and other clients ask for less",
@@ -159,34 +163,34 @@ class Batcher:
 
     def add(self, member: Member) -> None:
         """Queues a member."""
-        self._gathering.came(alone=not (self.rows or self._runs))
+        self._gathering.record_arrival(alone=not (self.rows or self._runs))
         self._queues[member.priority].add(member)
 
-    def wait(self, priority: Priority) -> float:
+    def gathering_delay(self, priority: Priority) -> float:
         """Seconds for which the rows of that priority wait for more; the queue must have some."""
         queue = self._queues[priority]
-        return self._gathering.wait(queue.rows, queue.first().since)
+        return self._gathering.delay(queue.rows, queue.first().arrived_at)
 
-    def began(self, batch: Batch) -> None:
+    def record_start(self, batch: Batch) -> None:
         """Notes that a batch runs, from now on or since a lane took it."""
         now = batch.began or time.monotonic()
         for member, start, _ in batch.spans:
             if start == 0:
-                self._waits.observe(now - member.since)
-        self.unready(batch)
+                self._waits.observe(now - member.arrived_at)
+        self.unmark_ready(batch)
         self._runs += 1
-        self._under_way += batch.rows
+        self._running_rows += batch.rows
         self._running.inc()
 
-    def unready(self, batch: Batch) -> None:
+    def unmark_ready(self, batch: Batch) -> None:
         """Notes that a batch no longer waits for a lane, if it did."""
         self._ready -= batch.ready
         batch.ready = 0
 
-    def ended(self, batch: Batch) -> None:
+    def record_end(self, batch: Batch) -> None:
         """Notes that a batch has ended."""
         self._runs -= 1
-        self._under_way -= batch.rows
+        self._running_rows -= batch.rows
         self._running.dec()
 
     def remove(self, member: Member) -> None:
@@ -198,7 +202,7 @@ class Batcher:
                 batch.ready -= rows
                 self._ready -= rows
 
-    def batch(
+    def take_batch(
         self, priority: Priority, free: int, lanes: int, *, ready: bool = False
     ) -> Batch | None:
         """Takes the next batch from the queue; None if no living member waits.
@@ -215,20 +219,20 @@ class Batcher:
         """
         queue, now = self._queues[priority], time.monotonic()
         while queue.rows:
-            size = self._share(lanes, 2) if ready else self._share(lanes)
+            size = self._batch_rows(lanes, 2) if ready else self._batch_rows(lanes)
             if free > 0:
                 size = min(size, max(self.min_rows, -(-queue.rows // free)))
             spans = queue.take(size)
             # About half of what the lane runs is left.
-            half = self._under_way / lanes / 2 if ready else 0.0
+            half = self._running_rows / lanes / 2 if ready else 0.0
             takes = self.pace * (half + sum(stop - start for _, start, stop in spans))
             for member, _, _ in spans:
                 # If others wait, a member that would be answered too late makes room for them.
-                spare = takes if queue.rows > member.left else 0.0
+                spare = takes if queue.rows > member.rows_left else 0.0
                 late = member.deadline is not None and member.deadline <= now + spare
-                if late and not member.dead:
-                    self._miss(member)
-            if living := [span for span in spans if not span[0].dead]:
+                if late and not member.is_done:
+                    self._fail_late(member)
+            if living := [span for span in spans if not span[0].is_done]:
                 batch = Batch(self.runner, living)
                 self._batches.observe(batch.rows)
                 if ready:
@@ -237,7 +241,7 @@ class Batcher:
                 return batch
         return None
 
-    def ran(self, rows: int, seconds: float) -> None:
+    def record_run(self, rows: int, seconds: float) -> None:
         """Updates the pace after a run in a lane; a run of no rows changes nothing."""
         if not rows:
             return
@@ -249,17 +253,17 @@ class Batcher:
         else:
             self._first_pace = pace
 
-    def answered(self, member: Member) -> None:
+    def record_answer(self, member: Member) -> None:
         """Updates the headroom with the time that a member's answer took."""
-        seconds = time.monotonic() - member.since
-        self._headroom[member.priority].answered(member.estimate, seconds)
+        seconds = time.monotonic() - member.arrived_at
+        self._headroom[member.priority].record_answer(member.estimate, seconds)
 
-    def left(self, member: Member) -> None:
+    def record_departure(self, member: Member) -> None:
         """Updates the headroom if a member's caller left because the deadline passed."""
         if member.deadline is None or member.answered:
             return
         if time.monotonic() >= member.deadline - MIN_ESTIMATE:
-            self._headroom[member.priority].missed(member.estimate)
+            self._headroom[member.priority].record_miss(member.estimate)
 
     def report_waiting(self) -> None:
         """Updates the metric of waiting rows."""
@@ -272,33 +276,36 @@ class Batcher:
         """Removes and returns all members that wait for their turn; not those of ready batches."""
         return [member for queue in self._queues for member in queue.clear()]
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Forgets everything that an earlier event loop has left waiting."""
         self.clear()
         self._ready = 0  # a batch that a lane took by itself is never reported as begun
         self.report_waiting()
 
-    def _miss(self, member: Member) -> None:
+    def _fail_late(self, member: Member) -> None:
         """Fails a member whose answer would come after its deadline."""
         self._queues[member.priority].remove(member)
-        self._headroom[member.priority].missed(member.estimate)
+        self._headroom[member.priority].record_miss(member.estimate)
         member.future.set_exception(
             DeadlineExceeded(
                 "the answer would come after the deadline: allow more time, or ask for less at once"
             )
         )
 
-    def _share(self, lanes: int, each: int = 1) -> int:
-        """Rows of a batch if all rows that wait or run are divided into `each` batches per lane.
+    def _batch_rows(self, lanes: int, batches_per_lane: int = 1) -> int:
+        """Rows of a batch if all rows that wait or run are divided among the lanes.
 
-        The result is at least `min_rows` and `SHARED` seconds of work, and at most a full batch.
+        Each lane gets `batches_per_lane` batches. The result is at least `min_rows` and
+        `MIN_SHARE_SECONDS` seconds of work, and at most a full batch.
         """
-        share = math.ceil((self.rows + self._under_way) / (lanes * each))
+        share = math.ceil((self.rows + self._running_rows) / (lanes * batches_per_lane))
         # If nothing was measured, the fixed cost of a run is unknown, so all batches are full.
-        least = int(SHARED / self._measured) if self._measured else self._most
-        return min(self._most, max(self.min_rows, least, share))
+        least = (
+            int(MIN_SHARE_SECONDS / self._warm_up_pace) if self._warm_up_pace else self._max_rows
+        )
+        return min(self._max_rows, max(self.min_rows, least, share))
 
-    def _full(self, member: Member, less_rows: int = 0, less_bytes: int = 0) -> bool:
+    def _has_no_room(self, member: Member, less_rows: int = 0, less_bytes: int = 0) -> bool:
         """Whether there is no room for a member, if so many fewer rows and bytes waited."""
         rows = self.rows - less_rows
         if not rows:
@@ -309,7 +316,7 @@ class Batcher:
         nbytes = interactive.nbytes + bulk.nbytes + self._ready * member.row_bytes - less_bytes
         return nbytes + member.rows * member.row_bytes > self._bounds.nbytes
 
-    def _victims(self, member: Member) -> Sequence[Member]:
+    def _members_to_evict(self, member: Member) -> Sequence[Member]:
         """The latest requests of the clients with the most waiting rows, enough to make room.
 
         Empty if evicting them would not make enough room, or if no client has more rows waiting
@@ -317,18 +324,18 @@ class Batcher:
         """
         found: list[Member] = []
         rows = nbytes = 0
-        most = member.rows + sum(queue.held(member.client) for queue in self._queues)
+        most = member.rows + sum(queue.client_rows(member.client) for queue in self._queues)
         for queue in (self._queues[p] for p in reversed(Priority) if p >= member.priority):
-            for latest in queue.above(most):
+            for latest in queue.iter_eviction_order(most):
                 if not latest.evictable or latest.taken:
                     break
                 found.append(latest)
-                rows += latest.left
-                nbytes += latest.left * latest.row_bytes
-                if not self._full(member, rows, nbytes):
+                rows += latest.rows_left
+                nbytes += latest.rows_left * latest.row_bytes
+                if not self._has_no_room(member, rows, nbytes):
                     return found
         return ()
 
-    def _shed(self, member: Member, reason: str) -> None:
+    def _count_refusal(self, member: Member, reason: str) -> None:
         if member.counted:
             self._traffic.shed.labels(self._name, reason).inc()

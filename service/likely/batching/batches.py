@@ -54,7 +54,7 @@ class Member(Waiting):
         priority: priority of the request.
         deadline: when the answer becomes worthless, in seconds of the monotonic clock; None for
             never.
-        since: arrival, by the same clock.
+        arrived_at: arrival, by the same clock.
         estimate: estimated seconds until its answer, made at admission; 0 if none was made.
         evictable: whether it may still be refused in favour of another client's request.
         counted: whether metrics count its failure.
@@ -67,7 +67,7 @@ class Member(Waiting):
     outputs: tuple[str, ...]
     priority: Priority
     deadline: float | None = None
-    since: float = 0.0
+    arrived_at: float = 0.0
     estimate: float = 0.0
     evictable: bool = False
     counted: bool = True
@@ -77,7 +77,7 @@ class Member(Waiting):
     _answered: int = 0
 
     @property
-    def dead(self) -> bool:
+    def is_done(self) -> bool:
         """Whether nobody waits for it any more: it is answered or failed, or its caller left."""
         return self.future.done()
 
@@ -87,7 +87,7 @@ class Member(Waiting):
         future = self.future
         return future.done() and not future.cancelled() and future.exception() is None
 
-    def ran(self, graph: str, batch: Batch, seconds: float, start: int, stop: int) -> None:
+    def trace_run(self, graph: str, batch: Batch, seconds: float, start: int, stop: int) -> None:
         """Records in the trace, if there is one, the run of rows [start, stop) in a batch.
 
         Args:
@@ -99,26 +99,26 @@ class Member(Waiting):
         """
         if self.trace:
             if start == 0:
-                self.trace.waited(graph, self.since, batch.began, self.rows)
+                self.trace.waited(graph, self.arrived_at, batch.began, self.rows)
             self.trace.ran(graph, batch.began, batch.began + seconds, stop - start, batch.rows)
 
     def leave(self) -> None:
         """Leaves all its batches; a batch that runs for nobody else is stopped."""
         for batch in self.batches:
-            batch.leave()
+            batch.drop_member()
         self.batches.clear()
 
     def fail_with(self, other: asyncio.Future[Arrays]) -> None:
         """Fails with the error of another ask of the same request, if that ask failed."""
-        if not self.dead and not other.cancelled() and (error := other.exception()):
+        if not self.is_done and not other.cancelled() and (error := other.exception()):
             self.future.set_exception(error)
 
-    def take(self, start: int, stop: int, outcome: Outcome) -> None:
+    def add_outcome(self, start: int, stop: int, outcome: Outcome) -> None:
         """Takes the outcome of rows [start, stop).
 
         The future is resolved once all rows have an outcome, or at the first error.
         """
-        if self.dead:
+        if self.is_done:
             return
         if isinstance(outcome, Exception):
             self.future.set_exception(outcome)
@@ -161,21 +161,21 @@ class Batch:
         self.priority = spans[0][0].priority
         self._runner = runner
         self._stop = Stop()
-        self._living = len(spans)
+        self._remaining_members = len(spans)
         for member, _, _ in spans:
             member.batches.add(self)
 
-    def widen(self, runner: Runner) -> None:
+    def use_all_cores(self, runner: Runner) -> None:
         """Runs the batch on all cores, with a runner for them, as nothing else needs them."""
         self._runner, self.wide = runner, True
 
-    def leave(self) -> None:
+    def drop_member(self) -> None:
         """Notes that a member has left; when the last one leaves, the run is stopped."""
-        self._living -= 1
-        if self._living == 0:
+        self._remaining_members -= 1
+        if self._remaining_members == 0:
             self._stop.now()
 
-    def timed(self) -> tuple[Sequence[tuple[Span, Outcome]], float]:
+    def run_timed(self) -> tuple[Sequence[tuple[Span, Outcome]], float]:
         """Runs the batch; returns each span's outcome and the seconds taken, and never raises."""
         began = self.began = time.monotonic()
         outcomes: Sequence[tuple[Span, Outcome]]
@@ -193,10 +193,10 @@ class Batch:
         only the member that makes the model raise gets the error. If the run finds no
         memory, each half of its rows is run once, and refused if that fails as well.
         """
-        return list(self._attempt(self.spans, halved=False))
+        return list(self._run_or_split(self.spans, halved=False))
 
-    def _attempt(self, spans: list[Span], halved: bool) -> Iterable[tuple[Span, Outcome]]:
-        spans = [span for span in spans if not span[0].dead]
+    def _run_or_split(self, spans: list[Span], halved: bool) -> Iterable[tuple[Span, Outcome]]:
+        spans = [span for span in spans if not span[0].is_done]
         if not spans:
             return
         try:
@@ -210,15 +210,15 @@ class Batch:
                     refusal.__cause__ = error
                     yield span, refusal
                 return
-            for half in _halves(spans):
-                yield from self._attempt(half, halved=True)
+            for half in _split_rows(spans):
+                yield from self._run_or_split(half, halved=True)
         except Exception as error:
             if len(spans) == 1:
                 yield spans[0], error
                 return
             middle = len(spans) // 2
-            yield from self._attempt(spans[:middle], halved)
-            yield from self._attempt(spans[middle:], halved)
+            yield from self._run_or_split(spans[:middle], halved)
+            yield from self._run_or_split(spans[middle:], halved)
         else:
             yield from zip(spans, outcomes, strict=True)
 
@@ -239,7 +239,7 @@ class Batch:
         return outcomes
 
 
-def _halves(spans: list[Span]) -> tuple[list[Span], list[Span]]:
+def _split_rows(spans: list[Span]) -> tuple[list[Span], list[Span]]:
     """Splits the rows in two halves; a member in the middle is divided."""
     room = sum(stop - start for _, start, stop in spans) // 2
     first: list[Span] = []
@@ -252,7 +252,7 @@ def _halves(spans: list[Span]) -> tuple[list[Span], list[Span]]:
     return first, second
 
 
-def rows_of(feeds: Mapping[str, Array]) -> Feed:
+def feed_from_arrays(feeds: Mapping[str, Array]) -> Feed:
     """Returns a feed that takes its rows from existing arrays."""
 
     def feed(start: int, stop: int) -> Mapping[str, Array]:

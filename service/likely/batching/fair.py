@@ -25,7 +25,7 @@ class Waiting:
     taken: int = 0
 
     @property
-    def left(self) -> int:
+    def rows_left(self) -> int:
         """Number of rows that still wait."""
         return self.rows - self.taken
 
@@ -51,7 +51,7 @@ class FairQueue(Generic[W]):
         self.rows = 0
         self.nbytes = 0
         self._lines: dict[str, deque[W]] = {}  # by client, in the order of their turns
-        self._held: dict[str, int] = {}
+        self._rows_by_client: dict[str, int] = {}
 
     def add(self, member: W) -> None:
         """Appends a member to its client's line."""
@@ -59,17 +59,17 @@ class FairQueue(Generic[W]):
         if line is None:
             line = self._lines[member.client] = deque()
         line.append(member)
-        self._count(member, member.left)
+        self._count(member, member.rows_left)
 
     def remove(self, member: W) -> None:
         """Removes the waiting rows of a member, if it has any."""
         line = self._lines.get(member.client)
-        if not line or not member.left or member not in line:
+        if not line or not member.rows_left or member not in line:
             return
         line.remove(member)
         if not line:
             del self._lines[member.client]
-        self._count(member, -member.left)
+        self._count(member, -member.rows_left)
 
     def take(self, most: int) -> list[tuple[W, int, int]]:
         """Takes at most `most` rows to run together: members, with their rows [start, stop).
@@ -85,24 +85,24 @@ class FairQueue(Generic[W]):
                     break
         return [(member, *span) for member, span in spans.items()]
 
-    def held(self, client: str) -> int:
+    def client_rows(self, client: str) -> int:
         """Number of waiting rows of a client."""
-        return self._held.get(client, 0)
+        return self._rows_by_client.get(client, 0)
 
-    def above(self, most: int) -> Iterator[W]:
+    def iter_eviction_order(self, max_rows: int) -> Iterator[W]:
         """Yields the latest member of the client with most waiting rows, again and again.
 
         Each time, the members already yielded are left out of the count. The iterator ends once no
-        client has more than `most` rows left. It removes nothing from the queue.
+        client has more than `max_rows` rows left. It removes nothing from the queue.
         """
-        held, passed = dict(self._held), dict.fromkeys(self._held, 0)
+        held, passed = dict(self._rows_by_client), dict.fromkeys(self._rows_by_client, 0)
         while held:
             client = max(held, key=held.__getitem__)
-            if held[client] <= most:
+            if held[client] <= max_rows:
                 return
             passed[client] += 1
             member = self._lines[client][-passed[client]]
-            held[client] -= member.left
+            held[client] -= member.rows_left
             yield member
 
     def first(self) -> W:
@@ -114,7 +114,7 @@ class FairQueue(Generic[W]):
         members = [member for line in self._lines.values() for member in line]
         self.rows = self.nbytes = 0
         self._lines.clear()
-        self._held.clear()
+        self._rows_by_client.clear()
         return members
 
     def _turn(self, client: str, room: int, spans: dict[W, tuple[int, int]]) -> int:
@@ -125,13 +125,13 @@ class FairQueue(Generic[W]):
         line, before = self._lines.pop(client), room
         while room and line:
             member = line[0]
-            n = min(room, member.left)
+            n = min(room, member.rows_left)
             first, _ = spans.get(member, (member.taken, 0))
             member.taken += n
             spans[member] = (first, member.taken)
             self._count(member, -n)
             room -= n
-            if not member.left:
+            if not member.rows_left:
                 line.popleft()
         if line:
             self._lines[client] = line
@@ -140,8 +140,8 @@ class FairQueue(Generic[W]):
     def _count(self, member: W, rows: int) -> None:
         self.rows += rows
         self.nbytes += rows * member.row_bytes
-        held = self._held.get(member.client, 0) + rows
+        held = self._rows_by_client.get(member.client, 0) + rows
         if held:
-            self._held[member.client] = held
+            self._rows_by_client[member.client] = held
         else:
-            self._held.pop(member.client, None)
+            self._rows_by_client.pop(member.client, None)

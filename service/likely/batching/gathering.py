@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-LONGEST = 5e-3  # seconds that a request waits for others, at most
-WORTH = 4.0  # a batch waits for the next request for at most this multiple of the fixed cost
+MAX_WAIT = 5e-3  # seconds that a request waits for others, at most
+# A batch waits for the next request for at most this multiple of the fixed cost.
+MAX_GAP_FACTOR = 4.0
 SMOOTHING = 0.1
-REMEMBERED = 0.1  # seconds during which a request that found others makes batches wait
+OVERLAP_MEMORY = 0.1  # seconds during which a request that found others makes batches wait
 
 
 class Gathering:
@@ -31,31 +32,36 @@ class Gathering:
             clock: returns monotonic time in seconds.
         """
         self._min_rows = min_rows
-        self._lull = min(WORTH * fixed, LONGEST)
+        self._max_gap = min(MAX_GAP_FACTOR * fixed, MAX_WAIT)
         self._clock = clock
-        self._gap = LONGEST  # seconds between two arrivals, smoothed
-        self._last = clock() - LONGEST
-        self._met = self._last - REMEMBERED  # when an arrival last found others waiting or running
+        self._gap = MAX_WAIT  # seconds between two arrivals, smoothed
+        self._last = clock() - MAX_WAIT
+        # When an arrival last found others waiting or running.
+        self._last_overlap = self._last - OVERLAP_MEMORY
 
-    def came(self, *, alone: bool) -> None:
+    def record_arrival(self, *, alone: bool) -> None:
         """Notes an arrival.
 
         Args:
             alone: whether no other request waits or runs.
         """
         now = self._clock()
-        self._gap += (min(now - self._last, LONGEST) - self._gap) * SMOOTHING
+        self._gap += (min(now - self._last, MAX_WAIT) - self._gap) * SMOOTHING
         self._last = now
         if not alone:
-            self._met = now
+            self._last_overlap = now
 
-    def wait(self, rows: int, since: float) -> float:
+    def delay(self, rows: int, first_arrival: float) -> float:
         """Returns the seconds until the waiting rows run if no request arrives; 0 for at once.
 
         Args:
             rows: number of rows that wait.
-            since: arrival of the first waiting request, by the clock.
+            first_arrival: arrival of the first waiting request, by the clock.
         """
-        if rows >= self._min_rows or self._gap > self._lull or self._last - self._met > REMEMBERED:
+        if (
+            rows >= self._min_rows
+            or self._gap > self._max_gap
+            or self._last - self._last_overlap > OVERLAP_MEMORY
+        ):
             return 0.0
-        return max(0.0, min(self._last + self._lull, since + LONGEST) - self._clock())
+        return max(0.0, min(self._last + self._max_gap, first_arrival + MAX_WAIT) - self._clock())

@@ -22,7 +22,7 @@ from typing import TypeAlias
 from likely.batching import callers
 from likely.batching.admission import Bounds
 from likely.batching.batcher import Batcher
-from likely.batching.batches import Batch, Feed, Member, Outcome, Runner, Span, rows_of
+from likely.batching.batches import Batch, Feed, Member, Outcome, Runner, Span, feed_from_arrays
 from likely.batching.callers import Caller, Priority
 from likely.batching.traffic import Traffic
 from likely.batching.tuning import Best
@@ -37,7 +37,8 @@ from likely.errors import (
 from likely.graphs import Array
 
 BULK_ROWS = 64  # a request with this many rows or more is bulk
-SOON = 1e-3  # a few rows wait for a run of at most this many seconds rather than wake a lane
+# A few rows wait for a run of at most this many seconds rather than wake a lane.
+SHORT_RUN_SECONDS = 1e-3
 PASSES = 7  # interactive batches that may pass waiting bulk, which thus gets at least an eighth
 _DRAWING = (Role.SAMPLE, Role.GENERATE)
 
@@ -95,7 +96,7 @@ class Lanes:
         """
         self.providers = next(iter(runners.values())).providers
         self._name = name
-        self._count = lanes
+        self._lane_count = lanes
         self._traffic = traffic or Traffic()
         self._batchers = {
             role: Batcher(name, runner, best[role], bounds or Bounds(), self._traffic, role)
@@ -106,11 +107,11 @@ class Lanes:
         self._running: dict[Batch, Role] = {}
         # Prepared batches, all of one priority, which lanes take when their runs end.
         self._ready: Ready = deque()
-        self._hurried = False  # interactive rows wait, so no lane takes bulk by itself
-        self._passed = 0  # interactive batches that passed waiting or prepared bulk
-        self._woken = False  # whether `_wake` has been scheduled
+        self._interactive_waits = False  # interactive rows wait, so no lane takes bulk by itself
+        self._passes = 0  # interactive batches that passed waiting or prepared bulk
+        self._wake_scheduled = False  # whether `_wake` has been scheduled
         # Wakes the lanes when rows have waited long enough for others.
-        self._alarm: asyncio.TimerHandle | None = None
+        self._wake_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     def __contains__(self, role: Role) -> bool:
@@ -142,7 +143,7 @@ class Lanes:
             Unavailable: the queue failed, or is closed.
         """
         rows = len(next(iter(feeds.values())))
-        return (await self.run_all(Ask(role, rows, rows_of(feeds), tuple(outputs))))[0]
+        return (await self.run_all(Ask(role, rows, feed_from_arrays(feeds), tuple(outputs))))[0]
 
     async def run_all(self, *asks: Ask) -> list[dict[str, Array]]:
         """Returns the outputs of each ask; as soon as one ask fails, the others are abandoned.
@@ -150,7 +151,7 @@ class Lanes:
         Raises:
             As `run`.
         """
-        members, found = self._admitted(asks), []
+        members, found = self._admit(asks), []
         # Futures are awaited in order, so each failure is passed on to the ask before it.
         for before, member in pairwise(members):
             member.future.add_done_callback(before.fail_with)
@@ -166,7 +167,7 @@ class Lanes:
                 self._traffic.dropped.labels(self._name, "run" if began else "queue").inc()
             for member, ask in zip(members, asks, strict=True):
                 if isinstance(error, asyncio.CancelledError):
-                    self._batchers[ask.role].left(member)
+                    self._batchers[ask.role].record_departure(member)
                 self._abandon(member, ask.role)
             raise
 
@@ -174,7 +175,9 @@ class Lanes:
         """Refuses everything that waits, lets running batches end, and frees the threads."""
         self._closed = True
         if self._loop and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._refuse, f"model {self._name} is being closed")
+            self._loop.call_soon_threadsafe(
+                self._refuse_waiting, f"model {self._name} is being closed"
+            )
         self._threads.shutdown(wait=True)
 
     def _batcher(self, role: Role) -> Batcher:
@@ -182,35 +185,35 @@ class Lanes:
             raise NotAnswered(f"model {self._name} has no {role} graph, so it does not answer this")
         return self._batchers[role]
 
-    def _admitted(self, asks: Sequence[Ask]) -> list[Member]:
+    def _admit(self, asks: Sequence[Ask]) -> list[Member]:
         """Admits the asks, and returns them as queued members."""
         if self._closed:
             raise Unavailable(f"model {self._name} is being closed")
-        loop, caller = self._adopted(), callers.current()
-        members = [self._member(ask, caller, loop) for ask in asks]
+        loop, caller = self._adopt_loop(), callers.current()
+        members = [self._make_member(ask, caller, loop) for ask in asks]
         waiting = [
             (ask.role, member) for ask, member in zip(asks, members, strict=True) if ask.rows
         ]
         if not caller.admitted:
             # All graphs are checked before any member is evicted in favour of this request.
             victims = [
-                self._batchers[role].check(member, self._wait, self._count)
+                self._batchers[role].check(member, self._estimate_wait, self._lane_count)
                 for role, member in waiting
             ]
             for (role, _), chosen in zip(waiting, victims, strict=True):
                 if chosen:
-                    self._batchers[role].evict(chosen, self._wait)
+                    self._batchers[role].evict(chosen, self._estimate_wait)
             caller.admitted = True
         for role, member in waiting:
             self._batchers[role].add(member)
-            self._hurried |= member.priority is Priority.INTERACTIVE
-        if waiting and not self._woken:
+            self._interactive_waits |= member.priority is Priority.INTERACTIVE
+        if waiting and not self._wake_scheduled:
             # Whatever else is queued in this turn of the event loop joins the same batch.
-            self._woken = True
+            self._wake_scheduled = True
             loop.call_soon(self._wake)
         return members
 
-    def _member(self, ask: Ask, caller: Caller, loop: asyncio.AbstractEventLoop) -> Member:
+    def _make_member(self, ask: Ask, caller: Caller, loop: asyncio.AbstractEventLoop) -> Member:
         batcher = self._batcher(ask.role)
         bulk = ask.role in _DRAWING or ask.rows >= BULK_ROWS or caller.priority is Priority.BULK
         member = Member(
@@ -222,7 +225,7 @@ class Lanes:
             outputs=ask.outputs,
             priority=Priority.BULK if bulk else Priority.INTERACTIVE,
             deadline=caller.deadline,
-            since=time.monotonic(),
+            arrived_at=time.monotonic(),
             evictable=not caller.admitted,
             counted=caller.counted,
             trace=caller.trace,
@@ -232,29 +235,29 @@ class Lanes:
             member.future.set_result(dict(zip(ask.outputs, found, strict=True)))
         return member
 
-    def _adopted(self) -> asyncio.AbstractEventLoop:
+    def _adopt_loop(self) -> asyncio.AbstractEventLoop:
         """Returns the running event loop; if it is a new one, forgets what the last one left."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop = loop
             for batcher in self._batchers.values():
-                batcher.forget()
+                batcher.reset()
             for batch, role in self._running.items():
-                self._batchers[role].ended(batch)
+                self._batchers[role].record_end(batch)
             self._running.clear()
             self._ready = deque()  # lanes started by the earlier loop keep their own deque
-            self._woken, self._alarm = False, None
+            self._wake_scheduled, self._wake_timer = False, None
         return loop
 
-    def _wait(self, priority: Priority) -> float:
+    def _estimate_wait(self, priority: Priority) -> float:
         """Estimated seconds until the lanes have finished what goes before a newcomer."""
         seconds = 0.0
         for batcher in self._batchers.values():
             if batcher.rows:
-                seconds += batcher.pace * batcher.ahead(priority)
+                seconds += batcher.pace * batcher.rows_ahead(priority)
         for batch, role in self._running.items():
             seconds += self._batchers[role].pace * batch.rows / 2  # about half of it is left
-        return seconds / self._count
+        return seconds / self._lane_count
 
     def _abandon(self, member: Member, role: Role) -> None:
         """Dequeues a member that nobody waits for, and stops runs that contain no other."""
@@ -267,14 +270,14 @@ class Lanes:
 
     def _wake(self) -> None:
         """Starts batches in free lanes, and prepares batches for busy ones."""
-        self._woken, started = False, None
+        self._wake_scheduled, started = False, None
         try:
-            while started := self._next(self._count - len(self._running)):
+            while started := self._take_next(self._lane_count - len(self._running)):
                 self._start(*started)
                 started = None
-            while len(self._ready) < self._count and (ready := self._next_ready()):
+            while len(self._ready) < self._lane_count and (ready := self._prepare_next()):
                 self._ready.append(ready)
-            self._hurried = self._waits(Priority.INTERACTIVE)
+            self._interactive_waits = self._has_waiting(Priority.INTERACTIVE)
             for batcher in self._batchers.values():
                 batcher.report_waiting()
         except Exception as error:
@@ -282,46 +285,46 @@ class Lanes:
 
     def _start(self, role: Role, batch: Batch) -> None:
         """Runs a batch in a lane or, if it is short, here on the event loop."""
-        self._began(role, batch)
+        self._record_start(role, batch)
         if self._is_short(role, batch):
-            self._ended(batch, *batch.timed())
+            self._deliver(batch, *batch.run_timed())
             return
         if self._is_alone():
             batch.alone = True
             if wide := self._batchers[role].width.choose():
-                batch.widen(wide)
+                batch.use_all_cores(wide)
         try:
-            self._threads.submit(self._work, batch, self._ready, asyncio.get_running_loop())
+            self._threads.submit(self._run_in_lane, batch, self._ready, asyncio.get_running_loop())
         except RuntimeError:  # the threads have been freed already
             closed = Unavailable(f"model {self._name} is being closed")
-            self._ended(batch, [(span, closed) for span in batch.spans], 0.0)
+            self._deliver(batch, [(span, closed) for span in batch.spans], 0.0)
 
-    def _began(self, role: Role, batch: Batch) -> None:
-        self._batchers[role].began(batch)
+    def _record_start(self, role: Role, batch: Batch) -> None:
+        self._batchers[role].record_start(batch)
         self._running[batch] = role
         if batch.priority is Priority.BULK:
-            self._passed = 0
+            self._passes = 0
 
-    def _next(self, free: int) -> tuple[Role, Batch] | None:
+    def _take_next(self, free: int) -> tuple[Role, Batch] | None:
         """The batch to start next, if one of `free` lanes or the express lane may run it."""
         # Prepared batches have had their turn, but bulk ones let interactive requests pass.
-        if free > 0 and (ready := _taken(self._ready, Priority.INTERACTIVE)):
+        if free > 0 and (ready := _take_ready(self._ready, Priority.INTERACTIVE)):
             return ready
         order = (Priority.BULK, Priority.INTERACTIVE)
-        for priority in order if self._passed >= PASSES else reversed(order):
+        for priority in order if self._passes >= PASSES else reversed(order):
             if free <= 0 and not (priority is Priority.INTERACTIVE and self._express_is_free()):
                 continue
-            if free > 0 and (ready := _taken(self._ready, priority)):
+            if free > 0 and (ready := _take_ready(self._ready, priority)):
                 return ready
             for role in [r for r, b in self._batchers.items() if b.waiting(priority)]:
-                if not self._is_worth_a_lane(role, priority) or self._gathers(role, priority):
+                if not self._is_worth_a_lane(role, priority) or self._should_gather(role, priority):
                     continue
-                if batch := self._batchers[role].batch(priority, free, self._count):
-                    self._turned(role, priority)
+                if batch := self._batchers[role].take_batch(priority, free, self._lane_count):
+                    self._end_turn(role, priority)
                     return role, batch
         return None
 
-    def _next_ready(self) -> tuple[Role, Batch] | None:
+    def _prepare_next(self) -> tuple[Role, Batch] | None:
         """The batch to prepare next; None if no batch should be prepared.
 
         A batch is prepared if it is its turn, if enough rows wait for a lane's share, and
@@ -329,30 +332,30 @@ class Lanes:
         interactive request wait for the end of a long run. As soon as an interactive
         request is queued, lanes stop taking prepared bulk batches by themselves.
         """
-        hurried = self._waits(Priority.INTERACTIVE)
-        priority = Priority.INTERACTIVE if hurried else Priority.BULK
-        if len(self._running) < self._count or (hurried and self._passed >= PASSES):
+        interactive_waits = self._has_waiting(Priority.INTERACTIVE)
+        priority = Priority.INTERACTIVE if interactive_waits else Priority.BULK
+        if len(self._running) < self._lane_count or (interactive_waits and self._passes >= PASSES):
             return None
         beside = [*self._running, *(batch for _, batch in tuple(self._ready))]
         if any(batch.priority is not priority for batch in beside):
             return None
         role = next((r for r, b in self._batchers.items() if b.waiting(priority)), None)
-        if role is None or not self._batchers[role].is_enough(priority, self._count):
+        if role is None or not self._batchers[role].is_enough(priority, self._lane_count):
             return None
-        if batch := self._batchers[role].batch(priority, 0, self._count, ready=True):
-            self._turned(role, priority)
+        if batch := self._batchers[role].take_batch(priority, 0, self._lane_count, ready=True):
+            self._end_turn(role, priority)
             return role, batch
         return None
 
-    def _waits(self, priority: Priority) -> bool:
+    def _has_waiting(self, priority: Priority) -> bool:
         return any(batcher.waiting(priority) for batcher in self._batchers.values())
 
-    def _turned(self, role: Role, priority: Priority) -> None:
+    def _end_turn(self, role: Role, priority: Priority) -> None:
         """Gives other graphs, and bulk, their turns after a batch of this graph."""
         self._batchers[role] = self._batchers.pop(role)
         if priority is Priority.INTERACTIVE:
-            passed = self._waits(Priority.BULK) or self._bulk_is_ready()
-            self._passed = self._passed + 1 if passed else 0
+            passed = self._has_waiting(Priority.BULK) or self._bulk_is_ready()
+            self._passes = self._passes + 1 if passed else 0
 
     def _bulk_is_ready(self) -> bool:
         return bool(self._ready) and any(
@@ -363,24 +366,27 @@ class Lanes:
         """Whether the waiting rows are enough for a lane, or no short run will soon free one."""
         batcher = self._batchers[role]
         return batcher.waiting(priority) >= batcher.min_rows or not any(
-            of is role and batch.rows * batcher.pace <= SOON for batch, of in self._running.items()
+            of is role and batch.rows * batcher.pace <= SHORT_RUN_SECONDS
+            for batch, of in self._running.items()
         )
 
-    def _gathers(self, role: Role, priority: Priority) -> bool:
+    def _should_gather(self, role: Role, priority: Priority) -> bool:
         """Whether the waiting rows should wait for more; if so, sets a timer to wake the lanes."""
-        seconds = self._batchers[role].wait(priority)
+        seconds = self._batchers[role].gathering_delay(priority)
         if not seconds:
             return False
-        if self._alarm is None:
-            self._alarm = asyncio.get_running_loop().call_later(seconds, self._ring)
+        if self._wake_timer is None:
+            self._wake_timer = asyncio.get_running_loop().call_later(
+                seconds, self._wake_after_delay
+            )
         return True
 
-    def _ring(self) -> None:
-        self._alarm = None
+    def _wake_after_delay(self) -> None:
+        self._wake_timer = None
         self._wake()
 
     def _express_is_free(self) -> bool:
-        return len(self._running) == self._count and all(
+        return len(self._running) == self._lane_count and all(
             batch.priority is Priority.BULK for batch in self._running
         )
 
@@ -393,13 +399,15 @@ class Lanes:
         """Whether one batch runs and nothing else waits or runs."""
         return len(self._running) == 1 and not any(b.rows for b in self._batchers.values())
 
-    def _work(self, batch: Batch, ready: Ready, loop: asyncio.AbstractEventLoop) -> None:
+    def _run_in_lane(self, batch: Batch, ready: Ready, loop: asyncio.AbstractEventLoop) -> None:
         """Runs a batch in a lane, then prepared batches as long as there are any."""
         while True:
-            outcomes, seconds = batch.timed()
-            following = _taken(ready, *([Priority.INTERACTIVE] if self._hurried else Priority))
+            outcomes, seconds = batch.run_timed()
+            following = _take_ready(
+                ready, *([Priority.INTERACTIVE] if self._interactive_waits else Priority)
+            )
             try:
-                loop.call_soon_threadsafe(self._ran, batch, outcomes, seconds, following)
+                loop.call_soon_threadsafe(self._finish_run, batch, outcomes, seconds, following)
             except RuntimeError:
                 if not loop.is_closed():
                     raise
@@ -408,7 +416,7 @@ class Lanes:
                 return
             _, batch = following
 
-    def _ran(
+    def _finish_run(
         self,
         batch: Batch,
         outcomes: Sequence[tuple[Span, Outcome]],
@@ -425,40 +433,40 @@ class Lanes:
         """
         try:
             if following:
-                self._began(*following)
+                self._record_start(*following)
         except Exception as error:
             self._restart(error, following and following[1])
-        self._ended(batch, outcomes, seconds)
+        self._deliver(batch, outcomes, seconds)
         self._wake()
 
-    def _ended(
+    def _deliver(
         self, batch: Batch, outcomes: Sequence[tuple[Span, Outcome]], seconds: float
     ) -> None:
         role = self._running.pop(batch, None)
         if role is None:
             return  # the batch belongs to an earlier loop
-        self._batchers[role].ended(batch)
+        self._batchers[role].record_end(batch)
         try:
             failed = any(isinstance(outcome, Exception) for _, outcome in outcomes)
             if not failed:
                 # Rows of members that left before the run were not computed.
                 ran = sum(stop - start for (_, start, stop), _ in outcomes)
                 if batch.alone:
-                    self._batchers[role].width.ran(ran, seconds, batch.wide)
+                    self._batchers[role].width.record_run(ran, seconds, batch.wide)
                 if not batch.wide:
-                    self._batchers[role].ran(ran, seconds)
+                    self._batchers[role].record_run(ran, seconds)
             for (member, start, stop), outcome in outcomes:
-                member.ran(role, batch, seconds, start, stop)
+                member.trace_run(role, batch, seconds, start, stop)
                 member.batches.discard(batch)
-                member.take(start, stop, outcome)
+                member.add_outcome(start, stop, outcome)
                 if member.answered:
-                    self._batchers[role].answered(member)
+                    self._batchers[role].record_answer(member)
                 if isinstance(outcome, Exception):
-                    self._failed(member, role, outcome)
+                    self._handle_failure(member, role, outcome)
         except Exception as error:
             self._restart(error, batch)
 
-    def _failed(self, member: Member, role: Role, error: Exception) -> None:
+    def _handle_failure(self, member: Member, role: Role, error: Exception) -> None:
         """Counts a failed run, and abandons the member's other rows, waiting or running."""
         if member.counted:
             reason = type(error).__name__ if isinstance(error, LikelyError) else "raised"
@@ -476,28 +484,28 @@ class Lanes:
         """
         self._traffic.restarts.labels(self._name).inc()
         if batch and (role := self._running.pop(batch, None)):
-            self._batchers[role].ended(batch)
+            self._batchers[role].record_end(batch)
         context = {"message": f"the queue of model {self._name} failed", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
         for member, _, _ in batch.spans if batch else ():
-            if not member.dead:
+            if not member.is_done:
                 member.future.set_exception(Unavailable("the queue failed and was restarted"))
-        self._refuse("the queue failed and was restarted")
+        self._refuse_waiting("the queue failed and was restarted")
 
-    def _refuse(self, why: str) -> None:
-        while ready := _taken(self._ready, *Priority):
-            self._batchers[ready[0]].unready(ready[1])
+    def _refuse_waiting(self, why: str) -> None:
+        while ready := _take_ready(self._ready, *Priority):
+            self._batchers[ready[0]].unmark_ready(ready[1])
             for member in {member for member, _, _ in ready[1].spans}:
-                if not member.dead:
+                if not member.is_done:
                     member.future.set_exception(Unavailable(why))
         for batcher in self._batchers.values():
             for member in batcher.clear():
-                if not member.dead:
+                if not member.is_done:
                     member.future.set_exception(Unavailable(why))
             batcher.report_waiting()
 
 
-def _taken(ready: Ready, *priorities: Priority) -> tuple[Role, Batch] | None:
+def _take_ready(ready: Ready, *priorities: Priority) -> tuple[Role, Batch] | None:
     """Takes the batch that was prepared first, if it has one of the priorities; else None.
 
     Also called in lanes.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from likely.batching.batches import Runner
-from likely.graphs import Array, Stop, filled, rows
+from likely.graphs import Array, Stop, pad_rows, rows
 
 
 class Portions:
@@ -65,5 +65,5 @@ class Portions:
         """Runs at most `size` rows, padded if asked for; the padding's outputs are cut off."""
         if not self._fill:
             return self._runner.run(feeds, outputs, stop)
-        found = self._runner.run(filled(feeds, self._size), outputs, stop)
+        found = self._runner.run(pad_rows(feeds, self._size), outputs, stop)
         return [array[: rows(feeds)] for array in found]

@@ -14,15 +14,21 @@ from likely.batching.batches import Runner
 from likely.errors import OutOfMemory
 from likely.graphs import CPU, Array
 
-HOP = 1e-4  # seconds per batch beside its run: thread hop, joining the inputs, dividing the outputs
-BETWEEN = 2e-3  # seconds lost between two batches while all cores are busy
-LOOP_SECONDS = 1e-3  # seconds for which a run may block the event loop
-SLOWER = 1.05  # a larger run may cost this much more per row than the fastest, as each run costs
-NEAR = 1.05  # a smaller batch this close to the fastest is preferred, as it delays others less
-FEWER = 1.1  # fewer lanes than cores are used only if they are faster by this factor
-SPARE = 0.25  # a run is worthwhile if its fixed cost is at most this fraction of its rows' cost
-SOONER = 1.25  # all cores are used for a lone row if they are faster than one by this factor
-TURNS = 8  # rounds in which one core and all cores are compared, at most
+# Seconds per batch beside its run: thread hop, joining the inputs, dividing the outputs.
+BATCH_OVERHEAD = 1e-4
+BATCH_GAP = 2e-3  # seconds lost between two batches while all cores are busy
+MAX_LOOP_SECONDS = 1e-3  # seconds for which a run may block the event loop
+# A larger run may cost this much more per row than the fastest, as each run costs.
+RUN_TOLERANCE = 1.05
+# A smaller batch this close to the fastest is preferred, as it delays others less.
+BATCH_TOLERANCE = 1.05
+# Fewer lanes than cores are used only if they are faster by this factor.
+MIN_SPEEDUP_OF_FEWER_LANES = 1.1
+# A run is worthwhile if its fixed cost is at most this fraction of its rows' cost.
+MAX_FIXED_COST_RATIO = 0.25
+# All cores are used for a lone row if they are faster than one by this factor.
+MIN_SPEEDUP_OF_ALL_CORES = 1.25
+MAX_ROUNDS = 8  # rounds in which one core and all cores are compared, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +41,8 @@ class Best:
             run.
         pace: seconds per row in a full batch; 0 if not measured.
         loop_rows: maximum number of rows that run on the event loop instead of in a lane.
-        fixed: seconds that a run costs whatever its number of rows.
-        run: rows per run, if a batch is faster in several runs; 0 for one run per batch.
+        fixed_cost: seconds that a run costs whatever its number of rows.
+        rows_per_run: rows per run, if a batch is faster in several runs; 0 for one run per batch.
         wide: runner on all cores for lone batches; None if that is not faster.
     """
 
@@ -44,8 +50,8 @@ class Best:
     min_rows: int = 1
     pace: float = 0.0
     loop_rows: int = 0
-    fixed: float = 0.0
-    run: int = 0
+    fixed_cost: float = 0.0
+    rows_per_run: int = 0
     wide: Runner | None = None
 
     def log_fields(self) -> dict[str, object]:
@@ -53,13 +59,13 @@ class Best:
         pace = float(f"{1000 * self.pace:.3g}")
         return {
             "rows": self.rows,
-            "rows_a_run": self.run or self.rows,
+            "rows_a_run": self.rows_per_run or self.rows,
             "ms_a_row": pace,
             "alone_on_all_cores": self.wide is not None,
         }
 
 
-def batch(
+def find_best_batch(
     runner: Runner,
     sample: Mapping[str, Array],
     outputs: Sequence[str],
@@ -96,8 +102,8 @@ def batch(
         try:
             if on_card or size == 1:
                 # Excludes one-time setup: at the first run, and on a card for each size.
-                end += _timed(runner, sample, outputs, size, clock)
-            took[size] = _timed(runner, sample, outputs, size, clock)
+                end += _time_run(runner, sample, outputs, size, clock)
+            took[size] = _time_run(runner, sample, outputs, size, clock)
         except OutOfMemory:
             if not took:
                 raise
@@ -110,22 +116,24 @@ def batch(
     # faster than the others.
     while not on_card and clock() + sum(took.values()) < end:
         for size in took:
-            took[size] = min(took[size], _timed(runner, sample, outputs, size, clock))
-    run = max(took) if on_card else _quickest(took)
+            took[size] = min(took[size], _time_run(runner, sample, outputs, size, clock))
+    run = max(took) if on_card else _fastest_run_size(took)
     if not on_card:  # larger batches are divided into runs of that size, at the same time per row
         sizes = (step**i for i in range(most.bit_length()))
         took |= {size: size / run * took[run] for size in sizes if run < size <= most}
-    costs = {size: (spent + BETWEEN) / size for size, spent in took.items()}
-    rows = min(size for size, cost in costs.items() if cost <= NEAR * min(costs.values()))
+    costs = {size: (spent + BATCH_GAP) / size for size, spent in took.items()}
+    rows = min(
+        size for size, cost in costs.items() if cost <= BATCH_TOLERANCE * min(costs.values())
+    )
     pace = took[rows] / rows
     each = max((took[rows] - took[1]) / (rows - 1), 1e-7) if rows > 1 else pace
-    fixed = max(0.0, took[1] - each) + HOP
-    min_rows = min(rows, math.ceil(fixed / each / SPARE))
-    loop_rows = max((size for size, spent in took.items() if spent <= LOOP_SECONDS), default=0)
+    fixed = max(0.0, took[1] - each) + BATCH_OVERHEAD
+    min_rows = min(rows, math.ceil(fixed / each / MAX_FIXED_COST_RATIO))
+    loop_rows = max((size for size, spent in took.items() if spent <= MAX_LOOP_SECONDS), default=0)
     return Best(rows, min_rows, pace, min(rows, loop_rows), fixed, run if run < rows else 0)
 
 
-def lanes(
+def find_lane_count(
     runner: Runner,
     sample: Mapping[str, Array],
     outputs: Sequence[str],
@@ -149,7 +157,7 @@ def lanes(
     candidates = sorted({most, *(1 << i for i in range(most.bit_length()) if 1 << i < most)})
     if len(candidates) == 1:
         return most
-    feeds = _repeated(sample, rows)
+    feeds = _repeat_rows(sample, rows)
     share, rates = seconds / (2 * len(candidates)), dict.fromkeys(candidates, 0.0)
     with ThreadPoolExecutor(most) as pool:
 
@@ -165,10 +173,12 @@ def lanes(
                 began = time.perf_counter()
                 runs = sum(pool.map(count, [began + share] * n))
                 rates[n] = max(rates[n], runs / (time.perf_counter() - began))
-    return max(n for n in candidates if FEWER * rates[n] >= max(rates.values()))
+    return max(
+        n for n in candidates if MIN_SPEEDUP_OF_FEWER_LANES * rates[n] >= max(rates.values())
+    )
 
 
-def is_sooner(
+def is_faster_on_all_cores(
     wide: Runner,
     narrow: Runner,
     sample: Mapping[str, Array],
@@ -187,38 +197,38 @@ def is_sooner(
     """
     took, end = {wide: math.inf, narrow: math.inf}, time.perf_counter() + seconds
     for runner in took:
-        _timed(runner, sample, outputs, 1, time.perf_counter)  # excludes one-time setup
+        _time_run(runner, sample, outputs, 1, time.perf_counter)  # excludes one-time setup
     sooner = False
-    for turn in range(1, TURNS + 1):
+    for turn in range(1, MAX_ROUNDS + 1):
         for runner in took:
-            spent = _timed(runner, sample, outputs, 1, time.perf_counter)
+            spent = _time_run(runner, sample, outputs, 1, time.perf_counter)
             took[runner] = min(took[runner], spent)
-        sooner = SOONER * took[wide] <= took[narrow]
-        if time.perf_counter() > end or (sooner and turn >= TURNS / 2):
+        sooner = MIN_SPEEDUP_OF_ALL_CORES * took[wide] <= took[narrow]
+        if time.perf_counter() > end or (sooner and turn >= MAX_ROUNDS / 2):
             break
     return sooner
 
 
-def _quickest(took: Mapping[int, float]) -> int:
+def _fastest_run_size(took: Mapping[int, float]) -> int:
     """The run size that takes the least time per row, or a larger one that is close."""
     least = min(spent / size for size, spent in took.items())
-    return max(size for size, spent in took.items() if spent / size <= SLOWER * least)
+    return max(size for size, spent in took.items() if spent / size <= RUN_TOLERANCE * least)
 
 
-def _timed(
+def _time_run(
     runner: Runner,
     sample: Mapping[str, Array],
     outputs: Sequence[str],
     size: int,
     clock: Callable[[], float],
 ) -> float:
-    feeds = _repeated(sample, size)
+    feeds = _repeat_rows(sample, size)
     began = clock()
     runner.run(feeds, outputs)
     return max(clock() - began, 1e-7)
 
 
-def _repeated(sample: Mapping[str, Array], size: int) -> dict[str, Array]:
+def _repeat_rows(sample: Mapping[str, Array], size: int) -> dict[str, Array]:
     """The sample's rows, repeated up to `size` rows."""
     return {
         name: np.take(rows, np.arange(size) % len(rows), axis=0) for name, rows in sample.items()

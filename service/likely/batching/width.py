@@ -5,8 +5,10 @@ from __future__ import annotations
 from likely.batching.batches import Runner
 from likely.batching.tuning import Best
 
-FIRST, LAST = 16, 256  # lone batches between two trials of the other way: at first, at most
-CLEARLY = 0.9  # a way is better only if it takes at most this fraction of the other way's time
+# Lone batches between two trials of the other way: at first, at most.
+MIN_TRIAL_INTERVAL, MAX_TRIAL_INTERVAL = 16, 256
+# A way is better only if it takes at most this fraction of the other way's time.
+MAX_TIME_RATIO = 0.9
 _SMOOTHING = 0.3
 
 
@@ -27,23 +29,23 @@ class Width:
             best: result of the warm-up for this graph.
         """
         self._wide = best.wide
-        self._fixed, self._pace = best.fixed, best.pace
-        self._is_better = True
+        self._fixed, self._pace = best.fixed_cost, best.pace
+        self._wide_is_better = True
         # Time per way (True: all cores), as a multiple of the time expected of one core.
-        self._takes = {True: 0.0, False: 1.0}
-        self._every, self._left = FIRST, FIRST
+        self._relative_times = {True: 0.0, False: 1.0}
+        self._trial_interval, self._runs_to_trial = MIN_TRIAL_INTERVAL, MIN_TRIAL_INTERVAL
 
     def choose(self) -> Runner | None:
         """Returns the runner on all cores for the next lone batch, or None to use one core."""
         if self._wide is None:
             return None
-        self._left -= 1
-        if self._left > 0:
-            return self._wide if self._is_better else None
-        self._left = self._every
-        return None if self._is_better else self._wide
+        self._runs_to_trial -= 1
+        if self._runs_to_trial > 0:
+            return self._wide if self._wide_is_better else None
+        self._runs_to_trial = self._trial_interval
+        return None if self._wide_is_better else self._wide
 
-    def ran(self, rows: int, seconds: float, wide: bool) -> None:
+    def record_run(self, rows: int, seconds: float, wide: bool) -> None:
         """Learns from the run of a lone batch.
 
         Args:
@@ -55,19 +57,19 @@ class Width:
         if self._wide is None or not rows or not expected:
             return
         takes = seconds / expected
-        if wide is self._is_better:
-            before = self._takes[wide] or takes
+        if wide is self._wide_is_better:
+            before = self._relative_times[wide] or takes
             # A single run may have been stalled, which is no reason to switch.
-            self._takes[wide] = before + (min(takes, 2 * before) - before) * _SMOOTHING
-            if self._takes[not wide] <= CLEARLY * self._takes[wide]:
-                self._turn()
+            self._relative_times[wide] = before + (min(takes, 2 * before) - before) * _SMOOTHING
+            if self._relative_times[not wide] <= MAX_TIME_RATIO * self._relative_times[wide]:
+                self._switch()
         else:  # a trial; the one before is too old to average with
-            self._takes[wide] = takes
-            if takes <= CLEARLY * self._takes[not wide]:
-                self._turn()
+            self._relative_times[wide] = takes
+            if takes <= MAX_TIME_RATIO * self._relative_times[not wide]:
+                self._switch()
             else:
-                self._every = min(2 * self._every, LAST)
+                self._trial_interval = min(2 * self._trial_interval, MAX_TRIAL_INTERVAL)
 
-    def _turn(self) -> None:
-        self._is_better = not self._is_better
-        self._every = self._left = FIRST
+    def _switch(self) -> None:
+        self._wide_is_better = not self._wide_is_better
+        self._trial_interval = self._runs_to_trial = MIN_TRIAL_INTERVAL
