@@ -42,10 +42,10 @@ def by_batch(figures: Mapping[str, Any]) -> Table:
         table.add_row(label, *_cells(figures, name, columns))
         if goals := GOALS.get(name):
             sign = "≥" if "speedup" in name else "≤"
-            told = [f"{sign} {goals[n]:g}" if n in goals else "" for n in columns]
-            table.add_row("  goal", *told, style="dim")
-    for bundle, found in figures["shipped"].items():
-        table.add_row(f"{bundle}, sampling / pass", *_cells(found, "sampling.ratio", columns))
+            cells = [f"{sign} {goals[n]:g}" if n in goals else "" for n in columns]
+            table.add_row("  goal", *cells, style="dim")
+    for bundle, shipped in figures["shipped"].items():
+        table.add_row(f"{bundle}, sampling / pass", *_cells(shipped, "sampling.ratio", columns))
     return table
 
 
