@@ -21,16 +21,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="3 rounds of batches 1 and 16")
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"))
     parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="[build/bench]")
-    given = parser.parse_args()
-    rounds, batches = (3, (1, 16)) if given.quick else (given.rounds, given.batches)
+    options = parser.parse_args()
+    rounds, batches = (3, (1, 16)) if options.quick else (options.rounds, options.batches)
     console = Console()
     with console.status("") as status:
-        found = figures.collect(given.cache, batches, rounds, status.update)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(tables.by_batch(found))
-    console.print(tables.others(found))
-    console.print(f"written to {given.out}")
+        results = figures.collect(options.cache, batches, rounds, status.update)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(tables.by_batch(results))
+    console.print(tables.others(results))
+    console.print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from likely import machine
 
 CPUINFO = Path("/proc/cpuinfo")
-NAMED = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
 
 
 def environment() -> dict[str, object]:
@@ -19,7 +19,7 @@ def environment() -> dict[str, object]:
         "machine": platform.machine(),
         "system": platform.system(),
         "cpu": _field("model name") or platform.processor() or "unknown",
-        "instructions": [flag for flag in NAMED if flag in _flags()],
+        "instructions": [flag for flag in CPU_FLAGS if flag in _flags()],
         "cores": machine.cores(),
         "threads": 1,
         "python": platform.python_version(),

@@ -35,14 +35,14 @@ class Exports:
     seconds: dict[str, float]
 
     @classmethod
-    def of(cls, cache: Path, report: Callable[[str], None]) -> Exports:
+    def load_or_export(cls, cache: Path, report: Callable[[str], None]) -> Exports:
         """The graphs of the present sources; exports them if the cache lacks them."""
         folder = cache / digest(Path(str(models.__file__)).read_text())
         record = folder / "seconds.json"
         if not record.exists():
             shutil.rmtree(cache, ignore_errors=True)
             folder.mkdir(parents=True)
-            record.write_text(json.dumps(_export(folder, report)))
+            record.write_text(json.dumps(_export_all(folder, report)))
         return cls(folder, json.loads(record.read_text()))
 
     def path(self, name: str) -> Path:
@@ -60,14 +60,14 @@ def digest(*parts: str) -> str:
 
     An export depends on more modules than those that it is called from.
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     sources = (path.read_text() for path in sorted(SOURCES.rglob("*.py")))
     for part in (torch.__version__, onnx.__version__, *parts, *sources):
-        found.update(hashlib.sha256(part.encode()).digest())
-    return found.hexdigest()[:16]
+        hasher.update(hashlib.sha256(part.encode()).digest())
+    return hasher.hexdigest()[:16]
 
 
-def _export(folder: Path, report: Callable[[str], None]) -> dict[str, float]:
+def _export_all(folder: Path, report: Callable[[str], None]) -> dict[str, float]:
     seconds = {}
     for name, (source, levels, labels) in models.sources().items():
         path = folder / f"{name}.onnx"
@@ -80,13 +80,13 @@ def _export(folder: Path, report: Callable[[str], None]) -> dict[str, float]:
             outputs=source.outputs,
             importance_samples=source.importance_samples,
         )
-        _describe(path, spec)
+        _write_spec(path, spec)
         report(f"exported {name} in {seconds[name]:.0f} s")
     model, spec = models.matmul()
     (folder / spec.file).write_bytes(model.SerializeToString())
-    _describe(folder / spec.file, spec)
+    _write_spec(folder / spec.file, spec)
     return seconds
 
 
-def _describe(path: Path, spec: Graph) -> None:
+def _write_spec(path: Path, spec: Graph) -> None:
     path.with_suffix(".json").write_text(spec.model_dump_json())

@@ -29,22 +29,24 @@ def collect(cache: Path, batches: Sequence[int], rounds: int, report: Report) ->
         rounds: least number of rounds of every measurement.
         report: called with a description of each step as it begins.
     """
-    exports = Exports.of(cache, report)
+    exports = Exports.load_or_export(cache, report)
     timings: Timings = {}
     for batch in batches:
         report(f"sampling, batch {batch}")
-        timings[batch] = measures.sampling(exports, batch, rounds)
+        timings[batch] = measures.time_sampling(exports, batch, rounds)
     return {
         "environment": environment(),
         "rounds": rounds,
         "model": _model(exports),
         **_sampling(timings),
-        "sampling.differing_pixels": measures.differing(exports, min(FIXED_POINTS, max(batches))),
+        "sampling.differing_pixels": measures.count_differing_pixels(
+            exports, min(FIXED_POINTS, max(batches))
+        ),
         **_pass(timings),
         **_conditional(exports, [n for n in BOUND_BATCHES if n <= max(batches)], rounds, report),
         "export.seconds": exports.seconds,
         "load.seconds": measures.load_seconds(exports, ("pass", "sample"), 3),
-        "memory.sample": memory.peak(exports.path("sample"), min(64, max(batches))),
+        "memory.sample": memory.measure_peak(exports.path("sample"), min(64, max(batches))),
         "shipped": _shipped(batches, rounds, report),
     }
 
@@ -62,13 +64,15 @@ def _model(exports: Exports) -> Figures:
 
 def _sampling(timings: Timings) -> Figures:
     _, h, w = models.PIXELCNN.shape
-    ratio = {n: each["sample"].over(each["pass"]) for n, each in timings.items()}
-    naive = {n: each["naive"].times(h * w).over(each["pass"]) for n, each in timings.items()}
+    ratio = {n: each["sample"].ratio_to(each["pass"]) for n, each in timings.items()}
+    naive = {
+        n: each["naive"].scaled_by(h * w).ratio_to(each["pass"]) for n, each in timings.items()
+    }
     return {
-        **_both("sampling.ratio", ratio),
-        **_both("sampling.naive_ratio", naive),
-        **_both("sampling.ms_per_picture", _milliseconds(timings, "sample")),
-        **_both("noise.ms_per_picture", _milliseconds(timings, "noise")),
+        **_minima_and_medians("sampling.ratio", ratio),
+        **_minima_and_medians("sampling.naive_ratio", naive),
+        **_minima_and_medians("sampling.ms_per_picture", _milliseconds(timings, "sample")),
+        **_minima_and_medians("noise.ms_per_picture", _milliseconds(timings, "noise")),
     }
 
 
@@ -78,14 +82,15 @@ def _pass(timings: Timings) -> Figures:
     flops = models.pass_flops(models.PIXELCNN)
     # Share of the MatMul's speed = its time per operation over that of the pass.
     share = {
-        n: each["matmul"].times(flops * n / limit).over(each["pass"]) for n, each in timings.items()
+        n: each["matmul"].scaled_by(flops * n / limit).ratio_to(each["pass"])
+        for n, each in timings.items()
     }
     largest = max((n for n in share if n <= 64), default=min(share))
     fastest = min(each["matmul"].minimum for each in timings.values())
     return {
         "pass.matmul_share": round(share[largest].minimum, 3),
-        **_both("pass.matmul_share_by_batch", share),
-        **_both("pass.ms_per_picture", _milliseconds(timings, "pass")),
+        **_minima_and_medians("pass.matmul_share_by_batch", share),
+        **_minima_and_medians("pass.ms_per_picture", _milliseconds(timings, "pass")),
         "matmul.gflops": round(limit / fastest / 1e9, 1),
     }
 
@@ -96,11 +101,11 @@ def _conditional(exports: Exports, batches: Sequence[int], rounds: int, report: 
         found = {}
         for n in batches:
             report(f"conditional, {name}, batch {n}")
-            found[n] = measures.conditional(exports, name, n, rounds)
-        speedup = {n: each["single"].over(each["fused"]) for n, each in found.items()}
+            found[n] = measures.time_conditional(exports, name, n, rounds)
+        speedup = {n: each["single"].ratio_to(each["fused"]) for n, each in found.items()}
         key = "conditional" if name == "bernoulli" else f"conditional.{name}"
-        figures |= _both(f"{key}.fused_speedup", speedup)
-        figures |= _both(f"{key}.ms_per_picture", _milliseconds(found, "fused"))
+        figures |= _minima_and_medians(f"{key}.fused_speedup", speedup)
+        figures |= _minima_and_medians(f"{key}.ms_per_picture", _milliseconds(found, "fused"))
     return figures
 
 
@@ -108,19 +113,19 @@ def _shipped(batches: Sequence[int], rounds: int, report: Report) -> Figures:
     figures: Figures = {}
     for folder in shipped():
         report(f"bundle {folder.name}")
-        found = {n: measures.shipped(folder, n, rounds) for n in batches}
-        figures[folder.name] = _both(
+        found = {n: measures.time_bundle(folder, n, rounds) for n in batches}
+        figures[folder.name] = _minima_and_medians(
             "sampling.ratio",
-            {n: t[Role.SAMPLE].over(t[Role.DENSITY]) for n, t in found.items() if len(t) == 2},
-        ) | _both("pass.ms_per_picture", _milliseconds(found, Role.DENSITY))
+            {n: t[Role.SAMPLE].ratio_to(t[Role.DENSITY]) for n, t in found.items() if len(t) == 2},
+        ) | _minima_and_medians("pass.ms_per_picture", _milliseconds(found, Role.DENSITY))
     return figures
 
 
 def _milliseconds(timings: Timings, call: str) -> dict[int, Timing]:
-    return {n: each[call].times(1000 / n) for n, each in timings.items()}
+    return {n: each[call].scaled_by(1000 / n) for n, each in timings.items()}
 
 
-def _both(name: str, values: dict[int, Timing]) -> Figures:
+def _minima_and_medians(name: str, values: dict[int, Timing]) -> Figures:
     """The minima under `name` and the medians under `name.median`, each by batch size."""
     return {
         name: {str(n): round(value.minimum, 4) for n, value in values.items()},

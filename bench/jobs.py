@@ -37,19 +37,21 @@ from likely.outliers import benjamini_hochberg
 LIKELY = [sys.executable, "-c", "from likely.cli import main; main()", "batch"]
 DIGITS = Path("bundles/digits")
 FASHION = Path("bundles/fashion_mnist")
-SECONDS = 600  # timeout of a job
+JOB_TIMEOUT = 600  # timeout of a job
 Doubles = npt.NDArray[np.float64]
 
 
-def done(*words: object) -> dict[str, Any]:
+def run_job(*arguments: object) -> dict[str, Any]:
     """Runs a job without disturbance; returns its summary."""
-    command = [*LIKELY, *map(str, words), "--json"]
+    command = [*LIKELY, *map(str, arguments), "--json"]
     ran = subprocess.run(command, capture_output=True, check=True)  # noqa: S603
     summary: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return summary
 
 
-def killed(words: Sequence[object], out: Path, times: int, rng: random.Random) -> list[int]:
+def kill_repeatedly(
+    arguments: Sequence[object], out: Path, times: int, rng: random.Random
+) -> list[int]:
     """Starts a job and kills it with SIGKILL, `times` times; the shards done at each kill.
 
     Each kill comes at a random moment after a randomly chosen shard.
@@ -57,20 +59,20 @@ def killed(words: Sequence[object], out: Path, times: int, rng: random.Random) -
     found: list[int] = []
     while len(found) < times:
         job = subprocess.Popen(  # noqa: S603
-            [*LIKELY, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*LIKELY, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        aim = shards_of(out) + rng.randint(0, 3)
-        end = time.monotonic() + SECONDS
-        while shards_of(out) < aim and job.poll() is None and time.monotonic() < end:
+        target = count_listed_shards(out) + rng.randint(0, 3)
+        end = time.monotonic() + JOB_TIMEOUT
+        while count_listed_shards(out) < target and job.poll() is None and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.05))
         job.send_signal(signal.SIGKILL)
         job.wait()
-        found.append(shards_of(out))
+        found.append(count_listed_shards(out))
     return found
 
 
-def shards_of(out: Path) -> int:
+def count_listed_shards(out: Path) -> int:
     """Number of shards that a job's manifest lists."""
     try:
         return len(json.loads((out / MANIFEST).read_bytes())["shards"])
@@ -78,12 +80,12 @@ def shards_of(out: Path) -> int:
         return 0
 
 
-def written(out: Path) -> int:
+def count_shard_files(out: Path) -> int:
     """Number of shard files in a folder; the manifest may list several of them at once, later."""
     return sum(1 for _ in out.glob("part-*"))
 
 
-def same(one: Path, other: Path) -> bool:
+def have_same_files(one: Path, other: Path) -> bool:
     """Whether two folders contain the same files, byte for byte."""
     names = sorted(path.name for path in one.iterdir())
     return names == sorted(path.name for path in other.iterdir()) and all(
@@ -91,7 +93,7 @@ def same(one: Path, other: Path) -> bool:
     )
 
 
-def actors(driver: int) -> list[int]:
+def find_actors(driver: int) -> list[int]:
     """The processes of Ray's actors that descend from a driver, from /proc."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -102,37 +104,41 @@ def actors(driver: int) -> list[int]:
             continue
         parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
 
-    def below(process: int) -> bool:
+    def is_descendant(process: int) -> bool:
         while process in parents and process != driver:
             process = parents[process]
         return process == driver
 
-    return [pid for pid, name in names.items() if name.startswith("ray::MapWorker") and below(pid)]
+    return [
+        pid
+        for pid, name in names.items()
+        if name.startswith("ray::MapWorker") and is_descendant(pid)
+    ]
 
 
-def killed_worker(words: Sequence[object], out: Path) -> bool:
+def run_and_kill_worker(arguments: Sequence[object], out: Path) -> bool:
     """Runs a job on Ray to its end and kills one actor meanwhile; whether the kill succeeded.
 
     Raises:
         RuntimeError: the job failed.
     """
     job = subprocess.Popen(  # noqa: S603
-        [*LIKELY, *map(str, words), "--engine", "ray", "--workers", "2"],
+        [*LIKELY, *map(str, arguments), "--engine", "ray", "--workers", "2"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    end, hit = time.monotonic() + SECONDS, False
+    end, was_killed = time.monotonic() + JOB_TIMEOUT, False
     while job.poll() is None and time.monotonic() < end:
-        if not hit and written(out) >= 2 and (found := actors(job.pid)):
+        if not was_killed and count_shard_files(out) >= 2 and (found := find_actors(job.pid)):
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(found[0], signal.SIGKILL)
-                hit = True
+                was_killed = True
         time.sleep(0.02)
-    if job.wait(SECONDS):
+    if job.wait(JOB_TIMEOUT):
         raise RuntimeError(f"the job ended with {job.returncode}")
-    return hit
+    return was_killed
 
 
-def kept(bundle: Path, x: Pixels, folder: Path, rounds: int) -> dict[str, float]:
+def measure_throughput(bundle: Path, x: Pixels, folder: Path, rounds: int) -> dict[str, float]:
     """The throughput of an engine alone and of a job from Parquet to Parquet, in one process.
 
     Other work on the machine may slow one of them and not the other. Therefore the CPU time of the
@@ -152,33 +158,35 @@ def kept(bundle: Path, x: Pixels, folder: Path, rounds: int) -> dict[str, float]
     pq.write_table(pa.table({"image": column}), source, row_group_size=8192)
     opener = Bundled(bundle, "cpu")
     backend = opener.open()
-    given = Input((source,))
+    source_input = Input((source,))
     wall: dict[str, list[float]] = {"engine": [], "job": []}
     cpu: dict[str, list[float]] = {"engine": [], "job": []}
     shares: list[float] = []
 
-    class Clocked(Maker):
+    class TimedMaker(Maker):
         """A maker that measures the CPU time of its own threads."""
 
-        own = 0.0
+        own_seconds = 0.0
 
         def make(self, shard: int, advance: Advance) -> Record:
             began = time.thread_time()
             record = super().make(shard, advance)
-            self.own += time.thread_time() - began
+            self.own_seconds += time.thread_time() - began
             return record
 
     for each in range(rounds):
 
         def job(out: Path = folder / f"scores {each}") -> None:
             began = time.process_time(), time.thread_time()
-            pictures = Pictures(given, Geometry(backend.info.shape, backend.info.levels))
+            pictures = Pictures(source_input, Geometry(backend.info.shape, backend.info.levels))
             task = Judgement("score", len(pictures), pictures.digest, 0.05)
-            plan = Plan(Request.of(task, backend.info, Format.PARQUET, 4096), out, opener, given)
-            maker = Clocked(plan, backend, pictures)
+            plan = Plan(
+                Request.of(task, backend.info, Format.PARQUET, 4096), out, opener, source_input
+            )
+            maker = TimedMaker(plan, backend, pictures)
             run(plan, maker, threads(maker), unseen)
-            own = maker.own + time.thread_time() - began[1]
-            shares.append(1 - own / (time.process_time() - began[0]))
+            own_seconds = maker.own_seconds + time.thread_time() - began[1]
+            shares.append(1 - own_seconds / (time.process_time() - began[0]))
 
         def engine() -> None:
             task = Judgement("score", len(x), "", 0.05)
@@ -202,7 +210,9 @@ def kept(bundle: Path, x: Pixels, folder: Path, rounds: int) -> dict[str, float]
     }
 
 
-def discoveries(usual: Doubles, planted: Doubles, seeds: int, size: int) -> dict[str, float]:
+def simulate_discoveries(
+    usual: Doubles, planted: Doubles, seeds: int, size: int
+) -> dict[str, float]:
     """False discovery proportion and power of jobs with 5 % planted outliers, at q = 0.05.
 
     Args:
@@ -212,16 +222,16 @@ def discoveries(usual: Doubles, planted: Doubles, seeds: int, size: int) -> dict
         size: number of pictures of each job.
     """
     proportions, powers = [], []
-    bad = size // 20
+    planted_count = size // 20
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
-        own = rng.choice(usual, size - bad, replace=False)
+        usual_drawn = rng.choice(usual, size - planted_count, replace=False)
         rejected = benjamini_hochberg(
-            np.concatenate([own, rng.choice(planted, bad, replace=False)]), 0.05
+            np.concatenate([usual_drawn, rng.choice(planted, planted_count, replace=False)]), 0.05
         )
-        false, true = rejected[: size - bad].sum(), rejected[size - bad :].sum()
+        false, true = rejected[: size - planted_count].sum(), rejected[size - planted_count :].sum()
         proportions.append(false / max(1, false + true))
-        powers.append(true / bad)
+        powers.append(true / planted_count)
     return {
         "pictures of a job": size,
         "false discoveries, mean": float(np.mean(proportions)),
@@ -232,7 +242,7 @@ def discoveries(usual: Doubles, planted: Doubles, seeds: int, size: int) -> dict
     }
 
 
-def shifted(
+def simulate_shifted_priors(
     posterior: Doubles, y: npt.NDArray[np.int64], priors: Doubles, seeds: int, size: int
 ) -> dict[str, float]:
     """How well priors are estimated if one label, each in turn, has half of the pictures.
@@ -268,7 +278,7 @@ def shifted(
     }
 
 
-def on_fashion(data: Path, others: Path, seeds: int) -> dict[str, Any]:
+def measure_fashion(data: Path, others: Path, seeds: int) -> dict[str, Any]:
     """False discoveries and priors, on Fashion-MNIST's test pictures with digits as outliers."""
     opened = Bundle.open(FASHION)
     engine = Engine.load(opened, device=Device("cpu"), threads=2)
@@ -283,10 +293,12 @@ def on_fashion(data: Path, others: Path, seeds: int) -> dict[str, Any]:
     p_values = asyncio.run(judged(foreign)).p_value
     engine.close()
     priors = np.array(opened.manifest.priors)
-    kept = usual.p_value > 0.05
+    accepted = usual.p_value > 0.05
     return {
-        "discoveries": discoveries(usual.p_value, p_values, seeds, 5000),
-        "priors": shifted(usual.posterior[kept], y[kept], priors, seeds, 10_000),
+        "discoveries": simulate_discoveries(usual.p_value, p_values, seeds, 5000),
+        "priors": simulate_shifted_priors(
+            usual.posterior[accepted], y[accepted], priors, seeds, 10_000
+        ),
     }
 
 
@@ -302,31 +314,36 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="Fashion-MNIST, .npz with x_test and y_test")
     parser.add_argument("--others", type=Path, help="MNIST, in the same form")
     parser.add_argument("--folder", type=Path, default=Path("build/jobs"), help="folder to create")
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True)
-    words = ["generate", "--each", given.each, "--seed", 7, "--shard", 100, "--out"]
-    found: dict[str, Any] = {}
-    if {"killed", "ray"} & set(given.parts):
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True)
+    arguments = ["generate", "--each", options.each, "--seed", 7, "--shard", 100, "--out"]
+    results: dict[str, Any] = {}
+    if {"killed", "ray"} & set(options.parts):
         began = time.perf_counter()
-        done(*words, given.folder / "whole")
-        found["undisturbed, seconds"] = time.perf_counter() - began
-    if "killed" in given.parts:
-        out = given.folder / "killed"
-        found["kills at shards"] = killed([*words, out], out, given.kills, random.Random(1))  # noqa: S311
-        done(*words, out)
-        found["killed, and the same"] = same(given.folder / "whole", out)
-    if "ray" in given.parts:
-        out = given.folder / "ray"
-        found["Ray's worker killed"] = killed_worker([*words, out], out)
-        found["Ray's, and the same"] = same(given.folder / "whole", out)
-    if "kept" in given.parts:
+        run_job(*arguments, options.folder / "whole")
+        results["undisturbed, seconds"] = time.perf_counter() - began
+    if "killed" in options.parts:
+        out = options.folder / "killed"
+        results["kills at shards"] = kill_repeatedly(
+            [*arguments, out],
+            out,
+            options.kills,
+            random.Random(1),  # noqa: S311
+        )
+        run_job(*arguments, out)
+        results["killed, and the same"] = have_same_files(options.folder / "whole", out)
+    if "ray" in options.parts:
+        out = options.folder / "ray"
+        results["Ray's worker killed"] = run_and_kill_worker([*arguments, out], out)
+        results["Ray's, and the same"] = have_same_files(options.folder / "whole", out)
+    if "kept" in options.parts:
         golden = Bundle.open(DIGITS).golden()["density/x"]
         rng = np.random.default_rng(0)
-        x = golden[rng.integers(len(golden), size=given.pictures)]
-        found["digits"] = kept(DIGITS, x, given.folder, given.rounds)
-    if "fashion" in given.parts:
-        found["Fashion-MNIST"] = on_fashion(given.data, given.others, given.seeds)
-    print(json.dumps(found, indent=1))
+        x = golden[rng.integers(len(golden), size=options.pictures)]
+        results["digits"] = measure_throughput(DIGITS, x, options.folder, options.rounds)
+    if "fashion" in options.parts:
+        results["Fashion-MNIST"] = measure_fashion(options.data, options.others, options.seeds)
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from likely.graphs import Device, Session
 STATUS = Path("/proc/self/status")
 
 
-def peak(path: Path, batch: int) -> dict[str, int]:
+def measure_peak(path: Path, batch: int) -> dict[str, int]:
     """Peak resident memory in MiB, without a run and with a run of that batch size."""
     command = [sys.executable, "-m", "bench.memory", str(path)]
     before, after = (

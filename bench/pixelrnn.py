@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench import models
-from bench.clock import interleaved
+from bench.clock import time_interleaved
 from likely.bundle import Graph, TensorSpec
 from likely.graphs import Device, Session
 from likely_export import families, graphs, recipes, roles, train
@@ -40,7 +40,7 @@ from likely_export.pixelrnn import PixelRNN, PixelRNNConfig
 from likely_export.roles import GraphSource
 
 BATCH = 64
-DRAWN = (1, 16)
+DRAW_BATCHES = (1, 16)
 ROUNDS = 5
 STEM = (3, 3, 3)  # the papers' first kernel, 7x7 under mask A
 
@@ -93,7 +93,7 @@ COMPARISONS = {
 }
 
 
-def model(config: AutoregressiveConfig, seed: int) -> Autoregressive:
+def build_model(config: AutoregressiveConfig, seed: int) -> Autoregressive:
     """An untrained model of that configuration; its weights depend on the seed alone."""
     torch.manual_seed(seed)
     if isinstance(config, PixelRNNConfig):
@@ -102,26 +102,26 @@ def model(config: AutoregressiveConfig, seed: int) -> Autoregressive:
     return PixelCNN(config)
 
 
-def trained(
+def train_model(
     config: AutoregressiveConfig, data: Dataset, training: Training, folder: Path
 ) -> dict[str, Any]:
     """Trains a model; returns its size, its steps, and -log p of the test split in nats."""
-    run = train.fit(model(config, training.seed), data, training, folder, resume=False)
+    run = train.fit(build_model(config, training.seed), data, training, folder, resume=False)
     net = cast(Autoregressive, families.restore(run.weights))
     found = {
         "parameters": sum(weight.numel() for weight in net.parameters()),
         "steps": run.steps,
         "epochs": run.steps * training.batch / len(data.train),
         "seconds": run.seconds,
-        "nll_nats": _nats(data.test, lambda x, _: net.log_prob(x)),
+        "nll_nats": _mean_nats(data.test, lambda x, _: net.log_prob(x)),
     }
     if config.labels:
-        found["conditional_nll_nats"] = _nats(data.test, net.log_prob)
+        found["conditional_nll_nats"] = _mean_nats(data.test, net.log_prob)
     return found
 
 
 @torch.no_grad()
-def _nats(part: Split, log_prob: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+def _mean_nats(part: Split, log_prob: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
     """The mean of -log p over a split in nats, and its standard error."""
     x, y = torch.from_numpy(part.x), torch.from_numpy(part.y)
     pairs = zip(x.split(BATCH), y.split(BATCH), strict=True)
@@ -129,26 +129,28 @@ def _nats(part: Split, log_prob: Callable[[Tensor, Tensor], Tensor]) -> dict[str
     return {"mean": nats.mean().item(), "error": (nats.std() / len(nats) ** 0.5).item()}
 
 
-def step_seconds(chosen: Comparison, data: Dataset, training: Training) -> dict[str, float]:
+def measure_step_seconds(chosen: Comparison, data: Dataset, training: Training) -> dict[str, float]:
     """CPU time in seconds of one training step of each model, the minimum of several."""
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
     x, y = x[: training.batch], y[: training.batch]
     steps = {
-        name: partial(_step, net, optimisers(net, training), x, y)
+        name: partial(_train_step, net, optimisers(net, training), x, y)
         for name, config in chosen.models.items()
-        for net in [model(config, training.seed)]
+        for net in [build_model(config, training.seed)]
     }
-    return {name: timing.minimum for name, timing in interleaved(steps, ROUNDS).items()}
+    return {name: timing.minimum for name, timing in time_interleaved(steps, ROUNDS).items()}
 
 
-def _step(net: Autoregressive, moved_by: list[torch.optim.Optimizer], x: Tensor, y: Tensor) -> None:
+def _train_step(
+    net: Autoregressive, net_optimisers: list[torch.optim.Optimizer], x: Tensor, y: Tensor
+) -> None:
     net.zero_grad(set_to_none=True)
     net.objective(x, y).mean().backward()
-    for optimiser in moved_by:
+    for optimiser in net_optimisers:
         optimiser.step()
 
 
-def compared(
+def run_comparison(
     chosen: Comparison, source: str | None, seconds: float, seed: int, only: list[str], out: Path
 ) -> None:
     """Trains the models one after another; prints and writes the results of each."""
@@ -157,36 +159,36 @@ def compared(
     data = replace(data, validate=data.validate.take(validate), test=data.test.take(test))
     training = Training(steps=1, optimiser="muon", seed=seed, **chosen.training)
     found = json.loads(out.read_text()) if out.exists() else {}
-    found.setdefault("step_seconds", step_seconds(chosen, data, training))
+    found.setdefault("step_seconds", measure_step_seconds(chosen, data, training))
     for name in only or chosen.models:
         timed = replace(training, steps=round(seconds / found["step_seconds"][name]))
-        found[name] = trained(chosen.models[name], data, timed, out.parent / out.stem / name)
+        found[name] = train_model(chosen.models[name], data, timed, out.parent / out.stem / name)
         out.write_text(json.dumps(found, indent=1) + "\n")
         print(name, json.dumps(found[name]), flush=True)
 
 
-def drawing(chosen: Comparison, batches: Sequence[int], out: Path) -> dict[str, Any]:
+def measure_drawing(chosen: Comparison, batches: Sequence[int], out: Path) -> dict[str, Any]:
     """CPU time per picture of a pass and of drawing in ms, and their ratio, by batch size."""
     found: dict[str, Any] = {}
     for name, config in chosen.models.items():
         config = replace(config, labels=0)
-        net = model(config, 0).eval()
+        net = build_model(config, 0).eval()
         torch.nn.init.normal_(net.head.weight, std=0.3)  # with zeros, only the noise would decide
         sample = roles.sample(net)
         log_px = TensorSpec(name="log_px", dtype="float32", shape=("batch",))
         log_likelihood = GraphSource(models.Pass(net), sample.outputs, (log_px,))
         for n in batches:
             calls = {
-                role: _call(source, out / f"{name}-{role}.onnx", config.levels, n)
+                role: _make_call(source, out / f"{name}-{role}.onnx", config.levels, n)
                 for role, source in (("pass", log_likelihood), ("sample", sample))
             }
-            timings = interleaved(calls, ROUNDS)
+            timings = time_interleaved(calls, ROUNDS)
             times = {role: 1e3 * timing.minimum / n for role, timing in timings.items()}
             found.setdefault(name, {})[n] = times | {"ratio": times["sample"] / times["pass"]}
     return found
 
 
-def _call(source: GraphSource, path: Path, levels: int, n: int) -> Callable[[], object]:
+def _make_call(source: GraphSource, path: Path, levels: int, n: int) -> Callable[[], object]:
     """A call that runs the graph with a batch of n on one thread; exports it if necessary."""
     if not path.exists():
         graphs.write(source, path, levels, 0)
@@ -206,16 +208,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="train only these models")
     parser.add_argument("--out", type=Path, default=Path("build/pixelrnn"), help="output folder")
     parser.add_argument("--draw", action="store_true", help="measure drawing; train nothing")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    given.out.mkdir(parents=True, exist_ok=True)
-    chosen = COMPARISONS[given.comparison]
-    if given.draw:
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = COMPARISONS[options.comparison]
+    if options.draw:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(drawing(chosen, DRAWN, Path(folder)), indent=1))
+            print(json.dumps(measure_drawing(chosen, DRAW_BATCHES, Path(folder)), indent=1))
         return
-    out = given.out / f"{given.comparison}-{given.seconds:g}-{given.seed}.json"
-    compared(chosen, given.source, given.seconds, given.seed, given.only, out)
+    out = options.out / f"{options.comparison}-{options.seconds:g}-{options.seed}.json"
+    run_comparison(chosen, options.source, options.seconds, options.seed, options.only, out)
 
 
 if __name__ == "__main__":

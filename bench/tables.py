@@ -44,8 +44,8 @@ def by_batch(figures: Mapping[str, Any]) -> Table:
             sign = "≥" if "speedup" in name else "≤"
             cells = [f"{sign} {goals[n]:g}" if n in goals else "" for n in columns]
             table.add_row("  goal", *cells, style="dim")
-    for bundle, found in figures["shipped"].items():
-        table.add_row(f"{bundle}, sampling / pass", *_cells(found, "sampling.ratio", columns))
+    for bundle, shipped in figures["shipped"].items():
+        table.add_row(f"{bundle}, sampling / pass", *_cells(shipped, "sampling.ratio", columns))
     return table
 
 

@@ -24,27 +24,30 @@ def main() -> None:
     parser.add_argument(
         "--leaving",
         type=float,
-        default=soak.LEAVING,
-        help=f"share of the soak's requests that their callers cancel [{soak.LEAVING}]",
+        default=soak.CANCELLED_SHARE,
+        help=f"share of the soak's requests that their callers cancel [{soak.CANCELLED_SHARE}]",
     )
     parser.add_argument("--out", type=Path, help="[build/bench-serving.json, build/soak.json]")
     parser.add_argument("--cache", type=Path, default=Path("build/bench-serving"))
-    given = parser.parse_args()
-    pace = QUICK if given.quick else WHOLE
-    if given.rounds:
-        pace = Pace(given.rounds, pace.seconds, pace.batches)
+    options = parser.parse_args()
+    pace = QUICK if options.quick else WHOLE
+    if options.rounds:
+        pace = Pace(options.rounds, pace.seconds, pace.batches)
     console = Console()
     with console.status("") as status:
-        made = {name: bundles.bundle(name, given.cache, status.update) for name in bundles.SCORERS}
-        if given.soak:
-            found = soak.soak(made["light"], given.soak, status.update, given.leaving)
+        folders = {
+            name: bundles.find_or_export(name, options.cache, status.update)
+            for name in bundles.SCORERS
+        }
+        if options.soak:
+            results = soak.soak(folders["light"], options.soak, status.update, options.leaving)
         else:
-            found = figures.collect(made, pace, status.update)
-    out = given.out or Path("build", "soak.json" if given.soak else "bench-serving.json")
+            results = figures.collect(folders, pace, status.update)
+    out = options.out or Path("build", "soak.json" if options.soak else "bench-serving.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    for table in [tables.soaked] if given.soak else [tables.promised, tables.others]:
-        console.print(table(found))
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    for table in [tables.soak_table] if options.soak else [tables.goals_table, tables.others]:
+        console.print(table(results))
     console.print(f"written to {out}")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bench.exports import digest
-from bench.serving.pictures import drawn
+from bench.serving.pictures import random_pictures
 from likely.answers import Pixels
 from likely.bundle import MANIFEST, Role, write_manifest
 from likely.graphs import Device, Session
@@ -29,14 +29,14 @@ SCORERS = {
     "light": PixelCNNConfig((1, 8, 8), 17, channels=20, layers=2, head=16),
 }
 STATISTICS = ("surprise", "entropy", "excess", "surprise_shares")
-CALIBRATED = 300
+CALIBRATION_SIZE = 300
 SEED = 0
 
 
-def bundle(name: str, cache: Path, report: Callable[[str], None]) -> Path:
+def find_or_export(name: str, cache: Path, report: Callable[[str], None]) -> Path:
     """The folder of a scorer's bundle; exports it if the present sources have not made it yet."""
-    own = digest(str(SCORERS[name]), Path(__file__).read_text())
-    folder = cache / f"{name}-{own}"
+    sources_digest = digest(str(SCORERS[name]), Path(__file__).read_text())
+    folder = cache / f"{name}-{sources_digest}"
     if not (folder / MANIFEST).exists():
         report(f"exporting the {name} scorer")
         shutil.rmtree(folder, ignore_errors=True)
@@ -52,7 +52,7 @@ def _write(name: str, config: PixelCNNConfig, folder: Path) -> None:
     source = roles.density(model.eval(), STATISTICS)
     exported = graphs.export(source, folder / "density.onnx", config.levels, 0)
     session = Session(folder / "density.onnx", exported.graph, Device("cpu"))
-    fit, held = (_seen(session, part) for part in np.split(_calibration(config), 2))
+    fit, held = (_run_statistics(session, part) for part in np.split(_calibration(config), 2))
     learnt = calibrate.combination(fit, [PartConfig()], calibrate.places(source.widths))
     np.savez(folder / "calibration.npz", **calibrate.detector(learnt, held))  # type: ignore[arg-type]
     np.savez(
@@ -81,9 +81,9 @@ def _write(name: str, config: PixelCNNConfig, folder: Path) -> None:
 
 
 def _calibration(config: PixelCNNConfig) -> Pixels:
-    return drawn((2 * CALIBRATED, *config.shape), config.levels)
+    return random_pictures((2 * CALIBRATION_SIZE, *config.shape), config.levels)
 
 
-def _seen(session: Session, x: Pixels) -> Seen:
+def _run_statistics(session: Session, x: Pixels) -> Seen:
     parts = [session.run({"x": part}, ["statistics"])[0] for part in np.array_split(x, 20)]
     return Seen(np.concatenate(parts), np.zeros(len(x), np.int64))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 def cpu_seconds(pid: int) -> float:
@@ -26,7 +26,7 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime(clock.value)
 
 
-def family(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
     """A process and all its descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -47,5 +47,5 @@ def resident_mib(pid: int) -> float:
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """The count, mean, percentiles and maximum of one or more values."""
     ordered = sorted(values)
-    at = {name: ordered[math.ceil(share * len(ordered)) - 1] for name, share in SHARES.items()}
+    at = {name: ordered[math.ceil(share * len(ordered)) - 1] for name, share in QUANTILES.items()}
     return {"count": len(ordered), "mean": sum(ordered) / len(ordered), **at}

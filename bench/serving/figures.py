@@ -14,16 +14,18 @@ from bench.environment import environment
 from bench.serving import measures, processes
 from bench.serving.clocks import resident_mib
 from bench.serving.measures import Arrangement, Bench, Pace, Result, cpu_per_request
-from bench.serving.processes import Running
+from bench.serving.processes import RunningServer
 from likely import machine
 
 Figures = dict[str, Any]
 Report = Callable[[str], None]
 Samples = defaultdict[str, list[float]]
-CALLERS, FEW, LARGE = 32, 4, 64  # many callers, few callers, pictures in a large request
-TIMES = 10  # offered load under overload, as a multiple of the peak throughput
-CROWD = 8  # pictures per request under overload: fewer requests, as the load shares the cores
-WINDOW = 8  # messages in flight on each stream
+# Many callers, few callers, pictures in a large request.
+MANY_CALLERS, FEW_CALLERS, LARGE_REQUEST_IMAGES = 32, 4, 64
+OVERLOAD_FACTOR = 10  # offered load under overload, as a multiple of the peak throughput
+# Pictures per request under overload: fewer requests, as the load shares the cores.
+OVERLOAD_IMAGES = 8
+STREAM_WINDOW = 8  # messages in flight on each stream
 
 
 def collect(bundles: Mapping[str, Path], pace: Pace, report: Report) -> Figures:
@@ -42,51 +44,51 @@ def collect(bundles: Mapping[str, Path], pace: Pace, report: Report) -> Figures:
     }
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        bench = stack.enter_context(measures.prepared(bundles, work, pace))
+        bench = stack.enter_context(measures.open_bench(bundles, work, pace))
         report("start")
-        figures |= _start(pace)
-        echo = stack.enter_context(processes.echoing())
+        figures |= _measure_start(pace)
+        echo = stack.enter_context(processes.run_echo())
         servers = {
-            name: stack.enter_context(processes.serving(path)) for name, path in bundles.items()
+            name: stack.enter_context(processes.run_server(path)) for name, path in bundles.items()
         }
         idle = {name: resident_mib(server.pid) for name, server in servers.items()}
         for name, server in servers.items():
             report(f"{name}: raw runs")
-            how, rates = bench.best(name, cores)
-            figures[f"raw.{name}"] = {"best": how.description(), "images_per_second": rates}
-            figures |= _against(bench, name, server, echo, how, pace, report)
+            arrangement, rates = bench.find_best_arrangement(name, cores)
+            figures[f"raw.{name}"] = {"best": arrangement.describe(), "images_per_second": rates}
+            figures |= _compare_server(bench, name, server, echo, arrangement, pace, report)
         report("overload")
-        figures |= _overload(bench, servers["heavy"])
+        figures |= _measure_overload(bench, servers["heavy"])
         figures["memory"] = {
             "idle_mib": idle,
             "after_mib": {name: resident_mib(server.pid) for name, server in servers.items()},
         }
     with (
         tempfile.TemporaryDirectory() as folder,
-        measures.prepared(bundles, Path(folder), pace) as bench,
+        measures.open_bench(bundles, Path(folder), pace) as bench,
     ):
         for name, path in bundles.items():
             report(f"{name}: workers")
-            figures |= _workers(bench, name, path, pace)
+            figures |= _compare_workers(bench, name, path, pace)
     return figures
 
 
-def _start(pace: Pace) -> Figures:
+def _measure_start(pace: Pace) -> Figures:
     """Time, CPU time and memory from the start of the process until the shipped bundle serves."""
     starts = []
     for _ in range(min(3, pace.rounds)):
-        with processes.serving(None) as server:
+        with processes.run_server(None) as server:
             starts.append((server.ready_seconds, server.ready_cpu, resident_mib(server.pid)))
     seconds, cpu, memory = (min(each) for each in zip(*starts, strict=True))
     return {"ready.seconds": seconds, "ready.cpu_seconds": cpu, "ready.idle_mib": memory}
 
 
-def _against(
+def _compare_server(
     bench: Bench,
     name: str,
-    server: Running,
-    echo: Running,
-    how: Arrangement,
+    server: RunningServer,
+    echo: RunningServer,
+    arrangement: Arrangement,
     pace: Pace,
     report: Report,
 ) -> Figures:
@@ -94,28 +96,37 @@ def _against(
     seen: Samples = defaultdict(list)
     for round_ in range(pace.rounds):
         report(f"{name}: round {round_ + 1} of {pace.rounds}")
-        raw = bench.raw(name, how)
+        raw = bench.measure_raw(name, arrangement)
         seen["raw.rate"].append(raw["rate"])
         seen["raw.cpu"].append(raw["cpu"])
-        seen["raw.lone"].append(bench.raw(name, Arrangement(1, 1, 1))["run"])
-        seen["raw.lone.wide"].append(bench.raw(name, Arrangement(1, machine.cores(), 1))["run"])
-        _load(seen, "echo", bench.echo(echo, name, CALLERS), 1)
-        _load(seen, "32x1", bench.ask(server, name, CALLERS, 1), 1)
-        _load(seen, "4x64", bench.ask(server, name, FEW, LARGE), LARGE)
-        seen["echo.lone"].append(_median_latency(bench.echo(echo, name, 1)))
-        seen["lone"].append(_median_latency(bench.ask(server, name, 1, 1)))
-        _load(seen, "stream", bench.stream(server, name, FEW, WINDOW), 1)
+        seen["raw.lone"].append(bench.measure_raw(name, Arrangement(1, 1, 1))["run"])
+        seen["raw.lone.wide"].append(
+            bench.measure_raw(name, Arrangement(1, machine.cores(), 1))["run"]
+        )
+        _add_samples(seen, "echo", bench.measure_echo(echo, name, MANY_CALLERS), 1)
+        _add_samples(seen, "32x1", bench.measure_unary(server, name, MANY_CALLERS, 1), 1)
+        _add_samples(
+            seen,
+            "4x64",
+            bench.measure_unary(server, name, FEW_CALLERS, LARGE_REQUEST_IMAGES),
+            LARGE_REQUEST_IMAGES,
+        )
+        seen["echo.lone"].append(_median_latency(bench.measure_echo(echo, name, 1)))
+        seen["lone"].append(_median_latency(bench.measure_unary(server, name, 1, 1)))
+        _add_samples(
+            seen, "stream", bench.measure_stream(server, name, FEW_CALLERS, STREAM_WINDOW), 1
+        )
     return {
-        f"throughput.{name}.32x1.of_raw": _best(seen, "32x1.rate", "raw.rate"),
-        f"throughput.{name}.4x64.of_raw": _best(seen, "4x64.rate", "raw.rate"),
+        f"throughput.{name}.32x1.of_raw": _ratio_of_maxima(seen, "32x1.rate", "raw.rate"),
+        f"throughput.{name}.4x64.of_raw": _ratio_of_maxima(seen, "4x64.rate", "raw.rate"),
         f"throughput.{name}.32x1.requests_per_second": _summary(seen["32x1.rate"], most=True),
-        f"throughput.{name}.32x1.of_echo": _best(seen, "32x1.rate", "echo.rate"),
-        f"cpu.{name}.32x1.of_echo": _least(seen, "32x1.cpu", "echo.cpu"),
-        f"cpu.{name}.32x1.of_raw": _least(seen, "32x1.cpu", "raw.cpu"),
-        f"cpu.{name}.32x1.around_the_model.of_echo": _around(seen),
-        f"cpu.{name}.4x64.of_raw": _least(seen, "4x64.cpu", "raw.cpu"),
-        f"cpu.{name}.stream.of_unary": _least(seen, "stream.cpu", "32x1.cpu"),
-        f"latency.{name}.lone.over_raw.of_echo": _over(seen),
+        f"throughput.{name}.32x1.of_echo": _ratio_of_maxima(seen, "32x1.rate", "echo.rate"),
+        f"cpu.{name}.32x1.of_echo": _ratio_of_minima(seen, "32x1.cpu", "echo.cpu"),
+        f"cpu.{name}.32x1.of_raw": _ratio_of_minima(seen, "32x1.cpu", "raw.cpu"),
+        f"cpu.{name}.32x1.around_the_model.of_echo": _cpu_around_model(seen),
+        f"cpu.{name}.4x64.of_raw": _ratio_of_minima(seen, "4x64.cpu", "raw.cpu"),
+        f"cpu.{name}.stream.of_unary": _ratio_of_minima(seen, "stream.cpu", "32x1.cpu"),
+        f"latency.{name}.lone.over_raw.of_echo": _latency_over_raw(seen),
         f"latency.{name}.32x1.p99_seconds": _summary(seen["32x1.p99"]),
         f"{name}.microseconds": {
             key: _summary([1e6 * value for value in seen[key]])
@@ -125,7 +136,7 @@ def _against(
     }  # fmt: skip
 
 
-def _load(seen: Samples, key: str, result: Result, images: int) -> None:
+def _add_samples(seen: Samples, key: str, result: Result, images: int) -> None:
     seen[f"{key}.rate"].append(result["rate"] * images)
     seen[f"{key}.cpu"].append(cpu_per_request(result) / images)
     seen[f"{key}.p99"].append(result["latency"]["OK"]["p99"])
@@ -135,11 +146,11 @@ def _median_latency(result: Result) -> float:
     return float(result["latency"]["OK"]["p50"])
 
 
-def _overload(bench: Bench, server: Running) -> Figures:
+def _measure_overload(bench: Bench, server: RunningServer) -> Figures:
     """Overloads a server: goodput, latency of answers, and latency of refusals."""
-    peaked = bench.ask(server, "heavy", CALLERS // 2, CROWD)
+    peaked = bench.measure_unary(server, "heavy", MANY_CALLERS // 2, OVERLOAD_IMAGES)
     peak = peaked["rate"]
-    found = bench.overload(server, "heavy", CROWD, TIMES * peak)
+    found = bench.measure_overload(server, "heavy", OVERLOAD_IMAGES, OVERLOAD_FACTOR * peak)
     shed = found["latency"].get("RESOURCE_EXHAUSTED", {})
     asked = sum(found["codes"].values()) / found["seconds"]
     late = found["codes"].get("DEADLINE_EXCEEDED", 0)  # admitted, and not answered in time
@@ -155,7 +166,7 @@ def _overload(bench: Bench, server: Running) -> Figures:
     }
 
 
-def _workers(bench: Bench, name: str, bundle: Path, pace: Pace) -> Figures:
+def _compare_workers(bench: Bench, name: str, bundle: Path, pace: Pace) -> Figures:
     """Compares two workers of one thread each with one such worker.
 
     If the load comes from the same cores, one worker and the load may already fill them, and two
@@ -165,21 +176,23 @@ def _workers(bench: Bench, name: str, bundle: Path, pace: Pace) -> Figures:
     seen: Samples = defaultdict(list)
     with ExitStack() as stack:
         servers = {
-            n: stack.enter_context(processes.serving(bundle, "--workers", n, "--threads", "1"))
+            n: stack.enter_context(processes.run_server(bundle, "--workers", n, "--threads", "1"))
             for n in ("1", "2")
         }
         for _ in range(pace.rounds):
             for n, server in servers.items():
-                found = bench.ask(server, name, CALLERS, 1, connections=8)
+                found = bench.measure_unary(server, name, MANY_CALLERS, 1, connections=8)
                 seen[n].append(found["rate"])
                 seen[f"{n}.per_second"].append(int(n) / cpu_per_request(found))
     return {
-        f"workers.{name}.two_over_one": _best(seen, "2", "1"),
-        f"workers.{name}.two_over_one.by_cpu": _best(seen, "2.per_second", "1.per_second"),
+        f"workers.{name}.two_over_one": _ratio_of_maxima(seen, "2", "1"),
+        f"workers.{name}.two_over_one.by_cpu": _ratio_of_maxima(
+            seen, "2.per_second", "1.per_second"
+        ),
     }
 
 
-def _best(seen: Samples, key: str, other: str) -> dict[str, float]:
+def _ratio_of_maxima(seen: Samples, key: str, other: str) -> dict[str, float]:
     """The ratio of the maxima and the ratio of the medians over the rounds."""
     return {
         "best": max(seen[key]) / max(seen[other]),
@@ -187,7 +200,7 @@ def _best(seen: Samples, key: str, other: str) -> dict[str, float]:
     }
 
 
-def _least(seen: Samples, key: str, other: str) -> dict[str, float]:
+def _ratio_of_minima(seen: Samples, key: str, other: str) -> dict[str, float]:
     """The ratio of the minima and the ratio of the medians over the rounds."""
     return {
         "best": min(seen[key]) / min(seen[other]),
@@ -195,7 +208,7 @@ def _least(seen: Samples, key: str, other: str) -> dict[str, float]:
     }
 
 
-def _around(seen: Samples) -> dict[str, float]:
+def _cpu_around_model(seen: Samples) -> dict[str, float]:
     """The server's CPU time without the model's own runs, as a multiple of the echo's."""
     return {
         kind: (of(seen["32x1.cpu"]) - of(seen["raw.cpu"])) / of(seen["echo.cpu"])
@@ -203,7 +216,7 @@ def _around(seen: Samples) -> dict[str, float]:
     }
 
 
-def _over(seen: Samples) -> dict[str, float]:
+def _latency_over_raw(seen: Samples) -> dict[str, float]:
     """A lone request's latency beyond a raw run on one core or all, as a multiple of the echo's."""
     return {
         kind: (of(seen["lone"]) - min(of(seen["raw.lone"]), of(seen["raw.lone.wide"])))

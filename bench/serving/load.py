@@ -26,10 +26,10 @@ import grpc.aio
 from bench.serving.clocks import cpu_seconds, percentiles
 from likely.bundle.wire import Field, Kind, Reader, Schema
 
-Ask: TypeAlias = Callable[[float], Awaitable[None]]
+SendRequest: TypeAlias = Callable[[float], Awaitable[None]]
 
 MOST_FIELDS = 10_000  # most fields of an answer
-LONGEST = 30.0  # seconds: timeout of a request if the plan names no deadline
+DEFAULT_TIMEOUT = 30.0  # seconds: timeout of a request if the plan names no deadline
 # Each channel has its own connection; no retries, so that refusals are seen; no limit of size.
 OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
@@ -54,7 +54,7 @@ class Plan:
         seconds: least duration of the measurement.
         answers: least number of counted answers.
         warmup: seconds of load before the measurement.
-        deadline: timeout of each request in seconds; 0 for `LONGEST`.
+        deadline: timeout of each request in seconds; 0 for `DEFAULT_TIMEOUT`.
         cancelled: share of requests that the caller cancels before the answer.
         leaves_after: most seconds until such a caller cancels.
         connections: number of connections that the requests are divided among.
@@ -91,7 +91,7 @@ class Tally:
     def __init__(self, plan: Plan) -> None:
         self.ended = asyncio.Event()
         self._plan = plan
-        self._warm = time.perf_counter() + plan.warmup
+        self._warm_at = time.perf_counter() + plan.warmup
         self._began = self._seconds = 0.0
         self._cpu: dict[str, float] = {}
         self._codes: Counter[str] = Counter()
@@ -100,16 +100,18 @@ class Tally:
     def count(self, code: str, due: float) -> None:
         """Counts the answer, with this status code, to a request that was due at that time."""
         now = time.perf_counter()
-        if now < self._warm or self.ended.is_set():
+        if now < self._warm_at or self.ended.is_set():
             return
         if not self._began:
-            self._began, self._cpu = now, _cpu(self._plan)
+            self._began, self._cpu = now, _measure_cpu(self._plan)
             return
         self._codes[code] += 1
         self._latencies.setdefault(code, []).append(now - due)
         if now - self._began >= self._plan.seconds and self._codes.total() >= self._plan.answers:
             self._seconds, before = now - self._began, self._cpu
-            self._cpu = {name: used - before[name] for name, used in _cpu(self._plan).items()}
+            self._cpu = {
+                name: used - before[name] for name, used in _measure_cpu(self._plan).items()
+            }
             self.ended.set()
 
     def result(self) -> dict[str, Any]:
@@ -133,10 +135,10 @@ async def run(plan: Plan) -> dict[str, Any]:
     rng = random.Random(plan.seed)  # noqa: S311
     async with _channels(plan) as channels:
         tally = Tally(plan)
-        asks = _asks(plan, channels, request, tally, rng)
-        load = _open(asks, plan.rate, rng) if plan.rate else _closed(asks)
+        senders = _request_senders(plan, channels, request, tally, rng)
+        load = _run_open_loop(senders, plan.rate, rng) if plan.rate else _run_closed_loop(senders)
         working, ended = asyncio.create_task(load), asyncio.create_task(tally.ended.wait())
-        limit = plan.warmup + plan.seconds + LONGEST
+        limit = plan.warmup + plan.seconds + DEFAULT_TIMEOUT
         done, _ = await asyncio.wait(
             [working, ended], timeout=limit, return_when=asyncio.FIRST_COMPLETED
         )
@@ -150,19 +152,19 @@ async def run(plan: Plan) -> dict[str, Any]:
     return tally.result()
 
 
-async def _closed(asks: Sequence[Ask]) -> None:
+async def _run_closed_loop(senders: Sequence[SendRequest]) -> None:
     """A closed loop: each caller asks again as soon as it is answered."""
 
-    async def caller(ask: Ask) -> None:
+    async def caller(send: SendRequest) -> None:
         while True:
-            await ask(time.perf_counter())
+            await send(time.perf_counter())
 
     async with asyncio.TaskGroup() as group:
-        for ask in asks:
-            group.create_task(caller(ask))
+        for send in senders:
+            group.create_task(caller(send))
 
 
-async def _open(asks: Sequence[Ask], rate: float, rng: random.Random) -> None:
+async def _run_open_loop(senders: Sequence[SendRequest], rate: float, rng: random.Random) -> None:
     """An open loop at a fixed rate; latency counts from when a request was due, not sent."""
     due, sent = time.perf_counter(), 0
     async with asyncio.TaskGroup() as group:
@@ -170,34 +172,36 @@ async def _open(asks: Sequence[Ask], rate: float, rng: random.Random) -> None:
             due += rng.expovariate(rate)
             # Sleeps for at least one turn of the event loop, so that answers can be read.
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            group.create_task(_of(asks[sent % len(asks)], due))
+            group.create_task(_send_due(senders[sent % len(senders)], due))
             sent += 1
 
 
-async def _of(ask: Ask, due: float) -> None:
-    await ask(due)
+async def _send_due(send: SendRequest, due: float) -> None:
+    await send(due)
 
 
-def _asks(
+def _request_senders(
     plan: Plan, channels: Sequence[grpc.aio.Channel], request: bytes, tally: Tally, rng: Any
-) -> list[Ask]:
+) -> list[SendRequest]:
     """One function that sends a request per caller, or per connection if there is a rate."""
     if plan.streams:
-        kinds = [_stream(plan, channel, request, tally) for channel in channels]
+        factories = [_stream_sender_factory(plan, channel, request, tally) for channel in channels]
     else:
-        kinds = [_unary(plan, channel, request, tally, rng) for channel in channels]
+        factories = [
+            _unary_sender_factory(plan, channel, request, tally, rng) for channel in channels
+        ]
     if plan.rate:
-        return [kind() for kind in kinds]
-    return [kinds[i % len(kinds)]() for i in range(plan.callers)]
+        return [factory() for factory in factories]
+    return [factories[i % len(factories)]() for i in range(plan.callers)]
 
 
-def _unary(
+def _unary_sender_factory(
     plan: Plan, channel: grpc.aio.Channel, request: bytes, tally: Tally, rng: random.Random
-) -> Callable[[], Ask]:
+) -> Callable[[], SendRequest]:
     call: Any = channel.unary_unary(plan.method)
 
-    async def ask(began: float) -> None:
-        answer = call(request, timeout=plan.deadline or LONGEST)
+    async def send(began: float) -> None:
+        answer = call(request, timeout=plan.deadline or DEFAULT_TIMEOUT)
         if plan.cancelled and rng.random() < plan.cancelled:
             asyncio.get_running_loop().call_later(rng.random() * plan.leaves_after, answer.cancel)
         try:
@@ -213,43 +217,45 @@ def _unary(
         else:
             tally.count("OK", began)
 
-    return lambda: ask
+    return lambda: send
 
 
-def _stream(
+def _stream_sender_factory(
     plan: Plan, channel: grpc.aio.Channel, request: bytes, tally: Tally
-) -> Callable[[], Ask]:
+) -> Callable[[], SendRequest]:
     """Each caller has its own stream, with `plan.window` messages in flight."""
     method: Any = channel.stream_stream(plan.method)
 
-    def opened() -> Ask:
+    def opened() -> SendRequest:
         call = method()
         under_way: deque[float] = deque()
 
-        async def ask(began: float) -> None:
+        async def send(began: float) -> None:
             while len(under_way) < plan.window:
                 await call.write(request)
                 under_way.append(began)
             answer = await call.read()
             if answer is grpc.aio.EOF:
                 raise RuntimeError(f"the stream ended: {await call.code()}")
-            for _ in range(_entries(answer, plan.outcomes)):
+            for _ in range(_count_outcomes(answer, plan.outcomes)):
                 tally.count("OK", under_way.popleft())
 
-        return ask
+        return send
 
     return opened
 
 
-def _entries(answer: bytes, field: int) -> int:
+def _count_outcomes(answer: bytes, field: int) -> int:
     if not field:
         return 1
-    found = Reader(MOST_FIELDS).message(memoryview(answer), _outcomes(field), "an answer")
+    found = Reader(MOST_FIELDS).read_message(
+        memoryview(answer), _outcomes_schema(field), "an answer"
+    )
     return len(found["outcomes"])
 
 
-def _outcomes(field: int) -> Schema:
-    return {field: Field("outcomes", (Kind.BYTES,), many=True)}
+def _outcomes_schema(field: int) -> Schema:
+    return {field: Field("outcomes", (Kind.BYTES,), repeated=True)}
 
 
 @asynccontextmanager
@@ -258,13 +264,15 @@ async def _channels(plan: Plan) -> AsyncIterator[list[grpc.aio.Channel]]:
         grpc.aio.insecure_channel(plan.address, options=OPTIONS) for _ in range(plan.connections)
     ]
     try:
-        await asyncio.wait_for(asyncio.gather(*(c.channel_ready() for c in channels)), LONGEST)
+        await asyncio.wait_for(
+            asyncio.gather(*(c.channel_ready() for c in channels)), DEFAULT_TIMEOUT
+        )
         yield channels
     finally:
         await asyncio.gather(*(channel.close() for channel in channels))
 
 
-def _cpu(plan: Plan) -> dict[str, float]:
+def _measure_cpu(plan: Plan) -> dict[str, float]:
     return {"client": time.process_time()} | {
         name: cpu_seconds(pid) for name, pid in plan.watched.items()
     }
@@ -274,8 +282,8 @@ async def main() -> None:
     """Carries out the plans from standard input, one after another."""
     reader = asyncio.get_running_loop()
     while line := await reader.run_in_executor(None, sys.stdin.readline):
-        given = json.loads(line)
-        result = await run(Plan(**{**given, "request": Path(given["request"])}))
+        fields = json.loads(line)
+        result = await run(Plan(**{**fields, "request": Path(fields["request"])}))
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.serving import echo, processes
-from bench.serving.clocks import family
+from bench.serving.clocks import process_tree
 from bench.serving.load import Plan
-from bench.serving.pictures import request
-from bench.serving.processes import Running, Talk
+from bench.serving.pictures import write_request
+from bench.serving.processes import LineProcess, RunningServer
 
 SCORE = "/likely.v1.ScoringService/Score"
 STREAM = "/likely.v1.ScoringService/ScoreStream"
@@ -49,7 +49,7 @@ class Arrangement:
     threads: int
     sessions: int
 
-    def description(self) -> str:
+    def describe(self) -> str:
         """The arrangement in words."""
         return f"{self.sessions} x {self.threads} threads, batches of {self.batch}"
 
@@ -60,7 +60,7 @@ class Bench:
     def __init__(
         self,
         load: Callable[[Plan], Result],
-        raw: Talk,
+        raw: LineProcess,
         bundles: Mapping[str, Path],
         work: Path,
         pace: Pace,
@@ -80,74 +80,82 @@ class Bench:
         self._work = work
         self._pace = pace
 
-    def raw(self, scorer: str, how: Arrangement, seconds: float = 0.0) -> Result:
+    def measure_raw(self, scorer: str, arrangement: Arrangement, seconds: float = 0.0) -> Result:
         """Measures raw runs: images per second, CPU time per image, median duration of a run."""
         return self._raw.ask(
             {
                 "bundle": str(self._bundles[scorer]),
-                "batch": how.batch,
-                "threads": how.threads,
-                "sessions": how.sessions,
+                "batch": arrangement.batch,
+                "threads": arrangement.threads,
+                "sessions": arrangement.sessions,
                 "seconds": seconds or self._pace.seconds,
             }
         )
 
-    def best(self, scorer: str, cores: int) -> tuple[Arrangement, dict[str, float]]:
+    def find_best_arrangement(
+        self, scorer: str, cores: int
+    ) -> tuple[Arrangement, dict[str, float]]:
         """The arrangement with the most images per second, and the rates of all arrangements."""
         tried = {
-            how.description(): how
+            arrangement.describe(): arrangement
             for batch in self._pace.batches
-            for how in (Arrangement(batch, cores, 1), Arrangement(batch, 1, cores))
+            for arrangement in (Arrangement(batch, cores, 1), Arrangement(batch, 1, cores))
         }
         rates = dict.fromkeys(tried, 0.0)
         for _ in range(2):
-            for name, how in tried.items():
+            for name, arrangement in tried.items():
                 share = self._pace.seconds / 3
-                rates[name] = max(rates[name], self.raw(scorer, how, share)["rate"])
+                rates[name] = max(rates[name], self.measure_raw(scorer, arrangement, share)["rate"])
         return tried[max(rates, key=rates.__getitem__)], rates
 
-    def ask(self, server: Running, scorer: str, callers: int, images: int, **more: Any) -> Result:
+    def measure_unary(
+        self, server: RunningServer, scorer: str, callers: int, images: int, **more: Any
+    ) -> Result:
         """Measures callers that score `images` pictures per request."""
-        path = request(self._bundles[scorer], images, self._work)
+        path = write_request(self._bundles[scorer], images, self._work)
         return self._run(
             server, Plan(server.address, SCORE, path, callers=callers, answers=2 * callers, **more)
         )
 
-    def echo(self, server: Running, scorer: str, callers: int) -> Result:
+    def measure_echo(self, server: RunningServer, scorer: str, callers: int) -> Result:
         """Measures callers that send a request of one picture to the bare echo."""
-        path = request(self._bundles[scorer], 1, self._work)
+        path = write_request(self._bundles[scorer], 1, self._work)
         return self._run(server, Plan(server.address, echo.UNARY, path, callers=callers))
 
-    def stream(self, server: Running, scorer: str, callers: int, window: int) -> Result:
+    def measure_stream(
+        self, server: RunningServer, scorer: str, callers: int, window: int
+    ) -> Result:
         """Measures callers that send messages of one picture on a stream each."""
-        path = request(self._bundles[scorer], 1, self._work, stream=True)
+        path = write_request(self._bundles[scorer], 1, self._work, stream=True)
         plan = Plan(server.address, STREAM, path, callers=callers, streams=True)
         return self._run(server, replace(plan, window=window, outcomes=1))
 
-    def overload(self, server: Running, scorer: str, images: int, rate: float) -> Result:
+    def measure_overload(
+        self, server: RunningServer, scorer: str, images: int, rate: float
+    ) -> Result:
         """Measures `rate` requests per second, each with the deadline `DEADLINE`."""
-        path = request(self._bundles[scorer], images, self._work)
+        path = write_request(self._bundles[scorer], images, self._work)
         seconds = max(5 * self._pace.seconds, 2 * DEADLINE)
         plan = Plan(server.address, SCORE, path, rate=rate, seconds=seconds, deadline=DEADLINE)
-        return self._load(replace(plan, watched=_watched(server)))
+        return self._load(replace(plan, watched=_server_processes(server)))
 
-    def cancelling(
-        self, server: Running, scorer: str, callers: int, seconds: float, leaving: float
+    def measure_cancelling(
+        self, server: RunningServer, scorer: str, callers: int, seconds: float, cancelled: float
     ) -> Result:
-        """Measures callers that cancel the share `leaving` of their requests."""
-        path = request(self._bundles[scorer], 1, self._work)
+        """Measures callers that cancel the share `cancelled` of their requests."""
+        path = write_request(self._bundles[scorer], 1, self._work)
         plan = Plan(server.address, SCORE, path, callers=callers, seconds=seconds)
-        return self._load(replace(plan, cancelled=leaving, watched=_watched(server)))
+        return self._load(replace(plan, cancelled=cancelled, watched=_server_processes(server)))
 
-    def _run(self, server: Running, plan: Plan) -> Result:
+    def _run(self, server: RunningServer, plan: Plan) -> Result:
         connections = min(plan.connections, plan.callers)
         plan = replace(plan, connections=connections, seconds=self._pace.seconds)
-        return self._load(replace(plan, watched=_watched(server)))
+        return self._load(replace(plan, watched=_server_processes(server)))
 
 
-def _watched(server: Running) -> dict[str, int]:
+def _server_processes(server: RunningServer) -> dict[str, int]:
     """A server's processes by name: itself and its workers."""
-    first, *workers = family(server.pid)
+    first, *workers = process_tree(server.pid)
     return {"server": first} | {f"server.{i}": pid for i, pid in enumerate(workers)}
 
 
@@ -158,9 +166,9 @@ def cpu_per_request(result: Result) -> float:
 
 
 @contextmanager
-def prepared(bundles: Mapping[str, Path], work: Path, pace: Pace) -> Iterator[Bench]:
+def open_bench(bundles: Mapping[str, Path], work: Path, pace: Pace) -> Iterator[Bench]:
     """A bench with running processes for the load generator and the raw runs."""
     with ExitStack() as stack:
-        load = stack.enter_context(processes.loading())
-        raw = stack.enter_context(processes.talking("bench.serving.raw"))
+        load = stack.enter_context(processes.run_load_generator())
+        raw = stack.enter_context(processes.run_module("bench.serving.raw"))
         yield Bench(load, raw, bundles, work, pace)

@@ -19,8 +19,8 @@ from typing import IO, Any
 from bench.serving.clocks import cpu_seconds
 from bench.serving.load import Plan
 
-ENDS_WITHIN = 20.0  # seconds
-BEGINS_WITHIN = 120.0  # seconds
+STOP_TIMEOUT = 20.0  # seconds
+START_TIMEOUT = 120.0  # seconds
 # No library may open a thread pool of its own. Otherwise gRPC would log every closed connection.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -31,7 +31,7 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningServer:
     """A server's process.
 
     Attributes:
@@ -47,13 +47,13 @@ class Running:
     ready_cpu: float = 0.0
 
 
-class Talk:
+class LineProcess:
     """A process that runs one of our modules and answers each line with one line."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def line(self) -> str:
+    def read_line(self) -> str:
         """The next line of its output.
 
         Raises:
@@ -69,7 +69,7 @@ class Talk:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.line())
+        answer: dict[str, Any] = json.loads(self.read_line())
         return answer
 
     @property
@@ -79,7 +79,7 @@ class Talk:
 
 
 @contextmanager
-def talking(module: str, *arguments: str) -> Iterator[Talk]:
+def run_module(module: str, *arguments: str) -> Iterator[LineProcess]:
     """Runs a module in a process, which ends when its standard input does."""
     with subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", module, *arguments],
@@ -89,29 +89,29 @@ def talking(module: str, *arguments: str) -> Iterator[Talk]:
         env={**os.environ, **ENVIRONMENT},
     ) as process:
         try:
-            yield Talk(process)
+            yield LineProcess(process)
         finally:
             assert process.stdin is not None
             process.stdin.close()
-            _ended(process)
+            _wait_or_kill(process)
 
 
 @contextmanager
-def loading() -> Iterator[Callable[[Plan], dict[str, Any]]]:
+def run_load_generator() -> Iterator[Callable[[Plan], dict[str, Any]]]:
     """Runs a load generator; yields a function that carries out a plan there."""
-    with talking("bench.serving.load") as talk:
-        yield lambda plan: talk.ask({**asdict(plan), "request": str(plan.request)})
+    with run_module("bench.serving.load") as process:
+        yield lambda plan: process.ask({**asdict(plan), "request": str(plan.request)})
 
 
 @contextmanager
-def echoing() -> Iterator[Running]:
+def run_echo() -> Iterator[RunningServer]:
     """Runs the bare echo server."""
-    with talking("bench.serving.echo") as talk:
-        yield Running(talk.pid, f"127.0.0.1:{int(talk.line())}")
+    with run_module("bench.serving.echo") as process:
+        yield RunningServer(process.pid, f"127.0.0.1:{int(process.read_line())}")
 
 
 @contextmanager
-def serving(bundle: Path | None, *flags: str) -> Iterator[Running]:
+def run_server(bundle: Path | None, *flags: str) -> Iterator[RunningServer]:
     """Runs `likely serve` with that bundle, or the shipped ones; yields once it serves."""
     named = ["--bundle", str(bundle)] if bundle else []
     command = [sys.executable, "-m", "likely", "serve", *named, "--port", "0", "--metrics-port"]
@@ -134,8 +134,8 @@ def serving(bundle: Path | None, *flags: str) -> Iterator[Running]:
             env={**os.environ, **ENVIRONMENT},
         )
         try:
-            port = _port(process, log, began + BEGINS_WITHIN)
-            yield Running(
+            port = _wait_for_port(process, log, began + START_TIMEOUT)
+            yield RunningServer(
                 process.pid,
                 f"127.0.0.1:{port}",
                 time.perf_counter() - began,
@@ -143,10 +143,10 @@ def serving(bundle: Path | None, *flags: str) -> Iterator[Running]:
             )
         finally:
             process.send_signal(signal.SIGTERM)
-            _ended(process)
+            _wait_or_kill(process)
 
 
-def _port(process: subprocess.Popen[bytes], log: IO[str], until: float) -> int:
+def _wait_for_port(process: subprocess.Popen[bytes], log: IO[str], until: float) -> int:
     """The port of a server, from its log once it serves."""
     text = ""
     while time.perf_counter() < until:
@@ -161,9 +161,9 @@ def _port(process: subprocess.Popen[bytes], log: IO[str], until: float) -> int:
     raise RuntimeError(f"the server is not ready: {text}")
 
 
-def _ended(process: subprocess.Popen[Any]) -> None:
+def _wait_or_kill(process: subprocess.Popen[Any]) -> None:
     try:
-        process.wait(ENDS_WITHIN)
+        process.wait(STOP_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

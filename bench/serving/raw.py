@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench.serving.pictures import pictures
+from bench.serving.pictures import bundle_pictures
 from likely.bundle import Bundle, Role
 from likely.graphs import Device, Session
 
@@ -46,13 +46,13 @@ def run(bundle: Path, batch: int, threads: int, sessions: int, seconds: float) -
 
     with ThreadPoolExecutor(sessions) as pool:
         cpu, began = time.process_time(), time.perf_counter()
-        each = list(pool.map(work, [began + seconds] * sessions))
+        durations = list(pool.map(work, [began + seconds] * sessions))
         passed, used = time.perf_counter() - began, time.process_time() - cpu
-    images = batch * sum(map(len, each))
+    images = batch * sum(map(len, durations))
     return {
         "rate": images / passed,
         "cpu": used / images,
-        "run": statistics.median(time for part in each for time in part),
+        "run": statistics.median(time for part in durations for time in part),
     }
 
 
@@ -65,15 +65,15 @@ def _session(bundle: Path, threads: int) -> Session:
 
 @cache
 def _feeds(bundle: Path, batch: int) -> Mapping[str, Any]:
-    return {"x": pictures(bundle, batch)}
+    return {"x": bundle_pictures(bundle, batch)}
 
 
 def main() -> None:
     """Answers each line of standard input."""
     for line in sys.stdin:
-        asked = json.loads(line)
-        found = run(**{**asked, "bundle": Path(asked["bundle"])})
-        sys.stdout.write(json.dumps(found) + "\n")
+        question = json.loads(line)
+        result = run(**{**question, "bundle": Path(question["bundle"])})
+        sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
 
 

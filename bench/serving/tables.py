@@ -41,7 +41,7 @@ OTHERS: Mapping[str, str] = {
 }
 
 
-def promised(figures: Mapping[str, Any]) -> Table:
+def goals_table(figures: Mapping[str, Any]) -> Table:
     """A table of the figures with goals: best and median over the rounds, and the goal."""
     table = Table(box=box.SIMPLE, title="best over rounds (median)", padding=(0, 1, 0, 0))
     for name in ("figure", "found", "goal"):
@@ -69,7 +69,7 @@ def others(figures: Mapping[str, Any]) -> Table:
     return table
 
 
-def soaked(figures: Mapping[str, Any]) -> Table:
+def soak_table(figures: Mapping[str, Any]) -> Table:
     """A table of the figures of a soak test."""
     table = Table(box=box.SIMPLE, show_header=False)
     for key, value in figures.items():

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from likely.errors import SettingsError
 
-_HERE = ("unix:", "unix-abstract:")
-_RESOLVED = (*_HERE, "dns:", "ipv4:", "ipv6:", "vsock:", "xds:")  # schemes that gRPC resolves
+_LOCAL_SCHEMES = ("unix:", "unix-abstract:")
+# Schemes that gRPC resolves.
+_GRPC_SCHEMES = (*_LOCAL_SCHEMES, "dns:", "ipv4:", "ipv6:", "vsock:", "xds:")
 
 
 def check_address(address: str | Sequence[str]) -> None:
@@ -24,7 +25,7 @@ def check_address(address: str | Sequence[str]) -> None:
         return
     host, _, port = address.rpartition(":")
     has_port = port.isdecimal() and 0 < int(port) < 1 << 16
-    if address.startswith(_RESOLVED) or (host and "/" not in host and has_port):
+    if address.startswith(_GRPC_SCHEMES) or (host and "/" not in host and has_port):
         return
     raise SettingsError(
         f"{address!r} is no address that a client can dial; it takes host:port, such as "
@@ -39,7 +40,7 @@ def is_local(address: str) -> bool:
         address: a host, host:port, or a `unix:` socket. A name that has to be looked up does
             not count as local, except `localhost`.
     """
-    if address.startswith(_HERE):
+    if address.startswith(_LOCAL_SCHEMES):
         return True
     host = address.rsplit(":", 1)[0] if address.count(":") == 1 else address
     if address.startswith("["):

@@ -35,16 +35,16 @@ from likely.answers import (
 from likely.errors import InvalidInput
 from likely.v1 import admin_pb2, generation_pb2, images_pb2, latent_pb2, models_pb2, scoring_pb2
 
-_FLOAT = np.dtype("<f4")
-_RULES = {rule: scoring_pb2.LabelRule.ValueType(rule) for rule in LabelRule}
+_WIRE_FLOAT = np.dtype("<f4")
+_RULE_NUMBERS = {rule: scoring_pb2.LabelRule.ValueType(rule) for rule in LabelRule}
 _ACCEPTED, _OUTLIER = scoring_pb2.VERDICT_ACCEPTED, scoring_pb2.VERDICT_OUTLIER
-_STATES = {
+_STATE_NUMBERS = {
     VersionState.LOADING: admin_pb2.VERSION_STATE_LOADING,
     VersionState.SERVING: admin_pb2.VERSION_STATE_SERVING,
     VersionState.DRAINING: admin_pb2.VERSION_STATE_DRAINING,
     VersionState.FAILED: admin_pb2.VERSION_STATE_FAILED,
 }
-_STATES_BACK = {number: state for state, number in _STATES.items()}
+_STATES_BY_NUMBER = {number: state for state, number in _STATE_NUMBERS.items()}
 
 
 def images(x: Pixels) -> images_pb2.Images:
@@ -134,7 +134,7 @@ def scores(message: scoring_pb2.ScoreResponse, surprise: Sequence[int] | None) -
         p_value=np.array([row.p_value for row in rows], dtype=np.float64),
         verdict=np.array([row.verdict for row in rows], dtype=np.int8),
         alpha=message.alpha,
-        surprise=None if surprise is None else _floats(message.surprise, surprise),
+        surprise=None if surprise is None else _unpack_floats(message.surprise, surprise),
         model_version=message.model_version,
     )
 
@@ -146,7 +146,7 @@ def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
         answer.label_p_values, answer.composed,
     )  # fmt: skip
     message = scoring_pb2.ClassifyResponse(
-        model_version=answer.model_version, alpha=answer.alpha, rule=_RULES[answer.rule]
+        model_version=answer.model_version, alpha=answer.alpha, rule=_RULE_NUMBERS[answer.rule]
     )
     add = message.classifications.add  # a list of messages would be copied
     rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -202,8 +202,8 @@ def features(message: scoring_pb2.EncodeResponse) -> Features:
     shape = (len(message.labels), message.latent_dimensions)
     has_variance = bool(message.log_variance) or not message.mean
     return Features(
-        mean=_floats(message.mean, shape),
-        log_variance=_floats(message.log_variance, shape) if has_variance else None,
+        mean=_unpack_floats(message.mean, shape),
+        log_variance=_unpack_floats(message.log_variance, shape) if has_variance else None,
         label=np.array(message.labels, dtype=np.int64),
         model_version=message.model_version,
     )
@@ -239,7 +239,7 @@ def redrawn(
 ) -> Redrawings:
     """The decoded features of a message, (n, *axes, c, h, w), each with `draws` draws."""
     return Redrawings(
-        **_redrawn(message.redrawings, draws, axes),
+        **_redrawing_fields(message.redrawings, draws, axes),
         seed=message.seed,
         model_version=message.model_version,
     )
@@ -249,7 +249,7 @@ def traversal(message: latent_pb2.TraverseResponse, draws: int, axes: tuple[int,
     """The pictures along a direction of a message, (n, *axes, c, h, w), with `draws` draws."""
     has_spread = bool(message.deviations) or not message.positions
     return Traversal(
-        **_redrawn(message.redrawings, draws, axes),
+        **_redrawing_fields(message.redrawings, draws, axes),
         seed=message.seed,
         model_version=message.model_version,
         position=np.array(message.positions, dtype=np.float64),
@@ -258,20 +258,22 @@ def traversal(message: latent_pb2.TraverseResponse, draws: int, axes: tuple[int,
     )
 
 
-def _redrawn(message: latent_pb2.Redrawings, draws: int, axes: tuple[int, ...]) -> dict[str, Any]:
+def _redrawing_fields(
+    message: latent_pb2.Redrawings, draws: int, axes: tuple[int, ...]
+) -> dict[str, Any]:
     rows, *picture = message.shape
     shape = (rows // max(1, math.prod(axes)), *axes)
     deviation = message.deviation or not message.mean
     return {
-        "mean": _floats(message.mean, (*shape, *picture)),
-        "deviation": _floats(message.deviation, (*shape, *picture)) if deviation else None,
+        "mean": _unpack_floats(message.mean, (*shape, *picture)),
+        "deviation": _unpack_floats(message.deviation, (*shape, *picture)) if deviation else None,
         "drawn": pixels(message.drawn).reshape(*shape, draws, *picture),
     }
 
 
 def latents(data: bytes, z: int) -> Floats:
     """Unpacks features, float32 (n, z)."""
-    return _floats(data, (len(data) // (4 * z), z))
+    return _unpack_floats(data, (len(data) // (4 * z), z))
 
 
 def generate_response(answer: Draws) -> generation_pb2.GenerateResponse:
@@ -349,7 +351,7 @@ def model_message(info: ModelInfo) -> models_pb2.Model:
         version_labels=info.version_labels,
         discriminative=info.discriminative,
         directions=[
-            models_pb2.Direction(name=each.name, kind=_direction_kind(each.kind))
+            models_pb2.Direction(name=each.name, kind=_direction_kind_number(each.kind))
             for each in info.directions
         ],
         deterministic=info.deterministic,
@@ -393,17 +395,17 @@ def version_message(version: ModelVersion) -> admin_pb2.ModelVersion:
     return admin_pb2.ModelVersion(
         model_name=version.name,
         model_version=version.version,
-        state=_STATES[version.state],
-        folder=_sent(str(version.folder)),
+        state=_STATE_NUMBERS[version.state],
+        folder=_replace_surrogates(str(version.folder)),
         digest=version.digest,
         labels=version.labels,
         is_default=version.is_default,
         reason=version.reason,
-        message=_sent(version.message),
+        message=_replace_surrogates(version.message),
     )
 
 
-def _sent(text: str) -> str:
+def _replace_surrogates(text: str) -> str:
     """The text, with a replacement for every byte of a path that is not UTF-8."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
@@ -411,7 +413,7 @@ def _sent(text: str) -> str:
 def model_version(message: admin_pb2.ModelVersion) -> ModelVersion:
     """The version of a model in a message."""
     return ModelVersion(
-        state=_STATES_BACK[message.state],
+        state=_STATES_BY_NUMBER[message.state],
         folder=Path(message.folder),
         name=message.model_name,
         version=message.model_version,
@@ -425,14 +427,14 @@ def model_version(message: admin_pb2.ModelVersion) -> ModelVersion:
 
 def packed(values: Floats) -> bytes:
     """Packs floats for a message: 32 bits each, little-endian."""
-    return values.astype(_FLOAT, copy=False).tobytes()
+    return values.astype(_WIRE_FLOAT, copy=False).tobytes()
 
 
-def _floats(data: bytes, shape: Sequence[int]) -> Floats:
-    return np.frombuffer(data, dtype=_FLOAT).reshape(shape).astype(np.float32)
+def _unpack_floats(data: bytes, shape: Sequence[int]) -> Floats:
+    return np.frombuffer(data, dtype=_WIRE_FLOAT).reshape(shape).astype(np.float32)
 
 
-def _direction_kind(name: str) -> models_pb2.DirectionKind.ValueType:
+def _direction_kind_number(name: str) -> models_pb2.DirectionKind.ValueType:
     return models_pb2.DirectionKind.Value(f"DIRECTION_KIND_{name.upper()}")
 
 

@@ -19,7 +19,7 @@ from likely.errors import InvalidInput
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 KEYS = ("x", "images", "image")
 NO_ARRAY = "no array can be read from it; it must be a complete .npy or .npz file of numbers"
-_EIGHT_BIT = {"1", "L", "LA", "P", "RGB", "RGBA"}
+_EIGHT_BIT_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
 
 def brightness(x: Pixels, levels: int) -> Pixels:
@@ -46,24 +46,24 @@ def of_image(file: Path | IO[bytes], name: str, channels: int, levels: int) -> P
     """
     try:
         with Image.open(file) as image:
-            if image.mode not in _EIGHT_BIT:
+            if image.mode not in _EIGHT_BIT_MODES:
                 raise InvalidInput(name, f"mode {image.mode}; it must have 8 bits per channel")
-            if (several := _pictures(image, name)) > 1:
+            if (several := _count_pictures(image, name)) > 1:
                 raise InvalidInput(name, f"holds {several} pictures: give each a file of its own")
-            if _shows_through(image):
+            if _has_transparency(image):
                 raise InvalidInput(name, "is transparent in places: lay it on a background first")
-            turned = image.convert("L" if channels == 1 else "RGB")
+            converted = image.convert("L" if channels == 1 else "RGB")
     except UnidentifiedImageError as error:
         raise InvalidInput(name, "neither an image nor .npy nor .npz") from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, InvalidInput) or getattr(error, "errno", None) is not None:
             raise
         raise InvalidInput(name, f"a broken image: {error}") from error
-    bright = np.atleast_3d(np.asarray(turned)).transpose(2, 0, 1)
+    bright = np.atleast_3d(np.asarray(converted)).transpose(2, 0, 1)
     return np.rint(bright * ((levels - 1) / 255)).astype(np.uint8)
 
 
-def _pictures(image: Image.Image, name: str) -> int:
+def _count_pictures(image: Image.Image, name: str) -> int:
     """The number of pictures in a file; what a camera adds to its picture does not count."""
     if image.format == "MPO":
         return 1
@@ -73,7 +73,7 @@ def _pictures(image: Image.Image, name: str) -> int:
         raise InvalidInput(name, f"a broken image: {error}") from error
 
 
-def _shows_through(image: Image.Image) -> bool:
+def _has_transparency(image: Image.Image) -> bool:
     """Whether some pixel is not opaque, so that its brightness depends on the background."""
     if not {"A", "a"} & {*image.getbands()} and "transparency" not in image.info:
         return False
@@ -93,12 +93,12 @@ def of_array(
     Raises:
         InvalidInput: no array can be read from the file, or it does not fit in memory.
     """
-    with _reading(name or str(file)):
+    with _convert_read_errors(name or str(file)):
         loaded = np.load(file, mapped, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return loaded
         with loaded:
-            array = loaded[_chosen(loaded)]
+            array = loaded[_find_array_name(loaded)]
             if not isinstance(array, np.ndarray):
                 raise ValueError("a member that is no array")
             return array
@@ -110,13 +110,13 @@ def header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
     Raises:
         InvalidInput: no array can be read from the file.
     """
-    with _reading(str(path)):
+    with _convert_read_errors(str(path)):
         loaded = np.load(path, "r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return loaded.shape, loaded.dtype
         with loaded:
             names = loaded.zip.namelist()
-            key = _chosen(loaded)
+            key = _find_array_name(loaded)
             member = loaded.zip.getinfo(key if key in names else f"{key}.npy")
             with loaded.zip.open(member) as file:
                 version = np.lib.format.read_magic(file)
@@ -135,7 +135,7 @@ def header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _convert_read_errors(name: str) -> Iterator[None]:
     """Turns errors in reading an array into `InvalidInput`; lets errors of the disk pass."""
     try:
         yield
@@ -149,25 +149,25 @@ def _reading(name: str) -> Iterator[None]:
         raise InvalidInput(name, NO_ARRAY) from error
 
 
-def _chosen(archive: Any) -> str:
+def _find_array_name(archive: Any) -> str:
     return next((key for key in KEYS if key in archive), None) or str(archive.files[0])
 
 
-def check_fit(name: str, given: Sequence[int], asked: Sequence[int]) -> None:
+def check_fit(name: str, actual: Sequence[int], expected: Sequence[int]) -> None:
     """Checks that the shape (c, h, w) of a picture is the one that the model takes.
 
     Args:
         name: the name of the picture's file in errors.
-        given: the shape of the picture.
-        asked: the shape that the model takes.
+        actual: the shape of the picture.
+        expected: the shape that the model takes.
 
     Raises:
         InvalidInput: the shapes differ.
     """
-    if tuple(given) != tuple(asked):
-        sizes = (" x ".join(str(size) for size in shape) for shape in (given, asked))
-        last = tuple(given) == (*asked[1:], asked[0])
-        how = ": move the channels, which are its last axis, to the front" if last else ""
+    if tuple(actual) != tuple(expected):
+        sizes = (" x ".join(str(size) for size in shape) for shape in (actual, expected))
+        last = tuple(actual) == (*expected[1:], expected[0])
+        hint = ": move the channels, which are its last axis, to the front" if last else ""
         raise InvalidInput(
-            name, "{} (channels x rows x columns); the model takes {}{}".format(*sizes, how)
+            name, "{} (channels x rows x columns); the model takes {}{}".format(*sizes, hint)
         )

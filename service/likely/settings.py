@@ -24,58 +24,61 @@ from likely.answers import NAME_PATTERN, VERSION_LABELS, Limits
 from likely.errors import SettingsError
 
 PREFIX = "LIKELY_"
-_LINK = re.compile(r"(tcp|udp|sctp)://")
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 
 
-def _words(value: Any) -> Any:
+def _split_words(value: Any) -> Any:
     return value.replace(",", " ").split() if isinstance(value, str) else value
 
 
-def _paths(value: Any) -> Any:
+def _split_paths(value: Any) -> Any:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
-def _named(value: Any) -> Any:
+def _reject_empty(value: Any) -> Any:
     if value == "":  # such as an empty variable; Path would take it for the current folder
         raise ValueError("the name of a file or folder, or not be given")
     return value
 
 
-def _keys(value: Any) -> Any:
-    if isinstance(value, str) and not _paths(value):
+def _require_a_path(value: Any) -> Any:
+    if isinstance(value, str) and not _split_paths(value):
         raise ValueError("one file at least, or not be given")
     return value
 
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-File = Annotated[Path, BeforeValidator(_named)]
-Paths = Annotated[tuple[File, ...], NoDecode, BeforeValidator(_paths)]
+File = Annotated[Path, BeforeValidator(_reject_empty)]
+Paths = Annotated[tuple[File, ...], NoDecode, BeforeValidator(_split_paths)]
 Algorithm = Literal[
     "EdDSA", "ES256", "ES384", "ES512", "PS256", "PS384", "PS512", "RS256", "RS384", "RS512"
 ]
 # Algorithms of a token's signature; none of them uses a shared secret.
 Algorithms = Annotated[
-    tuple[Algorithm, ...], NoDecode, BeforeValidator(_words), Field(min_length=1)
+    tuple[Algorithm, ...], NoDecode, BeforeValidator(_split_words), Field(min_length=1)
 ]
 
 
-def _version_label(text: str) -> str:
+def _check_version_label(text: str) -> str:
     labels = "|".join(VERSION_LABELS)
     if not re.fullmatch(f"{NAME_PATTERN}:({labels})={NAME_PATTERN}", text):
         raise ValueError("MODEL:stable=VERSION or MODEL:canary=VERSION, such as digits:stable=1.0")
     return text
 
 
-def _once(labels: tuple[str, ...]) -> tuple[str, ...]:
+def _check_one_version_each(labels: tuple[str, ...]) -> tuple[str, ...]:
     named = [label.partition("=")[0] for label in dict.fromkeys(labels)]
     if twice := next((name for name in named if named.count(name) > 1), None):
         raise ValueError(f"one version for {twice}")
     return labels
 
 
-VersionLabel = Annotated[str, AfterValidator(_version_label)]
+VersionLabel = Annotated[str, AfterValidator(_check_version_label)]
 VersionLabels = Annotated[
-    tuple[VersionLabel, ...], NoDecode, BeforeValidator(_words), AfterValidator(_once)
+    tuple[VersionLabel, ...],
+    NoDecode,
+    BeforeValidator(_split_words),
+    AfterValidator(_check_one_version_each),
 ]
 
 
@@ -128,7 +131,7 @@ class Settings(BaseSettings):
     """Seconds by which the issuer's clock may differ from ours."""
     plaintext_tokens: bool = False
     """Whether other machines may send tokens unencrypted, as a proxy that terminates TLS does."""
-    require_signature: Annotated[Paths, BeforeValidator(_keys)] = ()
+    require_signature: Annotated[Paths, BeforeValidator(_require_a_path)] = ()
     """PEM files of public keys or certificates; one of them must have signed each bundle."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")
     """What runs the models: auto, cpu, cuda or cuda:N. There is no silent fallback from cuda."""
@@ -195,10 +198,10 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then the environment, then the TOML file that one of these two names."""
-        given = {k: v for k, v in env_settings().items() if not is_link(k, v)}
-        path = init_settings().get("config") or given.get("config")
-        file = InitSettingsSource(settings_cls, _file(Path(path)) if path else {})
-        return init_settings, InitSettingsSource(settings_cls, given), file
+        environment = {k: v for k, v in env_settings().items() if not is_link(k, v)}
+        path = init_settings().get("config") or environment.get("config")
+        file = InitSettingsSource(settings_cls, _read_toml(Path(path)) if path else {})
+        return init_settings, InitSettingsSource(settings_cls, environment), file
 
     @property
     def version_labels(self) -> dict[tuple[str, str], str]:
@@ -218,7 +221,7 @@ class Settings(BaseSettings):
 
 def is_link(name: str, value: Any) -> bool:
     """Whether a variable is one of Kubernetes for a Service, such as LIKELY_PORT=tcp://..."""
-    return name.lower().endswith("port") and bool(_LINK.match(str(value)))
+    return name.lower().endswith("port") and bool(_SERVICE_LINK.match(str(value)))
 
 
 def load(flags: Mapping[str, Any]) -> Settings:
@@ -233,10 +236,10 @@ def load(flags: Mapping[str, Any]) -> Settings:
     try:
         return Settings(**flags)
     except ValidationError as error:
-        raise SettingsError(_sentence(error)) from error
+        raise SettingsError(_describe_error(error)) from error
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as handle:
             values = tomllib.load(handle)
@@ -250,7 +253,7 @@ def _file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _sentence(error: ValidationError) -> str:
+def _describe_error(error: ValidationError) -> str:
     first, *others = error.errors()
     key = str(first["loc"][0])
     # A union gives one error for each of its members: together they say what is allowed.

@@ -17,7 +17,7 @@ from rich.console import Console
 from bench.serving import bundles, clocks, echo, figures, processes, soak, tables
 from bench.serving.load import Plan
 from bench.serving.measures import Pace
-from bench.serving.pictures import request
+from bench.serving.pictures import write_request
 from likely.bundle import Bundle
 from tests.conftest import build_toy
 
@@ -31,8 +31,8 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def echoing() -> Iterator[processes.Running]:
-    with processes.echoing() as running:
+def echoing() -> Iterator[processes.RunningServer]:
+    with processes.run_echo() as running:
         yield running
 
 
@@ -55,7 +55,7 @@ def test_every_figure_is_there_and_told(toys: dict[str, Path]) -> None:
     assert found["overload.offered_of_peak"] > 0
     assert "OK" in found["overload.codes"]
     console = Console(width=100, record=True)
-    for table in (tables.promised, tables.others):
+    for table in (tables.goals_table, tables.others):
         console.print(table(found))
     text = console.export_text()
     assert all(label.strip() in text for label, _, _ in tables.GOALS.values())
@@ -83,8 +83,8 @@ def test_the_slope_of_memory_is_not_moved_by_a_step() -> None:
 def test_a_light_scorer_is_exported_once(tmp_path: Path) -> None:
     messages: list[str] = []
 
-    first = bundles.bundle("light", tmp_path, messages.append)
-    second = bundles.bundle("light", tmp_path, messages.append)
+    first = bundles.find_or_export("light", tmp_path, messages.append)
+    second = bundles.find_or_export("light", tmp_path, messages.append)
 
     assert first == second
     assert len(messages) == 1
@@ -92,9 +92,9 @@ def test_a_light_scorer_is_exported_once(tmp_path: Path) -> None:
 
 
 def test_callers_ask_again_as_soon_as_they_are_answered(
-    echoing: processes.Running, question: Path
+    echoing: processes.RunningServer, question: Path
 ) -> None:
-    with processes.loading() as load:
+    with processes.run_load_generator() as load:
         plan = Plan(echoing.address, echo.UNARY, question, callers=4, seconds=0.2, answers=20)
         found = load(plan)
         streamed = load(Plan(echoing.address, echo.STREAM, question, callers=2, streams=True))
@@ -107,10 +107,10 @@ def test_callers_ask_again_as_soon_as_they_are_answered(
 
 
 def test_a_rate_is_kept_and_what_fails_is_counted(
-    echoing: processes.Running, question: Path
+    echoing: processes.RunningServer, question: Path
 ) -> None:
     plan = Plan(echoing.address, echo.UNARY, question, rate=50, seconds=2.0, deadline=5.0)
-    with processes.loading() as load:
+    with processes.run_load_generator() as load:
 
         def asked() -> float:
             paced = load(plan)
@@ -123,7 +123,7 @@ def test_a_rate_is_kept_and_what_fails_is_counted(
     assert set(nowhere["codes"]) == {"UNIMPLEMENTED"}
 
 
-def test_processor_time_is_that_of_the_process(echoing: processes.Running) -> None:
+def test_processor_time_is_that_of_the_process(echoing: processes.RunningServer) -> None:
     before = clocks.cpu_seconds(echoing.pid)
     time.sleep(0.05)
 
@@ -137,12 +137,12 @@ def test_processor_time_is_that_of_the_process(echoing: processes.Running) -> No
 
 def test_a_family_is_a_process_and_those_that_it_began() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        own = clocks.family(os.getpid())
+        own = clocks.process_tree(os.getpid())
         child.communicate(b"\n")
 
     assert own[0] == os.getpid()
     assert child.pid in own
-    assert child.pid not in clocks.family(os.getpid())
+    assert child.pid not in clocks.process_tree(os.getpid())
 
 
 def test_a_request_holds_as_many_pictures_as_it_shall(
@@ -150,8 +150,8 @@ def test_a_request_holds_as_many_pictures_as_it_shall(
 ) -> None:
     from likely.v1.scoring_pb2 import ScoreRequest, ScoreStreamRequest
 
-    asked = ScoreRequest.FromString(request(toys["light"], 3, tmp_path).read_bytes())
-    path = request(toys["light"], 3, tmp_path, stream=True)
+    asked = ScoreRequest.FromString(write_request(toys["light"], 3, tmp_path).read_bytes())
+    path = write_request(toys["light"], 3, tmp_path, stream=True)
 
     assert list(asked.images.shape) == [3, 1, 3, 3]
     assert ScoreStreamRequest.FromString(path.read_bytes()).request == asked

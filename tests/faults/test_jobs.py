@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from bench.jobs import LIKELY, done, killed, killed_worker, same, shards_of, written
+from bench.jobs import (
+    LIKELY,
+    count_listed_shards,
+    count_shard_files,
+    have_same_files,
+    kill_repeatedly,
+    run_and_kill_worker,
+    run_job,
+)
 from likely.errors import Unavailable
 from likely.jobs.backends import Served
 from tests.faults.served import first_process, served, wait_until
@@ -40,13 +48,13 @@ def words(toy: Toy, *more: object) -> list[object]:
 def test_a_job_that_is_killed_anywhere_is_resumed_to_the_same_bytes(
     toy: Toy, tmp_path: Path
 ) -> None:
-    done(*words(toy), tmp_path / "whole")
+    run_job(*words(toy), tmp_path / "whole")
     job = [*words(toy), tmp_path / "killed"]
-    at = killed(job, tmp_path / "killed", KILLS, random.Random(37))
+    at = kill_repeatedly(job, tmp_path / "killed", KILLS, random.Random(37))
     assert any(0 < shards < 60 for shards in at), at
     assert at == sorted(at)
-    done(*job)
-    assert same(tmp_path / "whole", tmp_path / "killed")
+    run_job(*job)
+    assert have_same_files(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.fault(37)
@@ -55,10 +63,10 @@ def test_a_killed_job_of_two_rounds_is_resumed_to_the_same_bytes(toy: Toy, tmp_p
     job: list[object] = ["score", tmp_path / "in.npy", "--bundle", toy.path, "--fdr", 0.2]
     job += ["--threads", 1, "--shard", 20, "--batch", 20, "--out"]
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    done(*job, whole)
-    killed([*job, out], out, 2, random.Random(3))
-    done(*job, out)
-    assert same(whole, out)
+    run_job(*job, whole)
+    kill_repeatedly([*job, out], out, 2, random.Random(3))
+    run_job(*job, out)
+    assert have_same_files(whole, out)
 
 
 @pytest.mark.fault(37)
@@ -66,14 +74,14 @@ def test_a_killed_job_of_two_rounds_is_resumed_to_the_same_bytes(toy: Toy, tmp_p
 @pytest.mark.timeout(600)
 def test_a_job_on_ray_survives_its_worker(toy: Toy, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    done(*words(toy), tmp_path / "whole")
+    run_job(*words(toy), tmp_path / "whole")
     for _ in range(3):  # a fast machine may have done the job before the kill
         shutil.rmtree(tmp_path / "ray", ignore_errors=True)
-        if killed_worker([*words(toy), tmp_path / "ray"], tmp_path / "ray"):
+        if run_and_kill_worker([*words(toy), tmp_path / "ray"], tmp_path / "ray"):
             break
     else:
         pytest.fail("no worker was killed")
-    assert same(tmp_path / "whole", tmp_path / "ray")
+    assert have_same_files(tmp_path / "whole", tmp_path / "ray")
 
 
 def told_to_end(toy: Toy, tmp_path: Path, *before: str, more: tuple[object, ...] = ()) -> int:
@@ -81,7 +89,7 @@ def told_to_end(toy: Toy, tmp_path: Path, *before: str, more: tuple[object, ...]
     out = tmp_path / "out"
     command = [*before, *LIKELY, *map(str, words(toy, *more)), str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: shards_of(out) >= 2, 120)
+    wait_until(lambda: count_listed_shards(out) >= 2, 120)
     job = process.pid
     if before:
         (job,) = map(int, Path(f"/proc/{job}/task/{job}/children").read_text().split())
@@ -91,12 +99,12 @@ def told_to_end(toy: Toy, tmp_path: Path, *before: str, more: tuple[object, ...]
     assert time.monotonic() - began < 10
     assert "ended by SIGTERM" in stderr
     assert "Traceback" not in stderr
-    assert 2 <= shards_of(out) < 60
+    assert 2 <= count_listed_shards(out) < 60
     # Ray ends its workers as it likes, and one may write until then; the resumed job clears that.
     assert more or not list(out.glob(".*.part"))
-    done(*words(toy), out)
-    done(*words(toy), tmp_path / "whole")
-    assert same(tmp_path / "whole", out)
+    run_job(*words(toy), out)
+    run_job(*words(toy), tmp_path / "whole")
+    assert have_same_files(tmp_path / "whole", out)
     return process.returncode
 
 
@@ -132,11 +140,11 @@ def test_a_full_disk_is_told_and_the_job_resumed(toy: Toy, tmp_path: Path) -> No
     out = tmp_path / "out"
     sentence = failed(["bash", "-c", 'ulimit -f 8 && exec "$@"', "job", *LIKELY, *words(toy), out])
     assert f"{out}/manifest.json cannot be written: File too large" in sentence
-    assert 0 < shards_of(out) < 60
+    assert 0 < count_listed_shards(out) < 60
     assert all(path.suffix != ".part" for path in out.iterdir())
-    done(*words(toy), out)
-    done(*words(toy), tmp_path / "whole")
-    assert same(tmp_path / "whole", out)
+    run_job(*words(toy), out)
+    run_job(*words(toy), tmp_path / "whole")
+    assert have_same_files(tmp_path / "whole", out)
 
 
 @pytest.mark.fault(40)
@@ -158,7 +166,7 @@ def test_a_folder_that_cannot_be_written_is_told(toy: Toy, tmp_path: Path) -> No
 @pytest.mark.fault(37)
 def test_a_job_outlives_its_server(tmp_path: Path) -> None:
     asked: list[object] = ["generate", "--each", 20, "--seed", 1, "--shard", 10, "--out"]
-    done(*asked, tmp_path / "whole")
+    run_job(*asked, tmp_path / "whole")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -170,15 +178,15 @@ def test_a_job_outlives_its_server(tmp_path: Path) -> None:
         )
         stack.callback(job.wait)
         stack.callback(job.kill)
-        wait_until(lambda: written(out) >= 2, 120)
+        wait_until(lambda: count_shard_files(out) >= 2, 120)
         first.process.kill()
         first.process.wait()
-        assert shards_of(out) < 20
+        assert count_listed_shards(out) < 20
         # While the job goes on asking, the server is begun anew.
         second = stack.enter_context(served(tmp_path, *flags))
         second.address()
         assert job.wait(400) == 0
-    assert same(tmp_path / "whole", out)
+    assert have_same_files(tmp_path / "whole", out)
 
 
 def test_patience_ends() -> None:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bench.jobs import kept
+from bench.jobs import measure_throughput
 from likely import bayes
 from likely.answers import Guarantee, LabelRule, Pixels
 from likely.bundle import Bundle
@@ -133,7 +133,7 @@ def test_a_job_from_parquet_to_parquet_keeps_the_engines_throughput(tmp_path: Pa
 
     def share(folder: Path) -> float:
         folder.mkdir()
-        return kept(DIGITS, x, folder, 1)["kept, by threads in one run"]
+        return measure_throughput(DIGITS, x, folder, 1)["kept, by threads in one run"]
 
     # The best of three: other work on the machine takes from a round, and gives to none.
     assert any(share(tmp_path / f"{n}") >= 0.8 for n in range(3))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from likely.bundle import Role
-from likely.bundle.scan import DEEPEST, OPERATORS, OPSET, check_graph
+from likely.bundle.scan import DEEPEST_NESTING, OPERATORS, OPSET, check_graph
 from likely.bundle.wire import Field, Kind, Reader, WireError
 from likely.errors import BundleError
 
@@ -212,7 +212,7 @@ RULES: dict[str, tuple[Callable[[], Any], str]] = {
     "strings": (lambda: inner_tensor(data_type=8), "type 8"),
     "data twice": (lambda: inner_tensor(raw_data=bytes(16)), "data twice"),
     "another type": (lambda: inner_tensor(data_type=7), "type 7 has float_data"),
-    "too deep": (lambda: nested(DEEPEST + 1), "nested deeper"),
+    "too deep": (lambda: nested(DEEPEST_NESTING + 1), "nested deeper"),
     "far too deep": (lambda: deep(500), "nested deeper"),
     "a long name": (lambda: node("A" * 10**6), "1000000 bytes"),
 }
@@ -225,7 +225,7 @@ def test_a_graph_that_breaks_a_rule_is_refused(tmp_path: Path, rule: str) -> Non
 
 
 def test_graphs_may_be_nested_a_little(tmp_path: Path) -> None:
-    for depth in range(DEEPEST + 1):
+    for depth in range(DEEPEST_NESTING + 1):
         check_graph(written(tmp_path / "density.onnx", nested(depth)), FILES)
 
 
@@ -247,11 +247,11 @@ def test_a_graph_that_cannot_be_read_now_is_not_forbidden(
 
 
 def test_a_file_of_tiny_fields_ends_soon() -> None:
-    schema = {1: Field("a", (Kind.VARINT,), many=True)}
+    schema = {1: Field("a", (Kind.VARINT,), repeated=True)}
     data = memoryview(b"\x08\x01" * 1000)
-    assert len(Reader(1000).message(data, schema, "it")["a"]) == 1000
+    assert len(Reader(1000).read_message(data, schema, "it")["a"]) == 1000
     with pytest.raises(WireError, match="too many fields"):
-        Reader(999).message(data, schema, "it")
+        Reader(999).read_message(data, schema, "it")
 
 
 def test_so_does_one_of_numbers_packed_together(

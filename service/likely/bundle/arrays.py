@@ -19,13 +19,13 @@ import numpy.typing as npt
 from likely.errors import BundleError, OutOfMemory
 
 MOST_ARRAYS = 256
-LARGEST = 1 << 30
+MOST_BYTES = 1 << 30
 _ENDING = ".npy"
 _NUMBERS = "biuf"
-_STORED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+_COMPRESSIONS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _ENCRYPTED = 1
 # What zipfile and numpy raise for bytes that are no archive of arrays, as fuzzing found.
-_BROKEN = (
+_MALFORMED_ERRORS = (
     OSError,
     ValueError,
     TypeError,
@@ -41,7 +41,7 @@ _BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
 )
-_SOUGHT = {errno.EINVAL, errno.EOVERFLOW}  # from offsets in an archive that no file can have
+_SEEK_ERRNOS = {errno.EINVAL, errno.EOVERFLOW}  # from offsets in an archive that no file can have
 
 
 def read(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -50,27 +50,28 @@ def read(path: Path) -> dict[str, npt.NDArray[Any]]:
     Raises:
         BundleError: with reason `arrays`, the file is no archive, or contains something other
             than arrays of numbers (such as a pickle), more than `MOST_ARRAYS` arrays or more than
-            `LARGEST` bytes. With reason `unreadable`, it cannot be read.
+            `MOST_BYTES` bytes. With reason `unreadable`, it cannot be read.
         OutOfMemory: there is no memory for the arrays.
     """
     outer = sys.exception()
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            _check(entries)
+            _check_entries(entries)
             return {
-                entry.filename.removesuffix(_ENDING): _array(archive, entry) for entry in entries
+                entry.filename.removesuffix(_ENDING): _read_array(archive, entry)
+                for entry in entries
             }
     except MemoryError as error:
         raise OutOfMemory(f"no memory for the arrays of {path}") from error
-    except _BROKEN as error:
-        if unread := _unread(error, outer):
-            raise BundleError.unreadable(path, unread) from error
-        said = f"{type(error).__name__}: {error}"[:200]
-        raise BundleError(f"{path} is no archive of arrays", "arrays", said) from error
+    except _MALFORMED_ERRORS as error:
+        if read_error := _find_read_error(error, outer):
+            raise BundleError.unreadable(path, read_error) from error
+        detail = f"{type(error).__name__}: {error}"[:200]
+        raise BundleError(f"{path} is no archive of arrays", "arrays", detail) from error
 
 
-def _unread(error: BaseException | None, outer: BaseException | None) -> OSError | None:
+def _find_read_error(error: BaseException | None, outer: BaseException | None) -> OSError | None:
     """The system's error, if the file could not be read; zipfile may hide it behind its own.
 
     Args:
@@ -78,13 +79,13 @@ def _unread(error: BaseException | None, outer: BaseException | None) -> OSError
         outer: an error that was being handled before, which does not concern this file.
     """
     while error and error is not outer:
-        if isinstance(error, OSError) and error.errno and error.errno not in _SOUGHT:
+        if isinstance(error, OSError) and error.errno and error.errno not in _SEEK_ERRNOS:
             return error
         error = error.__context__
     return None
 
 
-def _check(entries: list[zipfile.ZipInfo]) -> None:
+def _check_entries(entries: list[zipfile.ZipInfo]) -> None:
     """Checks that all entries may be read into memory; none is ever unpacked to a path.
 
     Raises:
@@ -95,15 +96,15 @@ def _check(entries: list[zipfile.ZipInfo]) -> None:
     for entry in entries:
         if not entry.filename.endswith(_ENDING) or ".." in entry.filename:
             raise ValueError(f"the entry {entry.filename[:80]!r} is no array")
-        if entry.compress_type not in _STORED or entry.flag_bits & _ENCRYPTED:
+        if entry.compress_type not in _COMPRESSIONS or entry.flag_bits & _ENCRYPTED:
             raise ValueError(f"the entry {entry.filename[:80]!r} is packed in another way")
-    if (size := sum(entry.file_size for entry in entries)) > LARGEST:
-        raise ValueError(f"its arrays have {size} bytes; at most {LARGEST} are read")
+    if (size := sum(entry.file_size for entry in entries)) > MOST_BYTES:
+        raise ValueError(f"its arrays have {size} bytes; at most {MOST_BYTES} are read")
 
 
-def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> npt.NDArray[Any]:
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> npt.NDArray[Any]:
     with archive.open(entry) as file:
-        shape, fortran, dtype = _header(file)
+        shape, fortran, dtype = _read_header(file)
         if dtype.kind not in _NUMBERS:  # checked before reading: objects are pickles
             raise ValueError(f"{entry.filename[:80]!r} holds {dtype}, not numbers")
         size = math.prod(shape) * dtype.itemsize
@@ -114,7 +115,7 @@ def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> npt.NDArray[Any]
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,

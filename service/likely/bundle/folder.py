@@ -30,14 +30,15 @@ MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 20
 LARGEST_BUNDLE = 8 << 30
 _PACKAGE = Path(__file__).resolve().parents[1]
-_LINKS = (errno.ELOOP, errno.ENXIO)  # from a link; from a socket, or a pipe without a writer
+# From a link; from a socket, or a pipe without a writer.
+_NOT_PLAIN_ERRNOS = (errno.ELOOP, errno.ENXIO)
 
 
 class Bundle:
     """A folder whose every byte has been checked against its manifest."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, digest: str, outside: frozenset[str]
+        self, path: Path, manifest: Manifest, digest: str, weight_files: frozenset[str]
     ) -> None:
         """A bundle that `open` has verified.
 
@@ -45,12 +46,12 @@ class Bundle:
             path: the folder.
             manifest: its manifest.
             digest: SHA-256 of the manifest.
-            outside: names of the files that hold weights of graphs.
+            weight_files: names of the files that hold weights of graphs.
         """
         self.path = path
         self.manifest = manifest
         self.digest = digest
-        self._outside = outside
+        self._weight_files = weight_files
 
     @classmethod
     def open(cls, path: Path, trusted: Sequence[Path] = ()) -> Bundle:
@@ -68,8 +69,8 @@ class Bundle:
         if trusted:
             _check_sizes(path)
             signing.verify(path, trusted)
-        text = _manifest_bytes(path)
-        manifest = _parsed(path, text)
+        text = _read_manifest_bytes(path)
+        manifest = _parse_manifest(path, text)
         sizes = {name: record.size for name, record in manifest.files.items()}
         if (total := sum(sizes.values())) > LARGEST_BUNDLE:
             raise BundleError(
@@ -78,9 +79,9 @@ class Bundle:
         for name, record in manifest.files.items():
             _check_file(path / name, record)
         scanned = (scan.check_graph(path / g.file, sizes) for g in manifest.graphs.values())
-        outside = frozenset[str]().union(*scanned)
-        bundle = cls(path, manifest, hashlib.sha256(text).hexdigest(), outside)
-        bundle._check_outside()
+        weight_files = frozenset[str]().union(*scanned)
+        bundle = cls(path, manifest, hashlib.sha256(text).hexdigest(), weight_files)
+        bundle._check_weight_files()
         return bundle
 
     def check_again(self) -> None:
@@ -89,11 +90,11 @@ class Bundle:
         Raises:
             BundleError: a file has changed, or a weights file can be changed by another name.
         """
-        if hashlib.sha256(_manifest_bytes(self.path)).hexdigest() != self.digest:
+        if hashlib.sha256(_read_manifest_bytes(self.path)).hexdigest() != self.digest:
             raise BundleError(f"{self.path} changed while it was opened", "changed")
         for name, record in self.manifest.files.items():
             _check_file(self.path / name, record)
-        self._check_outside()
+        self._check_weight_files()
 
     def graph(self, role: Role) -> Path:
         """The path of the ONNX file of a role."""
@@ -101,15 +102,15 @@ class Bundle:
 
     def calibration(self) -> dict[str, npt.NDArray[Any]]:
         """The calibration arrays by name."""
-        return self._arrays(self.manifest.calibrated.file)
+        return self._read_arrays(self.manifest.calibrated.file)
 
     def latent(self) -> dict[str, npt.NDArray[Any]]:
         """The directions' arrays by name; empty if there are no directions."""
-        return self._arrays(self.manifest.latent.file) if self.manifest.latent else {}
+        return self._read_arrays(self.manifest.latent.file) if self.manifest.latent else {}
 
     def golden(self) -> dict[str, npt.NDArray[Any]]:
         """The recorded (golden) inputs and outputs, named `role/input` and `role/output`."""
-        return self._arrays(self.manifest.golden)
+        return self._read_arrays(self.manifest.golden)
 
     def weights(self) -> dict[str, bytes]:
         """Reads and verifies the files that hold weights of graphs; their contents by name.
@@ -118,25 +119,25 @@ class Bundle:
             BundleError: a file has changed since it was verified, or cannot be read now.
             OutOfMemory: there is no memory for the weights.
         """
-        found = {}
-        for name in self._outside:
+        contents = {}
+        for name in self._weight_files:
             path, record = self.path / name, self.manifest.files[name]
             try:
-                with _plain(path) as handle:
-                    found[name] = handle.read(record.size + 1)
+                with _open_plain(path) as handle:
+                    contents[name] = handle.read(record.size + 1)
             except OSError as error:
                 raise BundleError.unreadable(path, error) from error
             except MemoryError as error:
                 raise OutOfMemory(f"no memory for the weights of {self.path}") from error
-            if hashlib.sha256(found[name]).hexdigest() != record.sha256:
+            if hashlib.sha256(contents[name]).hexdigest() != record.sha256:
                 raise BundleError(f"{self.path} changed while it was opened", "changed")
-        return found
+        return contents
 
-    def _check_outside(self) -> None:
-        for name in self._outside:
+    def _check_weight_files(self) -> None:
+        for name in self._weight_files:
             _check_not_hard_linked(self.path / name)
 
-    def _arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
+    def _read_arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
         return arrays.read(self.path / name)
 
 
@@ -146,7 +147,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         BundleError: there is no valid manifest.
     """
-    return _parsed(path, _manifest_bytes(path))
+    return _parse_manifest(path, _read_manifest_bytes(path))
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
@@ -161,7 +162,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
     """
     temporary = folder / f".{MANIFEST}"
     files = {
-        entry.name: _record(entry)
+        entry.name: _make_record(entry)
         for entry in sorted(folder.iterdir())
         if entry.name not in (MANIFEST, signing.SIGNATURE, temporary.name)
     }
@@ -178,7 +179,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Manifest:
     return checked
 
 
-def _record(path: Path) -> FileRecord:
+def _make_record(path: Path) -> FileRecord:
     """The size and digest of a file.
 
     Raises:
@@ -193,7 +194,7 @@ def _record(path: Path) -> FileRecord:
         return FileRecord(size=size, sha256=hashlib.file_digest(handle, "sha256").hexdigest())
 
 
-def _parsed(path: Path, text: bytes) -> Manifest:
+def _parse_manifest(path: Path, text: bytes) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -204,12 +205,12 @@ def _parsed(path: Path, text: bytes) -> Manifest:
         ) from error
 
 
-def _manifest_bytes(path: Path) -> bytes:
+def _read_manifest_bytes(path: Path) -> bytes:
     manifest = path / MANIFEST
     if not path.is_dir():
         raise BundleError(f"{path} is not a folder, so it is no bundle", "incomplete")
     try:
-        with _plain(manifest) as handle:
+        with _open_plain(manifest) as handle:
             text = handle.read(LARGEST_MANIFEST + 1)
     except FileNotFoundError:
         raise BundleError(
@@ -233,24 +234,24 @@ def _check_sizes(path: Path) -> None:
         sizes = {name: record.size for name, record in read_manifest(path).files.items()}
     except BundleError:  # raised again after the signature is verified
         sizes = {}
-    most = {MANIFEST: LARGEST_MANIFEST, signing.SIGNATURE: signing.LARGEST_SIGNATURE}
+    limits = {MANIFEST: LARGEST_MANIFEST, signing.SIGNATURE: signing.LARGEST_SIGNATURE}
     total = 0
     for entry in path.rglob("*"):
         try:
-            found = entry.lstat()
+            status = entry.lstat()
         except OSError as error:
             raise BundleError.unreadable(entry, error) from error
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             continue
-        name, size = entry.relative_to(path).as_posix(), found.st_size
+        name, size = entry.relative_to(path).as_posix(), status.st_size
         total += size
-        if size > (limit := most.get(name, LARGEST_BUNDLE)):
+        if size > (limit := limits.get(name, LARGEST_BUNDLE)):
             raise BundleError(f"{entry} has {size} bytes; at most {limit} are read", "signature")
         if size != sizes.get(name, size):
             raise BundleError(
                 f"{entry} has {size} bytes, so it is not what the manifest names", "signature"
             )
-    if total > LARGEST_BUNDLE + sum(most.values()):
+    if total > LARGEST_BUNDLE + sum(limits.values()):
         raise BundleError(
             f"{path} has {total} bytes; at most {LARGEST_BUNDLE} are read", "signature"
         )
@@ -258,7 +259,7 @@ def _check_sizes(path: Path) -> None:
 
 def _check_file(path: Path, record: FileRecord) -> None:
     try:
-        with _plain(path) as handle:
+        with _open_plain(path) as handle:
             size = os.fstat(handle.fileno()).st_size
             if size != record.size:
                 raise BundleError(
@@ -287,7 +288,7 @@ def _check_not_hard_linked(path: Path) -> None:
         )
 
 
-def _plain(path: Path) -> BufferedReader:
+def _open_plain(path: Path) -> BufferedReader:
     """Opens a file without following a link or waiting for a pipe.
 
     Raises:
@@ -299,7 +300,7 @@ def _plain(path: Path) -> BufferedReader:
     except FileNotFoundError:
         raise
     except OSError as error:
-        if error.errno not in _LINKS:
+        if error.errno not in _NOT_PLAIN_ERRNOS:
             raise BundleError.unreadable(path, error) from error
     else:
         if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):

@@ -57,11 +57,11 @@ class Kind(StrEnum):
     IWAE = "iwae"
 
 
-class _Entry(BaseModel):
+class _FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TensorSpec(_Entry):
+class TensorSpec(_FrozenModel):
     """One input or output of a graph; the first axis is the batch."""
 
     name: str
@@ -73,7 +73,7 @@ class TensorSpec(_Entry):
         return tuple(n if axis == "batch" else axis for axis in self.shape)
 
 
-class Graph(_Entry):
+class Graph(_FrozenModel):
     """One ONNX file and what it computes."""
 
     file: FileName
@@ -91,14 +91,14 @@ class Graph(_Entry):
         return next((spec for spec in self.outputs if spec.name == name), None)
 
 
-class Label(_Entry):
+class Label(_FrozenModel):
     """A label and its prior probability."""
 
     name: str = Field(min_length=1, max_length=64)
     prior: Probability
 
 
-class Calibration(_Entry):
+class Calibration(_FrozenModel):
     """The file of the calibration arrays, and how they are used.
 
     The posterior is softmax_y(sum_e weights_e log p_e(x|y) / temperature + log p(y)); without
@@ -117,7 +117,7 @@ class Calibration(_Entry):
         return 1 / (self.size + 1)
 
 
-class Direction(_Entry):
+class Direction(_FrozenModel):
     """A direction in the space of latent features, along which one property changes.
 
     A point of 1 is one standard deviation of an attribute within a label, or the way from the
@@ -128,21 +128,21 @@ class Direction(_Entry):
     kind: Literal["attribute", "label"]
 
 
-class Latent(_Entry):
+class Latent(_FrozenModel):
     """The file of the directions' arrays, and the directions in the order of the arrays."""
 
     file: FileName
     directions: tuple[Direction, ...]
 
 
-class FileRecord(_Entry):
+class FileRecord(_FrozenModel):
     """The size in bytes and the SHA-256 that a file of the bundle must have."""
 
     size: int = Field(ge=0)
     sha256: Digest
 
 
-class Manifest(_Entry):
+class Manifest(_FrozenModel):
     """Everything about a bundle except the weights."""
 
     format: Literal[1] = 1
@@ -177,11 +177,11 @@ class Manifest(_Entry):
         if not self.graphs:
             raise ValueError("a bundle needs a graph")
         for role, graph in self.graphs.items():
-            takes, may, gives = _PORTS[role]
+            required_inputs, optional_inputs, required_outputs = _PORTS[role]
             inputs = {spec.name for spec in graph.inputs}
-            if not takes <= inputs <= takes | may:
+            if not required_inputs <= inputs <= required_inputs | optional_inputs:
                 raise ValueError(f"the {role} graph cannot take {', '.join(sorted(inputs))}")
-            if lacking := sorted(gives - {spec.name for spec in graph.outputs}):
+            if lacking := sorted(required_outputs - {spec.name for spec in graph.outputs}):
                 raise ValueError(f"the {role} graph must give {' and '.join(lacking)}")
         encode, decode = self.graphs.get(Role.ENCODE), self.graphs.get(Role.DECODE)
         if encode and decode and decode.input("y") and not encode.input("y"):

@@ -19,8 +19,8 @@ from likely.errors import BundleError, SettingsError
 
 SIGNATURE = "model.sig"
 LARGEST_SIGNATURE = 1 << 20
-_MISSING = "signatures need the library model-signing: pip install 'likely[signing]'"
-_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+_MISSING_LIBRARY = "signatures need the library model-signing: pip install 'likely[signing]'"
+_CERTIFICATE_HEADER = b"-----BEGIN CERTIFICATE-----"
 
 
 def sign(
@@ -46,13 +46,15 @@ def sign(
     Raises:
         SettingsError: the library is not installed, or a key cannot be used.
     """
-    library = _library()
+    library = _import_library()
     path = folder / SIGNATURE
     temporary = folder / f".{SIGNATURE}"
-    config = library.signing.Config().set_hashing_config(_hashing(library))
+    config = library.signing.Config().set_hashing_config(_hashing_config(library))
     try:
         if certificate is None:
-            config.use_elliptic_key_signer(private_key=private_key, password=_bytes(password))
+            config.use_elliptic_key_signer(
+                private_key=private_key, password=_encode_password(password)
+            )
         else:
             config.use_certificate_signer(
                 private_key=private_key, signing_certificate=certificate, certificate_chain=chain
@@ -81,21 +83,21 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
             a file was changed, removed or added since.
         SettingsError: the library is not installed, or a trusted file cannot be read.
     """
-    library = _library()
+    library = _import_library()
     path = folder / SIGNATURE
     if path.is_symlink() or not path.is_file():
         raise BundleError(f"{folder} has no {SIGNATURE}, but must be signed", "signature")
     if path.stat().st_size > LARGEST_SIGNATURE:
         raise BundleError(f"{path} has more than {LARGEST_SIGNATURE} bytes", "signature")
-    _check_names(folder)
-    said = []
+    _check_all_signed(folder)
+    failures = []
     for key in trusted:
-        hashing = _hashing(library)
-        hashing.add_ignored_paths = _obey_none  # exclusions that a signature itself names
+        hashing = _hashing_config(library)
+        hashing.add_ignored_paths = _ignore_exclusions  # exclusions that a signature itself names
         config = library.verifying.Config().set_hashing_config(hashing)
         try:
             pem = key.read_bytes()
-            if pem.lstrip().startswith(_CERTIFICATE):
+            if pem.lstrip().startswith(_CERTIFICATE_HEADER):
                 config.use_certificate_verifier(certificate_chain=[key])
             else:
                 config.use_elliptic_key_verifier(public_key=key)
@@ -105,13 +107,13 @@ def verify(folder: Path, trusted: Sequence[Path]) -> None:
             with contextlib.redirect_stdout(io.StringIO()):  # the library prints its warnings
                 config.verify(folder, path)
         except Exception as error:  # any error means that the signature is not valid
-            said.append(f"{key}: {' '.join(str(error).split())[:300] or type(error).__name__}")
+            failures.append(f"{key}: {' '.join(str(error).split())[:300] or type(error).__name__}")
         else:
             return
-    raise BundleError(f"{folder} is not signed by a trusted key", "signature", "; ".join(said))
+    raise BundleError(f"{folder} is not signed by a trusted key", "signature", "; ".join(failures))
 
 
-def _check_names(folder: Path) -> None:
+def _check_all_signed(folder: Path) -> None:
     """Checks that the signature names every file, so that no other file is hashed.
 
     The signature itself is not trusted yet.
@@ -133,27 +135,27 @@ def _check_names(folder: Path) -> None:
             raise BundleError(f"{entry} is not among the files that were signed", "signature")
 
 
-def _library() -> Any:
+def _import_library() -> Any:
     try:
         import model_signing
         import model_signing.hashing
         import model_signing.signing
         import model_signing.verifying
     except ImportError as error:
-        raise SettingsError(f"{_MISSING} ({error})") from error
+        raise SettingsError(f"{_MISSING_LIBRARY} ({error})") from error
     return model_signing
 
 
-def _hashing(library: Any) -> Any:
+def _hashing_config(library: Any) -> Any:
     """Covers every file except the signature itself, also a `.gitignore`."""
     return library.hashing.Config().set_ignored_paths(
         paths=[Path(SIGNATURE)], ignore_git_paths=False
     )
 
 
-def _obey_none(**_: object) -> None:
+def _ignore_exclusions(**_: object) -> None:
     """Ignores a request to exclude more paths."""
 
 
-def _bytes(password: str | None) -> Any:
+def _encode_password(password: str | None) -> Any:
     return None if password is None else password.encode()

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 # A varint holds 64 bits in at most ten bytes.
 _LONGEST_VARINT = 10
-_MOST = 1 << 64
+_VARINT_LIMIT = 1 << 64
 
 Value: TypeAlias = int | memoryview
 Values: TypeAlias = dict[str, list[Value]]
@@ -40,12 +40,12 @@ class Field:
     Attributes:
         name: the field's name.
         kinds: the wire types that it may have.
-        many: whether it may occur more than once.
+        repeated: whether it may occur more than once.
     """
 
     name: str
     kinds: tuple[Kind, ...]
-    many: bool = False
+    repeated: bool = False
 
 
 Schema: TypeAlias = Mapping[int, Field]
@@ -58,9 +58,9 @@ class Reader:
     """
 
     def __init__(self, most_fields: int) -> None:
-        self._left = most_fields
+        self._items_left = most_fields
 
-    def message(self, data: memoryview, schema: Schema, what: str) -> Values:
+    def read_message(self, data: memoryview, schema: Schema, what: str) -> Values:
         """The values of a message's fields, by name, in the order of the file.
 
         Args:
@@ -73,28 +73,28 @@ class Reader:
                 type or occurs too often; or there are more fields than this reader accepts.
         """
         found: Values = {}
-        for number, kind, value in self._fields(data, what):
+        for number, kind, value in self._read_fields(data, what):
             field = schema.get(number)
             if field is None or kind not in field.kinds:
                 raise WireError(f"{what} holds field {number}, kind {kind}, which is not allowed")
             values = found.setdefault(field.name, [])
-            if values and not field.many:
+            if values and not field.repeated:
                 raise WireError(f"{what} holds {field.name} twice")
             values.append(value)
         return found
 
-    def _fields(self, data: memoryview, what: str) -> Iterator[tuple[int, int, Value]]:
+    def _read_fields(self, data: memoryview, what: str) -> Iterator[tuple[int, int, Value]]:
         at, end = 0, len(data)
         while at < end:
-            self._charge()
-            tag, at = varint(data, at)
+            self._count_item()
+            tag, at = read_varint(data, at)
             number, kind = tag >> 3, tag & 7
             if kind == Kind.VARINT:
-                value, at = varint(data, at)
+                value, at = read_varint(data, at)
                 yield number, kind, value
                 continue
             if kind == Kind.BYTES:
-                size, at = varint(data, at)
+                size, at = read_varint(data, at)
             elif kind == Kind.FIXED32:
                 size = 4
             elif kind == Kind.FIXED64:
@@ -106,7 +106,7 @@ class Reader:
             yield number, kind, data[at : at + size]
             at += size
 
-    def numbers(self, data: memoryview) -> Iterator[int]:
+    def read_varints(self, data: memoryview) -> Iterator[int]:
         """Yields the packed numbers of a field.
 
         Raises:
@@ -115,17 +115,17 @@ class Reader:
         """
         at = 0
         while at < len(data):
-            self._charge()
-            value, at = varint(data, at)
+            self._count_item()
+            value, at = read_varint(data, at)
             yield value
 
-    def _charge(self) -> None:
-        self._left -= 1
-        if self._left < 0:
+    def _count_item(self) -> None:
+        self._items_left -= 1
+        if self._items_left < 0:
             raise WireError("there are too many fields, or numbers in them")
 
 
-def varint(data: memoryview, at: int) -> tuple[int, int]:
+def read_varint(data: memoryview, at: int) -> tuple[int, int]:
     """The varint at an offset, from 0 to 2**64 - 1, and the offset after it.
 
     Raises:
@@ -139,7 +139,7 @@ def varint(data: memoryview, at: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << (7 * shift)
         if byte < 0x80:
-            if value >= _MOST:
+            if value >= _VARINT_LIMIT:
                 break
             return value, at
     raise WireError("a number has more than 64 bits")
