@@ -344,7 +344,7 @@ def test_a_certificate_may_bear_a_name_that_is_not_the_address(
 def test_a_clients_file_that_could_not_be_read_once_is_read_later(
     authority: Authority, stranger: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(credentials, "LOOK", 0.0)
+    monkeypatch.setattr(credentials, "CHECK_INTERVAL", 0.0)
     ca = tmp_path / "ca.crt"
     ca.write_bytes(stranger.ca.read_bytes())
     held = credentials.Credentials(ca, None, None)
@@ -368,7 +368,7 @@ def test_a_client_shows_and_believes_what_its_files_hold_now(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(credentials, "LOOK", 0.0)
+    monkeypatch.setattr(credentials, "CHECK_INTERVAL", 0.0)
     certificate, key, ca = (tmp_path / name for name in ("tls.crt", "tls.key", "ca.crt"))
     old, new, newer = stranger.issue("old"), authority.issue("new"), authority.issue("newer")
 
@@ -416,14 +416,14 @@ def test_a_client_shows_and_believes_what_its_files_hold_now(
             stream = client.generate_stream(50, seed=1)
             first = next(stream)
             key.unlink()  # half an exchange is none
-            channel = client._line._channel
+            channel = client._rpcs._channel
             assert len(client.score(X).log_px) == 1
             key.write_bytes(newer.with_suffix(".key").read_bytes())
             assert len(client.score(X).log_px) == 1
-            assert client._line._channel is channel
+            assert client._rpcs._channel is channel
             exchange(newer)
             assert len(client.score(X).log_px) == 1
-            assert client._line._channel is not channel
+            assert client._rpcs._channel is not channel
             del channel
             assert len(first.images) + sum(len(chunk.images) for chunk in stream) == 50
         live.run(goes_on())

@@ -18,7 +18,7 @@ from likely.engine import Engine
 from likely.errors import InvalidInput
 from likely.graphs import Device
 from likely.jobs.backends import Served
-from likely.jobs.requests import runs
+from likely.jobs.requests import parse_runs
 from tests.jobs.conftest import contents, images, table
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ def test_what_cannot_be_drawn_is_refused_before_the_folder_is_made(
 
 
 def test_counts_are_read_by_name_and_by_index() -> None:
-    assert runs("3=100, boot=2", ("a", "boot", "c", "7")) == ((3, 100), (1, 2))
-    assert runs("7=1", ("7", "b")) == ((0, 1),)
+    assert parse_runs("3=100, boot=2", ("a", "boot", "c", "7")) == ((3, 100), (1, 2))
+    assert parse_runs("7=1", ("7", "b")) == ((0, 1),)
     for text in ("4=1", "3", "3=", "=4", "x=1", "1=-1", "", "9" * 5000 + "=1", "1=" + "9" * 5000):
         with pytest.raises(InvalidInput, match="LABEL=COUNT"):
-            runs(text, ("a", "b", "c", "d"))
+            parse_runs(text, ("a", "b", "c", "d"))

@@ -25,7 +25,7 @@ from likely.graphs import Device, Session
 from likely.jobs import backends
 from likely.jobs.backends import Backend, Bundled, Served
 from likely.jobs.steadiness import batch_invariant
-from likely.jobs.tables import matrix
+from likely.jobs.tables import to_array
 from likely.outliers import benjamini_hochberg
 from tests.conftest import PRIORS
 from tests.jobs.conftest import contents, table
@@ -152,7 +152,7 @@ class Rounding:
         self.sizes: list[int] = []
         self.engines: list[tuple[int, bool]] = []
         self.by_place = False
-        run, engine = Session.run, Bundled._engine
+        run, engine = Session.run, Bundled._load_engine
         rows: dict[tuple[object, ...], list[Any]] = {}
 
         def row(session: Session, feeds: dict[str, Any], outputs: Any) -> list[Any]:
@@ -179,7 +179,7 @@ class Rounding:
             return engine(replace(bundled, device="cpu"), bundle, size, filled=filled)
 
         monkeypatch.setattr(Session, "run", rounded)
-        monkeypatch.setattr(Bundled, "_engine", opened)
+        monkeypatch.setattr(Bundled, "_load_engine", opened)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_graphs_that_round_by_the_batch_are_run_in_batches_of_one_size(
 ) -> None:
     local = Bundled(toy.path, device, 2).open()
     # On a card a few sizes that agree would tell nothing of others: none is tried.
-    assert rounding.engines == [(0, False)] * (device == "cpu") + [(backends.FILLED, True)]
+    assert rounding.engines == [(0, False)] * (device == "cpu") + [(backends.PADDED_ROWS, True)]
     rounding.sizes.clear()
     for kind in KINDS:
         ways = [{"batch": 1, "workers": 1}, {"batch": 11, "workers": 3}, {"batch": 1000}]
@@ -201,7 +201,7 @@ def test_graphs_that_round_by_the_batch_are_run_in_batches_of_one_size(
             judge(tmp_path / f"{kind}{way}", kind, pictures, by=local, **more)
         folders = [contents(tmp_path / f"{kind}{way}") for way in range(len(ways))]
         assert folders[0] == folders[1] == folders[2]
-    assert set(rounding.sizes) == {backends.FILLED}
+    assert set(rounding.sizes) == {backends.PADDED_ROWS}
     local.close()
 
 
@@ -236,8 +236,8 @@ def test_answers_are_the_models(judge: Job, pictures: Path, toy: Toy, tmp_path: 
     x = np.load(pictures)
     summary = judge(tmp_path / "score", "score", pictures)
     found = table(tmp_path / "score")
-    assert np.allclose(matrix(found["log_likelihood"]), toy.log_px(x), atol=1e-4)
-    outlier = matrix(found["p_value"]) <= 0.1
+    assert np.allclose(to_array(found["log_likelihood"]), toy.log_px(x), atol=1e-4)
+    outlier = to_array(found["p_value"]) <= 0.1
     assert found["verdict"].to_pylist() == ["outlier" if out else "accepted" for out in outlier]
     assert summary == {
         "pictures": 100, "accepted": 100 - outlier.sum(), "ambiguous": 0, "outlier": outlier.sum(),
@@ -245,9 +245,9 @@ def test_answers_are_the_models(judge: Job, pictures: Path, toy: Toy, tmp_path: 
     judge(tmp_path / "labels", "classify", pictures)
     found = table(tmp_path / "labels")
     expected = bayes.posterior(toy.log_pxy(x), np.array(PRIORS))
-    assert np.allclose(matrix(found["posterior"]), expected, atol=1e-4)
+    assert np.allclose(to_array(found["posterior"]), expected, atol=1e-4)
     assert found["label"].to_pylist() == expected.argmax(1).tolist()
-    sets, p_values = matrix(found["label_set"]), matrix(found["label_p_values"])
+    sets, p_values = to_array(found["label_set"]), to_array(found["label_p_values"])
     assert np.array_equal(sets, p_values > 0.1)
 
 
@@ -262,10 +262,10 @@ def test_labels_by_the_discriminative_rule(
         served.close()
     for name in ("server", "engine"):
         found = table(tmp_path / name)
-        assert np.allclose(matrix(found["posterior"]), expected, atol=1e-5)
+        assert np.allclose(to_array(found["posterior"]), expected, atol=1e-5)
         assert found["label"].to_pylist() == expected.argmax(1).tolist()
         composed = np.log(expected / PRIORS) + toy.log_px(np.load(pictures))[:, None]
-        assert np.allclose(matrix(found["composed_log_likelihoods"]), composed, atol=1e-4)
+        assert np.allclose(to_array(found["composed_log_likelihoods"]), composed, atol=1e-4)
         assert not {"log_likelihoods", "label_set", "label_p_values"} & set(found.column_names)
     judge(tmp_path / "plain", "classify", pictures)
     for column in ("p_value", "verdict"):  # p(x) rejects, by whatever rule
@@ -298,7 +298,7 @@ def test_shards_say_how_they_came_to_be(
 def test_answers_come_in_other_forms(judge: Job, pictures: Path, tmp_path: Path, form: str) -> None:
     judge(tmp_path / "parquet", "classify", pictures)
     judge(tmp_path / form, "classify", pictures, form=form)
-    posterior = matrix(table(tmp_path / "parquet")["posterior"])
+    posterior = to_array(table(tmp_path / "parquet")["posterior"])
     if form == "npz":
         with np.load(tmp_path / form / "part-00000.npz") as arrays:
             assert np.array_equal(arrays["posterior"], posterior[:40])
@@ -317,10 +317,10 @@ def test_rejections_of_the_whole_job(judge: Job, toy: Toy, tmp_path: Path) -> No
     np.save(tmp_path / "in.npy", x)
     summary = judge(tmp_path / "out", "score", tmp_path / "in.npy", fdr=0.1, rows=9)
     found = table(tmp_path / "out")
-    rejected = benjamini_hochberg(matrix(found["p_value"]), 0.1)
+    rejected = benjamini_hochberg(to_array(found["p_value"]), 0.1)
     assert found["rejected"].to_pylist() == rejected.tolist()
     assert summary["rejected"] == rejected.sum() >= 30
-    assert summary["fdr"]["largest_p_value"] == matrix(found["p_value"])[rejected].max()
+    assert summary["fdr"]["largest_p_value"] == to_array(found["p_value"])[rejected].max()
     judge(tmp_path / "plain", "score", tmp_path / "in.npy", rows=9)
     assert found.drop_columns("rejected").equals(table(tmp_path / "plain"))
     assert not (tmp_path / "out" / ".measured").exists()
@@ -341,11 +341,11 @@ def test_estimated_priors_weigh_the_posteriors(
     summary = judge(tmp_path / "out", "classify", source, estimate_priors=True, fdr=0.2, **more)
     plain, found = table(tmp_path / "plain"), table(tmp_path / "out")
     good = np.array(plain["verdict"].to_pylist()) != "outlier"
-    posterior, model = matrix(plain["posterior"]), np.array(PRIORS)
+    posterior, model = to_array(plain["posterior"]), np.array(PRIORS)
     priors = bayes.estimated_priors(posterior[good], model)
     assert list(summary["priors"].values()) == priors.tolist()
     weighed = bayes.reweighted(posterior, model, priors)
-    assert np.array_equal(matrix(found["posterior"]), weighed)
+    assert np.array_equal(to_array(found["posterior"]), weighed)
     assert found["label"].to_pylist() == weighed.argmax(1).tolist()
     unsure = np.where(weighed.max(1) < 0.9, "ambiguous", "accepted")
     assert found["verdict"].to_pylist() == np.where(good, unsure, "outlier").tolist()

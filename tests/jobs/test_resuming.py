@@ -15,7 +15,7 @@ import pytest
 
 from likely.errors import JobError, LikelyError
 from likely.jobs import files
-from likely.jobs.ledger import MANIFEST, STAGE, Ledger, Record
+from likely.jobs.ledger import MANIFEST, MEASURED_FOLDER, Ledger, Record
 from likely.jobs.making import Maker
 from likely.jobs.requests import Format, Generation, Request
 from tests.jobs.conftest import contents
@@ -112,8 +112,8 @@ def test_a_job_that_fails_clears_what_its_killed_writers_left(
 ) -> None:
     request = Request.of(Generation(RUNS), backend.info, Format.PARQUET, 20)
     with pytest.raises(LikelyError, match="enough"), Ledger(tmp_path, request):
-        (tmp_path / STAGE).mkdir()
-        for folder in (tmp_path, tmp_path / STAGE):
+        (tmp_path / MEASURED_FOLDER).mkdir()
+        for folder in (tmp_path, tmp_path / MEASURED_FOLDER):
             (folder / ".part-00002.parquet.0123abcd.part").write_bytes(b"half")
         raise LikelyError("enough")
     assert not list(tmp_path.rglob("*.part"))
@@ -128,7 +128,7 @@ def test_a_job_is_resumed_while_it_is_finished(
     def failing(ledger: Ledger, shard: int, record: Any, measured: bool = False) -> None:
         add(ledger, shard, record, measured)
         if not measured and shard == 2:
-            left.append(contents(tmp_path / "out" / STAGE))
+            left.append(contents(tmp_path / "out" / MEASURED_FOLDER))
             raise LikelyError("enough")
 
     with monkeypatch.context() as patch:
@@ -137,7 +137,7 @@ def test_a_job_is_resumed_while_it_is_finished(
             judge(tmp_path / "out", "score", pictures, fdr=0.2, rows=15)
     assert len(left[0]) == 7
     # What was measured and is lost meanwhile is measured again.
-    (tmp_path / "out" / STAGE / "part-00001.parquet").unlink()
+    (tmp_path / "out" / MEASURED_FOLDER / "part-00001.parquet").unlink()
     counted = Counted(monkeypatch)
     judge(tmp_path / "out", "score", pictures, fdr=0.2, rows=15)
     assert counted.shards == [1]

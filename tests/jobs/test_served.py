@@ -189,7 +189,7 @@ def test_other_processes_ask_for_the_version_of_the_job(
         load(first, toys["2"])
 
         def made(missing: list[int], advance: Callable[[int], object]) -> Iterator[Any]:
-            maker = Maker.opened(plan)
+            maker = Maker.open(plan)
             for shard in missing:
                 yield shard, maker.make(shard, advance)
 
@@ -213,7 +213,7 @@ def test_a_worker_with_another_version_makes_nothing(
     backend.close()
     load(first, toys["2"])
     with pytest.raises(JobError, match=r"a worker has toy@2 .*began with toy@1"):
-        Maker.opened(Plan(request, tmp_path, opener))
+        Maker.open(Plan(request, tmp_path, opener))
 
 
 def test_a_token_that_expires_is_read_again(

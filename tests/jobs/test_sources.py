@@ -20,7 +20,7 @@ import pytest
 from likely import levels
 from likely.answers import Pixels
 from likely.errors import InvalidInput, JobError
-from likely.jobs.sources import Input, require_apart
+from likely.jobs.sources import Input, require_outside_inputs
 from tests.jobs.conftest import COLOUR, drawn, encoded, opened
 
 
@@ -213,15 +213,15 @@ def test_a_job_within_its_input_is_refused(tmp_path: Path, out: str) -> None:
     (tmp_path / "in" / "over").symlink_to(tmp_path / "away")
     np.save(tmp_path / "in" / "x.npy", drawn(1))
     with pytest.raises(JobError, match=r"lies within the input .*/in:"):
-        require_apart(Input((tmp_path / "in" / "x.npy", tmp_path / "in")), tmp_path / out)
+        require_outside_inputs(Input((tmp_path / "in" / "x.npy", tmp_path / "in")), tmp_path / out)
 
 
 @pytest.mark.parametrize("out", ["other", "in.scores", "in/.scores", "in/lost+found/scores"])
 def test_a_job_beside_its_input_is_none_of_it(tmp_path: Path, out: str) -> None:
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in" / "x.npy", drawn(1))
-    require_apart(Input((tmp_path / "in" / "x.npy", tmp_path / "in")), tmp_path / out)
-    require_apart(Input((tmp_path / "in" / "x.npy",)), tmp_path / "in" / "scores")
+    require_outside_inputs(Input((tmp_path / "in" / "x.npy", tmp_path / "in")), tmp_path / out)
+    require_outside_inputs(Input((tmp_path / "in" / "x.npy",)), tmp_path / "in" / "scores")
 
 
 def test_names_that_are_no_utf8_are_shown_as_far_as_they_are(tmp_path: Path) -> None:

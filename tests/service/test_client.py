@@ -100,7 +100,7 @@ def test_a_limit_that_a_picture_exceeded_is_asked_anew(
 ) -> None:
     info = client.model()
     low = replace(info, limits=replace(info.limits, request_bytes=20))
-    client._catalogue.moved(None, None, low)  # as it once was
+    client._catalogue.store(None, None, low)  # as it once was
     with pytest.raises(InvalidInput, match="the server takes 20 at a time"):
         ask(client, x[:2])
     ask(client, x[:2])
@@ -135,13 +135,13 @@ def test_a_level_that_is_none_is_told_of_its_own_picture(client: Client, x: Any)
 
 
 def test_levels_of_a_newer_version_are_asked_about(client: Client, x: Any) -> None:
-    client._catalogue.moved(None, None, replace(client.model(), levels=2))  # as it once was
+    client._catalogue.store(None, None, replace(client.model(), levels=2))  # as it once was
     assert len(client.score(x).log_px) == len(x)
     assert client.model().levels == 4
 
 
 def test_features_of_a_newer_version_are_asked_about(client: Client) -> None:
-    client._catalogue.moved(None, None, replace(client.model(), latent_dimensions=5))
+    client._catalogue.store(None, None, replace(client.model(), latent_dimensions=5))
     assert len(client.decode(np.zeros((1, 2)), labels=[0]).mean) == 1
     assert client.model().latent_dimensions == 2
 
@@ -216,7 +216,7 @@ def test_a_mask_broadcasts_to_the_pictures(
     mask[0] = True
     expected = np.zeros_like(x)
     expected[first] = 1
-    (request,) = plans.completions(client.model(), None, x, mask, None, 1, 1, 0, None, 1)
+    (request,) = plans.complete_requests(client.model(), None, x, mask, None, 1, 1, 0, None, 1)
     assert np.array_equal(np.frombuffer(request.mask, np.uint8).reshape(x.shape), expected)
 
 
@@ -572,10 +572,10 @@ def test_a_question_whose_version_goes_away_is_put_anew(
     assert len(client.score(x).log_px) == len(x)
     assert asked == ["", "1.0", "", "1.0", "1.0"]
     asked.clear()
-    losses = catalogue.ROUNDS
+    losses = catalogue.MAX_ROUNDS
     with pytest.raises(ModelNotFound):
         client.score(x)
-    assert asked == ["", "1.0"] * catalogue.ROUNDS
+    assert asked == ["", "1.0"] * catalogue.MAX_ROUNDS
 
 
 def test_a_labels_name_that_never_holds_is_told_in_the_end(client: Client, x: Any) -> None:

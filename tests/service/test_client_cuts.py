@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from likely import AsyncClient, Client, DeadlineExceeded, Overloaded, Unavailable, statuses
-from likely.client.line import PAUSES, Retries
+from likely.client.line import RETRY_DELAYS, Retries
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Toy
@@ -80,7 +80,7 @@ class Cutting(grpc.GenericRpcHandler):
 
 @pytest.fixture
 def cutting(live: Live, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cutting]:
-    monkeypatch.setattr("likely.client.line.PAUSES", (0.0,) * len(PAUSES))
+    monkeypatch.setattr("likely.client.line.RETRY_DELAYS", (0.0,) * len(RETRY_DELAYS))
     with grpc.insecure_channel(live.address) as others:
         cutting, server = Cutting(others), grpc.server(ThreadPoolExecutor(4))
         server.add_generic_rpc_handlers((cutting,))
@@ -118,11 +118,11 @@ def test_an_answer_that_is_cut_off_is_asked_for_again(
     with Client(live.address, timeout=30) as client:
         whole = asdict(question(client, x))
     with Client(cutting.address, timeout=30) as client:
-        cutting.set(method, len(PAUSES), after)
+        cutting.set(method, len(RETRY_DELAYS), after)
         np.testing.assert_equal(asdict(question(client, x)), whole)
         assert cutting.cuts == 0
-        assert cutting.asked > len(PAUSES)
-    cutting.set(method, len(PAUSES), after)
+        assert cutting.asked > len(RETRY_DELAYS)
+    cutting.set(method, len(RETRY_DELAYS), after)
     np.testing.assert_equal(live.run(ask()), whole)
     assert cutting.cuts == 0
 
@@ -138,7 +138,7 @@ def test_what_is_always_cut_off_is_told_in_the_end(
             await QUESTIONS[method](client, x)
 
     for retries in (True, False):
-        least = 1 + len(PAUSES) * retries
+        least = 1 + len(RETRY_DELAYS) * retries
         most = least * (GRPC if retries else 1)
         cutting.set(method, 1000)
         with (
@@ -186,24 +186,24 @@ def test_an_answer_that_a_server_ends_for_now_is_asked_for_again(
 def test_the_pause_before_is_what_the_server_names() -> None:
     ended, busy, lost = Unavailable("", 1.5), Overloaded("", 2.5), Unavailable("")
     retries = Retries(60, enabled=True)
-    retries.left()
-    assert retries.pause(ended, begun=True) == 1.5
-    assert retries.pause(busy, begun=True) == 2.5
-    assert retries.pause(lost, begun=True) == PAUSES[2]
+    retries.time_left()
+    assert retries.retry_delay(ended, begun=True) == 1.5
+    assert retries.retry_delay(busy, begun=True) == 2.5
+    assert retries.retry_delay(lost, begun=True) == RETRY_DELAYS[2]
     with pytest.raises(Unavailable):  # as often as there are pauses
-        retries.pause(lost, begun=True)
+        retries.retry_delay(lost, begun=True)
     for refused in (ended, busy):  # gRPC has asked again
         retries.reset()
-        retries.left()
+        retries.time_left()
         with pytest.raises(type(refused)):
-            retries.pause(refused)
-    assert (retries.rest(ended), retries.rest(busy)) == (0, 2.5)
+            retries.retry_delay(refused)
+    assert (retries.resume_delay(ended), retries.resume_delay(busy)) == (0, 2.5)
     short = Retries(1, enabled=True)
-    short.left()
+    short.time_left()
     with pytest.raises(Unavailable):
-        short.pause(ended, begun=True)
+        short.retry_delay(ended, begun=True)
     with pytest.raises(Overloaded):
-        short.rest(busy)
+        short.resume_delay(busy)
 
 
 def test_draws_that_come_go_on_after_a_deadline(live: Live, cutting: Cutting) -> None:

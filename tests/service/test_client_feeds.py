@@ -185,14 +185,14 @@ def test_the_time_of_a_feed_is_counted_from_the_last_answer(x: Any) -> None:
     messages = [ledger.next(1.0) for _ in range(40)]
     for n, message in enumerate(messages):
         now = 1.0 + 4.0 * n
-        assert ledger.left(now) > 0
-        ledger.answered(answer(message), now)
+        assert ledger.time_left(now) > 0
+        ledger.record(answer(message), now)
         assert len(ledger.take()) == 1
-        assert ledger.left(now) == 5
+        assert ledger.time_left(now) == 5
     ledger.add(x[:1])
     assert ledger.next(500.0)
-    assert ledger.left(504.0) == 1
-    assert ledger.left(505.0) == 0
+    assert ledger.time_left(504.0) == 1
+    assert ledger.time_left(505.0) == 0
 
 
 def test_what_is_refused_waits_its_turn_while_others_are_answered(x: Any) -> None:
@@ -201,13 +201,13 @@ def test_what_is_refused_waits_its_turn_while_others_are_answered(x: Any) -> Non
         ledger.add(x[:1])
     last, *others = [ledger.next(1.0) for _ in range(11)]
     for n, message in enumerate(others, 1):
-        ledger.answered(answer(message), 1.0 + 3 * n)
-        ledger.answered(refused(last), 1.0 + 3 * n)
+        ledger.record(answer(message), 1.0 + 3 * n)
+        ledger.record(refused(last), 1.0 + 3 * n)
         last = ledger.next(2.0 + 3 * n)
         assert last.sequence_id == 0
     assert ledger.take() == []
-    ledger.answered(refused(last), 33.0)
-    ledger.answered(refused(ledger.next(34.0)), 35.5)  # nobody else is answered any more
+    ledger.record(refused(last), 33.0)
+    ledger.record(refused(ledger.next(34.0)), 35.5)  # nobody else is answered any more
     assert isinstance(ledger.take()[0], Overloaded)
 
 
@@ -401,7 +401,7 @@ def test_a_broken_stream_is_begun_anew_by_the_feed_and_not_by_grpc(
                 list(getattr(client, method)([x[:1]]))
         finally:
             server.stop(None).wait()
-    assert len(breaking.streams) == feeds.BREAKS
+    assert len(breaking.streams) == feeds.MAX_BREAKS
     assert not any("grpc-previous-rpc-attempts" in stream for stream in breaking.streams)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from likely import Client, levels, machine
 from likely.bundle import MANIFEST
 from likely.cli import main, show
-from likely.cli.serve import FLAGS, OTHERS
+from likely.cli.serve import CLIENT_VARIABLES, FLAGS
 from likely.errors import InvalidInput
 from likely.settings import Settings
 from tests.faults.history import events
@@ -430,7 +430,7 @@ def test_every_variable_of_a_command_is_known() -> None:
                 assert found is not None
                 yield from read(found)
 
-    assert {*read(main)} <= {*OTHERS}
+    assert {*read(main)} <= {*CLIENT_VARIABLES}
 
 
 def test_a_variable_that_is_no_setting_is_told_at_the_start(

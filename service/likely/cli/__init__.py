@@ -47,7 +47,7 @@ class Commands(click.Group):
     def main(self, *args: Any, **more: Any) -> Any:
         """Runs the command that the arguments name, and ends the process."""
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, TextIOWrapper) and _may_fail(stream):
+            if isinstance(stream, TextIOWrapper) and _may_fail_to_encode(stream):
                 stream.reconfigure(errors="replace")
         try:
             return super().main(*args, **more)
@@ -92,7 +92,7 @@ class Commands(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-def _may_fail(stream: TextIOWrapper) -> bool:
+def _may_fail_to_encode(stream: TextIOWrapper) -> bool:
     """Whether a stream may be unable to write table borders, or names that are not UTF-8."""
     return stream.errors == "strict" or codecs.lookup(stream.encoding).name != "utf-8"
 

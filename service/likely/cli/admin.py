@@ -9,10 +9,10 @@ import click
 
 from likely.answers import VERSION_LABELS, ModelVersion, VersionState
 from likely.cli import options, show
-from likely.cli.connection import Connection, connected
+from likely.cli.connection import Connection, server_options
 from likely.client.admin import ADDRESS, TIMEOUT
 
-ASKED = connected(TIMEOUT, address=ADDRESS, variable="LIKELY_ADMIN_ADDRESS")
+ADMIN_SERVER = server_options(TIMEOUT, address=ADDRESS, variable="LIKELY_ADMIN_ADDRESS")
 AS_JSON = options.as_json("For programs.")
 
 
@@ -25,7 +25,7 @@ def admin() -> None:
 
 
 @admin.command()
-@ASKED
+@ADMIN_SERVER
 @AS_JSON
 def versions(server: Connection, as_json: bool) -> None:
     """List versions that are served, loading or draining, and bundles that were refused."""
@@ -36,7 +36,7 @@ def versions(server: Connection, as_json: bool) -> None:
 
 @admin.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@ASKED
+@ADMIN_SERVER
 @AS_JSON
 def load(server: Connection, folder: Path, as_json: bool) -> None:
     """Serve the bundle in FOLDER, an absolute path as the server sees it."""
@@ -48,7 +48,7 @@ def load(server: Connection, folder: Path, as_json: bool) -> None:
 @admin.command()
 @click.argument("model")
 @click.argument("version")
-@ASKED
+@ADMIN_SERVER
 def unload(server: Connection, model: str, version: str) -> None:
     """Stop serving a VERSION of MODEL; ends when its requests have ended and it is freed."""
     with server.admin() as client:
@@ -60,7 +60,7 @@ def unload(server: Connection, model: str, version: str) -> None:
 @click.argument("model")
 @click.argument("label", type=click.Choice(VERSION_LABELS))
 @click.argument("version", required=False)
-@ASKED
+@ADMIN_SERVER
 def label(server: Connection, model: str, label: str, version: str | None) -> None:
     """Let LABEL name a VERSION of MODEL; without VERSION, take the label away."""
     with server.admin() as client:
@@ -70,7 +70,7 @@ def label(server: Connection, model: str, label: str, version: str | None) -> No
 
 @admin.command()
 @click.argument("model")
-@ASKED
+@ADMIN_SERVER
 @AS_JSON
 def rollback(server: Connection, model: str, as_json: bool) -> None:
     """Label as stable the version of MODEL that was the default before the last change."""
@@ -82,7 +82,7 @@ def rollback(server: Connection, model: str, as_json: bool) -> None:
 @admin.command("reset-drift")
 @click.argument("model")
 @click.argument("version", required=False)
-@ASKED
+@ADMIN_SERVER
 def reset_drift(server: Connection, model: str, version: str | None) -> None:
     """Restart the drift test of MODEL: of a VERSION, or of the default version."""
     with server.admin() as client:

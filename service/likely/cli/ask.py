@@ -11,7 +11,7 @@ import click
 
 from likely.answers import Classifications, Draws, LabelRule, Scores, Verdict, joined
 from likely.cli import options, pictures, show
-from likely.cli.connection import Connection, connected
+from likely.cli.connection import Connection, server_options
 
 _FILES = click.argument(
     "files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
@@ -20,7 +20,7 @@ _FILES = click.argument(
 
 @click.command(epilog=show.FOLDERS_HELP)
 @_FILES
-@options.asks
+@options.server_and_model
 @options.ALPHA
 @click.option(
     "--surprise",
@@ -39,7 +39,7 @@ def score(
 ) -> None:
     """How plausible are these pictures; which are outliers?"""
     if surprise is not None:
-        pictures.require_form(surprise)
+        pictures.require_writable(surprise)
     with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read(files, info)
@@ -72,7 +72,7 @@ def score(
 
 @click.command(epilog=show.FOLDERS_HELP)
 @_FILES
-@options.asks
+@options.server_and_model
 @options.ALPHA
 @options.PRIORS
 @options.MIN_POSTERIOR
@@ -138,7 +138,7 @@ def classify(
 
 
 @click.command()
-@options.asks
+@options.server_and_model
 @click.option("--label", help="The label's name or index. [each drawn from the priors]")
 @click.option("--count", type=int, default=64, show_default=True, help="How many pictures.")
 @click.option("--seed", type=int, help="The same seed gives the same pictures. [a fresh one]")
@@ -178,7 +178,7 @@ def generate(
         raise click.UsageError("--alpha needs --self-check")
     if max_draws is not None and not (self_check or acceptance):
         raise click.UsageError("--max-draws needs --self-check or --acceptance")
-    pictures.require_form(out, folder=True)
+    pictures.require_writable(out, folder=True)
     with server.client() as client:
         info = client.model(model, version)
         stream = client.generate_stream(
@@ -212,7 +212,7 @@ def generate(
 
 
 @click.command()
-@connected()
+@server_options()
 @options.as_json()
 def models(server: Connection, as_json: bool) -> None:
     """List the models of a server, and what really runs them."""

@@ -63,19 +63,19 @@ def generate(
 
     However often the job is interrupted, they are the same pictures.
     """
-    if sum(wish is not None for wish in (labels, each, count)) != 1:
+    if sum(option is not None for option in (labels, each, count)) != 1:
         raise click.UsageError("give one of --labels, --each and --count")
     if alpha is not None and not self_check:
         raise click.UsageError("--alpha needs --self-check")
     if max_draws is not None and not self_check:
         raise click.UsageError("--max-draws needs --self-check")
 
-    def ask(info: ModelInfo, _: Pictures | None) -> Task:
-        from likely.jobs.requests import Generation, runs
+    def make_task(info: ModelInfo, _: Pictures | None) -> Task:
+        from likely.jobs.requests import Generation, parse_runs
 
         wanted: tuple[tuple[int | None, int], ...] = ((None, count or 0),)
         if labels is not None:
-            wanted = runs(labels, info.labels)
+            wanted = parse_runs(labels, info.labels)
         elif each is not None:
             wanted = tuple((label, each) for label in range(len(info.labels)))
         if not self_check:
@@ -84,10 +84,10 @@ def generate(
         most = DEFAULT_MAX_DRAWS if max_draws is None else max_draws
         return Generation(wanted, seed, temperature, asked, most)
 
-    job.run(ask, "drawing")
+    job.run(make_task, "drawing")
 
 
-def _judging(command: F) -> F:
+def _judgement_options(command: F) -> F:
     """Adds the options of jobs that score or classify pictures."""
     for option in (
         job,
@@ -114,10 +114,10 @@ def _judging(command: F) -> F:
 
 
 @batch.command(epilog=INPUT_HELP)
-@_judging
+@_judgement_options
 def score(job: Job, **given: Any) -> None:
     """How plausible are these pictures; which are outliers?"""
-    _judge(job, "score", **given)
+    _run_judgement(job, "score", **given)
 
 
 @batch.command(epilog=INPUT_HELP)
@@ -128,15 +128,15 @@ def score(job: Job, **given: Any) -> None:
 )  # fmt: skip
 @options.MIN_POSTERIOR
 @options.RULE
-@_judging
+@_judgement_options
 def classify(job: Job, priors: str | None, rule: str, **given: Any) -> None:
     """Which label is assigned, if any?"""
     asked = options.numbers(priors)
     by = LabelRule[rule.upper()]
-    _judge(job, "classify", priors=asked and tuple(asked), rule=by, **given)
+    _run_judgement(job, "classify", priors=asked and tuple(asked), rule=by, **given)
 
 
-def _judge(
+def _run_judgement(
     job: Job,
     kind: Literal["score", "classify"],
     *,
@@ -147,7 +147,7 @@ def _judge(
     guarantee: str,
     **more: Any,
 ) -> None:
-    def ask(info: ModelInfo, pictures: Pictures | None) -> Task:
+    def make_task(info: ModelInfo, pictures: Pictures | None) -> Task:
         from likely.jobs.requests import Judgement
 
         assert pictures is not None
@@ -159,5 +159,7 @@ def _judge(
 
     paths = tuple(path.absolute() for path in inputs)
     job.run(
-        ask, {"score": "scoring", "classify": "classifying"}[kind], Input(paths, column, key_column)
+        make_task,
+        {"score": "scoring", "classify": "classifying"}[kind],
+        Input(paths, column, key_column),
     )

@@ -12,7 +12,7 @@ import click
 
 from likely.client import ADDRESS, TIMEOUT, AdminClient, Client, TokenFile
 from likely.client.channels import Route
-from likely.client.line import LONGEST
+from likely.client.line import MAX_TIMEOUT
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,7 +57,7 @@ class Connection:
         }  # fmt: skip
 
 
-def connected(
+def server_options(
     timeout: float = TIMEOUT,
     *,
     optional: bool = False,
@@ -162,7 +162,7 @@ def _options(
             help="A bearer token; others can see the options of a command, not its environment.",
         ),
         click.option(
-            "--timeout", type=click.FloatRange(0, LONGEST, min_open=True), default=timeout,
+            "--timeout", type=click.FloatRange(0, MAX_TIMEOUT, min_open=True), default=timeout,
             show_default=True, help="Seconds for each request.",
         ),
         click.option(

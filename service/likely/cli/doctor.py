@@ -64,7 +64,7 @@ def _runtime(bundle: Path | None, device: str, *, asked: bool) -> list[Finding]:
     findings = [Finding("ONNX Runtime", named)]
     if missing:
         return [*findings, Finding("server", f"{', '.join(missing)} missing", False)]
-    return [*findings, *_providers(), _opened(bundle, device)]
+    return [*findings, *_providers(), _try_engine(bundle, device)]
 
 
 def _providers() -> list[Finding]:
@@ -77,7 +77,7 @@ def _providers() -> list[Finding]:
     return [Finding("providers built in", ", ".join(built_in))]
 
 
-def _opened(path: Path | None, device: str) -> Finding:
+def _try_engine(path: Path | None, device: str) -> Finding:
     from likely.bundle import Bundle
     from likely.engine import Engine
     from likely.graphs import Device

@@ -7,8 +7,8 @@ from typing import Any
 import click
 import grpc
 
-from likely.cli.connection import Connection, connected
-from likely.client.line import positive, unreached
+from likely.cli.connection import Connection, server_options
+from likely.client.line import unreachable_error, valid_timeout
 from likely.errors import InvalidInput, LikelyError, ModelNotFound, Unavailable
 
 # The health protocol's response with status SERVING, encoded: messages of one field need no
@@ -18,7 +18,7 @@ _LONGEST = 64  # bytes of a model's name
 
 
 @click.command()
-@connected(timeout=3.0, token=False)
+@server_options(timeout=3.0, token=False)
 @click.option("--model", help="Ask for this model alone. [the whole server]")
 def health(server: Connection, model: str | None) -> None:
     """Exit with 0 if a server answers SERVING. No token is sent: health needs none."""
@@ -26,7 +26,7 @@ def health(server: Connection, model: str | None) -> None:
     with server.route().channel(once=True) as channel:
         check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
         try:
-            answer = check(asked, timeout=positive(server.timeout))
+            answer = check(asked, timeout=valid_timeout(server.timeout))
         except grpc.RpcError as error:
             raise _error_of(error, server.address, model) from error
     if answer != _SERVING:
@@ -48,7 +48,7 @@ def _request(model: str) -> bytes:
 
 def _error_of(error: Any, address: str, model: str | None) -> LikelyError:
     if error.code() is grpc.StatusCode.UNAVAILABLE:
-        return unreached(address, error.details())
+        return unreachable_error(address, error.details())
     if error.code() is grpc.StatusCode.NOT_FOUND:
         return ModelNotFound(model or "", f"no model {model} is served at {address}")
     return Unavailable(f"{address} does not answer: {error.code().name}")

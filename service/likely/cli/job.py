@@ -12,7 +12,7 @@ import click
 
 from likely.answers import VERSION_LABELS, ModelInfo
 from likely.cli import options, show
-from likely.cli.connection import Connection, connected, on_the_command_line
+from likely.cli.connection import Connection, on_the_command_line, server_options
 from likely.errors import JobError
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from likely.jobs.sources import Input, Pictures
 
 F = TypeVar("F", bound=Callable[..., Any])
-Ask = Callable[[ModelInfo, "Pictures | None"], "Task"]
-_NEEDS = ("pyarrow", "ray")
+MakeTask = Callable[[ModelInfo, "Pictures | None"], "Task"]
+_JOB_PACKAGES = ("pyarrow", "ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ class Job:
     engine: str
     as_json: bool
 
-    def run(self, ask: Ask, what: str, given: Input | None = None) -> None:
+    def run(self, make_task: MakeTask, what: str, inputs: Input | None = None) -> None:
         """Does the job, or what is left of it, and prints its result.
 
         Args:
-            ask: makes the task from the model and the pictures.
+            make_task: makes the task from the model and the pictures.
             what: the text beside the progress.
-            given: where the pictures are; None if the job draws pictures.
+            inputs: where the pictures are; None if the job draws pictures.
 
         Raises:
             LikelyError: the job cannot be done as requested, or not now.
@@ -62,27 +62,27 @@ class Job:
         from likely.jobs.making import Maker, Plan
         from likely.jobs.ray_workers import ray_workers
         from likely.jobs.running import WORKERS, run, threads
-        from likely.jobs.sources import require_apart
+        from likely.jobs.sources import require_outside_inputs
 
         opener, out = self._opener(), self.out.absolute()
-        if given:
-            require_apart(given, out)
+        if inputs:
+            require_outside_inputs(inputs, out)
         begun = ledger.job_model(out)
-        if begun and self._may_mean(begun):
+        if begun and self._may_refer_to(begun):
             opener = opener.pinned(begun.model, begun.version)
-            if done := begun.done and opener.known(begun.done):
-                request, _ = self._request(ask, done, given)
+            if finished := begun.finished_info and opener.info_without_opening(begun.finished_info):
+                request, _ = self._request(make_task, finished, inputs)
                 with ledger.Ledger(out, request) as folder:
                     again = folder.summary
                 if again is not None:
-                    self._print_summary(again, done)
+                    self._print_summary(again, finished)
                     return
         backend = opener.open()
         try:
             info = backend.info
-            request, pictures = self._request(ask, info, given)
+            request, pictures = self._request(make_task, info, inputs)
             backend.require(request.task)
-            plan = Plan(request, out, opener.pinned(info.name, info.version), given, self.batch)
+            plan = Plan(request, out, opener.pinned(info.name, info.version), inputs, self.batch)
             maker = Maker(plan, backend, pictures)
             if self.engine == "ray":
                 cards = 1 if self.device == "cuda" and not opener.is_remote else 0
@@ -96,14 +96,14 @@ class Job:
         self._print_summary(found, info)
 
     def _request(
-        self, ask: Ask, info: ModelInfo, given: Input | None
+        self, make_task: MakeTask, info: ModelInfo, inputs: Input | None
     ) -> tuple[Request, Pictures | None]:
         from likely.jobs.columns import Geometry
         from likely.jobs.requests import Format, Request
         from likely.jobs.sources import Pictures
 
-        pictures = Pictures(given, Geometry(info.shape, info.levels)) if given else None
-        task = ask(info, pictures)
+        pictures = Pictures(inputs, Geometry(info.shape, info.levels)) if inputs else None
+        task = make_task(info, pictures)
         return Request.of(task, info, Format(self.form), self.shard), pictures
 
     def _print_summary(self, found: dict[str, Any], info: ModelInfo) -> None:
@@ -111,7 +111,7 @@ class Job:
         lines = [row] if self.as_json else [{"of": k, "found": row[k]} for k in row]
         show.rows(lines, self.as_json, {"model": info.name, "version": info.version})
 
-    def _may_mean(self, begun: JobModel) -> bool:
+    def _may_refer_to(self, begun: JobModel) -> bool:
         """Whether the options can mean the version that the job began with.
 
         The label by which the job asked for it counts, though it may name another version by
@@ -168,7 +168,7 @@ def job(command: F) -> F:
             command(job=chosen, **given)
         except ModuleNotFoundError as error:
             name = (error.name or "").partition(".")[0]
-            extra = "cpu" if name not in _NEEDS else "ray" if name == "ray" else "jobs"
+            extra = "cpu" if name not in _JOB_PACKAGES else "ray" if name == "ray" else "jobs"
             raise JobError(f"{name} is missing; pip install 'likely[{extra}]'") from error
 
     decorated = cast("F", run)
@@ -212,7 +212,7 @@ def _options() -> tuple[Callable[[F], F], ...]:
             "--patience", type=float, default=300.0, show_default=True,
             help="Seconds to keep asking a server that is busy or away.",
         ),
-        connected(optional=True),
+        server_options(optional=True),
         click.option("--model-version", "version", help="Of the server's. [the default one]"),
         click.option("--model", help="Of the server's, by name. [its only one]"),
         click.option(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from likely.answers import LabelRule
-from likely.cli.connection import connected
+from likely.cli.connection import server_options
 from likely.errors import InvalidInput
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,12 +41,12 @@ def as_json(text: str = "One JSON object a line.") -> Callable[[F], F]:
     return click.option("--json", "as_json", is_flag=True, help=text)
 
 
-def asks(command: F) -> F:
+def server_and_model(command: F) -> F:
     """Adds the options that name a server and a model."""
     for option in (
         click.option("--model-version", "version", help="The model's version. [the default one]"),
         click.option("--model", help="The model's name. [the server's only one]"),
-        connected(),
+        server_options(),
     ):
         command = option(command)
     return command

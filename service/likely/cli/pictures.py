@@ -41,13 +41,13 @@ def read(paths: Sequence[Path], info: ModelInfo) -> tuple[Pixels, list[str]]:
     for path in chain.from_iterable(map(_files, paths)):
         if path.suffix.lower() in ARRAYS:
             x = pixels(levels.of_array(path), str(path))
-            called = [f"{path}[{i}]" for i in range(len(x))]
+            part_names = [f"{path}[{i}]" for i in range(len(x))]
         else:
             x = levels.of_image(path, str(path), info.shape[0], info.levels)[None]
-            called = [str(path)]
+            part_names = [str(path)]
         levels.check_fit(str(path), x.shape[1:], info.shape)
-        check_levels(x, info.levels, called)
-        names += called
+        check_levels(x, info.levels, part_names)
+        names += part_names
         parts.append(x)
     return np.concatenate(parts), names
 
@@ -67,7 +67,7 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def require_form(out: Path, *, folder: bool = False) -> None:
+def require_writable(out: Path, *, folder: bool = False) -> None:
     """Checks that pictures can be written to a path without loss.
 
     Call it before the pictures are made, which may take long.
@@ -97,18 +97,18 @@ def write_draws(out: Path, drawn: Draws, info: ModelInfo) -> None:
     The arrays are `x` uint8 (n, c, h, w), `y` int64 (n,), `seed` and `first_index`.
     """
     if out.suffix.lower() == ".npz":
-        with _whole(out) as part:
+        with _written_atomically(out) as part:
             np.savez_compressed(
                 part, x=drawn.images, y=drawn.label, seed=drawn.seed, first_index=drawn.first_index
             )
     elif out.suffix.lower() in FORMS:
-        with _whole(out) as part:
+        with _written_atomically(out) as part:
             Image.fromarray(grid(brightness(drawn.images, info.levels))).save(part)
     else:
         out.mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(brightness(drawn.images, info.levels)):
             name = f"{drawn.first_index + i:06d}-label{drawn.label[i]}.png"
-            with _whole(out / name) as part:
+            with _written_atomically(out / name) as part:
                 Image.fromarray(grid(picture[None])).save(part)
 
 
@@ -119,13 +119,13 @@ def write_surprise(out: Path, x: Pixels, surprise: Floats, info: ModelInfo) -> N
     at the largest surprise of the file.
     """
     if out.suffix.lower() == ".npz":
-        with _whole(out) as part:
+        with _written_atomically(out) as part:
             np.savez_compressed(part, x=x, surprise=surprise)
         return
     maps = surprise.sum(1, keepdims=True)
     scaled = np.rint(255 * maps / max(float(maps.max(initial=0)), 1e-9)).astype(np.uint8)
     shown = np.stack([brightness(x, info.levels), np.broadcast_to(scaled, x.shape)], 1)
-    with _whole(out) as part:
+    with _written_atomically(out) as part:
         Image.fromarray(grid(shown.reshape(-1, *x.shape[1:]), even=True)).save(part)
 
 
@@ -145,7 +145,7 @@ def write_redrawn(out: Path, given: Pixels, found: Redrawings, info: ModelInfo) 
         arrays: dict[str, Any] = {"mean": found.mean, "drawn": found.drawn}
         if found.deviation is not None:
             arrays["deviation"] = found.deviation
-        with _whole(out) as part:
+        with _written_atomically(out) as part:
             np.savez_compressed(part, x=given, seed=found.seed, **arrays)
         return
     means = np.rint(255 * found.mean).astype(np.uint8)[:, None]
@@ -154,7 +154,7 @@ def write_redrawn(out: Path, given: Pixels, found: Redrawings, info: ModelInfo) 
     margin = np.zeros((*rows.shape[:2], given.shape[1], *rows.shape[3:]), np.uint8)
     margin[:, 0] = brightness(given, info.levels)
     sheet = np.concatenate([margin, rows], 2)
-    with _whole(out) as part:
+    with _written_atomically(out) as part:
         flat = sheet.reshape(-1, *sheet.shape[3:])
         Image.fromarray(grid(flat, across=sheet.shape[2])).save(part)
 
@@ -187,7 +187,7 @@ def slices(n: int, step: int) -> Iterator[slice]:
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
+def _written_atomically(out: Path) -> Iterator[Path]:
     """Yields a temporary path, which is renamed to `out` if all goes well, else removed."""
     part = out.with_name(f".{out.stem}.part{out.suffix}")
     try:

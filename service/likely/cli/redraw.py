@@ -27,7 +27,7 @@ _OUT = click.option(
 
 @click.command(epilog=show.FILES_HELP)
 @click.argument("files", nargs=-1, required=True, type=_FILE)
-@options.asks
+@options.server_and_model
 @click.option("--direction", required=True, help="One of the model's, such as slant.")
 @click.option(
     "--points", default="-2,-1,0,1,2", show_default=True, help="Points, separated by commas."
@@ -52,7 +52,7 @@ def traverse(
 
     Each row of the sheet shows a picture as it is, then redrawn at each point.
     """
-    pictures.require_form(out)
+    pictures.require_writable(out)
     places = options.numbers(points, "points") or []
     with server.client() as client:
         info = client.model(model, version)
@@ -75,7 +75,7 @@ def traverse(
 @click.command(epilog=show.FILES_HELP)
 @click.argument("first", type=_FILE)
 @click.argument("last", type=_FILE)
-@options.asks
+@options.server_and_model
 @click.option("--steps", type=click.IntRange(min=2), default=7, show_default=True)
 @_DRAWS
 @_SEED
@@ -97,7 +97,7 @@ def interpolate(
 
     Each row of the sheet shows a pair as it is, then the way from one to the other.
     """
-    pictures.require_form(out)
+    pictures.require_writable(out)
     with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read((first,), info)

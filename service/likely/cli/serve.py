@@ -73,7 +73,7 @@ FLAGS = {
 
 
 # Variables of commands that ask a server or sign a bundle. A server's environment may have them.
-OTHERS = (
+CLIENT_VARIABLES = (
     "LIKELY_ADDRESS",
     "LIKELY_ADMIN_ADDRESS",
     "LIKELY_TOKEN",
@@ -87,7 +87,7 @@ OTHERS = (
 
 
 # Variables that Kubernetes sets in every container for a Service named `likely` or `likely-...`.
-LINKS = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT)|PORT_\d+_)")
+SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT)|PORT_\d+_)")
 
 
 def flags(command: F) -> F:
@@ -142,9 +142,9 @@ def _warn_of_unknown(chosen: Settings) -> None:
     links = {name for name, value in os.environ.items() if settings.is_link(name, value)}
     if ignored := sorted(links & {f"{settings.PREFIX}{name}" for name in known}):
         log.warning("links of Services ignored", variables=ignored)
-    for variable in sorted(set(os.environ) - {*OTHERS} - links):
+    for variable in sorted(set(os.environ) - {*CLIENT_VARIABLES} - links):
         name = variable.removeprefix(settings.PREFIX)
-        if name != variable and name not in known and not LINKS.match(name):
+        if name != variable and name not in known and not SERVICE_LINK.match(name):
             near = [f"{settings.PREFIX}{each}" for each in get_close_matches(name, known, 1)]
             log.warning("unknown variable", variable=variable, nearest=near[0] if near else None)
 

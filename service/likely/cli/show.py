@@ -30,9 +30,9 @@ FILES_HELP = (
 )
 FOLDERS_HELP = FILES_HELP.replace("FILES are", "FILES are folders, or")
 PROGRESS_SECONDS = 30.0  # seconds between two lines of progress if there is no terminal
-# In a table, texts of more than _FOLDED characters may continue in the next line, in a column of
-# at least _LEAST characters.
-_FOLDED, _LEAST = 16, 11
+# In a table, texts of more than _UNFOLDED_WIDTH characters may continue in the next line, in a
+# column of at least _LEAST_FOLDED_WIDTH characters.
+_UNFOLDED_WIDTH, _LEAST_FOLDED_WIDTH = 16, 11
 NONE = "\N{EN DASH}"  # stands in a table for no value
 _COLOURS = {"accepted": "green", "outlier": "red", "ambiguous": "yellow"}
 
@@ -59,8 +59,8 @@ def rows(entries: Sequence[Mapping[str, Any]], as_json: bool, about: Mapping[str
         # If the terminal is narrow, only long texts are folded.
         widest = max((len(str(entry[key])) for entry in entries), default=0)
         table.add_column(
-            key.replace("_", " "), justify=side, overflow="fold", no_wrap=widest <= _FOLDED,
-            min_width=min(widest, _LEAST),
+            key.replace("_", " "), justify=side, overflow="fold", no_wrap=widest <= _UNFOLDED_WIDTH,
+            min_width=min(widest, _LEAST_FOLDED_WIDTH),
         )  # fmt: skip
     for entry in entries:
         table.add_row(*(_cell(value) for value in entry.values()))

@@ -12,8 +12,8 @@ import grpc
 from likely import codec
 from likely.answers import ModelVersion
 from likely.client.channels import Address, File, Route, Token
-from likely.client.line import CLOSED, as_error, positive
-from likely.client.values import built
+from likely.client.line import CLIENT_CLOSED, as_error, valid_timeout
+from likely.client.values import build_message
 from likely.errors import LikelyError
 from likely.v1 import admin_pb2
 from likely.v1.admin_pb2_grpc import AdminServiceStub
@@ -63,7 +63,7 @@ class AdminClient:
         Raises:
             SettingsError: as `likely.Client`.
         """
-        self._timeout = positive(timeout)
+        self._timeout = valid_timeout(timeout)
         self._address = address if isinstance(address, str) else ", ".join(address)
         self._route = Route(
             address,
@@ -99,7 +99,7 @@ class AdminClient:
             BundleError: the bundle is refused; the served versions stay.
             LikelyError: InvalidInput, DeviceError, or as `versions`.
         """
-        request = built(admin_pb2.LoadModelRequest, folder=fspath(folder))
+        request = build_message(admin_pb2.LoadModelRequest, folder=fspath(folder))
         return codec.model_version(self._ask(self._stub.LoadModel, request).version)
 
     def unload(self, model: str, version: str) -> None:
@@ -109,7 +109,9 @@ class AdminClient:
             Refused: a label names the version.
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
         """
-        request = built(admin_pb2.UnloadModelRequest, model_name=model, model_version=version)
+        request = build_message(
+            admin_pb2.UnloadModelRequest, model_name=model, model_version=version
+        )
         self._ask(self._stub.UnloadModel, request)
 
     def set_label(self, model: str, label: str, version: str | None) -> None:
@@ -118,7 +120,7 @@ class AdminClient:
         Raises:
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
         """
-        request = built(
+        request = build_message(
             admin_pb2.SetLabelRequest, model_name=model, label=label, model_version=version or ""
         )
         self._ask(self._stub.SetLabel, request)
@@ -131,7 +133,7 @@ class AdminClient:
             BundleError: the version must be loaded again, and is refused.
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
         """
-        request = built(admin_pb2.RollbackRequest, model_name=model)
+        request = build_message(admin_pb2.RollbackRequest, model_name=model)
         return codec.model_version(self._ask(self._stub.Rollback, request).version)
 
     def reset_drift(self, model: str, version: str | None = None) -> str:
@@ -140,7 +142,9 @@ class AdminClient:
         Raises:
             LikelyError: InvalidInput, ModelNotFound, or as `versions`.
         """
-        request = built(admin_pb2.ResetDriftRequest, model_name=model, model_version=version or "")
+        request = build_message(
+            admin_pb2.ResetDriftRequest, model_name=model, model_version=version or ""
+        )
         found: str = self._ask(self._stub.ResetDrift, request).model_version
         return found
 
@@ -170,7 +174,7 @@ class AdminClient:
         """
         with self._opening:
             if self._closed:
-                raise LikelyError(CLOSED)
+                raise LikelyError(CLIENT_CLOSED)
             edition = self._route.edition()
             if edition > self._opened:
                 self._open(edition)

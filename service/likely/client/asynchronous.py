@@ -36,7 +36,7 @@ from likely.answers import (
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import AsyncFeed
-from likely.client.line import ADDRESS, TIMEOUT, Line, Retries, positive
+from likely.client.line import ADDRESS, TIMEOUT, Retries, ServerRpcs, valid_timeout
 from likely.client.plans import GuaranteeLike, RuleLike
 from likely.client.values import Label
 from likely.errors import (
@@ -72,7 +72,7 @@ class AsyncClient:
         server_name: str | None = None,
     ) -> None:
         """A client of one server or its replicas; the arguments are those of `Client`."""
-        self._timeout = positive(timeout)
+        self._timeout = valid_timeout(timeout)
         self._retries = retries
         self._catalogue = catalogue.Catalogue()
         self._route = Route(
@@ -87,7 +87,7 @@ class AsyncClient:
         )
         self._replicas = catalogue.REPLICAS if self._route.fleet else 1
         opening = partial(self._route.aio_channel, once=not retries)
-        self._line = Line(opening, self._route.edition, address, self._catalogue)
+        self._rpcs = ServerRpcs(opening, self._route.edition, address, self._catalogue)
 
     async def score(
         self,
@@ -287,30 +287,30 @@ class AsyncClient:
         version: str | None = None,
     ) -> AsyncIterator[Draws]:
         """As `Client.generate_stream`."""
-        check, kept = plans.checks(self_check, acceptance, alpha, max_draws)
+        check, kept = plans.build_checks(self_check, acceptance, alpha, max_draws)
 
         def divide(info: ModelInfo) -> Iterator[GenerateRequest]:
-            return plans.generations(
+            return plans.generate_requests(
                 info, version, label, count, seed, first_index, temperature, check, kept
             )
 
         parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
         retries = self._fresh_retries()
         while (request := await self._follow(parts.next())) is not None:
-            call = self._ask(request, retries.left())
+            call = self._ask(request, retries.time_left())
             try:
-                with self._line.translated_errors():
+                with self._rpcs.translated_errors():
                     async for message in call:
                         retries.reset()
-                        if not parts.takes(message):
+                        if not parts.accept(message):
                             break
                         yield codec.draws(message)
             except (Unavailable, Overloaded, DeadlineExceeded) as error:
-                if self._retries and parts.resumes():
-                    await asyncio.sleep(retries.rest(error))
+                if self._retries and parts.resume():
+                    await asyncio.sleep(retries.resume_delay(error))
                 else:
-                    await asyncio.sleep(retries.pause(error))
-                    parts.repeats()
+                    await asyncio.sleep(retries.retry_delay(error))
+                    parts.repeat()
             except ModelNotFound:
                 if not parts.try_next_replica():
                     raise
@@ -335,7 +335,7 @@ class AsyncClient:
         x, how = values.pixels(images), (temperature, proposals)
 
         def divide(info: ModelInfo) -> Iterator[CompleteRequest]:
-            return plans.completions(
+            return plans.complete_requests(
                 info, version, x, mask, label, completions, seed, first_index, *how
             )
 
@@ -348,8 +348,8 @@ class AsyncClient:
                 if not parts.try_next_replica():
                     raise
                 continue
-            found += [codec.completions(answer) for answer in answers if parts.takes(answer)]
-        return plans.completed(found, x, completions, seed, parts.info)
+            found += [codec.completions(answer) for answer in answers if parts.accept(answer)]
+        return plans.join_completions(found, x, completions, seed, parts.info)
 
     async def models(self) -> list[ModelInfo]:
         """As `Client.models`."""
@@ -361,7 +361,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """As `Client.close`."""
-        if closing := self._line.close():
+        if closing := self._rpcs.close():
             await closing
 
     async def __aenter__(self) -> Self:
@@ -376,7 +376,7 @@ class AsyncClient:
         await self.close()
 
     async def _follow(self, plan: catalogue.Plan[T]) -> T:
-        plan = catalogue.seeking(plan, self._replicas)
+        plan = catalogue.asking_replicas(plan, self._replicas)
         step: Callable[[], catalogue.Request] = partial(next, plan)
         while True:
             try:
@@ -394,10 +394,10 @@ class AsyncClient:
         retries = self._fresh_retries()
         while True:
             try:
-                with self._line.translated_errors():
-                    return await self._ask(request, retries.left())
+                with self._rpcs.translated_errors():
+                    return await self._ask(request, retries.time_left())
             except Unavailable as error:
-                await asyncio.sleep(retries.pause(error))
+                await asyncio.sleep(retries.retry_delay(error))
 
     async def _answers(self, request: Any) -> list[Any]:
         """All messages of a streamed answer; if it ends too soon, the whole request is repeated."""
@@ -405,18 +405,18 @@ class AsyncClient:
         while True:
             messages: list[Any] = []
             try:
-                with self._line.translated_errors():
-                    async for message in self._ask(request, retries.left()):
+                with self._rpcs.translated_errors():
+                    async for message in self._ask(request, retries.time_left()):
                         messages.append(message)  # noqa: PERF401 (an error must keep those received)
                     return messages
             except (Unavailable, Overloaded) as error:
-                await asyncio.sleep(retries.pause(error, begun=bool(messages)))
+                await asyncio.sleep(retries.retry_delay(error, begun=bool(messages)))
 
     def _fresh_retries(self) -> Retries:
         return Retries(self._timeout, self._retries)
 
     def _ask(self, request: Any, timeout: float) -> Any:
-        call = self._line.call(type(request))
+        call = self._rpcs.call(type(request))
         return call(request, timeout=timeout, metadata=self._route.metadata())
 
     def _feed(
@@ -425,8 +425,8 @@ class AsyncClient:
         questions: plans.Questions[A],
     ) -> AsyncGenerator[A | LikelyError, None]:
         def begin(messages: AsyncIterator[Any]) -> Any:
-            call = self._line.call(questions.stream)
+            call = self._rpcs.call(questions.stream)
             return call(messages, metadata=self._route.metadata())
 
-        feed = AsyncFeed(begin, questions, self._timeout, self._retries, self._line.error)
+        feed = AsyncFeed(begin, questions, self._timeout, self._retries, self._rpcs.error)
         return feed.outcomes(images)

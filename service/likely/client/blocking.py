@@ -28,7 +28,7 @@ from likely.answers import (
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import BlockingFeed
-from likely.client.line import ADDRESS, TIMEOUT, Line, Retries, positive
+from likely.client.line import ADDRESS, TIMEOUT, Retries, ServerRpcs, valid_timeout
 from likely.client.plans import GuaranteeLike, RuleLike
 from likely.client.values import Label
 from likely.errors import (
@@ -92,7 +92,7 @@ class Client:
                 addresses are encrypted without a server name, or the token would be sent
                 unencrypted to another machine.
         """
-        self._timeout = positive(timeout)
+        self._timeout = valid_timeout(timeout)
         self._retries = retries
         self._catalogue = catalogue.Catalogue()
         self._route = Route(
@@ -107,7 +107,7 @@ class Client:
         )
         self._replicas = catalogue.REPLICAS if self._route.fleet else 1
         opening = partial(self._route.channel, once=not retries)
-        self._line = Line(opening, self._route.edition, address, self._catalogue)
+        self._rpcs = ServerRpcs(opening, self._route.edition, address, self._catalogue)
 
     def score(
         self,
@@ -457,30 +457,30 @@ class Client:
         version: str | None = None,
     ) -> Iterator[Draws]:
         """Yields the pictures of `generate` in chunks, as they are drawn."""
-        check, kept = plans.checks(self_check, acceptance, alpha, max_draws)
+        check, kept = plans.build_checks(self_check, acceptance, alpha, max_draws)
 
         def divide(info: ModelInfo) -> Iterator[GenerateRequest]:
-            return plans.generations(
+            return plans.generate_requests(
                 info, version, label, count, seed, first_index, temperature, check, kept
             )
 
         parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
         retries = self._fresh_retries()
         while (request := self._follow(parts.next())) is not None:
-            call = self._ask(request, retries.left())
+            call = self._ask(request, retries.time_left())
             try:
-                with self._line.translated_errors():
+                with self._rpcs.translated_errors():
                     for message in call:
                         retries.reset()
-                        if not parts.takes(message):
+                        if not parts.accept(message):
                             break
                         yield codec.draws(message)
             except (Unavailable, Overloaded, DeadlineExceeded) as error:
-                if self._retries and parts.resumes():
-                    time.sleep(retries.rest(error))
+                if self._retries and parts.resume():
+                    time.sleep(retries.resume_delay(error))
                 else:
-                    time.sleep(retries.pause(error))
-                    parts.repeats()
+                    time.sleep(retries.retry_delay(error))
+                    parts.repeat()
             except ModelNotFound:
                 if not parts.try_next_replica():
                     raise
@@ -524,7 +524,7 @@ class Client:
         x, how = values.pixels(images), (temperature, proposals)
 
         def divide(info: ModelInfo) -> Iterator[CompleteRequest]:
-            return plans.completions(
+            return plans.complete_requests(
                 info, version, x, mask, label, completions, seed, first_index, *how
             )
 
@@ -537,8 +537,8 @@ class Client:
                 if not parts.try_next_replica():
                     raise
                 continue
-            found += [codec.completions(answer) for answer in answers if parts.takes(answer)]
-        return plans.completed(found, x, completions, seed, parts.info)
+            found += [codec.completions(answer) for answer in answers if parts.accept(answer)]
+        return plans.join_completions(found, x, completions, seed, parts.info)
 
     def models(self) -> list[ModelInfo]:
         """The descriptions of all served versions, sorted by name.
@@ -558,7 +558,7 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection and ends the calls that run on it."""
-        self._line.close()
+        self._rpcs.close()
 
     def __enter__(self) -> Self:
         return self
@@ -572,7 +572,7 @@ class Client:
         self.close()
 
     def _follow(self, plan: catalogue.Plan[T]) -> T:
-        plan = catalogue.seeking(plan, self._replicas)
+        plan = catalogue.asking_replicas(plan, self._replicas)
         step: Callable[[], catalogue.Request] = partial(next, plan)
         while True:
             try:
@@ -590,10 +590,10 @@ class Client:
         retries = self._fresh_retries()
         while True:
             try:
-                with self._line.translated_errors():
-                    return self._ask(request, retries.left())
+                with self._rpcs.translated_errors():
+                    return self._ask(request, retries.time_left())
             except Unavailable as error:
-                time.sleep(retries.pause(error))
+                time.sleep(retries.retry_delay(error))
 
     def _answers(self, request: Any) -> list[Any]:
         """All messages of a streamed answer; if it ends too soon, the whole request is repeated."""
@@ -601,26 +601,26 @@ class Client:
         while True:
             messages: list[Any] = []
             try:
-                with self._line.translated_errors():
-                    for message in self._ask(request, retries.left()):
+                with self._rpcs.translated_errors():
+                    for message in self._ask(request, retries.time_left()):
                         messages.append(message)  # noqa: PERF402 (an error must keep those received)
                     return messages
             except (Unavailable, Overloaded) as error:
-                time.sleep(retries.pause(error, begun=bool(messages)))
+                time.sleep(retries.retry_delay(error, begun=bool(messages)))
 
     def _fresh_retries(self) -> Retries:
         return Retries(self._timeout, self._retries)
 
     def _ask(self, request: Any, timeout: float) -> Any:
-        call = self._line.call(type(request))
+        call = self._rpcs.call(type(request))
         return call(request, timeout=timeout, metadata=self._route.metadata())
 
     def _feed(
         self, images: Iterable[npt.ArrayLike], questions: plans.Questions[A]
     ) -> Iterator[A | LikelyError]:
         def begin(messages: Iterator[Any]) -> Any:
-            call = self._line.call(questions.stream)
+            call = self._rpcs.call(questions.stream)
             return call(messages, metadata=self._route.metadata())
 
-        feed = BlockingFeed(begin, questions, self._timeout, self._retries, self._line.error)
+        feed = BlockingFeed(begin, questions, self._timeout, self._retries, self._rpcs.error)
         return feed.outcomes(images)

@@ -36,9 +36,11 @@ Address: TypeAlias = str | Sequence[str]
 
 KEEPALIVE_TIME = 30.0  # seconds of silence during a request after which a keepalive ping is sent
 KEEPALIVE_TIMEOUT = 20.0  # seconds in which the ping must be answered
-LOOKUP = 1.0  # least seconds between two DNS look-ups; gRPC's 30 outlast a rolling update
-RECONNECT = 2.0  # most seconds between two attempts to reach a replica; gRPC would go up to 120
-LARGEST = 1 << 30  # bytes of the largest request that is retried; gRPC would stop at 256 KiB
+LOOKUP_INTERVAL = 1.0  # least seconds between two DNS look-ups; gRPC's 30 outlast a rolling update
+# Most seconds between two attempts to reach a replica; gRPC would go up to 120.
+MAX_RECONNECT_DELAY = 2.0
+# Bytes of the largest request that is retried; gRPC would stop at 256 KiB.
+RETRY_BUFFER_BYTES = 1 << 30
 
 _RETRY = {
     "maxAttempts": 5,
@@ -55,11 +57,11 @@ _FEEDS = [
     for method in _SCORING.methods
     if method.client_streaming
 ]
-_SERVICE: dict[str, Any] = {
+_SERVICE_CONFIG: dict[str, Any] = {
     "methodConfig": [{"name": [{}], "retryPolicy": _RETRY}, {"name": _FEEDS}]
 }
-_FLEET = {
-    **_SERVICE,
+_FLEET_CONFIG = {
+    **_SERVICE_CONFIG,
     "loadBalancingConfig": [{"round_robin": {}}],
     "healthCheckConfig": {"serviceName": ""},
 }
@@ -116,12 +118,12 @@ class Route:
         self._target = address if isinstance(address, str) else _target(several)
         self.fleet = not isinstance(address, str) or address.startswith("dns:")
         self._options: tuple[tuple[str, Any], ...] = (
-            ("grpc.service_config", json.dumps(_FLEET if self.fleet else _SERVICE)),
+            ("grpc.service_config", json.dumps(_FLEET_CONFIG if self.fleet else _SERVICE_CONFIG)),
             ("grpc.max_receive_message_length", -1),  # the request bounds the size of its answer
             ("grpc.max_send_message_length", -1),
-            ("grpc.per_rpc_retry_buffer_size", LARGEST),
-            ("grpc.dns_min_time_between_resolutions_ms", round(1000 * LOOKUP)),
-            ("grpc.max_reconnect_backoff_ms", round(1000 * RECONNECT)),
+            ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
+            ("grpc.dns_min_time_between_resolutions_ms", round(1000 * LOOKUP_INTERVAL)),
+            ("grpc.max_reconnect_backoff_ms", round(1000 * MAX_RECONNECT_DELAY)),
             # Without keepalive, requests to a peer that vanished would wait for their deadlines.
             ("grpc.keepalive_time_ms", round(1000 * KEEPALIVE_TIME)),
             ("grpc.keepalive_timeout_ms", round(1000 * KEEPALIVE_TIMEOUT)),

@@ -14,7 +14,7 @@ from likely.fresh import ReloadedValue
 
 File: TypeAlias = str | PathLike[str]
 
-LOOK = 1.0  # least seconds between two checks of the files
+CHECK_INTERVAL = 1.0  # least seconds between two checks of the files
 
 
 class TokenFile:
@@ -29,7 +29,7 @@ class TokenFile:
         Raises:
             SettingsError: the file cannot be read, or contains no token.
         """
-        self._token = ReloadedValue([file], lambda: _token(file), interval=LOOK)
+        self._token = ReloadedValue([file], lambda: _token(file), interval=CHECK_INTERVAL)
 
     def __call__(self) -> str:
         """The token for the next request."""
@@ -53,7 +53,7 @@ class Credentials:
         self._files = ca, key, certificate
         paths = [file for file in self._files if file is not None]
         self._content = ReloadedValue(
-            paths, self._read, check=self._check, renewed=self._renew, interval=LOOK
+            paths, self._read, check=self._check, renewed=self._renew, interval=CHECK_INTERVAL
         )
         self._held = self._content.value()
         self._edition = 1

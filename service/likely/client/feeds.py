@@ -27,18 +27,18 @@ from likely.client import plans
 from likely.client.ledger import LONGEST_DELAY, Ledger, delay
 from likely.errors import DeadlineExceeded, LikelyError, Overloaded, Unavailable
 
-BREAKS = 8  # breaks of the stream between two answers until the feed gives up: about 16 seconds
+MAX_BREAKS = 8  # breaks of the stream between two answers until the feed gives up: about 16 seconds
 # After the timeout, an event loop that was blocked may still have answers to read: it gets TURNS
 # pauses of GRACE seconds.
 GRACE, TURNS = 0.01, 20
-ENDING = 5.0  # seconds for the stream to end by itself once all items are answered
+END_SECONDS = 5.0  # seconds for the stream to end by itself once all items are answered
 
 
 class _Backoff:
     """Counts the breaks of a stream between two answers, and computes the backoff."""
 
     def __init__(self, retries: bool) -> None:
-        self._most = BREAKS if retries else 1
+        self._most = MAX_BREAKS if retries else 1
         self._breaks = 0
 
     def reset(self) -> None:
@@ -58,11 +58,11 @@ class _Backoff:
         return max(seconds, min(failure.retry_after or 0.0, LONGEST_DELAY))
 
 
-def _late(timeout: float) -> DeadlineExceeded:
+def _timeout_error(timeout: float) -> DeadlineExceeded:
     return DeadlineExceeded(f"no answer on the stream for {timeout:g} seconds")
 
 
-def _cut() -> Unavailable:
+def _cut_off_error() -> Unavailable:
     return Unavailable("the stream ended before all was answered")
 
 
@@ -97,9 +97,9 @@ class BlockingFeed(Generic[A]):
         self._call: Any = None
         self._stream = 0  # number of the current stream
         self._failure: Exception | None = None  # why the current stream ended
-        self._fault: BaseException | None = None  # raised by the source of items
+        self._source_error: BaseException | None = None  # raised by the source of items
         self._drained = False  # the source has no more items
-        self._over = False  # the caller takes no more outcomes
+        self._is_abandoned = False  # the caller takes no more outcomes
 
     def outcomes(self, items: Iterable[npt.ArrayLike]) -> Generator[A | LikelyError, None, None]:
         """Yields the outcome of each item, in the order of the items."""
@@ -117,12 +117,12 @@ class BlockingFeed(Generic[A]):
                 for outcome in found:
                     backoff.reset()
                     yield outcome
-            reader.join(ENDING)  # all items are answered: the stream ends by itself
-            if self._fault:
-                raise self._fault
+            reader.join(END_SECONDS)  # all items are answered: the stream ends by itself
+            if self._source_error:
+                raise self._source_error
         finally:
             with self._changed:
-                self._over = True
+                self._is_abandoned = True
                 self._changed.notify_all()
             self._call.cancel()
 
@@ -138,16 +138,16 @@ class BlockingFeed(Generic[A]):
                     return [], None
                 if self._failure:
                     return [], self._failure
-                left = self._ledger.left(time.monotonic())
+                left = self._ledger.time_left(time.monotonic())
                 if left <= 0:
-                    raise _late(self._timeout)
+                    raise _timeout_error(self._timeout)
                 self._changed.wait(left)
 
     def _open(self) -> threading.Thread:
         with self._changed:
             self._stream += 1
             self._failure = None
-            self._ledger.lost()
+            self._ledger.unsend_all()
             stream = self._stream
         self._call = self._begin(self._messages(stream))
         args = (self._call, stream)
@@ -159,13 +159,13 @@ class BlockingFeed(Generic[A]):
         try:
             for item in items:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._over or self._ledger.has_room)
-                    if self._over:
+                    self._changed.wait_for(lambda: self._is_abandoned or self._ledger.has_room)
+                    if self._is_abandoned:
                         return
                     self._ledger.add(item)
                     self._changed.notify_all()
         except BaseException as error:
-            self._fault = error
+            self._source_error = error
         with self._changed:
             self._drained = True
             self._changed.notify_all()
@@ -179,20 +179,20 @@ class BlockingFeed(Generic[A]):
         with self._changed:
             # gRPC may still ask on behalf of a broken stream, which must take no more messages:
             # they belong to the new stream.
-            while not (self._over or stream != self._stream or self._failure):
+            while not (self._is_abandoned or stream != self._stream or self._failure):
                 if (message := self._ledger.next(time.monotonic())) is not None:
                     return message
                 if self._drained and not self._ledger:
                     return None
-                self._changed.wait(self._ledger.wait(time.monotonic()))
+                self._changed.wait(self._ledger.send_delay(time.monotonic()))
         return None
 
     def _read(self, call: Any, stream: int) -> None:
-        failure: Exception = _cut()
+        failure: Exception = _cut_off_error()
         try:
             for response in call:
                 with self._changed:
-                    self._ledger.answered(response, time.monotonic())
+                    self._ledger.record(response, time.monotonic())
                     self._changed.notify_all()
         except grpc.RpcError as error:
             failure = self._error(error)
@@ -221,13 +221,13 @@ class AsyncFeed(Generic[A]):
         self._timeout = timeout
         self._retries = retries
         self._error = error
-        self._stirred = asyncio.Event()  # wakes the consumer: new outcomes, or the end
+        self._outcomes_changed = asyncio.Event()  # wakes the consumer: new outcomes, or the end
         self._room = asyncio.Event()  # wakes the reader of items: the ledger has room
         self._work = asyncio.Event()  # wakes the sender: new messages, or the end
         self._call: Any = None
         self._stream = 0  # number of the current stream
         self._failure: Exception | None = None  # why the current stream ended
-        self._fault: BaseException | None = None  # raised by the source of items
+        self._source_error: BaseException | None = None  # raised by the source of items
         self._drained = False  # the source has no more items
 
     async def outcomes(
@@ -249,10 +249,10 @@ class AsyncFeed(Generic[A]):
                     backoff.reset()
                     yield outcome
             with suppress(TimeoutError):
-                async with asyncio.timeout(ENDING):
+                async with asyncio.timeout(END_SECONDS):
                     await reader
-            if self._fault:
-                raise self._fault
+            if self._source_error:
+                raise self._source_error
         finally:
             self._call.cancel()
             for task in (puller, reader):
@@ -262,7 +262,7 @@ class AsyncFeed(Generic[A]):
     async def _wait(self) -> tuple[list[A | LikelyError], Exception | None]:
         late = 0
         while True:
-            self._stirred.clear()
+            self._outcomes_changed.clear()
             if found := self._ledger.take():
                 self._room.set()
                 return found, None
@@ -271,22 +271,22 @@ class AsyncFeed(Generic[A]):
                 return [], None
             if self._failure:
                 return [], self._failure
-            left = self._ledger.left(time.monotonic())
+            left = self._ledger.time_left(time.monotonic())
             if left <= 0:
                 late += 1
                 if late > TURNS:
-                    raise _late(self._timeout)
+                    raise _timeout_error(self._timeout)
                 await asyncio.sleep(GRACE)
                 continue
             late = 0
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
-                    await self._stirred.wait()
+                    await self._outcomes_changed.wait()
 
     def _open(self) -> asyncio.Task[None]:
         self._stream += 1
         self._failure = None
-        self._ledger.lost()
+        self._ledger.unsend_all()
         self._work.set()  # lets the sender of the previous stream end
         self._call = self._begin(self._messages(self._stream))
         return asyncio.create_task(self._read(self._call))
@@ -300,16 +300,16 @@ class AsyncFeed(Generic[A]):
                         await self._room.wait()
                     self._ledger.add(item)
                     self._work.set()
-                    self._stirred.set()
+                    self._outcomes_changed.set()
         except Exception as error:
-            self._fault = error
+            self._source_error = error
         except asyncio.CancelledError as error:
             if _cancelling():
                 raise
-            self._fault = error  # raised by the source itself
+            self._source_error = error  # raised by the source itself
         self._drained = True
         self._work.set()
-        self._stirred.set()
+        self._outcomes_changed.set()
 
     async def _messages(self, stream: int) -> AsyncIterator[Any]:
         while stream == self._stream and not self._failure:
@@ -320,16 +320,16 @@ class AsyncFeed(Generic[A]):
                 return
             self._work.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._ledger.wait(time.monotonic())):
+                async with asyncio.timeout(self._ledger.send_delay(time.monotonic())):
                     await self._work.wait()
 
     async def _read(self, call: Any) -> None:
-        failure: Exception = _cut()
+        failure: Exception = _cut_off_error()
         try:
             async for response in call:
-                self._ledger.answered(response, time.monotonic())
+                self._ledger.record(response, time.monotonic())
                 self._work.set()
-                self._stirred.set()
+                self._outcomes_changed.set()
         except grpc.RpcError as error:
             failure = self._error(error)
         except Exception as error:  # an answer that cannot be read
@@ -339,7 +339,7 @@ class AsyncFeed(Generic[A]):
                 raise
             failure = LikelyError("this client was closed before all was answered")
         self._failure = failure
-        self._stirred.set()
+        self._outcomes_changed.set()
 
 
 def _cancelling() -> bool:

@@ -60,8 +60,8 @@ class Ledger(Generic[A]):
         self._open: dict[int, _Item] = {}  # items not taken yet, in the feed's order
         self._unsent: deque[_Item] = deque()
         self._sent: dict[int, _Item] = {}  # sent, without an outcome, in the order of sending
-        self._quiet = 0.0  # time before which nothing is sent: the server asked for a pause
-        self._heard = 0.0  # time of the last answer; refusals do not count
+        self._paused_until = 0.0  # time before which nothing is sent: the server asked for a pause
+        self._last_answer = 0.0  # time of the last answer; refusals do not count
 
     def __len__(self) -> int:
         """Number of items that have been added and not been taken."""
@@ -88,7 +88,7 @@ class Ledger(Generic[A]):
 
     def next(self, now: float) -> Any:
         """The message to send now, or None."""
-        if not self._unsent or now < self._quiet:
+        if not self._unsent or now < self._paused_until:
             return None
         item = self._unsent.popleft()
         item.first, item.last = item.first or now, now
@@ -96,23 +96,23 @@ class Ledger(Generic[A]):
         self._sent[item.number] = item
         return item.message
 
-    def wait(self, now: float) -> float | None:
+    def send_delay(self, now: float) -> float | None:
         """Seconds until a message can be sent; None if none is waiting."""
-        return max(0.0, self._quiet - now) if self._unsent else None
+        return max(0.0, self._paused_until - now) if self._unsent else None
 
-    def answered(self, response: Any, now: float) -> None:
+    def record(self, response: Any, now: float) -> None:
         """Records the outcomes in a response; items to be resent stay without an outcome."""
         for outcome in response.outcomes:
             item = self._sent.pop(outcome.sequence_id, None)
             if item is None:
                 continue  # never sent, or answered before: our servers do not do that
             if outcome.HasField("response"):
-                self._heard = now
+                self._last_answer = now
                 item.outcome = self._questions.read(outcome.response, item.shape)
             else:
-                self._failed(item, statuses.error_of(outcome.failure), now)
+                self._record_failure(item, statuses.error_of(outcome.failure), now)
 
-    def lost(self) -> None:
+    def unsend_all(self) -> None:
         """The stream is lost: all sent items without an outcome become unsent again."""
         self._unsent.extendleft(reversed(self._sent.values()))
         self._sent.clear()
@@ -127,18 +127,19 @@ class Ledger(Generic[A]):
             found.append(item.outcome)
         return found
 
-    def left(self, now: float) -> float:
+    def time_left(self, now: float) -> float:
         """Seconds until the timeout for the next answer; the whole timeout if none is due."""
         if not self._sent:
             return self._timeout
-        return max(next(iter(self._sent.values())).last, self._heard) + self._timeout - now
+        return max(next(iter(self._sent.values())).last, self._last_answer) + self._timeout - now
 
     def _message(self, x: Pixels, number: int) -> Any:
         request = self._questions.ask(x, self._questions.version)
         message = self._questions.stream(sequence_id=number, request=request)
-        return plans.within(message, self._questions.most)  # a larger one would end the stream
+        # A larger one would end the stream.
+        return plans.require_size(message, self._questions.max_bytes)
 
-    def _failed(self, item: _Item, error: LikelyError, now: float) -> None:
+    def _record_failure(self, item: _Item, error: LikelyError, now: float) -> None:
         """Records the error as outcome, unless the item can be resent within its timeout.
 
         The timeout starts again with each answer: as long as other items are answered, this one
@@ -147,8 +148,8 @@ class Ledger(Generic[A]):
         if self._retries and isinstance(error, Overloaded | Unavailable):
             named = error.retry_after
             again = now + (delay(item.attempts) if named is None else named)
-            if again < max(item.first, self._heard) + self._timeout:
-                self._quiet = max(self._quiet, again)
+            if again < max(item.first, self._last_answer) + self._timeout:
+                self._paused_until = max(self._paused_until, again)
                 self._unsent.appendleft(item)
                 return
         item.outcome = error

@@ -37,17 +37,18 @@ from likely.v1 import (
 
 ADDRESS = "127.0.0.1:50051"
 TIMEOUT = 60.0
-LONGEST = 1e9  # seconds, about 31 years; gRPC treats a time that no clock can hold as 0
-CLOSED = "this client is closed; make another one to ask on"
-ENDED = "this client was closed before all was answered"
-PAUSES = (0.2, 0.4, 0.8)  # backoff in seconds before a request is repeated after a cut-off answer
+MAX_TIMEOUT = 1e9  # seconds, about 31 years; gRPC treats a time that no clock can hold as 0
+CLIENT_CLOSED = "this client is closed; make another one to ask on"
+CLOSED_TOO_EARLY = "this client was closed before all was answered"
+# Backoff in seconds before a request is repeated after a cut-off answer.
+RETRY_DELAYS = (0.2, 0.4, 0.8)
 # Beginnings of gRPC's message if no server was reached.
 _UNREACHED = ("failed to connect", "errors resolving", "DNS resolution", "connections to all")
 # Parts of that message if a server was reached but TLS failed.
-_INSECURE = ("Tls handshake failed", "Hostname Verification Check failed", "SSL_ERROR_SSL")
-_CLOSED = "Socket closed"  # part of it if a peer hung up: a server with TLS, or a proxy with none
+_TLS_FAILURES = ("Tls handshake failed", "Hostname Verification Check failed", "SSL_ERROR_SSL")
+_HUNG_UP = "Socket closed"  # part of it if a peer hung up: a server with TLS, or a proxy with none
 # gRPC's whole message after a timeout, whether or not a server was reached or had begun to answer.
-_LATE = ("Deadline Exceeded", "Stream removed (Deadline Exceeded)")
+_TIMED_OUT = ("Deadline Exceeded", "Stream removed (Deadline Exceeded)")
 
 Kind: TypeAlias = type[
     Request
@@ -58,7 +59,7 @@ Kind: TypeAlias = type[
 ]
 
 
-class Line:
+class ServerRpcs:
     """The RPCs of one server, over a channel that is opened when the first RPC is requested.
 
     A new channel replaces it when the certificate files change; calls on the old one run to their
@@ -77,7 +78,7 @@ class Line:
         self._edition = edition
         self._opened = 0  # edition of the certificate files that the channel uses
         self._catalogue = catalogue
-        self._where = address if isinstance(address, str) else ", ".join(address)
+        self._address = address if isinstance(address, str) else ", ".join(address)
         self._closed = False
         self._channel: Any = None
         self._calls: dict[Kind, Any] = {}
@@ -92,7 +93,7 @@ class Line:
             LikelyError: the client is closed.
         """
         if self._closed:
-            raise LikelyError(CLOSED)
+            raise LikelyError(CLIENT_CLOSED)
         if self._calls and self._process != os.getpid():
             raise Forked(
                 f"this client was used in process {self._process}, which then forked this one; "
@@ -128,7 +129,7 @@ class Line:
             task = asyncio.current_task()
             if not self._closed or (task and task.cancelling()):
                 raise
-            raise LikelyError(ENDED) from end
+            raise LikelyError(CLOSED_TOO_EARLY) from end
         except grpc.RpcError as failure:
             error = self.error(failure)
             if isinstance(error, InvalidInput):  # an outdated description may be the cause
@@ -138,8 +139,8 @@ class Line:
     def error(self, failure: Any) -> LikelyError:
         """The error of a failed call, which may have failed because the client was closed."""
         if self._closed and failure.code() is grpc.StatusCode.CANCELLED:
-            return LikelyError(ENDED)
-        return as_error(failure, self._where)
+            return LikelyError(CLOSED_TOO_EARLY)
+        return as_error(failure, self._address)
 
 
 class Retries:
@@ -157,7 +158,7 @@ class Retries:
             enabled: whether to retry at all.
         """
         self._timeout = timeout
-        self._pauses = PAUSES if enabled else ()
+        self._pauses = RETRY_DELAYS if enabled else ()
         self._times = 0
         self._end = 0.0
 
@@ -165,14 +166,14 @@ class Retries:
         """An answer has arrived: the next request has its own retries and timeout."""
         self._times = 0
 
-    def left(self) -> float:
+    def time_left(self) -> float:
         """Seconds left for the request that is sent now."""
         now = time.monotonic()
         if not self._times:
             self._end = now + self._timeout
         return self._end - now
 
-    def pause(self, error: LikelyError, *, begun: bool = False) -> float:
+    def retry_delay(self, error: LikelyError, *, begun: bool = False) -> float:
         """Seconds to wait before the same request is sent again.
 
         Args:
@@ -186,25 +187,25 @@ class Retries:
         again = isinstance(error, Unavailable | Overloaded)
         if self._times >= len(self._pauses) or not (again if begun else _is_cut(error)):
             raise error
-        seconds = max(self._pauses[self._times], _wish(error))
+        seconds = max(self._pauses[self._times], _named_delay(error))
         self._times += 1
         if seconds >= self._end - time.monotonic():
             raise error
         return seconds
 
-    def rest(self, error: LikelyError) -> float:
+    def resume_delay(self, error: LikelyError) -> float:
         """Seconds to wait before partly received draws resume; 0 unless the server is too busy.
 
         Raises:
             LikelyError: the error itself, if the server names a delay beyond the timeout.
         """
-        seconds = _wish(error) if isinstance(error, Overloaded) else 0.0
+        seconds = _named_delay(error) if isinstance(error, Overloaded) else 0.0
         if seconds >= self._timeout:
             raise error
         return seconds
 
 
-def _wish(error: LikelyError) -> float:
+def _named_delay(error: LikelyError) -> float:
     """The delay in seconds that the server named for the next attempt; 0 if it named none."""
     named = error.retry_after if isinstance(error, Unavailable | Overloaded) else None
     return named or 0.0
@@ -231,8 +232,8 @@ def as_error(failure: Any, address: str, start: str = "likely serve") -> LikelyE
     """
     error = statuses.error(failure)
     if isinstance(error, Unavailable) and str(error).startswith(_UNREACHED):
-        return unreached(address, str(error), start)
-    if isinstance(error, DeadlineExceeded) and str(error) in _LATE:
+        return unreachable_error(address, str(error), start)
+    if isinstance(error, DeadlineExceeded) and str(error) in _TIMED_OUT:
         return DeadlineExceeded(
             f"the timeout ended before a likely server at {address} had answered; "
             f"where none runs, `{start}` starts one. gRPC says: {error}"
@@ -240,29 +241,29 @@ def as_error(failure: Any, address: str, start: str = "likely serve") -> LikelyE
     return error
 
 
-def unreached(address: str, words: str, start: str = "likely serve") -> Unavailable:
+def unreachable_error(address: str, words: str, start: str = "likely serve") -> Unavailable:
     """The error for an address where no server answers; it ends with gRPC's own message."""
-    if any(sign in words for sign in _INSECURE):
+    if any(sign in words for sign in _TLS_FAILURES):
         return Unavailable(
             f"no connection with {address}: is TLS on one side only, or the server's certificate "
             f"not trusted, or of another name? gRPC says: {words}"
         )
-    closed = " (or one asks for TLS)" if _CLOSED in words else ""
+    closed = " (or one asks for TLS)" if _HUNG_UP in words else ""
     return Unavailable(
         f"no likely server answers at {address}{closed}; `{start}` starts one. gRPC says: {words}"
     )
 
 
-def positive(timeout: float) -> float:
+def valid_timeout(timeout: float) -> float:
     """The timeout unchanged, if it is valid.
 
     Raises:
-        SettingsError: it is not a number above 0, or it exceeds `LONGEST` seconds.
+        SettingsError: it is not a number above 0, or it exceeds `MAX_TIMEOUT` seconds.
     """
-    if not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST:
+    if not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT:
         raise SettingsError(
             f"timeout = {timeout!r} is not allowed; it should be seconds above 0, "
-            f"at most {LONGEST:,.0f}"
+            f"at most {MAX_TIMEOUT:,.0f}"
         )
     return timeout
 

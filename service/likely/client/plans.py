@@ -34,11 +34,11 @@ from likely.client.catalogue import Catalogue, LabelResolver, Plan, Request
 from likely.client.values import (
     Label,
     array,
-    built,
+    build_message,
+    enum_member,
     index_of,
-    member,
     pixels,
-    whole,
+    to_int,
 )
 from likely.errors import InvalidInput
 from likely.v1 import generation_pb2, latent_pb2, scoring_pb2
@@ -62,7 +62,7 @@ class Questions(Generic[A]):
         read: builds the answer from the response and the shape of the pictures.
         version: the version that the caller named; empty for the default.
         stream: type of the message that carries such a request in a feed; None if there is none.
-        most: maximum size in bytes of such a message; None for no limit.
+        max_bytes: maximum size in bytes of such a message; None for no limit.
         pictures: maximum number of pictures that fit in one answer; None for no limit.
     """
 
@@ -70,11 +70,11 @@ class Questions(Generic[A]):
     read: Callable[[Any, tuple[int, ...]], A]
     version: str = ""
     stream: Any = None
-    most: int | None = None
+    max_bytes: int | None = None
     pictures: int | None = None
 
 
-def within(request: R, most: int | None, field: str = "images") -> R:
+def require_size(request: R, most: int | None, field: str = "images") -> R:
     """The request unchanged, if it is not too large for the server.
 
     Args:
@@ -99,10 +99,10 @@ def score_questions(
     version: str | None,
 ) -> Questions[Scores]:
     """The questions of `Client.score` and `score_stream`."""
-    held = member("guarantee", Guarantee, guarantee)
+    held = enum_member("guarantee", Guarantee, guarantee)
 
     def ask(x: Pixels, version: str) -> Request:
-        return built(
+        return build_message(
             scoring_pb2.ScoreRequest,
             model_name=info.name,
             model_version=version,
@@ -132,11 +132,11 @@ def classify_questions(
     version: str | None,
 ) -> Questions[Classifications]:
     """The questions of `Client.classify` and `classify_stream`."""
-    held, by = member("guarantee", Guarantee, guarantee), member("rule", LabelRule, rule)
+    held, by = enum_member("guarantee", Guarantee, guarantee), enum_member("rule", LabelRule, rule)
     given = None if priors is None else array("priors", priors, np.float64).tolist()
 
     def ask(x: Pixels, version: str) -> Request:
-        return built(
+        return build_message(
             scoring_pb2.ClassifyRequest,
             model_name=info.name,
             model_version=version,
@@ -170,9 +170,9 @@ def score(
 
     def plan(info: ModelInfo) -> Plan[Scores]:
         questions = score_questions(info, alpha, surprise, guarantee, version)
-        return (yield from _divided(x, info, questions))
+        return (yield from _ask_in_parts(x, info, questions))
 
-    yield from _checked(catalogue, model, version, x)
+    yield from _check_levels(catalogue, model, version, x)
     return (yield from LabelResolver(catalogue, model, version, None).follow(plan))
 
 
@@ -195,9 +195,9 @@ def classify(
         questions = classify_questions(
             info, alpha, priors, min_posterior, guarantee, rule, both, version
         )
-        return (yield from _divided(x, info, questions))
+        return (yield from _ask_in_parts(x, info, questions))
 
-    yield from _checked(catalogue, model, version, x)
+    yield from _check_levels(catalogue, model, version, x)
     return (yield from LabelResolver(catalogue, model, version, None).follow(plan))
 
 
@@ -215,7 +215,7 @@ def encode(
         given = iter(_labels(labels, len(x), info) or ())
 
         def ask(part: Pixels, version: str) -> Request:
-            return built(
+            return build_message(
                 scoring_pb2.EncodeRequest,
                 model_name=info.name,
                 model_version=version,
@@ -223,12 +223,12 @@ def encode(
                 labels=list(islice(given, len(part))),
             )
 
-        return (yield from _divided(x, info, Questions(ask, read, version or "")))
+        return (yield from _ask_in_parts(x, info, Questions(ask, read, version or "")))
 
     def read(answer: scoring_pb2.EncodeResponse, _: tuple[int, ...]) -> Features:
         return codec.features(answer)
 
-    yield from _checked(catalogue, model, version, x)
+    yield from _check_levels(catalogue, model, version, x)
     resolver = _resolver(catalogue, model, version, len(x), labels)
     return (yield from resolver.follow(plan))
 
@@ -255,8 +255,8 @@ class RedrawSettings:
     version: str | None = None
 
     def __post_init__(self) -> None:
-        whole("draws", self.draws)
-        whole("first_index", self.first_index)
+        to_int("draws", self.draws)
+        to_int("first_index", self.first_index)
 
     def fields(self, info: ModelInfo, at: int, last: Redrawings | None) -> dict[str, Any]:
         """The fields of the request for pictures from `at` on; `last` is the previous answer."""
@@ -302,13 +302,13 @@ def decode(
             given = None
         step, parts = how.step(info, 1, z[:1].nbytes), list[Redrawings]()
         for at in range(0, max(len(z), 1), step):
-            message = built(
+            message = build_message(
                 latent_pb2.DecodeRequest,
                 features=codec.packed(z[at : at + step]),
                 labels=given and given[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
-            answer: latent_pb2.DecodeResponse = yield within(
+            answer: latent_pb2.DecodeResponse = yield require_size(
                 message, info.limits.request_bytes, "features"
             )
             parts.append(codec.redrawn(answer, how.draws))
@@ -320,7 +320,7 @@ def decode(
             asked = f"(n, {info.latent_dimensions})"
             raise InvalidInput("features", f"shape {z.shape}; expected {asked}")
 
-    yield from _held(catalogue, model, how.version, check)
+    yield from _check_arguments(catalogue, model, how.version, check)
     resolver = _resolver(catalogue, model, how.version, len(z), labels)
     return (yield from resolver.follow(plan))
 
@@ -335,13 +335,13 @@ def traverse(
     model: str | None,
 ) -> Plan[Traversal]:
     """All pictures redrawn along a direction."""
-    x, places = pixels(images), _places(points)
+    x, places = pixels(images), _to_points(points)
 
     def plan(info: ModelInfo) -> Plan[Traversal]:
         given = _labels(labels, len(x), info)
         step, parts = how.step(info, len(places), x[:1].nbytes), list[Traversal]()
         for at in range(0, max(len(x), 1), step):
-            message = built(
+            message = build_message(
                 latent_pb2.TraverseRequest,
                 images=codec.images(x[at : at + step]),
                 direction=direction,
@@ -349,11 +349,13 @@ def traverse(
                 labels=given and given[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
-            answer: latent_pb2.TraverseResponse = yield within(message, info.limits.request_bytes)
+            answer: latent_pb2.TraverseResponse = yield require_size(
+                message, info.limits.request_bytes
+            )
             parts.append(codec.traversal(answer, how.draws, (len(places),)))
         return joined(parts)
 
-    yield from _checked(catalogue, model, how.version, x)
+    yield from _check_levels(catalogue, model, how.version, x)
     resolver = _resolver(catalogue, model, how.version, len(x), labels)
     return (yield from resolver.follow(plan))
 
@@ -369,7 +371,7 @@ def interpolate(
     model: str | None,
 ) -> Plan[Redrawings]:
     """All pictures redrawn on the lines to as many others."""
-    x, far, places = pixels(images), pixels(others), _places(points)
+    x, far, places = pixels(images), pixels(others), _to_points(points)
     if len(x) != len(far):
         raise InvalidInput("others", f"{len(far)} pictures for {len(x)} images; expected as many")
 
@@ -379,7 +381,7 @@ def interpolate(
         step = how.step(info, len(places), x[:1].nbytes + far[:1].nbytes)
         parts: list[Redrawings] = []
         for at in range(0, max(len(x), 1), step):
-            message = built(
+            message = build_message(
                 latent_pb2.InterpolateRequest,
                 images=codec.images(x[at : at + step]),
                 others=codec.images(far[at : at + step]),
@@ -388,18 +390,18 @@ def interpolate(
                 other_labels=others_given and others_given[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
-            answer: latent_pb2.InterpolateResponse = yield within(
+            answer: latent_pb2.InterpolateResponse = yield require_size(
                 message, info.limits.request_bytes
             )
             parts.append(codec.redrawn(answer, how.draws, (len(places),)))
         return joined(parts)
 
-    yield from _checked(catalogue, model, how.version, x, far)
+    yield from _check_levels(catalogue, model, how.version, x, far)
     resolver = _resolver(catalogue, model, how.version, len(x), labels, other_labels)
     return (yield from resolver.follow(plan))
 
 
-def _places(points: npt.ArrayLike) -> list[float]:
+def _to_points(points: npt.ArrayLike) -> list[float]:
     places = array("points", points, np.float64)
     if places.ndim != 1:
         raise InvalidInput("points", f"shape {places.shape}; expected (points,)")
@@ -407,7 +409,7 @@ def _places(points: npt.ArrayLike) -> list[float]:
     return found
 
 
-def generations(
+def generate_requests(
     info: ModelInfo,
     version: str | None,
     label: Label | None,
@@ -423,9 +425,9 @@ def generations(
     The server picks the version and seed if the caller names none; `Parts` pins them afterwards.
     """
     most = info.limits.images_per_generation
-    count, first = whole("count", count), whole("first_index", first_index)
+    count, first = to_int("count", count), to_int("first_index", first_index)
     for start in range(0, max(count, 1), most):
-        yield built(
+        yield build_message(
             generation_pb2.GenerateRequest,
             model_name=info.name,
             model_version=version or "",
@@ -439,7 +441,7 @@ def generations(
         )
 
 
-def checks(
+def build_checks(
     self_check: bool, acceptance: bool, alpha: float | None, max_draws: int | None
 ) -> tuple[generation_pb2.SelfCheck | None, generation_pb2.Acceptance | None]:
     """The self-check and the acceptance of a Generate request, each None if not requested.
@@ -452,12 +454,14 @@ def checks(
     if max_draws is not None and not (self_check or acceptance):
         raise InvalidInput("max_draws", "is of a self_check or of acceptance only")
     return (
-        built(generation_pb2.SelfCheck, alpha=alpha, max_draws=max_draws) if self_check else None,
-        built(generation_pb2.Acceptance, max_draws=max_draws) if acceptance else None,
+        build_message(generation_pb2.SelfCheck, alpha=alpha, max_draws=max_draws)
+        if self_check
+        else None,
+        build_message(generation_pb2.Acceptance, max_draws=max_draws) if acceptance else None,
     )
 
 
-def completions(
+def complete_requests(
     info: ModelInfo,
     version: str | None,
     x: Pixels,
@@ -470,8 +474,8 @@ def completions(
     proposals: int,
 ) -> Iterator[generation_pb2.CompleteRequest]:
     """The requests that complete pictures x, each within the server's limits."""
-    count, first = whole("completions", count), whole("first_index", first_index)
-    drawn = max(1, count) * max(1, whole("proposals", proposals))  # for each picture
+    count, first = to_int("completions", count), to_int("first_index", first_index)
+    drawn = max(1, count) * max(1, to_int("proposals", proposals))  # for each picture
     known = array("mask", mask, np.bool_)
     known = known[:, None] if known.ndim == 3 and x.shape[1] == 1 else known
     try:
@@ -484,7 +488,7 @@ def completions(
     step = max(1, min(info.limits.images_per_request, fitting, most))
     for at in range(0, max(len(x), 1), step):
         part = x[at : at + step]
-        request = built(
+        request = build_message(
             generation_pb2.CompleteRequest,
             model_name=info.name,
             model_version=version or "",
@@ -497,10 +501,10 @@ def completions(
             temperature=temperature,
             proposals=proposals,
         )
-        yield within(request, info.limits.request_bytes)
+        yield require_size(request, info.limits.request_bytes)
 
 
-def completed(
+def join_completions(
     parts: Sequence[Completions], x: Pixels, count: int, seed: int | None, info: ModelInfo
 ) -> Completions:
     """The completions of all chunks joined; images (n, completions, c, h, w), for pictures x."""
@@ -518,11 +522,11 @@ def _resolver(
 ) -> LabelResolver:
     """The resolver for a question about n pictures with labels for each."""
 
-    def meant(info: ModelInfo) -> list[list[int] | None]:
+    def to_indices(info: ModelInfo) -> list[list[int] | None]:
         return [_labels(each, n, info) for each in labels]
 
     named = any(array("labels", each).dtype.kind == "U" for each in labels if each is not None)
-    return LabelResolver(catalogue, model, version, meant if named else None)
+    return LabelResolver(catalogue, model, version, to_indices if named else None)
 
 
 def _labels(labels: npt.ArrayLike | None, n: int, info: ModelInfo) -> list[int] | None:
@@ -542,7 +546,7 @@ def _labels(labels: npt.ArrayLike | None, n: int, info: ModelInfo) -> list[int] 
     return numbers
 
 
-def _checked(
+def _check_levels(
     catalogue: Catalogue,
     model: str | None,
     version: str | None,
@@ -560,29 +564,29 @@ def _checked(
             if given is not None and given.shape[1:] == info.shape:
                 codec.check_levels(given, info.levels, field)
 
-    yield from _held(catalogue, model, version, check)
+    yield from _check_arguments(catalogue, model, version, check)
 
 
-def _held(
+def _check_arguments(
     catalogue: Catalogue,
     model: str | None,
     version: str | None,
     check: Callable[[ModelInfo], None],
 ) -> Plan[None]:
     """Checks arguments against the model's description; a cached one is renewed before failing."""
-    for known in (True, False):
+    for is_first_try in (True, False):
         info = yield from catalogue.model(model, version)
         try:
             check(info)
         except InvalidInput:
-            if not known:
+            if not is_first_try:
                 raise
             catalogue.forget(model, version)  # a newer version may take it
         else:
             return
 
 
-def _divided(x: Pixels, info: ModelInfo, questions: Questions[A]) -> Plan[A]:
+def _ask_in_parts(x: Pixels, info: ModelInfo, questions: Questions[A]) -> Plan[A]:
     """Asks about all pictures in requests that, with their answers, are within the limits."""
     fitting = (info.limits.request_bytes - OVERHEAD_BYTES) // max(1, x[:1].nbytes)
     most = info.limits.images_per_request
@@ -593,6 +597,6 @@ def _divided(x: Pixels, info: ModelInfo, questions: Questions[A]) -> Plan[A]:
         part = x[at : at + step]
         # Once one version has answered, it must answer the other requests too.
         pinned = answers[0].model_version if answers else questions.version
-        answer = yield within(questions.ask(part, pinned), largest)
+        answer = yield require_size(questions.ask(part, pinned), largest)
         answers.append(questions.read(answer, part.shape))
     return joined(answers)

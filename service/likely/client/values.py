@@ -60,7 +60,7 @@ def index_of(label: Label | None, names: Sequence[str], field: str = "label") ->
     raise InvalidInput(field, f"{reprlib.repr(label)} is none of {', '.join(names) or 'none'}")
 
 
-def whole(field: str, value: Any) -> int:
+def to_int(field: str, value: Any) -> int:
     """The number as an int.
 
     Raises:
@@ -72,7 +72,7 @@ def whole(field: str, value: Any) -> int:
         raise InvalidInput(field, f"{value!r} is no whole number") from None
 
 
-def member(field: str, kind: type[E], given: E | str) -> E:
+def enum_member(field: str, kind: type[E], given: E | str) -> E:
     """The member of an enumeration, given as a member or by its name.
 
     Raises:
@@ -85,7 +85,7 @@ def member(field: str, kind: type[E], given: E | str) -> E:
         raise InvalidInput(field, f"{given!r} is none of {names}") from None
 
 
-def built(kind: Callable[..., M], **fields: Any) -> M:
+def build_message(kind: Callable[..., M], **fields: Any) -> M:
     """A message with these fields.
 
     Raises:
@@ -102,12 +102,12 @@ def _unsendable(kind: Any, fields: dict[str, Any], error: Exception) -> InvalidI
     for name, value in fields.items():
         try:
             kind(**{name: value})
-        except (TypeError, ValueError) as own:
+        except (TypeError, ValueError) as field_error:
             field = kind.DESCRIPTOR.fields_by_name[name]
             bits = {field.TYPE_INT32: 31, field.TYPE_INT64: 63}.get(field.type)
             if isinstance(value, int) and not isinstance(value, bool) and bits:
                 return InvalidInput(name, f"{_digits(value)} is not in [-2**{bits}, 2**{bits})")
-            return InvalidInput(name, f"{reprlib.repr(value)} cannot be sent: {own}")
+            return InvalidInput(name, f"{reprlib.repr(value)} cannot be sent: {field_error}")
     return InvalidInput("", f"a value cannot be sent: {error}")
 
 

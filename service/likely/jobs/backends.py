@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from likely.engine import Engine
 
 CHUNK = 256  # pictures in one chunk of draws
-FILLED = 64  # rows of every run, if its size could matter: the largest batch of a warm-up
+PADDED_ROWS = 64  # rows of every run, if its size could matter: the largest batch of a warm-up
 UNLIMITED = Limits(1 << 40, 1 << 40, CHUNK, 1 << 60)  # a job is its engine's only caller
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # backoff between attempts, in seconds
 _RETRYABLE = (Overloaded, Unavailable, DeadlineExceeded)
@@ -96,7 +96,7 @@ class Opener(Protocol):
     def pinned(self, model: str, version: str) -> Opener:
         """The same opener, pinned to the version that the job began with."""
 
-    def known(self, done: ModelInfo) -> ModelInfo | None:
+    def info_without_opening(self, finished: ModelInfo) -> ModelInfo | None:
         """What a finished job's request is compared by; None if the model must be opened first."""
 
 
@@ -110,7 +110,7 @@ class Bundled:
         threads: number of cores to use; 0 for all.
         keys: PEM files of public keys. If there are any, one of them must have signed the bundle.
         max_batch: maximum number of pictures in one run; 0 lets the warm-up find the best one,
-            or means `FILLED` if all runs must have the same size.
+            or means `PADDED_ROWS` if all runs must have the same size.
     """
 
     bundle: Path | None = None
@@ -128,8 +128,8 @@ class Bundled:
             JobError: no bundle is named, and the package does not ship exactly one.
             DeviceError: the device is not available.
         """
-        bundle = self._verified()
-        engine = self._batch_invariant(bundle)
+        bundle = self._open_verified_bundle()
+        engine = self._load_batch_invariant(bundle)
         try:
             bundle.check_again()
         except BaseException:
@@ -141,14 +141,14 @@ class Bundled:
         """Returns itself: the bundle's folder contains a single version."""
         return self
 
-    def known(self, done: ModelInfo) -> ModelInfo | None:
-        """As `Opener.known`: the bundle is verified, and no graph is opened."""
-        bundle = self._verified()
+    def info_without_opening(self, finished: ModelInfo) -> ModelInfo | None:
+        """As `Opener.info_without_opening`: the bundle is verified, and no graph is opened."""
+        bundle = self._open_verified_bundle()
         here = bundle.manifest.name, bundle.manifest.version, bundle.digest
-        same = here == (done.name, done.version, done.digest)
-        return replace(done, default_alpha=ALPHA) if same else None
+        same = here == (finished.name, finished.version, finished.digest)
+        return replace(finished, default_alpha=ALPHA) if same else None
 
-    def _verified(self) -> Bundle:
+    def _open_verified_bundle(self) -> Bundle:
         from likely.bundle import Bundle
         from likely.versions.loading import shipped
 
@@ -157,7 +157,7 @@ class Bundled:
             raise JobError(f"name one of {', '.join(map(str, folders))} by --bundle")
         return Bundle.open(folders[0], self.keys)
 
-    def _batch_invariant(self, bundle: Bundle) -> Engine:
+    def _load_batch_invariant(self, bundle: Bundle) -> Engine:
         """An engine whose answers do not depend on the other pictures of a run.
 
         On a processor, runs may have any size if a few sizes give equal bits. On a card, equal
@@ -168,9 +168,9 @@ class Bundled:
         from likely.bundle import Role
         from likely.graphs import Device
 
-        golden, size = bundle.golden().get(f"{Role.DENSITY}/x"), self.max_batch or FILLED
+        golden, size = bundle.golden().get(f"{Role.DENSITY}/x"), self.max_batch or PADDED_ROWS
         if Device.parse(self.device).resolve().kind != "cuda":
-            engine = self._engine(bundle, self.max_batch)
+            engine = self._load_engine(bundle, self.max_batch)
             if golden is None or batch_invariant(engine, golden):
                 return engine
             engine.close()
@@ -180,7 +180,7 @@ class Bundled:
                 bundle.path,
                 size,
             )
-        engine = self._engine(bundle, size, filled=True)
+        engine = self._load_engine(bundle, size, filled=True)
         if golden is None or batch_invariant(engine, golden, size):
             return engine
         engine.close()
@@ -189,9 +189,9 @@ class Bundled:
             "each picture is run alone",
             bundle.path,
         )
-        return self._engine(bundle, 1)
+        return self._load_engine(bundle, 1)
 
-    def _engine(self, bundle: Bundle, max_batch: int, *, filled: bool = False) -> Engine:
+    def _load_engine(self, bundle: Bundle, max_batch: int, *, filled: bool = False) -> Engine:
         from likely import machine
         from likely.batching.admission import Bounds
         from likely.engine import Engine, Terms
@@ -220,7 +220,7 @@ class Local:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._asked: set[Future[Any]] = set()
+        self._pending: set[Future[Any]] = set()
         self._stopped = threading.Event()
 
     def require(self, task: Task) -> None:
@@ -260,31 +260,31 @@ class Local:
             chunk=CHUNK,
             check=check,
         )
-        return joined(self._run(_all(stream)))
+        return joined(self._run(_collect(stream)))
 
     def stop(self) -> None:
         """As `Backend.stop`: cancels the pending calls, so that their runs stop."""
         self._stopped.set()
-        for asked in tuple(self._asked):
-            asked.cancel()
+        for future in tuple(self._pending):
+            future.cancel()
 
     def close(self) -> None:
         """As `Backend.close`."""
-        asyncio.run_coroutine_threadsafe(_ended(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(_cancel_other_tasks(), self._loop).result()
         self._engine.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        asked = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._asked.add(asked)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._pending.add(future)
         if self._stopped.is_set():  # checked after adding it: either `stop` or this cancels it
-            asked.cancel()
+            future.cancel()
         try:
-            return asked.result()
+            return future.result()
         finally:
-            self._asked.discard(asked)
+            self._pending.discard(future)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,9 +353,9 @@ class Served:
         token = () if self.token_file is None else (Unauthenticated,)
         return (*_RETRYABLE, ModelNotFound, *token)
 
-    def known(self, done: ModelInfo) -> ModelInfo | None:
-        """As `Opener.known`: the version may be gone."""
-        return done
+    def info_without_opening(self, finished: ModelInfo) -> ModelInfo | None:
+        """As `Opener.info_without_opening`: the version may be gone."""
+        return finished
 
     def pinned(self, model: str, version: str) -> Served:
         """The same server, pinned to that version."""
@@ -370,7 +370,7 @@ class Remote:
         self._served = served
         self._stopped = threading.Event()
         try:
-            self.info = self._patient(lambda: client.model(served.model, served.version))
+            self.info = self._ask_with_retries(lambda: client.model(served.model, served.version))
         except BaseException:
             client.close()
             raise
@@ -386,7 +386,7 @@ class Remote:
 
     def score(self, x: Pixels, task: Judgement) -> Scores:
         """As `Backend.score`."""
-        return self._patient(
+        return self._ask_with_retries(
             lambda: self._client.score(
                 x,
                 alpha=task.alpha,
@@ -398,7 +398,7 @@ class Remote:
 
     def classify(self, x: Pixels, task: Judgement) -> Classifications:
         """As `Backend.classify`."""
-        return self._patient(
+        return self._ask_with_retries(
             lambda: self._client.classify(
                 x,
                 alpha=task.alpha,
@@ -413,7 +413,7 @@ class Remote:
 
     def generate(self, label: int | None, first: int, count: int, task: Generation) -> Draws:
         """As `Backend.generate`."""
-        return self._patient(
+        return self._ask_with_retries(
             lambda: self._client.generate(
                 count,
                 label=label,
@@ -437,31 +437,33 @@ class Remote:
         """As `Backend.close`."""
         self._client.close()
 
-    def _patient(self, ask: Callable[[], T]) -> T:
+    def _ask_with_retries(self, ask: Callable[[], T]) -> T:
         """The result of `ask`, which is repeated while the server is busy or restarting.
 
         The version that the job began with may also be missing for a while: when replicas are
         replaced, the old ones may be gone while the new ones still load it.
         """
-        patience, waits = self._served.patience, False
+        patience, has_warned = self._served.patience, False
         end, pause = time.monotonic() + patience, FIRST_PAUSE
         while True:
             try:
                 return ask()
             except self._served.retryable_errors as error:
-                wished = error.retry_after if isinstance(error, Overloaded | Unavailable) else None
-                pause = max(pause, wished or 0.0)
+                requested = (
+                    error.retry_after if isinstance(error, Overloaded | Unavailable) else None
+                )
+                pause = max(pause, requested or 0.0)
                 if self._stopped.is_set() or time.monotonic() + pause > end:
                     if isinstance(error, ModelNotFound):
-                        raise self._gone() from error
+                        raise self._version_gone_error() from error
                     raise
-                if not waits and isinstance(error, ModelNotFound | Unauthenticated):
+                if not has_warned and isinstance(error, ModelNotFound | Unauthenticated):
                     _LOG.warning("retrying for up to %g s: %s", patience, error)
-                    waits = True
+                    has_warned = True
             self._stopped.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _gone(self) -> JobError:
+    def _version_gone_error(self) -> JobError:
         served = self._served
         return JobError(
             f"{served.address} no longer has {served.model}@{served.version}, with which this job "
@@ -470,7 +472,7 @@ class Remote:
         )
 
 
-async def _ended() -> None:
+async def _cancel_other_tasks() -> None:
     """Cancels all other tasks of the event loop and waits for them."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
@@ -478,5 +480,5 @@ async def _ended() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
-async def _all(stream: AsyncIterator[Draws]) -> list[Draws]:
+async def _collect(stream: AsyncIterator[Draws]) -> list[Draws]:
     return [chunk async for chunk in stream]

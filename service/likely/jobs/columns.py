@@ -16,7 +16,7 @@ from likely.answers import Pixels
 from likely.client.values import pixels
 from likely.errors import InvalidInput
 
-USUAL = ("image", "images", "x", "picture", "pixels")
+USUAL_COLUMNS = ("image", "images", "x", "picture", "pixels")
 NO_LEVEL = "some of its levels are empty"
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 
@@ -34,34 +34,34 @@ class Geometry:
     levels: int
 
 
-def chosen(form: pa.Schema, column: str | None, name: str) -> str:
+def picture_column(schema: pa.Schema, column: str | None, name: str) -> str:
     """The name of the column with the pictures: the requested one, or the first usual one.
 
     Args:
-        form: schema of the file.
-        column: name of the requested column; None for one of `USUAL`.
+        schema: schema of the file.
+        column: name of the requested column; None for one of `USUAL_COLUMNS`.
         name: name of the file in errors.
 
     Raises:
         InvalidInput: there is no such column, or more than one of that name.
     """
-    wanted = USUAL if column is None else (column,)
-    found = next((each for each in wanted if each in form.names), None)
+    wanted = USUAL_COLUMNS if column is None else (column,)
+    found = next((each for each in wanted if each in schema.names), None)
     if found is None:
         raise InvalidInput(
-            name, f"no column {' or '.join(wanted)}; there are {', '.join(form.names)}"
+            name, f"no column {' or '.join(wanted)}; there are {', '.join(schema.names)}"
         )
-    require_one(form, found, name)
+    require_one(schema, found, name)
     return found
 
 
-def require_one(form: pa.Schema, column: str, name: str) -> None:
+def require_one(schema: pa.Schema, column: str, name: str) -> None:
     """Checks that a file has at most one column of that name.
 
     Raises:
         InvalidInput: it has several.
     """
-    if form.names.count(column) > 1:
+    if schema.names.count(column) > 1:
         raise InvalidInput(name, f"several columns {column}; expected one")
 
 
@@ -97,7 +97,7 @@ def require_keys(column: pa.Field, name: str) -> None:
         raise InvalidInput(name, f"column {column.name} is of {kind}; a key is a text or a number")
 
 
-def called(keys: pa.ChunkedArray, otherwise: Sequence[str]) -> list[str]:
+def picture_keys(keys: pa.ChunkedArray, otherwise: Sequence[str]) -> list[str]:
     """The key of each picture: its value in the column `keys`, or in `otherwise` if null."""
     named = zip(keys.to_pylist(), otherwise, strict=True)
     return [other if key is None else _text(key) for key, other in named]
@@ -159,7 +159,7 @@ def _chunk(array: pa.Array, name: str, geometry: Geometry, first: int) -> Pixels
     if isinstance(array, pa.FixedShapeTensorArray):
         flat = array.storage.flatten()
         if flat.null_count:
-            row = _first(flat.is_null()) * len(array) // len(flat)
+            row = _first_true(flat.is_null()) * len(array) // len(flat)
             raise InvalidInput(f"{name}[{first + row}]", NO_LEVEL)
         stored = np.asarray(flat).reshape(len(array), *kind.shape)
         turned = stored.transpose(0, *(axis + 1 for axis in _order(kind, geometry)))
@@ -168,7 +168,9 @@ def _chunk(array: pa.Array, name: str, geometry: Geometry, first: int) -> Pixels
         array = array.field("bytes")
         kind = array.type
         if array.null_count:
-            raise InvalidInput(f"{name}[{first + _first(array.is_null())}]", "its bytes are empty")
+            raise InvalidInput(
+                f"{name}[{first + _first_true(array.is_null())}]", "its bytes are empty"
+            )
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _is_fixed(kind):
         size = int(np.prod(geometry.shape))
         if _is_fixed(kind) and kind.byte_width == size:  # not image files, whose lengths differ
@@ -190,7 +192,7 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
     if asked is None:
         may = "2, 1" if lengths[0] == 1 else "2"
         problem = f"levels in lists within {depth - 1} other lists; {may} or none are expected"
-        raise InvalidInput(name, f"{problem}: {_shown(lengths)}, or {size} in one list")
+        raise InvalidInput(name, f"{problem}: {_format_shape(lengths)}, or {size} in one list")
     lists = 1  # number of lists per picture at this depth
     for length in asked:
         # A null counts as a wrong length: flatten() would skip it.
@@ -199,16 +201,18 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
             at = int(np.argmax(wrong))
             row = at // lists
             where = f"{name}[{first + row}]"
-            raise _unfit(where, rows[row].as_py(), int(found[at]), length, depth, geometry)
+            raise _wrong_length_error(
+                where, rows[row].as_py(), int(found[at]), length, depth, geometry
+            )
         array = array.flatten()
         lists *= length
     if array.null_count:
-        row = _first(array.is_null()) // size
+        row = _first_true(array.is_null()) // size
         raise InvalidInput(f"{name}[{first + row}]", NO_LEVEL)
     return pixels(np.asarray(array).reshape(-1, *lengths), name)
 
 
-def _unfit(
+def _wrong_length_error(
     where: str, row: Any, found: int, asked: int, depth: int, geometry: Geometry
 ) -> InvalidInput:
     """The error for a row of which one list has another length than expected."""
@@ -224,7 +228,7 @@ def _unfit(
         return error
     except ValueError:
         pass  # ragged
-    shown = f"{_shown(geometry.shape)} (channels x rows x columns)"
+    shown = f"{_format_shape(geometry.shape)} (channels x rows x columns)"
     return InvalidInput(where, f"a list of {found}; expected one of {asked}: {shown}")
 
 
@@ -262,12 +266,12 @@ def _is_list(kind: Any) -> bool:
     )
 
 
-def _first(flags: pa.Array) -> int:
+def _first_true(flags: pa.Array) -> int:
     """The index of the first true value."""
     return int(np.argmax(np.asarray(flags)))
 
 
-def _shown(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 

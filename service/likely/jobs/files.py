@@ -44,7 +44,7 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def clear(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Removes the temporary files that killed writers left in a folder."""
     for part in folder.glob(f".*{PART}"):
         part.unlink(missing_ok=True)

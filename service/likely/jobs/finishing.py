@@ -13,7 +13,7 @@ from likely import bayes
 from likely.answers import Accepted, Doubles, ModelInfo, Verdict
 from likely.jobs import tables
 from likely.jobs.ledger import Ledger
-from likely.jobs.making import write
+from likely.jobs.making import write_shard
 from likely.jobs.requests import Judgement
 from likely.outliers import benjamini_hochberg
 
@@ -42,24 +42,26 @@ def finish(ledger: Ledger, info: ModelInfo) -> dict[str, Any]:
         largest = p_values[rejected].max(initial=0.0)
         found["fdr"] = {"rate": task.fdr, "largest_p_value": float(largest)}
     if task.estimate_priors:
-        priors = bayes.estimated_priors(_of_accepted(ledger), np.array(info.priors))
+        priors = bayes.estimated_priors(_accepted_posteriors(ledger), np.array(info.priors))
         found["priors"] = dict(zip(info.labels, priors.tolist(), strict=True))
-    form = tables.schema(ledger.request, info)
+    schema = tables.shard_schema(ledger.request, info)
     for shard in ledger.missing():
         measured = pq.read_table(ledger.path(shard, measured=True), partitioning=None)
         start, stop = ledger.request.span(shard)
-        table = tables.finished(
+        table = tables.final_table(
             measured,
-            form,
+            schema,
             rejected=None if rejected is None else rejected[start:stop],
             posterior=None if priors is None else _posterior(measured, info, priors),
             min_posterior=task.min_posterior,
         )
-        ledger.add(shard, write(ledger.path(shard), table, ledger.request.format, info.levels))
+        ledger.add(
+            shard, write_shard(ledger.path(shard), table, ledger.request.format, info.levels)
+        )
     return found
 
 
-def _of_accepted(ledger: Ledger) -> Doubles:
+def _accepted_posteriors(ledger: Ledger) -> Doubles:
     """The posteriors (n, labels) of the pictures that are not outliers."""
     found, n = np.empty((0, 0)), 0
     for each in _columns(ledger, "posterior", "verdict"):
@@ -73,7 +75,7 @@ def _of_accepted(ledger: Ledger) -> Doubles:
 
 
 def _posterior(measured: pa.Table, info: ModelInfo, priors: Doubles) -> Doubles:
-    return bayes.reweighted(tables.matrix(measured["posterior"]), np.array(info.priors), priors)
+    return bayes.reweighted(tables.to_array(measured["posterior"]), np.array(info.priors), priors)
 
 
 def _columns(ledger: Ledger, *names: str) -> Iterator[dict[str, Any]]:
@@ -81,4 +83,4 @@ def _columns(ledger: Ledger, *names: str) -> Iterator[dict[str, Any]]:
     for shard in range(ledger.request.shards):
         path = ledger.path(shard, measured=True)
         table = pq.read_table(path, columns=list(names), partitioning=None)
-        yield {name: tables.matrix(table[name]) for name in names}
+        yield {name: tables.to_array(table[name]) for name in names}

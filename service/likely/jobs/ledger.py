@@ -21,10 +21,11 @@ from likely.jobs import files
 from likely.jobs.requests import ALPHA, Format, Request
 
 MANIFEST = "manifest.json"
-STAGE = ".measured"
+MEASURED_FOLDER = ".measured"
 FORMAT = 1
-PAUSE = 20  # the manifest is not rewritten for this many times the duration of its last write
-MODEL, LABEL = BESIDE = ("model", "label")  # entries of the manifest beside the request
+# The manifest is not rewritten for this many times the duration of its last write.
+WRITE_PAUSE_FACTOR = 20
+MODEL, LABEL = EXTRA_ENTRIES = ("model", "label")  # entries of the manifest beside the request
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +52,23 @@ class Ledger:
 
     A shard counts once the manifest lists it with its digest. The manifest is written as a whole;
     if it is long, several shards are added at a time. A job that needs all pictures
-    (`Judgement.finished_later`) has two rounds of shards: measured ones, and final ones made from
+    (`Judgement.has_two_rounds`) has two rounds of shards: measured ones, and final ones made from
     them.
     """
 
     def __init__(
-        self, folder: Path, request: Request, beside: Mapping[str, Any] = MappingProxyType({})
+        self,
+        folder: Path,
+        request: Request,
+        extra_entries: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Creates or resumes the folder; listed shards whose digest does not match are dropped.
 
         Args:
             folder: the job's folder; empty, absent, or begun for the same request.
             request: the job's request.
-            beside: the manifest's entries beside the request (`beside`). A resumed job keeps
-                those that its manifest already has.
+            extra_entries: the manifest's entries beside the request (`extra_entries`). A resumed
+                job keeps those that its manifest already has.
 
         Raises:
             JobError: the folder contains something else, or another process works on it.
@@ -72,23 +76,25 @@ class Ledger:
         """
         self.folder = folder
         self.request = request
-        self._is_written, self._due = True, 0.0
-        self._lock = _locked(folder)
+        self._is_written, self._next_write = True, 0.0
+        self._lock = _lock_folder(folder)
         try:
             manifest = _read(folder)
             if manifest is not None:
-                request.require(manifest["request"])
-            self._beside = {
-                key: each for key, each in (manifest or beside).items() if key in BESIDE
+                request.require_same(manifest["request"])
+            self._extra_entries = {
+                key: each
+                for key, each in (manifest or extra_entries).items()
+                if key in EXTRA_ENTRIES
             }
             self._clear()
             self.summary: dict[str, Any] | None = (manifest or {}).get("summary")
-            self._measured = self._whole(manifest, "measured", True)
-            self._done = self._whole(manifest, "shards", False)
+            self._measured = self._intact_shards(manifest, "measured", True)
+            self._done = self._intact_shards(manifest, "shards", False)
             if len(self._done) < request.shards:
                 self.summary = None
             elif self.summary is not None:
-                self._forget()
+                self._remove_measured_shards()
             if self._manifest() != manifest:  # the manifest of a finished job stays untouched
                 self._write()
         except BaseException:
@@ -116,7 +122,7 @@ class Ledger:
 
     def path(self, shard: int, measured: bool = False) -> Path:
         """The path of a shard."""
-        return place(self.folder, self.request, shard, measured)
+        return shard_path(self.folder, self.request, shard, measured)
 
     def missing(self, measured: bool = False) -> list[int]:
         """The shards that are not done, in order."""
@@ -127,10 +133,10 @@ class Ledger:
         """Records a shard as done; the manifest lists it at once or, if it is long, later."""
         (self._measured if measured else self._done)[shard] = record
         self._is_written = False
-        if time.monotonic() >= self._due:
+        if time.monotonic() >= self._next_write:
             self._write()
 
-    def end(self, **found: Any) -> dict[str, Any]:
+    def add_summary(self, **found: Any) -> dict[str, Any]:
         """Adds the summary of the finished job to the manifest and returns it.
 
         Args:
@@ -143,28 +149,28 @@ class Ledger:
         self.summary = {"pictures": self.request.task.total, **totals, **found}
         self._measured = {}
         self._write()
-        self._forget()
+        self._remove_measured_shards()
         return self.summary
 
     def _clear(self) -> None:
-        for folder in (self.folder, self.folder / STAGE):
-            files.clear(folder)
+        for folder in (self.folder, self.folder / MEASURED_FOLDER):
+            files.remove_temporary_files(folder)
 
-    def _forget(self) -> None:
+    def _remove_measured_shards(self) -> None:
         """Removes the measured shards, which are no longer needed."""
-        shutil.rmtree(self.folder / STAGE, ignore_errors=True)
+        shutil.rmtree(self.folder / MEASURED_FOLDER, ignore_errors=True)
 
     def _write(self) -> None:
         began = time.monotonic()
         files.write(self.folder / MANIFEST, json.dumps(self._manifest(), indent=1).encode() + b"\n")
         ended = time.monotonic()
-        self._is_written, self._due = True, ended + PAUSE * (ended - began)
+        self._is_written, self._next_write = True, ended + WRITE_PAUSE_FACTOR * (ended - began)
 
     def _manifest(self) -> dict[str, Any]:
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "request": self.request.as_dict(),
-            **self._beside,
+            **self._extra_entries,
         }
         if self._measured:
             manifest["measured"] = _records(self._measured)
@@ -173,7 +179,7 @@ class Ledger:
             manifest["summary"] = self.summary
         return manifest
 
-    def _whole(
+    def _intact_shards(
         self, manifest: dict[str, Any] | None, key: str, measured: bool
     ) -> dict[int, Record]:
         """The listed shards whose files exist and match their digests, by number."""
@@ -203,7 +209,7 @@ class JobModel:
     model: str
     version: str
     label: str | None
-    done: ModelInfo | None
+    finished_info: ModelInfo | None
 
 
 def job_model(folder: Path) -> JobModel | None:
@@ -221,11 +227,14 @@ def job_model(folder: Path) -> JobModel | None:
     if not isinstance(name, str) or not isinstance(version, str):
         return None
     return JobModel(
-        name, version, manifest.get(LABEL), _info(manifest) if "summary" in manifest else None
+        name,
+        version,
+        manifest.get(LABEL),
+        _parse_model_info(manifest) if "summary" in manifest else None,
     )
 
 
-def beside(info: ModelInfo, label: str | None) -> dict[str, Any]:
+def extra_entries(info: ModelInfo, label: str | None) -> dict[str, Any]:
     """The manifest's entries beside the request.
 
     Args:
@@ -236,7 +245,7 @@ def beside(info: ModelInfo, label: str | None) -> dict[str, Any]:
     return {MODEL: model, **({LABEL: label} if label else {})}
 
 
-def _info(manifest: dict[str, Any]) -> ModelInfo | None:
+def _parse_model_info(manifest: dict[str, Any]) -> ModelInfo | None:
     try:
         request, model = manifest["request"], manifest[MODEL]
         c, h, w = map(int, model["shape"])
@@ -266,17 +275,17 @@ def _info(manifest: dict[str, Any]) -> ModelInfo | None:
         return None
 
 
-def place(folder: Path, request: Request, shard: int, measured: bool) -> Path:
+def shard_path(folder: Path, request: Request, shard: int, measured: bool) -> Path:
     """The path of a shard; measured shards are in a hidden folder until the job is finished."""
     form = Format.PARQUET if measured else request.format
-    return (folder / STAGE if measured else folder) / f"part-{shard:05d}{form.suffix}"
+    return (folder / MEASURED_FOLDER if measured else folder) / f"part-{shard:05d}{form.suffix}"
 
 
 def _records(done: Mapping[int, Record]) -> list[dict[str, Any]]:
     return [asdict(done[shard]) for shard in sorted(done)]
 
 
-def _locked(folder: Path) -> int:
+def _lock_folder(folder: Path) -> int:
     """Creates the folder if necessary and locks it until the handle or the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)

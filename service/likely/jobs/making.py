@@ -15,7 +15,7 @@ from likely.errors import JobError
 from likely.jobs import files, shards, tables
 from likely.jobs.backends import Backend, Opener
 from likely.jobs.columns import Geometry
-from likely.jobs.ledger import Record, place
+from likely.jobs.ledger import Record, shard_path
 from likely.jobs.requests import Format, Generation, Judgement, Request
 from likely.jobs.sources import Input, Pictures
 
@@ -31,14 +31,14 @@ class Plan:
         request: the job's request.
         folder: folder of the shards; workers on other machines must see the same one.
         opener: opens a backend.
-        given: the job's input pictures; None for a job that draws.
+        inputs: the job's input pictures; None for a job that draws.
         batch: number of pictures in one call of the backend; does not affect the output.
     """
 
     request: Request
     folder: Path
     opener: Opener
-    given: Input | None = None
+    inputs: Input | None = None
     batch: int = BATCH
 
 
@@ -62,12 +62,14 @@ class Maker:
         self._pictures = pictures
         task = plan.request.task
         self._stopped = threading.Event()
-        self._later = isinstance(task, Judgement) and task.finished_later
+        self._has_two_rounds = isinstance(task, Judgement) and task.has_two_rounds
         self.info = backend.info
-        self._schema = tables.schema(plan.request, backend.info, measured=self._later)
+        self._schema = tables.shard_schema(
+            plan.request, backend.info, measured=self._has_two_rounds
+        )
 
     @classmethod
-    def opened(cls, plan: Plan) -> Maker:
+    def open(cls, plan: Plan) -> Maker:
         """A maker that opens its own backend.
 
         Raises:
@@ -84,7 +86,7 @@ class Maker:
                 f"the job began with {request.model}@{request.version}, {request.digest[:12]}"
             )
         geometry = Geometry(info.shape, info.levels)
-        return cls(plan, backend, Pictures(plan.given, geometry) if plan.given else None)
+        return cls(plan, backend, Pictures(plan.inputs, geometry) if plan.inputs else None)
 
     def make(self, shard: int, advance: Advance) -> Record:
         """Makes and writes a shard; returns its record for the ledger.
@@ -103,9 +105,9 @@ class Maker:
             table = self._drawn(request.task, start, stop, advance)
         else:
             table = self._judged(request.task, start, stop, advance)
-        path = place(self._plan.folder, request, shard, self._later)
-        form = Format.PARQUET if self._later else request.format
-        return write(path, table, form, self._backend.info.levels)
+        path = shard_path(self._plan.folder, request, shard, self._has_two_rounds)
+        form = Format.PARQUET if self._has_two_rounds else request.format
+        return write_shard(path, table, form, self._backend.info.levels)
 
     def stop(self) -> None:
         """Makes current and later calls of `make` fail soon."""
@@ -116,11 +118,11 @@ class Maker:
         parts = []
         for label, first, count in task.between(start, stop):
             for at in range(first, first + count, self._plan.batch):
-                self._go_on()
+                self._check_not_stopped()
                 n = min(self._plan.batch, first + count - at)
                 parts.append(self._backend.generate(label, at, n, task))
                 advance(n)
-        return tables.drawn(parts, start, self._schema)
+        return tables.draws_table(parts, start, self._schema)
 
     def _judged(self, task: Judgement, start: int, stop: int, advance: Advance) -> pa.Table:
         assert self._pictures is not None
@@ -128,23 +130,23 @@ class Maker:
         ask = self._backend.score if task.kind == "score" else self._backend.classify
         parts: list[Scores | Classifications] = []
         for at in range(0, len(x), self._plan.batch):
-            self._go_on()
+            self._check_not_stopped()
             parts.append(ask(x[at : at + self._plan.batch], task))
             advance(min(self._plan.batch, len(x) - at))
-        return tables.judged(joined(parts), start, keys, self._schema)  # type: ignore[type-var]
+        return tables.judgements_table(joined(parts), start, keys, self._schema)  # type: ignore[type-var]
 
-    def _go_on(self) -> None:
+    def _check_not_stopped(self) -> None:
         if self._stopped.is_set():
             raise JobError("the job ends")
 
 
-def write(path: Path, table: pa.Table, form: Format, levels: int) -> Record:
+def write_shard(path: Path, table: pa.Table, form: Format, levels: int) -> Record:
     """Writes a table as a shard; returns its record for the ledger.
 
     Raises:
         OSError: the file cannot be written.
     """
-    data = shards.encoded(table, form, levels)
+    data = shards.encode(table, form, levels)
     path.parent.mkdir(exist_ok=True)
     files.write(path, data)
     digest = hashlib.sha256(data).hexdigest()

@@ -24,7 +24,7 @@ class Actor:
     """A maker in a Ray process, which may be on another machine."""
 
     def __init__(self, plan: Plan) -> None:
-        self._maker = Maker.opened(plan)
+        self._maker = Maker.open(plan)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Makes the shards with the given numbers; returns their records."""
@@ -58,7 +58,7 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
     except ModuleNotFoundError as error:
         raise JobError("Ray is not installed; pip install 'likely[ray]'") from error
 
-    def made(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
+    def make_shards(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
         if not missing:
             return
         own = not ray.is_initialized()
@@ -66,14 +66,14 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
             with _keeping_sigterm():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         try:
-            yield from _made(missing, advance)
+            yield from _make_on_cluster(missing, advance)
         except ray.exceptions.RayError as error:
-            raise JobError(_sentence(error)) from error
+            raise JobError(_last_line(error)) from error
         finally:
             if own:
                 ray.shutdown()
 
-    def _made(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
+    def _make_on_cluster(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -99,7 +99,7 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
             advance(record.rows)
             yield int(row["shard"]), record
 
-    return made
+    return make_shards
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def _keeping_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _sentence(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     """The last line of an error raised in a worker: the rest is its traceback."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -131,7 +131,7 @@ class Judgement:
     rule: LabelRule = LabelRule.GENERATIVE
 
     @property
-    def finished_later(self) -> bool:
+    def has_two_rounds(self) -> bool:
         """Whether final shards need the answers for all pictures, so the job has two rounds."""
         return self.fdr is not None or self.estimate_priors
 
@@ -217,7 +217,7 @@ class Request:
         texts["request"] = json.dumps(self.as_dict(), sort_keys=True)
         return {f"likely.{k}": text for k, text in texts.items() if text != "null"}
 
-    def require(self, other: dict[str, Any]) -> None:
+    def require_same(self, other: dict[str, Any]) -> None:
         """Checks that a folder's manifest contains the same request.
 
         Raises:
@@ -237,7 +237,7 @@ def _flat(request: dict[str, Any]) -> dict[str, Any]:
     return {**request, **request["task"], "task": None}
 
 
-def runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+def parse_runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """Label index and count of each part of a text such as `3=100,boot=200`.
 
     Args:
@@ -249,10 +249,10 @@ def runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """
     found = []
     for part in labels.split(","):
-        label, given, count = part.strip().rpartition("=")
+        label, separator, count = part.strip().rpartition("=")
         index = names.index(label) if label in names else _number(label)
         wanted = _number(count)
-        if not given or wanted < 0 or not 0 <= index < len(names):
+        if not separator or wanted < 0 or not 0 <= index < len(names):
             raise InvalidInput(
                 "labels",
                 f"{part.strip()!r} is no LABEL=COUNT; labels are {', '.join(names) or 'none'}",

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 from likely.jobs.finishing import finish
-from likely.jobs.ledger import Ledger, Record, beside
+from likely.jobs.ledger import Ledger, Record, extra_entries
 from likely.jobs.making import Advance, Maker, Plan
 from likely.jobs.requests import Judgement
 
@@ -39,25 +39,25 @@ def run(
         OSError: a file cannot be read or written.
     """
     request = plan.request
-    later = isinstance(request.task, Judgement) and request.task.finished_later
-    with Ledger(plan.folder, request, beside(maker.info, label)) as ledger:
+    has_two_rounds = isinstance(request.task, Judgement) and request.task.has_two_rounds
+    with Ledger(plan.folder, request, extra_entries(maker.info, label)) as ledger:
         if ledger.summary is not None:
             return ledger.summary
-        missing = ledger.missing(measured=later) if ledger.missing() else []
+        missing = ledger.missing(measured=has_two_rounds) if ledger.missing() else []
         left = sum(stop - start for start, stop in map(request.span, missing))
         with (
             bar(request.task.total, request.task.total - left) as advance,
             closing(workers(missing, advance)) as made,
         ):
             for shard, record in made:
-                ledger.add(shard, record, measured=later)
-        return ledger.end(**(finish(ledger, maker.info) if later else {}))
+                ledger.add(shard, record, measured=has_two_rounds)
+        return ledger.add_summary(**(finish(ledger, maker.info) if has_two_rounds else {}))
 
 
 def threads(maker: Maker, count: int = WORKERS) -> Workers:
     """Workers that are threads of this process; if one fails, the others end soon."""
 
-    def made(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
+    def make_shards(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
         with ThreadPoolExecutor(count) as pool:
             waiting: dict[Future[Record], int] = {}
             left = iter(missing)
@@ -77,7 +77,7 @@ def threads(maker: Maker, count: int = WORKERS) -> Workers:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    return made
+    return make_shards
 
 
 def unseen(total: int, done: int) -> AbstractContextManager[Advance]:  # noqa: ARG001

@@ -19,7 +19,7 @@ from likely.jobs.requests import Format
 from likely.levels import brightness
 
 
-def encoded(table: pa.Table, form: Format, levels: int) -> bytes:
+def encode(table: pa.Table, form: Format, levels: int) -> bytes:
     """Encodes a table as a shard.
 
     Args:
@@ -32,8 +32,8 @@ def encoded(table: pa.Table, form: Format, levels: int) -> bytes:
     if form is Format.PARQUET:
         pq.write_table(table, out, compression="zstd", row_group_size=max(1, len(table)))
     elif form is Format.NPZ:
-        arrays = {name: tables.matrix(table[name]) for name in table.column_names}
-        np.savez_compressed(out, **arrays, **_text(table))  # type: ignore[arg-type]
+        arrays = {name: tables.to_array(table[name]) for name in table.column_names}
+        np.savez_compressed(out, **arrays, **_metadata_arrays(table))  # type: ignore[arg-type]
     else:
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for name, data in _samples(table, levels):
@@ -43,7 +43,7 @@ def encoded(table: pa.Table, form: Format, levels: int) -> bytes:
     return out.getvalue()
 
 
-def _text(table: pa.Table) -> dict[str, Any]:
+def _metadata_arrays(table: pa.Table) -> dict[str, Any]:
     """The table's metadata, each entry as an array of one string."""
     metadata = table.schema.metadata or {}
     return {
@@ -58,7 +58,7 @@ def _samples(table: pa.Table, levels: int) -> Iterator[tuple[str, bytes]]:
     one channel nor three) and `<index>.cls` its label, if the table has these columns;
     `<index>.json` contains all columns except the picture.
     """
-    columns = {name: tables.matrix(table[name]) for name in table.column_names}
+    columns = {name: tables.to_array(table[name]) for name in table.column_names}
     images = columns.pop("image", None)
     for row, index in enumerate(columns["index"].tolist()):
         key = f"{index:012d}"

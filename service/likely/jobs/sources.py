@@ -28,8 +28,8 @@ from likely.errors import InvalidInput, JobError
 from likely.jobs import files
 from likely.jobs.columns import (
     Geometry,
-    called,
-    chosen,
+    picture_column,
+    picture_keys,
     pictures,
     require_fit,
     require_keys,
@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class InputFile:
     """An input file.
 
     Attributes:
@@ -65,9 +65,9 @@ class Found:
     raw: bytes
 
     @classmethod
-    def of(cls, path: Path, name: str) -> Found:
+    def of(cls, path: Path, name: str) -> InputFile:
         """A file with that relative path."""
-        return cls(path, _shown(name), name.encode(errors="surrogateescape"))
+        return cls(path, _printable(name), name.encode(errors="surrogateescape"))
 
 
 class Source(Protocol):
@@ -103,21 +103,21 @@ class Pictures:
         digest: SHA-256 over the names, the order and the contents of all files, hexadecimal.
     """
 
-    def __init__(self, given: Input, geometry: Geometry) -> None:
+    def __init__(self, inputs: Input, geometry: Geometry) -> None:
         """Finds the files and reads their headers.
 
         Raises:
             JobError: there are no pictures, or a file has an unknown suffix.
             InvalidInput: a file's content does not match its suffix, or does not fit the model.
         """
-        self._given = given
+        self._inputs = inputs
         self._geometry = geometry
-        found = list(_found(given.paths))
-        self._found = found
-        self._sources = list(_sources(found, given, geometry))
+        found = list(_find_files(inputs.paths))
+        self._files = found
+        self._sources = list(_sources(found, inputs, geometry))
         self._ends = list(accumulate(source.rows for source in self._sources))
         if not self._ends or not len(self):
-            raise JobError(f"no pictures in {', '.join(map(str, given.paths))}")
+            raise JobError(f"no pictures in {', '.join(map(str, inputs.paths))}")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -125,8 +125,8 @@ class Pictures:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the column names, and the names, order and contents of all files."""
-        total = hashlib.sha256(f"{self._given.column}\0{self._given.key}\n".encode())
-        for file in self._found:
+        total = hashlib.sha256(f"{self._inputs.column}\0{self._inputs.key}\n".encode())
+        for file in self._files:
             total.update(file.raw + f"\0{files.digest(file.path)}\n".encode())
         return total.hexdigest()
 
@@ -173,12 +173,12 @@ class _Cache(Generic[T]):
 
 @dataclass(slots=True)
 class _Array:
-    file: Found
+    file: InputFile
     rows: int
     cache: _Cache[npt.NDArray[Any]]
 
     @classmethod
-    def opened(cls, file: Found, geometry: Geometry, cache: _Cache[npt.NDArray[Any]]) -> _Array:
+    def open(cls, file: InputFile, geometry: Geometry, cache: _Cache[npt.NDArray[Any]]) -> _Array:
         shape, kind = levels.header(file.path)
         none = pixels(np.empty((0, *shape[1:]) if shape else (), kind), file.name)
         if shape[0]:
@@ -198,7 +198,7 @@ class _Array:
 
 @dataclass(slots=True)
 class _Images:
-    files: list[Found]
+    files: list[InputFile]
     geometry: Geometry
 
     @property
@@ -215,24 +215,24 @@ class _Images:
 class _Tar:
     """A WebDataset shard: a sample is consecutive members whose names agree up to the first dot."""
 
-    file: Found
+    file: InputFile
     geometry: Geometry
     members: list[tuple[str, str, int, int]]  # key, name, offset, size
 
     @classmethod
-    def opened(cls, file: Found, geometry: Geometry) -> _Tar:
+    def open(cls, file: InputFile, geometry: Geometry) -> _Tar:
         members: list[tuple[str, str, int, int]] = []
         dotted: dict[str, str] = {}  # by key, names of pictures that have more than one dot
         places: dict[str, tuple[int, int] | None] = {}
         for member in _members(file):
-            place = places.get(member.linkname) if member.islnk() else _place(member)
+            place = places.get(member.linkname) if member.islnk() else _data_span(member)
             places[member.name] = place
             folder, _, base = member.name.rpartition("/")
             stem, _, ending = base.partition(".")
             suffix = Path(base).suffix.lower()
             if member.isdir() or not stem or suffix not in (*levels.IMAGES, ".npy"):
                 continue
-            key, name = _shown(f"{folder}/{stem}" if folder else stem), _shown(member.name)
+            key, name = _printable(f"{folder}/{stem}" if folder else stem), _printable(member.name)
             if f".{ending.lower()}" != suffix:
                 dotted[key] = name
             elif place is None:
@@ -270,7 +270,7 @@ class _Tar:
 
 @dataclass(slots=True)
 class _Parquet:
-    file: Found
+    file: InputFile
     geometry: Geometry
     column: str
     key: str | None
@@ -279,28 +279,28 @@ class _Parquet:
     footers: _Cache[pq.FileMetaData]
 
     @classmethod
-    def opened(
+    def open(
         cls,
-        file: Found,
-        given: Input,
+        file: InputFile,
+        inputs: Input,
         geometry: Geometry,
         cache: _Cache[Part],
         footers: _Cache[pq.FileMetaData],
     ) -> _Parquet:
         try:
             with pq.ParquetFile(file.path) as opened:
-                form, metadata = opened.schema_arrow, opened.metadata
+                schema, metadata = opened.schema_arrow, opened.metadata
                 ends = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         except pa.ArrowInvalid as error:
             raise InvalidInput(file.name, f"no Parquet file: {error}") from error
-        key = given.key or (KEY if KEY in form.names else None)
-        if key is not None and key not in form.names:
-            raise InvalidInput(file.name, f"no column {key}; there are {', '.join(form.names)}")
+        key = inputs.key or (KEY if KEY in schema.names else None)
+        if key is not None and key not in schema.names:
+            raise InvalidInput(file.name, f"no column {key}; there are {', '.join(schema.names)}")
         if key is not None:
-            require_one(form, key, file.name)
-            require_keys(form.field(key), file.name)
-        column = chosen(form, given.column, file.name)
-        require_fit(form.field(column).type, file.name, geometry)
+            require_one(schema, key, file.name)
+            require_keys(schema.field(key), file.name)
+        column = picture_column(schema, inputs.column, file.name)
+        require_fit(schema.field(column).type, file.name, geometry)
         return cls(file, geometry, column, key, list(accumulate(ends)), cache, footers)
 
     @property
@@ -313,7 +313,7 @@ class _Parquet:
         at = start
         while at < stop:
             group = bisect_right(self.ends, at)
-            x, named = self.cache.get((self.file, group), partial(self._decoded, group))
+            x, named = self.cache.get((self.file, group), partial(self._read_group, group))
             offset = self.ends[group] - len(x)
             here = slice(at - offset, min(stop, self.ends[group]) - offset)
             parts.append(x[here])
@@ -321,7 +321,7 @@ class _Parquet:
             at = min(stop, self.ends[group])
         return np.concatenate(parts), keys
 
-    def _decoded(self, group: int) -> Part:
+    def _read_group(self, group: int) -> Part:
         wanted = [self.column, *([self.key] if self.key else [])]
         try:
             footer = self.footers.get(self.file, partial(pq.read_metadata, self.file.path))
@@ -332,46 +332,46 @@ class _Parquet:
         first = self.ends[group] - len(table)
         x = pictures(table[self.column], self.file.name, self.geometry, first)
         rows = [f"{self.file.name}[{first + i}]" for i in range(len(x))]
-        return x, called(table[self.key], rows) if self.key else rows
+        return x, picture_keys(table[self.key], rows) if self.key else rows
 
 
-def require_apart(given: Input, out: Path) -> None:
+def require_outside_inputs(inputs: Input, out: Path) -> None:
     """Checks that the job's folder is not in an input folder: its shards would become inputs.
 
     Args:
-        given: the job's inputs.
+        inputs: the job's inputs.
         out: the job's folder, which need not exist.
 
     Raises:
         JobError: it is in an input folder.
     """
     real = Path(os.path.realpath(out))
-    for path in filter(Path.is_dir, given.paths):
+    for path in filter(Path.is_dir, inputs.paths):
         looked_at = _folders(path)
         for above in (real, *real.parents):
             within = real.relative_to(above).parts
-            if str(above) in looked_at and not any(map(_passed_over, within)):
+            if str(above) in looked_at and not any(map(_is_skipped, within)):
                 raise JobError(
                     f"the job's folder {out} lies within the input {path}: its shards would be "
                     "read as pictures; name a folder elsewhere"
                 )
 
 
-def _found(paths: Sequence[Path]) -> Iterator[Found]:
+def _find_files(paths: Sequence[Path]) -> Iterator[InputFile]:
     """The named files, and the files of known types in named folders, in the order of names."""
     known = (*levels.IMAGES, *ARRAYS, *PARQUET, *TAR)
     for path in paths:
         if path.is_dir():
-            for each in _inside(path):
+            for each in _walk(path):
                 if each.suffix.lower() in known and each.is_file():
-                    yield Found.of(each, each.relative_to(path).as_posix())
+                    yield InputFile.of(each, each.relative_to(path).as_posix())
         elif path.suffix.lower() in known:
-            yield Found.of(path, path.name)
+            yield InputFile.of(path, path.name)
         else:
             raise JobError(f"{path} is none of {', '.join(known)}")
 
 
-def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
     """Yields all files in a folder and its subfolders, in the order of names.
 
     Links are followed; hidden names and `lost+found` are skipped.
@@ -384,10 +384,10 @@ def _inside(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> It
     if own in above:  # a link leads back to a folder above
         return
     for each in sorted(folder.iterdir(), key=lambda each: each.name):
-        if _passed_over(each.name):
+        if _is_skipped(each.name):
             continue
         if each.is_dir():
-            yield from _inside(each, above | {own})
+            yield from _walk(each, above | {own})
         else:
             yield each
 
@@ -401,23 +401,23 @@ def _folders(folder: Path) -> set[str]:
         if real not in found:
             found.add(real)
             with os.scandir(real) as entries:
-                inside = [each for each in entries if not _passed_over(each.name)]
+                inside = [each for each in entries if not _is_skipped(each.name)]
             left += [each.path for each in inside if each.is_dir()]
     return found
 
 
-def _passed_over(name: str) -> bool:
+def _is_skipped(name: str) -> bool:
     """Whether a name is skipped: hidden, or a file system's own folder that only root can read."""
     return name.startswith(".") or name == "lost+found"
 
 
-def _shown(name: str) -> str:
+def _printable(name: str) -> str:
     """A name with "?" for every character that is not UTF-8."""
     return name.encode(errors="replace").decode()
 
 
-def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterator[Source]:
-    images: list[Found] = []
+def _sources(found: Sequence[InputFile], inputs: Input, geometry: Geometry) -> Iterator[Source]:
+    images: list[InputFile] = []
     arrays = _Cache[npt.NDArray[Any]](_ARRAYS)
     groups = _Cache[Part](_GROUPS)
     footers = _Cache[pq.FileMetaData](_FOOTERS)
@@ -430,16 +430,16 @@ def _sources(found: Sequence[Found], given: Input, geometry: Geometry) -> Iterat
             yield _Images(images, geometry)
             images = []
         if suffix in ARRAYS:
-            yield _Array.opened(file, geometry, arrays)
+            yield _Array.open(file, geometry, arrays)
         elif suffix in TAR:
-            yield _Tar.opened(file, geometry)
+            yield _Tar.open(file, geometry)
         else:
-            yield _Parquet.opened(file, given, geometry, groups, footers)
+            yield _Parquet.open(file, inputs, geometry, groups, footers)
     if images:
         yield _Images(images, geometry)
 
 
-def _members(file: Found) -> Iterator[tarfile.TarInfo]:
+def _members(file: InputFile) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a tar archive.
 
     Raises:
@@ -459,7 +459,7 @@ def _members(file: Found) -> Iterator[tarfile.TarInfo]:
         raise InvalidInput(file.name, "the tar archive is cut off, broken or followed by more")
 
 
-def _place(member: tarfile.TarInfo) -> tuple[int, int] | None:
+def _data_span(member: tarfile.TarInfo) -> tuple[int, int] | None:
     """Offset and size of a member's data; None unless it is a plain file that is not sparse."""
     plain = member.isfile() and not member.issparse()
     return (member.offset_data, member.size) if plain else None

@@ -27,7 +27,7 @@ REJECTED = "rejected"
 COMPOSED = "composed_log_likelihoods"
 
 
-def schema(request: Request, info: ModelInfo, *, measured: bool = False) -> pa.Schema:
+def shard_schema(request: Request, info: ModelInfo, *, measured: bool = False) -> pa.Schema:
     """The schema of a job's shards: their columns, and the metadata of the request.
 
     Args:
@@ -80,12 +80,12 @@ def schema(request: Request, info: ModelInfo, *, measured: bool = False) -> pa.S
     return pa.schema(fields, request.metadata())
 
 
-def drawn(parts: Sequence[Draws], first: int, form: pa.Schema) -> pa.Table:
+def draws_table(parts: Sequence[Draws], first: int, schema: pa.Schema) -> pa.Table:
     """Draws of consecutive pictures as a table; `first` is the index of the first one."""
     labels = np.concatenate([part.label for part in parts])
     images = np.concatenate([part.images for part in parts])
     return _table(
-        form,
+        schema,
         {
             "index": np.arange(first, first + len(labels)),
             "label": pa.array(labels, pa.int64(), mask=labels < 0),
@@ -96,10 +96,13 @@ def drawn(parts: Sequence[Draws], first: int, form: pa.Schema) -> pa.Table:
     )
 
 
-def judged(
-    answer: Scores | Classifications, first: int, keys: Sequence[str], form: pa.Schema
+def judgements_table(
+    answer: Scores | Classifications, first: int, keys: Sequence[str], schema: pa.Schema
 ) -> pa.Table:
-    """Scores or classifications of consecutive pictures as a table; `first` is as in `drawn`."""
+    """Scores or classifications of consecutive pictures as a table.
+
+    `first` is as in `draws_table`.
+    """
     columns: dict[str, Any] = {
         "index": np.arange(first, first + len(keys)),
         "key": pa.array(keys, pa.string()),
@@ -117,7 +120,7 @@ def judged(
             "label": answer.label,
             "posterior": _rows(answer.posterior),
         }
-        if COMPOSED in form.names:
+        if COMPOSED in schema.names:
             columns[COMPOSED] = _rows(answer.composed)
         else:
             columns |= {
@@ -125,12 +128,12 @@ def judged(
                 "label_p_values": _rows(answer.label_p_values),
                 "label_set": _rows(answer.label_sets),
             }
-    return _table(form, columns)
+    return _table(schema, columns)
 
 
-def finished(
+def final_table(
     measured: pa.Table,
-    form: pa.Schema,
+    schema: pa.Schema,
     *,
     rejected: npt.NDArray[np.bool_] | None,
     posterior: Doubles | None,
@@ -139,8 +142,8 @@ def finished(
     """The final table of a measured one, with the results that depend on the whole job.
 
     Args:
-        measured: a table from `judged`.
-        form: schema of the final table.
+        measured: a table from `judgements_table`.
+        schema: schema of the final table.
         rejected: bool (n,), which pictures the joint test rejects; None without such a test.
         posterior: (n, labels), under the estimated priors; None if they are not estimated.
         min_posterior: smallest posterior at which a label is assigned.
@@ -153,10 +156,10 @@ def finished(
         columns["posterior"] = _rows(posterior)
         columns["label"] = posterior.argmax(1)
         columns["verdict"] = _verdicts(verdicts(outlier, posterior, min_posterior))
-    return _table(form, columns)
+    return _table(schema, columns)
 
 
-def matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+def to_array(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     """A column as an array with one row per picture: (n,), (n, labels) or (n, c, h, w)."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # a column without rows has no chunk
@@ -181,7 +184,7 @@ def counts(table: pa.Table) -> dict[str, int]:
         found.update(table["verdict"].to_pylist())
     for name in ("draws", "accepted", REJECTED):
         if name in table.column_names:
-            found[name] = int(matrix(table[name]).sum())
+            found[name] = int(to_array(table[name]).sum())
     return dict(found)
 
 
@@ -194,8 +197,8 @@ def _rows(values: npt.NDArray[Any]) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def _table(form: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
-    arrays = [columns[name] for name in form.names]
+def _table(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
+    arrays = [columns[name] for name in schema.names]
     return pa.Table.from_arrays(
-        [pa.array(a) if isinstance(a, np.ndarray) else a for a in arrays], schema=form
+        [pa.array(a) if isinstance(a, np.ndarray) else a for a in arrays], schema=schema
     )
