@@ -66,10 +66,10 @@ class ReloadedValue(Generic[T]):
         with self._looking:
             if time.monotonic() >= self._next:
                 self._next = time.monotonic() + self._interval
-                self._look()
+                self._reload_if_changed()
             return self._value
 
-    def _look(self) -> None:
+    def _reload_if_changed(self) -> None:
         # Taken before reading, so that a file written in the meantime differs at the next check.
         mark = self._mark()
         if mark == self._seen:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 
 @contextmanager
-def _absent(name: str) -> Iterator[None]:
+def _hidden_module(name: str) -> Iterator[None]:
     """Hides a module from what is imported within this context."""
     there = {name: sys.modules[name]} if name in sys.modules else {}
     sys.modules[name] = None  # type: ignore[assignment]
@@ -23,7 +23,7 @@ def _absent(name: str) -> Iterator[None]:
 
 # If rich is installed, structlog imports it to colour tracebacks. A server would then start 0.2 s
 # (a twelfth) later and use 3 MiB more.
-with _absent("rich"):
+with _hidden_module("rich"):
     import structlog
 
 if TYPE_CHECKING:

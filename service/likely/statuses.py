@@ -39,10 +39,11 @@ DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 RETRY_SECONDS = 1.0
 LONGEST = 1000  # bytes of a text: clients reject answers with more than 8 KiB of metadata
-OWN = ("Channel closed", "Locally cancelled")  # gRPC's messages for calls that the caller ended
-CUT = "RST_STREAM"  # occurs in gRPC's message for a stream that was reset
+# gRPC's messages for calls that the caller ended.
+CALLER_ENDED = ("Channel closed", "Locally cancelled")
+STREAM_RESET = "RST_STREAM"  # occurs in gRPC's message for a stream that was reset
 # The whole message of gRPC's asyncio for a stream that ended during a write: the status is lost.
-LOST = "Internal error from Core"
+STATUS_LOST = "Internal error from Core"
 
 _CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     errors.InvalidInput: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT"),
@@ -58,17 +59,17 @@ _CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     errors.Refused: (grpc.StatusCode.FAILED_PRECONDITION, "CHANGE_REFUSED"),
     errors.MethodUnknown: (grpc.StatusCode.UNIMPLEMENTED, "METHOD_UNKNOWN"),
 }
-_PLAIN: dict[grpc.StatusCode, type[errors.LikelyError]] = {
+_ERRORS_BY_CODE: dict[grpc.StatusCode, type[errors.LikelyError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: errors.NotAnswered,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.PERMISSION_DENIED: errors.AccessDenied,
     grpc.StatusCode.UNIMPLEMENTED: errors.MethodUnknown,
 }
 # Errors that only admin RPCs return, by their reason.
-_CHANGES: dict[str, type[errors.LikelyError]] = {
+_ADMIN_ERRORS: dict[str, type[errors.LikelyError]] = {
     _CODES[kind][1]: kind for kind in (errors.BundleError, errors.DeviceError, errors.Refused)
 }
-_AGAIN: dict[grpc.StatusCode, type[errors.Overloaded | errors.Unavailable]] = {
+_RETRYABLE: dict[grpc.StatusCode, type[errors.Overloaded | errors.Unavailable]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
 }
@@ -120,7 +121,7 @@ def failure(error: Exception, request_id: str) -> failures_pb2.Failure:
 
 def error(failure: FailedCall) -> errors.LikelyError:
     """The error that a failed call reports."""
-    return _error(failure.code(), failure.details() or "", _rich(failure))
+    return _error(failure.code(), failure.details() or "", _rich_status(failure))
 
 
 def error_of(failure: failures_pb2.Failure) -> errors.LikelyError:
@@ -139,7 +140,7 @@ def _status(error: Exception, request_id: str) -> status_pb2.Status:
     if isinstance(error, errors.Unauthenticated):
         reason = error.reason
     message = (
-        _short(error.public_message)
+        _shorten(error.public_message)
         if is_public(error)
         else f"internal error, request {request_id}"
     )
@@ -164,15 +165,17 @@ def _error(
     if code is grpc.StatusCode.NOT_FOUND:
         resource = _detail(rich, details_pb2.ResourceInfo)
         return errors.ModelNotFound(resource.resource_name if resource else "", message)
-    if again := _AGAIN.get(code):
+    if retryable := _RETRYABLE.get(code):
         retry = _detail(rich, details_pb2.RetryInfo)
-        return again(message, retry.retry_delay.ToTimedelta().total_seconds() if retry else None)
+        return retryable(
+            message, retry.retry_delay.ToTimedelta().total_seconds() if retry else None
+        )
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return errors.Unauthenticated(message, _reason(rich) or "TOKEN_INVALID")
-    if kind := _CHANGES.get(_reason(rich)) or _PLAIN.get(code):
+    if kind := _ADMIN_ERRORS.get(_reason(rich)) or _ERRORS_BY_CODE.get(code):
         return kind(message)
-    cancelled = code is grpc.StatusCode.CANCELLED and not message.startswith(OWN)
-    if rich is None and (cancelled or CUT in message or message == LOST):
+    cancelled = code is grpc.StatusCode.CANCELLED and not message.startswith(CALLER_ENDED)
+    if rich is None and (cancelled or STREAM_RESET in message or message == STATUS_LOST):
         # Our server's own statuses have details. This one came from a proxy that lost its server,
         # or from gRPC, which cancels requests that arrive as it stops. If our server's status was
         # lost on the way, the next attempt gets it again.
@@ -183,14 +186,14 @@ def _error(
 def _details(error: Exception) -> list[Message]:
     if isinstance(error, errors.InvalidInput):
         violation = details_pb2.BadRequest.FieldViolation(
-            field=_short(error.field), description=_short(error.description)
+            field=_shorten(error.field), description=_shorten(error.description)
         )
         return [details_pb2.BadRequest(field_violations=[violation])]
     if isinstance(error, errors.ModelNotFound):
         resource = details_pb2.ResourceInfo(
             resource_type="likely.v1.Model",
-            resource_name=_short(error.resource),
-            description=_short(str(error)),
+            resource_name=_shorten(error.resource),
+            description=_shorten(str(error)),
         )
         return [resource]
     if (delay := _delay(error)) is not None:
@@ -200,7 +203,7 @@ def _details(error: Exception) -> list[Message]:
     return []
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     """The text, cut after `LONGEST` bytes."""
     data = text.encode(errors="replace")
     return f"{data[:LONGEST].decode(errors='ignore')}…" if len(data) > LONGEST else data.decode()
@@ -212,7 +215,7 @@ def _delay(error: Exception) -> float | None:
     return RETRY_SECONDS if error.retry_after is None else error.retry_after
 
 
-def _rich(failure: FailedCall) -> status_pb2.Status | None:
+def _rich_status(failure: FailedCall) -> status_pb2.Status | None:
     for key, value in failure.trailing_metadata() or ():
         if key == DETAILS_KEY:
             try:

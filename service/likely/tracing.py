@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Codes that mark a span as an error: the server is at fault. With others, the caller is.
 _FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 _PARENT = ("traceparent", "tracestate")
-LAST = 2.0  # seconds in which the remaining spans may be sent at the end
+FLUSH_SECONDS = 2.0  # seconds in which the remaining spans may be sent at the end
 
 
 class Trace:
@@ -32,11 +32,13 @@ class Trace:
 
     def waited(self, graph: str, since: float, until: float, rows: int) -> None:
         """Records that rows of the request waited for a graph."""
-        self._part(f"queue {graph}", since, until, {"likely.rows": rows})
+        self._record_child(f"queue {graph}", since, until, {"likely.rows": rows})
 
     def ran(self, graph: str, since: float, until: float, rows: int, batch: int) -> None:
         """Records that rows of the request ran, in a batch of `batch` rows."""
-        self._part(f"run {graph}", since, until, {"likely.rows": rows, "likely.batch_rows": batch})
+        self._record_child(
+            f"run {graph}", since, until, {"likely.rows": rows, "likely.batch_rows": batch}
+        )
 
     def end(self, code: str, number: int, attributes: Mapping[str, str | int]) -> None:
         """Ends the request's span with a gRPC status, given by its name and number."""
@@ -47,13 +49,15 @@ class Trace:
             self._span.set_status(StatusCode.ERROR, code)
         self._span.end()
 
-    def _part(self, name: str, since: float, until: float, attributes: Mapping[str, int]) -> None:
+    def _record_child(
+        self, name: str, since: float, until: float, attributes: Mapping[str, int]
+    ) -> None:
         span = self._tracer.start_span(
-            name, self._context, attributes=attributes, start_time=self._time(since)
+            name, self._context, attributes=attributes, start_time=self._to_epoch_ns(since)
         )
-        span.end(self._time(until))
+        span.end(self._to_epoch_ns(until))
 
-    def _time(self, monotonic: float) -> int:
+    def _to_epoch_ns(self, monotonic: float) -> int:
         return self._epoch + round(monotonic * 1e9)
 
 
@@ -76,8 +80,9 @@ class Tracing:
                 f"tracing needs the extra of that name, which is not installed: {error}"
             ) from error
         version = machine.version("likely") or ""
-        own = Resource.create({"service.name": "likely", "service.version": version})
-        resource = own.merge(OTELResourceDetector().detect())  # OTEL_SERVICE_NAME takes precedence
+        defaults = Resource.create({"service.name": "likely", "service.version": version})
+        # OTEL_SERVICE_NAME takes precedence.
+        resource = defaults.merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._exporter = OTLPSpanExporter()
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
@@ -100,10 +105,10 @@ class Tracing:
         return Trace(self._tracer, span) if span.is_recording() else None
 
     def close(self) -> None:
-        """Sends the remaining spans, for at most `LAST` seconds."""
+        """Sends the remaining spans, for at most `FLUSH_SECONDS` seconds."""
         # By itself, the provider waits half a minute for a collector that does not answer.
-        cut = threading.Timer(LAST, self._exporter.shutdown)
-        cut.daemon = True
-        cut.start()
+        timer = threading.Timer(FLUSH_SECONDS, self._exporter.shutdown)
+        timer.daemon = True
+        timer.start()
         self._provider.shutdown()
-        cut.cancel()
+        timer.cancel()

@@ -151,7 +151,7 @@ async def burst(address: str) -> None:
 def test_pings_of_patient_clients_are_answered(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ports, "PINGS", 0.1)
+    monkeypatch.setattr(ports, "MIN_PING_SECONDS", 0.1)
     pings = {
         "keepalive_time_ms": 400,
         "keepalive_timeout_ms": 1000 * SECONDS,

@@ -366,9 +366,9 @@ def test_a_lost_device_ends_the_server_in_error(
         outcome = questions.ask(channel, ("score", (0,)), "lost")
         assert outcome.code == "UNAVAILABLE"
         told_to_come_again(outcome.trailing)
-        wait_until(live.server.lost.done)
-        assert isinstance(live.server.lost.result(), DeviceLost)
-        assert "CUDA" in str(live.server.lost.result())
+        wait_until(live.server.device_lost.done)
+        assert isinstance(live.server.device_lost.result(), DeviceLost)
+        assert "CUDA" in str(live.server.device_lost.result())
         assert next(watch).status == NOT_SERVING
 
 
@@ -770,7 +770,8 @@ def test_what_does_not_end_in_time_is_told_to_come_again(
     async def stuck(*_: Any, **__: Any) -> None:
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(serving, "CUT_OFF", 30.0)  # what is told may come late, but it comes
+    # What is told may come late, but it comes.
+    monkeypatch.setattr(serving, "CUT_OFF_SECONDS", 30.0)
     with running(bundles=(toys["1"].path,)) as live:
         monkeypatch.setattr(live.server.registry.find("toy"), "score", stuck)
         outcomes: list[Outcome] = []

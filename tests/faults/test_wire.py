@@ -138,7 +138,7 @@ def test_dimensions_are_checked_before_anything_is_allocated(
 def test_no_pictures_get_an_empty_answer(caller: Caller) -> None:
     for kind in PICTURED:
         answer = caller.ask(on_toy(kind, images=Images(shape=(0, 1, 3, 3))))
-        assert tallies.size(answer) == 0
+        assert tallies.picture_count(answer) == 0
         assert answer.model_version == "1.0"
     assert caller.ask(on_toy(CompleteRequest, images=Images(shape=(0, 1, 3, 3)))) == []
 
@@ -469,7 +469,7 @@ def test_a_caller_that_does_not_read_is_cut_off(running: Running) -> None:
 def test_a_watcher_of_health_that_does_not_read_holds_nobody(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "READ", 0.5)
+    monkeypatch.setattr(server, "READ_SECONDS", 0.5)
     with (
         running(load=False, slow_reader_seconds=2) as live,
         http2.connected(live.address) as there,
@@ -492,7 +492,7 @@ def test_a_watcher_of_health_that_does_not_read_holds_nobody(
 def test_half_a_request_and_an_answer_unread_do_not_hold_the_end(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "READ", 0.5)
+    monkeypatch.setattr(server, "READ_SECONDS", 0.5)
     body = on_toy(ScoreRequest).SerializeToString()
     with running(drain_seconds=300) as live, http2.connected(live.address) as there:
         there.sendall(http2.setting(http2.WINDOW, 0) + http2.headers(1, SCORE))

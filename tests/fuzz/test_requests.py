@@ -140,7 +140,7 @@ def pictures() -> Any:
 def questions(draw: Any, manifest: Manifest) -> ModelInferRequest:
     """What one of the toy's models of the Open Inference Protocol takes, but for one thing."""
     operation = draw(st.sampled_from(operations.OPERATIONS))
-    request = ModelInferRequest(model_name=operations.full(manifest.name, operation))
+    request = ModelInferRequest(model_name=operations.full_name(manifest.name, operation))
     spoilt = draw(st.sampled_from(["shape", "settings", "settings"]))
     n, is_raw = draw(st.sampled_from([0, 1, 4])), draw(st.booleans())
     for tensor in operation.inputs(manifest):

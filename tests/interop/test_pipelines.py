@@ -13,7 +13,7 @@ import pytest
 from demo.serving import Served
 from likely.inference import inference_pb2
 from likely.inference.inference_pb2_grpc import GRPCInferenceServiceStub
-from likely.serving.openinference.operations import OPERATIONS, Operation, full
+from likely.serving.openinference.operations import OPERATIONS, Operation, full_name
 from tests.interop.others import PYTHON, installed, output_of
 
 PAGE = Path("docs/pipelines.md").read_text()
@@ -75,4 +75,4 @@ def test_the_table_lists_what_there_is(server: Served) -> None:
     ids=lambda operation: operation.suffix,
 )
 def test_the_table_lists_the_parameters(operation: Operation) -> None:
-    assert listed()[full("digits", operation)][2] == operation.settings
+    assert listed()[full_name("digits", operation)][2] == operation.settings

@@ -212,7 +212,7 @@ def test_a_collector_that_does_not_answer_holds_no_end_up(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
-        monkeypatch.setattr(tracing, "LAST", 0.2)
+        monkeypatch.setattr(tracing, "FLUSH_SECONDS", 0.2)
         with running(tracing=True) as live, calling(live.address) as caller:
             assert caller.ask(on_toy(ScoreRequest)).scores
             began = time.monotonic()

@@ -383,7 +383,7 @@ def test_a_key_that_is_too_short_signs_nothing(
 def test_no_more_tokens_are_remembered_than_so_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "REMEMBERED", 3)
+    monkeypatch.setattr(access, "MAX_CHECKED_TOKENS", 3)
     issuer = issuing(jwks(tmp_path / "jwks.json", "ES256"))._issuer
     assert issuer
     for i in range(8):

@@ -98,7 +98,7 @@ def test_scores(n: int, surprise: bool) -> None:
     message, scores = codec.score_response(table), table.scores()
     assert same(codec.scores(message, shape if surprise else None), scores)
     assert np.array_equal(scores.verdict == Verdict.OUTLIER, scores.p_value <= 0.05)
-    assert tallies.size(message) == n
+    assert tallies.picture_count(message) == n
     assert tallies.verdicts(message) == [Verdict(v) for v in scores.verdict]
 
 
@@ -124,7 +124,7 @@ def test_classifications(n: int, rule: LabelRule) -> None:
     assert np.array_equal(answer.label_sets, answer.label_p_values > answer.alpha)
     message.ClearField("rule")  # as a server has it that knows no other
     assert codec.classifications(message, 4).rule is LabelRule.GENERATIVE
-    assert tallies.size(message) == n
+    assert tallies.picture_count(message) == n
     assert tallies.verdicts(message) == [Verdict(v) for v in answer.verdict]
 
 
@@ -139,7 +139,7 @@ def test_features(n: int) -> None:
     )
     message = codec.encode_response(answer)
     assert same(codec.features(message), answer)
-    assert tallies.size(message) == n
+    assert tallies.picture_count(message) == n
     assert tallies.verdicts(message) == []
 
 
@@ -156,7 +156,7 @@ def test_draws() -> None:
     )
     message = codec.generate_response(answer)
     assert same(codec.draws(message), answer)
-    assert tallies.size(message) == 3
+    assert tallies.picture_count(message) == 3
 
 
 @pytest.mark.parametrize("conditional", ["elbo", "iwae", None])

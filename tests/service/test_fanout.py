@@ -207,7 +207,7 @@ def test_who_cannot_follow_is_told_of_and_the_change_stands(tmp_path: Path) -> N
 def test_a_change_that_takes_long_is_asked_of_all_and_leaves_others_their_turn(
     slow: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fanout, "LONGEST", 2.0)
+    monkeypatch.setattr(fanout, "CHANGE_SECONDS", 2.0)
 
     async def work() -> None:
         async with together(tmp_path, Worker(), Worker()) as workers:

@@ -292,11 +292,11 @@ def test_what_is_not_answered_is_bounded() -> None:
             first = asyncio.ensure_future(anext(found))
             for _ in range(3000):
                 await asyncio.sleep(0)
-            assert fed.read == feeds.MESSAGES
+            assert fed.read == feeds.MAX_UNANSWERED
             go.set()
             count = len(await first)
             async for outcomes in found:
-                assert fed.read - count <= feeds.MESSAGES
+                assert fed.read - count <= feeds.MAX_UNANSWERED
                 count += len(outcomes)
         assert count == fed.read == 1000
 
@@ -323,8 +323,8 @@ def test_what_comes_while_a_run_lasts_is_run_together() -> None:
             numbers += [n async for outcomes in found for n, _ in outcomes]
         assert sorted(numbers) == list(range(200))
         assert sum(sizes) == 200
-        assert max(sizes) == feeds.ROWS
-        assert len(sizes) <= feeds.AT_ONCE + -(-200 // feeds.ROWS)
+        assert max(sizes) == feeds.MAX_GROUP_ROWS
+        assert len(sizes) <= feeds.CONCURRENT_GROUPS + -(-200 // feeds.MAX_GROUP_ROWS)
 
     asyncio.run(run())
 
@@ -363,7 +363,7 @@ def test_answers_that_nobody_takes_are_bounded_too() -> None:
             await anext(found)
             for _ in range(3000):
                 await asyncio.sleep(0)
-            assert fed.read == feeds.MESSAGES
+            assert fed.read == feeds.MAX_UNANSWERED
 
     asyncio.run(run())
 
@@ -407,7 +407,7 @@ def test_merging_and_parting_lose_nothing(sizes: list[int], maps: bool) -> None:
     x = np.arange(total * 4, dtype=np.uint8).reshape(total, 1, 2, 2)
     edges = np.cumsum([0, *sizes])
     parts = [x[a:b] for a, b in pairwise(edges)]
-    whole = merging.merged([score(part) for part in parts])
+    whole = merging.merge([score(part) for part in parts])
     assert whole == score(x)
     answer = ScoreResponse(
         model_version="1",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from likely import codec
-from likely.telemetry.histograms import Tally
+from likely.telemetry.histograms import BulkHistogram
 from likely.telemetry.metrics import Metrics
 from likely.telemetry.monitor import KEPT, P_VALUES
 from likely.v1.admin_pb2 import ResetDriftRequest, UnloadModelRequest
@@ -83,11 +83,11 @@ def admin(live: Live, request: Any) -> Any:
 @given(st.lists(st.floats(-1, 2) | st.sampled_from([0.0, 0.25, 1.0]), max_size=30))
 def test_a_tally_counts_as_a_histogram_does(values: list[float]) -> None:
     texts = []
-    for kind in (Histogram, Tally):
+    for kind in (Histogram, BulkHistogram):
         registry = CollectorRegistry()
         histogram = kind("x", "x", ("model",), buckets=(0, 0.25, 1), registry=registry)
         child = histogram.labels("toy")
-        if isinstance(child, Tally):
+        if isinstance(child, BulkHistogram):
             child.observe_all(np.array(values))
         else:
             for value in values:
@@ -178,8 +178,8 @@ def test_metrics_of_versions_long_unloaded_are_removed() -> None:
     """A server that is given a new version every hour has no metrics without end."""
     metrics = Metrics(drift_level=0.01)
     for version in range(40):
-        metrics.serving([_Engine(str(version)), _Engine("kept")])  # type: ignore[list-item]
-    metrics.serving([_Engine("0")])  # type: ignore[list-item]
+        metrics.set_served([_Engine(str(version)), _Engine("kept")])  # type: ignore[list-item]
+    metrics.set_served([_Engine("0")])  # type: ignore[list-item]
     page = generate_latest(metrics.registry).decode()
     for family in ("likely_model_info", "likely_p_value_count", "likely_drift_alarm"):
         lines = [line for line in page.splitlines() if line.startswith(f"{family}{{")]

@@ -14,7 +14,7 @@ from likely.engine import Engine
 from likely.errors import BundleError, InvalidInput, ModelNotFound, Unavailable
 from likely.graphs import Device
 from likely.settings import Settings
-from likely.versions.registry import Registry, age, describe
+from likely.versions.registry import Registry, describe, version_sort_key
 
 if TYPE_CHECKING:
     from tests.conftest import Toy
@@ -51,7 +51,7 @@ def test_engines_are_sorted(registry: Registry) -> None:
 def test_versions_age_as_people_read_them() -> None:
     ordered = ["1.0-alpha", "1.0-rc1", "1.0-rc2", "1.0", "1.0.1", "1.2", "1.10", "2", "2026-01-31"]
     shuffled = random.Random(0).sample(ordered, len(ordered))
-    assert sorted(shuffled, key=age) == ordered
+    assert sorted(shuffled, key=version_sort_key) == ordered
 
 
 def test_what_is_not_served_is_listed_against(registry: Registry) -> None:
@@ -85,7 +85,7 @@ def test_two_bundles_of_one_name_and_version_are_refused() -> None:
 def test_nothing_is_found_before_it_is_loaded() -> None:
     with pytest.raises(Unavailable, match="still being loaded"):
         Registry().find("a")
-    assert not Registry().known("a")
+    assert not Registry().has_model("a")
 
 
 def test_requests_find_nothing_before_all_is_there(registry: Registry) -> None:

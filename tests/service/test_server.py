@@ -194,7 +194,7 @@ def test_order_and_company_change_nothing(stubs: Stubs, x: Any) -> None:
 @pytest.mark.parametrize("kind", [ScoreRequest, ClassifyRequest, EncodeRequest])
 def test_no_pictures_get_no_answers(stubs: Stubs, kind: Any) -> None:
     answer = stubs.ask(kind(model_name="toy", images=Images(shape=(0, 1, 3, 3))))
-    assert tallies.size(answer) == 0
+    assert tallies.picture_count(answer) == 0
     assert answer.model_version == "1.0"
 
 
@@ -450,14 +450,14 @@ def test_requests_wait_for_the_watched_folder_and_the_labels_too(
     running: Running, make_toy: Callable[..., Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new, more = make_toy("toy", "1"), make_toy("toy", "2", seed=3), make_toy("more", "1")
-    begun, go_on, follow = threading.Event(), threading.Event(), Watcher._follow
+    begun, go_on, follow = threading.Event(), threading.Event(), Watcher._load_changed
 
     async def slow(watcher: Watcher, settled: Any) -> None:
         begun.set()
         await asyncio.to_thread(go_on.wait, 30)
         await follow(watcher, settled)
 
-    monkeypatch.setattr(Watcher, "_follow", slow)
+    monkeypatch.setattr(Watcher, "_load_changed", slow)
     shutil.copytree(more.path, tmp_path / "watched" / "more")
     with (
         running(

@@ -137,7 +137,7 @@ class Loading:
     """A server that loads until it is stopped, or beyond; and then cannot pin a label."""
 
     def __init__(self, beyond: bool) -> None:
-        self.lost: asyncio.Future[DeviceLost] = asyncio.get_running_loop().create_future()
+        self.device_lost: asyncio.Future[DeviceLost] = asyncio.get_running_loop().create_future()
         self._stopped = asyncio.Event()
         self._beyond = beyond
 
@@ -160,11 +160,11 @@ async def ended(beyond: bool, lost: bool) -> list[dict[str, Any]]:
     server: Any = Loading(beyond)
     ending: asyncio.Future[signal.Signals] = loop.create_future()
     if lost:
-        server.lost.set_result(DeviceLost("it is gone"))
+        server.device_lost.set_result(DeviceLost("it is gone"))
     else:
         ending.set_result(signal.SIGTERM)
     log = logs.logger("error", stream=io.StringIO())
-    await process.run(server, load({}), log, ending, lost=3)
+    await process.run(server, load({}), log, ending, lost_code=3)
     del server
     gc.collect()
     return contexts

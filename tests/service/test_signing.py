@@ -287,4 +287,4 @@ def test_a_server_opens_what_a_trusted_key_signed(
         pass
     signing.sign(folder, key)
     with running(**trusted) as live:
-        assert live.server.registry.known("toy")
+        assert live.server.registry.has_model("toy")

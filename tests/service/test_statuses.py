@@ -109,7 +109,7 @@ def test_a_stream_that_a_proxy_cut_off_may_be_asked_for_again() -> None:
     cut = "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
     found = statuses.error(Failed(grpc.StatusCode.INTERNAL, cut, ()))
     assert isinstance(found, errors.Unavailable) and str(found) == cut
-    lost = statuses.error(Failed(grpc.StatusCode.INTERNAL, statuses.LOST, ()))
+    lost = statuses.error(Failed(grpc.StatusCode.INTERNAL, statuses.STATUS_LOST, ()))
     assert isinstance(lost, errors.Unavailable)
     code, message, metadata = statuses.status(errors.ServerFault("RST_STREAM"), "id-1")
     assert isinstance(statuses.error(Failed(code, message, metadata)), errors.ServerFault)

@@ -92,7 +92,7 @@ class Watched:
     async def look(self, times: int = 1) -> dict[str, str]:
         """The folders' names of the versions that are served after so many looks."""
         for _ in range(times):
-            await self.watcher._look()
+            await self.watcher._poll()
         return self.served()
 
     def served(self) -> dict[str, str]:

@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from likely import graphs, logs, machine
 from likely.errors import LikelyError, SettingsError
 from likely.processes import fanout, process, supervisor, worker
-from likely.processes.worker_metrics import MEBIBYTES, ROOM, WorkerMetrics
+from likely.processes.worker_metrics import FILE_BYTES, MEBIBYTES, WorkerMetrics
 from likely.serving import ports
 from likely.telemetry.metrics import METHODS, SECONDS
 from tests.faults import http2
@@ -39,16 +39,16 @@ KINDS = (http2.PING, http2.GOAWAY)
 WORKER = """
 import sys
 from likely.processes import worker_metrics
-worker_metrics.count_as(int(sys.argv[1]))
+worker_metrics.write_metrics_as(int(sys.argv[1]))
 from likely.telemetry.metrics import Metrics
-Metrics().ready(True)
+Metrics().set_ready(True)
 """
 BUSY = """
 import sys
 from types import SimpleNamespace
 import numpy as np
 from likely.processes import worker_metrics
-worker_metrics.count_as(int(sys.argv[1]))
+worker_metrics.write_metrics_as(int(sys.argv[1]))
 from likely.bundle import Role
 from likely.inference import inference_pb2
 from likely.telemetry.metrics import CODES, METHODS, STREAMS, Metrics
@@ -69,8 +69,8 @@ for name in ("", "unknown", *(f"a_model_of_some_pictures_{n}" for n in range(8))
     if name.startswith("a_model"):
         metrics._models.labels(name, "1.10.0", engine.digest, *engine.providers).set(1)
         metrics._loads.labels(name).inc()
-        metrics._expect(engine)
-        metrics.monitor.serving([engine])
+        metrics._create_series(engine)
+        metrics.monitor.set_served([engine])
         for role in Role:
             for family in ("waiting", "running"):
                 getattr(metrics.traffic, family).labels(name, role).set(1)
@@ -78,17 +78,17 @@ for name in ("", "unknown", *(f"a_model_of_some_pictures_{n}" for n in range(8))
                 getattr(metrics.traffic, family).labels(name, role).observe(1)
     for method in (*METHODS, "ListModels", "GetModel", *(each.name for each in protocol.methods)):
         metrics.began(method)
-        metrics.answered(method, name, 1, [1])
+        metrics.count_answer(method, name, 1, [1])
         for code in (*CODES, "CANCELLED", "INVALID_ARGUMENT", "NOT_FOUND"):
             metrics.ended(method, name, code, 0.1)
             if method in STREAMS:
-                metrics.streamed(method, name, code)
+                metrics.count_stream_message(method, name, code)
 """
 HUNG = """
 import asyncio, time
 from likely.processes import worker
 async def hang():
-    worker._end_with_the_input(asyncio.get_running_loop().create_future(), 0.2)
+    worker._end_when_input_closes(asyncio.get_running_loop().create_future(), 0.2)
     time.sleep(60)
 asyncio.run(hang())
 """
@@ -113,7 +113,7 @@ def test_a_server_without_a_worker_is_not_ready_and_wants_some(tmp_path: Path) -
         if live:
             work(shared, 1)
         else:
-            shared.ended(1)
+            shared.clear_live_gauges(1)
         assert samples_of(shared.registry)["likely_ready"] == f"{live:.1f}"
 
 
@@ -123,11 +123,11 @@ def test_metrics_have_their_room_before_a_worker_writes_them(tmp_path: Path) -> 
         for index in (0, 1):
             work(shared, index)
         assert sizes(tmp_path) == {
-            f"{kind}_{index}.db": room for kind, room in ROOM.items() for index in (0, 1)
+            f"{kind}_{index}.db": room for kind, room in FILE_BYTES.items() for index in (0, 1)
         }
         for path in tmp_path.iterdir():
             assert path.stat().st_blocks * 512 >= path.stat().st_size
-        shared.ended(0)
+        shared.clear_live_gauges(0)
 
 
 def test_eight_models_that_are_asked_everything_need_no_more_room(tmp_path: Path) -> None:
@@ -162,14 +162,14 @@ def test_the_folder_is_the_temporary_one_or_else_in_shared_memory(
 ) -> None:
     for place in there:
         places[place].mkdir()
-    with supervisor.private(2) as (folder, _):
+    with supervisor.private_folder(2) as (folder, _):
         assert folder.parent == places[taken]
     assert not list(places[taken].iterdir())
 
 
 def test_workers_without_a_folder_are_refused_in_a_sentence(places: tuple[Path, Path]) -> None:
     with pytest.raises(SettingsError, match=r"workers = 2 needs a folder .* 4 MiB"):
-        supervisor.private(2).__enter__()
+        supervisor.private_folder(2).__enter__()
 
 
 def test_a_folder_without_room_is_left(
@@ -183,7 +183,7 @@ def test_a_folder_without_room_is_left(
     for place in places:
         place.mkdir()
     monkeypatch.setattr(Path, "write_bytes", write)
-    with supervisor.private(2) as (folder, _):
+    with supervisor.private_folder(2) as (folder, _):
         assert folder.parent == places[1]
     assert not list(places[0].iterdir())
 
@@ -197,7 +197,7 @@ def supervised(settings: Settings, folder: Path, out: io.StringIO) -> supervisor
 def test_a_long_change_by_rpc_outlasts_its_clients_pings(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ports, "PINGS", 0.1)
+    monkeypatch.setattr(ports, "MIN_PING_SECONDS", 0.1)
     out = io.StringIO()
 
     def pinged(port: int) -> list[int]:
@@ -209,7 +209,7 @@ def test_a_long_change_by_rpc_outlasts_its_clients_pings(
             return list(islice(answers, 6))
 
     async def asked() -> list[int]:
-        admin = supervised(settings(admin_port=0, workers=2), tmp_path, out)._administer()
+        admin = supervised(settings(admin_port=0, workers=2), tmp_path, out)._create_admin_server()
         assert admin
         await admin.start()
         try:
@@ -234,15 +234,15 @@ def test_the_port_of_a_server_that_has_ended_is_free_again(
         with socket.create_connection(("127.0.0.1", port)) as client:
             former.accept()[0].close()  # it closes first, and its end is remembered
             assert client.recv(1) == b""
-    with supervisor.reserved(settings(port=port)) as held:
+    with supervisor.reserved_port(settings(port=port)) as held:
         assert held == port
 
 
 def test_a_port_is_held_by_one_server_alone(settings: Callable[..., Settings]) -> None:
-    with supervisor.reserved(settings()) as port:
+    with supervisor.reserved_port(settings()) as port:
         with (
             pytest.raises(SettingsError, match="Address already in use"),
-            supervisor.reserved(settings(port=port)),
+            supervisor.reserved_port(settings(port=port)),
         ):
             pass
         with socket.socket() as worker:
@@ -263,7 +263,7 @@ def test_a_worker_that_cannot_be_made_anew_is_tried_again(
     async def kept() -> None:
         keeper = supervised(settings(workers=2), tmp_path, out)
         if begun:
-            keeper._begun.set()
+            keeper._all_ready.set()
 
         async def made(*_: object, **__: object) -> None:
             nonlocal tries
@@ -273,7 +273,7 @@ def test_a_worker_that_cannot_be_made_anew_is_tried_again(
 
         monkeypatch.setattr(asyncio, "create_subprocess_exec", made)
         monkeypatch.setattr(supervisor, "MIN_DELAY", 0.01)
-        await keeper._keep(0)
+        await keeper._keep_running(0)
 
     if begun:
         asyncio.run(kept())
@@ -288,8 +288,8 @@ def test_a_worker_that_hangs_is_killed(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = io.StringIO()
-    monkeypatch.setattr(supervisor, "LOOK", 0.01)
-    monkeypatch.setattr(fanout, "SOON", 0.2)
+    monkeypatch.setattr(supervisor, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(fanout, "ANSWER_SECONDS", 0.2)
 
     async def outlived() -> int:
         keeper = supervised(settings(workers=2), tmp_path, out)
@@ -297,7 +297,7 @@ def test_a_worker_that_hangs_is_killed(
         with socket.socket(socket.AF_UNIX) as hung:
             hung.bind(str(keeper._socket(0)))
             hung.listen()
-            keeping = asyncio.create_task(keeper._outlived(0, worker))
+            keeping = asyncio.create_task(keeper._wait_for_exit(0, worker))
             await asyncio.sleep(0.5)
             assert not out.getvalue()  # it may load for long
             keeper._ready.add(0)
@@ -315,7 +315,7 @@ def test_a_worker_that_missed_a_change_and_does_not_end_is_killed(
     hangs: bool,
 ) -> None:
     out = io.StringIO()
-    monkeypatch.setattr(supervisor, "LOOK", 0.01)
+    monkeypatch.setattr(supervisor, "CHECK_SECONDS", 0.01)
     monkeypatch.setattr(process, "MARGIN", 0.2)
 
     async def outlived() -> int:
@@ -326,7 +326,7 @@ def test_a_worker_that_missed_a_change_and_does_not_end_is_killed(
                 worker.send_signal(signal.SIGSTOP)
                 os.waitid(os.P_PID, worker.pid, os.WSTOPPED)  # or SIGTERM would overtake it
             keeper._ready.add(0)
-            keeping = asyncio.create_task(keeper._outlived(0, worker))
+            keeping = asyncio.create_task(keeper._wait_for_exit(0, worker))
             keeper._restart_worker(0)
             return await asyncio.wait_for(keeping, 20)
         finally:
@@ -362,7 +362,7 @@ def test_a_worker_that_missed_a_change_drains_on_when_the_server_ends(
         if first == "change":
             keeper._restart_worker(0)
             assert await worker.stdout.readline() == b"told\n"
-        ending = asyncio.create_task(keeper._end(signal.SIGTERM, [waiting]))
+        ending = asyncio.create_task(keeper._stop_workers(signal.SIGTERM, [waiting]))
         if first == "end":
             assert await worker.stdout.readline() == b"told\n"
             keeper._restart_worker(0)
@@ -381,7 +381,7 @@ def test_a_worker_that_ends_does_not_hang(tmp_path: Path) -> None:
 def test_another_call_that_is_given_up_does_not_hide_that_a_worker_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fanout, "SOON", 1.0)
+    monkeypatch.setattr(fanout, "ANSWER_SECONDS", 1.0)
     path = tmp_path / "0.sock"
 
     async def silent() -> bool:
@@ -389,7 +389,7 @@ def test_another_call_that_is_given_up_does_not_hide_that_a_worker_hangs(
             hung.bind(str(path))
             hung.listen()
             hung.setblocking(False)
-            other = asyncio.create_task(fanout.served_by([path]))
+            other = asyncio.create_task(fanout.list_served([path]))
             accepting = asyncio.get_running_loop().sock_accept(hung)
             there, _ = await asyncio.wait_for(accepting, 20)
             with there:
@@ -412,7 +412,7 @@ def test_only_what_others_ask_a_worker_is_counted(running: Running, tmp_path: Pa
 
         assert not live.run(fanout.is_silent(path))
         assert not counted()
-        assert live.run(fanout.served_by([path]))
+        assert live.run(fanout.list_served([path]))
         assert counted() == [f'{REQUESTS}{{code="OK",method="ListVersions",model=""}}']
     calls = [json.loads(line) for line in live.log.getvalue().splitlines()]
     assert [(c["method"], c["code"]) for c in calls if c["event"] == "rpc"] == [
@@ -449,7 +449,7 @@ def test_as_many_workers_as_cores_but_one_on_a_card(
         raise SettingsError("no folder")
 
     monkeypatch.setattr(process, "serve", lambda given: begun.append(given.workers))
-    monkeypatch.setattr(supervisor, "private", several)
+    monkeypatch.setattr(supervisor, "private_folder", several)
     with suppress(SettingsError):
         supervisor.serve(settings(workers=0, device=device))
     assert begun == [count]

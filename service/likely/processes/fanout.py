@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Metadata = Sequence[tuple[str, str | bytes]]
-HANDED_ON = ("x-request-id",)
-LONGEST = 600.0  # seconds to wait for a worker's change before the next change starts
-SOON = 10.0  # seconds for a worker to answer what it serves, or a health check
+FORWARDED_KEYS = ("x-request-id",)
+CHANGE_SECONDS = 600.0  # seconds to wait for a worker's change before the next change starts
+ANSWER_SECONDS = 10.0  # seconds for a worker to answer what it serves, or a health check
 LATE = grpc.StatusCode.DEADLINE_EXCEEDED
 # Channels share connections by default: if the connection that an earlier call began is given up
 # meanwhile, a health check would fail early, and hide that the worker hangs.
-ALONE = (("grpc.use_local_subchannel_pool", 1),)
+OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 Version = tuple[str, str]  # name and version
 
 
@@ -41,7 +41,9 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
     def __init__(
         self,
         sockets: Callable[[], Sequence[tuple[int, Path]]],
-        settled: Callable[[admin_pb2.ListVersionsResponse, Collection[int], Version | None], None],
+        remember_change: Callable[
+            [admin_pb2.ListVersionsResponse, Collection[int], Version | None], None
+        ],
         restart_worker: Callable[[int], None],
         log: FilteringBoundLogger,
     ) -> None:
@@ -49,80 +51,92 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
 
         Args:
             sockets: returns the numbers and admin sockets of the workers that are ready.
-            settled: called after each change with what is served now, the numbers of the workers
-                that were asked, and the version that was unloaded, if any.
+            remember_change: called after each change with what is served now, the numbers of the
+                workers that were asked, and the version that was unloaded, if any.
             restart_worker: restarts a worker, given its number, that could not make a change.
             log: receives an error if no worker reports what is served after a change.
         """
         self._sockets = sockets
-        self._settled = settled
+        self._remember_change = remember_change
         self._restart_worker = restart_worker
         self._log = log
-        self._turn = asyncio.Lock()
+        self._change_lock = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
 
     async def ListVersions(
         self, request: admin_pb2.ListVersionsRequest, context: Context
     ) -> admin_pb2.ListVersionsResponse:
         """Lists the versions of the first worker."""
-        (_, first), *_ = self._ready()
+        (_, first), *_ = self._ready_workers()
         seconds = context.time_remaining()
-        asked = _ask(first, "ListVersions", request, _handed_on(context), seconds)
-        answer: admin_pb2.ListVersionsResponse = await _answered(asked, context)
+        asked = _call_worker(first, "ListVersions", request, _forwarded_metadata(context), seconds)
+        answer: admin_pb2.ListVersionsResponse = await _relay_answer(asked, context)
         return answer
 
     async def LoadModel(
         self, request: admin_pb2.LoadModelRequest, context: Context
     ) -> admin_pb2.LoadModelResponse:
         """Serves the bundle in a folder."""
-        answer: admin_pb2.LoadModelResponse = await self._change("LoadModel", request, context)
+        answer: admin_pb2.LoadModelResponse = await self._forward_change(
+            "LoadModel", request, context
+        )
         return answer
 
     async def UnloadModel(
         self, request: admin_pb2.UnloadModelRequest, context: Context
     ) -> admin_pb2.UnloadModelResponse:
         """Unloads a version and frees it."""
-        answer: admin_pb2.UnloadModelResponse = await self._change("UnloadModel", request, context)
+        answer: admin_pb2.UnloadModelResponse = await self._forward_change(
+            "UnloadModel", request, context
+        )
         return answer
 
     async def SetLabel(
         self, request: admin_pb2.SetLabelRequest, context: Context
     ) -> admin_pb2.SetLabelResponse:
         """Points a label at a version."""
-        answer: admin_pb2.SetLabelResponse = await self._change("SetLabel", request, context)
+        answer: admin_pb2.SetLabelResponse = await self._forward_change(
+            "SetLabel", request, context
+        )
         return answer
 
     async def Rollback(
         self, request: admin_pb2.RollbackRequest, context: Context
     ) -> admin_pb2.RollbackResponse:
         """Makes the previous default version the stable one."""
-        answer: admin_pb2.RollbackResponse = await self._change("Rollback", request, context)
+        answer: admin_pb2.RollbackResponse = await self._forward_change(
+            "Rollback", request, context
+        )
         return answer
 
     async def ResetDrift(
         self, request: admin_pb2.ResetDriftRequest, context: Context
     ) -> admin_pb2.ResetDriftResponse:
         """Restarts the drift test."""
-        answer: admin_pb2.ResetDriftResponse = await self._change("ResetDrift", request, context)
+        answer: admin_pb2.ResetDriftResponse = await self._forward_change(
+            "ResetDrift", request, context
+        )
         return answer
 
-    def _ready(self) -> Sequence[tuple[int, Path]]:
+    def _ready_workers(self) -> Sequence[tuple[int, Path]]:
         if ready := self._sockets():
             return ready
         raise Unavailable("no worker is ready")
 
-    async def _change(self, method: str, request: Any, context: Context) -> Any:
-        change = asyncio.create_task(self._apply_change(method, request, _handed_on(context)))
+    async def _forward_change(self, method: str, request: Any, context: Context) -> Any:
+        change = asyncio.create_task(
+            self._apply_change(method, request, _forwarded_metadata(context))
+        )
         self._changes.add(change)
-        change.add_done_callback(self._ended)
-        return await _answered(asyncio.shield(change), context)
+        change.add_done_callback(self._discard_change)
+        return await _relay_answer(asyncio.shield(change), context)
 
     async def _apply_change(self, method: str, request: Any, metadata: Metadata) -> Any:
-        async with self._turn:
-            (_, first), *others = asked = self._ready()
+        async with self._change_lock:
+            (_, first), *others = asked = self._ready_workers()
             answer, late = None, None
             try:
-                answer = await _ask(first, method, request, metadata, LONGEST)
+                answer = await _call_worker(first, method, request, metadata, CHANGE_SECONDS)
             except grpc.aio.AioRpcError as error:
                 if error.code() is not LATE:
                     raise
@@ -132,7 +146,10 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
                 # told which one.
                 following = [_make_stable(socket, answer.version, metadata) for _, socket in others]
             else:
-                following = [_ask(each, method, request, metadata, LONGEST) for _, each in others]
+                following = [
+                    _call_worker(each, method, request, metadata, CHANGE_SECONDS)
+                    for _, each in others
+                ]
             followed = await asyncio.gather(*following, return_exceptions=True)
             sockets = [first]
             for (index, socket), outcome in zip(others, followed, strict=True):
@@ -140,31 +157,31 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
                     self._restart_worker(index)
                 else:
                     sockets.append(socket)
-            if (served := await served_by(sockets, metadata)) is None:
+            if (served := await list_served(sockets, metadata)) is None:
                 self._log.error("change not remembered")
             else:
                 unloads = isinstance(request, admin_pb2.UnloadModelRequest)
                 unloaded = (request.model_name, request.model_version) if unloads else None
-                self._settled(served, {index for index, _ in asked}, unloaded)
+                self._remember_change(served, {index for index, _ in asked}, unloaded)
             if late:
                 raise late
             return answer
 
-    def _ended(self, change: asyncio.Task[Any]) -> None:
+    def _discard_change(self, change: asyncio.Task[Any]) -> None:
         self._changes.discard(change)
         if not change.cancelled():
             change.exception()  # marks it retrieved, in case the caller has left
 
 
-async def served_by(
+async def list_served(
     sockets: Sequence[Path], metadata: Metadata = ()
 ) -> admin_pb2.ListVersionsResponse | None:
     """Lists the versions of the first worker that answers; None if none does."""
     everything = admin_pb2.ListVersionsRequest()
     for socket in sockets:
         try:
-            served: admin_pb2.ListVersionsResponse = await _ask(
-                socket, "ListVersions", everything, metadata, SOON
+            served: admin_pb2.ListVersionsResponse = await _call_worker(
+                socket, "ListVersions", everything, metadata, ANSWER_SECONDS
             )
         except grpc.aio.AioRpcError:
             continue
@@ -174,16 +191,16 @@ async def served_by(
 
 async def is_silent(socket: Path) -> bool:
     """Whether a worker does not answer in time; a worker that ends answers by refusing."""
-    async with grpc.aio.insecure_channel(f"unix:{socket}", options=ALONE) as channel:
+    async with grpc.aio.insecure_channel(f"unix:{socket}", options=OWN_CONNECTION) as channel:
         health = health_pb2_grpc.HealthStub(channel)  # health checks are not counted as requests
         try:
-            await health.Check(health_pb2.HealthCheckRequest(), timeout=SOON)
+            await health.Check(health_pb2.HealthCheckRequest(), timeout=ANSWER_SECONDS)
         except grpc.aio.AioRpcError as error:
             return error.code() is LATE
     return False
 
 
-async def _ask(
+async def _call_worker(
     socket: Path, method: str, request: Any, metadata: Metadata, seconds: float | None = None
 ) -> Any:
     async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
@@ -203,7 +220,7 @@ async def _make_stable(socket: Path, version: admin_pb2.ModelVersion, metadata: 
         model_name=version.model_name, label="stable", model_version=version.model_version
     )
     try:
-        await _ask(socket, "SetLabel", label, metadata, LONGEST)
+        await _call_worker(socket, "SetLabel", label, metadata, CHANGE_SECONDS)
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.NOT_FOUND:
             raise
@@ -211,19 +228,19 @@ async def _make_stable(socket: Path, version: admin_pb2.ModelVersion, metadata: 
         return
     load = admin_pb2.LoadModelRequest(folder=version.folder)
     try:
-        await _ask(socket, "LoadModel", load, metadata, LONGEST)
+        await _call_worker(socket, "LoadModel", load, metadata, CHANGE_SECONDS)
     except grpc.aio.AioRpcError as error:
         if _is_late(error):  # acceptable for a last change, but here another one follows
             raise TimeoutError from error
         raise
-    await _ask(socket, "SetLabel", label, metadata, LONGEST)
+    await _call_worker(socket, "SetLabel", label, metadata, CHANGE_SECONDS)
 
 
 def _is_late(outcome: Exception) -> bool:
     return isinstance(outcome, grpc.aio.AioRpcError) and outcome.code() is LATE
 
 
-async def _answered(asked: Awaitable[Any], context: Context) -> Any:
+async def _relay_answer(asked: Awaitable[Any], context: Context) -> Any:
     """Returns the worker's answer, or aborts with the worker's own status and details."""
     try:
         return await asked
@@ -232,5 +249,7 @@ async def _answered(asked: Awaitable[Any], context: Context) -> Any:
         await context.abort(error.code(), error.details() or "", details)
 
 
-def _handed_on(context: Context) -> Metadata:
-    return [(key, value) for key, value in context.invocation_metadata() or () if key in HANDED_ON]
+def _forwarded_metadata(context: Context) -> Metadata:
+    return [
+        (key, value) for key, value in context.invocation_metadata() or () if key in FORWARDED_KEYS
+    ]

@@ -33,7 +33,7 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings, log: FilteringBoundLogger) -> None:
-    ending = signalled()
+    ending = end_signal()
     server = Server(settings, log)
     try:
         await server.start()
@@ -56,7 +56,7 @@ async def run(
     log: FilteringBoundLogger,
     ending: asyncio.Future[signal.Signals],
     ready: Callable[[], Awaitable[None]] | None = None,
-    lost: int = 1,
+    lost_code: int = 1,
 ) -> None:
     """Loads the models, serves until a signal comes, and drains.
 
@@ -68,7 +68,7 @@ async def run(
         log: receives an event for each phase.
         ending: done when a signal to end has come.
         ready: awaited once the models are loaded.
-        lost: exit code if the device is gone and models are still being loaded.
+        lost_code: exit code if the device is gone and models are still being loaded.
 
     Raises:
         LikelyError: nothing can be served.
@@ -77,17 +77,17 @@ async def run(
     delay, grace = 0.0, settings.drain_seconds
     loading, closed = asyncio.create_task(server.load()), False
     try:
-        await first(loading, ending, server.lost)
+        await wait_for_first(loading, ending, server.device_lost)
         if loading.done():
             await loading
             if ready:
                 await ready()
             log.info("serving", host=settings.host, port=server.port)
-            await first(ending, server.lost)
+            await wait_for_first(ending, server.device_lost)
             # The delay lets clients find other servers, which is pointless after Ctrl-C.
             if ending.done() and ending.result() == signal.SIGTERM:
                 delay = settings.drain_delay
-        if server.lost.done():
+        if server.device_lost.done():
             delay, grace = 0.0, LOST_SECONDS
         log.info("draining", seconds=grace, delay=delay)
     finally:
@@ -96,11 +96,11 @@ async def run(
         loading.exception()  # marks it retrieved; an error caused by the shutdown does not matter
     # A thread that opens a bundle cannot be stopped, but may be killed with the process.
     loads = not (closed and loading.done())
-    if server.lost.done():
+    if server.device_lost.done():
         if loads:
-            log.error("ended", message=str(server.lost.result()))
-            signals.leave(lost)
-        raise server.lost.result()
+            log.error("ended", message=str(server.device_lost.result()))
+            signals.leave(lost_code)
+        raise server.device_lost.result()
     log.info("ended")
     if loads:
         signals.leave(0)
@@ -111,12 +111,12 @@ def end_timeout(settings: Settings) -> float:
     return settings.drain_delay + settings.drain_seconds + MARGIN
 
 
-async def first(*awaited: asyncio.Future[Any]) -> None:
+async def wait_for_first(*awaited: asyncio.Future[Any]) -> None:
     """Waits until one of the futures is done."""
     await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
 
 
-def signalled() -> asyncio.Future[signal.Signals]:
+def end_signal() -> asyncio.Future[signal.Signals]:
     """Returns a future for the first SIGTERM or SIGINT; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
     ending: asyncio.Future[signal.Signals] = loop.create_future()

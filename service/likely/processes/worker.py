@@ -23,13 +23,14 @@ from typing import Any
 from likely import logs, signals
 from likely.errors import DeviceLost, LikelyError
 from likely.processes import worker_metrics
-from likely.processes.process import end_timeout, run, signalled
+from likely.processes.process import end_signal, end_timeout, run
 from likely.serving.server import Server
 from likely.settings import Settings
 
 READY = b"ready\n"
 REFUSED, LOST = 1, 3  # exit codes: nothing can be served; the device is gone
-HEARD = 0.1  # seconds for the event loop to handle a signal that came before the input's end
+# Seconds for the event loop to handle a signal that came before the input's end.
+SIGNAL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,11 @@ def main() -> int:
     """Serves, and returns the exit code."""
     order = Order(**json.loads(sys.stdin.buffer.readline()))
     settings = Settings(**order.settings)
-    worker_metrics.count_as(order.index)
+    worker_metrics.write_metrics_as(order.index)
     log = logs.logger(settings.log_level, settings.log_format).bind(worker=order.index)
     logs.adopt_stdlib(settings.log_format)
     try:
-        asyncio.run(_work(order, settings, log))
+        asyncio.run(_serve(order, settings, log))
     except DeviceLost:
         return LOST
     except LikelyError as error:
@@ -77,9 +78,9 @@ def main() -> int:
     return 0
 
 
-async def _work(order: Order, settings: Settings, log: Any) -> None:
-    ending = signalled()
-    _end_with_the_input(ending, end_timeout(settings))
+async def _serve(order: Order, settings: Settings, log: Any) -> None:
+    ending = end_signal()
+    _end_when_input_closes(ending, end_timeout(settings))
     socket = Path(order.socket)
     server = Server(
         settings,
@@ -99,7 +100,7 @@ async def _work(order: Order, settings: Settings, log: Any) -> None:
     await run(server, settings, log, ending, ready, LOST)
 
 
-def _end_with_the_input(ending: asyncio.Future[signal.Signals], seconds: float) -> None:
+def _end_when_input_closes(ending: asyncio.Future[signal.Signals], seconds: float) -> None:
     loop = asyncio.get_running_loop()
 
     def end() -> None:
@@ -110,7 +111,7 @@ def _end_with_the_input(ending: asyncio.Future[signal.Signals], seconds: float) 
     def wait() -> None:
         while os.read(sys.stdin.fileno(), 1 << 10):  # unlike sys.stdin, holds no lock at exit
             pass
-        loop.call_soon_threadsafe(loop.call_later, HEARD, end)
+        loop.call_soon_threadsafe(loop.call_later, SIGNAL_SECONDS, end)
         time.sleep(seconds)  # if the event loop hangs, no supervisor is left to kill the worker
         os._exit(REFUSED)
 

@@ -13,14 +13,15 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from likely.telemetry.metrics import READY, READY_MEANS
 
-_LIVING = ("gauge_livemax", "gauge_livesum")  # kinds of metrics to which only live workers count
+# Kinds of metrics to which only live workers count.
+_LIVE_KINDS = ("gauge_livemax", "gauge_livesum")
 # Bytes of a worker's metrics by kind, enough for eight models on which every method is called.
-ROOM = {"counter": 1 << 19, "histogram": 5 << 18, **dict.fromkeys(_LIVING, 1 << 17)}
-MEBIBYTES = sum(ROOM.values()) >> 20  # per worker
+FILE_BYTES = {"counter": 1 << 19, "histogram": 5 << 18, **dict.fromkeys(_LIVE_KINDS, 1 << 17)}
+MEBIBYTES = sum(FILE_BYTES.values()) >> 20  # per worker
 _NOTHING = struct.pack("i", 0)  # header of a metrics file of which no bytes are used
 
 
-def count_as(index: int) -> None:
+def write_metrics_as(index: int) -> None:
     """Makes this process write its metrics as the worker with that index, for `WorkerMetrics`.
 
     A worker that is restarted under the same index continues from its predecessor's counts,
@@ -53,11 +54,11 @@ class WorkerMetrics:
         """
         self._folder = folder
         for index in range(workers):
-            for kind, room in ROOM.items():
-                self._path(kind, index).write_bytes(bytes(room))
+            for kind, nbytes in FILE_BYTES.items():
+                self._path(kind, index).write_bytes(bytes(nbytes))
         self.environment = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
         self.registry = CollectorRegistry()
-        self.registry.register(_Workers(folder))
+        self.registry.register(_WorkersCollector(folder))
         wanted = Gauge("likely_workers_wanted", "Workers that should run.", registry=self.registry)
         wanted.set(workers)
         self._workers = Gauge(
@@ -67,17 +68,17 @@ class WorkerMetrics:
             "likely_worker_restarts", "Workers restarted after they died.", registry=self.registry
         )
 
-    def ready(self, count: int) -> None:
+    def set_ready(self, count: int) -> None:
         """Sets the number of workers that accept requests."""
         self._workers.set(count)
 
-    def restarted(self) -> None:
+    def count_restart(self) -> None:
         """Counts the restart of a worker that died."""
         self._restarts.inc()
 
-    def ended(self, index: int) -> None:
+    def clear_live_gauges(self, index: int) -> None:
         """Clears the live gauges of a worker that has ended; its counters stay."""
-        for kind in _LIVING:
+        for kind in _LIVE_KINDS:
             with self._path(kind, index).open("r+b") as file:
                 file.write(_NOTHING)  # the file keeps its size
 
@@ -85,7 +86,7 @@ class WorkerMetrics:
         return self._folder / f"{kind}_{index}.db"
 
 
-class _Workers(MultiProcessCollector):
+class _WorkersCollector(MultiProcessCollector):
     """Collects the workers' metrics, and reports not ready if no worker reports readiness."""
 
     def __init__(self, folder: Path) -> None:

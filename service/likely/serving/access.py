@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 AUTHORIZATION = "authorization"
 LARGEST_FILE = 1 << 20  # bytes
-REMEMBERED = 4096  # maximum number of checked tokens that are remembered
-MOST_ALIKE = 8  # most keys with the same kid and algorithm; each token is tried with all of them
+MAX_CHECKED_TOKENS = 4096  # maximum number of checked tokens that are remembered
+MAX_KEYS_PER_KID = 8  # keys with the same kid and algorithm; each token is tried with all of them
 _UNSAFE = re.compile(r"[^A-Za-z0-9@._|:/-]")
 
 
@@ -44,7 +44,7 @@ class Scope(StrEnum):
 UNKNOWN = "unknown"
 """Stands for any service or method that does not exist."""
 
-OPEN = frozenset({"grpc.health.v1.Health"})
+OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
 """Services that require no token, as whatever starts and watches a server has none."""
 
 SCOPES: dict[str, Scope | None] = {
@@ -114,7 +114,7 @@ class Secrets:
         Raises:
             SettingsError: the file cannot be read, or does not have this format.
         """
-        self._known = reloaded([path], lambda: _secrets(path), log, interval)
+        self._known = reloaded([path], lambda: _read_secrets(path), log, interval)
         if not self._known.value():
             log.warning("no token is valid", file=str(path))
 
@@ -152,7 +152,7 @@ class Issuer:
         Raises:
             SettingsError: the file cannot be read, or holds keys but none for these algorithms.
         """
-        self._keys = reloaded([keys], lambda: _keys(keys, algorithms), log, interval)
+        self._keys = reloaded([keys], lambda: _read_keys(keys, algorithms), log, interval)
         if not self._keys.value():
             log.warning("no signed token is valid", file=str(keys))
         self._log = log
@@ -172,7 +172,7 @@ class Issuer:
                 now.
         """
         keys = self._keys.value()
-        if keys is not self._checked_by or len(self._checked) >= REMEMBERED:
+        if keys is not self._checked_by or len(self._checked) >= MAX_CHECKED_TOKENS:
             self._checked, self._checked_by = {}, keys
         mark = _digest(token)
         holder, ends = self._checked.get(mark, (None, 0.0))
@@ -191,7 +191,7 @@ class Issuer:
             raise Unauthenticated("the token has expired", "TOKEN_EXPIRED") from None
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             self._log.info("token refused", reason=f"{type(error).__name__}: {error}"[:200])
-            raise _invalid() from None
+            raise _invalid_token() from None
         name = _UNSAFE.sub("_", claims["sub"])[:64]
         # Names in token files have no colon, so no two holders share a client.
         return Holder(name, _scopes(claims), f"sub:{claims['sub']}"), until
@@ -241,7 +241,7 @@ class Gate:
     ) -> None:
         self._secrets = secrets
         self._issuer = issuer
-        self._open = OPEN | trusted
+        self._open = OPEN_SERVICES | trusted
 
     @property
     def is_open(self) -> bool:
@@ -261,18 +261,18 @@ class Gate:
         """
         if self.is_open or service in self._open:
             return None
-        holder = self._caller(_bearer(metadata))
+        holder = self._find_holder(_bearer_token(metadata))
         scope = SCOPES.get(service, Scope.ADMIN)
         if scope is not None and scope not in holder.scopes:
             raise AccessDenied(f"the token of {holder.name} lacks the scope {scope}")
         return holder
 
-    def _caller(self, token: str) -> Holder:
+    def _find_holder(self, token: str) -> Holder:
         if self._secrets and (holder := self._secrets.find(token)):
             return holder
         if self._issuer:
             return self._issuer.find(token)
-        raise _invalid()
+        raise _invalid_token()
 
 
 def gate(
@@ -326,17 +326,17 @@ def gate(
     return made
 
 
-def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+def _bearer_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     given = [value for key, value in metadata if key == AUTHORIZATION]
     if not given:
         raise Unauthenticated("a bearer token is required in 'authorization'", "TOKEN_MISSING")
     scheme, _, token = str(given[0]).partition(" ")
     if len(given) > 1 or scheme.lower() != "bearer" or not token.strip():
-        raise _invalid()
+        raise _invalid_token()
     return token.strip()
 
 
-def _invalid() -> Unauthenticated:
+def _invalid_token() -> Unauthenticated:
     return Unauthenticated("the token is not valid here", "TOKEN_INVALID")
 
 
@@ -352,7 +352,7 @@ def _scopes(claims: dict[str, Any]) -> frozenset[Scope]:
     return frozenset(scope for scope in Scope if scope in words)
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         with path.open("rb") as handle:
             data = handle.read(LARGEST_FILE + 1)
@@ -363,10 +363,10 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _secrets(path: Path) -> dict[bytes, Holder]:
+def _read_secrets(path: Path) -> dict[bytes, Holder]:
     """Reads the holders in a token file, by the SHA-256 of their secrets."""
     try:
-        parsed = _TokenFile.model_validate(tomllib.loads(_read(path).decode()))
+        parsed = _TokenFile.model_validate(tomllib.loads(_read_file(path).decode()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
@@ -381,28 +381,30 @@ def _secrets(path: Path) -> dict[bytes, Holder]:
     return holders
 
 
-def _keys(path: Path, algorithms: Sequence[str]) -> tuple[jwt.PyJWK, ...]:
+def _read_keys(path: Path, algorithms: Sequence[str]) -> tuple[jwt.PyJWK, ...]:
     """Reads the keys of a file, which may be empty; one for each algorithm that a key can serve.
 
     Raises:
         SettingsError: the file cannot be used.
     """
     try:
-        found = json.loads(_read(path)).get("keys")
+        found = json.loads(_read_file(path)).get("keys")
         if not isinstance(found, list):
             raise TypeError("its keys are no list")
-        keys = tuple(key for each in found for key in _of_each(each, algorithms))
+        keys = tuple(key for each in found for key in _parse_key(each, algorithms))
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path} is no JSON Web Key Set: {error}") from error
     if found and not keys:
         raise SettingsError(f"{path} holds no key for {', '.join(algorithms)}")
     alike = Counter((key.key_id, key.algorithm_name) for key in keys)
-    if max(alike.values(), default=0) > MOST_ALIKE:
-        raise SettingsError(f"{path} holds more than {MOST_ALIKE} keys of one kid, or of none")
+    if max(alike.values(), default=0) > MAX_KEYS_PER_KID:
+        raise SettingsError(
+            f"{path} holds more than {MAX_KEYS_PER_KID} keys of one kid, or of none"
+        )
     return keys
 
 
-def _of_each(given: dict[str, Any], algorithms: Sequence[str]) -> list[jwt.PyJWK]:
+def _parse_key(jwk: dict[str, Any], algorithms: Sequence[str]) -> list[jwt.PyJWK]:
     """Returns a key once for each algorithm that it can serve; none if it cannot be used here.
 
     Raises:
@@ -412,15 +414,15 @@ def _of_each(given: dict[str, Any], algorithms: Sequence[str]) -> list[jwt.PyJWK
     import jwt  # only if used, as importing it takes as long as opening a small bundle
 
     for word in ("kid", "alg"):
-        if not isinstance(given.get(word), str | None):
+        if not isinstance(jwk.get(word), str | None):
             raise ValueError(f"the {word} of a key is no string")
-    if given.get("use") not in (None, "sig"):
+    if jwk.get("use") not in (None, "sig"):
         return []
     names: Sequence[str | None] = (None,)  # PyJWK takes the key's own algorithm, or its curve's
-    if given.get("kty") == "RSA" and not given.get("alg"):
+    if jwk.get("kty") == "RSA" and not jwk.get("alg"):
         names = [name for name in algorithms if name.startswith(("RS", "PS"))]
     try:
-        keys = [jwt.PyJWK(given, name) for name in names]
+        keys = [jwt.PyJWK(jwk, name) for name in names]
     except jwt.PyJWTError:  # for example, not a key at all, or of an unknown kind
         return []
     return [key for key in keys if key.algorithm_name in algorithms]

@@ -27,7 +27,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.ListVersionsRequest, context: Context
     ) -> admin_pb2.ListVersionsResponse:
         """Lists every version, and every bundle that was refused."""
-        await self._lifecycle.look()
+        await self._lifecycle.check_refused()
         found = self._lifecycle.versions()
         return admin_pb2.ListVersionsResponse(
             versions=[codec.version_message(version) for version in found]

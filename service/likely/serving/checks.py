@@ -45,12 +45,12 @@ _HIGHEST = np.iinfo(np.uint8).max
 USUAL_ATTEMPTS, MOST_ATTEMPTS = 100, 1000  # default and limit of draws until p(y|x) keeps one
 MOST_PROPOSALS = 256
 LARGEST_FEATURE = 1e4  # with larger features, a decoder's sums could overflow
-FARTHEST = 100.0  # largest distance along a direction, in its units
+MAX_POINT = 100.0  # largest distance along a direction, in its units
 T = TypeVar("T")
-Generating = generation_pb2.GenerateRequest | generation_pb2.CompleteRequest
-Moving = latent_pb2.TraverseRequest | latent_pb2.InterpolateRequest
-Redrawing = latent_pb2.DecodeRequest | Moving
-Drawn = Generating | Redrawing
+GenerationRequest = generation_pb2.GenerateRequest | generation_pb2.CompleteRequest
+PathRequest = latent_pb2.TraverseRequest | latent_pb2.InterpolateRequest
+RedrawRequest = latent_pb2.DecodeRequest | PathRequest
+DrawRequest = GenerationRequest | RedrawRequest
 _GUARANTEES: dict[int, Guarantee] = {0: Guarantee.MARGINAL, **{int(g): g for g in Guarantee}}
 _RULES: dict[int, LabelRule] = {0: LabelRule.GENERATIVE, **{int(r): r for r in LabelRule}}
 _AXES = ("pictures", "channels", "rows", "columns")
@@ -112,7 +112,7 @@ def surprise(request: scoring_pb2.ScoreRequest, manifest: Manifest, limits: Limi
     return True
 
 
-def chunk(manifest: Manifest, limits: Limits) -> int:
+def chunk_size(manifest: Manifest, limits: Limits) -> int:
     """Number of drawn pictures per chunk of an answer, at least 1."""
     return max(1, min(limits.images_per_chunk, limits.response_bytes // manifest.dimensions))
 
@@ -158,7 +158,7 @@ def min_posterior(request: scoring_pb2.ClassifyRequest) -> float:
 
 
 def labels(
-    request: scoring_pb2.EncodeRequest | Redrawing,
+    request: scoring_pb2.EncodeRequest | RedrawRequest,
     manifest: Manifest,
     n: int,
     field: str = "labels",
@@ -174,7 +174,7 @@ def labels(
     return np.array(given, dtype=np.int64)
 
 
-def label(request: Generating, manifest: Manifest) -> int | None:
+def label(request: GenerationRequest, manifest: Manifest) -> int | None:
     """The label that all pictures should have; None if the request names none."""
     if not request.HasField("label"):
         return None
@@ -183,10 +183,10 @@ def label(request: Generating, manifest: Manifest) -> int | None:
 
 def count(request: generation_pb2.GenerateRequest, limits: Limits) -> int:
     """Number of pictures to draw, from 1 to the limit."""
-    return _within("count", request.count, limits.images_per_generation)
+    return _check_range("count", request.count, limits.images_per_generation)
 
 
-def first_index(request: Drawn, count: int) -> int:
+def first_index(request: DrawRequest, count: int) -> int:
     """The first picture's index, which is not negative; the last one's is below 2**63."""
     if request.first_index < 0:
         raise InvalidInput("first_index", f"{request.first_index} is negative")
@@ -197,12 +197,12 @@ def first_index(request: Drawn, count: int) -> int:
     return request.first_index
 
 
-def seed(request: Drawn) -> int:
+def seed(request: DrawRequest) -> int:
     """The request's seed, or a random one."""
     return request.seed if request.HasField("seed") else secrets.randbelow(SEED_LIMIT)
 
 
-def temperature(request: Drawn) -> float:
+def temperature(request: DrawRequest) -> float:
     """The factor of the noise, in [0, 2]; 1 if the request names none."""
     if not request.HasField("temperature"):
         return 1.0
@@ -222,8 +222,8 @@ def self_check(
     asked = request.self_check
     draws = asked.max_draws if asked.HasField("max_draws") else DEFAULT_MAX_DRAWS
     return SelfCheck(
-        _in_field("self_check", alpha, asked, engine.detector, default_alpha),
-        _within("self_check.max_draws", draws, LARGEST_MAX_DRAWS),
+        _check_nested("self_check", alpha, asked, engine.detector, default_alpha),
+        _check_range("self_check.max_draws", draws, LARGEST_MAX_DRAWS),
     )
 
 
@@ -235,7 +235,7 @@ def acceptance(request: generation_pb2.GenerateRequest) -> Acceptance | None:
         raise InvalidInput("acceptance", "self_check is set as well; only one of them is allowed")
     asked = request.acceptance
     draws = asked.max_draws if asked.HasField("max_draws") else USUAL_ATTEMPTS
-    return Acceptance(_within("acceptance.max_draws", draws, MOST_ATTEMPTS))
+    return Acceptance(_check_range("acceptance.max_draws", draws, MOST_ATTEMPTS))
 
 
 def mask(request: generation_pb2.CompleteRequest) -> Accepted:
@@ -265,14 +265,16 @@ def completions(
             f"{n} pictures; one request draws at most {limits.images_per_generation}",
         )
     count = request.completions if request.HasField("completions") else 1
-    _within("completions", count, limits.images_per_generation // n)
+    _check_range("completions", count, limits.images_per_generation // n)
     given = request.proposals if request.HasField("proposals") else 1
     if given > 1 and (request.HasField("label") or request.HasField("temperature")):
         raise InvalidInput("proposals", f"{given} need an absent label and temperature")
     if given > 1 and manifest.leader(Role.SAMPLE) != manifest.leader(Role.DENSITY):
         problem = f"{given} need a model that can compute log p(x) of its draws"
         raise InvalidInput("proposals", problem)
-    _within("proposals", given, min(MOST_PROPOSALS, limits.images_per_generation // (n * count)))
+    _check_range(
+        "proposals", given, min(MOST_PROPOSALS, limits.images_per_generation // (n * count))
+    )
     return count, given
 
 
@@ -322,10 +324,10 @@ def direction(request: latent_pb2.TraverseRequest, names: Collection[str]) -> st
     return request.direction
 
 
-def points(request: Moving, limits: Limits) -> Doubles:
+def points(request: PathRequest, limits: Limits) -> Doubles:
     """The points at which to redraw, float64 (points,), at least one."""
     between = isinstance(request, latent_pb2.InterpolateRequest)
-    low, high = (0.0, 1.0) if between else (-FARTHEST, FARTHEST)
+    low, high = (0.0, 1.0) if between else (-MAX_POINT, MAX_POINT)
     if not request.points:
         raise InvalidInput("points", "none are named; expected at least one")
     if len(request.points) > limits.images_per_generation:
@@ -338,7 +340,9 @@ def points(request: Moving, limits: Limits) -> Doubles:
     return np.array(request.points, dtype=np.float64)
 
 
-def drawing(request: Redrawing, n: int, rows: int, manifest: Manifest, limits: Limits) -> Drawing:
+def drawing(
+    request: RedrawRequest, n: int, rows: int, manifest: Manifest, limits: Limits
+) -> Drawing:
     """How pictures are drawn from features; checks that the answer stays within the limits.
 
     Args:
@@ -372,13 +376,13 @@ def drawing(request: Redrawing, n: int, rows: int, manifest: Manifest, limits: L
     )
 
 
-def _within(field: str, value: int, most: int) -> int:
+def _check_range(field: str, value: int, most: int) -> int:
     if not 1 <= value <= most:
         raise InvalidInput(field, f"{value} is not in 1 to {most}")
     return value
 
 
-def _in_field(field: str, check: Callable[..., T], *given: Any) -> T:
+def _check_nested(field: str, check: Callable[..., T], *given: Any) -> T:
     try:
         return check(*given)
     except InvalidInput as error:

@@ -16,12 +16,12 @@ Tasks: TypeAlias = "set[asyncio.Task[object]]"
 class Inside:
     """Context of one request inside the door; a class, as a generator would cost much more."""
 
-    __slots__ = ("_cut", "_empty", "_inside", "_task")
+    __slots__ = ("_cut_off", "_emptied", "_inside", "_task")
 
-    def __init__(self, inside: Tasks, cut: Tasks, empty: asyncio.Event) -> None:
+    def __init__(self, inside: Tasks, cut_off: Tasks, emptied: asyncio.Event) -> None:
         self._inside = inside
-        self._cut = cut
-        self._empty = empty
+        self._cut_off = cut_off
+        self._emptied = emptied
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
@@ -37,9 +37,9 @@ class Inside:
     ) -> None:
         self._inside.discard(self._task)
         if not self._inside:
-            self._empty.set()
-        if self._task in self._cut:
-            self._cut.discard(self._task)
+            self._emptied.set()
+        if self._task in self._cut_off:
+            self._cut_off.discard(self._task)
             if isinstance(error, asyncio.CancelledError):
                 self._task.uncancel()
                 raise Unavailable("the server shut down before this was answered") from None
@@ -55,18 +55,18 @@ class Door:
 
     def __init__(self) -> None:
         self._inside: Tasks = set()
-        self._cut: Tasks = set()
-        self._warned: set[asyncio.Task[None]] = set()
+        self._cut_off: Tasks = set()
+        self._readers: set[asyncio.Task[None]] = set()
         self._closed = False
         self._turned_away = asyncio.Event()
-        self._empty = asyncio.Event()
+        self._emptied = asyncio.Event()
 
     @property
     def closed(self) -> bool:
         """Whether no more requests are let in."""
         return self._closed
 
-    async def refused(self) -> NoReturn:
+    async def refuse(self) -> NoReturn:
         """Holds a request that arrives at a closed door, then refuses it.
 
         Raises:
@@ -76,24 +76,27 @@ class Door:
         raise Unavailable("the server is shutting down")
 
     def inside(self) -> Inside:
-        """Context in which the current task counts as inside; `cut` raises Unavailable in it."""
-        return Inside(self._inside, self._cut, self._empty)
+        """Context in which the current task counts as inside.
+
+        `cut_off` raises Unavailable in it.
+        """
+        return Inside(self._inside, self._cut_off, self._emptied)
 
     @contextmanager
-    def warned(self, reader: asyncio.Task[None]) -> Iterator[None]:
+    def cancelled_on_close(self, reader: asyncio.Task[None]) -> Iterator[None]:
         """Context in which `close` cancels a task that reads more messages for a request inside."""
-        self._warned.add(reader)
+        self._readers.add(reader)
         try:
             if self._closed:
                 reader.cancel()
             yield
         finally:
-            self._warned.discard(reader)
+            self._readers.discard(reader)
 
     def close(self) -> None:
         """Lets no more requests in; newcomers wait, and streams inside stop reading."""
         self._closed = True
-        for reader in self._warned:
+        for reader in self._readers:
             reader.cancel()
 
     def turn_away(self) -> None:
@@ -101,20 +104,20 @@ class Door:
         self._closed = True
         self._turned_away.set()
 
-    async def empty(self, seconds: float) -> bool:
+    async def wait_until_empty(self, seconds: float) -> bool:
         """Waits until no request is inside, for at most `seconds`; returns whether none is."""
         if self._inside:
-            self._empty.clear()
+            self._emptied.clear()
             try:
                 async with asyncio.timeout(seconds):
-                    await self._empty.wait()
+                    await self._emptied.wait()
             except TimeoutError:
                 return False
         return True
 
-    def cut(self) -> int:
+    def cut_off(self) -> int:
         """Cuts off all requests inside, and returns their number."""
-        self._cut |= self._inside
-        for task in self._cut:
+        self._cut_off |= self._inside
+        for task in self._cut_off:
             task.cancel()
-        return len(self._cut)
+        return len(self._cut_off)

@@ -21,15 +21,16 @@ from likely.errors import DeadlineExceeded, DeviceLost, InvalidInput, Unavailabl
 from likely.serving import merging
 from likely.serving.doors import Door
 
-MESSAGES = 256  # unanswered messages per stream, at which the server stops reading it
-AT_ONCE = 2  # concurrent groups per stream: one is collected while another runs
-OF_ALL = (DeadlineExceeded, DeviceLost, Unavailable)  # errors that apply to a group as a whole
-ROWS = 63  # pictures per group, the largest size that does not count as bulk
+MAX_UNANSWERED = 256  # unanswered messages per stream, at which the server stops reading it
+CONCURRENT_GROUPS = 2  # concurrent groups per stream: one is collected while another runs
+# Errors that apply to a group as a whole.
+GROUP_ERRORS = (DeadlineExceeded, DeviceLost, Unavailable)
+MAX_GROUP_ROWS = 63  # pictures per group, the largest size that does not count as bulk
 
 R = TypeVar("R")
 
 
-class Sent(Protocol):
+class FeedMessage(Protocol):
     """A message of a feed."""
 
     @property
@@ -66,7 +67,7 @@ class Feed(Generic[R]):
         door: Door,
         limits: Limits,
         *,
-        at_once: int = AT_ONCE,
+        concurrent_groups: int = CONCURRENT_GROUPS,
         merges: bool = True,
     ) -> None:
         """Creates a feed.
@@ -76,26 +77,26 @@ class Feed(Generic[R]):
             door: cancels reading when the server shuts down.
             limits: limits of one request; all unanswered messages together may have at most the
                 bytes of one request.
-            at_once: number of groups answered concurrently.
+            concurrent_groups: number of groups answered concurrently.
             merges: whether messages are merged into groups, as those of ScoreStream and
                 ClassifyStream, which must all ask the same model. If not, each is a group.
         """
         self._answer = answer
-        self._at_once = at_once
+        self._concurrent_groups = concurrent_groups
         self._merges = merges
         self._door = door
         self._most_bytes = limits.request_bytes
-        self._most_rows = min(ROWS, limits.images_per_request)
+        self._most_rows = min(MAX_GROUP_ROWS, limits.images_per_request)
         self._waiting: deque[_Waiting] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._ready: deque[tuple[list[Outcome[R]], int]] = deque()
         self._count = self._nbytes = 0
         self._model = ""
-        self._stirred = asyncio.Event()
+        self._changed = asyncio.Event()
         self._room = asyncio.Event()
 
     async def outcomes(
-        self, messages: AsyncIterator[Sent]
+        self, messages: AsyncIterator[FeedMessage]
     ) -> AsyncGenerator[list[Outcome[R]], None]:
         """Yields the outcomes of the messages, several at a time, as they become ready.
 
@@ -105,19 +106,19 @@ class Feed(Generic[R]):
             Unavailable: the server is shutting down; all messages that were read are answered.
         """
         reader = asyncio.create_task(self._read(messages))
-        reader.add_done_callback(self._stir)
+        reader.add_done_callback(self._wake)
         try:
-            with self._door.warned(reader):
+            with self._door.cancelled_on_close(reader):
                 while self._ready or self._waiting or self._running or not reader.done():
-                    while self._waiting and len(self._running) < self._at_once:
-                        self._begin()
+                    while self._waiting and len(self._running) < self._concurrent_groups:
+                        self._start_group()
                     if self._ready:
                         outcomes, nbytes = self._ready.popleft()
                         yield outcomes
-                        self._free(len(outcomes), nbytes)
+                        self._make_room(len(outcomes), nbytes)
                     else:
-                        self._stirred.clear()
-                        await self._stirred.wait()
+                        self._changed.clear()
+                        await self._changed.wait()
             if reader.cancelled():
                 raise Unavailable("the server is shutting down: ask elsewhere for missing answers")
             reader.result()
@@ -127,7 +128,7 @@ class Feed(Generic[R]):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, messages: AsyncIterator[Sent]) -> None:
+    async def _read(self, messages: AsyncIterator[FeedMessage]) -> None:
         async for message in messages:
             request, nbytes = message.request, message.ByteSize()
             key = merging.key(request) if self._merges else None
@@ -135,12 +136,12 @@ class Feed(Generic[R]):
             self._waiting.append(_Waiting(message.sequence_id, request, nbytes, key))
             self._count += 1
             self._nbytes += nbytes
-            self._stirred.set()
-            while self._count >= MESSAGES or self._nbytes >= self._most_bytes:
+            self._changed.set()
+            while self._count >= MAX_UNANSWERED or self._nbytes >= self._most_bytes:
                 self._room.clear()
                 await self._room.wait()
 
-    def _begin(self) -> None:
+    def _start_group(self) -> None:
         """Starts to answer a group: the first waiting messages, as far as they may be merged."""
         first = self._waiting.popleft()
         group, rows = [first], merging.rows(first.request) if first.key else 0
@@ -149,32 +150,35 @@ class Feed(Generic[R]):
             if rows > self._most_rows:
                 break
             group.append(self._waiting.popleft())
-        task = asyncio.create_task(self._run(group))
+        task = asyncio.create_task(self._answer_group(group))
         self._running.add(task)
-        task.add_done_callback(self._stir)
+        task.add_done_callback(self._wake)
         task.add_done_callback(self._running.discard)
 
-    async def _run(self, group: Sequence[_Waiting]) -> None:
-        answers = await self._answers([each.request for each in group])
+    async def _answer_group(self, group: Sequence[_Waiting]) -> None:
+        answers = await self._answer_requests([each.request for each in group])
         outcomes = [(each.sequence_id, answer) for each, answer in zip(group, answers, strict=True)]
         self._ready.append((outcomes, sum(each.nbytes for each in group)))
 
-    async def _answers(self, requests: Sequence[Any]) -> Sequence[R | Exception]:
+    async def _answer_requests(self, requests: Sequence[Any]) -> Sequence[R | Exception]:
         half = len(requests) // 2
         # Each group is admitted anew, so that a running stream takes no room that others need.
         callers.announce(replace(callers.current(), admitted=False, counted=not half))
         try:
             if not half:
-                return [await self._checked(requests[0])]
-            whole: Any = await self._checked(merging.merged(requests))
+                return [await self._answer_request(requests[0])]
+            whole: Any = await self._answer_request(merging.merge(requests))
             return merging.split(whole, requests)
         except Exception as error:
-            if not half or isinstance(error, OF_ALL):
+            if not half or isinstance(error, GROUP_ERRORS):
                 return [error] * len(requests)
         # A single request may be the cause, so each half is asked again by itself.
-        return [*await self._answers(requests[:half]), *await self._answers(requests[half:])]
+        return [
+            *await self._answer_requests(requests[:half]),
+            *await self._answer_requests(requests[half:]),
+        ]
 
-    async def _checked(self, request: Any) -> R:
+    async def _answer_request(self, request: Any) -> R:
         if self._merges and request.model_name != self._model:
             raise InvalidInput(
                 "model_name", f"{request.model_name!r}; this stream asks {self._model!r}"
@@ -182,10 +186,10 @@ class Feed(Generic[R]):
         answer: R = await self._answer(request)
         return answer
 
-    def _free(self, count: int, nbytes: int) -> None:
+    def _make_room(self, count: int, nbytes: int) -> None:
         self._count -= count
         self._nbytes -= nbytes
         self._room.set()
 
-    def _stir(self, _: asyncio.Task[None]) -> None:
-        self._stirred.set()
+    def _wake(self, _: asyncio.Task[None]) -> None:
+        self._changed.set()

@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 
 REQUEST_ID = "x-request-id"
 PRIORITY = "likely-priority"
-_OURS = ("likely.", "inference.")
+_OUR_PACKAGES = ("likely.", "inference.")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Read: TypeAlias = Callable[[bytes], Any] | None
+Deserializer: TypeAlias = Callable[[bytes], Any] | None
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 
@@ -82,11 +82,11 @@ class Call:
     trace: Trace | None = None
 
 
-def _ignored(_: DeviceLost) -> None:
+def _ignore(_: DeviceLost) -> None:
     """Ignores the loss of a device."""
 
 
-class Guarded(grpc.GenericRpcHandler):
+class GuardedServices(grpc.GenericRpcHandler):
     """The services of one server behind a guard; generated code adds them as to a server.
 
     Methods are registered by name only. For each method that is registered individually, grpc.aio
@@ -99,7 +99,7 @@ class Guarded(grpc.GenericRpcHandler):
         self._services: list[grpc.GenericRpcHandler] = []
         self._handlers: dict[str, Handler] = {}  # guarded handlers of existing methods, by path
         # One name for all unknown methods, so that callers cannot add values to logs and metrics.
-        self._unknown = guard.guarded(_NO_METHOD, UNKNOWN, UNKNOWN)
+        self._unknown_handler = guard.wrap_handler(_NO_METHOD, UNKNOWN, UNKNOWN)
         server.add_generic_rpc_handlers((self,))
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -112,15 +112,15 @@ class Guarded(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler:
         """Returns the guarded handler of an RPC; for an unknown RPC, one that refuses it."""
         path = handler_call_details.method
-        return self._handlers.get(path) or self._found(path, handler_call_details)
+        return self._handlers.get(path) or self._find_handler(path, handler_call_details)
 
-    def _found(self, path: str, details: grpc.HandlerCallDetails) -> Handler:
+    def _find_handler(self, path: str, details: grpc.HandlerCallDetails) -> Handler:
         found = (service.service(details) for service in self._services)
         handler = next((handler for handler in found if handler), None)
         if handler is None:
-            return self._unknown
+            return self._unknown_handler
         service, _, method = path.removeprefix("/").rpartition("/")
-        self._handlers[path] = self._guard.guarded(handler, service, method)
+        self._handlers[path] = self._guard.wrap_handler(handler, service, method)
         return self._handlers[path]
 
 
@@ -140,7 +140,7 @@ class Guard:
         *,
         tracing: Tracing | None = None,
         slow_reader_seconds: float = 60.0,
-        lost: Callable[[DeviceLost], None] = _ignored,
+        on_device_lost: Callable[[DeviceLost], None] = _ignore,
     ) -> None:
         """Creates a guard.
 
@@ -151,7 +151,7 @@ class Guard:
             gate: checks the callers' tokens; None admits everybody.
             tracing: traces RPCs; None for no tracing.
             slow_reader_seconds: how long a stream waits for a caller that does not read.
-            lost: called when the device is gone.
+            on_device_lost: called when the device is gone.
         """
         self.door = Door()
         self._registry = registry
@@ -160,8 +160,8 @@ class Guard:
         self._logs_all = log.is_enabled_for(logging.DEBUG)
         self._gate = gate or Gate()
         self._tracing = tracing
-        self._patience = slow_reader_seconds
-        self._lost = lost
+        self._slow_reader_seconds = slow_reader_seconds
+        self._on_device_lost = on_device_lost
         self._probes: set[asyncio.Timeout] = set()
 
     def end_probes(self) -> None:
@@ -169,49 +169,51 @@ class Guard:
         for probe in self._probes:
             probe.reschedule(0)
 
-    def guarded(self, handler: Handler, service: str, method: str) -> Handler:
+    def wrap_handler(self, handler: Handler, service: str, method: str) -> Handler:
         """Wraps a method's handler in the guard."""
         name = "_".join(
             "stream" if streams else "unary"
             for streams in (handler.request_streaming, handler.response_streaming)
         )
         inner: Any = getattr(handler, name)
-        lasts = handler.response_streaming
-        watched = partial(self._watched, service, method, service.startswith(_OURS), lasts)
-        receive = self._each if handler.request_streaming else self._received
-        read = handler.request_deserializer
+        is_stream = handler.response_streaming
+        run_guarded = partial(
+            self._run_guarded, service, method, service.startswith(_OUR_PACKAGES), is_stream
+        )
+        receive = self._decode_stream if handler.request_streaming else self._decode_request
+        deserialize = handler.request_deserializer
 
         async def unary(data: Any, context: Context) -> Any:
             async def work(call: Call) -> Any:
-                answer = await inner(receive(call, data, read), context)
-                self._answered(call, answer)
+                answer = await inner(receive(call, data, deserialize), context)
+                self._count_answer(call, answer)
                 return answer
 
-            return await watched(context, work)
+            return await run_guarded(context, work)
 
         async def stream(data: Any, context: Context) -> None:
             async def work(call: Call) -> None:
                 is_first = True
-                async with aclosing(inner(receive(call, data, read), context)) as answers:
+                async with aclosing(inner(receive(call, data, deserialize), context)) as answers:
                     async for answer in answers:
-                        self._answered(call, answer)
+                        self._count_answer(call, answer)
                         await self._write(answer, context, is_first)
                         is_first = False
 
-            await watched(context, work)
+            await run_guarded(context, work)
 
         make: Any = getattr(grpc, f"{name}_rpc_method_handler")
         guarded: Handler = make(
-            stream if lasts else unary, response_serializer=handler.response_serializer
+            stream if is_stream else unary, response_serializer=handler.response_serializer
         )
         return guarded
 
-    async def _watched(
+    async def _run_guarded(
         self,
         service: str,
         method: str,
         is_ours: bool,
-        lasts: bool,
+        is_stream: bool,
         context: Context,
         work: Callable[[Call], Awaitable[Any]],
     ) -> Any:
@@ -231,11 +233,12 @@ class Guard:
             holder = self._gate.admit(service, metadata)
             call.holder = holder.name if holder else ""
             callers.announce(_caller(call, context, metadata, holder))
-            if self.door.closed and (lasts or call.is_ours):  # single health checks are answered
+            # Single health checks are answered.
+            if self.door.closed and (is_stream or call.is_ours):
                 call.accepted = False
-                await self.door.refused()
+                await self.door.refuse()
             if not call.is_ours:
-                return await self._endable(call, work)
+                return await self._run_probe(call, work)
             with self.door.inside():
                 return await work(call)
         except grpc.aio.AbortError:
@@ -250,7 +253,7 @@ class Guard:
             )
             call.code = refusal[0].name
         finally:
-            self._ended(call)
+            self._record_end(call)
         # Counted and logged before this, as a caller that does not read makes it wait.
         code, message, details = refusal
         return await context.abort(code, message, (*trailer, *details))
@@ -258,7 +261,7 @@ class Guard:
     def public_error(self, error: Exception, method: str, request_id: str) -> Exception:
         """Returns the error that callers get for an error, and logs it if it is a fault."""
         if isinstance(error, DeviceLost):
-            self._lost(error)
+            self._on_device_lost(error)
             return Unavailable("the device is gone; the server shuts down, to be restarted")
         if not statuses.is_public(error):
             self._log.error("fault", method=method, request_id=request_id, exc_info=error)
@@ -268,28 +271,30 @@ class Guard:
         """Returns the failure that the caller gets for one message of a stream."""
         return statuses.failure(self.public_error(error, method, request_id), request_id)
 
-    def streamed(self, method: str, request: Any, code: int) -> None:
+    def count_stream_message(self, method: str, request: Any, code: int) -> None:
         """Counts one message of a stream that was answered with a status code; 0 is OK.
 
         Needed for streams whose answers do not contain the codes (`tallies.codes`), or that ask
         several models.
         """
-        self._metrics.streamed(method, self._named(request), statuses.code_of(code).name)
+        self._metrics.count_stream_message(
+            method, self._known_model(request), statuses.code_of(code).name
+        )
 
     async def _write(self, answer: Any, context: Context, is_first: bool) -> None:
         # Waits until the caller's flow-control window has room, so that no pictures are drawn
         # that it does not read.
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._slow_reader_seconds):
                 if is_first:  # gRPC cannot end a call whose initial metadata wait with an answer
                     await context.send_initial_metadata(())
                 await context.write(answer)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"the caller read nothing for {self._patience:g} seconds"
+                f"the caller read nothing for {self._slow_reader_seconds:g} seconds"
             ) from None
 
-    async def _endable(self, call: Call, work: Callable[[Call], Awaitable[Any]]) -> Any:
+    async def _run_probe(self, call: Call, work: Callable[[Call], Awaitable[Any]]) -> Any:
         limit = asyncio.timeout(None)
         try:
             async with limit:
@@ -302,7 +307,7 @@ class Guard:
         finally:
             self._probes.discard(limit)
 
-    def _ended(self, call: Call) -> None:
+    def _record_end(self, call: Call) -> None:
         seconds = time.monotonic() - call.began
         if call.is_ours:
             self._metrics.ended(call.method, call.model, call.code, seconds)
@@ -334,43 +339,51 @@ class Guard:
             request_id=call.request_id,
         )
 
-    def _received(self, call: Call, data: bytes, read: Read) -> Any:
-        request = _decode(data, read)
-        call.model = self._named(request)
+    def _decode_request(self, call: Call, data: bytes, deserialize: Deserializer) -> Any:
+        request = _decode(data, deserialize)
+        call.model = self._known_model(request)
         return request
 
-    def _named(self, request: Any) -> str:
+    def _known_model(self, request: Any) -> str:
         """Returns the requested model's name for logs and metrics."""
-        name = tallies.model(request)
+        name = tallies.model_name(request)
         # One value for all unknown names, so that callers cannot add values to logs and metrics.
-        return name if not name or self._registry.known(name) else "unknown"
+        return name if not name or self._registry.has_model(name) else "unknown"
 
-    async def _each(self, call: Call, stream: AsyncIterator[bytes], read: Read) -> Any:
+    async def _decode_stream(
+        self, call: Call, stream: AsyncIterator[bytes], deserialize: Deserializer
+    ) -> Any:
         async for data in stream:
             # All messages of a stream ask the same model, which the first one names.
-            yield _decode(data, read) if call.model else self._received(call, data, read)
+            yield (
+                _decode(data, deserialize)
+                if call.model
+                else self._decode_request(call, data, deserialize)
+            )
 
-    def _answered(self, call: Call, answer: Any) -> None:
+    def _count_answer(self, call: Call, answer: Any) -> None:
         if call.is_ours:
-            images = tallies.size(answer)
+            images = tallies.picture_count(answer)
             call.images += images
-            model = tallies.model(answer) or call.model
-            self._metrics.answered(call.method, model, images, tallies.verdicts(answer))
+            model = tallies.model_name(answer) or call.model
+            self._metrics.count_answer(call.method, model, images, tallies.verdicts(answer))
             for number in tallies.codes(answer):
-                self._metrics.streamed(call.method, call.model, statuses.code_of(number).name)
+                self._metrics.count_stream_message(
+                    call.method, call.model, statuses.code_of(number).name
+                )
 
 
-async def _no_method(_: Any, __: Context) -> AsyncIterator[Any]:
+async def _refuse_unknown(_: Any, __: Context) -> AsyncIterator[Any]:
     raise MethodUnknown("this server has no such service or method")
     yield
 
 
-_NO_METHOD: Handler = grpc.stream_stream_rpc_method_handler(_no_method)
+_NO_METHOD: Handler = grpc.stream_stream_rpc_method_handler(_refuse_unknown)
 
 
-def _decode(data: bytes, read: Read) -> Any:
+def _decode(data: bytes, deserialize: Deserializer) -> Any:
     try:
-        return read(data) if read else data
+        return deserialize(data) if deserialize else data
     except Exception as error:
         raise InvalidInput("", "the request's bytes are no message of the RPC's type") from error
 

@@ -48,7 +48,7 @@ def rows(request: Request) -> int:
     return int(request.images.shape[0])
 
 
-def merged(requests: Sequence[Q]) -> Q:
+def merge(requests: Sequence[Q]) -> Q:
     """Merges requests into one for all their pictures; their keys must be equal and not None."""
     whole = copy.deepcopy(requests[0])
     whole.images.data = b"".join([request.images.data for request in requests])
@@ -57,7 +57,7 @@ def merged(requests: Sequence[Q]) -> Q:
 
 
 def split(response: R, requests: Sequence[Request]) -> list[R]:
-    """Splits the answer to `merged(requests)` into the answers to the requests."""
+    """Splits the answer to `merge(requests)` into the answers to the requests."""
     spans = pairwise(accumulate(map(rows, requests), initial=0))
     if isinstance(response, scoring_pb2.ClassifyResponse):
         return [cast("R", _classifications(response, start, stop)) for start, stop in spans]

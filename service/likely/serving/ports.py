@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 KEEPALIVE_TIME = 60.0  # seconds without traffic after which a client gets a keepalive ping
 KEEPALIVE_TIMEOUT = 20.0  # seconds that it has to answer the ping
-PINGS = 10.0  # minimum seconds between a client's own pings
+MIN_PING_SECONDS = 10.0  # minimum seconds between a client's own pings
 
 
 def options(settings: Settings, shared: bool) -> list[tuple[str, Any]]:
@@ -42,7 +42,7 @@ def options(settings: Settings, shared: bool) -> list[tuple[str, Any]]:
         # No keepalive ping is sent while another ping of gRPC's is under way, so its timeout is
         # the same.
         ("grpc.http2.ping_timeout_ms", round(1000 * KEEPALIVE_TIMEOUT)),
-        ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * PINGS)),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * MIN_PING_SECONDS)),
         ("grpc.keepalive_permit_without_calls", 1),
         *(aged if settings.connection_seconds else []),
     ]

@@ -12,13 +12,13 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 V1 = "grpc.reflection.v1.ServerReflection"
 
 
-def reflect(services: Iterable[str], server: Any) -> None:
+def add_reflection(services: Iterable[str], server: Any) -> None:
     """Adds reflection of the named services to a server, or to an object that acts as one.
 
     Version v1 differs from v1alpha only in its name, so one servicer answers both.
     """
     names = (*services, reflection.SERVICE_NAME, V1)
-    _describe()
+    _add_v1_schema()
     servicer = reflection.aio.ReflectionServicer(names)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
     handler = grpc.stream_stream_rpc_method_handler(
@@ -30,7 +30,7 @@ def reflect(services: Iterable[str], server: Any) -> None:
     server.add_generic_rpc_handlers((handlers,))
 
 
-def _describe() -> None:
+def _add_v1_schema() -> None:
     """Adds the schema of v1 to the descriptor pool, so that reflection can describe itself."""
     pool = descriptor_pool.Default()
     try:

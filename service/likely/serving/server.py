@@ -16,11 +16,11 @@ from likely.errors import DeviceLost, SettingsError
 from likely.inference import inference_pb2, inference_pb2_grpc
 from likely.serving import access, ports
 from likely.serving.admin import Admin
-from likely.serving.guard import Guard, Guarded
+from likely.serving.guard import Guard, GuardedServices
 from likely.serving.health import NOT_SERVING, SERVING, Health
 from likely.serving.openinference.operations import Services
 from likely.serving.openinference.servicer import OpenInference
-from likely.serving.reflecting import reflect
+from likely.serving.reflecting import add_reflection
 from likely.serving.servicers import Generation, Latent, Models, Scoring
 from likely.settings import Settings
 from likely.telemetry.metrics import Exporter, Metrics
@@ -52,12 +52,13 @@ SERVICES = (
     models_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
-_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
+_ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
-HOLD = 0.05  # seconds of each step of closing the door, in which racing requests are held
-MODEL = "model/"  # prefix of a model's name in the health service
-READ = 5.0  # seconds for clients to read the last answers, as nothing shows whether they have
-CUT_OFF = 2.0  # seconds for requests that are cut off to report it
+HOLD_SECONDS = 0.05  # seconds of each step of closing the door, in which racing requests are held
+MODEL_PREFIX = "model/"  # prefix of a model's name in the health service
+# Seconds for clients to read the last answers, as nothing shows whether they have.
+READ_SECONDS = 5.0
+CUT_OFF_SECONDS = 2.0  # seconds for requests that are cut off to report it
 
 
 class Server:
@@ -69,7 +70,7 @@ class Server:
         metrics_port: port of the metrics, once started; None if they are off.
         registry: the served models.
         lifecycle: changes which models are served.
-        lost: done when the device is gone, with its error.
+        device_lost: done when the device is gone, with its error.
     """
 
     def __init__(
@@ -107,8 +108,8 @@ class Server:
         self._metrics = Metrics(settings.drift_level, settings.workers or 1)
         self._exporter: Exporter | None = None
         self._tracing = Tracing() if settings.tracing else None
-        self.lost: asyncio.Future[DeviceLost] = asyncio.get_running_loop().create_future()
-        loader = Loader(settings, self._metrics.traffic, self._metrics.monitor.saw)
+        self.device_lost: asyncio.Future[DeviceLost] = asyncio.get_running_loop().create_future()
+        loader = Loader(settings, self._metrics.traffic, self._metrics.monitor.collect)
         self.lifecycle = Lifecycle(self.registry, loader, self._metrics, log, self._update_health)
         self._watcher: Watcher | None = None
         if settings.watch:
@@ -118,13 +119,13 @@ class Server:
                 self.lifecycle,
                 self._metrics,
                 log,
-                self._lose,
+                self._handle_device_lost,
                 unloaded,
             )
-        self._watching: asyncio.Task[None] | None = None
+        self._watch_task: asyncio.Task[None] | None = None
         self._loaded = False
         self._models: set[str] = set()  # models that the health service knows
-        self._quiet = False
+        self._is_shutting_down = False
         self._admin_socket = admin_socket
         self._settled = settled
         self._health = Health()
@@ -133,17 +134,17 @@ class Server:
             self._metrics,
             log,
             # Whatever comes through the socket has been authenticated by the supervisor.
-            access.gate(settings, log, frozenset({_ADMIN} if admin_socket else ())),
+            access.gate(settings, log, frozenset({_ADMIN_SERVICE} if admin_socket else ())),
             slow_reader_seconds=settings.slow_reader_seconds,
             tracing=self._tracing,
-            lost=self._lose,
+            on_device_lost=self._handle_device_lost,
         )
-        self._grpc = self._server(shared)
-        self._add_services(Guarded(self._guard, self._grpc))
+        self._grpc = self._create_server(shared)
+        self._add_services(GuardedServices(self._guard, self._grpc))
         self._admin = None
         if admin_socket or settings.admin_port != "off":
-            self._admin = self._server(shared=False)
-            admin: Any = Guarded(self._guard, self._admin)
+            self._admin = self._create_server(shared=False)
+            admin: Any = GuardedServices(self._guard, self._admin)
             admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(self.lifecycle), admin)
             if admin_socket:  # the supervisor also checks health through it
                 health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
@@ -190,8 +191,8 @@ class Server:
                 await self._watcher.begin()
             except OSError as error:
                 raise SettingsError(f"{settings.watch} cannot be read: {error.strerror}") from error
-            self._watching = asyncio.create_task(self._watcher.run())
-        self.lifecycle.pin(settings.version_labels)
+            self._watch_task = asyncio.create_task(self._watcher.run())
+        self.lifecycle.set_labels(settings.version_labels)
         self.registry.open()
         self._loaded = True
         await self._update_health()
@@ -214,9 +215,9 @@ class Server:
             load_seconds: seconds for loads to end after the drain; None for as long as they take.
         """
         grace = self._settings.drain_seconds if drain_seconds is None else drain_seconds
-        self._go_quiet()
-        if self._watching:
-            self._watching.cancel()
+        self._announce_shutdown()
+        if self._watch_task:
+            self._watch_task.cancel()
         await asyncio.sleep(delay)
         self.lifecycle.end()
         await self._drain(grace)
@@ -233,21 +234,21 @@ class Server:
         door, servers = self._guard.door, [s for s in (self._grpc, self._admin) if s]
         door.close()
         self._guard.end_probes()
-        await asyncio.sleep(HOLD)
-        stopping = [asyncio.create_task(server.stop(grace + READ)) for server in servers]
-        await asyncio.sleep(HOLD)
+        await asyncio.sleep(HOLD_SECONDS)
+        stopping = [asyncio.create_task(server.stop(grace + READ_SECONDS)) for server in servers]
+        await asyncio.sleep(HOLD_SECONDS)
         door.turn_away()
-        is_empty = await door.empty(grace)
+        is_empty = await door.wait_until_empty(grace)
         if not is_empty:
-            self._log.warning("cut off", requests=door.cut())
+            self._log.warning("cut off", requests=door.cut_off())
         # What is left are incomplete requests, or answers that nobody may read.
-        left = READ if is_empty else CUT_OFF
+        left = READ_SECONDS if is_empty else CUT_OFF_SECONDS
         await asyncio.gather(*stopping, *(server.stop(left) for server in servers))
 
-    def _server(self, shared: bool) -> grpc.aio.Server:
+    def _create_server(self, shared: bool) -> grpc.aio.Server:
         return grpc.aio.server(options=ports.options(self._settings, shared))
 
-    def _add_services(self, served: Any) -> None:
+    def _add_services(self, guarded: Any) -> None:
         limits, alpha = self._settings.limits, self._settings.default_alpha
         quota = Quota(
             limits.client_images_per_second,
@@ -255,27 +256,27 @@ class Server:
             traffic=self._metrics.traffic,
         )
         scoring = Scoring(self.registry, limits, alpha, quota, guard=self._guard)
-        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, served)
+        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, guarded)
         generation = Generation(self.registry, limits, alpha, quota)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, served)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, guarded)
         latent = Latent(self.registry, limits, quota)
-        latent_pb2_grpc.add_LatentServiceServicer_to_server(latent, served)
+        latent_pb2_grpc.add_LatentServiceServicer_to_server(latent, guarded)
         models = Models(self.registry, limits, alpha)
-        models_pb2_grpc.add_ModelServiceServicer_to_server(models, served)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, served)
+        models_pb2_grpc.add_ModelServiceServicer_to_server(models, guarded)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
         services = Services(scoring, generation, limits)
         inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OpenInference(self.registry, services, self._guard, self._goes_on), served
+            OpenInference(self.registry, services, self._guard, self._is_ready), guarded
         )
         if self._settings.reflection:
             health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-            reflect((*SERVICES, health), served)
+            add_reflection((*SERVICES, health), guarded)
 
-    def _lose(self, error: DeviceLost) -> None:
-        if not self.lost.done():
+    def _handle_device_lost(self, error: DeviceLost) -> None:
+        if not self.device_lost.done():
             self._log.error("device lost", message=str(error))
-            self.lost.set_result(error)
-            self._go_quiet()
+            self.device_lost.set_result(error)
+            self._announce_shutdown()
 
     async def _update_health(self) -> None:
         """Updates the health of the server and of each model."""
@@ -285,18 +286,18 @@ class Server:
         self._set_health(SERVING if serving else NOT_SERVING)
         self._models |= {engine.manifest.name for engine in self.registry.engines()}
         for name in self._models:
-            self._health.set(f"{MODEL}{name}", SERVING if name in serving else NOT_SERVING)
+            self._health.set(f"{MODEL_PREFIX}{name}", SERVING if name in serving else NOT_SERVING)
 
-    def _goes_on(self) -> bool:
+    def _is_ready(self) -> bool:
         """Whether everything is loaded and no shutdown has been announced, as health reports."""
-        return self._loaded and not self._quiet
+        return self._loaded and not self._is_shutting_down
 
-    def _go_quiet(self) -> None:
-        self._quiet = True
+    def _announce_shutdown(self) -> None:
+        self._is_shutting_down = True
         self._health.end()
-        self._metrics.ready(False)
+        self._metrics.set_ready(False)
 
     def _set_health(self, status: int) -> None:
-        self._metrics.ready(status == SERVING and not self._quiet)
+        self._metrics.set_ready(status == SERVING and not self._is_shutting_down)
         for service in ("", *SERVICES):
             self._health.set(service, status)

@@ -66,9 +66,9 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
     ) -> scoring_pb2.ScoreResponse:
         """Returns log p(x), the p-value and the verdict of every picture."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
-            return codec.score_response(await self.scored(engine, request))
+            return codec.score_response(await self.compute_scores(engine, request))
 
-    async def scored(self, engine: Engine, request: scoring_pb2.ScoreRequest) -> ScoreTable:
+    async def compute_scores(self, engine: Engine, request: scoring_pb2.ScoreRequest) -> ScoreTable:
         """Returns the answer of `Score` as arrays."""
         x = checks.pixels(request, engine.manifest, self._limits)
         alpha = checks.alpha(request, engine.detector, self._default_alpha)
@@ -82,9 +82,9 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
     ) -> scoring_pb2.ClassifyResponse:
         """Returns log p(x|y), the posterior and the label of every picture."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
-            return codec.classify_response((await self.judged(engine, request))[1])
+            return codec.classify_response((await self.compute_classifications(engine, request))[1])
 
-    async def judged(
+    async def compute_classifications(
         self, engine: Engine, request: scoring_pb2.ClassifyRequest
     ) -> tuple[ScoreTable, Classifications]:
         """Returns the answers of `Score` and `Classify` as arrays, from one run."""
@@ -109,9 +109,11 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
     ) -> scoring_pb2.EncodeResponse:
         """Returns the latent features of every picture."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
-            return codec.encode_response(await self.encoded(engine, request))
+            return codec.encode_response(await self.compute_features(engine, request))
 
-    async def encoded(self, engine: Engine, request: scoring_pb2.EncodeRequest) -> Features:
+    async def compute_features(
+        self, engine: Engine, request: scoring_pb2.EncodeRequest
+    ) -> Features:
         """Returns the answer of `Encode` as arrays."""
         x = checks.pixels(request, engine.manifest, self._limits)
         labels = checks.labels(request, engine.manifest, len(x))
@@ -161,7 +163,9 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         return {"failure": self._guard.failure(outcome, method, callers.current().request_id)}
 
 
-def _attempts(labels: int, check: SelfCheck | None, acceptance: Acceptance | None) -> float:
+def _expected_attempts(
+    labels: int, check: SelfCheck | None, acceptance: Acceptance | None
+) -> float:
     """Expected number of draws per picture, approximately."""
     if acceptance:  # about one draw of p(x) per number of labels is kept
         return min(labels, acceptance.max_draws)
@@ -186,11 +190,11 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Yields chunks of pictures in the order of their index."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
-            async with aclosing(self.drawn(engine, request)) as chunks:
+            async with aclosing(self.generate_draws(engine, request)) as chunks:
                 async for chunk in chunks:
                     yield codec.generate_response(chunk)
 
-    async def drawn(
+    async def generate_draws(
         self, engine: Engine, request: generation_pb2.GenerateRequest
     ) -> AsyncGenerator[Draws, None]:
         """Yields the answer of `Generate` as arrays."""
@@ -202,12 +206,14 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
             checks.seed(request),
             first_index=checks.first_index(request, count),
             temperature=checks.temperature(request),
-            chunk=checks.chunk(engine.manifest, self._limits),
+            chunk=checks.chunk_size(engine.manifest, self._limits),
             check=check,
             acceptance=acceptance,
         )
-        attempts = _attempts(len(engine.manifest.labels), check, acceptance)
-        async with aclosing(self._charged(engine, drawn, math.ceil(count * attempts))) as chunks:
+        attempts = _expected_attempts(len(engine.manifest.labels), check, acceptance)
+        async with aclosing(
+            self._charge_chunks(engine, drawn, math.ceil(count * attempts))
+        ) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -216,11 +222,11 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.CompleteResponse]:
         """Yields chunks of completions, picture by picture."""
         with self._registry.lease(request.model_name, request.model_version) as engine:
-            async with aclosing(self.completed(engine, request)) as chunks:
+            async with aclosing(self.complete_draws(engine, request)) as chunks:
                 async for chunk in chunks:
                     yield codec.complete_response(chunk)
 
-    async def completed(
+    async def complete_draws(
         self, engine: Engine, request: generation_pb2.CompleteRequest
     ) -> AsyncGenerator[Draws, None]:
         """Yields the answer of `Complete` as arrays."""
@@ -237,14 +243,14 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
             first_index=checks.first_index(request, len(x)),
             temperature=checks.temperature(request),
             proposals=proposals,
-            chunk=checks.chunk(engine.manifest, self._limits),
+            chunk=checks.chunk_size(engine.manifest, self._limits),
         )
         rows = len(x) * completions * proposals
-        async with aclosing(self._charged(engine, drawn, rows)) as chunks:
+        async with aclosing(self._charge_chunks(engine, drawn, rows)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
-    async def _charged(
+    async def _charge_chunks(
         self, engine: Engine, drawn: AsyncGenerator[Draws, None], rows: int
     ) -> AsyncGenerator[Draws, None]:
         """Yields the chunks, and charges the quota unless the first chunk is refused for now."""

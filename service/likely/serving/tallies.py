@@ -33,21 +33,21 @@ Outcomes = scoring_pb2.ScoreStreamResponse | scoring_pb2.ClassifyStreamResponse
 Redrawn = latent_pb2.DecodeResponse | latent_pb2.TraverseResponse | latent_pb2.InterpolateResponse
 
 
-def model(message: Any) -> str:
+def model_name(message: Any) -> str:
     """Returns the name of the bundle in a request or an answer; empty if there is none."""
     kind: Any = type(message)
     # Models of the Open Inference Protocol are called `name/operation`.
-    return _named(kind)(message).partition("/")[0]
+    return _model_name_getter(kind)(message).partition("/")[0]
 
 
 @cache  # asking a message for a field that it does not have takes microseconds
-def _named(kind: Any) -> Callable[[Any], str]:
+def _model_name_getter(kind: Any) -> Callable[[Any], str]:
     """Returns a function that finds the model's name in messages of a type."""
-    own = _fields(getattr(kind, "DESCRIPTOR", None))
-    if "model_name" in own:
+    fields = _fields(getattr(kind, "DESCRIPTOR", None))
+    if "model_name" in fields:
         return attrgetter("model_name")
     for inner in ("request", "infer_response"):
-        if inner in own and "model_name" in _fields(own[inner].message_type):
+        if inner in fields and "model_name" in _fields(fields[inner].message_type):
             return attrgetter(f"{inner}.model_name")
     return lambda _: ""
 
@@ -56,9 +56,9 @@ def _fields(message: Descriptor | None) -> Mapping[str, FieldDescriptor]:
     return message.fields_by_name if message else {}
 
 
-def size(answer: Answer) -> int:
+def picture_count(answer: Answer) -> int:
     """Number of pictures in an answer."""
-    found = _SIZES.get(type(answer))
+    found = _PICTURE_COUNTS.get(type(answer))
     return found(answer) if found else 0
 
 
@@ -75,23 +75,23 @@ def codes(answer: Answer) -> list[int]:
     return []
 
 
-def _redrawn(answer: Redrawn) -> int:
+def _redrawn_count(answer: Redrawn) -> int:
     return max(answer.redrawings.shape[0], answer.redrawings.drawn.shape[0])
 
 
-def _size_of_outcomes(answer: Outcomes) -> int:
-    return sum(size(outcome.response) for outcome in answer.outcomes)
+def _outcome_picture_count(answer: Outcomes) -> int:
+    return sum(picture_count(outcome.response) for outcome in answer.outcomes)
 
 
-def _judged(rows: Iterable[scoring_pb2.Score | scoring_pb2.Classification]) -> list[int]:
+def _row_verdicts(rows: Iterable[scoring_pb2.Score | scoring_pb2.Classification]) -> list[int]:
     return [row.verdict for row in rows]
 
 
-def _of_outcomes(answer: Outcomes) -> list[int]:
+def _outcome_verdicts(answer: Outcomes) -> list[int]:
     return [each for outcome in answer.outcomes for each in verdicts(outcome.response)]
 
 
-def _inferred(answer: inference_pb2.ModelInferResponse) -> list[int]:
+def _inferred_verdicts(answer: inference_pb2.ModelInferResponse) -> list[int]:
     places = {output.name: at for at, output in enumerate(answer.outputs)}
     name = next((name for name in ("verdict", "outlier") if name in places), None)
     if name is None:
@@ -104,27 +104,27 @@ def _inferred(answer: inference_pb2.ModelInferResponse) -> list[int]:
 
 
 # Looked up by the answer's type, as a chain of comparisons would cost microseconds per answer.
-_SIZES: Mapping[type, Callable[[Any], int]] = {
+_PICTURE_COUNTS: Mapping[type, Callable[[Any], int]] = {
     scoring_pb2.ScoreResponse: lambda answer: len(answer.scores),
     scoring_pb2.ClassifyResponse: lambda answer: len(answer.classifications),
     scoring_pb2.EncodeResponse: lambda answer: len(answer.labels),
-    scoring_pb2.ScoreStreamResponse: _size_of_outcomes,
-    scoring_pb2.ClassifyStreamResponse: _size_of_outcomes,
+    scoring_pb2.ScoreStreamResponse: _outcome_picture_count,
+    scoring_pb2.ClassifyStreamResponse: _outcome_picture_count,
     generation_pb2.GenerateResponse: lambda answer: len(answer.labels),
     generation_pb2.CompleteResponse: lambda answer: answer.images.shape[0],
-    latent_pb2.DecodeResponse: _redrawn,
-    latent_pb2.TraverseResponse: _redrawn,
-    latent_pb2.InterpolateResponse: _redrawn,
+    latent_pb2.DecodeResponse: _redrawn_count,
+    latent_pb2.TraverseResponse: _redrawn_count,
+    latent_pb2.InterpolateResponse: _redrawn_count,
     inference_pb2.ModelInferResponse: lambda answer: (
         answer.outputs[0].shape[0] if answer.outputs else 0
     ),
-    inference_pb2.ModelStreamInferResponse: lambda answer: size(answer.infer_response),
+    inference_pb2.ModelStreamInferResponse: lambda answer: picture_count(answer.infer_response),
 }
 _VERDICTS: Mapping[type, Callable[[Any], list[int]]] = {
-    scoring_pb2.ScoreResponse: lambda answer: _judged(answer.scores),
-    scoring_pb2.ClassifyResponse: lambda answer: _judged(answer.classifications),
-    scoring_pb2.ScoreStreamResponse: _of_outcomes,
-    scoring_pb2.ClassifyStreamResponse: _of_outcomes,
-    inference_pb2.ModelInferResponse: _inferred,
+    scoring_pb2.ScoreResponse: lambda answer: _row_verdicts(answer.scores),
+    scoring_pb2.ClassifyResponse: lambda answer: _row_verdicts(answer.classifications),
+    scoring_pb2.ScoreStreamResponse: _outcome_verdicts,
+    scoring_pb2.ClassifyStreamResponse: _outcome_verdicts,
+    inference_pb2.ModelInferResponse: _inferred_verdicts,
     inference_pb2.ModelStreamInferResponse: lambda answer: verdicts(answer.infer_response),
 }

@@ -43,7 +43,7 @@ def server_credentials(
     known = reloaded(paths, lambda: _configuration(certificate, key, client_ca), log, interval)
     last = known.value()
 
-    def exchanged() -> grpc.ServerCertificateConfiguration | None:
+    def changed_configuration() -> grpc.ServerCertificateConfiguration | None:
         """Returns the new certificate; None if it has not changed."""
         nonlocal last
         if (now := known.value()) is last:
@@ -53,7 +53,7 @@ def server_credentials(
 
     return grpc.dynamic_ssl_server_credentials(
         last,
-        exchanged,  # type: ignore[arg-type]  # None is documented, and not in the stub
+        changed_configuration,  # type: ignore[arg-type]  # None is documented, and not in the stub
         require_client_authentication=client_ca is not None,
     )
 
@@ -80,11 +80,11 @@ def _pem(path: Path) -> bytes:
 def _check_pair(chain: bytes, secret: bytes, paths: str) -> None:
     """Checks that certificate and key match; gRPC accepts any two and fails every handshake."""
     try:
-        own = x509.load_pem_x509_certificates(chain)[0].public_key()
+        certified = x509.load_pem_x509_certificates(chain)[0].public_key()
         key = serialization.load_pem_private_key(secret, password=None).public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise SettingsError(f"{paths} are not a PEM certificate and its unencrypted key") from None
-    if own != key:
+    if certified != key:
         raise SettingsError(f"{paths} do not belong together")
 
 

@@ -8,7 +8,7 @@ from prometheus_client import Histogram
 from likely.answers import Doubles
 
 
-class Tally(Histogram):
+class BulkHistogram(Histogram):
     """A histogram that observes many values at once, faster than `observe` in a loop."""
 
     def observe_all(self, values: Doubles) -> None:

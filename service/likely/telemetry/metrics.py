@@ -20,7 +20,7 @@ from likely import machine
 from likely.answers import Verdict
 from likely.batching.traffic import FAILED, SHED, Traffic
 from likely.errors import SettingsError
-from likely.telemetry.monitor import Monitor, Unloaded
+from likely.telemetry.monitor import Monitor, UnloadedVersions
 
 if TYPE_CHECKING:
     from likely.engine import Engine
@@ -40,7 +40,7 @@ _VERDICTS = {int(verdict): verdict.name.lower() for verdict in Verdict}
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
-class Children(dict[tuple[str, ...], M]):
+class CachedChildren(dict[tuple[str, ...], M]):
     """Caches a metric's children by label values: `labels` is too slow to call per request."""
 
     def __init__(self, metric: M) -> None:
@@ -79,10 +79,10 @@ class Metrics:
         counter = partial(Counter, registry=self.registry)
         # With several workers, a scrape returns the largest value.
         gauge = partial(Gauge, multiprocess_mode="livemax", registry=self.registry)
-        self._requests = Children(
+        self._requests = CachedChildren(
             counter("likely_requests", "Requests answered.", ("method", "model", "code"))
         )
-        self._seconds = Children(
+        self._seconds = CachedChildren(
             Histogram(
                 "likely_request_seconds",
                 "Seconds from arrival to the end of the answer.",
@@ -91,7 +91,7 @@ class Metrics:
                 registry=self.registry,
             )
         )
-        self._running = Children(
+        self._running = CachedChildren(
             Gauge(
                 "likely_requests_in_flight",
                 "Requests being answered now, by method.",
@@ -100,21 +100,21 @@ class Metrics:
                 registry=self.registry,
             )
         )
-        self._messages = Children(
+        self._messages = CachedChildren(
             counter(
                 "likely_stream_messages",
                 "Stream messages answered.",
                 ("method", "model", "code"),
             )
         )
-        self._images = Children(
+        self._images = CachedChildren(
             counter(
                 "likely_images",
                 "Pictures in answers.",
                 ("method", "model"),
             )
         )
-        self._verdicts = Children(
+        self._verdicts = CachedChildren(
             counter(
                 "likely_verdicts",
                 "Pictures by verdict.",
@@ -128,7 +128,7 @@ class Metrics:
             ("name", "version", "digest", "provider"),
         )
         self._served: set[tuple[str, ...]] = set()
-        self._unloaded = Unloaded[tuple[str, ...]](workers)
+        self._unloaded = UnloadedVersions[tuple[str, ...]](workers)
         self._ready = gauge(READY, READY_MEANS)
         self._loads = counter(
             "likely_loads", "Versions that started to be served, by model.", ("model",)
@@ -164,36 +164,36 @@ class Metrics:
         self._requests[method, model, code].inc()
         self._seconds[method, model].observe(seconds)
 
-    def streamed(self, method: str, model: str, code: str) -> None:
+    def count_stream_message(self, method: str, model: str, code: str) -> None:
         """Counts a stream message that has been answered."""
         self._messages[method, model, code].inc()
 
-    def answered(self, method: str, model: str, images: int, verdicts: Sequence[int]) -> None:
+    def count_answer(self, method: str, model: str, images: int, verdicts: Sequence[int]) -> None:
         """Counts the pictures of an answer, and their verdicts, given as numbers of `Verdict`."""
         if images:
             self._images[method, model].inc(images)
         for verdict in set(verdicts):
             self._verdicts[method, model, _VERDICTS[verdict]].inc(verdicts.count(verdict))
 
-    def serving(self, engines: Iterable[Engine]) -> None:
+    def set_served(self, engines: Iterable[Engine]) -> None:
         """Records that these models, and no others, are served from now on."""
         engines = list(engines)
-        self.monitor.serving(engines)
+        self.monitor.set_served(engines)
         served = {_labels_of(engine) for engine in engines}
         gone = self._served - served
         for labels in gone:
             self._models.labels(*labels).set(0)
-        for labels in self._unloaded.expired(gone, served):
+        for labels in self._unloaded.pop_expired(gone, served):
             self._models.remove(*labels)
         for labels in served:
             self._models.labels(*labels).set(1)
         for name, *_ in served - self._served:
             self._loads.labels(name).inc()
         for engine in engines:
-            self._expect(engine)
+            self._create_series(engine)
         self._served = served
 
-    def _expect(self, engine: Engine) -> None:
+    def _create_series(self, engine: Engine) -> None:
         """Creates the series that alerts watch, at 0: `rate` misses a series' first increment."""
         name = engine.manifest.name
         for reason in SHED:
@@ -212,19 +212,19 @@ class Metrics:
             for verdict in Verdict if judges and method.startswith((*JUDGING, *INFERRING)) else ():
                 self._verdicts[method, name, verdict.name.lower()]
 
-    def ready(self, ready: bool) -> None:
+    def set_ready(self, ready: bool) -> None:
         """Records whether requests are accepted."""
         self._ready.set(ready)
 
-    def refused(self, count: int) -> None:
+    def set_refused(self, count: int) -> None:
         """Records how many bundles are refused at present."""
         self._refusals.set(count)
 
-    def watch_lost(self, lost: bool) -> None:
+    def set_watch_lost(self, lost: bool) -> None:
         """Records whether the watched folder is lost."""
         self._watch_lost.set(lost)
 
-    def load_failed(self, reason: str) -> None:
+    def count_load_failure(self, reason: str) -> None:
         """Counts a bundle that was refused while serving."""
         self._refused.labels(reason).inc()
 

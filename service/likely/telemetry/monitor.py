@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from likely.answers import Doubles
 from likely.drift import Martingale, Reference
-from likely.telemetry.histograms import Tally
+from likely.telemetry.histograms import BulkHistogram
 
 if TYPE_CHECKING:
     from likely.engine import Engine
@@ -45,21 +45,21 @@ class Families:
     def __init__(self, registry: CollectorRegistry) -> None:
         model = ("model", "version")
         stream = (*model, "method")
-        self.nats = Tally(
+        self.nats = BulkHistogram(
             "likely_negative_log_likelihood_nats",
             "-log p(x) of pictures scored or classified, in nats.",
             model,
             buckets=NATS,
             registry=registry,
         )
-        self.per_dimension = Tally(
+        self.per_dimension = BulkHistogram(
             "likely_negative_log_likelihood_nats_per_dimension",
             "-log p(x) of pictures scored or classified, in nats per pixel and channel.",
             model,
             buckets=NATS_PER_DIMENSION,
             registry=registry,
         )
-        self.p_values = Tally(
+        self.p_values = BulkHistogram(
             "likely_p_value",
             "Calibrated p-values of pictures scored or classified.",
             model,
@@ -96,7 +96,7 @@ class Families:
                 stream.remove(model, version, method)
 
 
-class Unloaded(Generic[K]):
+class UnloadedVersions(Generic[K]):
     """Label values of versions that were unloaded; the metrics of old ones are removed."""
 
     def __init__(self, workers: int) -> None:
@@ -108,7 +108,7 @@ class Unloaded(Generic[K]):
         self._kept = KEPT if workers == 1 else math.inf
         self._since: dict[K, None] = {}  # ordered by when they were unloaded
 
-    def expired(self, unloaded: Iterable[K], served: Iterable[K]) -> list[K]:
+    def pop_expired(self, unloaded: Iterable[K], served: Iterable[K]) -> list[K]:
         """Returns the versions whose metrics are to be removed, and forgets these.
 
         Args:
@@ -152,11 +152,11 @@ class Monitor:
             multiprocess_mode="livemax",
             registry=registry,
         ).set(self.threshold)
-        self._watched: dict[Engine, _Watched] = {}
-        self._unloaded = Unloaded[tuple[str, str]](workers)
+        self._watched: dict[Engine, _VersionMonitor] = {}
+        self._unloaded = UnloadedVersions[tuple[str, str]](workers)
         self._timer: asyncio.TimerHandle | None = None
 
-    def serving(self, engines: Iterable[Engine]) -> None:
+    def set_served(self, engines: Iterable[Engine]) -> None:
         """These models, and no others, are monitored from now on."""
         self.flush()
         served = [engine for engine in engines if engine.answers("Score")]
@@ -165,11 +165,11 @@ class Monitor:
             self._watched.pop(engine).end()
         for engine in served:
             if engine not in self._watched:
-                self._watched[engine] = _Watched(self._families, engine, self.threshold)
-        for labels in self._unloaded.expired(map(_labels_of, gone), map(_labels_of, served)):
+                self._watched[engine] = _VersionMonitor(self._families, engine, self.threshold)
+        for labels in self._unloaded.pop_expired(map(_labels_of, gone), map(_labels_of, served)):
             self._families.remove(*labels)
 
-    def saw(self, engine: Engine, method: str, rows: Doubles) -> None:
+    def collect(self, engine: Engine, method: str, rows: Doubles) -> None:
         """Pictures have been scored by one of `METHODS`; called in the event loop.
 
         Args:
@@ -199,7 +199,7 @@ class Monitor:
             self._watched[engine].begin()
 
 
-class _Watched:
+class _VersionMonitor:
     """The metrics and tests of one served version.
 
     Attributes:
@@ -242,9 +242,9 @@ class _Watched:
             self._per_dimension.observe_all(-log_px / self._dimensions)
             self._p_values.observe_all(p_value)
             if method in self._tests:
-                self._bet(method, unusualness)
+                self._update_test(method, unusualness)
 
-    def _bet(self, method: str, unusualness: Doubles) -> None:
+    def _update_test(self, method: str, unusualness: Doubles) -> None:
         test = self._tests[method]
         test.bet(unusualness)
         self._pictures[method].inc(len(unusualness))

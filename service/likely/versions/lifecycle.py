@@ -24,7 +24,7 @@ from likely.errors import (
 )
 from likely.telemetry.metrics import Metrics
 from likely.versions.loading import Loader
-from likely.versions.registry import Held, Registry, check_name
+from likely.versions.registry import LeasedEngine, Registry, check_name
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Key: TypeAlias = "tuple[str, str]"  # name and version
-REMEMBERED = 100  # most refused folders, and most former versions per model, that are kept
+MAX_REMEMBERED = 100  # most refused folders, and most former versions per model, that are kept
 
 
 class Lifecycle:
@@ -52,7 +52,7 @@ class Lifecycle:
         loader: Loader,
         metrics: Metrics,
         log: FilteringBoundLogger,
-        changed: Callable[[], Coroutine[Any, Any, None]],
+        on_change: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         """Creates the lifecycle of a registry; an event loop must be running.
 
@@ -61,20 +61,20 @@ class Lifecycle:
             loader: opens engines from folders.
             metrics: count failures and show which models are served.
             log: receives an event for every change.
-            changed: awaited after each change.
+            on_change: awaited after each change.
         """
         self._registry = registry
         self._loader = loader
         self._metrics = metrics
         self._log = log
-        self._changed = changed
+        self._on_change = on_change
         self.freed = 0
-        self._turn = asyncio.Lock()
+        self._change_lock = asyncio.Lock()
         self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._folders: dict[Key, list[Path]] = {}  # folders that hold each version, newest last
         self._loading: Path | None = None
-        self._draining: dict[Held, ModelVersion] = {}
+        self._draining: dict[LeasedEngine, ModelVersion] = {}
         self._failed: dict[Path, ModelVersion] = {}
         self._gone: set[Path] = set()  # folders of `_failed` that are no longer bundles
         self._former: dict[str, list[ModelVersion]] = {}  # earlier default versions, latest last
@@ -95,7 +95,7 @@ class Lifecycle:
             self._watch_and_log("model", engine)
         await self._notify()
 
-    def pin(self, labels: Mapping[tuple[str, str], str]) -> None:
+    def set_labels(self, labels: Mapping[tuple[str, str], str]) -> None:
         """Sets the labels that the settings define.
 
         Args:
@@ -124,7 +124,7 @@ class Lifecycle:
             BundleError: the bundle is refused; whatever was served is still served.
             DeviceError: the requested device is not available.
         """
-        return await self._in_turn(self._load(absolute(folder)))
+        return await self._run_change(self._load(absolute(folder)))
 
     async def unload(self, name: str, version: str) -> None:
         """Unloads a version; returns once its requests have ended and it is freed.
@@ -133,7 +133,7 @@ class Lifecycle:
             ModelNotFound: it is not served.
             Refused: a label points at it.
         """
-        drained = await self._in_turn(self._unload(name, version))
+        drained = await self._run_change(self._unload(name, version))
         await asyncio.shield(drained)
 
     async def folder_emptied(self, folder: Path) -> None:
@@ -144,7 +144,7 @@ class Lifecycle:
         Raises:
             Refused: a label points at it.
         """
-        await self._in_turn(self._folder_emptied(absolute(folder)))
+        await self._run_change(self._folder_emptied(absolute(folder)))
 
     async def set_label(self, name: str, label: str, version: str) -> None:
         """Points a label at a version; an empty version removes the label.
@@ -153,7 +153,7 @@ class Lifecycle:
             InvalidInput: there is no such label.
             ModelNotFound: no such version is served.
         """
-        await self._in_turn(self._set_label(name, label, version))
+        await self._run_change(self._set_label(name, label, version))
 
     async def rollback(self, name: str) -> ModelVersion:
         """Makes the version that was the default before the last change `stable`; returns it.
@@ -163,7 +163,7 @@ class Lifecycle:
             Refused: there was none, or its folder no longer holds it.
             BundleError: it has to be loaded again and is refused.
         """
-        return await self._in_turn(self._rollback(name))
+        return await self._run_change(self._rollback(name))
 
     async def reset_drift(self, name: str, version: str = "") -> str:
         """Restarts the drift test of a version and returns the version.
@@ -188,12 +188,12 @@ class Lifecycle:
         failed = [version for folder, version in self._failed.items() if folder not in self._gone]
         return [*served, *loading, *self._draining.values(), *failed]
 
-    async def look(self) -> None:
+    async def check_refused(self) -> None:
         """Checks which refused folders are no longer bundles; these are not counted or listed."""
-        self._gone = await asyncio.to_thread(set, filter(_is_none, tuple(self._failed)))
+        self._gone = await asyncio.to_thread(set, filter(_is_no_bundle, tuple(self._failed)))
         self._count_refused()
 
-    def holds(self, folder: Path) -> bool:
+    def serves_folder(self, folder: Path) -> bool:
         """Whether a served version came from that folder."""
         return self._key_of(absolute(folder)) is not None
 
@@ -242,23 +242,23 @@ class Lifecycle:
         self._loading = folder
         try:
             bundle = await asyncio.to_thread(self._loader.verify, folder)
-            if self._serves(bundle):
+            if self._is_served(bundle):
                 engine = self._registry.find(bundle.manifest.name, bundle.manifest.version)
                 if not engine.healthy:
                     engine = await asyncio.to_thread(self._loader.load, bundle)
-                    await self._renew(engine, folder)
-                await self._found(engine, folder)
+                    await self._replace_engine(engine, folder)
+                await self._add_folder(engine, folder)
             else:
                 engine = await asyncio.to_thread(self._loader.load, bundle)
-                await self._admit(engine, folder)
+                await self._add_engine(engine, folder)
         except (LikelyError, OSError, MemoryError) as error:
-            raise await self._refused(folder, error) from error
+            raise await self._record_refusal(folder, error) from error
         finally:
             self._loading = None
-        self._forget(folder)
+        self._forget_refusal(folder)
         return self._described(engine)
 
-    def _serves(self, bundle: Bundle) -> bool:
+    def _is_served(self, bundle: Bundle) -> bool:
         """Whether this bundle is already served.
 
         Raises:
@@ -274,28 +274,30 @@ class Lifecycle:
             )
         return bool(served)
 
-    async def _admit(self, engine: Engine, folder: Path) -> None:
-        before = self._default(engine.manifest.name)
+    async def _add_engine(self, engine: Engine, folder: Path) -> None:
+        former_default = self._default_version(engine.manifest.name)
         try:
             self._registry.add(engine)
         except BaseException:
             await asyncio.to_thread(engine.close)
             raise
         self._watch_and_log("loaded", engine)
-        await self._settle(engine, folder, before)
+        await self._assign_folder(engine, folder, former_default)
 
-    async def _renew(self, engine: Engine, folder: Path) -> None:
+    async def _replace_engine(self, engine: Engine, folder: Path) -> None:
         """Replaces the engine of the same bundle; the old engine drains and is closed."""
         self._close_unused(self._registry.replace(engine), folder)
         self._watch_and_log("loaded", engine)
         await self._notify()
 
-    async def _found(self, engine: Engine, folder: Path) -> None:
+    async def _add_folder(self, engine: Engine, folder: Path) -> None:
         """Notes that a version which is already served also came from this folder."""
         if folder not in self._folders[_key(engine)]:
-            await self._settle(engine, folder, self._default(engine.manifest.name))
+            await self._assign_folder(engine, folder, self._default_version(engine.manifest.name))
 
-    async def _settle(self, engine: Engine, folder: Path, before: ModelVersion | None) -> None:
+    async def _assign_folder(
+        self, engine: Engine, folder: Path, former_default: ModelVersion | None
+    ) -> None:
         """Assigns a folder to a version, and retires the version that the folder held before."""
         name, version = _key(engine)
         replaced = self._key_of(folder)
@@ -307,7 +309,7 @@ class Lifecycle:
                     for label in self._registry.labels(*replaced):
                         self._registry.set_label(name, label, version)
                 self._retire(*replaced, folder)
-        self._remember(name, before)
+        self._remember_default(name, former_default)
         await self._notify()
 
     async def _folder_emptied(self, folder: Path) -> None:
@@ -316,7 +318,7 @@ class Lifecycle:
                 await self._unload(*key)
             else:
                 self._folders[key].remove(folder)
-        self._forget(folder)
+        self._forget_refusal(folder)
 
     async def _unload(self, name: str, version: str) -> asyncio.Task[None]:
         check_name("model_name", name)
@@ -325,17 +327,17 @@ class Lifecycle:
             raise ModelNotFound(f"{name}@{version}", f"no {name}@{version} is served")
         if labels := self._registry.labels(name, version):
             raise Refused(f"{name}@{version} is {' and '.join(labels)}; move the label first")
-        before = self._default(name)
+        former_default = self._default_version(name)
         drained = self._retire(name, version, self._folders[name, version][-1])
-        self._remember(name, before)
+        self._remember_default(name, former_default)
         await self._notify()
         return drained
 
     async def _set_label(self, name: str, label: str, version: str) -> None:
         self._registry.find(name)
-        before = self._default(name)
+        former_default = self._default_version(name)
         self._registry.set_label(name, label, version or None)
-        self._remember(name, before)
+        self._remember_default(name, former_default)
         self._log.info("label", name=name, label=label, version=version)
         await self._notify()
 
@@ -347,13 +349,13 @@ class Lifecycle:
         target = former[-1]
         serves = (name, target.version) in self._folders
         if serves:
-            found = self._registry.find(name, target.version).digest
+            digest = self._registry.find(name, target.version).digest
         else:
             try:
-                found = (await asyncio.to_thread(self._loader.verify, target.folder)).digest
+                digest = (await asyncio.to_thread(self._loader.verify, target.folder)).digest
             except (LikelyError, OSError, MemoryError) as error:
-                raise await self._refused(target.folder, error) from error
-        if found != target.digest:
+                raise await self._record_refusal(target.folder, error) from error
+        if digest != target.digest:
             raise Refused(
                 f"{name}@{target.version} is no longer the bundle that answered before, "
                 f"from {target.folder}"
@@ -373,27 +375,27 @@ class Lifecycle:
         del self._folders[name, version]
         return self._close_unused(held, folder)
 
-    def _close_unused(self, held: Held, folder: Path) -> asyncio.Task[None]:
+    def _close_unused(self, held: LeasedEngine, folder: Path) -> asyncio.Task[None]:
         """Closes an engine that is no longer registered, when its requests have ended."""
         name, version = _key(held.engine)
         self._draining[held] = ModelVersion(
             VersionState.DRAINING, folder, name, version, held.engine.digest
         )
-        return self._task(self._drain(held))
+        return self._start_task(self._drain(held))
 
-    async def _drain(self, held: Held) -> None:
-        await held.unused()
+    async def _drain(self, held: LeasedEngine) -> None:
+        await held.wait_until_unused()
         await asyncio.to_thread(held.engine.close)
         self.freed += 1
         del self._draining[held]
         name, version = _key(held.engine)
         self._log.info("unloaded", name=name, version=version)
 
-    async def _refused(
+    async def _record_refusal(
         self, folder: Path, error: LikelyError | OSError | MemoryError
     ) -> LikelyError:
         """Counts, logs and remembers why a folder was refused; returns the error to raise."""
-        is_none = await asyncio.to_thread(_is_none, folder)
+        is_no_bundle = await asyncio.to_thread(_is_no_bundle, folder)
         match error:
             case BundleError():
                 reason = error.reason
@@ -408,34 +410,34 @@ class Lifecycle:
                 reason = "refused"
             case _:
                 reason, error = "unreadable", BundleError(f"{folder} cannot be read", "unreadable")
-        self._metrics.load_failed(reason)
+        self._metrics.count_load_failure(reason)
         self._log.error("refused", folder=str(folder), reason=reason, message=str(error))
         self._failed.pop(folder, None)
-        if not is_none:  # a mistyped path is not remembered
+        if not is_no_bundle:  # a mistyped path is not remembered
             self._failed[folder] = ModelVersion(  # the newest last
                 VersionState.FAILED, folder, reason=reason, message=error.public_message
             )
-        while len(self._failed) > REMEMBERED:
+        while len(self._failed) > MAX_REMEMBERED:
             del self._failed[next(iter(self._failed))]
         self._gone.discard(folder)
         self._count_refused()
         return error
 
-    def _forget(self, folder: Path) -> None:
+    def _forget_refusal(self, folder: Path) -> None:
         """Forgets that a bundle in this folder was refused."""
         self._failed.pop(folder, None)
         self._count_refused()
 
     def _count_refused(self) -> None:
-        self._metrics.refused(len(self._failed.keys() - self._gone))
+        self._metrics.set_refused(len(self._failed.keys() - self._gone))
 
-    def _default(self, name: str) -> ModelVersion | None:
+    def _default_version(self, name: str) -> ModelVersion | None:
         version = self._registry.default(name)
         return self._described(self._registry.find(name, version)) if version else None
 
-    def _remember(self, name: str, before: ModelVersion | None) -> None:
-        if before and before.version != self._registry.default(name):
-            self._former[name] = [*self._former.get(name, ()), before][-REMEMBERED:]
+    def _remember_default(self, name: str, former_default: ModelVersion | None) -> None:
+        if former_default and former_default.version != self._registry.default(name):
+            self._former[name] = [*self._former.get(name, ()), former_default][-MAX_REMEMBERED:]
 
     def _described(self, engine: Engine) -> ModelVersion:
         name, version = _key(engine)
@@ -454,7 +456,7 @@ class Lifecycle:
 
     def _watch_and_log(self, event: str, engine: Engine) -> None:
         name, version = _key(engine)
-        engine.when_unhealthy(partial(self._sickened, engine))
+        engine.when_unhealthy(partial(self._report_unhealthy, engine))
         self._log.info(
             event,
             name=name,
@@ -464,37 +466,37 @@ class Lifecycle:
             **engine.arrangement,
         )
 
-    def _sickened(self, engine: Engine) -> None:
+    def _report_unhealthy(self, engine: Engine) -> None:
         name, version = _key(engine)
         self._log.error("unhealthy", name=name, version=version)
-        self._task(self._notify())
+        self._start_task(self._notify())
 
     async def _notify(self) -> None:
-        self._metrics.serving(self._registry.engines())
-        await self._changed()
+        self._metrics.set_served(self._registry.engines())
+        await self._on_change()
 
-    async def _in_turn(self, change: Coroutine[Any, Any, T]) -> T:
-        async def turn() -> T:
-            async with self._turn:
+    async def _run_change(self, change: Coroutine[Any, Any, T]) -> T:
+        async def run() -> T:
+            async with self._change_lock:
                 if self._ending.done():
                     change.close()
                     raise Unavailable("the server is shutting down")
                 return await change
 
-        made = self._task(turn())
+        task = self._start_task(run())
         # The change has its own task, so it completes even if its caller is cancelled.
-        await asyncio.wait((made, self._ending), return_when=asyncio.FIRST_COMPLETED)
-        if not made.done():
+        await asyncio.wait((task, self._ending), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             raise Unavailable("the server is shutting down")
-        return made.result()
+        return task.result()
 
-    def _task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def _start_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)  # the event loop keeps only weak references to tasks
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._discard_task)
         return task
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
+    def _discard_task(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # marks it retrieved, in case nobody awaits the task
@@ -510,7 +512,7 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def _is_none(folder: Path) -> bool:
+def _is_no_bundle(folder: Path) -> bool:
     """Whether a folder is certainly not a bundle; False if it cannot be inspected."""
     try:
         return not is_bundle(folder)

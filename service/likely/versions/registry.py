@@ -31,7 +31,7 @@ LOADING = "the models are still being loaded"
 Policy = Literal["newest", "oldest"]
 
 
-class Held:
+class LeasedEngine:
     """An engine with a count of its leases; entering it as a context takes a lease.
 
     Attributes:
@@ -42,13 +42,13 @@ class Held:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.users = 0
-        self._left: asyncio.Event | None = None
+        self._released: asyncio.Event | None = None
 
-    async def unused(self) -> None:
+    async def wait_until_unused(self) -> None:
         """Waits until no request uses the engine."""
         while self.users:
-            self._left = asyncio.Event()
-            await self._left.wait()
+            self._released = asyncio.Event()
+            await self._released.wait()
 
     def __enter__(self) -> Engine:
         self.users += 1
@@ -61,8 +61,8 @@ class Held:
         trace: TracebackType | None,
     ) -> None:
         self.users -= 1
-        if not self.users and self._left:
-            self._left.set()
+        if not self.users and self._released:
+            self._released.set()
 
 
 class Registry:
@@ -78,7 +78,7 @@ class Registry:
             policy: which version answers a request that names none, if no version is `stable`.
         """
         self._policy = policy
-        self._shelves: dict[str, dict[str, Held]] | None = None
+        self._versions_by_name: dict[str, dict[str, LeasedEngine]] | None = None
         self._labels: dict[str, dict[str, str]] = {}
         self._is_open = False
 
@@ -89,7 +89,7 @@ class Registry:
             BundleError: two of them have the same name and version, or a version has the name of
                 a label.
         """
-        self._shelves = {}
+        self._versions_by_name = {}
         for engine in engines:
             self.add(engine)
 
@@ -110,13 +110,15 @@ class Registry:
                 f"the version of {name}@{version} is also a label; requests could mean either",
                 "version",
             )
-        shelf = self._filled().setdefault(name, {})
-        if version in shelf:
+        versions = self._require_filled().setdefault(name, {})
+        if version in versions:
             raise BundleError(f"two bundles hold {name}@{version}; one of them must go", "version")
-        shelf[version] = Held(engine)
-        self._filled()[name] = dict(sorted(shelf.items(), key=lambda item: age(item[0])))
+        versions[version] = LeasedEngine(engine)
+        self._require_filled()[name] = dict(
+            sorted(versions.items(), key=lambda item: version_sort_key(item[0]))
+        )
 
-    def replace(self, engine: Engine) -> Held:
+    def replace(self, engine: Engine) -> LeasedEngine:
         """Replaces the engine of the same name and version, and returns the replaced one.
 
         Labels stay. Requests that use the replaced engine are not affected.
@@ -125,11 +127,11 @@ class Registry:
             ModelNotFound: no such model is served.
         """
         name, version = engine.manifest.name, engine.manifest.version
-        former = self._held(name, version)
-        self._filled()[name][version] = Held(engine)
+        former = self._get(name, version)
+        self._require_filled()[name][version] = LeasedEngine(engine)
         return former
 
-    def remove(self, name: str, version: str) -> Held:
+    def remove(self, name: str, version: str) -> LeasedEngine:
         """Removes an engine and its labels, so that no request finds it, and returns it.
 
         Requests that use the engine are not affected.
@@ -141,13 +143,13 @@ class Registry:
         Raises:
             ModelNotFound: no such model is served.
         """
-        held = self._held(name, version)
-        shelves = self._filled()
+        held = self._get(name, version)
+        by_name = self._require_filled()
         for label in self.labels(name, version):
             del self._labels[name][label]
-        del shelves[name][version]
-        if not shelves[name]:
-            del shelves[name]
+        del by_name[name][version]
+        if not by_name[name]:
+            del by_name[name]
         return held
 
     def find(self, name: str, version: str = "") -> Engine:
@@ -162,9 +164,9 @@ class Registry:
             ModelNotFound: no such model is served.
             Unavailable: the first models are still being loaded.
         """
-        return self._found(name, version).engine
+        return self._resolve(name, version).engine
 
-    def lease(self, name: str, version: str = "") -> Held:
+    def lease(self, name: str, version: str = "") -> LeasedEngine:
         """Returns what `find` returns, as a lease for a request.
 
         The engine is not closed while the result is entered as a context.
@@ -174,14 +176,14 @@ class Registry:
             Unavailable: the models are still being loaded.
         """
         self._require_open()
-        return self._found(name, version)
+        return self._resolve(name, version)
 
     def default(self, name: str) -> str | None:
         """The version that answers requests that name none; None if the model is not served.
 
         This is the version with the label `stable`, otherwise the one that the policy selects.
         """
-        versions = list((self._shelves or {}).get(name, ()))
+        versions = list((self._versions_by_name or {}).get(name, ()))
         if not versions:
             return None
         stable = self._labels.get(name, {}).get("stable")
@@ -199,7 +201,7 @@ class Registry:
         if version is None:
             self._labels.get(name, {}).pop(label, None)
             return
-        self._held(name, version)
+        self._get(name, version)
         self._labels.setdefault(name, {})[label] = version
 
     def labels(self, name: str, version: str) -> tuple[str, ...]:
@@ -213,8 +215,8 @@ class Registry:
         Raises:
             Unavailable: the first models are still being loaded.
         """
-        shelves = self._filled()
-        return [held.engine for name in sorted(shelves) for held in shelves[name].values()]
+        by_name = self._require_filled()
+        return [held.engine for name in sorted(by_name) for held in by_name[name].values()]
 
     def served(self) -> list[Engine]:
         """All engines as `engines` returns them, but only once the registry is open to requests.
@@ -225,53 +227,53 @@ class Registry:
         self._require_open()
         return self.engines()
 
-    def known(self, name: str) -> bool:
+    def has_model(self, name: str) -> bool:
         """Whether a model of that name is served."""
-        return name in (self._shelves or {})
+        return name in (self._versions_by_name or {})
 
     def close(self) -> None:
         """Closes all engines and empties the registry."""
-        for engine in self.engines() if self._shelves else []:
+        for engine in self.engines() if self._versions_by_name else []:
             engine.close()
-        self._shelves = None
+        self._versions_by_name = None
         self._labels = {}
         self._is_open = False
 
-    def _found(self, name: str, version: str) -> Held:
+    def _resolve(self, name: str, version: str) -> LeasedEngine:
         named = self._labels.get(name, {}).get(version, version) or self.default(name) or ""
-        held = (self._shelves or {}).get(name, {}).get(named)
+        held = (self._versions_by_name or {}).get(name, {}).get(named)
         if held is not None:
             return held
         check_name("model_name", name)
         if version:
             check_name("model_version", version)
-        return self._held(name, named)
+        return self._get(name, named)
 
-    def _held(self, name: str, version: str) -> Held:
-        versions = self._filled().get(name)
+    def _get(self, name: str, version: str) -> LeasedEngine:
+        versions = self._require_filled().get(name)
         if versions is None:
-            raise ModelNotFound(name, f"no model {name}; served are {self._listed()}")
+            raise ModelNotFound(name, f"no model {name}; served are {self._list_served()}")
         if version not in versions:
             raise ModelNotFound(
-                f"{name}@{version}", f"no {name}@{version}; served are {self._listed()}"
+                f"{name}@{version}", f"no {name}@{version}; served are {self._list_served()}"
             )
         return versions[version]
 
-    def _filled(self) -> dict[str, dict[str, Held]]:
-        if self._shelves is None:
+    def _require_filled(self) -> dict[str, dict[str, LeasedEngine]]:
+        if self._versions_by_name is None:
             raise Unavailable(LOADING)
-        return self._shelves
+        return self._versions_by_name
 
     def _require_open(self) -> None:
         if not self._is_open:
             raise Unavailable(LOADING)
 
-    def _listed(self) -> str:
+    def _list_served(self) -> str:
         names = [f"{e.manifest.name}@{e.manifest.version}" for e in self.engines()]
         return ", ".join(names[:20]) + (", …" if len(names) > 20 else "") or "none"
 
 
-def age(version: str) -> tuple[object, ...]:
+def version_sort_key(version: str) -> tuple[object, ...]:
     """Sort key for versions, from old to new: 1.0-rc1, 1.0, 1.0.1, 1.10.
 
     Numbers are compared by value. A version with a word sorts before the same version without.

@@ -29,7 +29,7 @@ MIN_DELAY, MAX_DELAY = 60.0, 3600.0  # bounds of the backoff, in seconds, after 
 
 
 @dataclass(frozen=True, slots=True)
-class _Short:
+class _MemoryShortage:
     """A bundle that could not be loaded for lack of memory.
 
     Attributes:
@@ -84,62 +84,62 @@ class Watcher:
         self._unloaded = unloaded
         self._seen: dict[Path, Mark] = {}
         # Files of each bundle at its last attempt; None for one that is retried at every poll.
-        self._done: dict[Path, Mark | None] = {}
-        self._short: dict[Path, _Short] = {}
+        self._attempted: dict[Path, Mark | None] = {}
+        self._shortages: dict[Path, _MemoryShortage] = {}
         self._kept: set[Path] = set()  # folders that are gone, but whose versions stay served
         self._unread: dict[Path, str] = {}  # folders that could not be read, and why
-        self._lost = ""  # why the folder is lost; empty if it is not
+        self._lost_reason = ""  # why the folder is lost; empty if it is not
 
     async def begin(self) -> None:
         """Loads the bundles that are there now; refused ones are counted, logged and retried."""
         self._seen = await self._scan()
         for path, mark in self._seen.items() if self._unloaded else ():
             if await self._lifecycle.read_identity(path) in self._unloaded:
-                self._done[path] = mark
-        await self._follow(self._seen)
+                self._attempted[path] = mark
+        await self._load_changed(self._seen)
 
     async def run(self) -> None:
         """Polls the folder until cancelled."""
         while True:
             await asyncio.sleep(self._seconds)
             try:
-                await self._look()
+                await self._poll()
             except Exception as error:  # polling continues after a failure
                 self._log.error("fault", folder=str(self._folder), exc_info=error)
 
-    async def _look(self) -> None:
-        await self._lifecycle.look()
+    async def _poll(self) -> None:
+        await self._lifecycle.check_refused()
         try:
             found = await self._scan()
         except OSError as error:
-            self._lose(error.strerror or str(error))
+            self._record_loss(error.strerror or str(error))
             return
-        if not found and self._serves(self._done):
-            self._lose("no bundle is left in it")
+        if not found and self._any_served(self._attempted):
+            self._record_loss("no bundle is left in it")
             return
         before, self._seen = self._seen, found
-        await self._follow(
+        await self._load_changed(
             {path: mark for path, mark in self._seen.items() if before.get(path) == mark}
         )
-        gone = set(self._done) - set(before) - set(found)
-        if self._serves(gone) and not self._serves(found):
-            self._lose("none of the served bundles is left in it")
+        gone = set(self._attempted) - set(before) - set(found)
+        if self._any_served(gone) and not self._any_served(found):
+            self._record_loss("none of the served bundles is left in it")
             return
-        self._lose("")
-        await self._leave(gone)
+        self._record_loss("")
+        await self._unload_gone(gone)
 
-    def _serves(self, folders: Iterable[Path]) -> bool:
+    def _any_served(self, folders: Iterable[Path]) -> bool:
         """Whether a served version came from one of these folders."""
-        return any(map(self._lifecycle.holds, folders))
+        return any(map(self._lifecycle.serves_folder, folders))
 
-    def _lose(self, reason: str) -> None:
+    def _record_loss(self, reason: str) -> None:
         """Records and logs why the folder is lost; with an empty reason, that it is not lost."""
-        self._metrics.watch_lost(bool(reason))
-        if reason and reason != self._lost:
+        self._metrics.set_watch_lost(bool(reason))
+        if reason and reason != self._lost_reason:
             self._log.error("watched folder lost", folder=str(self._folder), reason=reason)
-        elif self._lost and not reason:
+        elif self._lost_reason and not reason:
             self._log.info("watched folder found", folder=str(self._folder))
-        self._lost = reason
+        self._lost_reason = reason
 
     async def _scan(self) -> dict[Path, Mark]:
         unread: dict[Path, str] = {}
@@ -149,44 +149,46 @@ class Watcher:
         self._unread = unread
         return found
 
-    async def _follow(self, settled: dict[Path, Mark]) -> None:
+    async def _load_changed(self, settled: dict[Path, Mark]) -> None:
         for path, mark in settled.items():
-            if self._done.get(path) == mark and not self._has_memory(path):
+            if self._attempted.get(path) == mark and not self._should_retry(path):
                 continue
             try:
                 await self._lifecycle.load(path)
             except BundleError as error:
                 if error.reason == "memory":
-                    self._wait(path, self._done.get(path) == mark)
+                    self._schedule_retry(path, self._attempted.get(path) == mark)
                 else:
-                    self._short.pop(path, None)
+                    self._shortages.pop(path, None)
                 # A refused bundle is not retried until it changes, unless it could not be read.
-                self._done[path] = mark if error.reason != "unreadable" else None
+                self._attempted[path] = mark if error.reason != "unreadable" else None
             except LikelyError as error:
-                self._done[path] = None
+                self._attempted[path] = None
                 if isinstance(error, DeviceLost):
                     self._device_lost(error)
             else:
-                self._done[path] = mark
-                self._short.pop(path, None)
+                self._attempted[path] = mark
+                self._shortages.pop(path, None)
 
-    def _has_memory(self, path: Path) -> bool:
+    def _should_retry(self, path: Path) -> bool:
         """Whether a bundle that lacked memory should be tried again now."""
-        short = self._short.get(path)
+        short = self._shortages.get(path)
         if short is None:
             return False
         return self._lifecycle.freed > short.freed or time.monotonic() >= short.until
 
-    def _wait(self, path: Path, again: bool) -> None:
+    def _schedule_retry(self, path: Path, again: bool) -> None:
         # Retries are rare, because a load that takes all memory may kill the server.
-        short, pause = self._short.get(path) if again else None, MIN_DELAY
+        short, pause = self._shortages.get(path) if again else None, MIN_DELAY
         if short:
             pause = short.pause
             if self._lifecycle.freed == short.freed:  # it was retried because its wait was over
                 pause = min(2 * pause, MAX_DELAY)
-        self._short[path] = _Short(self._lifecycle.freed, pause, time.monotonic() + pause)
+        self._shortages[path] = _MemoryShortage(
+            self._lifecycle.freed, pause, time.monotonic() + pause
+        )
 
-    async def _leave(self, gone: set[Path]) -> None:
+    async def _unload_gone(self, gone: set[Path]) -> None:
         for path in gone:
             try:
                 await self._lifecycle.folder_emptied(path)
@@ -195,8 +197,8 @@ class Watcher:
                     self._log.warning("kept", folder=str(path), message=str(error))
                 self._kept.add(path)
             else:
-                del self._done[path]
-                self._short.pop(path, None)
+                del self._attempted[path]
+                self._shortages.pop(path, None)
                 self._kept.discard(path)
 
 

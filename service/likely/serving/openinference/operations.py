@@ -115,14 +115,14 @@ async def _score(services: Services, question: Question) -> Answer:
         surprise="surprise" in question.wanted,
         **question.settings,
     )
-    scores = await services.scoring.scored(question.engine, request)
-    outputs = _of_scores(scores)
+    scores = await services.scoring.compute_scores(question.engine, request)
+    outputs = _score_outputs(scores)
     if scores.surprise is not None:
         outputs["surprise"] = scores.surprise
     return Answer(outputs, {"alpha": scores.alpha})
 
 
-def _of_scores(scores: ScoreTable) -> dict[str, Array]:
+def _score_outputs(scores: ScoreTable) -> dict[str, Array]:
     return {
         "log_likelihood": scores.log_px,
         "bits_per_dim": scores.bits_per_dim,
@@ -134,28 +134,30 @@ def _of_scores(scores: ScoreTable) -> dict[str, Array]:
 
 async def _classify(services: Services, question: Question) -> Answer:
     """Returns labels and scores, which come from the same run."""
-    scores, answer = await _judged(services, question, scoring_pb2.LABEL_RULE_GENERATIVE)
+    scores, answer = await _classify_by_rule(services, question, scoring_pb2.LABEL_RULE_GENERATIVE)
     own: dict[str, Array] = {
         "log_likelihoods": answer.log_pxy,
         "label_p_values": answer.label_p_values,
     }
-    return Answer({**_of_scores(scores), **_of_labels(answer), **own}, {"alpha": answer.alpha})
+    return Answer(
+        {**_score_outputs(scores), **_label_outputs(answer), **own}, {"alpha": answer.alpha}
+    )
 
 
 async def _discriminate(services: Services, question: Question) -> Answer:
-    _, answer = await _judged(services, question, scoring_pb2.LABEL_RULE_DISCRIMINATIVE)
+    _, answer = await _classify_by_rule(services, question, scoring_pb2.LABEL_RULE_DISCRIMINATIVE)
     own: dict[str, Array] = {"composed_log_likelihoods": answer.composed}
-    return Answer({**_of_labels(answer), **own}, {"alpha": answer.alpha})
+    return Answer({**_label_outputs(answer), **own}, {"alpha": answer.alpha})
 
 
-async def _judged(
+async def _classify_by_rule(
     services: Services, question: Question, rule: scoring_pb2.LabelRule.ValueType
 ) -> tuple[ScoreTable, Classifications]:
     request = scoring_pb2.ClassifyRequest(images=question.images, rule=rule, **question.settings)
-    return await services.scoring.judged(question.engine, request)
+    return await services.scoring.compute_classifications(question.engine, request)
 
 
-def _of_labels(answer: Classifications) -> dict[str, Array]:
+def _label_outputs(answer: Classifications) -> dict[str, Array]:
     return {
         "label": answer.label,
         "posterior": answer.posterior,
@@ -164,14 +166,14 @@ def _of_labels(answer: Classifications) -> dict[str, Array]:
     }
 
 
-async def _everything(services: Services, question: Question) -> Answer:
+async def _score_and_classify(services: Services, question: Question) -> Answer:
     """Returns scores and, only if one of their outputs is requested, labels."""
-    if question.wanted & {tensor.name for tensor in _labelled(question.manifest)}:
+    if question.wanted & {tensor.name for tensor in _label_tensors(question.manifest)}:
         return await _classify(services, question)
     unused = scoring_pb2.ClassifyRequest(**question.settings)
     checks.priors(unused, question.manifest)
     checks.min_posterior(unused)
-    keep = {name: question.settings[name] for name in _JUDGED & set(question.settings)}
+    keep = {name: question.settings[name] for name in _SCORE_SETTINGS & set(question.settings)}
     return await _score(services, replace(question, settings=keep))
 
 
@@ -179,9 +181,9 @@ async def _encode(services: Services, question: Question) -> Answer:
     labels = question.inputs.get("labels")
     request = scoring_pb2.EncodeRequest(
         images=question.images,
-        labels=() if labels is None else _small(labels),
+        labels=() if labels is None else _to_int32(labels),
     )
-    features = await services.scoring.encoded(question.engine, request)
+    features = await services.scoring.compute_features(question.engine, request)
     outputs: dict[str, Array] = {
         "mean": features.mean,
         "labels": features.label,
@@ -204,7 +206,7 @@ async def _generate(services: Services, question: Question) -> Answer:
         self_check=generation_pb2.SelfCheck(**check) if wants_check else None,
         **settings,
     )
-    async with aclosing(services.generation.drawn(question.engine, request)) as chunks:
+    async with aclosing(services.generation.generate_draws(question.engine, request)) as chunks:
         drawn = [chunk async for chunk in chunks]
     outputs: dict[str, Array] = {
         "images": np.concatenate([chunk.images for chunk in drawn]),
@@ -224,7 +226,7 @@ async def _complete(services: Services, question: Question) -> Answer:
     request = generation_pb2.CompleteRequest(
         images=question.images, mask=mask.tobytes(), **question.settings
     )
-    async with aclosing(services.generation.completed(question.engine, request)) as chunks:
+    async with aclosing(services.generation.complete_draws(question.engine, request)) as chunks:
         drawn: list[Draws] = [chunk async for chunk in chunks]
     images = np.concatenate([x[:0], *(chunk.images for chunk in drawn)])
     return Answer({"images": images}, {"seed": drawn[0].seed} if drawn else {})
@@ -240,7 +242,7 @@ def _check_size(rows: int, field: str, manifest: Manifest, limits: Limits) -> No
         )
 
 
-def _small(labels: Array) -> list[int]:
+def _to_int32(labels: Array) -> list[int]:
     limits = np.iinfo(np.int32)
     if labels.size and (labels.min() < limits.min or labels.max() > limits.max):
         raise InvalidInput("labels", "a label does not fit into 32 bits")
@@ -248,20 +250,20 @@ def _small(labels: Array) -> list[int]:
     return numbers
 
 
-def _images(manifest: Manifest) -> Tensor:
+def _image_tensor(manifest: Manifest) -> Tensor:
     return Tensor("images", "UINT8", (-1, *manifest.shape))
 
 
-def _pictures(manifest: Manifest) -> tuple[Tensor, ...]:
-    return (_images(manifest),)
+def _image_tensors(manifest: Manifest) -> tuple[Tensor, ...]:
+    return (_image_tensor(manifest),)
 
 
-def _scored(_: Manifest) -> tuple[Tensor, ...]:
+def _score_tensors(_: Manifest) -> tuple[Tensor, ...]:
     names = ("log_likelihood", "bits_per_dim", "unusualness", "p_value")
     return *(Tensor(name, "FP64", (-1,)) for name in names), Tensor("outlier", "BOOL", (-1,))
 
 
-def _labelled(manifest: Manifest) -> tuple[Tensor, ...]:
+def _label_tensors(manifest: Manifest) -> tuple[Tensor, ...]:
     if Role.CONDITIONAL not in manifest.graphs:
         return ()
     n = len(manifest.labels)
@@ -274,7 +276,7 @@ def _labelled(manifest: Manifest) -> tuple[Tensor, ...]:
     )
 
 
-def _discriminated(manifest: Manifest) -> tuple[Tensor, ...]:
+def _discriminate_tensors(manifest: Manifest) -> tuple[Tensor, ...]:
     n = len(manifest.labels)
     return (
         Tensor("label", "INT64", (-1,)),
@@ -285,7 +287,7 @@ def _discriminated(manifest: Manifest) -> tuple[Tensor, ...]:
     )
 
 
-def _features(manifest: Manifest) -> tuple[Tensor, ...]:
+def _feature_tensors(manifest: Manifest) -> tuple[Tensor, ...]:
     outputs = manifest.graphs[Role.ENCODE].outputs
     return (
         *(Tensor(spec.name, "FP32", (-1, int(spec.shape[-1]))) for spec in outputs),
@@ -293,63 +295,64 @@ def _features(manifest: Manifest) -> tuple[Tensor, ...]:
     )
 
 
-_JUDGED = frozenset({"alpha", "guarantee"})
-_LABELLED = _JUDGED | {"min_posterior", "priors"}
-_DRAWN = frozenset({"label", "seed", "first_index", "temperature"})
+_SCORE_SETTINGS = frozenset({"alpha", "guarantee"})
+_LABEL_SETTINGS = _SCORE_SETTINGS | {"min_posterior", "priors"}
+_DRAW_SETTINGS = frozenset({"label", "seed", "first_index", "temperature"})
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation(
-        "", "Score", True, _LABELLED, _pictures,
-        lambda m: (*_labelled(m), *_scored(m)), _everything,
+        "", "Score", True, _LABEL_SETTINGS, _image_tensors,
+        lambda m: (*_label_tensors(m), *_score_tensors(m)), _score_and_classify,
     ),
-    Operation("score", "Score", True, _JUDGED, _pictures, _scored, _score),
+    Operation("score", "Score", True, _SCORE_SETTINGS, _image_tensors, _score_tensors, _score),
     Operation(
-        "classify", "Classify", True, _LABELLED, _pictures,
-        lambda m: (*_labelled(m), Tensor("p_value", "FP64", (-1,))), _classify,
-    ),
-    Operation(
-        "discriminate", "Score", True, _LABELLED, _pictures, _discriminated, _discriminate,
-        needs=Role.DISCRIMINATE,
+        "classify", "Classify", True, _LABEL_SETTINGS, _image_tensors,
+        lambda m: (*_label_tensors(m), Tensor("p_value", "FP64", (-1,))), _classify,
     ),
     Operation(
-        "surprise", "Score", True, frozenset(), _pictures,
+        "discriminate", "Score", True, _LABEL_SETTINGS, _image_tensors, _discriminate_tensors,
+        _discriminate, needs=Role.DISCRIMINATE,
+    ),
+    Operation(
+        "surprise", "Score", True, frozenset(), _image_tensors,
         lambda m: (
             Tensor("surprise", "FP32", (-1, *m.shape)), Tensor("log_likelihood", "FP64", (-1,)),
         ), _score,
     ),
     Operation(
         "encode", "Encode", True, frozenset(),
-        lambda m: (_images(m), Tensor("labels", "INT64", (-1,), optional=True)),
-        _features, _encode,
+        lambda m: (_image_tensor(m), Tensor("labels", "INT64", (-1,), optional=True)),
+        _feature_tensors, _encode,
     ),
     Operation(
-        "generate", "Generate", False, _DRAWN | {"self_check", "alpha", "max_draws"},
+        "generate", "Generate", False, _DRAW_SETTINGS | {"self_check", "alpha", "max_draws"},
         lambda _: (Tensor("count", "INT64", (1,)),),
         lambda m: (
-            _images(m), Tensor("labels", "INT64", (-1,)), Tensor("draws", "INT64", (-1,)),
+            _image_tensor(m), Tensor("labels", "INT64", (-1,)), Tensor("draws", "INT64", (-1,)),
             Tensor("accepted", "BOOL", (-1,)),
         ), _generate,
     ),
     Operation(
-        "complete", "Complete", False, _DRAWN | {"completions", "proposals"},
-        lambda m: (_images(m), Tensor("mask", "BOOL", (-1, *m.shape))), _pictures, _complete,
+        "complete", "Complete", False, _DRAW_SETTINGS | {"completions", "proposals"},
+        lambda m: (_image_tensor(m), Tensor("mask", "BOOL", (-1, *m.shape))), _image_tensors,
+        _complete,
     ),
 )  # fmt: skip
-DRAWING = frozenset({"generate", "complete"})
+DRAWING_SUFFIXES = frozenset({"generate", "complete"})
 
 
-def named(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Splits a model's name into the bundle's name and the operation's suffix."""
     bundle, _, suffix = name.partition("/")
     return bundle, suffix
 
 
-def full(bundle: str, operation: Operation) -> str:
+def full_name(bundle: str, operation: Operation) -> str:
     """Returns the name of a bundle's model for an operation."""
     return f"{bundle}/{operation.suffix}" if operation.suffix else bundle
 
 
-def offered(engine: Engine) -> list[Operation]:
+def available_operations(engine: Engine) -> list[Operation]:
     """Returns the operations that a bundle can answer."""
     return [
         operation

@@ -21,22 +21,22 @@ IGNORED = frozenset(
 
 DIGITS = 20  # longest integer that is read from a string, including its sign
 
-Given = Mapping[str, inference_pb2.InferParameter]
+Parameters = Mapping[str, inference_pb2.InferParameter]
 
 
-def read(given: Given, allowed: Collection[str], labels: int) -> dict[str, Any]:
+def read(parameters: Parameters, allowed: Collection[str], labels: int) -> dict[str, Any]:
     """Returns a request's settings, as fields of our own request messages.
 
     Args:
-        given: the request's parameters, by name.
+        parameters: the request's parameters, by name.
         allowed: names of the settings that the model accepts.
         labels: number of the model's labels.
 
     Raises:
         InvalidInput: the model has no such setting, or it has another type.
     """
-    found: dict[str, Any] = {}
-    for name, parameter in given.items():
+    settings: dict[str, Any] = {}
+    for name, parameter in parameters.items():
         if name in IGNORED:
             continue
         if name not in allowed:
@@ -47,13 +47,15 @@ def read(given: Given, allowed: Collection[str], labels: int) -> dict[str, Any]:
         choice = parameter.WhichOneof("parameter_choice")
         value = getattr(parameter, choice) if choice else None
         field = f"parameters[{name}]"
-        found[name] = (
-            _numbers(field, value, labels) if name == "priors" else _KINDS[name](field, value)
+        settings[name] = (
+            _parse_numbers(field, value, labels)
+            if name == "priors"
+            else _PARSERS[name](field, value)
         )
-    return found
+    return settings
 
 
-def _number(field: str, value: object) -> float:
+def _parse_number(field: str, value: object) -> float:
     # Clients that do not know parameters of type double send a string.
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise InvalidInput(field, f"{value!r} is no number")
@@ -66,18 +68,18 @@ def _number(field: str, value: object) -> float:
     return number
 
 
-def _numbers(field: str, value: object, most: int) -> list[float]:
+def _parse_numbers(field: str, value: object, most: int) -> list[float]:
     if not isinstance(value, str) or not value.strip():
         raise InvalidInput(field, "must be a string of numbers separated by commas")
     if value.count(",") >= max(1, most):  # before splitting, as there may be millions
         raise InvalidInput(field, f"{value.count(',') + 1} values; the model has {most} labels")
-    return [_number(field, part.strip()) for part in value.split(",")]
+    return [_parse_number(field, part.strip()) for part in value.split(",")]
 
 
-def _whole(bits: int) -> Callable[[str, object], int]:
+def _integer_parser(bits: int) -> Callable[[str, object], int]:
     most = 1 << (bits - 1)
 
-    def whole(field: str, value: object) -> int:
+    def parse(field: str, value: object) -> int:
         if isinstance(value, str) and len(value) <= DIGITS:
             with suppress(ValueError):
                 value = int(value)
@@ -85,32 +87,32 @@ def _whole(bits: int) -> Callable[[str, object], int]:
             raise InvalidInput(field, f"{str(value)[:64]} is no whole number of {bits} bits")
         return value
 
-    return whole
+    return parse
 
 
-def _truth(field: str, value: object) -> bool:
+def _parse_bool(field: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise InvalidInput(field, f"{str(value)[:64]} is neither true nor false")
     return value
 
 
-def _guarantee(field: str, value: object) -> int:
+def _parse_guarantee(field: str, value: object) -> int:
     names = {each.name.lower(): int(each) for each in Guarantee}
     if not isinstance(value, str) or value not in names:
         raise InvalidInput(field, f"{str(value)[:64]!r} is none of {', '.join(names)}")
     return names[value]
 
 
-_KINDS: dict[str, Callable[[str, object], Any]] = {
-    "alpha": _number,
-    "guarantee": _guarantee,
-    "min_posterior": _number,
-    "label": _whole(32),
-    "seed": _whole(64),
-    "first_index": _whole(64),
-    "temperature": _number,
-    "self_check": _truth,
-    "max_draws": _whole(32),
-    "completions": _whole(32),
-    "proposals": _whole(32),
+_PARSERS: dict[str, Callable[[str, object], Any]] = {
+    "alpha": _parse_number,
+    "guarantee": _parse_guarantee,
+    "min_posterior": _parse_number,
+    "label": _integer_parser(32),
+    "seed": _integer_parser(64),
+    "first_index": _integer_parser(64),
+    "temperature": _parse_number,
+    "self_check": _parse_bool,
+    "max_draws": _integer_parser(32),
+    "completions": _integer_parser(32),
+    "proposals": _integer_parser(32),
 }

@@ -22,7 +22,7 @@ from likely.serving.feeds import Feed
 from likely.serving.guard import Guard
 from likely.serving.openinference import operations, parameters, tensors
 from likely.serving.openinference.operations import Operation, Question, Services
-from likely.serving.openinference.statistics import Key, Statistics, Watch
+from likely.serving.openinference.statistics import Key, Statistics, Stopwatch
 from likely.serving.openinference.tensors import Tensor
 from likely.versions.registry import Registry
 
@@ -30,7 +30,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 EXTENSIONS = ("model_configuration", "statistics", "model_repository", "parameters")
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
 STREAM = "ModelStreamInfer"
-STREAMED = 16  # requests of one stream that are answered concurrently
+CONCURRENT_REQUESTS = 16  # requests of one stream that are answered concurrently
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> inference_pb2.ModelReadyResponse:
         """Reports whether the named model answers."""
         try:
-            engine, _ = self._found(request.name, request.version)
+            engine, _ = self._find_model(request.name, request.version)
         except (ModelNotFound, Unavailable):
             return inference_pb2.ModelReadyResponse(ready=False)
         return inference_pb2.ModelReadyResponse(ready=self._ready() and engine.healthy)
@@ -99,7 +99,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: inference_pb2.ModelMetadataRequest, context: Context
     ) -> inference_pb2.ModelMetadataResponse:
         """Returns the versions, inputs and outputs of a model."""
-        engine, operation = self._found(request.name, request.version)
+        engine, operation = self._find_model(request.name, request.version)
         manifest = engine.manifest
         kind = inference_pb2.ModelMetadataResponse.TensorMetadata
 
@@ -128,29 +128,33 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request_iterator: AsyncIterator[inference_pb2.ModelInferRequest], context: Context
     ) -> AsyncIterator[inference_pb2.ModelStreamInferResponse]:
         """Answers each message as `ModelInfer` does."""
-        asked: dict[int, inference_pb2.ModelInferRequest] = {}
+        pending: dict[int, inference_pb2.ModelInferRequest] = {}
 
         async def messages() -> AsyncIterator[_Message]:
             number = 0
             async for request in request_iterator:
-                asked[number] = request
+                pending[number] = request
                 yield _Message(number, request)
                 number += 1
 
         feed: Feed[inference_pb2.ModelInferResponse] = Feed(
-            self._infer, self._guard.door, self._services.limits, at_once=STREAMED, merges=False
+            self._infer,
+            self._guard.door,
+            self._services.limits,
+            concurrent_groups=CONCURRENT_REQUESTS,
+            merges=False,
         )
         request_id = callers.current().request_id
         async with aclosing(feed.outcomes(messages())) as found:
             async for outcomes in found:
                 for number, outcome in outcomes:
-                    request = asked.pop(number)
+                    request = pending.pop(number)
                     if not isinstance(outcome, Exception):
-                        self._guard.streamed(STREAM, request, 0)
+                        self._guard.count_stream_message(STREAM, request, 0)
                         yield inference_pb2.ModelStreamInferResponse(infer_response=outcome)
                         continue
                     failure = self._guard.failure(outcome, STREAM, request_id)
-                    self._guard.streamed(STREAM, request, failure.code)
+                    self._guard.count_stream_message(STREAM, request, failure.code)
                     yield inference_pb2.ModelStreamInferResponse(
                         error_message=failure.message,
                         infer_response=inference_pb2.ModelInferResponse(
@@ -162,7 +166,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: inference_pb2.ModelConfigRequest, context: Context
     ) -> inference_pb2.ModelConfigResponse:
         """Returns the configuration of a model."""
-        engine, operation = self._found(request.name, request.version)
+        engine, operation = self._find_model(request.name, request.version)
         first = 1 if operation.merged else 0  # max_batch_size stands for the pictures' axis
         config = inference_pb2.ModelConfig(
             name=request.name,
@@ -196,10 +200,12 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         """Returns the statistics of this protocol's requests since the server started."""
         name, version = request.name, request.version
         if name:
-            engine, _ = self._found(name, version)
+            engine, _ = self._find_model(name, version)
             version = version and engine.manifest.version  # resolves a label
         keys = [
-            key for key, _ in self._listed() if name in ("", key[0]) and version in ("", key[1])
+            key
+            for key, _ in self._list_models()
+            if name in ("", key[0]) and version in ("", key[1])
         ]
         return inference_pb2.ModelStatisticsResponse(
             model_stats=[self._statistics[key].message(*key) for key in keys]
@@ -214,7 +220,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         return inference_pb2.RepositoryIndexResponse(
             models=[
                 kind(name=name, version=version, state=state, reason=reason)
-                for (name, version), engine in sorted(self._listed(), key=_name)
+                for (name, version), engine in sorted(self._list_models(), key=_model_name)
                 if engine.healthy or not request.ready
                 for state, reason in [states[engine.healthy]]
             ]
@@ -223,15 +229,15 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def _infer(
         self, request: inference_pb2.ModelInferRequest
     ) -> inference_pb2.ModelInferResponse:
-        bundle, _ = operations.named(request.model_name)
-        watch = Watch()
+        bundle, _ = operations.split_name(request.model_name)
+        watch = Stopwatch()
         with self._registry.lease(bundle, request.model_version) as engine:
-            operation = self._operation(engine, request.model_name)
+            operation = self._find_operation(engine, request.model_name)
             version = engine.manifest.version
             statistics = self._statistics[request.model_name, version]
             try:
-                _allow(operation)
-                wanted = tensors.asked(request, operation.outputs(engine.manifest))
+                _check_scope(operation)
+                wanted = tensors.requested_outputs(request, operation.outputs(engine.manifest))
                 manifest = engine.manifest
                 settings = parameters.read(
                     request.parameters, operation.settings, len(manifest.labels)
@@ -248,7 +254,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
                 answer = await operation.run(self._services, question)
                 watch.lap()
             except BaseException:
-                watch.failed(statistics)
+                watch.add_failure(statistics)
                 raise
         response = inference_pb2.ModelInferResponse(
             model_name=request.model_name, model_version=version, id=request.id
@@ -265,44 +271,44 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         else:
             await asyncio.to_thread(tensors.write, response, outputs, raw)
         watch.lap()
-        watch.succeeded(statistics, len(outputs[0][1]))
+        watch.add_success(statistics, len(outputs[0][1]))
         return response
 
-    def _found(self, name: str, version: str) -> tuple[Engine, Operation]:
-        engine = self._registry.lease(operations.named(name)[0], version).engine
-        return engine, self._operation(engine, name)
+    def _find_model(self, name: str, version: str) -> tuple[Engine, Operation]:
+        engine = self._registry.lease(operations.split_name(name)[0], version).engine
+        return engine, self._find_operation(engine, name)
 
-    def _operation(self, engine: Engine, name: str) -> Operation:
-        bundle, suffix = operations.named(name)
-        offered = operations.offered(engine)
+    def _find_operation(self, engine: Engine, name: str) -> Operation:
+        bundle, suffix = operations.split_name(name)
+        offered = operations.available_operations(engine)
         found = next((each for each in offered if each.suffix == suffix), None)
         if found is None:
-            names = ", ".join(operations.full(bundle, each) for each in offered)
+            names = ", ".join(operations.full_name(bundle, each) for each in offered)
             shown = suffix[:64] + ("…" if len(suffix) > 64 else "")
             raise ModelNotFound(
                 f"{bundle}/{shown}", f"no model {bundle}/{shown}; there are {names}"
             )
         return found
 
-    def _listed(self) -> Iterator[tuple[Key, Engine]]:
+    def _list_models(self) -> Iterator[tuple[Key, Engine]]:
         """Yields every model and version with its engine."""
         for engine in self._registry.served():
-            for operation in operations.offered(engine):
-                name = operations.full(engine.manifest.name, operation)
+            for operation in operations.available_operations(engine):
+                name = operations.full_name(engine.manifest.name, operation)
                 yield (name, engine.manifest.version), engine
 
 
-def _name(listed: tuple[Key, Engine]) -> str:
-    return listed[0][0]
+def _model_name(entry: tuple[Key, Engine]) -> str:
+    return entry[0][0]
 
 
-def _allow(operation: Operation) -> None:
+def _check_scope(operation: Operation) -> None:
     """Checks that the caller's token, if one is required, allows the operation.
 
     Raises:
         AccessDenied: it does not.
     """
     scopes = callers.current().scopes
-    scope = Scope.GENERATE if operation.suffix in operations.DRAWING else Scope.SCORE
+    scope = Scope.GENERATE if operation.suffix in operations.DRAWING_SUFFIXES else Scope.SCORE
     if scopes is not None and scope not in scopes:
         raise AccessDenied(f"the token lacks the scope {scope}")

@@ -38,7 +38,8 @@ class Statistics:
         running: runs of these, including their time in the queue.
         writing: encoding of their outputs.
         pictures: rows of their outputs.
-        last: time of the last answer, in milliseconds since the epoch; 0 if there was none.
+        last_answer_ms: time of the last answer, in milliseconds since the epoch; 0 if there was
+            none.
     """
 
     success: Span = field(default_factory=Span)
@@ -47,14 +48,14 @@ class Statistics:
     running: Span = field(default_factory=Span)
     writing: Span = field(default_factory=Span)
     pictures: int = 0
-    last: int = 0
+    last_answer_ms: int = 0
 
     def message(self, name: str, version: str) -> inference_pb2.ModelStatistics:
         """Returns the message of the protocol."""
         return inference_pb2.ModelStatistics(
             name=name,
             version=version,
-            last_inference=self.last,
+            last_inference=self.last_answer_ms,
             inference_count=self.pictures,
             execution_count=self.success.count,
             inference_stats=inference_pb2.InferStatistics(
@@ -68,7 +69,7 @@ class Statistics:
         )
 
 
-class Watch:
+class Stopwatch:
     """A stopwatch for the three stages of one request: reading, running, writing."""
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ class Watch:
         """Notes that a stage has ended."""
         self._laps.append(time.perf_counter_ns())
 
-    def succeeded(self, statistics: Statistics, pictures: int) -> None:
+    def add_success(self, statistics: Statistics, pictures: int) -> None:
         """Adds the request to the statistics, once all three stages have ended."""
         began, read, ran, wrote = self._laps
         statistics.reading.add(read - began)
@@ -86,8 +87,8 @@ class Watch:
         statistics.writing.add(wrote - ran)
         statistics.success.add(wrote - began)
         statistics.pictures += pictures
-        statistics.last = time.time_ns() // 1_000_000
+        statistics.last_answer_ms = time.time_ns() // 1_000_000
 
-    def failed(self, statistics: Statistics) -> None:
+    def add_failure(self, statistics: Statistics) -> None:
         """Adds a request that ended without an answer."""
         statistics.fail.add(time.perf_counter_ns() - self._laps[0])

@@ -112,11 +112,11 @@ def read(
                 f"inputs[{at}].datatype",
                 f"{given.datatype[:64]!r}; {tensor.name} takes {tensor.datatype}",
             )
-        shape = _shape(given, tensor, most)
+        shape = _check_shape(given, tensor, most)
         if raw:
-            found[tensor.name] = _of_bytes(raw[at], tensor, shape, f"raw_input_contents[{at}]")
+            found[tensor.name] = _from_bytes(raw[at], tensor, shape, f"raw_input_contents[{at}]")
         else:
-            found[tensor.name] = _of_contents(given.contents, tensor, shape)
+            found[tensor.name] = _from_contents(given.contents, tensor, shape)
     for tensor in wanted:
         if not tensor.optional and tensor.name not in found:
             raise InvalidInput("inputs", f"{tensor.name} is missing")
@@ -138,7 +138,7 @@ def write(
                 elements.extend(flat[at : at + CHUNK].tolist())
 
 
-def asked(
+def requested_outputs(
     request: inference_pb2.ModelInferRequest, offered: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Returns the outputs that a request names, in its order; all if it names none.
@@ -158,7 +158,7 @@ def asked(
     return tuple(known[name] for name in names)
 
 
-def _shape(
+def _check_shape(
     given: inference_pb2.ModelInferRequest.InferInputTensor, tensor: Tensor, most: int
 ) -> tuple[int, ...]:
     if len(given.shape) != len(tensor.shape):  # before copying it, as it may have millions
@@ -177,7 +177,7 @@ def _shape(
     return shape
 
 
-def _of_bytes(data: bytes, tensor: Tensor, shape: tuple[int, ...], field: str) -> Array:
+def _from_bytes(data: bytes, tensor: Tensor, shape: tuple[int, ...], field: str) -> Array:
     dtype = tensor.type.dtype
     expected = math.prod(shape) * dtype.itemsize  # Python's integers do not overflow
     if len(data) != expected:
@@ -189,7 +189,7 @@ def _of_bytes(data: bytes, tensor: Tensor, shape: tuple[int, ...], field: str) -
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _of_contents(
+def _from_contents(
     contents: inference_pb2.InferTensorContents, tensor: Tensor, shape: tuple[int, ...]
 ) -> Array:
     for descriptor, _ in contents.ListFields():
