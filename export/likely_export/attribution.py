@@ -19,7 +19,7 @@ def by_pixel(session: Session, x: Pixels, pair: Labels) -> Floats:
         x: uint8 (n, c, h, w).
         pair: first and second label, int64 (n, 2).
     """
-    maps = passes.column(session, passes.feeds(session.spec, x), "surprise")
+    maps = passes.run_graph_output(session, passes.picture_feeds(session.spec, x), "surprise")
     each = np.arange(len(x))
     found: Floats = maps[each, pair[:, 1]] - maps[each, pair[:, 0]]
     return found
@@ -63,6 +63,6 @@ def by_occlusion(
 
 
 def _log_ratio(session: Session, x: Pixels, pair: Labels) -> Doubles:
-    log_pxy = passes.column(session, passes.feeds(session.spec, x), "log_pxy")
+    log_pxy = passes.run_graph_output(session, passes.picture_feeds(session.spec, x), "log_pxy")
     found: Doubles = np.subtract(*np.take_along_axis(log_pxy.astype(np.float64), pair, 1).T)
     return found

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from likely_export.limits import at_least, shares
-from likely_export.moves import NONE, Moves
+from likely_export.limits import at_least, in_unit_interval
+from likely_export.moves import NO_MOVES, Moves
 from likely_export.trunks import layers, trunk
 
 
@@ -49,13 +49,13 @@ class AutoencoderConfig:
     dropout: float = 0.0
     convolutions: tuple[int, ...] = ()
     convolution_depth: int = 1
-    moves: Moves = NONE
+    moves: Moves = NO_MOVES
 
     def __post_init__(self) -> None:
         if isinstance(self.moves, Mapping):  # as stored in a file of weights
             object.__setattr__(self, "moves", Moves(**self.moves))
         at_least(1, self, "latent", "width", "depth", "convolutions", "convolution_depth")
-        shares(self, "dropout")
+        in_unit_interval(self, "dropout")
 
 
 class Autoencoder(nn.Module):
@@ -89,7 +89,7 @@ class Autoencoder(nn.Module):
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """The training loss in nats, (n,): the cross-entropy, which is no log-likelihood."""
-        return self.evaluate(self.config.moves.of(x) if self.config.moves else x, y)
+        return self.evaluate(self.config.moves.apply(x) if self.config.moves else x, y)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002, the loop's signature
         """The cross-entropy of pictures without augmentation, nats (n,); y is ignored."""

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from likely.errors import InvalidInput
 from likely_export import mixture
-from likely_export.limits import at_least, shares
+from likely_export.limits import at_least, in_unit_interval
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class AutoregressiveConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        shares(self, "label_dropout", "dropout")
+        in_unit_interval(self, "label_dropout", "dropout")
         at_least(1, self, "channels", "layers", "head", "digits")
         at_least(0, self, "logistics")
         rows, side, left = self.stem
@@ -83,7 +83,7 @@ class Autoregressive(nn.Module):
         self.stem_vertical = nn.Conv2d(c, width, (rows, 2 * side + 1))
         self.stem_horizontal = nn.Conv2d(c, width, (1, left))
 
-    def _end(self, width: int) -> None:
+    def _add_output_layers(self, width: int) -> None:
         """Adds what follows the hidden layers, the last of which has `width` channels."""
         config = self.config
         self.mix = nn.Conv2d(width, config.head, 1)
@@ -120,7 +120,7 @@ class Autoregressive(nn.Module):
         beside = self.stem_horizontal(functional.pad(z[..., :-1], (left, 0, 0, 0)))
         return above, beside
 
-    def mixed(self, hidden: Tensor, y: Tensor | None) -> Tensor:
+    def head_features(self, hidden: Tensor, y: Tensor | None) -> Tensor:
         """The features (n, head, h, w) from the last hidden layer and the label."""
         features: Tensor = self.mix(torch.relu(hidden))
         return (
@@ -186,7 +186,7 @@ class Autoregressive(nn.Module):
         """The weight matrices between hidden layers, which Muon may train."""
         return [self.mix.weight]
 
-    def labels(self, y: Tensor | None) -> Tensor | None:
+    def conditioning_labels(self, y: Tensor | None) -> Tensor | None:
         """The labels to condition on: null labels (1,) for None; None if the model takes none."""
         if not self.config.labels:
             return None

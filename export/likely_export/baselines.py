@@ -21,7 +21,7 @@ from likely_export.data import Dataset, Split
 
 COMPONENTS = (1, 2, 4, 8, 16, 32, 64)
 VARIANCES = (0.05, 0.25, 1.0)  # in levels squared
-MOST = 5000  # training pictures of mixtures and regression: ten times as many take minutes
+MAX_TRAIN = 5000  # training pictures of mixtures and regression: ten times as many take minutes
 SMALL = 256  # dimensions above which large mixtures take longer than they are worth
 
 
@@ -97,7 +97,7 @@ def _log_masses(edges: Doubles) -> Doubles:
 
 def best_mixture(data: Dataset) -> DiscretisedMixture:
     """Returns the mixture with the lowest nats on the validation part."""
-    train = data.train.x[:MOST]
+    train = data.train.x[:MAX_TRAIN]
     candidates = [
         DiscretisedMixture(train, data.levels, components, variance)
         for components in (COMPONENTS if train[0].size <= SMALL else COMPONENTS[:3])
@@ -144,7 +144,7 @@ def _png_size(picture: Pixels, levels: int) -> int:
 def evaluate(data: Dataset) -> dict[str, Any]:
     """Returns nats per picture and accuracies of the baselines on the whole test part.
 
-    They are fitted on the training part; the mixture and the regression on its first `MOST`
+    They are fitted on the training part; the mixture and the regression on its first `MAX_TRAIN`
     pictures, the number of which is among the figures. Regression is left out if these have one
     label only, and everything about labels if there are none.
     """
@@ -157,8 +157,8 @@ def evaluate(data: Dataset) -> dict[str, Any]:
         **_given_label(data),
         "gaussian_mixture_nll_nats": _nats(mixture.log_prob(test.x)),
         "gaussian_mixture_components": len(mixture.mixture.weights_),
-        "gaussian_mixture_train_size": min(len(train), MOST),
-        **_regressed(train.take(np.arange(min(len(train), MOST))), test, data.levels),
+        "gaussian_mixture_train_size": min(len(train), MAX_TRAIN),
+        **_regressed(train.take(np.arange(min(len(train), MAX_TRAIN))), test, data.levels),
         "bits_per_dim": {**bits_per_dim(test.x, data.levels), "test_size": len(test)},
     }
 

@@ -56,11 +56,13 @@ def build(run: Path, out: Path, report: Report = print, *, source: str | None = 
     opened = Run.open(run, source)
     data = opened.recipe.data.load()
     with replacing(out) as folder:
-        exported = dict(_export(opened, data, folder, report))
-        graphs.share([folder / each.graph.file for each in exported.values()], folder / WEIGHTS)
+        exported = dict(_export_all(opened, data, folder, report))
+        graphs.share_weights(
+            [folder / each.graph.file for each in exported.values()], folder / WEIGHTS
+        )
         made: dict[str, object] = {}
         if Role.DENSITY in exported:
-            made |= decisions.judged(opened.recipe, exported, data, folder, report)
+            made |= decisions.calibrate_and_compare(opened.recipe, exported, data, folder, report)
         if {Role.ENCODE, Role.DECODE} <= set(exported):
             report("find directions")
             made |= _directions(opened.recipe, exported, data, folder)
@@ -90,10 +92,10 @@ def _bound(run: Run, data: Dataset) -> dict[str, float | int] | None:
     if Role.DENSITY in run.recipe.roles or Role.ENCODE not in run.recipe.roles:
         return None
     (name,) = run.recipe.models_of(Role.ENCODE)
-    model = graphs.halved(run.model(name, data))
+    model = graphs.round_to_half(run.model(name, data))
     if not isinstance(model, VAE):
         return None
-    part = data.test.some(decisions.COMPARED)
+    part = data.test.subsample(decisions.COMPARED)
     with torch.no_grad():
         pairs = zip(
             *(torch.from_numpy(each).split(passes.BATCH) for each in (part.x, part.y)), strict=True
@@ -131,28 +133,28 @@ def extend(
             another training; or the bundle has no labels.
         BundleError: the graph differs from its model, or `out` contains something else.
     """
-    opened, given = Run.open(run, source), Bundle.open(bundle)
+    opened, base = Run.open(run, source), Bundle.open(bundle)
     if Role.DISCRIMINATE not in opened.recipe.roles:
         raise InvalidInput(str(run), "its recipe has no model of the role discriminate")
     data = opened.recipe.data.load()
-    if data.identity != (given.manifest.data_digest, given.manifest.levels):
+    if data.identity != (base.manifest.data_digest, base.manifest.levels):
         raise InvalidInput(
             opened.recipe.data.source, "is not the data that the bundle was made with"
         )
-    if not given.manifest.labels:
+    if not base.manifest.labels:
         raise InvalidInput(str(bundle), "has no labels, so there are none to tell apart")
-    version = version or given.manifest.version
-    stale = () if version == given.manifest.version else (EVALUATION, REPORT)
+    version = version or base.manifest.version
+    stale = () if version == base.manifest.version else (EVALUATION, REPORT)
     with replacing(out) as folder:
-        for name in given.manifest.files:
+        for name in base.manifest.files:
             if name not in stale:
                 shutil.copyfile(bundle / name, folder / name)
         report(f"export {Role.DISCRIMINATE}")
-        exported = _exported(opened, Role.DISCRIMINATE, data, folder)
-        golden = given.golden()
+        exported = _export_role(opened, Role.DISCRIMINATE, data, folder)
+        golden = base.golden()
         golden |= {f"{Role.DISCRIMINATE}/{name}": a for name, a in exported.golden.items()}
-        np.savez_compressed(folder / given.manifest.golden, **golden)  # type: ignore[arg-type]
-        fields = _extended(given.manifest, opened.recipe, exported)
+        np.savez_compressed(folder / base.manifest.golden, **golden)  # type: ignore[arg-type]
+        fields = _extended(base.manifest, opened.recipe, exported)
         return write_manifest(folder, fields | {"version": version})
 
 
@@ -177,34 +179,34 @@ def _directions(
     recipe: Recipe, exported: Mapping[Role, Exported], data: Dataset, folder: Path
 ) -> dict[str, object]:
     """Finds directions on the fit split; returns their manifest field, or nothing without any."""
-    session = passes.session(folder, exported[Role.ENCODE])
+    session = passes.open_exported(folder, exported[Role.ENCODE])
     feeds: dict[str, Array] = {"x": data.fit.x}
     if session.spec.input("y") is not None:
         feeds["y"] = data.fit.y
-    (features,) = passes.rows(session, feeds, ["mean"])
+    (features,) = passes.run_graph(session, feeds, ["mean"])
     measured = {
         name: attributes.measured(name, data.fit.x, data.levels)
         for name in recipe.latent.attributes
     }
-    entries, arrays = directions.found(features, data.fit.y, data.labels, measured)
+    entries, arrays = directions.find_directions(features, data.fit.y, data.labels, measured)
     if not entries:
         return {}
     np.savez_compressed(folder / LATENT, **arrays)  # type: ignore[arg-type]
     return {"latent": {"file": LATENT, "directions": entries}}
 
 
-def _export(
+def _export_all(
     run: Run, data: Dataset, folder: Path, report: Report
 ) -> Iterator[tuple[Role, Exported]]:
     for role in run.recipe.roles:
         report(f"export {role}")
-        yield role, _exported(run, role, data, folder)
+        yield role, _export_role(run, role, data, folder)
 
 
-def _exported(run: Run, role: Role, data: Dataset, folder: Path) -> Exported:
-    models = [graphs.halved(run.model(name, data)) for name in run.recipe.models_of(role)]
+def _export_role(run: Run, role: Role, data: Dataset, folder: Path) -> Exported:
+    models = [graphs.round_to_half(run.model(name, data)) for name in run.recipe.models_of(role)]
     for model in models:
         if isinstance(model, Classifier):
             fit_temperature(model, data.fit)
-    source = roles.source(role, models, run.recipe.calibration.statistics)
+    source = roles.graph_source(role, models, run.recipe.calibration.statistics)
     return graphs.export(source, folder / f"{role}.onnx", data.levels, len(data.labels))

@@ -41,9 +41,9 @@ FOLDS = 4
 SMOOTHING = 0.02  # noise before ranking, in standard deviations
 CONFIDENCE = 0.95
 SMALLEST_VARIANCE = 1e-6  # of normal scores
-ENOUGH = 100  # fit pictures of a label, from which its own deviation is used
-PRIOR = 10.0  # weight of the variance within labels, in pictures, for labels with fewer
-ALIKE = 1e-9  # normal scores with no larger deviation count as equal
+MIN_LABEL_PICTURES = 100  # fit pictures of a label, from which its own deviation is used
+PRIOR_PICTURES = 10.0  # weight of the variance within labels, in pictures, for labels with fewer
+EQUALITY_TOLERANCE = 1e-9  # normal scores with no larger deviation count as equal
 MIXTURE_STEPS = 1000  # of expectation maximisation; 100 did not converge on 9,000 pictures
 
 
@@ -109,7 +109,7 @@ def combination(
     columns: Mapping[str, npt.NDArray[np.integer]],
     corrupted: Seen | None = None,
     labels: int = 1,
-    made_of: npt.ArrayLike = (),
+    original_rows: npt.ArrayLike = (),
 ) -> Combination:
     """Fits the combination of statistics to one score on the fit split.
 
@@ -122,32 +122,36 @@ def combination(
         columns: columns of each statistic.
         corrupted: corrupted fit pictures, which `contrast` needs.
         labels: number of labels that may be predicted, whether or not they occur in the split.
-        made_of: row in the fit split from which each corrupted picture was made; cross-fitting
-            holds out both together.
+        original_rows: row in the fit split from which each corrupted picture was made;
+            cross-fitting holds out both together.
     """
     ranks = _ranks(fit.statistics)
     normal = ranks(fit.statistics)
-    wrong = np.empty((0, normal.shape[1])) if corrupted is None else ranks(corrupted.statistics)
+    corrupted_normal = (
+        np.empty((0, normal.shape[1])) if corrupted is None else ranks(corrupted.statistics)
+    )
 
-    def made(rows: npt.NDArray[np.integer], odd: Doubles) -> tuple[Part, ...]:
+    def fit_parts(rows: npt.NDArray[np.integer], corrupted_rows: Doubles) -> tuple[Part, ...]:
         return tuple(
-            _part(part, _columns(part, columns), normal[rows], fit.label[rows], odd, labels)
+            _part(
+                part, _columns(part, columns), normal[rows], fit.label[rows], corrupted_rows, labels
+            )
             for part in parts
         )
 
     folds = np.arange(len(fit)) % FOLDS
-    odd_folds = np.asarray(made_of, np.int64) % FOLDS
+    corrupted_folds = np.asarray(original_rows, np.int64) % FOLDS
     scores = np.empty((len(fit), len(parts)))
     for fold in range(FOLDS):
-        fitted = made(np.flatnonzero(folds != fold), wrong[odd_folds != fold])
+        fitted = fit_parts(np.flatnonzero(folds != fold), corrupted_normal[corrupted_folds != fold])
         held = folds == fold
         for index, part in enumerate(fitted):
             scores[held, index] = part(normal[held], fit.label[held])
-    whole = made(np.arange(len(fit)), wrong)
+    whole = fit_parts(np.arange(len(fit)), corrupted_normal)
     part_ranks = _ranks(scores)
     weights = np.array([part.weight for part in parts])
     average = part_ranks(scores) @ (weights / weights.sum())
-    usual = _usual(average, fit.label, labels)
+    usual = _mean_and_deviation_by_label(average, fit.label, labels)
     return Combination(ranks, whole, part_ranks, weights / weights.sum(), usual)
 
 
@@ -163,7 +167,7 @@ def detector(
         y: their true labels.
     """
     arrays: dict[str, npt.NDArray[Any]] = {
-        key: _rounded(value) for key, value in learnt.stored().items()
+        key: _to_float32(value) for key, value in learnt.stored().items()
     }
     scores = Combination.read(arrays)(calibrate.statistics, calibrate.label)
     n = len(scores)
@@ -181,7 +185,7 @@ def detector(
     return arrays
 
 
-def temperature(log_pxy: npt.NDArray[np.floating], y: Labels, priors: Doubles) -> float:
+def fit_temperature(log_pxy: npt.NDArray[np.floating], y: Labels, priors: Doubles) -> float:
     """The temperature of log p(x|y) that maximises the labels' likelihood (Guo et al., 2017)."""
 
     def label_nll(log_temperature: float) -> float:
@@ -191,7 +195,7 @@ def temperature(log_pxy: npt.NDArray[np.floating], y: Labels, priors: Doubles) -
     return float(np.exp(found.x))
 
 
-def expert_weights(
+def fit_expert_weights(
     evidence: npt.NDArray[np.floating], y: Labels, priors: Doubles
 ) -> tuple[tuple[float, ...], float]:
     """The experts' weights, which sum to 1, and the temperature that maximise labels' likelihood.
@@ -237,7 +241,7 @@ def _ranks(values: npt.NDArray[np.floating]) -> Ranks:
     # differently. Ranks are therefore those of values with a little noise.
     noise = np.random.Generator(np.random.Philox(key=[0, 11])).standard_normal(values.shape)
     knots = np.quantile(values + SMOOTHING * spreads * noise, levels, axis=0)
-    return _single(Ranks(knots, norm.ppf(levels), spreads))
+    return _round_part(Ranks(knots, norm.ppf(levels), spreads))
 
 
 def _part(
@@ -245,19 +249,19 @@ def _part(
     columns: npt.NDArray[np.integer],
     normal: Doubles,
     label: Labels,
-    odd: Doubles,
+    corrupted: Doubles,
     labels: int,
 ) -> Mahalanobis | Mixture | Neighbours | Contrast:
     chosen, v = columns.astype(np.float64), normal[:, columns]
     match config.kind:
         case "mahalanobis":
-            return _single(_mahalanobis(chosen, v, label, labels))
+            return _round_part(_mahalanobis(chosen, v, label, labels))
         case "mixture":
-            return _single(_mixture(config, chosen, v))
+            return _round_part(_mixture(config, chosen, v))
         case "neighbours":
-            return _single(_neighbours(config, chosen, v))
+            return _round_part(_neighbours(config, chosen, v))
         case "contrast":
-            return _single(_contrast(config, chosen, v, odd[:, columns]))
+            return _round_part(_contrast(config, chosen, v, corrupted[:, columns]))
 
 
 def _mahalanobis(columns: Doubles, v: Doubles, label: Labels, labels: int) -> Mahalanobis:
@@ -288,11 +292,11 @@ def _neighbours(config: PartConfig, columns: Doubles, v: Doubles) -> Neighbours:
     return Neighbours(columns, centre, whitening, bank, np.array(float(config.neighbours)))
 
 
-def _contrast(config: PartConfig, columns: Doubles, v: Doubles, odd: Doubles) -> Contrast:
-    held = np.clip(np.concatenate([v, odd]), -Contrast.HELD, Contrast.HELD)
-    wrong = np.repeat([0, 1], [len(v), len(odd)])
+def _contrast(config: PartConfig, columns: Doubles, v: Doubles, corrupted: Doubles) -> Contrast:
+    held = np.clip(np.concatenate([v, corrupted]), -Contrast.HELD, Contrast.HELD)
+    is_corrupted = np.repeat([0, 1], [len(v), len(corrupted)])
     regression = LogisticRegression(C=config.strength, max_iter=1000, class_weight="balanced")
-    regression.fit(np.concatenate([held, np.abs(held)], 1), wrong)
+    regression.fit(np.concatenate([held, np.abs(held)], 1), is_corrupted)
     slopes, bends = np.split(regression.coef_[0], 2)
     return Contrast(columns, slopes, bends)
 
@@ -310,32 +314,34 @@ def _whitening(v: Doubles) -> tuple[Doubles, Doubles]:
         return covariance.location_, np.linalg.cholesky(np.linalg.inv(floored))
 
 
-def _usual(average: Doubles, label: Labels, labels: int) -> Doubles:
+def _mean_and_deviation_by_label(average: Doubles, label: Labels, labels: int) -> Doubles:
     """Mean and deviation of the average for each predicted label, (labels, 2).
 
     Labels without pictures, or whose pictures are all alike, use those of all pictures; the
-    deviation is 1 if all pictures are alike. With fewer than `ENOUGH` pictures, a label's variance
-    is shrunk towards the variance within labels, and the variance of its mean is added. Otherwise
-    a few pictures that happen to agree would make the next one unusual.
+    deviation is 1 if all pictures are alike. With fewer than `MIN_LABEL_PICTURES` pictures, a
+    label's variance is shrunk towards the variance within labels, and the variance of its mean is
+    added. Otherwise a few pictures that happen to agree would make the next one unusual.
     """
-    overall = [average.mean(), average.std() if average.std() > ALIKE else 1.0]
+    overall = [average.mean(), average.std() if average.std() > EQUALITY_TOLERANCE else 1.0]
     of_label = [average[label == k] for k in range(labels)]
-    within = sum(own.var() * own.size for own in of_label if own.size) / average.size
+    within = sum(values.var() * values.size for values in of_label if values.size) / average.size
 
-    def usual(own: Doubles) -> list[float]:
-        n = own.size
-        if 0 < n < ENOUGH and within > ALIKE**2:
-            variance = (n * own.var() + PRIOR * within) / (n + PRIOR) * (1 + 1 / n)
-            return [own.mean(), np.sqrt(variance)]
-        return [own.mean(), own.std()] if n and own.std() > ALIKE else overall
+    def mean_and_deviation(values: Doubles) -> list[float]:
+        n = values.size
+        if 0 < n < MIN_LABEL_PICTURES and within > EQUALITY_TOLERANCE**2:
+            variance = (
+                (n * values.var() + PRIOR_PICTURES * within) / (n + PRIOR_PICTURES) * (1 + 1 / n)
+            )
+            return [values.mean(), np.sqrt(variance)]
+        return [values.mean(), values.std()] if n and values.std() > EQUALITY_TOLERANCE else overall
 
-    return np.array([usual(own) for own in of_label])
+    return np.array([mean_and_deviation(values) for values in of_label])
 
 
-def _single(part: _Kept) -> _Kept:
+def _round_part(part: _Kept) -> _Kept:
     """Returns the part rounded as in the archive, so that ranks are those of the served part."""
-    return type(part).read({key: _rounded(value) for key, value in part.stored().items()})
+    return type(part).read({key: _to_float32(value) for key, value in part.stored().items()})
 
 
-def _rounded(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+def _to_float32(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     return np.asarray(values, np.float32)

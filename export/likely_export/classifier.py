@@ -22,8 +22,8 @@ from torch.nn import functional
 from likely.errors import InvalidInput
 from likely_export import calibrate
 from likely_export.data import Split
-from likely_export.limits import at_least, shares
-from likely_export.moves import NONE, Moves
+from likely_export.limits import at_least, in_unit_interval
+from likely_export.moves import NO_MOVES, Moves
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ClassifierConfig:
     channels: tuple[int, ...] = (16, 32, 64)
     width: int = 128
     dropout: float = 0.2
-    moves: Moves = NONE
+    moves: Moves = NO_MOVES
 
     def __post_init__(self) -> None:
         if isinstance(self.moves, Mapping):  # as stored in a file of weights
@@ -56,7 +56,7 @@ class ClassifierConfig:
         if not self.channels:
             raise InvalidInput("channels", "none are given; a classifier needs a stage")
         at_least(1, self, "channels", "width")
-        shares(self, "dropout")
+        in_unit_interval(self, "dropout")
 
 
 class Classifier(nn.Module):
@@ -99,7 +99,7 @@ class Classifier(nn.Module):
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """-log p(y|x) of augmented pictures in nats, (n,), for y: int64 (n,), at temperature 1."""
         moves = self.config.moves
-        return self.evaluate(moves.of(x) if moves else x, y)
+        return self.evaluate(moves.apply(x) if moves else x, y)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """-log p(y|x) in nats, (n,), for y: int64 (n,), at temperature 1."""
@@ -114,6 +114,6 @@ def fit_temperature(model: Classifier, held_out: Split, batch: int = 256) -> flo
     """
     parts = [model.logits(part) for part in torch.from_numpy(held_out.x).split(batch)]
     even = np.full(model.config.labels, 1 / model.config.labels)
-    found = calibrate.temperature(torch.cat(parts).numpy(), held_out.y, even)
+    found = calibrate.fit_temperature(torch.cat(parts).numpy(), held_out.y, even)
     model.temperature.fill_(found)
     return found

@@ -45,7 +45,7 @@ class _Sentences(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _terminable():
+            with _sigterm_as_interrupt():
                 return super().invoke(ctx)
         except LikelyError as error:
             raise click.ClickException(str(error)) from error
@@ -152,7 +152,7 @@ def train(
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _sigterm_as_interrupt() -> Iterator[None]:
     """Handles SIGTERM like Ctrl-C, so that child processes end and half a bundle is removed."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -281,7 +281,7 @@ def evaluate(bundle: Path, source: str | None, write: bool, as_json: bool) -> No
 def features(bundle: Path, source: str | None, as_json: bool) -> None:
     """Judge a BUNDLE's features by linear probes and by traversals of attributes."""
     from likely.bundle import Bundle
-    from likely_export import features as worth
+    from likely_export import features as feature_figures
     from likely_export import recipes
 
     manifest = Bundle.open(bundle).manifest
@@ -293,7 +293,7 @@ def features(bundle: Path, source: str | None, as_json: bool) -> None:
         raise InvalidInput(recipe.data.source, "has no labels, by which features are judged")
     with _steps() as report:
         report("evaluate")
-        figures = worth.evaluate(bundle, data)
+        figures = feature_figures.evaluate(bundle, data)
     if as_json:
         click.echo(json.dumps(figures, allow_nan=False))
         return
@@ -362,7 +362,7 @@ def _evaluated(
 
 def _tell_absent(recipe: Recipe) -> None:
     """Warns about other data sets that the recipe names and that do not exist."""
-    for name, path in recipe.places().items():
+    for name, path in recipe.other_paths().items():
         if not path.exists():
             warning = f"warning: evaluation.others.{name} is left out: {path} is not there"
             click.echo(warning, err=True)
@@ -394,11 +394,11 @@ def list_recipes() -> None:
 
 
 def _show(figures: Mapping[str, Any]) -> None:
-    from likely_export.report.text import flat, value
+    from likely_export.report.text import flat, format_figure
 
     table = Table("figure", "value")
     for path, found in flat(figures):
-        table.add_row(".".join(path), value(found))
+        table.add_row(".".join(path), format_figure(found))
     Console().print(table)
 
 

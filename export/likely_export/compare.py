@@ -28,10 +28,10 @@ from likely.errors import InvalidInput
 from likely.graphs import Device
 from likely_export import composition, families, features, measures, passes
 from likely_export.composition import noise_pictures
-from likely_export.data import Dataset, Split, spread
-from likely_export.generated import SEED, drawing_graphs, drawn_by_label, labels_drawn
+from likely_export.data import Dataset, Split, evenly_spaced
+from likely_export.generated import SEED, count_drawable_labels, draw_by_label, drawing_graphs
 from likely_export.graphs import example
-from likely_export.judge import Judge, taught
+from likely_export.judge import Judge, train_judge
 from likely_export.material import BOUND, EVALUATION
 from likely_export.passes import BATCH
 from likely_export.train import Model
@@ -39,9 +39,9 @@ from likely_export.train import Model
 Inputs = npt.NDArray[np.floating]
 
 ALPHA = 0.05
-SURE = 0.9  # posterior above which a picture counts as labelled with confidence
+CONFIDENT_POSTERIOR = 0.9  # posterior above which a picture counts as labelled with confidence
 ROUNDS = 5
-TRAINED = 32  # pictures in a training step whose time is taken
+TRAINING_BATCH = 32  # pictures in a training step whose time is taken
 GENERATIVE, DISCRIMINATIVE = "by p(x|y)", "by p(y|x)"
 
 
@@ -106,13 +106,13 @@ def compare(
     """
     sizes = sizes or Sizes()
     opened = [Bundle.open(folder) for folder in bundles]
-    _require_alike(opened, data)
+    _require_same_data(opened, data)
     judge = None
     if data.labels:
         train, labels = data.train, len(data.labels)
-        judge = taught(train.x, train.y, data.levels, labels, steps=sizes.steps)
+        judge = train_judge(train.x, train.y, data.levels, labels, steps=sizes.steps)
     outside = _outside(data, others or {}, sizes.outside)
-    test = data.test.some(sizes.test)
+    test = data.test.subsample(sizes.test)
     members: dict[str, Any] = {}
     drawn: dict[str, Pixels] = {}
     for bundle in opened:
@@ -129,7 +129,7 @@ def compare(
     return Comparison(figures, drawn, {n: x[:1] for n, x in outside.items()}, data.levels)
 
 
-def _require_alike(bundles: Sequence[Bundle], data: Dataset) -> None:
+def _require_same_data(bundles: Sequence[Bundle], data: Dataset) -> None:
     names: set[str] = set()
     for bundle in bundles:
         manifest = bundle.manifest
@@ -144,7 +144,7 @@ def _outside(data: Dataset, others: Mapping[str, Pixels], most: int) -> dict[str
     """Pictures that fit no label of the data."""
     noise = noise_pictures(data.shape, data.levels, most)["uniform"]
     made = {"noise": noise, "blank": np.zeros((1, *data.shape), np.uint8)}
-    return made | {name: x[spread(len(x), most)] for name, x in others.items()}
+    return made | {name: x[evenly_spaced(len(x), most)] for name, x in others.items()}
 
 
 class _Member:
@@ -169,14 +169,14 @@ class _Member:
         try:
             return {
                 "models": dict(self._models()),
-                "learns": learns(self.manifest),
+                "learns": learnt_distributions(self.manifest),
                 **asyncio.run(self._density(engine)),
                 "accuracy": asyncio.run(self._accuracy(engine)),
-                "outside": asyncio.run(self._asked_of_nothing(engine)),
+                "outside": asyncio.run(self._outside_rates(engine)),
                 **asyncio.run(self._draws(engine)),
                 **asyncio.run(self._composition(engine)),
                 **self._features(engine),
-                "milliseconds": self._costs(),
+                "milliseconds": self._milliseconds(),
             }
         finally:
             engine.close()
@@ -213,12 +213,12 @@ class _Member:
         if Role.CONDITIONAL in self.manifest.graphs:
             found[GENERATIVE] = (await engine.classify(x, ALPHA)).posterior
         if Role.DISCRIMINATE in self.manifest.graphs:
-            session = passes.opened(self.bundle, Role.DISCRIMINATE)
-            log_pyx = passes.column(session, {"x": x}, "log_pyx").astype(np.float64)
+            session = passes.open_graph(self.bundle, Role.DISCRIMINATE)
+            log_pyx = passes.run_graph_output(session, {"x": x}, "log_pyx").astype(np.float64)
             found[DISCRIMINATIVE] = bayes.posterior(log_pyx, np.ones(log_pyx.shape[1]))
         return found
 
-    async def _asked_of_nothing(self, engine: Engine) -> dict[str, Any]:
+    async def _outside_rates(self, engine: Engine) -> dict[str, Any]:
         """How many pictures that are not of the data are rejected, or labelled with confidence.
 
         Rejections are left out if the calibration is too small for `ALPHA`.
@@ -231,7 +231,7 @@ class _Member:
             if rejects:
                 row["rejected"] = float(np.mean((await engine.score(x, ALPHA)).p_value <= ALPHA))
             for rule, posterior in (await self._posteriors(engine, x)).items():
-                row[f"sure {rule}"] = float(np.mean(posterior.max(1) > SURE))
+                row[f"sure {rule}"] = float(np.mean(posterior.max(1) > CONFIDENT_POSTERIOR))
             if row:
                 found[name] = row
         return found
@@ -239,9 +239,9 @@ class _Member:
     async def _draws(self, engine: Engine) -> dict[str, Any]:
         if not drawing_graphs(self.manifest):
             return {"draws": "nothing"}
-        labels = labels_drawn(self.manifest)
+        labels = count_drawable_labels(self.manifest)
         each = max(1, self.sizes.drawn // max(1, labels))
-        groups = await drawn_by_label(engine, labels, each, SEED)
+        groups = await draw_by_label(engine, labels, each, SEED)
         drawn = np.concatenate([group.images for group in groups])
         if not labels:
             self.drawn = drawn
@@ -259,20 +259,22 @@ class _Member:
         graphs = self.manifest.graphs
         found: dict[str, Any] = {}
         if {Role.DENSITY, Role.CONDITIONAL, Role.DISCRIMINATE} <= set(graphs):
-            part = self.test.some(self.sizes.composed)
+            part = self.test.subsample(self.sizes.composed)
             found["likelihoods"] = await composition.likelihoods(engine, part, ALPHA)
         if self.judge is not None and {Role.SAMPLE, Role.DISCRIMINATE} <= set(graphs):
             each = max(1, self.sizes.accepted // len(self.manifest.labels))
-            own = graphs[Role.SAMPLE].input("y") is not None
-            found["drawings"] = await composition.drawings(engine, self.judge, each, own=own)
+            draws_by_label = graphs[Role.SAMPLE].input("y") is not None
+            found["drawings"] = await composition.drawings(
+                engine, self.judge, each, draws_by_label=draws_by_label
+            )
         return {"composition": found} if found else {}
 
     def _features(self, engine: Engine) -> dict[str, Any]:
         """Accuracies of linear probes on the features, and on as many principal components."""
-        if not (features.of_pictures_alone(self.manifest) and self.data.labels):
+        if not (features.can_encode_unlabelled(self.manifest) and self.data.labels):
             return {}
         train = self.data.train.x[: max(self.sizes.labelled)]
-        z, z_test = (features.encoded(engine, x) for x in (train, self.test.x))
+        z, z_test = (features.encode_pictures(engine, x) for x in (train, self.test.x))
         reduced = PCA(z.shape[1], svd_solver="full").fit(features.flat(train))
         components, others = (reduced.transform(features.flat(x)) for x in (train, self.test.x))
         return {
@@ -285,21 +287,24 @@ class _Member:
             }
         }
 
-    def _costs(self) -> dict[str, float]:
+    def _milliseconds(self) -> dict[str, float]:
         """CPU milliseconds per picture on one thread: of each graph in batches, and of training."""
         found: dict[str, float] = {}
         levels, labels = self.manifest.levels, max(1, len(self.manifest.labels))
         for role, spec in self.manifest.graphs.items():
-            session = passes.opened(self.bundle, role)
+            session = passes.open_graph(self.bundle, role)
             feeds = example(spec.inputs, BATCH, levels, labels, SEED)
             outputs = [output.name for output in spec.outputs]
-            found[role.value] = 1e3 / BATCH * min(_clocked(session.run, feeds, outputs))
-        return found | {"training": self._training()}
+            found[role.value] = 1e3 / BATCH * min(_time_calls(session.run, feeds, outputs))
+        return found | {"training": self._training_milliseconds()}
 
-    def _training(self) -> float:
+    def _training_milliseconds(self) -> float:
         """CPU milliseconds per picture for a forward and backward pass of all models."""
         recipe = self.manifest.recipe
-        x, y = (torch.from_numpy(part[:TRAINED]) for part in (self.data.train.x, self.data.train.y))
+        x, y = (
+            torch.from_numpy(part[:TRAINING_BATCH])
+            for part in (self.data.train.x, self.data.train.y)
+        )
         total = 0.0
         for model in recipe.get("models", {}).values():
             options = {k: v for k, v in model.items() if k not in ("family", "training")}
@@ -311,14 +316,14 @@ class _Member:
                 labels=len(self.data.labels),
                 seed=0,
             )
-            total += min(_clocked(_step, cast(Model, made.train()), x, y))
-        return 1e3 / TRAINED * total
+            total += min(_time_calls(_step, cast(Model, made.train()), x, y))
+        return 1e3 / TRAINING_BATCH * total
 
 
-def learns(manifest: Manifest) -> list[str]:
+def learnt_distributions(manifest: Manifest) -> list[str]:
     """The distributions that a bundle provides, in mathematical notation, and its features."""
     graphs = manifest.graphs
-    by_label, draws = labels_drawn(manifest) > 0, len(drawing_graphs(manifest)) > 0
+    by_label, draws = count_drawable_labels(manifest) > 0, len(drawing_graphs(manifest)) > 0
     return [
         *(["p(x)"] if Role.DENSITY in graphs or (draws and not by_label) else []),
         *(["p(x|y)"] if Role.CONDITIONAL in graphs or by_label else []),
@@ -332,7 +337,7 @@ def _step(model: Model, x: torch.Tensor, y: torch.Tensor) -> None:
     model.objective(x, y).mean().backward()
 
 
-def _clocked(call: Any, *arguments: Any) -> Iterator[float]:
+def _time_calls(call: Any, *arguments: Any) -> Iterator[float]:
     """Yields the CPU seconds of each call, after one that is not counted."""
     call(*arguments)
     for _ in range(ROUNDS):

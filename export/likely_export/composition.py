@@ -16,10 +16,10 @@ from likely.bundle import Kind, Role
 from likely.engine import Engine
 from likely_export import measures
 from likely_export.data import Split
-from likely_export.generated import drawn_by_label
+from likely_export.generated import draw_by_label
 from likely_export.judge import Judge
 
-MOST_DRAWS = 1000
+MAX_DRAWS = 1000
 SEED = 20261128
 
 
@@ -53,7 +53,7 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
         ),
         "spearman_of_labels": _row_correlation(own, composed),
         "spearman_of_other_labels": _row_correlation(
-            _others(own, part.y), _others(composed, part.y)
+            _without_own_label(own, part.y), _without_own_label(composed, part.y)
         ),
         "by": {
             rule.name.lower(): {
@@ -74,25 +74,26 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
 
 
 async def drawings(
-    engine: Engine, judge: Judge, each: int, *, seed: int = SEED, own: bool = True
+    engine: Engine, judge: Judge, per_label: int, *, seed: int = SEED, draws_by_label: bool = True
 ) -> dict[str, Any]:
     """Judges whether draws show their label, by acceptance and by the model's own p(x|y).
 
     Args:
         engine: engine of a bundle with a sampler and a discriminative model.
         judge: an independent classifier that labels the draws.
-        each: pictures per label.
+        per_label: pictures per label.
         seed: seed of the draws.
-        own: whether the sampler can draw by label itself, so that those draws are judged too.
+        draws_by_label: whether the sampler can draw by label itself, so that those draws are judged
+            too.
     """
-    ways: dict[str, Acceptance | None] = {"acceptance": Acceptance(MOST_DRAWS)}
-    if own:
+    ways: dict[str, Acceptance | None] = {"acceptance": Acceptance(MAX_DRAWS)}
+    if draws_by_label:
         ways["own"] = None
     found: dict[str, Any] = {}
     for name, acceptance in ways.items():
         labels = len(engine.manifest.labels)
-        drawn = await drawn_by_label(engine, labels, each, seed, acceptance=acceptance)
-        found[name] = _judged(engine, judge, drawn)
+        drawn = await draw_by_label(engine, labels, per_label, seed, acceptance=acceptance)
+        found[name] = _faithfulness_figures(engine, judge, drawn)
     return found
 
 
@@ -110,7 +111,7 @@ def noise_pictures(
     return {name: np.ascontiguousarray(x, dtype=np.uint8) for name, x in made.items()}
 
 
-def _judged(engine: Engine, judge: Judge, drawn: Sequence[Draws]) -> dict[str, Any]:
+def _faithfulness_figures(engine: Engine, judge: Judge, drawn: Sequence[Draws]) -> dict[str, Any]:
     """How often the judge sees the label in its draws, and the number of draws per picture."""
     draws = [group.draws for group in drawn]
     shown = [
@@ -127,7 +128,7 @@ def _judged(engine: Engine, judge: Judge, drawn: Sequence[Draws]) -> dict[str, A
     }
 
 
-def _others(values: Doubles, y: Labels) -> Doubles:
+def _without_own_label(values: Doubles, y: Labels) -> Doubles:
     """The values of all labels except a picture's own, (n, labels - 1)."""
     n, labels = values.shape
     return values[np.arange(labels) != y[:, None]].reshape(n, labels - 1)

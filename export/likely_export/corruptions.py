@@ -52,13 +52,13 @@ def is_informative(before: Pixels, after: Pixels) -> bool:
     return 0 < len(before) <= 2 * int(changed.sum())
 
 
-def reported(x: Pixels, levels: int) -> dict[str, Pixels]:
+def corrupt_for_report(x: Pixels, levels: int) -> dict[str, Pixels]:
     """Returns pictures, uint8 (n, c, h, w), after each informative corruption of PANEL and HARD."""
     every = {name: corrupt(name, x, levels) for name in (*PANEL, *HARD)}
     return {name: made for name, made in every.items() if name == BLANK or is_informative(x, made)}
 
 
-def contrasting(
+def corrupt_for_contrast(
     names: Sequence[str], x: Pixels, levels: int
 ) -> tuple[Pixels, npt.NDArray[np.int64], tuple[str, ...]]:
     """Returns corrupted pictures, the rows they were made from, and the corruptions left out.
@@ -84,11 +84,11 @@ def contrasting(
             f"{', '.join(names)}: name others",
         )
     left_out = tuple(name for name, keep in zip(names, kept, strict=True) if not keep)
-    pictures, made_of = (
+    pictures, original_rows = (
         np.concatenate([part for part, keep in zip(parts, kept, strict=True) if keep])
         for parts in (made, rows)
     )
-    return pictures, made_of, left_out
+    return pictures, original_rows, left_out
 
 
 def blank(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
@@ -108,7 +108,7 @@ def half(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG00
 
 def shrunk(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
     """Shrunk to half its size, in the middle."""
-    return _mapped(x, levels, np.eye(2) * 2)
+    return _transform(x, levels, np.eye(2) * 2)
 
 
 def eroded(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
@@ -125,7 +125,7 @@ def rotated(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: AR
     """Rotated by 90 degrees; pictures that are not square are rotated within their frame."""
     if x.shape[2] == x.shape[3]:
         return np.ascontiguousarray(np.rot90(x, axes=(2, 3)))
-    return _mapped(x, levels, np.array([[0.0, -1.0], [1.0, 0.0]]))
+    return _transform(x, levels, np.array([[0.0, -1.0], [1.0, 0.0]]))
 
 
 def inverted(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
@@ -141,7 +141,7 @@ def salt(x: Pixels, levels: int, generator: Generator) -> Pixels:
 
 def overlay(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
     """The brighter of two pictures, pixel by pixel."""
-    return np.maximum(x, x[_others(len(x), generator)])
+    return np.maximum(x, x[_random_partners(len(x), generator)])
 
 
 def swapped(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
@@ -201,32 +201,32 @@ def dimmed(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG
 def sheared(x: Pixels, levels: int, generator: Generator) -> Pixels:
     """Sheared by half a pixel per row, to either side."""
     sign = generator.choice([-1.0, 1.0], len(x))
-    return _each(x, levels, [np.array([[1.0, 0.0], [0.5 * s, 1.0]]) for s in sign])
+    return _transform_each(x, levels, [np.array([[1.0, 0.0], [0.5 * s, 1.0]]) for s in sign])
 
 
 def turned(x: Pixels, levels: int, generator: Generator) -> Pixels:
     """Rotated by 45 degrees to either side."""
     signs = generator.choice([-1.0, 1.0], len(x))
     root = np.sqrt(0.5)
-    return _each(x, levels, [root * np.array([[1.0, -s], [s, 1.0]]) for s in signs])
+    return _transform_each(x, levels, [root * np.array([[1.0, -s], [s, 1.0]]) for s in signs])
 
 
 def enlarged(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
     """Enlarged by a third, cropped at the frame."""
-    return _mapped(x, levels, np.eye(2) * 0.75)
+    return _transform(x, levels, np.eye(2) * 0.75)
 
 
 def chimera(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: ARG001
     """The upper half of one picture over the lower half of another."""
     out = x.copy()
     middle = x.shape[2] // 2
-    out[:, :, middle:] = x[_others(len(x), generator), :, middle:]
+    out[:, :, middle:] = x[_random_partners(len(x), generator), :, middle:]
     return out
 
 
 def blended(x: Pixels, levels: int, generator: Generator) -> Pixels:
     """The mean of two pictures."""
-    return _levels((x.astype(np.float64) + x[_others(len(x), generator)]) / 2, levels)
+    return _levels((x.astype(np.float64) + x[_random_partners(len(x), generator)]) / 2, levels)
 
 
 def grainy(x: Pixels, levels: int, generator: Generator) -> Pixels:
@@ -267,7 +267,7 @@ def occluded(x: Pixels, levels: int, generator: Generator) -> Pixels:  # noqa: A
     return out
 
 
-def _others(n: int, generator: Generator) -> npt.NDArray[np.int64]:
+def _random_partners(n: int, generator: Generator) -> npt.NDArray[np.int64]:
     """Returns another picture's index for each of n pictures, (n,), never its own."""
     order = generator.permutation(n)
     partner = np.empty(n, np.int64)
@@ -290,11 +290,11 @@ def _shifted(x: Pixels, generator: Generator, by: int) -> Pixels:
     return out
 
 
-def _mapped(x: Pixels, levels: int, matrix: npt.NDArray[np.float64]) -> Pixels:
-    return _each(x, levels, [matrix] * len(x))
+def _transform(x: Pixels, levels: int, matrix: npt.NDArray[np.float64]) -> Pixels:
+    return _transform_each(x, levels, [matrix] * len(x))
 
 
-def _each(x: Pixels, levels: int, matrices: list[npt.NDArray[np.float64]]) -> Pixels:
+def _transform_each(x: Pixels, levels: int, matrices: list[npt.NDArray[np.float64]]) -> Pixels:
     """Applies to each picture its linear map from output to input coordinates, from the centre."""
     middle = (np.array(x.shape[2:]) - 1) / 2
     out = np.empty(x.shape)

@@ -14,7 +14,7 @@ from likely.answers import Pixels
 from likely.bundle import Bundle, Graph, Role
 from likely.graphs import Array, Device, Session
 from likely_export import passes
-from likely_export.graphs import cut
+from likely_export.graphs import extract_outputs
 
 PICTURES = 16
 BATCHES = (1, 4, PICTURES)
@@ -40,31 +40,31 @@ def measure(bundle: Bundle, decide: Callable[..., object], x: Pixels) -> dict[st
     part = {"x": np.ascontiguousarray(x[:PICTURES])}
     with tempfile.TemporaryDirectory() as folder:
         plain = _plain(bundle.graph(Role.DENSITY), density, Path(folder) / "plain.onnx")
-    session = passes.opened(bundle, Role.DENSITY)
-    given = [name for name in ("statistics", "label") if density.output(name) is not None]
-    seen = session.run(part, given)
+    session = passes.open_graph(bundle, Role.DENSITY)
+    names = [name for name in ("statistics", "label") if density.output(name) is not None]
+    outputs = session.run(part, names)
     runs: dict[str, list[Callable[[], object]]] = {
         "plain": _passes(plain, part),
         "graph": _passes(session, part),
-        "combination_cost": [partial(decide, *seen)],
+        "combination_cost": [partial(decide, *outputs)],
     }
     if (spec := bundle.manifest.graphs.get(Role.CONDITIONAL)) is not None:
-        feeds = passes.feeds(spec, part["x"])
+        feeds = passes.picture_feeds(spec, part["x"])
         feeds = {name: np.ascontiguousarray(feed) for name, feed in feeds.items()}
-        session = passes.opened(bundle, Role.CONDITIONAL)
+        session = passes.open_graph(bundle, Role.CONDITIONAL)
         runs["classification_cost"] = _passes(session, feeds)
     least = dict.fromkeys(runs, np.inf)
     for _ in range(ROUNDS):
         for name, ways in runs.items():
             least[name] = min(least[name], *map(_seconds, ways))
     least["statistics_cost"] = least.pop("graph") + least["combination_cost"]
-    plainly = least.pop("plain")
-    return {name: seconds / plainly for name, seconds in least.items()}
+    plain_seconds = least.pop("plain")
+    return {name: seconds / plain_seconds for name, seconds in least.items()}
 
 
 def _plain(path: Path, density: Graph, into: Path) -> Session:
     """Opens the density graph, reduced to log p(x)."""
-    cut(path, into, ["log_px"])
+    extract_outputs(path, into, ["log_px"])
     only = tuple(spec for spec in density.outputs if spec.name == "log_px")
     return Session(into, density.model_copy(update={"outputs": only}), Device("cpu"))
 

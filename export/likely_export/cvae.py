@@ -31,13 +31,13 @@ from torch.nn import functional
 
 from likely.errors import InvalidInput
 from likely_export import logistic
-from likely_export.limits import at_least, shares
-from likely_export.moves import NONE, Moves
+from likely_export.limits import at_least, in_unit_interval
+from likely_export.moves import NO_MOVES, Moves
 from likely_export.trunks import layers, trunk
 
 NARROWEST, WIDEST = -10.0, 4.0  # bounds of log_variance
-AT_ONCE = 1 << 26  # decoder outputs per step of validation; memory is proportional to it
-HALVES = 120  # a product of so many factors of at least 1/2 is a normal float32: >= 2 ** -126
+OUTPUTS_PER_STEP = 1 << 26  # decoder outputs per step of validation; memory is proportional to it
+MAX_FACTORS = 120  # a product of so many factors of at least 1/2 is a normal float32: >= 2 ** -126
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class CVAEConfig:
     convolutions: tuple[int, ...] = ()
     convolution_depth: int = 1
     contrast: float = 0.0
-    moves: Moves = NONE
+    moves: Moves = NO_MOVES
     label_prior: bool = False
 
     def __post_init__(self) -> None:
@@ -88,13 +88,13 @@ class CVAEConfig:
         at_least(1, self, "latent", "width", "depth", "convolutions", "convolution_depth")
         at_least(1, self, "importance_samples", "training_samples")
         at_least(0, self, "labels", "logistics")
-        shares(self, "dropout")
+        in_unit_interval(self, "dropout")
         for name in ("label_prior", "contrast"):
             if not self.labels and getattr(self, name):
                 raise InvalidInput(name, "needs labels, and there are none")
 
     @property
-    def joins(self) -> bool:
+    def networks_see_label(self) -> bool:
         """Whether encoder and decoder see the label."""
         return self.labels > 0 and not self.label_prior
 
@@ -117,11 +117,11 @@ class CVAE(nn.Module):
         )
         if config.label_prior:
             self.centre = nn.Embedding(config.labels, config.latent)
-        if config.joins:
+        if config.networks_see_label:
             self.encoder_label = nn.Embedding(config.labels, width)
         self.encoder_join = nn.Linear(width, width)
         self.posterior_out = nn.Linear(width, 2 * config.latent)
-        if config.joins:
+        if config.networks_see_label:
             self.decoder_label = nn.Embedding(config.labels, width)
         self.decoder_in = nn.Linear(config.latent, width)
         self.decoder = layers(width, width, config.depth - 1, config.dropout)
@@ -130,13 +130,13 @@ class CVAE(nn.Module):
         if config.contrast:
             # An inverse temperature: bounds are sums over pixels, far overconfident about labels.
             self.sureness = nn.Parameter(torch.tensor(0.1))
-        self._start()
+        self._initialise()
 
     @torch.no_grad()
-    def _start(self) -> None:
+    def _initialise(self) -> None:
         """Starts with a posterior near the prior, and a mixture that spans the levels."""
         self.posterior_out.weight.mul_(0.1)
-        if self.config.joins:
+        if self.config.networks_see_label:
             self.encoder_label.weight.mul_(0.1)
             self.decoder_label.weight.mul_(0.3)
         if terms := self.config.logistics:
@@ -179,11 +179,11 @@ class CVAE(nn.Module):
             y: labels, int64 (n,).
             eps: standard normal noise (n, k, z).
         """
-        return self.weights(self.features(x), x.flatten(1)[:, None], y, eps)
+        return self.log_weights_of_features(self.features(x), x.flatten(1)[:, None], y, eps)
 
     def iwae(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
         """The IWAE-K bound on log p(x|y) in nats, (n,), from standard normal noise (n, k, z)."""
-        return _mean_exp(self.log_weights(x, y, eps))
+        return _log_mean_exp(self.log_weights(x, y, eps))
 
     def elbo(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
         """The ELBO in nats, (n,), estimated from standard normal noise (n, k, z)."""
@@ -192,14 +192,14 @@ class CVAE(nn.Module):
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """The training loss in nats, (n,): the negated bound, plus the contrast's share if any."""
         if self.config.moves:
-            x = self.config.moves.of(x)
+            x = self.config.moves.apply(x)
         shape = (len(x), self.config.training_samples, self.config.latent)
         eps = torch.randn(shape, device=x.device)
         if not self.config.contrast:
             return -self.iwae(x, y, eps)
         labels = torch.arange(self.config.labels, device=x.device)
         features, levels = self.features(x)[:, None], x.flatten(1)[:, None, None]
-        bounds = _mean_exp(self.weights(features, levels, labels, eps[:, None]))
+        bounds = _log_mean_exp(self.log_weights_of_features(features, levels, labels, eps[:, None]))
         label_nll = functional.cross_entropy(bounds * self.sureness, y, reduction="none")
         return self.config.contrast * label_nll - bounds.gather(1, y[:, None])[:, 0]
 
@@ -208,7 +208,9 @@ class CVAE(nn.Module):
         shape = (len(x), self.config.importance_samples, self.config.latent)
         eps = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x.device)
         each = self.config.importance_samples * self.decoder_out.out_features
-        parts = zip(*(rows.split(max(1, AT_ONCE // each)) for rows in (x, y, eps)), strict=True)
+        parts = zip(
+            *(rows.split(max(1, OUTPUTS_PER_STEP // each)) for rows in (x, y, eps)), strict=True
+        )
         return torch.cat([-self.iwae(*part) for part in parts])
 
     def features(self, x: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class CVAE(nn.Module):
         """z (..., z) relative to the mean of p(z|y), with y broadcast against (...)."""
         return z - self.centre(y) if self.config.label_prior else z
 
-    def drawn(self, eps: Tensor, y: Tensor) -> Tensor:
+    def sample_prior(self, eps: Tensor, y: Tensor) -> Tensor:
         """z ~ p(z|y), (n, z), from standard normal noise (n, z) and labels (n,)."""
         return eps + self.centre(y) if self.config.label_prior else eps
 
@@ -230,7 +232,7 @@ class CVAE(nn.Module):
 
         If only the prior depends on labels, y is ignored and the shape is that of the features.
         """
-        if self.config.joins:
+        if self.config.networks_see_label:
             features = features + self.encoder_label(y)
         joined = torch.relu(self.encoder_join(features))
         mean, log_variance = self.posterior_out(self.dropout(joined)).chunk(2, -1)
@@ -245,7 +247,9 @@ class CVAE(nn.Module):
         """
         return self._decoded(self._hidden(z, y))
 
-    def weights(self, features: Tensor, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+    def log_weights_of_features(
+        self, features: Tensor, x: Tensor, y: Tensor, eps: Tensor
+    ) -> Tensor:
         """w_k in nats, (..., k).
 
         Args:
@@ -254,9 +258,9 @@ class CVAE(nn.Module):
             y: int64, broadcast against (...).
             eps: standard normal noise, broadcast against (..., k, z).
         """
-        return self.weights_of(*self.posterior(features, y), x, y, eps)
+        return self.log_weights_of_posterior(*self.posterior(features, y), x, y, eps)
 
-    def weights_of(
+    def log_weights_of_posterior(
         self, mean: Tensor, log_variance: Tensor, x: Tensor, y: Tensor, eps: Tensor
     ) -> Tensor:
         """w_k in nats, (..., k), from the posterior's mean and log-variance (..., z)."""
@@ -269,7 +273,7 @@ class CVAE(nn.Module):
     def _hidden(self, z: Tensor, y: Tensor) -> Tensor:
         """The decoder's last hidden features, (..., k, width)."""
         offset = self.decoder_in.bias
-        if self.config.joins:
+        if self.config.networks_see_label:
             offset = (offset + self.decoder_label(y))[..., None, :]
         hidden = functional.linear(z, self.decoder_in.weight) + offset
         features: Tensor = self.decoder(self.dropout(torch.relu(hidden)))
@@ -307,7 +311,7 @@ class CVAE(nn.Module):
         log_odds = rows.reshape(*hidden.shape[:-1], self.dimensions)
         # softplus(l) = relu(l) - log sigmoid(|l|) never overflows. The sigmoids are at least 1/2,
         # so that many of them are multiplied before one logarithm is taken.
-        sigmoids = torch.sigmoid(log_odds.abs()).unflatten(-1, (_factors(self.dimensions), -1))
+        sigmoids = torch.sigmoid(log_odds.abs()).unflatten(-1, (_factor_count(self.dimensions), -1))
         chosen = (log_odds @ x.float().transpose(-1, -2))[..., 0]
         return chosen - torch.relu(log_odds).sum(-1) + torch.log(sigmoids.prod(-2)).sum(-1)
 
@@ -343,8 +347,10 @@ class Conditional(nn.Module):
         def picture(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
             """Returns an unused state, and log_pxy (labels,) of one picture."""
             mean, log_variance, levels, eps = inputs
-            weights = self.model.weights_of(mean, log_variance, levels[None, None], labels, eps)
-            return [state[0].clone()], _mean_exp(weights)
+            weights = self.model.log_weights_of_posterior(
+                mean, log_variance, levels[None, None], labels, eps
+            )
+            return [state[0].clone()], _log_mean_exp(weights)
 
         inputs = [mean, log_variance, x.flatten(1), eps]
         log_pxy: Tensor = scan(picture, [eps.new_full((1,), 0.0)], inputs)[1]
@@ -366,7 +372,7 @@ class Generate(nn.Module):
             eps: standard normal noise (n, z).
             gumbel: standard Gumbel noise (n, h, w, c, levels).
         """
-        log_probs = self.model.log_probs(self.model.drawn(eps, y), y).permute(0, 2, 3, 1, 4)
+        log_probs = self.model.log_probs(self.model.sample_prior(eps, y), y).permute(0, 2, 3, 1, 4)
         return (log_probs + gumbel).argmax(-1).permute(0, 3, 1, 2).to(torch.uint8)
 
 
@@ -383,11 +389,11 @@ class Encode(nn.Module):
         return self.model.from_centre(mean, y), log_variance
 
 
-def _factors(count: int) -> int:
+def _factor_count(count: int) -> int:
     """The largest divisor of `count` for which a product of as many factors stays normal."""
-    return max(n for n in range(1, HALVES + 1) if count % n == 0)
+    return max(n for n in range(1, MAX_FACTORS + 1) if count % n == 0)
 
 
-def _mean_exp(log_weights: Tensor) -> Tensor:
+def _log_mean_exp(log_weights: Tensor) -> Tensor:
     """log mean_k exp(w_k), (..., k) to (...)."""
     return torch.logsumexp(log_weights, -1) - math.log(log_weights.shape[-1])

@@ -9,7 +9,7 @@
 By default, pictures are dealt to the parts at random by a seed, since files are rarely
 in random order. With `stretches`, each part is a contiguous stretch of the file instead,
 which keeps neighbours that belong together in one part. A picture that a source contains
-twice may fall into two parts: `Dataset.copies` counts these.
+twice may fall into two parts: `Dataset.count_copies` counts these.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from likely_export.sources import Source
 
 PARTS = ("train", "fit", "calibrate", "validate", "test")
 BINARISATION = 20261122
-HELD_BACK = 1 << 32  # draw number of the source's training part; its test part uses 0, 1, 2, ...
+TRAIN_DRAW = 1 << 32  # draw number of the source's training part; its test part uses 0, 1, 2, ...
 
 
-def spread(n: int, most: int) -> npt.NDArray[np.int64]:
+def evenly_spaced(n: int, most: int) -> npt.NDArray[np.int64]:
     """Returns up to `most` evenly spaced indices into n items, int64 (min(n, most),).
 
     The first `most` items would be no fair sample, because files need not be in random order.
@@ -62,7 +62,7 @@ class Split:
         return len(self.x)
 
     @property
-    def given(self) -> Pixels:
+    def unbinarised(self) -> Pixels:
         """The pictures before binarisation, uint8 (n, c, h, w)."""
         return self.x if self.grey is None else self.grey
 
@@ -71,9 +71,9 @@ class Split:
         grey = None if self.grey is None else self.grey[rows]
         return Split(self.x[rows], self.y[rows], grey, self.peak)
 
-    def some(self, most: int) -> Split:
+    def subsample(self, most: int) -> Split:
         """Returns at most `most` pictures, evenly spaced over this part."""
-        return self.take(spread(len(self), most))
+        return self.take(evenly_spaced(len(self), most))
 
     def redraw(self, rows: npt.NDArray[np.integer], generator: np.random.Generator) -> Pixels:
         """Returns pictures, uint8 (len(rows), c, h, w), drawn afresh if `x` was binarised."""
@@ -127,7 +127,7 @@ class Dataset:
         counts = np.bincount(self.train.y, minlength=len(self.labels))
         return np.asarray(counts / counts.sum())
 
-    def copies(self, of: str = "train", among: Sequence[str] = PARTS[1:]) -> dict[str, int]:
+    def count_copies(self, of: str = "train", among: Sequence[str] = PARTS[1:]) -> dict[str, int]:
         """Counts the pictures of each held-out part that also occur in the training part.
 
         Pictures count as equal if they agree in every byte.
@@ -136,9 +136,9 @@ class Dataset:
             of: the part to search in; the training part by default.
             among: the parts whose pictures are searched for.
         """
-        seen = set(map(_fingerprint, getattr(self, of).given))
+        seen = set(map(_fingerprint, getattr(self, of).unbinarised))
         return {
-            part: sum(_fingerprint(picture) in seen for picture in getattr(self, part).given)
+            part: sum(_fingerprint(picture) in seen for picture in getattr(self, part).unbinarised)
             for part in among
         }
 
@@ -205,15 +205,15 @@ def load(
     """
     if binarise and levels:
         raise InvalidInput("levels", f"{levels} do not go with binarise, which makes two")
-    whole = sources.named(sources.read(source), labels)
+    whole = sources.with_label_names(sources.read(source), labels)
     if levels and not 2 <= levels <= whole.levels:
         raise InvalidInput(
             "levels", f"{levels} is not in [2, {whole.levels}], those of {whole.name}"
         )
-    raw = sources.kept(whole, without)
+    raw = sources.without_labels(whole, without)
     train, test = Split(raw.x, raw.y), None if raw.test is None else Split(*raw.test)
     if binarise:
-        train = binarised(train, whole, HELD_BACK)
+        train = binarised(train, whole, TRAIN_DRAW)
         test = None if test is None else binarised(test, whole, 0)
     elif not levels:
         _require_span(whole)
@@ -263,7 +263,7 @@ def quantised(x: Pixels, whole: Source, levels: int) -> Pixels:
 
 
 def _require_span(whole: Source) -> None:
-    if whole.dark:
+    if whole.is_dark:
         raise InvalidInput(
             whole.name,
             f"its pixels reach {whole.peak} where white is {whole.levels - 1}: stretch them, or "
@@ -335,7 +335,7 @@ def _digest(parts: dict[str, Split]) -> str:
     digest = hashlib.sha256()
     for part in PARTS:
         split = parts[part]
-        for array in (split.given, split.y.astype("<i8")):
+        for array in (split.unbinarised, split.y.astype("<i8")):
             digest.update(f"{part} {array.dtype.str} {array.shape}\n".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from likely_export.recipes import Recipe
 COMPARED = 10_000
 
 
-def judged(
+def calibrate_and_compare(
     recipe: Recipe,
     exported: Mapping[Role, Exported],
     data: Dataset,
@@ -46,7 +46,7 @@ def judged(
     arrays, weights, temperature = _calibrate(recipe, exported, data, folder, report)
     np.savez_compressed(folder / CALIBRATION, **arrays)  # type: ignore[arg-type]
     report("compare decisions")
-    compared, changed, apart = _decisions(
+    compared, changed, parity = _compare_decisions(
         recipe, exported, data, folder, arrays, weights, temperature
     )
     return {
@@ -59,7 +59,7 @@ def judged(
         },
         "decisions_compared": compared,
         "decisions_changed": changed,
-        "test_parity_nats": apart,
+        "test_parity_nats": parity,
     }
 
 
@@ -71,40 +71,42 @@ def _calibrate(
     report: Callable[[str], None],
 ) -> tuple[dict[str, Array], tuple[float, ...], float]:
     """Fits the detector's arrays, the experts' weights and the posterior's temperature."""
-    density = passes.session(folder, exported[Role.DENSITY])
+    density = passes.open_exported(folder, exported[Role.DENSITY])
     parts = recipe.calibration.parts
-    corrupted, made_of = None, np.empty(0, np.int64)
+    corrupted, original_rows = None, np.empty(0, np.int64)
     if any(part.kind == "contrast" for part in parts):
         names = recipe.calibration.contrast
-        pictures, made_of, left_out = corruptions.contrasting(names, data.fit.x, data.levels)
+        pictures, original_rows, left_out = corruptions.corrupt_for_contrast(
+            names, data.fit.x, data.levels
+        )
         for name in left_out:
             report(f"contrast leaves out {name}: most pictures stay as they are, or turn blank")
-        corrupted = _seen(density, pictures)
+        corrupted = _density_outputs(density, pictures)
     columns = calibrate.places(exported[Role.DENSITY].source.widths)
     labels = len(data.labels) if density.spec.output("label") else 1
-    fit = _seen(density, data.fit.x)
-    learnt = calibrate.combination(fit, parts, columns, corrupted, labels, made_of)
-    ranked = _seen(density, data.calibrate.x)
+    fit = _density_outputs(density, data.fit.x)
+    learnt = calibrate.combination(fit, parts, columns, corrupted, labels, original_rows)
+    ranked = _density_outputs(density, data.calibrate.x)
     if Role.CONDITIONAL not in exported:
         return calibrate.detector(learnt, ranked), (), 1.0
     conditional = exported[Role.CONDITIONAL].graph
-    session = passes.session(folder, exported[Role.CONDITIONAL])
-    rows = partial(passes.rows, session, batch=passes.FEW)
+    session = passes.open_exported(folder, exported[Role.CONDITIONAL])
+    run = partial(passes.run_graph, session, batch=passes.SMALL_BATCH)
     priors = data.priors
-    evidence = _evidence(conditional, rows, data.fit.x)
+    evidence = _evidence(conditional, run, data.fit.x)
     weights: tuple[float, ...] = ()
     if evidence.shape[1] > 1:
-        weights, temperature = calibrate.expert_weights(evidence, data.fit.y, priors)
+        weights, temperature = calibrate.fit_expert_weights(evidence, data.fit.y, priors)
     else:
-        temperature = calibrate.temperature(evidence[:, 0], data.fit.y, priors)
-    evidence = _evidence(conditional, rows, data.calibrate.x)
+        temperature = calibrate.fit_temperature(evidence[:, 0], data.fit.y, priors)
+    evidence = _evidence(conditional, run, data.calibrate.x)
     pooled = bayes.pooled(evidence, np.array(weights or (1.0,)))
     posterior = bayes.posterior(pooled, priors, temperature)
     arrays = calibrate.detector(learnt, ranked, posterior, data.calibrate.y)
     return arrays, weights, temperature
 
 
-def _decisions(
+def _compare_decisions(
     recipe: Recipe,
     exported: Mapping[Role, Exported],
     data: Dataset,
@@ -120,33 +122,39 @@ def _decisions(
         log p(x) in nats.
     """
     detector = Detector(arrays)
-    x = data.test.some(COMPARED).x
-    density = passes.session(folder, exported[Role.DENSITY])
+    x = data.test.subsample(COMPARED).x
+    density = passes.open_exported(folder, exported[Role.DENSITY])
     names = [name for name in ("log_px", "statistics", "label") if density.spec.output(name)]
-    log_px, *found = passes.rows(density, {"x": x}, names)
+    log_px, *found = passes.run_graph(density, {"x": x}, names)
     source = exported[Role.DENSITY].source
-    expected, *torch_found = passes.torch_rows(source, {"x": x}, names)
-    apart = float(np.abs(log_px - expected).max())
+    expected, *torch_found = passes.run_module(source, {"x": x}, names)
+    parity = float(np.abs(log_px - expected).max())
     ours, torchs = (detector.p_value(detector.score(*each)) for each in (found, torch_found))
     changed = np.zeros(len(x), bool)
     for alpha in recipe.calibration.alphas:
         changed |= (ours <= alpha) != (torchs <= alpha)
     if (conditional := exported.get(Role.CONDITIONAL)) is not None:
         both = (
-            partial(passes.rows, passes.session(folder, conditional), batch=passes.FEW),
-            partial(passes.torch_rows, conditional.source, batch=passes.FEW),
+            partial(
+                passes.run_graph,
+                passes.open_exported(folder, conditional),
+                batch=passes.SMALL_BATCH,
+            ),
+            partial(passes.run_module, conditional.source, batch=passes.SMALL_BATCH),
         )
         ours_label, torchs_label = (
-            _taken(_evidence(conditional.graph, rows, x), weights, data.priors, temperature)
-            for rows in both
+            _assigned_labels(
+                _evidence(conditional.graph, run, x), weights, data.priors, temperature
+            )
+            for run in both
         )
         changed |= torchs_label != ours_label
     if Role.DISCRIMINATE in exported:
-        changed |= _relabelled(exported[Role.DISCRIMINATE], folder, x)
-    return len(x), int(changed.sum()), apart
+        changed |= _labels_changed(exported[Role.DISCRIMINATE], folder, x)
+    return len(x), int(changed.sum()), parity
 
 
-def _taken(
+def _assigned_labels(
     evidence: Array, weights: tuple[float, ...], priors: Doubles, temperature: float
 ) -> Labels:
     """The labels, int64 (n,), that a server would assign for log p_e(x|y) (n, experts, labels)."""
@@ -154,28 +162,28 @@ def _taken(
     return bayes.posterior(pooled, priors, temperature).argmax(1)
 
 
-def _relabelled(exported: Exported, folder: Path, x: Pixels) -> npt.NDArray[np.bool_]:
+def _labels_changed(exported: Exported, folder: Path, x: Pixels) -> npt.NDArray[np.bool_]:
     """Whether torch and ONNX Runtime assign different labels by p(y|x), (n,)."""
-    (found,) = passes.rows(passes.session(folder, exported), {"x": x}, ["log_pyx"])
-    (expected,) = passes.torch_rows(exported.source, {"x": x}, ["log_pyx"])
+    (found,) = passes.run_graph(passes.open_exported(folder, exported), {"x": x}, ["log_pyx"])
+    (expected,) = passes.run_module(exported.source, {"x": x}, ["log_pyx"])
     changed: npt.NDArray[np.bool_] = expected.argmax(1) != found.argmax(1)
     return changed
 
 
-def _seen(density: Session, x: Pixels) -> Seen:
+def _density_outputs(density: Session, x: Pixels) -> Seen:
     """The density graph's outputs for pictures."""
     if density.spec.output("label") is None:
-        (statistics,) = passes.rows(density, {"x": x}, ["statistics"])
+        (statistics,) = passes.run_graph(density, {"x": x}, ["statistics"])
         return Seen(statistics, np.zeros(len(x), np.int64))
-    statistics, label = passes.rows(density, {"x": x}, ["statistics", "label"])
+    statistics, label = passes.run_graph(density, {"x": x}, ["statistics", "label"])
     return Seen(statistics, label)
 
 
 def _evidence(
-    conditional: Graph, rows: Callable[[Mapping[str, Array], Sequence[str]], list[Array]], x: Pixels
+    conditional: Graph, run: Callable[[Mapping[str, Array], Sequence[str]], list[Array]], x: Pixels
 ) -> Array:
-    """log p_e(x|y) of pictures, (n, experts, labels); `rows` runs the graph or its module."""
-    feeds = passes.feeds(conditional, x)
+    """log p_e(x|y) of pictures, (n, experts, labels); `run` runs the graph or its module."""
+    feeds = passes.picture_feeds(conditional, x)
     if conditional.output("evidence") is None:
-        return rows(feeds, ["log_pxy"])[0][:, None]
-    return rows(feeds, ["evidence"])[0]
+        return run(feeds, ["log_pxy"])[0][:, None]
+    return run(feeds, ["evidence"])[0]

@@ -22,13 +22,13 @@ import numpy as np
 
 from likely.answers import Doubles, Floats, Labels
 
-KEPT = 0.5  # least share of the explained variance that the constraint must leave
+MIN_KEPT_SHARE = 0.5  # least share of the explained variance that the constraint must leave
 RIDGE = 1e-3  # of the mean variance; makes the covariance invertible if some features are constant
-ALIKE = 1e-9  # attributes or features that differ by no more count as equal
-STILL = 1e-30  # a floor of the mean variance, for features that are all constant
+EQUALITY_TOLERANCE = 1e-9  # attributes or features that differ by no more count as equal
+VARIANCE_FLOOR = 1e-30  # a floor of the mean variance, for features that are all constant
 
 
-def found(
+def find_directions(
     features: Floats, y: Labels, names: Sequence[str], attributes: Mapping[str, Doubles]
 ) -> tuple[list[dict[str, str]], dict[str, Doubles]]:
     """Returns the directions' entries in the manifest, and the arrays of `likely.latent`.
@@ -47,8 +47,10 @@ def found(
     means = {int(label): z[y == label].mean(0) for label in present}
     within = z - np.stack([means[int(label)] for label in y])
     covariance = within.T @ within / len(z)
-    covariance += np.eye(z.shape[1]) * RIDGE * max(np.trace(covariance) / z.shape[1], STILL)
-    apart = np.stack(list(means.values())) - z.mean(0)
+    covariance += (
+        np.eye(z.shape[1]) * RIDGE * max(np.trace(covariance) / z.shape[1], VARIANCE_FLOOR)
+    )
+    mean_offsets = np.stack(list(means.values())) - z.mean(0)
     entries: list[dict[str, str]] = []
     ways: list[tuple[Doubles, Doubles, float]] = []
     for name, values in attributes.items():
@@ -58,8 +60,8 @@ def found(
                 np.searchsorted(present, y)
             ]
         )
-        slope = _regression(covariance, within.T @ centred / len(z), apart)
-        if not (float(centred.std()) > ALIKE and slope @ covariance @ slope > 0):
+        slope = _regression(covariance, within.T @ centred / len(z), mean_offsets)
+        if not (float(centred.std()) > EQUALITY_TOLERANCE and slope @ covariance @ slope > 0):
             continue
         probe = slope / float(centred.std())
         shift = covariance @ probe
@@ -69,7 +71,7 @@ def found(
         for label, mean in means.items():
             others = z[y != label].mean(0)
             step = mean - others
-            if not np.abs(step).max() > ALIKE:
+            if not np.abs(step).max() > EQUALITY_TOLERANCE:
                 continue
             probe = np.linalg.solve(covariance, step)
             probe /= probe @ step
@@ -82,17 +84,17 @@ def found(
     return entries, arrays
 
 
-def _regression(covariance: Doubles, with_attribute: Doubles, apart: Doubles) -> Doubles:
-    """The w (z,) that minimises E(a - w . z)^2, subject to `apart` w = 0 if that costs little.
+def _regression(covariance: Doubles, with_attribute: Doubles, constraints: Doubles) -> Doubles:
+    """The w (z,) that minimises E(a - w . z)^2, with `constraints` w = 0 if that costs little.
 
     Args:
         covariance: covariance of z, (z, z).
         with_attribute: covariance of z and a, (z,).
-        apart: vectors to which w must be orthogonal, (k, z).
+        constraints: vectors to which w must be orthogonal, (k, z).
     """
     free = np.linalg.solve(covariance, with_attribute)
-    towards = np.linalg.solve(covariance, apart.T)
-    slope = free - towards @ np.linalg.pinv(apart @ towards) @ (apart @ free)
+    towards = np.linalg.solve(covariance, constraints.T)
+    slope = free - towards @ np.linalg.pinv(constraints @ towards) @ (constraints @ free)
     kept = slope @ covariance @ slope / max(float(free @ covariance @ free), 1e-12)
-    chosen: Doubles = slope if kept >= KEPT else free.astype(np.float64)
+    chosen: Doubles = slope if kept >= MIN_KEPT_SHARE else free.astype(np.float64)
     return chosen

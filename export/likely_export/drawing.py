@@ -22,8 +22,8 @@ class Softmaxes(nn.Module):
         super().__init__()
         self.head = head
         logits = torch.cat([head.weight, head.bias[:, None]], 1)
-        self.register_buffer("logits", copied(logits))
-        self.register_buffer("embedding", copied(functional.pad(head.embedding, (0, 1))))
+        self.register_buffer("logits", detached_copy(logits))
+        self.register_buffer("embedding", detached_copy(functional.pad(head.embedding, (0, 1))))
 
     def forward(self, features: Tensor, noise: Tensor) -> Tensor:
         """Levels of one pixel, int64 (n, c), drawn digit by digit.
@@ -61,26 +61,26 @@ class Mixture(nn.Module):
     def __init__(self, head: MixtureHead) -> None:
         super().__init__()
         self.head = head
-        self.register_buffer("weight", copied(torch.cat([head.weight, head.bias[None]])))
+        self.register_buffer("weight", detached_copy(torch.cat([head.weight, head.bias[None]])))
 
     def forward(self, features: Tensor, noise: Tensor) -> Tensor:
         """Levels of one pixel, int64 (n, c); the arguments are those of `Softmaxes`."""
         noises = noise.chunk(self.head.factors, -1) if self.head.factors > 1 else [noise]
 
-        def loudest(k: int, table: Tensor) -> Tensor:
+        def draw_digit(k: int, table: Tensor) -> Tensor:
             return (table + noises[k]).argmax(-1)
 
-        levels = self.head.chain(torch.relu(features) @ self.weight, loudest)
+        levels = self.head.choose_levels(torch.relu(features) @ self.weight, draw_digit)
         return torch.stack(levels, -1)
 
 
-def drawing(head: Head) -> nn.Module:
+def pixel_drawer(head: Head) -> nn.Module:
     """Returns the module that draws pixels for this head."""
     if isinstance(head, MixtureHead):
         return Mixture(head)
     return Softmaxes(cast(PixelHead, head))
 
 
-def copied(matrix: Tensor) -> Tensor:
+def detached_copy(matrix: Tensor) -> Tensor:
     """Returns a detached copy that is contiguous row by row."""
     return matrix.detach().clone(memory_format=torch.contiguous_format)

@@ -29,9 +29,9 @@ from likely.bundle import Bundle, Kind, Manifest, Role, write_manifest
 from likely.engine import Engine
 from likely.graphs import Device
 from likely_export import attribution, baselines, corruptions, costs, measures, passes, report
-from likely_export.data import BINARISATION, Dataset, bernoulli, spread
+from likely_export.data import BINARISATION, Dataset, bernoulli, evenly_spaced
 from likely_export.generated import SEED, Drawing, Sizes
-from likely_export.judge import Judge, taught
+from likely_export.judge import Judge, train_judge
 from likely_export.material import (
     EVALUATION,
     REPORT,
@@ -44,7 +44,7 @@ from likely_export.material import (
 
 BINARISATIONS = 3
 BOUND_SAMPLES = 64
-TYPICAL = 1000  # training pictures whose median replaces a patch
+MEDIAN_PICTURES = 1000  # training pictures whose median replaces a patch
 
 
 def evaluate(
@@ -109,11 +109,11 @@ class _Evaluation:
         self.alphas = [alpha for alpha in alphas if alpha >= finest]
         self.left_out = [alpha for alpha in alphas if alpha < finest]
         self.largest = max(self.alphas, default=finest)
-        self.test = data.test.some(sizes.test)
+        self.test = data.test.subsample(sizes.test)
         # Rows that are corrupted. For corruptions of two pictures, errors account for the first.
-        self.made_of = spread(len(self.test), sizes.outliers)
-        self.some = self.test.x[self.made_of]
-        self.others = {name: x[spread(len(x), sizes.outliers)] for name, x in others.items()}
+        self.original_rows = evenly_spaced(len(self.test), sizes.outliers)
+        self.corruptible = self.test.x[self.original_rows]
+        self.others = {name: x[evenly_spaced(len(x), sizes.outliers)] for name, x in others.items()}
 
     async def run(self) -> tuple[dict[str, Any], Material]:
         """Computes everything, in the order of the report."""
@@ -122,14 +122,15 @@ class _Evaluation:
             "name": self.manifest.name,
             "version": self.manifest.version,
             "test_size": len(self.test),
-            "copies_of_training": self.data.copies(),
+            "copies_of_training": self.data.count_copies(),
             "test_copies_of": {
-                part: self.data.copies(part, ["test"])["test"] for part in ("fit", "calibrate")
+                part: self.data.count_copies(part, ["test"])["test"]
+                for part in ("fit", "calibrate")
             },
             "bits_per_dim": measures.mean(scores.bits_per_dim),
             "nll_nats": measures.mean(-scores.log_px),
         }
-        sets = {corruptions.INLIERS: _set(self.test.x, scores, self.sizes.examples)}
+        sets = {corruptions.INLIERS: _picture_set(self.test.x, scores, self.sizes.examples)}
         sets |= await self._outside()
         if idle := [n for n in (*corruptions.PANEL, *corruptions.HARD) if n not in sets]:
             figures["corruptions_left_out"] = idle
@@ -141,20 +142,20 @@ class _Evaluation:
             "changed": self.manifest.decisions_changed,
         }
         figures["baselines"] = baselines.evaluate(self.data)
-        figures |= costs.measure(self.bundle, self._p_value, self.some)
-        taken = None
+        figures |= costs.measure(self.bundle, self._p_value, self.corruptible)
+        classified = None
         labelled = discriminated = None
         judge = None
         if self.manifest.labels:
             labels = len(self.manifest.labels)
             steps = self.sizes.steps
             train = self.data.train
-            judge = taught(train.x, train.y, self.manifest.levels, labels, steps=steps)
+            judge = train_judge(train.x, train.y, self.manifest.levels, labels, steps=steps)
         if Role.CONDITIONAL in self.manifest.graphs:
-            taken = await self._classify(self.test.x)
-            labelled = Labelled(self.test.y, taken.posterior, taken.p_value)
-            figures |= self._labels(taken)
-            figures |= await self._likelihoods(taken)
+            classified = await self._classify(self.test.x)
+            labelled = Labelled(self.test.y, classified.posterior, classified.p_value)
+            figures |= self._labels(classified)
+            figures |= await self._likelihoods(classified)
         if Role.DISCRIMINATE in self.manifest.graphs:
             discriminated = self._discriminated(scores)
             kept = scores.verdict == Verdict.ACCEPTED
@@ -167,8 +168,8 @@ class _Evaluation:
         }
         if judge is not None and (labelled or discriminated):
             figures["cnn"] = measures.labelling(judge.posterior(self.test.x), self.test.y)
-        if judge is not None and taken is not None:
-            figures["mixed"] = await self._mixed(judge, taken)
+        if judge is not None and classified is not None:
+            figures["mixed"] = await self._open_set_figures(judge, classified)
         drawing = Drawing(self.bundle, self.engine, self.data, self.test, self.sizes, judge)
         figures |= await drawing.figures(self.alphas)
         material = Material(
@@ -180,7 +181,7 @@ class _Evaluation:
             drawn=drawing.examples,
             nearest=drawing.nearest,
             completed=await drawing.completed(),
-            explained=await self._explained(taken),
+            explained=await self._explained(classified),
         )
         return figures, material
 
@@ -195,10 +196,10 @@ class _Evaluation:
         return detector.p_value(detector.score(statistics, label))
 
     async def _outside(self) -> dict[str, PictureSet]:
-        pictures = corruptions.reported(self.some, self.manifest.levels)
+        pictures = corruptions.corrupt_for_report(self.corruptible, self.manifest.levels)
         found: dict[str, PictureSet] = {}
         for name, x in {**self.others, **pictures}.items():
-            found[name] = _set(x, await self._score(x), self.sizes.examples)
+            found[name] = _picture_set(x, await self._score(x), self.sizes.examples)
         return found
 
     def _separations(self, sets: Mapping[str, PictureSet]) -> dict[str, Any]:
@@ -209,8 +210,8 @@ class _Evaluation:
         for name, outside in sets.items():
             if name == corruptions.INLIERS:
                 continue
-            made_of = None if name in self.others else self.made_of
-            apart = measures.separation(inside.unusualness, outside.unusualness, made_of)
+            original_rows = None if name in self.others else self.original_rows
+            apart = measures.separation(inside.unusualness, outside.unusualness, original_rows)
             accepted = {f"{alpha:g}": outside.p_value > alpha for alpha in self.alphas}
             ours[name] = apart | {
                 "size": len(outside.p_value),
@@ -219,8 +220,8 @@ class _Evaluation:
                     alpha: measures.standard_error(one) for alpha, one in accepted.items()
                 },
             }
-            likelihood[name] = measures.separation(inside.nats, outside.nats, made_of)
-        panel = _panel(sets, ours, self.made_of)
+            likelihood[name] = measures.separation(inside.nats, outside.nats, original_rows)
+        panel = _panel(sets, ours, self.original_rows)
         return {"outliers": ours, "likelihood_only": likelihood, "panel": panel}
 
     def _false_rejection(self, p_value: Doubles, alpha: float) -> dict[str, Any]:
@@ -246,21 +247,22 @@ class _Evaluation:
             name, values, self.test.y, [label.name for label in self.manifest.labels]
         )
 
-    def _labels(self, taken: Classifications) -> dict[str, Any]:
+    def _labels(self, classified: Classifications) -> dict[str, Any]:
         y, rows = self.test.y, np.arange(len(self.test))
-        kept = taken.verdict == Verdict.ACCEPTED
+        kept = classified.verdict == Verdict.ACCEPTED
         return {
-            "conditional_nll_nats": measures.mean(-taken.log_pxy[rows, y]) | self._kind(),
-            **measures.labelling(taken.posterior, y, kept),
+            "conditional_nll_nats": measures.mean(-classified.log_pxy[rows, y]) | self._kind(),
+            **measures.labelling(classified.posterior, y, kept),
             "label_set": {
-                f"{alpha:g}": self._label_set(taken.label_p_values, alpha) for alpha in self.alphas
+                f"{alpha:g}": self._label_set(classified.label_p_values, alpha)
+                for alpha in self.alphas
             },
         }
 
     def _discriminated(self, scores: ScoreTable) -> Labelled:
         """The labels of the test part by p(y|x), given the part's scores."""
-        session = passes.opened(self.bundle, Role.DISCRIMINATE)
-        log_pyx = passes.column(session, {"x": self.test.x}, "log_pyx")
+        session = passes.open_graph(self.bundle, Role.DISCRIMINATE)
+        log_pyx = passes.run_graph_output(session, {"x": self.test.x}, "log_pyx")
         posterior = bayes.under_priors(log_pyx, self.manifest.priors, self.manifest.priors)
         return Labelled(self.test.y, posterior, scores.p_value)
 
@@ -291,12 +293,12 @@ class _Evaluation:
         band = measures.rejection_band(alpha, calibration, int(np.sum(self.test.y == y)))
         return None if band is None else 1 - band[1]
 
-    async def _likelihoods(self, taken: Classifications) -> dict[str, Any]:
+    async def _likelihoods(self, classified: Classifications) -> dict[str, Any]:
         """-log p(x) as a mixture over labels if p(x|y) is exact, otherwise a tighter bound."""
         graph = self.manifest.graphs[Role.CONDITIONAL]
         if graph.kind != Kind.EXACT:
             return self._bound()
-        draws = [taken.log_pxy]
+        draws = [classified.log_pxy]
         if self.test.grey is not None:
             # The test part is draw 0; the figure is the mean over several draws.
             for draw in range(1, BINARISATIONS):
@@ -314,22 +316,22 @@ class _Evaluation:
         eps = graph.input("eps")
         if eps is None:
             return {}
-        session = passes.opened(self.bundle, Role.CONDITIONAL)
-        part = self.test.some(self.sizes.bound)
+        session = passes.open_graph(self.bundle, Role.CONDITIONAL)
+        part = self.test.subsample(self.sizes.bound)
         calls = max(1, BOUND_SAMPLES // graph.importance_samples)
         rows = np.arange(len(part))
         bounds = []
         for call in range(calls):
             generator = np.random.Generator(np.random.Philox(key=[SEED, call]))
             noises = generator.standard_normal(eps.array_shape(len(part)), dtype=np.float32)
-            log_pxy = passes.column(session, {"x": part.x, "eps": noises}, "log_pxy")
+            log_pxy = passes.run_graph_output(session, {"x": part.x, "eps": noises}, "log_pxy")
             bounds.append(log_pxy[rows, part.y])
         bound = np.logaddexp.reduce(np.array(bounds, np.float64), axis=0) - np.log(calls)
         bits = -bound / (self.manifest.dimensions * np.log(2))
         counts = {"importance_samples": calls * graph.importance_samples, "test_size": len(part)}
         return {"conditional_bits_per_dim": measures.mean(bits) | counts}
 
-    async def _mixed(self, judge: Judge, taken: Classifications) -> dict[str, Any]:
+    async def _open_set_figures(self, judge: Judge, classified: Classifications) -> dict[str, Any]:
         """Classification with outliers mixed in, where accepting one is an error.
 
         There are as many outliers as test pictures: of the larger set, only so many are used. For
@@ -339,15 +341,15 @@ class _Evaluation:
         right, sure = own.argmax(1) == y, own.max(1)
         found: dict[str, Any] = {}
         for name, x in self.others.items():
-            rows = spread(len(self.test), len(x))
-            x = x[spread(len(x), len(rows))]
+            rows = evenly_spaced(len(self.test), len(x))
+            x = x[evenly_spaced(len(x), len(rows))]
             outside = await self._classify(x)
             ours = measures.open_set(
-                self._doubt(taken)[rows], (taken.label == y)[rows], self._doubt(outside)
+                self._doubt(classified)[rows], (classified.label == y)[rows], self._doubt(outside)
             )
             softmax = -judge.posterior(x).max(1)
             theirs = measures.open_set(-sure[rows], right[rows], softmax)
-            apart = measures.paired(*measures.placements(-sure[rows], softmax))
+            apart = measures.placement_mean(*measures.placements(-sure[rows], softmax))
             theirs |= {"auroc": apart["mean"], "auroc_standard_error": apart["standard_error"]}
             found[name] = {
                 "size": len(x),
@@ -360,38 +362,38 @@ class _Evaluation:
         """Doubt, (n,): minus the largest label p-value, with near ties broken by the posterior."""
         return -answer.label_p_values.max(1) - 1e-3 * answer.posterior.max(1)
 
-    async def _explained(self, taken: Classifications | None) -> Explained | None:
+    async def _explained(self, classified: Classifications | None) -> Explained | None:
         """Explains pictures whose two best labels are closest, or any pictures without labels."""
-        rows = spread(len(self.test), self.sizes.examples)
-        compared = taken is not None and taken.posterior.shape[1] > 1
-        if taken is not None and compared:
-            closest = np.sort(taken.posterior, 1)
+        rows = evenly_spaced(len(self.test), self.sizes.examples)
+        compared = classified is not None and classified.posterior.shape[1] > 1
+        if classified is not None and compared:
+            closest = np.sort(classified.posterior, 1)
             rows = np.argsort(closest[:, -1] - closest[:, -2])[: self.sizes.examples]
         x = self.test.x[rows]
         surprise = (await self._score(x, surprise=True)).surprise
         assert surprise is not None
-        if taken is None or not compared:
+        if classified is None or not compared:
             return Explained(x, surprise)
-        pair = np.argsort(-taken.posterior[rows], 1)[:, :2].astype(np.int64)
-        session = passes.opened(self.bundle, Role.CONDITIONAL)
+        pair = np.argsort(-classified.posterior[rows], 1)[:, :2].astype(np.int64)
+        session = passes.open_graph(self.bundle, Role.CONDITIONAL)
         if session.spec.output("surprise") is not None:
             found = attribution.by_pixel(session, x, pair)
             sums = found.sum((1, 2, 3), dtype=np.float64)
             return Explained(x, surprise, Compared(pair, sums, found))
-        typical = np.median(self.data.train.some(TYPICAL).x, 0).astype(np.uint8)
+        typical = np.median(self.data.train.subsample(MEDIAN_PICTURES).x, 0).astype(np.uint8)
         ratios, found = attribution.by_occlusion(session, x, pair, typical)
         return Explained(x, surprise, Compared(pair, ratios, found, attribution.PATCH))
 
 
 def _panel(
-    sets: Mapping[str, PictureSet], outliers: Mapping[str, Any], made_of: Labels
+    sets: Mapping[str, PictureSet], outliers: Mapping[str, Any], original_rows: Labels
 ) -> dict[str, float]:
     """The least and the mean AUROC over PANEL, whose sets are corruptions of the same pictures."""
     panel = [name for name in corruptions.PANEL if name in sets]
     least = outliers[min(panel, key=lambda name: float(outliers[name]["auroc"]))]
     scores = [(sets[corruptions.INLIERS].unusualness, sets[name].unusualness) for name in panel]
     over, under = zip(*(measures.placements(*pair) for pair in scores), strict=True)
-    mean = measures.paired(np.mean(over, 0), np.mean(under, 0), made_of)
+    mean = measures.placement_mean(np.mean(over, 0), np.mean(under, 0), original_rows)
     return {
         "auroc_min": least["auroc"],
         "auroc_min_standard_error": least["auroc_standard_error"],
@@ -400,7 +402,7 @@ def _panel(
     }
 
 
-def _set(x: Pixels, scores: ScoreTable, examples: int) -> PictureSet:
+def _picture_set(x: Pixels, scores: ScoreTable, examples: int) -> PictureSet:
     return PictureSet(
-        x[spread(len(x), examples)], -scores.log_px, scores.unusualness, scores.p_value
+        x[evenly_spaced(len(x), examples)], -scores.log_px, scores.unusualness, scores.p_value
     )

@@ -94,7 +94,7 @@ def traversal(
     engine: Engine,
     x: Pixels,
     attribute: str,
-    judged: Judge,
+    label_judge: Judge,
     *,
     points: Sequence[float] = POINTS,
     draws: int = 4,
@@ -106,7 +106,7 @@ def traversal(
         engine: engine of a bundle with that direction.
         x: uint8 (n, c, h, w).
         attribute: name of one of `attributes`.
-        judged: labels pictures.
+        label_judge: labels pictures.
         points: ascending points along the direction.
         draws: draws at each point; means replace them if the engine cannot draw.
         seed: seed of the draws.
@@ -123,8 +123,8 @@ def traversal(
     levels = engine.manifest.levels
     values = measured(attribute, flat, levels).reshape(n, steps, each).mean(2)
     ranks = np.array([measures.rank_correlation(points, row) for row in values])
-    own = judged.posterior(x).argmax(1)
-    found = judged.posterior(flat).argmax(1).reshape(n, steps * each)
+    own = label_judge.posterior(x).argmax(1)
+    found = label_judge.posterior(flat).argmax(1).reshape(n, steps * each)
     return {
         "spearman": float(ranks.mean()),
         "spearman_least": float(ranks.min()),
@@ -153,15 +153,15 @@ def evaluate(bundle: Path, data: Dataset, sizes: Sizes | None = None) -> dict[st
 def _evaluated(engine: Engine, data: Dataset, sizes: Sizes) -> dict[str, Any]:
     most = max(sizes.labelled)
     x, y = data.train.x[:most], data.train.y[:most]
-    part = data.test.some(sizes.test)
+    part = data.test.subsample(sizes.test)
     test, y_test = part.x, part.y
-    features, held = encoded(engine, x), encoded(engine, test)
-    pixels, held_pixels = flat(x), flat(test)
+    features, test_features = encode_pictures(engine, x), encode_pictures(engine, test)
+    pixels, test_pixels = flat(x), flat(test)
     reduced = PCA(features.shape[1], svd_solver="full").fit(pixels)
     inputs: Mapping[str, tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]] = {
-        "features": (features, held),
-        "pixels": (pixels, held_pixels),
-        "principal_components": (reduced.transform(pixels), reduced.transform(held_pixels)),
+        "features": (features, test_features),
+        "pixels": (pixels, test_pixels),
+        "principal_components": (reduced.transform(pixels), reduced.transform(test_pixels)),
     }
     figures: dict[str, Any] = {
         "dimensions": features.shape[1],
@@ -173,18 +173,18 @@ def _evaluated(engine: Engine, data: Dataset, sizes: Sizes) -> dict[str, Any]:
     latent = engine.manifest.latent
     names = [d.name for d in latent.directions if d.kind == "attribute"] if latent else []
     if names:
-        judged = judge.taught(
+        label_judge = judge.train_judge(
             data.train.x, data.train.y, data.levels, len(data.labels), steps=sizes.steps
         )
-        moved = data.test.some(sizes.traversed).x
-        figures["judge_accuracy"] = float((judged.posterior(test).argmax(1) == y_test).mean())
+        moved = data.test.subsample(sizes.traversed).x
+        figures["judge_accuracy"] = float((label_judge.posterior(test).argmax(1) == y_test).mean())
         figures["traversal"] = {
-            name: traversal(engine, moved, name, judged, draws=sizes.draws) for name in names
+            name: traversal(engine, moved, name, label_judge, draws=sizes.draws) for name in names
         }
     return figures
 
 
-def of_pictures_alone(manifest: Manifest) -> bool:
+def can_encode_unlabelled(manifest: Manifest) -> bool:
     """Whether a bundle can encode pictures whose labels it is not given."""
     graphs = manifest.graphs
     if Role.ENCODE not in graphs:
@@ -192,14 +192,14 @@ def of_pictures_alone(manifest: Manifest) -> bool:
     return graphs[Role.ENCODE].input("y") is None or Role.CONDITIONAL in graphs
 
 
-def encoded(engine: Engine, x: Pixels) -> npt.NDArray[np.float32]:
+def encode_pictures(engine: Engine, x: Pixels) -> npt.NDArray[np.float32]:
     """Returns the mean features of pictures, (n, z)."""
 
-    async def all_of_them() -> list[npt.NDArray[np.float32]]:
+    async def encode_all() -> list[npt.NDArray[np.float32]]:
         parts = range(0, len(x), BATCH)
         return [(await engine.encode(x[at : at + BATCH])).mean for at in parts]
 
-    return np.concatenate(asyncio.run(all_of_them()))
+    return np.concatenate(asyncio.run(encode_all()))
 
 
 def _traversed(
@@ -209,7 +209,7 @@ def _traversed(
     places, levels = np.array(points, np.float64), engine.manifest.levels
     count = 0 if engine.manifest.deterministic else draws
 
-    async def all_of_them() -> list[Pixels]:
+    async def traverse_all() -> list[Pixels]:
         parts: list[Pixels] = []
         for at in range(0, len(x), CHUNK):
             drawing = Drawing(count, seed, at)
@@ -218,7 +218,7 @@ def _traversed(
             parts.append(found.drawn if count else means)
         return parts
 
-    return np.concatenate(asyncio.run(all_of_them()))
+    return np.concatenate(asyncio.run(traverse_all()))
 
 
 def _fitted(z: npt.NDArray[np.floating], y: Labels, strength: float) -> ClassifierMixin:

@@ -14,13 +14,13 @@ from likely.bundle import Bundle, Graph, Manifest, Role
 from likely.engine import Engine
 from likely.graphs import Array
 from likely_export import calibrate, measures, passes
-from likely_export.data import Dataset, Split, spread
-from likely_export.judge import Judge, taught
+from likely_export.data import Dataset, Split, evenly_spaced
+from likely_export.judge import Judge, train_judge
 from likely_export.material import Completed
 
 SEED = 20261122
 COMPLETED = 6
-MOST_DRAWS = 8  # draws per picture with the self-check
+MAX_DRAWS = 8  # draws per picture with the self-check
 COMPARED = 500  # draws whose surprise and nearest neighbours are examined
 
 
@@ -51,16 +51,16 @@ def drawing_graphs(manifest: Manifest) -> list[Graph]:
     return [graphs[role] for role in (Role.SAMPLE, Role.GENERATE) if role in graphs]
 
 
-def labels_drawn(manifest: Manifest) -> int:
+def count_drawable_labels(manifest: Manifest) -> int:
     """The number of labels that pictures can be drawn of; 0 if all draws are from p(x)."""
     takes_label = any(graph.input("y") is not None for graph in drawing_graphs(manifest))
     return len(manifest.labels) if takes_label else 0
 
 
-async def drawn_by_label(
+async def draw_by_label(
     engine: Engine,
     labels: int,
-    each: int,
+    per_label: int,
     seed: int,
     *,
     check: SelfCheck | None = None,
@@ -71,7 +71,7 @@ async def drawn_by_label(
     Args:
         engine: engine that draws.
         labels: number of labels to draw; 0 for one group of pictures without a label.
-        each: pictures per label.
+        per_label: pictures per label.
         seed: seed of the draws.
         check: draw again what does not pass this self-check.
         acceptance: draw from p(x), and draw again what p(y|x) does not accept.
@@ -80,7 +80,7 @@ async def drawn_by_label(
     found = []
     for at, label in enumerate(asked):
         chunks = engine.generate(
-            label, each, seed, first_index=at * each, check=check, acceptance=acceptance
+            label, per_label, seed, first_index=at * per_label, check=check, acceptance=acceptance
         )
         found.append(joined([chunk async for chunk in chunks]))
     return found
@@ -108,7 +108,7 @@ class Drawing:
         """Judges draws by `engine` of `bundle`; `judge` labels pictures independently."""
         self.bundle, self.engine, self.data, self.test = bundle, engine, data, test
         self.manifest, self.sizes, self.judge = bundle.manifest, sizes, judge
-        self.labels = labels_drawn(self.manifest)
+        self.labels = count_drawable_labels(self.manifest)
         self.examples: Pixels | None = None
         self.nearest: Pixels | None = None
 
@@ -121,11 +121,11 @@ class Drawing:
         self.examples = np.stack([group[: self.sizes.examples] for group in groups])
         found: dict[str, Any] = {}
         if self.labels and self.judge is not None and self.sizes.drawn:
-            found |= self._taught(self.judge, x, y)
+            found |= self._label_figures(self.judge, x, y)
             if Role.CONDITIONAL in self.manifest.graphs and alphas:
-                check = SelfCheck(alpha=min(alphas), max_draws=MOST_DRAWS)
+                check = SelfCheck(alpha=min(alphas), max_draws=MAX_DRAWS)
                 found |= await self._checked(self.judge, check)
-        found |= self._own_surprise(len(x))
+        found |= self._self_entropy(len(x))
         self.nearest, found["memorisation"] = self._memorised(groups)
         return found
 
@@ -133,7 +133,7 @@ class Drawing:
         """A few test pictures with a part hidden, and their completions."""
         if Role.SAMPLE not in self.manifest.graphs:
             return None
-        x = self.test.some(COMPLETED).x
+        x = self.test.subsample(COMPLETED).x
         known = np.zeros(x.shape, bool)
         h = x.shape[2]
         known[::2, :, : h // 2] = True  # given: alternately the upper half and the upper two thirds
@@ -145,17 +145,17 @@ class Drawing:
     async def _draw(self, check: SelfCheck | None) -> tuple[Pixels, Labels, Labels]:
         """Draws pictures of each label, or of none; returns them, their labels and draws taken."""
         each = max(self.sizes.examples, self.sizes.drawn // max(1, self.labels))
-        groups = await drawn_by_label(self.engine, self.labels, each, SEED, check=check)
+        groups = await draw_by_label(self.engine, self.labels, each, SEED, check=check)
         x, draws = (
             np.concatenate([getattr(group, name) for group in groups])
             for name in ("images", "draws")
         )
         return x, np.repeat(np.arange(len(groups)), each), draws
 
-    def _taught(self, judge: Judge, x: Pixels, y: Labels) -> dict[str, Any]:
+    def _label_figures(self, judge: Judge, x: Pixels, y: Labels) -> dict[str, Any]:
         """Whether draws show their label, and whether a network can learn labels from them."""
         names = [label.name for label in self.manifest.labels]
-        pupil = taught(x, y, self.manifest.levels, len(names), steps=self.sizes.steps)
+        pupil = train_judge(x, y, self.manifest.levels, len(names), steps=self.sizes.steps)
         learnt = pupil.posterior(self.test.x).argmax(1) == self.test.y
         return {
             **self._faithful(judge, x, y),
@@ -182,7 +182,7 @@ class Drawing:
             **measures.by_label("faithfulness_by_label", shown, y, names),
         }
 
-    def _own_surprise(self, most: int) -> dict[str, Any]:
+    def _self_entropy(self, most: int) -> dict[str, Any]:
         """Whether draws are as surprising to their model as expected: mean surprise = entropy.
 
         Draws must be from the density's own p(x): a density with labels draws without one here. If
@@ -194,16 +194,16 @@ class Drawing:
         if self.manifest.leader(Role.SAMPLE) != self.manifest.leader(Role.DENSITY):
             return {}
         spec = self.manifest.graphs[Role.SAMPLE]
-        session = passes.opened(self.bundle, Role.SAMPLE)
+        session = passes.open_graph(self.bundle, Role.SAMPLE)
         n = min(most, COMPARED)
         feeds: dict[str, Array] = {
             "gumbel": noise.gumbel(SEED, range(n), _noise_shape(spec)),
         }
         if spec.input("y") is not None:
             feeds["y"] = np.full(n, len(self.manifest.labels), np.int64)
-        drawn = passes.column(session, feeds, "x")
-        seen = passes.opened(self.bundle, Role.DENSITY)
-        statistics = passes.column(seen, {"x": drawn}, "statistics").astype(np.float64)
+        drawn = passes.run_graph_output(session, feeds, "x")
+        seen = passes.open_graph(self.bundle, Role.DENSITY)
+        statistics = passes.run_graph_output(seen, {"x": drawn}, "statistics").astype(np.float64)
         columns = calibrate.places(sizes)
         surprise, entropy = (statistics[:, columns[name][-1]] for name in ("surprise", "entropy"))
         return {
@@ -223,10 +223,10 @@ class Drawing:
         For each label, as many test pictures are compared as draws, because the pictures of some
         labels are nearer to each other than those of others.
         """
-        drawn, held = self._compared(groups)
+        drawn, held = self._matched_pictures(groups)
         near, distance = _nearest(drawn, self.data.train.x)
         _, usual = _nearest(held, self.data.train.x)
-        shown = spread(len(drawn), self.sizes.examples)
+        shown = evenly_spaced(len(drawn), self.sizes.examples)
         pairs = np.stack([drawn[shown], self.data.train.x[near[shown]]], 1)
         return pairs, {
             "draws": len(drawn),
@@ -239,7 +239,7 @@ class Drawing:
             ),
         }
 
-    def _compared(self, groups: Sequence[Pixels]) -> tuple[Pixels, Pixels]:
+    def _matched_pictures(self, groups: Sequence[Pixels]) -> tuple[Pixels, Pixels]:
         """Draws and test pictures, equally many of each label; of all, if draws have no label."""
         y = self.test.y
         own = [self.test.x[y == label] for label in range(len(groups))]
@@ -248,8 +248,8 @@ class Drawing:
         drawn, held = [], []
         for ours, theirs in zip(groups, own, strict=True):
             size = min(len(ours), len(theirs), max(1, COMPARED // len(groups)))
-            drawn.append(ours[spread(len(ours), size)])
-            held.append(theirs[spread(len(theirs), size)])
+            drawn.append(ours[evenly_spaced(len(ours), size)])
+            held.append(theirs[evenly_spaced(len(theirs), size)])
         return np.concatenate(drawn), np.concatenate(held)
 
 

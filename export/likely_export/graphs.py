@@ -25,7 +25,7 @@ from likely_export.hygiene import OPSET, bodies, subgraphs
 from likely_export.roles import GraphSource
 
 BATCHES = (1, 3, 64)
-TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 TOLERANCE = 1e-3  # nats
 SMALLEST_HALVED = 256  # numbers of a weight
 SMALLEST_SHARED = 1024  # bytes of a weight
@@ -87,7 +87,7 @@ def golden(session: Session, levels: int, labels: int) -> dict[str, Array]:
         if seed < GOLDEN_TRIES:
             feeds = fresh
         else:  # with very many pixels, some nearly tie under any noise: only these get other noise
-            fallen = _fallen(outputs, moved, feeds["gumbel"])
+            fallen = _changed_pixels(outputs, moved, feeds["gumbel"])
             feeds["gumbel"] = np.where(fallen, fresh["gumbel"], feeds["gumbel"])
         outputs = session.run(feeds, names)
         moved = session.run(_jittered(feeds, seed), names)
@@ -98,7 +98,7 @@ def golden(session: Session, levels: int, labels: int) -> dict[str, Array]:
     )
 
 
-def _fallen(outputs: list[Array], moved: list[Array], gumbel: Array) -> Array:
+def _changed_pixels(outputs: list[Array], moved: list[Array], gumbel: Array) -> Array:
     """Indicator of pixels whose level the jitter changed, (n, h, w, c, 1, ...)."""
     pairs = zip(outputs, moved, strict=True)
     (changed,) = (one != other for one, other in pairs if one.dtype == np.uint8)
@@ -123,7 +123,7 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
     """
     feeds = example(source.inputs, 2, levels, labels, seed=0)
     batch = torch.export.Dim("batch", min=1)
-    with warnings.catch_warnings(), _quiet(), torch.no_grad():
+    with warnings.catch_warnings(), _silence_exporter(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's own deprecations
         program = torch.onnx.export(
             source.module,
@@ -137,15 +137,15 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
         )
     assert program is not None
     model = program.model_proto
-    strip(model)
-    sink(model.graph)
+    strip_metadata(model)
+    sink_weights(model.graph)
     compact(model)
     onnx.checker.check_model(model, full_check=True)
     hygiene.check(model, source.inputs, source.outputs)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def share(files: Iterable[Path], weights: Path) -> None:
+def share_weights(files: Iterable[Path], weights: Path) -> None:
     """Moves the large weights of ONNX files into one file beside them, each distinct weight once.
 
     The graphs of one model have many weights in common; equal ones are found by their bytes.
@@ -171,7 +171,7 @@ def share(files: Iterable[Path], weights: Path) -> None:
             file.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def cut(path: Path, into: Path, outputs: list[str]) -> None:
+def extract_outputs(path: Path, target: Path, outputs: list[str]) -> None:
     """Writes the part of an ONNX file that computes these outputs.
 
     Unlike onnx's own Extractor, it keeps what is read only by the body of a node.
@@ -182,18 +182,18 @@ def cut(path: Path, into: Path, outputs: list[str]) -> None:
         if wanted.isdisjoint(filter(None, node.output)):  # an omitted output has the name ""
             graph.node.remove(node)
             continue
-        wanted |= set(node.input).union(*map(_free, bodies(node)))
+        wanted |= set(node.input).union(*map(_free_names, bodies(node)))
     for tensor in [each for each in graph.initializer if each.name not in wanted]:
         graph.initializer.remove(tensor)
     for output in [each for each in graph.output if each.name not in outputs]:
         graph.output.remove(output)
-    onnx.save(model, into)
+    onnx.save(model, target)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_exporter() -> Iterator[None]:
     """Silences the exporter's messages about absent packages and skipped steps."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, TALKATIVE)}
+    levels = {logger: logger.level for logger in map(logging.getLogger, NOISY_LOGGERS)}
     for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
@@ -203,7 +203,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def strip(model: onnx.ModelProto) -> None:
+def strip_metadata(model: onnx.ModelProto) -> None:
     """Removes stack traces, paths and doc strings that the exporter left."""
     model.ClearField("metadata_props")
     model.ClearField("doc_string")
@@ -218,37 +218,37 @@ def strip(model: onnx.ModelProto) -> None:
                 part.ClearField("doc_string")
 
 
-def sink(graph: onnx.GraphProto) -> None:
+def sink_weights(graph: onnx.GraphProto) -> None:
     """Moves every weight into the graph that reads it, if only one does.
 
     When a session is opened, ONNX Runtime packs weights for its matrix kernels once, except those
     that lie two or more graphs above their node: it packs these again in every step.
     """
-    own = {name for node in graph.node for name in node.input}
-    own |= {output.name for output in graph.output}
-    within = [(body, _free(body)) for node in graph.node for body in bodies(node)]
+    used_here = {name for node in graph.node for name in node.input}
+    used_here |= {output.name for output in graph.output}
+    within = [(body, _free_names(body)) for node in graph.node for body in bodies(node)]
     for tensor in list(graph.initializer):
         users = [body for body, names in within if tensor.name in names]
-        if tensor.name not in own and len(users) == 1:
+        if tensor.name not in used_here and len(users) == 1:
             users[0].initializer.append(tensor)
             graph.initializer.remove(tensor)
     for body, _ in within:
-        sink(body)
+        sink_weights(body)
 
 
-def _free(graph: onnx.GraphProto) -> set[str]:
+def _free_names(graph: onnx.GraphProto) -> set[str]:
     """The names that a graph, with the graphs in its nodes, reads from the graphs around it."""
     read = {name for node in graph.node for name in node.input}
     read |= {output.name for output in graph.output}
     for node in graph.node:
         for body in bodies(node):
-            read |= _free(body)
-    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    own |= {name for node in graph.node for name in node.output}
-    return read - own
+            read |= _free_names(body)
+    defined = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    defined |= {name for node in graph.node for name in node.output}
+    return read - defined
 
 
-def halved(model: torch.nn.Module) -> torch.nn.Module:
+def round_to_half(model: torch.nn.Module) -> torch.nn.Module:
     """Rounds the weights of a model to half precision, which `compact` then stores."""
     with torch.no_grad():
         for weight in model.parameters():
@@ -305,8 +305,8 @@ def _difference(source: GraphSource, session: Session, levels: int, labels: int,
     """Compares a batch of `n`; returns the largest difference of a log-likelihood, in nats."""
     feeds = example(source.inputs, n, levels, labels, seed=1)
     with torch.no_grad():
-        given = source.module(*(torch.from_numpy(feeds[spec.name]) for spec in source.inputs))
-    expected = (given,) if isinstance(given, torch.Tensor) else given
+        result = source.module(*(torch.from_numpy(feeds[spec.name]) for spec in source.inputs))
+    expected = (result,) if isinstance(result, torch.Tensor) else result
     found = session.run(feeds, [spec.name for spec in source.outputs])
     worst = 0.0
     for spec, torch_value, got in zip(source.outputs, expected, found, strict=True):

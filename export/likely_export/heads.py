@@ -39,7 +39,7 @@ class Head(nn.Module):
             raise ValueError(f"{levels} levels cannot be written with {digits} equal digits")
         self.factors = channels * digits
 
-    def split(self, x: Tensor) -> Tensor:
+    def to_digits(self, x: Tensor) -> Tensor:
         """Writes levels (n, c, h, w) as digits, int64 (n, h, w, c * digits)."""
         levels = x.permute(0, 2, 3, 1).long()
         if self.digits == 1:
@@ -65,7 +65,7 @@ class Head(nn.Module):
 
     def surprise(self, log_probs: Tensor, x: Tensor) -> Tensor:
         """-log p(pixel | before) in nats, (n, c, h, w), from the tables of `log_probs`."""
-        taken = log_probs.gather(-1, self.split(x)[..., None])[..., 0]
+        taken = log_probs.gather(-1, self.to_digits(x)[..., None])[..., 0]
         return -taken.unflatten(-1, (self.channels, self.digits)).sum(-1).permute(0, 3, 1, 2)
 
     def expected(self, log_probs: Tensor, chances: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class PixelHead(Head):
 
     def log_probs(self, features: Tensor, x: Tensor) -> Tensor:
         """Log-probabilities of every digit, (n, h, w, c * digits, base), nats."""
-        digits = self.split(x)
+        digits = self.to_digits(x)
         context = features.permute(0, 2, 3, 1)
         tables = []
         for k in range(self.factors):

@@ -5,7 +5,7 @@ Scan it then copies data in every step. Therefore every node of a graph, Scan bo
 included, must have a kernel of exactly its version and type. Graphs draw no random
 numbers, contain no functions and refer to no other file, and only their batch axis is
 dynamic. Weights lie where ONNX Runtime packs them once for the kernel that reads them
-(`graphs.sink`).
+(`graphs.sink_weights`).
 """
 
 from __future__ import annotations

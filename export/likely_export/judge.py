@@ -66,7 +66,9 @@ class Judge(nn.Module):
         return found
 
 
-def taught(x: Pixels, y: Labels, levels: int, labels: int, *, steps: int, seed: int = 0) -> Judge:
+def train_judge(
+    x: Pixels, y: Labels, levels: int, labels: int, *, steps: int, seed: int = 0
+) -> Judge:
     """Trains a judge on these pictures.
 
     Args:

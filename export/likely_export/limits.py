@@ -19,7 +19,7 @@ def at_least(least: int, config: object, *names: str) -> None:
             raise InvalidInput(name, f"{shown}; at least {least} is needed")
 
 
-def shares(config: object, *names: str) -> None:
+def in_unit_interval(config: object, *names: str) -> None:
     """Raises unless these attributes lie in [0, 1].
 
     Raises:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 SHARPEST, FLATTEST = -7.0, 2.0  # bounds of log s, in units of half the range
 TAIL = 100.0  # stands for infinity: sigma and tanh round to 1 there
-AT_ONCE = 17  # levels per step, so that the intermediate results of a batch fit a cache
+LEVELS_PER_STEP = 17  # levels per step, so that the intermediate results of a batch fit a cache
 
 
 def log_prob(parameters: Tensor, x: Tensor, levels: int) -> Tensor:
@@ -41,13 +41,13 @@ def log_prob(parameters: Tensor, x: Tensor, levels: int) -> Tensor:
     is_first, is_last = x < 0.5, x > levels - 1.5
     b = torch.where(is_last, TAIL, (centre + half) * sharpness)
     a = torch.where(is_first, -TAIL, (centre - half) * sharpness)
-    inner = decay(torch.where(is_first | is_last, TAIL, 2 * half * sharpness))
+    inner = one_minus_exp(torch.where(is_first | is_last, TAIL, 2 * half * sharpness))
     product = torch.sigmoid(b.abs()) * torch.sigmoid(a.abs()) * inner
     terms = torch.log(product) - torch.relu(-b) - torch.relu(a)
     return torch.logsumexp(torch.log_softmax(logits, -2) + terms, -2)
 
 
-def decay(t: Tensor) -> Tensor:
+def one_minus_exp(t: Tensor) -> Tensor:
     """1 - exp(-t) for t > 0, accurate also for small t."""
     half = torch.tanh(t / 2)
     return 2 * half / (1 + half)
@@ -86,7 +86,7 @@ def moments(parameters: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     pivot = torch.round(clamped_mean(parameters) * (levels - 1))
     first, second = torch.zeros_like(pivot), torch.zeros_like(pivot)
     thresholds = torch.arange(1, levels, dtype=parameters.dtype, device=parameters.device)
-    for part in thresholds.split(AT_ONCE):
+    for part in thresholds.split(LEVELS_PER_STEP):
         side = torch.where(part > pivot[..., None], 1.0, -1.0)
         edge = (2 * part - 1) / (levels - 1) - 1
         beyond = (edge - mean[..., None]) * sharpness[..., None]
@@ -97,7 +97,7 @@ def moments(parameters: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return (pivot + first) / (levels - 1), torch.sqrt(variance) / (levels - 1)
 
 
-def drawn(parameters: Tensor, gumbel: Tensor, levels: int) -> Tensor:
+def draw(parameters: Tensor, gumbel: Tensor, levels: int) -> Tensor:
     """Draws levels (..., d), as floats, exactly from standard Gumbel noise (..., d, k + 2).
 
     The first k numbers choose the term. The difference of the last two is standard logistic

@@ -50,7 +50,7 @@ def by_label(name: str, values: Accepted, y: Labels, labels: Sequence[str]) -> d
 
 
 def separation(
-    inliers: Doubles, outliers: Doubles, made_of: Labels | None = None
+    inliers: Doubles, outliers: Doubles, original_rows: Labels | None = None
 ) -> dict[str, float]:
     """AUROC, FPR95 (share of outliers accepted where 95 % of inliers are) and AUPR.
 
@@ -60,21 +60,24 @@ def separation(
     Args:
         inliers: (n,).
         outliers: (m,).
-        made_of: the inlier from which each outlier was made, int64 (m,), all different; standard
-            errors then account for what the pairs have in common. None for unrelated outliers.
+        original_rows: the inlier from which each outlier was made, int64 (m,), all different;
+            standard errors then account for what the pairs have in common. None for unrelated
+            outliers.
     """
-    auroc = paired(*placements(inliers, outliers), made_of)
+    auroc = placement_mean(*placements(inliers, outliers), original_rows)
     return {
         "auroc": auroc["mean"],
         "auroc_standard_error": auroc["standard_error"],
         "fpr95": _accepted_share(inliers, outliers),
         "fpr95_standard_error": (
             error_below_quantile(outliers, inliers, KEPT)
-            if made_of is None
-            else _resampled_error(_accepted_share, inliers, outliers, made_of)
+            if original_rows is None
+            else _resampled_error(_accepted_share, inliers, outliers, original_rows)
         ),
         "aupr": average_precision(inliers, outliers),
-        "aupr_standard_error": _resampled_error(average_precision, inliers, outliers, made_of),
+        "aupr_standard_error": _resampled_error(
+            average_precision, inliers, outliers, original_rows
+        ),
     }
 
 
@@ -95,18 +98,21 @@ def placements(
     return over, np.mean(kept) * _share_below(outliers, inliers[kept])
 
 
-def paired(over: Doubles, under: Doubles, made_of: Labels | None = None) -> dict[str, float]:
+def placement_mean(
+    over: Doubles, under: Doubles, original_rows: Labels | None = None
+) -> dict[str, float]:
     """The mean of placements, which is AUROC, and its standard error (DeLong et al., 1988).
 
     Args:
         over: placements of inliers, (n,).
         under: placements of outliers, (m,).
-        made_of: the inlier from which each outlier was made, int64 (m,); None for unrelated ones.
+        original_rows: the inlier from which each outlier was made, int64 (m,); None for unrelated
+            ones.
     """
     inside, outside = (mean(each)["standard_error"] for each in (over, under))
     variance = inside**2 + outside**2
-    if made_of is not None and len(under) > 1:
-        variance += 2 * float(np.cov(over[made_of], under)[0, 1]) / len(over)
+    if original_rows is not None and len(under) > 1:
+        variance += 2 * float(np.cov(over[original_rows], under)[0, 1]) / len(over)
     return {"mean": float(np.mean(over)), "standard_error": float(np.sqrt(max(0.0, variance)))}
 
 
@@ -121,7 +127,7 @@ def open_set_rate(doubt: Doubles, right: Accepted, outliers: Doubles) -> dict[st
         right: whether the label assigned to them is correct, (n,).
         outliers: doubt about outliers, (m,).
     """
-    return paired(*placements(doubt, outliers, right))
+    return placement_mean(*placements(doubt, outliers, right))
 
 
 def open_set(doubt: Doubles, right: Accepted, outliers: Doubles) -> dict[str, float]:
@@ -259,13 +265,13 @@ def _resampled_error(
     figure: Callable[[Doubles, Doubles], float],
     inliers: Doubles,
     outliers: Doubles,
-    made_of: Labels | None,
+    original_rows: Labels | None,
 ) -> float:
     """The bootstrap's standard error; each outlier is drawn with the inlier it was made from."""
     n, m = len(inliers), len(outliers)
-    if made_of is None:
+    if original_rows is None:
         return bootstrap_error(lambda a, b: figure(inliers[a], outliers[b]), n, m)
-    shared, alone = inliers[made_of], np.delete(inliers, made_of)
+    shared, alone = inliers[original_rows], np.delete(inliers, original_rows)
     return bootstrap_error(
         lambda a, b: figure(np.concatenate([shared[a], alone[b]]), outliers[a]), m, n - m
     )

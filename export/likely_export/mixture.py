@@ -35,8 +35,8 @@ from torch.nn import functional
 from likely_export import logistic
 from likely_export.heads import Head, PixelHead
 
-EVEN = 1e-5  # share of every term that is spread evenly over the levels
-TAIL = 60.0  # in scales; further out, a logistic's mass vanishes beside `EVEN` in float32
+UNIFORM_SHARE = 1e-5  # share of every term that is spread evenly over the levels
+TAIL = 60.0  # in scales; further out, a logistic's mass vanishes beside `UNIFORM_SHARE` in float32
 
 
 class _Terms(NamedTuple):
@@ -56,8 +56,8 @@ class _Terms(NamedTuple):
 class MixtureHead(Head):
     """p(pixel | features) as a mixture of discretised logistics.
 
-    A share `EVEN` of each term is spread evenly over the levels. This bounds the surprise (by
-    17 nats for 256 levels), and products of masses cannot underflow.
+    A share `UNIFORM_SHARE` of each term is spread evenly over the levels. This bounds the surprise
+    (by 17 nats for 256 levels), and products of masses cannot underflow.
 
     Args:
         features: size of the features.
@@ -86,18 +86,18 @@ class MixtureHead(Head):
 
     def log_probs(self, features: Tensor, x: Tensor) -> Tensor:
         """Log-probabilities of every digit, (n, h, w, c * digits, base), nats."""
-        digits, tables = self.split(x), []
+        digits, tables = self.to_digits(x), []
 
-        def true(k: int, table: Tensor) -> Tensor:
+        def choose_true_digit(k: int, table: Tensor) -> Tensor:
             tables.append(torch.log_softmax(table, -1))
             return digits[..., k]
 
-        self.chain(self._read(features), true)
+        self.choose_levels(self._mixture_parameters(features), choose_true_digit)
         return torch.stack(tables, -2)
 
     def nats(self, features: Tensor, x: Tensor) -> Tensor:
         """-log p(pixel | before) in nats, (n, c, h, w), from the masses of true levels alone."""
-        rows = self._rows(self._read(features))
+        rows = self._rows(self._mixture_parameters(features))
         weights = torch.softmax(rows[0], -1)
         before: list[Tensor] = []
         nats = []
@@ -109,7 +109,9 @@ class MixtureHead(Head):
             before.append(level)
         return torch.stack(nats, 1)
 
-    def chain(self, parameters: Tensor, choose: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+    def choose_levels(
+        self, parameters: Tensor, choose: Callable[[int, Tensor], Tensor]
+    ) -> list[Tensor]:
         """Chooses a pixel's levels digit by digit; returns int64 (...) for each channel.
 
         Args:
@@ -134,7 +136,7 @@ class MixtureHead(Head):
                 weights = joint / joint.sum(-1, keepdim=True)
         return levels
 
-    def _read(self, features: Tensor) -> Tensor:
+    def _mixture_parameters(self, features: Tensor) -> Tensor:
         return torch.relu(features.permute(0, 2, 3, 1)) @ self.weight + self.bias
 
     def _rows(self, parameters: Tensor) -> tuple[Tensor, ...]:
@@ -164,24 +166,26 @@ class MixtureHead(Head):
             rows = functional.embedding(before, intervals.flatten(1))
             centre, first, last = rows.chunk(3, -1)
         half = terms.sharpness * (width / (self.levels - 1))
-        weights = terms.weights * logistic.decay(2 * half)
+        weights = terms.weights * logistic.one_minus_exp(2 * half)
         columns = (part[..., None] for part in (terms.mean, terms.sharpness, half))
-        mass = (weights[..., None] * _bell(centre[..., None, :], *columns)).sum(-2)
+        mass = (weights[..., None] * _scaled_mass(centre[..., None, :], *columns)).sum(-2)
         mass = mass + first * (terms.weights * terms.below).sum(-1, keepdim=True)
         mass = mass + last * (terms.weights * terms.above).sum(-1, keepdim=True)
-        return torch.log((1 - EVEN) * mass + EVEN * width / self.levels)
+        return torch.log((1 - UNIFORM_SHARE) * mass + UNIFORM_SHARE * width / self.levels)
 
     def _mass(self, terms: _Terms, level: Tensor) -> Tensor:
         """The probability of a level (...) under every term, (..., k)."""
         intervals = getattr(self, f"intervals_{self.digits - 1}").transpose(1, 2).flatten(0, 1)
         centre, first, last = functional.embedding(level, intervals).chunk(3, -1)
         half = terms.sharpness / (self.levels - 1)
-        mass = logistic.decay(2 * half) * _bell(centre, terms.mean, terms.sharpness, half)
+        mass = logistic.one_minus_exp(2 * half) * _scaled_mass(
+            centre, terms.mean, terms.sharpness, half
+        )
         mass = mass + first * terms.below + last * terms.above
-        return (1 - EVEN) * mass + EVEN / self.levels
+        return (1 - UNIFORM_SHARE) * mass + UNIFORM_SHARE / self.levels
 
 
-def _bell(centre: Tensor, mean: Tensor, sharpness: Tensor, half: Tensor) -> Tensor:
+def _scaled_mass(centre: Tensor, mean: Tensor, sharpness: Tensor, half: Tensor) -> Tensor:
     """The mass of intervals, divided by 1 - exp(-2 r), where r is half their width in scales."""
     beyond = ((centre - mean) * sharpness).abs() - half
     grown = torch.exp(beyond.clamp(-TAIL, TAIL))

@@ -41,9 +41,9 @@ class Moves:
                 raise InvalidInput(f"moves.{name}", f"{getattr(self, name)} is not in [0, 1)")
 
     def __bool__(self) -> bool:
-        return self != NONE
+        return self != NO_MOVES
 
-    def of(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         """Returns the pictures x, uint8 (n, c, h, w), each moved separately by torch's generator.
 
         Levels between pixels are interpolated and rounded. Beyond its edges, a picture continues
@@ -93,4 +93,4 @@ class Moves:
         return x * ~(inside_rows[:, None, :, None] & inside_columns[:, None, None, :])
 
 
-NONE = Moves()
+NO_MOVES = Moves()

@@ -17,20 +17,20 @@ from likely_export.graphs import Exported
 from likely_export.roles import GraphSource
 
 BATCH = 16
-FEW = 2  # batch of pictures that expand to a row per label, so that they fit a core's cache
+SMALL_BATCH = 2  # batch of pictures that expand to a row per label, so that they fit a core's cache
 
 
-def session(folder: Path, exported: Exported) -> Session:
+def open_exported(folder: Path, exported: Exported) -> Session:
     """Opens a graph on the CPU."""
     return Session(folder / exported.graph.file, exported.graph, Device("cpu"))
 
 
-def opened(bundle: Bundle, role: Role) -> Session:
+def open_graph(bundle: Bundle, role: Role) -> Session:
     """Opens a bundle's graph of this role on the CPU."""
     return Session(bundle.graph(role), bundle.manifest.graphs[role], Device("cpu"))
 
 
-def feeds(graph: Graph, x: Pixels) -> dict[str, Array]:
+def picture_feeds(graph: Graph, x: Pixels) -> dict[str, Array]:
     """The feeds of a graph of pictures, uint8 (n, c, h, w), with the common noise if it takes any.
 
     The noise is one picture's, and read-only.
@@ -41,7 +41,7 @@ def feeds(graph: Graph, x: Pixels) -> dict[str, Array]:
     return found
 
 
-def rows(
+def run_graph(
     session: Session, feeds: Mapping[str, Array], outputs: Sequence[str], batch: int = BATCH
 ) -> list[Array]:
     """Returns these outputs for all rows of the feeds (n, ...); runs a batch on each core."""
@@ -56,10 +56,10 @@ def rows(
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
 
 
-def torch_rows(
+def run_module(
     source: GraphSource, feeds: Mapping[str, Array], outputs: Sequence[str], batch: int = BATCH
 ) -> list[Array]:
-    """Returns what `rows` returns, from the module instead of its graph.
+    """Returns what `run_graph` returns, from the module instead of its graph.
 
     The module is left in the channels_last layout, in which CPUs convolve faster.
     """
@@ -86,7 +86,7 @@ def torch_rows(
     return kept
 
 
-def column(session: Session, feeds: Mapping[str, Array], output: str) -> Array:
+def run_graph_output(session: Session, feeds: Mapping[str, Array], output: str) -> Array:
     """Returns one output for all rows of the feeds (n, ...)."""
-    (found,) = rows(session, feeds, [output])
+    (found,) = run_graph(session, feeds, [output])
     return found

@@ -203,12 +203,12 @@ class PixelCNN(Autoregressive):
         if config.row_layers:
             self.rows = RowTransformer(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self._end(width)
+        self._add_output_layers(width)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The head's input from the pixels before each one, (n, head, h, w)."""
         z = self.scale(x)
-        y = self.labels(y)
+        y = self.conditioning_labels(y)
         v, h = self.stem(z)
         if self.config.positions:
             v = v + self.position_vertical.to(v.dtype)
@@ -220,7 +220,7 @@ class PixelCNN(Autoregressive):
             h = h.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             v, h = block(v, h, y)
-        return self.mixed(h, y)
+        return self.head_features(h, y)
 
     def matrices(self) -> list[Tensor]:
         """The weight matrices between hidden layers, which Muon may train."""

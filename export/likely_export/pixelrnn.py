@@ -234,16 +234,16 @@ class PixelRNN(Autoregressive):
         width = 2 * config.channels
         super().__init__(config, width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self._end(width)
+        self._add_output_layers(width)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The head's input from the pixels before each one, (n, head, h, w)."""
-        y = self.labels(y)
+        y = self.conditioning_labels(y)
         above, beside = self.stem(self.scale(x))
         hidden = (above + beside).permute(2, 3, 0, 1)  # rows first, because layers loop over rows
         for layer in self.layers:
             hidden = layer(hidden, y)
-        return self.mixed(hidden.permute(2, 3, 0, 1), y)
+        return self.head_features(hidden.permute(2, 3, 0, 1), y)
 
     def matrices(self) -> list[Tensor]:
         """The weight matrices between hidden layers, which Muon may train."""

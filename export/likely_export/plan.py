@@ -12,7 +12,7 @@ from likely.bundle import Graph, Manifest, Role
 from likely.errors import InvalidInput
 from likely_export import roles
 from likely_export.data import Dataset
-from likely_export.recipes import Recipe, from_table, refusal
+from likely_export.recipes import Recipe, first_error, from_table
 from likely_export.roles import GraphSource
 
 GOLDEN = "golden.npz"
@@ -58,7 +58,9 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
             raise InvalidInput(f"roles.{role}", f"needs labels, and {data.name} has none")
     statistics = recipe.calibration.statistics
     made = {
-        role: roles.source(role, [models[name] for name in recipe.models_of(role)], statistics)
+        role: roles.graph_source(
+            role, [models[name] for name in recipe.models_of(role)], statistics
+        )
         for role in recipe.roles
     }
     manifest = _manifest(recipe, data, made)
@@ -77,7 +79,7 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
 def _check_places(published: Recipe) -> None:
     """Raises if two data sets would be looked for in one place once folders are removed."""
     known = {Path(published.data.source): "the data"}
-    for name, path in published.places().items():
+    for name, path in published.other_paths().items():
         if (same := known.setdefault(path, name)) != name:
             raise InvalidInput(
                 f"evaluation.others.{name}",
@@ -107,7 +109,7 @@ def _manifest(recipe: Recipe, data: Dataset, made: Mapping[Role, GraphSource]) -
     try:
         return Manifest.model_validate({**content, "files": dict.fromkeys(names, empty)})
     except ValidationError as error:
-        raise refusal(error, "roles") from error
+        raise first_error(error, "roles") from error
 
 
 def _weights(conditional: Graph | None) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from likely_export.autoregressive import Autoregressive
-from likely_export.drawing import copied, drawing
+from likely_export.drawing import detached_copy, pixel_drawer
 
 
 class RasterSampler(nn.Module):
@@ -40,18 +40,18 @@ class RasterSampler(nn.Module):
         scale = 2 / (config.levels - 1)
         taps_vertical, taps_horizontal = self.taps()
         # One extra feature, always 1, multiplies the biases of the head.
-        self.keep(
+        self.register_copies(
             stem_vertical=taps_vertical * scale,
             stem_horizontal=taps_horizontal * scale,
             mix=functional.pad(model.mix.weight[:, :, 0, 0].T, (0, 1)),
             mix_bias=functional.pad(bias_of(model.mix), (0, 1), value=1.0),
         )
-        self.draw = drawing(model.head)
+        self.draw = pixel_drawer(model.head)
 
-    def keep(self, **matrices: Tensor) -> None:
+    def register_copies(self, **matrices: Tensor) -> None:
         """Copies matrices into buffers with these names."""
         for name, matrix in matrices.items():
-            self.register_buffer(name, copied(matrix))
+            self.register_buffer(name, detached_copy(matrix))
 
     def taps(self) -> tuple[Tensor, Tensor]:
         """The stem's kernels above and to the left, for scaled levels, each (taps * c, width)."""
@@ -93,7 +93,7 @@ def windows(row: Tensor, edge: Tensor, taps: Tensor) -> Tensor:
     return functional.embedding(taps, torch.cat([edge, row, edge])).flatten(1)
 
 
-def pushed(window: Tensor, latest: Tensor) -> Tensor:
+def push_pixel(window: Tensor, latest: Tensor) -> Tensor:
     """Drops the oldest pixel of a window (..., k * c), and appends the latest (..., c)."""
     channels = latest.shape[-1]
     if window.shape[-1] == channels:

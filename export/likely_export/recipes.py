@@ -97,7 +97,7 @@ class Model(_Table):
 
     @model_validator(mode="after")
     def _known_options(self) -> Self:
-        options = _checked(family(self.family).config, self.options, given=GIVEN_BY_DATA)
+        options = _checked(family(self.family).config, self.options, given_elsewhere=GIVEN_BY_DATA)
         # Frozen for users, but not for this validator, which turns lists into tuples.
         self.options.clear()
         self.options.update(options)
@@ -294,11 +294,13 @@ class Recipe(_Table):
             arithmetic: the precision that the machine uses for a model's own precision.
             begun: precisions in which models have already begun, by name; these take precedence.
         """
-        given = {name: arithmetic(each.training.precision) for name, each in self.models.items()}
-        given |= begun or {}
+        precisions = {
+            name: arithmetic(each.training.precision) for name, each in self.models.items()
+        }
+        precisions |= begun or {}
         return self._with_trainings(
             {
-                name: dataclasses.replace(model.training, precision=given[name])
+                name: dataclasses.replace(model.training, precision=precisions[name])
                 for name, model in self.models.items()
             }
         )
@@ -315,7 +317,7 @@ class Recipe(_Table):
         now = {name: model.training.precision for name, model in self.models.items()}
         earlier = earlier.with_precisions(lambda own: own, now)
         trainings = {name: model.training for name, model in earlier.models.items()}
-        shorter = _relocated(self._with_trainings(trainings), earlier.data.source)
+        shorter = _with_source(self._with_trainings(trainings), earlier.data.source)
         if any(model.training != trainings[name] for name, model in self.models.items()):
             overrides = {"version": earlier.version, "description": earlier.description}
             shorter = shorter.model_copy(update=overrides)
@@ -341,7 +343,7 @@ class Recipe(_Table):
         every = tuple(dict.fromkeys((*self.data.without, *labels)))
         return self.model_copy(update={"data": self.data.model_copy(update={"without": every})})
 
-    def places(self) -> dict[str, Path]:
+    def other_paths(self) -> dict[str, Path]:
         """The paths of the other data sets by name, whether or not they exist."""
         folder = Path(self.data.source).parent
         return {name: folder / source for name, source in self.evaluation.others.items()}
@@ -357,7 +359,7 @@ class Recipe(_Table):
                 another shape than the recipe's own, or they do not span their levels.
         """
         without = self.data.without
-        there = {name: path for name, path in self.places().items() if path.exists()}
+        there = {name: path for name, path in self.other_paths().items() if path.exists()}
         found: dict[str, Pixels] = {}
         if not (there or without):
             return found
@@ -375,21 +377,23 @@ class Recipe(_Table):
                     f"has pictures {raw.x.shape[1:]} where those of {own.name} are "
                     f"{own.x.shape[1:]}: leave it out",
                 )
-            if not self.data.levels and levels == raw.levels and raw.dark:
+            if not self.data.levels and levels == raw.levels and raw.is_dark:
                 raise InvalidInput(
                     f"evaluation.others.{name}",
                     f"its pixels reach {raw.peak} where white is {raw.levels - 1}: stretch them, "
                     "or leave it out",
                 )
-            found[name] = self._taught(raw.x if raw.test is None else raw.test[0], raw, levels)
+            found[name] = self._to_model_levels(
+                raw.x if raw.test is None else raw.test[0], raw, levels
+            )
         if without:
-            raw = sources.named(own, self.data.labels)
+            raw = sources.with_label_names(own, self.data.labels)
             if len(outside := sources.held_out(raw, without)):
                 name = f"held_out_{'_'.join(without)}"
-                found[name] = self._taught(outside, raw, levels)
+                found[name] = self._to_model_levels(outside, raw, levels)
         return found
 
-    def _taught(self, x: Pixels, raw: Source, levels: int) -> Pixels:
+    def _to_model_levels(self, x: Pixels, raw: Source, levels: int) -> Pixels:
         """Pictures of a source with `levels` levels, binarised or quantised as for the models."""
         if self.data.binarise:
             none = np.zeros(len(x), np.int64)
@@ -458,7 +462,7 @@ def load(name_or_path: str | Path, source: str | None = None, size: str = "") ->
         recipe = parse(_read(path), path.parent, size)
     if source is None:
         return recipe
-    return _relocated(recipe, source if source == "digits" else str(Path(source).resolve()))
+    return _with_source(recipe, source if source == "digits" else str(Path(source).resolve()))
 
 
 def _read(path: Path) -> str:
@@ -488,7 +492,7 @@ def parse(text: str, folder: Path | None = None, size: str = "") -> Recipe:
     recipe = from_table(table)
     if folder is None or recipe.data.source == "digits":
         return recipe
-    return _relocated(recipe, str((folder / recipe.data.source).resolve()))
+    return _with_source(recipe, str((folder / recipe.data.source).resolve()))
 
 
 def from_table(table: Mapping[str, Any], source: str | None = None) -> Recipe:
@@ -496,11 +500,11 @@ def from_table(table: Mapping[str, Any], source: str | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
-        raise refusal(error, "recipe") from error
-    return _relocated(recipe, source) if source else recipe
+        raise first_error(error, "recipe") from error
+    return _with_source(recipe, source) if source else recipe
 
 
-def refusal(error: ValidationError, whole: str) -> InvalidInput:
+def first_error(error: ValidationError, whole: str) -> InvalidInput:
     """Returns the first error of pydantic; `whole` is its field if it concerns no single one.
 
     Unknown keys come first, because a missing key is often a misspelt one.
@@ -520,7 +524,7 @@ def _merged(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any
     return {**table, **both}
 
 
-def _relocated(recipe: Recipe, source: str) -> Recipe:
+def _with_source(recipe: Recipe, source: str) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
 
 
@@ -538,7 +542,7 @@ def _sentence(error: Any) -> str:
     return str(error["msg"]).removeprefix("Value error, ")
 
 
-def _checked(config: type[Any], table: Any, given: tuple[str, ...] = ()) -> Any:
+def _checked(config: type[Any], table: Any, given_elsewhere: tuple[str, ...] = ()) -> Any:
     """Validates a table against a dataclass: all keys are known, and the types are right.
 
     Returns:
@@ -548,15 +552,17 @@ def _checked(config: type[Any], table: Any, given: tuple[str, ...] = ()) -> Any:
         return table
     if not isinstance(table, Mapping):
         raise ValueError(f"must be a table, not {table!r}")
-    fields = [field.name for field in dataclasses.fields(config) if field.name not in given]
+    fields = [
+        field.name for field in dataclasses.fields(config) if field.name not in given_elsewhere
+    ]
     if unknown := sorted(table.keys() - set(fields)):
         raise ValueError(f"{unknown[0]} is not a known key; these are: {', '.join(fields)}")
     required = {f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING}
-    if missing := sorted(required - table.keys() - set(given)):
+    if missing := sorted(required - table.keys() - set(given_elsewhere)):
         raise ValueError(f"{missing[0]} is missing")
     hints = get_type_hints(config)
     values = {key: _typed(hints[key], key, value) for key, value in table.items()}
-    return values if given else config(**values)
+    return values if given_elsewhere else config(**values)
 
 
 def _typed(hint: Any, key: str, value: Any) -> Any:

@@ -53,7 +53,7 @@ def replacing(out: Path) -> Iterator[Path]:
     Raises:
         BundleError: `out` contains something other than a bundle.
     """
-    if out.exists() and not _gives_way(out):
+    if out.exists() and not _is_replaceable(out):
         raise BundleError(f"{out} exists and is no bundle; it is not replaced")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _gives_way(out: Path) -> bool:
+def _is_replaceable(out: Path) -> bool:
     """Whether it is a bundle, even if damaged or of another version, or an empty folder."""
     return out.is_dir() and (_is_bundle(out) or not any(out.iterdir()))
 

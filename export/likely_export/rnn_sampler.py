@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan  # private path: torch is pinned
 from torch.nn import functional
 
-from likely_export.drawing import copied
+from likely_export.drawing import detached_copy
 from likely_export.pixelrnn import (
     DiagonalBiLSTM,
     Layer,
@@ -28,7 +28,7 @@ from likely_export.pixelrnn import (
     cell,
     neighbours,
 )
-from likely_export.raster import RasterSampler, pushed, windows
+from likely_export.raster import RasterSampler, push_pixel, windows
 
 
 class _Out(nn.Module):
@@ -37,7 +37,7 @@ class _Out(nn.Module):
     def __init__(self, layer: Layer) -> None:
         super().__init__()
         self.out = _matrix(layer.out.weight)
-        self.bias = nn.Parameter(copied(layer.out.bias), False)
+        self.bias = nn.Parameter(detached_copy(layer.out.bias), False)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         """The next features, from x (n, 2 * channels) and the state h (n, channels)."""
@@ -54,7 +54,7 @@ class RecurrentSampler(RasterSampler):
         super().__init__(model)
         self.layers = [cast(Layer, layer) for layer in model.layers]
         self.outs = nn.ModuleList(_Out(layer) for layer in self.layers)
-        self.keep(bias=sum(self.stem_biases(), torch.zeros(())))
+        self.register_copies(bias=sum(self.stem_biases(), torch.zeros(())))
 
     def forward(self, gumbel: Tensor, y: Tensor | None = None) -> Tensor:
         """Samples pictures.
@@ -67,7 +67,7 @@ class RecurrentSampler(RasterSampler):
             Levels, uint8 (n, c, h, w).
         """
         n = gumbel.shape[0]
-        y = self.model.labels(y)
+        y = self.model.conditioning_labels(y)
         biases = [layer.bias(y) for layer in self.layers]
         mix_bias = self.mix_biases(y, n)
         rows_above, side, to_the_left = self.model.config.stem
@@ -77,28 +77,28 @@ class RecurrentSampler(RasterSampler):
         blank = gumbel.new_full((side * n, rows_above * self.channels), self.blank)
         start_pixel = [
             gumbel.new_full((n, to_the_left * self.channels), self.blank),
-            *[gumbel.new_full((n, size), 0.0) for size in self.beside],
+            *[gumbel.new_full((n, size), 0.0) for size in self.left_sizes],
         ]
 
         def pixel(state: States, inputs: States) -> tuple[States, States]:
             """One column: from the pixels and features to the left, draws the pixel here."""
             left, *beside = state
-            noise, x, *given = inputs
+            noise, x, *from_above = inputs
             x = torch.addmm(x, left, self.stem_horizontal)
-            x, beside, kept = self.pixel(x, beside, given)
+            x, beside, kept = self.pixel(x, beside, from_above)
             levels = self.draw(torch.addmm(mix_bias, torch.relu(x), self.mix), noise)
-            return [pushed(left, levels.to(torch.float32)), *beside], [levels.clone(), *kept]
+            return [push_pixel(left, levels.to(torch.float32)), *beside], [levels.clone(), *kept]
 
         def row(state: States, inputs: States) -> tuple[States, Tensor]:
             """One row: from the rows above and the last row's states, draws the row here."""
             above, *carried = state
             noise = functional.embedding(places + inputs[0] * self.width, noises)
             x = windows(above.flatten(0, 1), blank, seen) @ self.stem_vertical + self.bias
-            given = self.given(carried, biases)
-            inputs = [noise, x.unflatten(0, (self.width, -1)), *given]
+            from_above = self.row_inputs(carried, biases)
+            inputs = [noise, x.unflatten(0, (self.width, -1)), *from_above]
             _, (levels, *kept) = scan(pixel, start_pixel, inputs)
-            carried = self.carried(kept, carried, biases)
-            return [pushed(above, levels.to(torch.float32)), *carried], levels.clone()
+            carried = self.next_row_states(kept, carried, biases)
+            return [push_pixel(above, levels.to(torch.float32)), *carried], levels.clone()
 
         start_row = [
             gumbel.new_full((self.width, n, rows_above * self.channels), self.blank),
@@ -112,11 +112,11 @@ class RecurrentSampler(RasterSampler):
         return pictures
 
     @property
-    def beside(self) -> list[int]:
+    def left_sizes(self) -> list[int]:
         """Sizes of the tensors that a pixel takes from the one to its left, over all layers."""
         raise NotImplementedError
 
-    def given(self, carried: States, biases: list[Tensor | None]) -> States:
+    def row_inputs(self, carried: States, biases: list[Tensor | None]) -> States:
         """What a row's pixels take from the row above: two tensors per layer, (w, n, size).
 
         Args:
@@ -125,17 +125,17 @@ class RecurrentSampler(RasterSampler):
         """
         raise NotImplementedError
 
-    def pixel(self, x: Tensor, left: States, given: States) -> tuple[Tensor, States, States]:
+    def pixel(self, x: Tensor, left: States, from_above: States) -> tuple[Tensor, States, States]:
         """Computes a pixel: its last features, what the next pixel takes, and what its row keeps.
 
         Args:
             x: the first features, (n, 2 * channels).
             left: what the pixel to the left passes on, for all layers.
-            given: this pixel's part of what `given` returned for the row.
+            from_above: this pixel's part of what `row_inputs` returned for the row.
         """
         raise NotImplementedError
 
-    def carried(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:
+    def next_row_states(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:
         """What a row passes to the next one, from what its pixels kept and what it was passed."""
         raise NotImplementedError
 
@@ -151,25 +151,25 @@ class RowSampler(RecurrentSampler):
         self.biases = nn.ParameterList(_row(lstm.input.bias) for lstm in lstms)
 
     @property
-    def beside(self) -> list[int]:
+    def left_sizes(self) -> list[int]:
         """Sizes of the tensors that a pixel takes from the one to its left, over all layers."""
         return [2 * self.model.config.channels] * len(self.layers)
 
-    def given(self, carried: States, biases: list[Tensor | None]) -> States:
+    def row_inputs(self, carried: States, biases: list[Tensor | None]) -> States:
         """What a row's pixels take from the row above: partial sums of the gates, and c."""
         edge = carried[0].new_full(carried[0][:1].shape, 0.0)
-        given = []
+        from_above = []
         for k, bias in enumerate(biases):
             h, c = carried[2 * k : 2 * k + 2]
             sums = neighbours(h, edge) @ self.states[k]
-            given += [sums + _plus(self.biases[k], bias), c]
-        return given
+            from_above += [sums + _add_label_bias(self.biases[k], bias), c]
+        return from_above
 
-    def pixel(self, x: Tensor, left: States, given: States) -> tuple[Tensor, States, States]:
+    def pixel(self, x: Tensor, left: States, from_above: States) -> tuple[Tensor, States, States]:
         """The last features of a pixel, the features that each layer passes on, and its h and c."""
         beside, kept = [], []
         for k, out in enumerate(self.outs):
-            sums, c = given[2 * k : 2 * k + 2]
+            sums, c = from_above[2 * k : 2 * k + 2]
             beside.append(x.clone())
             gates = torch.addmm(sums, torch.cat([left[k], x], -1), self.inputs[k])
             h, c = cell(gates, c)
@@ -177,7 +177,7 @@ class RowSampler(RecurrentSampler):
             x = out(x, h)
         return x, beside, kept
 
-    def carried(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:  # noqa: ARG002
+    def next_row_states(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:  # noqa: ARG002
         """The h and c of a row."""
         return [state.clone() for state in kept]
 
@@ -200,7 +200,7 @@ class DiagonalSampler(RecurrentSampler):
             _matrix(torch.cat([lstm.input.weight, lstm.state.weight[:, :c]], 1)) for lstm in there
         )
         self.biases = nn.ParameterList(_row(lstm.input.bias) for lstm in there)
-        self.keep(
+        self.register_copies(
             back_inputs=torch.stack([lstm.input.weight.T for lstm in back])[:, None],
             back_above=torch.stack([lstm.state.weight[:, c:].T for lstm in back])[:, None],
             back_states=torch.stack([lstm.state.weight[:, :c].T for lstm in back]),
@@ -208,24 +208,24 @@ class DiagonalSampler(RecurrentSampler):
         )
 
     @property
-    def beside(self) -> list[int]:
+    def left_sizes(self) -> list[int]:
         """Sizes of the tensors that a pixel takes from the one to its left, over all layers."""
         return [self.model.config.channels] * (2 * len(self.layers))
 
-    def given(self, carried: States, biases: list[Tensor | None]) -> States:
+    def row_inputs(self, carried: States, biases: list[Tensor | None]) -> States:
         """What a row's pixels take from the row above: partial sums of gates, and leftward h."""
-        given = []
+        from_above = []
         for k, bias in enumerate(biases):
             h, back = carried[2 * k : 2 * k + 2]
             own = None if bias is None else bias.chunk(2, -1)[0]
-            given += [h @ self.above[k] + _plus(self.biases[k], own), back]
-        return given
+            from_above += [h @ self.above[k] + _add_label_bias(self.biases[k], own), back]
+        return from_above
 
-    def pixel(self, x: Tensor, left: States, given: States) -> tuple[Tensor, States, States]:
+    def pixel(self, x: Tensor, left: States, from_above: States) -> tuple[Tensor, States, States]:
         """The last features of a pixel, each layer's h and c, and each layer's features and h."""
         beside, kept = [], []
         for k, out in enumerate(self.outs):
-            (sums, back), (h, c) = given[2 * k : 2 * k + 2], left[2 * k : 2 * k + 2]
+            (sums, back), (h, c) = from_above[2 * k : 2 * k + 2], left[2 * k : 2 * k + 2]
             kept.append(x.clone())
             h, c = cell(torch.addmm(sums, torch.cat([x, h], -1), self.inputs[k]), c)
             kept.append(h.clone())
@@ -233,7 +233,7 @@ class DiagonalSampler(RecurrentSampler):
             x = out(x, h + back)
         return x, beside, kept
 
-    def carried(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:
+    def next_row_states(self, kept: States, carried: States, biases: list[Tensor | None]) -> States:
         """The h of both directions of a row; the leftward one is computed here, from the right."""
         x, above = torch.stack(kept[::2]), torch.stack(carried[1::2])  # (layers, w, n, size)
         sums = x @ self.back_inputs + above @ self.back_above + self.back_bias
@@ -257,12 +257,12 @@ class DiagonalSampler(RecurrentSampler):
 
 def _matrix(weight: Tensor) -> nn.Parameter:
     """A linear layer's weight as the right-hand matrix of a product."""
-    return nn.Parameter(copied(weight.T), False)
+    return nn.Parameter(detached_copy(weight.T), False)
 
 
 def _row(bias: Tensor) -> nn.Parameter:
-    return nn.Parameter(copied(bias), False)
+    return nn.Parameter(detached_copy(bias), False)
 
 
-def _plus(own: Tensor, label: Tensor | None) -> Tensor:
+def _add_label_bias(own: Tensor, label: Tensor | None) -> Tensor:
     return own if label is None else own + label

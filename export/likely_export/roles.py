@@ -90,7 +90,7 @@ class Density(nn.Module):
     def tables(self, x: Tensor) -> Tables:
         """The tables from which the statistics are computed, for x, uint8 (n, c, h, w)."""
         log_probs = self.model.log_probs(x)
-        seen = tables(log_probs, self.model.head.split(x), self.model.config.shape[0])
+        seen = tables(log_probs, self.model.head.to_digits(x), self.model.config.shape[0])
         if self.local is not None:
             seen = replace(seen, local=self.local.surprise(x))
         if self.cvae is not None:
@@ -110,7 +110,7 @@ def _reconstruction(cvae: CVAE, x: Tensor) -> Reconstruction:
     mean, log_variance = cvae.posterior(cvae.features(x)[:, None], labels)
     middle = torch.zeros(1, 1, 1, cvae.config.latent, device=x.device)
     levels = x.flatten(1)[:, None, None]
-    weights = cvae.weights_of(mean, log_variance, levels, labels, middle)[..., 0]
+    weights = cvae.log_weights_of_posterior(mean, log_variance, levels, labels, middle)[..., 0]
     likeliest = weights.argmax(1)
     chosen = likeliest[:, None, None].expand(-1, 1, cvae.config.latent)
     mean, log_variance = (
@@ -315,7 +315,7 @@ def decode(model: CVAE | Autoencoder) -> GraphSource:
     return GraphSource(vae.Decode(model).eval(), inputs, outputs)
 
 
-def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> GraphSource:
+def graph_source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> GraphSource:
     """Returns the graph of a role.
 
     Args:
@@ -328,7 +328,7 @@ def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> G
     """
     for model in models:
         if isinstance(model, Autoregressive):
-            _check_withheld(role, model.config)
+            _check_label_dropout(role, model.config)
     match role, models:
         case Role.DENSITY, [Autoregressive() as model, *companions]:
             return density(model, names, companions)
@@ -352,7 +352,7 @@ def source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]) -> G
     raise InvalidInput(f"roles.{role}", f"a {kinds} has no such graph")
 
 
-def _check_withheld(role: Role, config: AutoregressiveConfig) -> None:
+def _check_label_dropout(role: Role, config: AutoregressiveConfig) -> None:
     """Raises unless training with this label dropout gives the model what the role needs.
 
     Raises:

@@ -87,11 +87,11 @@ class Run:
         if data is not None:
             train.check_data(self.folder / name, data.digest)
         train.check_trained(weights, chosen.training)
-        _check_made(weights, model, chosen)
-        if data is not None and (its := cast(Any, model.config).levels) != data.levels:
+        _check_matches_recipe(weights, model, chosen)
+        if data is not None and (levels := cast(Any, model.config).levels) != data.levels:
             raise InvalidInput(
                 str(weights),
-                f"was trained on {its} levels where the recipe's data have {data.levels}: "
+                f"was trained on {levels} levels where the recipe's data have {data.levels}: "
                 "train this model afresh",
             )
         return model
@@ -119,7 +119,7 @@ class Job:
             self.folder,
             resume=self.resume,
             hardware=dataclasses.replace(self.hardware, precision=training.precision),
-            report=_seldom(partial(report, self.name)) if report else None,
+            report=_throttle(partial(report, self.name)) if report else None,
         )
 
 
@@ -159,20 +159,22 @@ def train_all(
         if name not in recipe.models:
             raise InvalidInput("model", f"{name} is none of {', '.join(recipe.models)}")
     hardware = hardware or Hardware()
-    begun = _begun(recipe, folder, afresh=() if resume else names)
+    begun = _begun_precisions(recipe, folder, afresh=() if resume else names)
     for name in names:
-        if (its := begun.get(name)) and hardware.precision not in (None, its):
+        if (stored := begun.get(name)) and hardware.precision not in (None, stored):
             raise InvalidInput(
                 f"models.{name}",
-                f"has begun in {its} in {folder}: use --precision {its}, or train it afresh",
+                f"has begun in {stored} in {folder}: use --precision {stored}, or train it afresh",
             )
     # The run's recipe, and everything derived from it, states the precision that is used.
     recipe = recipe.with_precisions(hardware.arithmetic, begun)
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
-    data = _check(recipe)
+    data = _load_checked_data(recipe)
     for name in names:
         hardware.check(recipe.models[name].training, len(data.train))
-    if warn and (copies := ", ".join(f"{n} of {part}" for part, n in data.copies().items() if n)):
+    if warn and (
+        copies := ", ".join(f"{n} of {part}" for part, n in data.count_copies().items() if n)
+    ):
         warn(
             f"{data.name} holds pictures twice: {copies} are exact copies of pictures to train on, "
             "which look more probable and are accepted more often than new ones"
@@ -180,21 +182,21 @@ def train_all(
     # With several devices, Fabric runs this code once for each; the first one owns the folder.
     is_first = hardware.devices == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     if resume:
-        _require_same(recipe, folder, data.digest)
-    with _alone(folder, names) if is_first else nullcontext():
+        _require_same_run(recipe, folder, data.digest)
+    with _lock_models(folder, names) if is_first else nullcontext():
         if is_first:
             _prepare(recipe, folder, names, resume)
         if hardware.devices > 1:
             hardware.fabric().barrier()
         if len(jobs) == 1 or hardware.devices > 1:
             return {job.name: job.run(report if is_first else None) for job in jobs}
-        return _side_by_side(jobs, report)
+        return _train_in_parallel(jobs, report)
 
 
-def _begun(recipe: Recipe, folder: Path, afresh: Sequence[str]) -> dict[str, Precision]:
+def _begun_precisions(recipe: Recipe, folder: Path, afresh: Sequence[str]) -> dict[str, Precision]:
     """Returns the precisions in which models have begun, except those to be trained afresh."""
     precisions = {
-        name: train.begun_in(folder / name) for name in recipe.models.keys() - set(afresh)
+        name: train.begun_precision(folder / name) for name in recipe.models.keys() - set(afresh)
     }
     return {name: precision for name, precision in precisions.items() if precision}
 
@@ -224,7 +226,7 @@ def _untrained(recipe: Recipe, name: str, data: Dataset) -> nn.Module:
         raise InvalidInput(f"models.{name}", str(error)) from error
 
 
-def _check(recipe: Recipe) -> Dataset:
+def _load_checked_data(recipe: Recipe) -> Dataset:
     """Loads the recipe's data, and checks all that would otherwise fail in training or later.
 
     All models are checked, also those that are not trained now, because a bundle needs them.
@@ -238,12 +240,12 @@ def _check(recipe: Recipe) -> Dataset:
     recipe.others(data.levels)
     plan.check(recipe, data, {name: _untrained(recipe, name, data) for name in recipe.models})
     if any(part.kind == "contrast" for part in recipe.calibration.parts):
-        few = data.fit.some(CORRUPTED)
-        corruptions.contrasting(recipe.calibration.contrast, few.x, data.levels)
+        few = data.fit.subsample(CORRUPTED)
+        corruptions.corrupt_for_contrast(recipe.calibration.contrast, few.x, data.levels)
     return data
 
 
-def _require_same(recipe: Recipe, folder: Path, digest: str) -> None:
+def _require_same_run(recipe: Recipe, folder: Path, digest: str) -> None:
     """Raises unless the folder belongs to this recipe and these data, or is new.
 
     Raises:
@@ -260,7 +262,7 @@ def _require_same(recipe: Recipe, folder: Path, digest: str) -> None:
 
 
 @contextmanager
-def _alone(folder: Path, names: Sequence[str]) -> Iterator[None]:
+def _lock_models(folder: Path, names: Sequence[str]) -> Iterator[None]:
     """Creates the folder, and keeps other processes from training these models in it meanwhile.
 
     Raises:
@@ -290,7 +292,7 @@ def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool) -
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _check_made(weights: Path, model: nn.Module, chosen: recipes.Model) -> None:
+def _check_matches_recipe(weights: Path, model: nn.Module, chosen: recipes.Model) -> None:
     """Raises unless a model has the recipe's family and options, defaults included.
 
     Raises:
@@ -302,25 +304,25 @@ def _check_made(weights: Path, model: nn.Module, chosen: recipes.Model) -> None:
             f"holds a {type(model).__name__} where the recipe says {chosen.family}: "
             "train this model afresh",
         )
-    given: Any = model.config
+    config: Any = model.config
     wanted = families.config(
         chosen.family,
         chosen.options,
-        shape=given.shape,
-        levels=given.levels,
-        labels=given.labels,
+        shape=config.shape,
+        levels=config.levels,
+        labels=config.labels,
     )
     for key in (field.name for field in dataclasses.fields(wanted)):
-        if (its := getattr(given, key)) != (expected := getattr(wanted, key)):
+        if (stored := getattr(config, key)) != (expected := getattr(wanted, key)):
             default = "" if key in chosen.options else ", by default,"
             raise InvalidInput(
                 str(weights),
-                f"was trained with {key} {its} where the recipe says{default} {expected}: "
+                f"was trained with {key} {stored} where the recipe says{default} {expected}: "
                 "train this model afresh",
             )
 
 
-def _seldom(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+def _throttle(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
     last = 0.0
 
     def forward(now: Progress) -> None:
@@ -332,11 +334,11 @@ def _seldom(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
     return forward
 
 
-def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Trained]:
+def _train_in_parallel(jobs: Sequence[Job], report: Report | None) -> dict[str, Trained]:
     # Spawn instead of fork: a child forked after OpenMP has run hangs.
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
-    waiting = {job.name: context.Process(target=_work, args=(job, messages)) for job in jobs}
+    waiting = {job.name: context.Process(target=_run_worker, args=(job, messages)) for job in jobs}
     running: dict[str, BaseProcess] = {}
     trained: dict[str, Trained] = {}
     try:
@@ -345,15 +347,15 @@ def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Train
                 name = next(iter(waiting))
                 running[name] = waiting.pop(name)
                 running[name].start()
-            name, news = _next(messages, running)
-            if isinstance(news, Progress):
+            name, message = _receive(messages, running)
+            if isinstance(message, Progress):
                 if report:
-                    report(name, news)
-            elif isinstance(news, Trained):
-                trained[name] = news
+                    report(name, message)
+            elif isinstance(message, Trained):
+                trained[name] = message
                 running.pop(name).join()
             else:
-                raise LikelyError(f"training of {name} failed: {news}")
+                raise LikelyError(f"training of {name} failed: {message}")
     finally:
         for process in running.values():
             process.terminate()
@@ -362,7 +364,7 @@ def _side_by_side(jobs: Sequence[Job], report: Report | None) -> dict[str, Train
     return {job.name: trained[job.name] for job in jobs}
 
 
-def _next(
+def _receive(
     messages: Any, running: Mapping[str, BaseProcess]
 ) -> tuple[str, Progress | Trained | str]:
     """Waits for the next message of a worker; a worker that died silently counts as one."""
@@ -370,14 +372,16 @@ def _next(
         ended = [name for name, process in running.items() if process.exitcode is not None]
         try:
             # The last message of an ended process has arrived by now, and is returned first.
-            news: tuple[str, Progress | Trained | str] = messages.get(timeout=0 if ended else 1.0)
-            return news
+            message: tuple[str, Progress | Trained | str] = messages.get(
+                timeout=0 if ended else 1.0
+            )
+            return message
         except queue.Empty:
             for name in ended:
                 return name, f"its process ended with code {running[name].exitcode}"
 
 
-def _work(job: Job, messages: Any) -> None:
+def _run_worker(job: Job, messages: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

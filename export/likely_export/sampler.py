@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan  # private path: torch is pinned
 from torch.nn import functional
 
-from likely_export.drawing import copied
+from likely_export.drawing import detached_copy
 from likely_export.pixelcnn import Block, PixelCNN, RowBlock, RowTransformer
-from likely_export.raster import RasterSampler, bias_of, pushed, windows
-from likely_export.winograd import Pairs, factors, seen, sums
+from likely_export.raster import RasterSampler, bias_of, push_pixel, windows
+from likely_export.winograd import Pairs, factors, product_inputs, sums
 
 
 class Sampler(RasterSampler):
@@ -44,7 +44,7 @@ class Sampler(RasterSampler):
             position_vertical = position_vertical + model.position_vertical.permute(1, 2, 0)
             position_horizontal = position_horizontal + model.position_horizontal.permute(1, 2, 0)
         grid = (self.height, self.width, config.channels)
-        self.keep(
+        self.register_copies(
             position_vertical=position_vertical.expand(grid),
             position_horizontal=position_horizontal.expand(grid),
         )
@@ -60,7 +60,7 @@ class Sampler(RasterSampler):
             Levels, uint8 (n, c, h, w).
         """
         n, config = gumbel.shape[0], self.model.config
-        y = self.model.labels(y)
+        y = self.model.conditioning_labels(y)
         pairs = (self.width + 1) // 2
         biases = [layer.biases(y, pairs, n) for layer in self.layers]
         mix_bias = self.mix_biases(y, n)
@@ -90,7 +90,7 @@ class Sampler(RasterSampler):
             features = torch.addmm(mix_bias, torch.relu(h), self.mix)
             levels = self.draw(features, functional.embedding(place, noises))
             latest = levels.to(torch.float32)
-            return [pushed(left, latest), *kept], levels.clone()
+            return [push_pixel(left, latest), *kept], levels.clone()
 
         def row(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
             """One row: from the rows above and what the products read of each v, draws the row."""
@@ -102,10 +102,10 @@ class Sampler(RasterSampler):
             if config.row_layers:
                 fed, caches = self._row_transformer(above[:, :, -self.channels :], caches, index, y)
                 v = v + fed
-            columns = Pairs.of(v, edge)
+            columns = Pairs.from_row(v, edge)
             kept, across = [], []
             for k, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
-                here = seen(columns, edge, self.width)
+                here = product_inputs(columns, edge, self.width)
                 rows = zip(seen_above[4 * k : 4 * k + 4], here, strict=True)
                 both = [torch.cat(each, -1).flatten(0, 1) for each in rows]
                 columns = layer.row(columns, both, bias.vertical)
@@ -114,7 +114,7 @@ class Sampler(RasterSampler):
             by_column = [position_left, places + index * self.width, *across]
             _, levels = scan(pixel, start_pixel, by_column)
             latest = levels.to(torch.float32)
-            return [pushed(above, latest), *kept, *caches], levels.clone()
+            return [push_pixel(above, latest), *kept, *caches], levels.clone()
 
         start_row = [
             gumbel.new_full((self.width, n, rows_above * self.channels), self.blank),
@@ -218,4 +218,4 @@ class _Layer(nn.Module):
 
     def _matrices(self, matrix: Tensor) -> nn.ParameterList:
         parts = matrix.detach().split(self.width, -1)
-        return nn.ParameterList(nn.Parameter(copied(part), False) for part in parts)
+        return nn.ParameterList(nn.Parameter(detached_copy(part), False) for part in parts)

@@ -46,7 +46,7 @@ class Source:
         return max(int(x.max()) for x in (self.x, *(self.test or ())[:1]))
 
     @property
-    def dark(self) -> bool:
+    def is_dark(self) -> bool:
         """Whether all pixels stay below half of white, as when 0 and 1 are the only levels."""
         return self.peak < self.levels // 2
 
@@ -73,7 +73,7 @@ def read(source: str | Path) -> Source:
     raise InvalidInput(str(source), "not an .npz file, an idx file or a folder")
 
 
-def named(raw: Source, labels: tuple[str, ...]) -> Source:
+def with_label_names(raw: Source, labels: tuple[str, ...]) -> Source:
     """Returns the source with these names for its labels; without names, the source unchanged.
 
     Raises:
@@ -97,7 +97,7 @@ def held_out(raw: Source, without: tuple[str, ...]) -> Pixels:
     return x[np.isin(y, [raw.labels.index(name) for name in without])]
 
 
-def kept(raw: Source, without: tuple[str, ...]) -> Source:
+def without_labels(raw: Source, without: tuple[str, ...]) -> Source:
     """Returns the source without these labels; the remaining labels are renumbered from 0.
 
     Raises:

@@ -211,11 +211,11 @@ class Statistic:
     """A named statistic.
 
     Attributes:
-        of: function that computes it.
+        compute: function that computes it.
         needs: family that must accompany the density in its role; None if none must.
     """
 
-    of: Callable[[Tables], Tensor]
+    compute: Callable[[Tables], Tensor]
     needs: str | None = None
 
 
@@ -247,7 +247,7 @@ STATISTICS: Mapping[str, Statistic] = MappingProxyType(
 
 def statistics(t: Tables, names: tuple[str, ...]) -> Tensor:
     """Returns the statistics of these names side by side, (n, s)."""
-    return torch.cat([STATISTICS[name].of(t) for name in names], 1)
+    return torch.cat([STATISTICS[name].compute(t) for name in names], 1)
 
 
 def _total(values: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from likely_export.optimisers import Precision, Training, optimisers
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "weights.pt"
 LOG = "log.jsonl"
-STEPS_BETWEEN_LOOKS = 100  # between checks that the objective is finite; each waits for the GPU
+STEPS_BETWEEN_CHECKS = 100  # between checks that the objective is finite; each waits for the GPU
 
 
 class Model(Protocol):
@@ -215,7 +215,7 @@ def fit(
         loop.advance()
         if report:
             report(loop.progress)
-    return loop.keep()
+    return loop.write_weights()
 
 
 def _has_bfloat16(on_card: bool) -> bool:
@@ -250,7 +250,7 @@ def check_trained(weights: Path, training: Training) -> None:
             )
 
 
-def begun_in(folder: Path) -> Precision | None:
+def begun_precision(folder: Path) -> Precision | None:
     """Returns the precision in which a model's training began; None if no file tells.
 
     Args:
@@ -301,26 +301,26 @@ class _Loop:
         module = fabric.to_device(cast(nn.Module, model))
         # torch's type stubs lack this overload.
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = AveragedModel(module, multi_avg_fn=_averaging(training.average))
+        self.average = AveragedModel(module, multi_avg_fn=_ema_update(training.average))
         self.average.module.eval()
         self.optimisers = optimisers(module, training)
         self.module = module
-        self.objective, *self.steppers = fabric.setup(
+        self.objective, *self.fabric_optimisers = fabric.setup(
             _Objective(module, data.train.peak), *self.optimisers
         )
         self.batches = _Batches(data.train, training, fabric.global_rank, fabric.world_size)
         self.clock = time.process_time if fabric.device.type == "cpu" else time.monotonic
         first = training.steps or math.ceil(training.epochs * self.batches.per_epoch)
         more = [math.ceil(epochs * self.batches.per_epoch) for epochs in training.more_epochs]
-        self.ends = list(itertools.accumulate([first, *more], initial=0))
+        self.stretch_ends = list(itertools.accumulate([first, *more], initial=0))
 
     def start(self) -> None:
         """Starts a new run."""
-        self.step, self.used, self.validated = 0, 0.0, 0
+        self.step, self.earlier_seconds, self.validated = 0, 0.0, 0
         self.validation, self.best = math.nan, math.inf
         self.best_state: dict[str, Tensor] | None = None
-        self.ended, self.of_ends = 0, dict[str, Tensor]()
-        self.began = self.clock()
+        self.stretches_ended, self.mean_at_ends = 0, dict[str, Tensor]()
+        self.session_start = self.clock()
         self.losses: list[Tensor] = []
         self._seed(self.training.seed)
         if self.fabric.is_global_zero:
@@ -336,24 +336,24 @@ class _Loop:
     @property
     def seconds(self) -> float:
         """Time used, in all sessions of the run."""
-        return self.used + self.clock() - self.began
+        return self.earlier_seconds + self.clock() - self.session_start
 
     def stretches(self, step: float) -> float:
         """Progress at a step, in stretches: 1.5 is halfway through the second one."""
         if budget := self.training.budget_seconds:
             return min(1.0, self.seconds / budget)
-        return float(np.interp(step, self.ends, range(len(self.ends))))
+        return float(np.interp(step, self.stretch_ends, range(len(self.stretch_ends))))
 
     @property
     def finished(self) -> bool:
         """Whether the last validation has been made."""
-        return self.validated >= self.training.validations * (len(self.ends) - 1)
+        return self.validated >= self.training.validations * (len(self.stretch_ends) - 1)
 
     @property
     def progress(self) -> Progress:
         """Progress of the run."""
         budget = self.training.budget_seconds
-        done = self.stretches(self.step) if budget else self.step / self.ends[-1]
+        done = self.stretches(self.step) if budget else self.step / self.stretch_ends[-1]
         return Progress(self.step, done, self.seconds, self.validation, self.best)
 
     def advance(self) -> None:
@@ -361,7 +361,7 @@ class _Loop:
         # The rate at the middle of the step: at the start of a stretch it would be 0.
         self._update(self.training.rate(self.stretches(self.step + 0.5)))
         self.step += 1
-        if self.step % STEPS_BETWEEN_LOOKS == 0:
+        if self.step % STEPS_BETWEEN_CHECKS == 0:
             self._require_finite(self.losses[-1].item())
         # In a short stretch, several validations may fall into one step.
         due = math.floor(self.stretches(self.step) * self.training.validations + 1e-9)
@@ -376,7 +376,7 @@ class _Loop:
         loss = self.objective(*map(self.fabric.to_device, self.batches.at(self.step)))
         self.fabric.backward(loss)
         nn.utils.clip_grad_norm_(self.module.parameters(), self.training.clip, foreach=True)
-        for optimiser, stepper in zip(self.optimisers, self.steppers, strict=True):
+        for optimiser, stepper in zip(self.optimisers, self.fabric_optimisers, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * rate
             stepper.step()
@@ -384,7 +384,7 @@ class _Loop:
         self.losses.append(loss.detach())
 
     def _validate(self) -> None:
-        self.validation = mean_of(self._average, self.data.validate)
+        self.validation = mean_loss(self._average, self.data.validate)
         loss = torch.stack(self.losses).mean().item()
         self.losses = []
         self._require_finite(loss, self.validation)
@@ -392,7 +392,7 @@ class _Loop:
             self.best = self.validation
             self.best_state = _copied(self.average.module.state_dict())
         line = {"step": self.step, "train": loss, "validation": self.validation}
-        if self.step in self.ends:
+        if self.step in self.stretch_ends:
             line |= self._end_stretch()
         self._log(line)
 
@@ -402,22 +402,22 @@ class _Loop:
         Each stretch ends at a different place in a valley whose middle is lower (Izmailov et al.,
         2018, https://arxiv.org/abs/1803.05407).
         """
-        self.ended += 1
+        self.stretches_ended += 1
         now = self.average.module.state_dict()
-        if self.ended == 1:
-            self.of_ends = _copied(now)
+        if self.stretches_ended == 1:
+            self.mean_at_ends = _copied(now)
             return {}
-        for name, mean in self.of_ends.items():
+        for name, mean in self.mean_at_ends.items():
             last = now[name].to(mean)
             if mean.is_floating_point():
-                mean.lerp_(last, 1 / self.ended)
+                mean.lerp_(last, 1 / self.stretches_ended)
             else:  # an integer, such as a count of batches
                 mean.copy_(last)
         middle = copy.deepcopy(self.average.module)
-        middle.load_state_dict(self.of_ends)
-        validation = mean_of(cast(Model, middle), self.data.validate)
+        middle.load_state_dict(self.mean_at_ends)
+        validation = mean_loss(cast(Model, middle), self.data.validate)
         if validation < self.best:
-            self.best, self.best_state = validation, _copied(self.of_ends)
+            self.best, self.best_state = validation, _copied(self.mean_at_ends)
         return {"validation_of_ends": validation}
 
     def _require_finite(self, loss: float, validation: float | None = None) -> None:
@@ -450,8 +450,8 @@ class _Loop:
             "validation": self.validation,
             "best": self.best,
             "best_state": self.best_state,
-            "ended": self.ended,
-            "of_ends": self.of_ends,
+            "ended": self.stretches_ended,
+            "of_ends": self.mean_at_ends,
             "weights": self.module.state_dict(),
             "average": self.average.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
@@ -477,16 +477,20 @@ class _Loop:
         self.average.load_state_dict(state["average"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        self.step, self.used, self.validated = state["step"], state["seconds"], state["validated"]
+        self.step, self.earlier_seconds, self.validated = (
+            state["step"],
+            state["seconds"],
+            state["validated"],
+        )
         self.validation, self.best = state["validation"], state["best"]
         self.best_state, self.losses = state["best_state"], []
-        self.ended, self.of_ends = state["ended"], state["of_ends"]
+        self.stretches_ended, self.mean_at_ends = state["ended"], state["of_ends"]
         if self.fabric.is_global_zero:
-            _cut_log(self.folder / LOG, self.step)
+            _truncate_log(self.folder / LOG, self.step)
             _set_random_state(state["random"], self.fabric.device)
         else:  # the checkpoint has only the first device's generators; reseed the others
             self._seed(self.training.seed + self.step)
-        self.began = self.clock()
+        self.session_start = self.clock()
 
     def _check(self, state: Mapping[str, Any], path: Path) -> None:
         now = {"model": self.name, "config": self.config, "data": self.data.digest}
@@ -500,7 +504,7 @@ class _Loop:
                 str(path), f"was made with another {changed[0]}: train afresh or in another folder"
             )
 
-    def keep(self) -> Trained:
+    def write_weights(self) -> Trained:
         """Writes the final weights."""
         file = self.folder / WEIGHTS
         assert self.best_state is not None
@@ -569,7 +573,7 @@ class _Batches:
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
+def _ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
     @torch.no_grad()
     def average(averages: list[Tensor], weights: list[Tensor], count: Tensor | int) -> None:
         # A smaller decay at the start, so that the initial random weights are soon forgotten.
@@ -580,7 +584,7 @@ def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
 
 
 @torch.no_grad()
-def mean_of(model: Model, split: Split, batch: int = 64) -> float:
+def mean_loss(model: Model, split: Split, batch: int = 64) -> float:
     """Returns the mean of `evaluate` over a part, nats per picture."""
     device = next(cast(nn.Module, model).parameters()).device
     total = 0.0
@@ -615,7 +619,7 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-def _cut_log(path: Path, step: int) -> None:
+def _truncate_log(path: Path, step: int) -> None:
     """Drops lines logged after the checkpoint, which will be logged again, and incomplete lines."""
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     whole = [line for line in lines if line.endswith("\n")]

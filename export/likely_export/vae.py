@@ -83,7 +83,7 @@ class Pixels(nn.Module):
 
     def parameters_of(self, z: Tensor, y: Tensor) -> Tensor:
         """The parameters, given features (n, z) and labels (n,)."""
-        return self.model.decode(self.model.drawn(z, y)[:, None], y)[:, 0]
+        return self.model.decode(self.model.sample_prior(z, y)[:, None], y)[:, 0]
 
     def moments(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every pixel, levels rescaled to [0, 1], (n, c, h, w)."""
@@ -103,7 +103,7 @@ class Pixels(nn.Module):
         config = self.model.config
         noise = gumbel.permute(0, 3, 1, 2, 4).flatten(1, 3)
         if config.logistics:
-            levels = logistic.drawn(parameters, noise, config.levels)
+            levels = logistic.draw(parameters, noise, config.levels)
         else:
             levels = (torch.log_softmax(parameters, -1) + noise).argmax(-1)
         return levels.to(torch.uint8).unflatten(1, config.shape)

@@ -21,7 +21,7 @@ class Pairs(NamedTuple):
     odd: Tensor  # (pairs, n, channels)
 
     @classmethod
-    def of(cls, row: Tensor, edge: Tensor) -> Pairs:
+    def from_row(cls, row: Tensor, edge: Tensor) -> Pairs:
         """Splits a row (w, n, channels) into pairs; edge (1, n, channels) pads an odd width."""
         if row.shape[0] % 2:
             row = torch.cat([row, edge])
@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
         return columns[:w] if w % 2 else columns
 
 
-def seen(row: Pairs, edge: Tensor, w: int) -> list[Tensor]:
+def product_inputs(row: Pairs, edge: Tensor, w: int) -> list[Tensor]:
     """The inputs of the four products for a row of w columns, each (pairs, n, channels).
 
     Args:
@@ -63,7 +63,7 @@ def sums(read: list[Tensor], weights: list[Tensor], bias: Tensor) -> tuple[Tenso
     follows it.
 
     Args:
-        read: the four inputs of `seen`, each (m, channels).
+        read: the four inputs of `product_inputs`, each (m, channels).
         weights: the four matrices of `factors`, each (channels, units).
         bias: (units,) or (m, units).
     """

@@ -51,7 +51,7 @@ def test_an_attribute_knows_no_place_and_blank_pictures_have_none(name: str) -> 
 
 def test_where_there_is_one_label_and_no_attribute_there_is_no_direction() -> None:
     z = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
-    assert directions.found(z, np.zeros(20, np.int64), ("p",), {}) == ([], {})
+    assert directions.find_directions(z, np.zeros(20, np.int64), ("p",), {}) == ([], {})
 
 
 def test_directions_find_what_was_put_in_and_leave_labels_alone() -> None:
@@ -61,7 +61,7 @@ def test_directions_find_what_was_put_in_and_leave_labels_alone() -> None:
     means = 3 * rng.normal(size=(3, 6))
     way = rng.normal(size=6)
     z = means[y] + 2 * (a - 0.8 * y)[:, None] * way + rng.normal(size=(4000, 6))
-    entries, arrays = directions.found(z.astype(np.float32), y, ("p", "q", "r"), {"a": a})
+    entries, arrays = directions.find_directions(z.astype(np.float32), y, ("p", "q", "r"), {"a": a})
     assert [entry["name"] for entry in entries] == ["a", "label p", "label q", "label r"]
     assert (arrays["steps"] * arrays["probes"]).sum(1) == pytest.approx(1)
     place = z @ arrays["probes"].T + arrays["offsets"]
@@ -88,7 +88,7 @@ def test_a_direction_that_labels_leave_no_room_for_is_not_kept_apart() -> None:
     a = rng.normal(size=3000)
     # Labels differ along the very way that the attribute moves features.
     z = np.stack([4.0 * y + a, rng.normal(size=3000)], 1) + 0.1 * rng.normal(size=(3000, 2))
-    _, arrays = directions.found(z.astype(np.float32), y, ("p", "q", "r"), {"a": a})
+    _, arrays = directions.find_directions(z.astype(np.float32), y, ("p", "q", "r"), {"a": a})
     assert arrays["steps"][0, 0] == pytest.approx(1, abs=0.1)
 
 
@@ -96,9 +96,11 @@ def test_nothing_is_found_of_what_stands_still() -> None:
     rng = np.random.default_rng(0)
     y, moving = np.arange(20) % 2, rng.normal(size=(20, 3)).astype(np.float32)
     still, a = np.full((20, 3), np.float32(0.1)), rng.normal(size=20)
-    assert directions.found(still, y, ("p", "q"), {"a": a}) == ([], {})
-    entries, _ = directions.found(moving, y, ("p", "q"), {"a": np.full(20, 0.3), "b": a})
+    assert directions.find_directions(still, y, ("p", "q"), {"a": a}) == ([], {})
+    entries, _ = directions.find_directions(moving, y, ("p", "q"), {"a": np.full(20, 0.3), "b": a})
     assert [entry["name"] for entry in entries] == ["b", "label p", "label q"]
-    entries, arrays = directions.found(moving[:2], y[:2], ("p", "q"), {"a": a[:2]})  # one of each
+    entries, arrays = directions.find_directions(
+        moving[:2], y[:2], ("p", "q"), {"a": a[:2]}
+    )  # one of each
     assert [entry["name"] for entry in entries] == ["label p", "label q"]
     assert all(np.isfinite(array).all() for array in arrays.values())

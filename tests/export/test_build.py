@@ -18,7 +18,7 @@ from likely.graphs import Device
 from likely_export import evaluate, recipes, runs
 from likely_export.build import build
 from likely_export.corruptions import HARD, PANEL
-from likely_export.decisions import _taken
+from likely_export.decisions import _assigned_labels
 from likely_export.generated import Sizes
 from likely_export.material import Material
 from likely_export.replacing import rewriting
@@ -153,8 +153,8 @@ def test_the_labels_compared_are_those_that_are_served() -> None:
     evidence = np.array([[[-10.0, -11.0]], [[-10.0, -30.0]]])
     priors = np.array([0.2, 0.8])
     # Flattened by the temperature, the first picture's evidence weighs less than the prior.
-    assert _taken(evidence, (), priors, 5.0).tolist() == [1, 0]
-    assert _taken(evidence, (), priors, 0.1).tolist() == [0, 0]
+    assert _assigned_labels(evidence, (), priors, 5.0).tolist() == [1, 0]
+    assert _assigned_labels(evidence, (), priors, 0.1).tolist() == [0, 0]
 
 
 @pytest.mark.timeout(900)

@@ -25,7 +25,7 @@ from likely_export import composition, recipes, roles, runs
 from likely_export.build import extend
 from likely_export.classifier import Classifier, ClassifierConfig, fit_temperature
 from likely_export.data import Split
-from likely_export.judge import taught
+from likely_export.judge import train_judge
 from likely_export.moves import Moves
 from likely_export.recipes import Recipe
 
@@ -86,7 +86,7 @@ def test_the_graph_holds_temperature_and_softmax(opened: Opener) -> None:
     (log_pyx,) = opened(roles.discriminate(model), 9, 3).run({"x": x.numpy()}, ["log_pyx"])
     assert log_pyx == pytest.approx(expected, abs=1e-5)
     with pytest.raises(InvalidInput, match="no such graph"):
-        roles.source(Role.SAMPLE, [model], ())
+        roles.graph_source(Role.SAMPLE, [model], ())
 
 
 @pytest.mark.parametrize("options", [{"labels": 1}, {"channels": ()}])
@@ -161,7 +161,7 @@ def test_noise_gets_a_label_with_confidence_unless_it_is_rejected(engine: Engine
 
 def test_accepted_draws_show_their_label(engine: Engine) -> None:
     data = shortened(1).data.load()
-    judge = taught(data.train.x, data.train.y, data.levels, 10, steps=150, seed=5)
+    judge = train_judge(data.train.x, data.train.y, data.levels, 10, steps=150, seed=5)
     figures = asyncio.run(composition.drawings(engine, judge, 6))["acceptance"]
     assert figures["kept"] == 60
     assert figures["faithfulness"]["mean"] > 0.6

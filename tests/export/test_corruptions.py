@@ -8,7 +8,14 @@ import pytest
 
 from likely.answers import Pixels
 from likely.errors import InvalidInput
-from likely_export.corruptions import CHOOSING, HARD, PANEL, contrasting, corrupt, reported
+from likely_export.corruptions import (
+    CHOOSING,
+    HARD,
+    PANEL,
+    corrupt,
+    corrupt_for_contrast,
+    corrupt_for_report,
+)
 
 SETS = (PANEL, HARD, CHOOSING)
 GREY = {"salt": "aaf158eae108119d", "independent_pixels": "1465089b8ef09068"}
@@ -89,24 +96,24 @@ def test_grey_pictures_are_corrupted_as_ever() -> None:
 def test_what_tells_nothing_on_two_levels_is_left_out() -> None:
     x = shapes(2, (1, 28, 28))
     many = np.concatenate([x] * 10)
-    made, made_of, left_out = contrasting(tuple(CHOOSING), many, 2)
+    made, original_rows, left_out = corrupt_for_contrast(tuple(CHOOSING), many, 2)
     assert left_out == ("grainy", "sharpened")
     rows = np.arange(len(many)).reshape(len(CHOOSING), -1)
     kept = [index for index, name in enumerate(CHOOSING) if name not in left_out]
-    assert np.array_equal(made_of, rows[kept].ravel()) and len(made) == len(made_of)
+    assert np.array_equal(original_rows, rows[kept].ravel()) and len(made) == len(original_rows)
     rough = x ^ (np.random.default_rng(1).random(x.shape) < 0.03)
-    assert set(reported(rough.astype(np.uint8), 2)) == {*PANEL, *HARD} - {"half_contrast"}
+    assert set(corrupt_for_report(rough.astype(np.uint8), 2)) == {*PANEL, *HARD} - {"half_contrast"}
     with pytest.raises(InvalidInput, match=r"contrast: pictures of 2 levels .* grainy, sharpened"):
-        contrasting(("grainy", "sharpened"), x, 2)
+        corrupt_for_contrast(("grainy", "sharpened"), x, 2)
     with pytest.raises(InvalidInput, match="stay as they are"):  # of one picture one part is empty
-        contrasting(("grainy", "sharpened"), x[:1], 2)
+        corrupt_for_contrast(("grainy", "sharpened"), x[:1], 2)
 
 
 def test_on_many_levels_all_of_them_tell_something() -> None:
     x = np.concatenate([shapes(256, (1, 28, 28))] * 10)
-    made, made_of, left_out = contrasting(tuple(CHOOSING), x, 256)
+    made, original_rows, left_out = corrupt_for_contrast(tuple(CHOOSING), x, 256)
     parts = np.array_split(x, len(CHOOSING))
     expected = [corrupt(name, part, 256) for name, part in zip(CHOOSING, parts, strict=True)]
     assert np.array_equal(made, np.concatenate(expected)) and left_out == ()
-    assert np.array_equal(made_of, np.arange(len(x)))
-    assert list(reported(x, 256)) == [*PANEL, *HARD]
+    assert np.array_equal(original_rows, np.arange(len(x)))
+    assert list(corrupt_for_report(x, 256)) == [*PANEL, *HARD]

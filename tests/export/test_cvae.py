@@ -54,7 +54,7 @@ def test_log_weights_are_what_their_definition_says(config: CVAEConfig) -> None:
     mean, log_variance = model.encode(x, y)
     posterior = torch.distributions.Normal(mean[:, None], (log_variance / 2).exp()[:, None])
     z = posterior.loc + posterior.scale * eps
-    centre = model.drawn(torch.zeros(6, config.latent), y)
+    centre = model.sample_prior(torch.zeros(6, config.latent), y)
     assert config.label_prior == bool(centre.any())
     prior = torch.distributions.Normal(centre, torch.ones(()))
     for k in range(3):
@@ -172,7 +172,7 @@ def test_evaluation_takes_no_more_at_once_than_memory_may_hold(
     monkeypatch.setattr(model, "iwae", iwae)
     each = config.importance_samples * model.decoder_out.out_features
     for at_once, rows in ((4 * each, [4, 4, 1]), (1, [1] * 9)):
-        monkeypatch.setattr(cvae_module, "AT_ONCE", at_once)
+        monkeypatch.setattr(cvae_module, "OUTPUTS_PER_STEP", at_once)
         seen.clear()
         assert torch.allclose(model.evaluate(x, y), whole, atol=1e-4) and seen == rows
 
@@ -212,9 +212,9 @@ def test_drawn_levels_are_as_frequent_as_they_are_probable() -> None:
 )
 def test_graphs_pass_the_parity_gate(config: CVAEConfig, role: Role, opened: Any) -> None:
     model = cvae(config)
-    session = opened(roles.source(role, [model], ()), config.levels, config.labels)
+    session = opened(roles.graph_source(role, [model], ()), config.levels, config.labels)
     module: Any = {"conditional": Conditional, "generate": Generate, "encode": Encode}[role](model)
-    source = roles.source(role, [model], ())
+    source = roles.graph_source(role, [model], ())
     for n in (1, 3, 64):
         feeds = graphs.example(source.inputs, n, config.levels, config.labels, seed=n)
         expected = module(*map(torch.from_numpy, feeds.values()))
@@ -226,7 +226,7 @@ def test_graphs_pass_the_parity_gate(config: CVAEConfig, role: Role, opened: Any
 def test_with_labels_in_the_prior_only_the_prior_tells_them_apart() -> None:
     model, (x, _), eps = cvae(PRIOR), pictures(PRIOR, 4), noise(PRIOR, 4, 5)
     labels = torch.arange(PRIOR.labels)
-    weights = model.weights(
+    weights = model.log_weights_of_features(
         model.features(x)[:, None], x.flatten(1)[:, None, None], labels, eps[:, None]
     )
     mean, log_variance = model.encode(x, labels[:1])

@@ -14,7 +14,7 @@ from PIL import Image
 from likely.errors import InvalidInput
 from likely.levels import brightness, of_image
 from likely_export import data, sources
-from likely_export.data import PARTS, Sizes, Split, spread
+from likely_export.data import PARTS, Sizes, Split, evenly_spaced
 
 SIZES = Sizes(fit=4, calibrate=5, validate=3, test=6)
 NO_TEST = Sizes(fit=4, calibrate=5, validate=3)
@@ -38,9 +38,12 @@ def rows(split: Split) -> set[bytes]:
 
 
 def test_some_of_many_are_taken_from_all_over_them() -> None:
-    assert spread(10_000, 2_000).tolist() == list(range(0, 10_000, 5))
-    assert spread(3_000, 2_000).max() >= 2_998 and len(set(spread(3_000, 2_000))) == 2_000
-    assert spread(3, 5).tolist() == [0, 1, 2] and not len(spread(0, 5))
+    assert evenly_spaced(10_000, 2_000).tolist() == list(range(0, 10_000, 5))
+    assert (
+        evenly_spaced(3_000, 2_000).max() >= 2_998
+        and len(set(evenly_spaced(3_000, 2_000))) == 2_000
+    )
+    assert evenly_spaced(3, 5).tolist() == [0, 1, 2] and not len(evenly_spaced(0, 5))
 
 
 def test_the_digits_are_divided_into_five_disjoint_parts() -> None:
@@ -63,15 +66,17 @@ def test_copies_of_training_pictures_are_counted_where_they_are_held_out(
         tmp_path / "set.npz", x_train=x, y_train=np.zeros(40, int), x_test=x[:7], y_test=[0] * 7
     )
     found = data.load(tmp_path / "set.npz", NO_TEST, **options)
-    train = {picture.tobytes() for picture in found.train.given}
-    held = {part: [p.tobytes() in train for p in getattr(found, part).given] for part in PARTS[1:]}
-    assert found.copies() == {part: sum(one) for part, one in held.items()}
-    assert found.copies()["test"] > 3
+    train = {picture.tobytes() for picture in found.train.unbinarised}
+    held = {
+        part: [p.tobytes() in train for p in getattr(found, part).unbinarised] for part in PARTS[1:]
+    }
+    assert found.count_copies() == {part: sum(one) for part, one in held.items()}
+    assert found.count_copies()["test"] > 3
     for part in ("fit", "calibrate"):
-        seen = {picture.tobytes() for picture in getattr(found, part).given}
-        twice = sum(picture.tobytes() in seen for picture in found.test.given)
-        assert found.copies(part, ["test"]) == {"test": twice}
-    assert set(data.load("digits", Sizes(160, 260, 120, 300)).copies().values()) == {0}
+        seen = {picture.tobytes() for picture in getattr(found, part).unbinarised}
+        twice = sum(picture.tobytes() in seen for picture in found.test.unbinarised)
+        assert found.count_copies(part, ["test"]) == {"test": twice}
+    assert set(data.load("digits", Sizes(160, 260, 120, 300)).count_copies().values()) == {0}
 
 
 def test_a_division_is_a_function_of_its_seed_and_not_the_order_of_the_file(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from likely.engine import Engine
 from likely.graphs import Array, Session
 from likely_export import corruptions, costs, measures
 from likely_export.corruptions import HARD, INLIERS, PANEL
-from likely_export.data import Dataset, spread
+from likely_export.data import Dataset, evenly_spaced
 from likely_export.evaluate import _Evaluation
 from likely_export.generated import Sizes
 from likely_export.judge import Judge
@@ -57,8 +57,8 @@ def test_alphas_that_are_too_fine_are_named(engine: Engine, data: Dataset) -> No
     assert (made.alphas, made.left_out, made.largest) == ([0.1, 0.05], [0.001], 0.1)
     none = evaluation(engine, data, (0.001, 0.002))
     assert (none.alphas, none.left_out) == ([], [0.001, 0.002])
-    scores = asyncio.run(none._score(none.some))
-    assert len(scores.p_value) == len(none.some)
+    scores = asyncio.run(none._score(none.corruptible))
+    assert len(scores.p_value) == len(none.corruptible)
 
 
 def test_what_is_given_the_label_says_which_bound_it_is(engine: Engine, data: Dataset) -> None:
@@ -105,7 +105,7 @@ def test_of_a_larger_set_as_many_are_mixed_in_as_there_are_test_pictures(
     sizes = Sizes(test=60, outliers=100)
     made = _Evaluation(Bundle.open(FOLDER), engine, data, (0.1,), {"turned": x}, sizes)
     judge = Judge(data.shape, data.levels, len(data.labels))
-    found = asyncio.run(made._mixed(judge, asyncio.run(made._classify(made.test.x))))
+    found = asyncio.run(made._open_set_figures(judge, asyncio.run(made._classify(made.test.x))))
     assert found["turned"]["size"] == 60
 
 
@@ -115,7 +115,9 @@ def test_the_figures_of_sets_have_errors_and_the_panel_those_of_its_own(
     made = evaluation(engine, data, (0.1,))
     names = [INLIERS, *PANEL]
     sets = {
-        name: PictureSet(made.some[:1], *np.random.default_rng(at).normal(at / 9, 1, (3, size)))
+        name: PictureSet(
+            made.corruptible[:1], *np.random.default_rng(at).normal(at / 9, 1, (3, size))
+        )
         for at, (name, size) in enumerate(zip(names, [60, *[10] * len(PANEL)], strict=True))
     }
     found = made._separations(sets)
@@ -130,7 +132,7 @@ def test_the_figures_of_sets_have_errors_and_the_panel_those_of_its_own(
     # The sets share the test part, and are otherwise independent here.
     for name in PANEL:
         one, outside = found["outliers"][name], sets[name].unusualness
-        apart = measures.separation(sets[INLIERS].unusualness, outside, spread(60, 10))
+        apart = measures.separation(sets[INLIERS].unusualness, outside, evenly_spaced(60, 10))
         assert apart.items() <= one.items()
     assert np.mean(errors) / np.sqrt(len(PANEL)) < panel["auroc_mean_standard_error"]
     assert panel["auroc_mean_standard_error"] < np.mean(errors)
@@ -145,7 +147,7 @@ def test_a_corruption_that_tells_nothing_is_no_set(
     monkeypatch.setattr(corruptions, "PANEL", panel)
     made = evaluation(engine, data, (0.1,))
     noise = np.random.default_rng(0).normal(0, 1, (3, len(made.test)))
-    sets = {INLIERS: PictureSet(made.some[:1], *noise)}
+    sets = {INLIERS: PictureSet(made.corruptible[:1], *noise)}
     sets |= asyncio.run(made._outside())
     assert set(sets) == {INLIERS, *PANEL, *HARD} - {"salt"}
     found = made._separations(sets)

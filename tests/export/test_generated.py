@@ -62,7 +62,7 @@ def test_draws_are_compared_with_as_many_test_pictures_of_each_label(
     mostly_ones = data.test.take(np.concatenate([ones, others[::4]]))
     made = drawing(engine, replace(data, test=mostly_ones))
     groups = [np.full((30, *data.shape), y, np.uint8) for y in range(10)]
-    drawn, held = made._compared(groups)
+    drawn, held = made._matched_pictures(groups)
     y_of = {x.tobytes(): y for x, y in zip(mostly_ones.x, mostly_ones.y, strict=True)}
     assert [int(x[0, 0, 0]) for x in drawn] == [y_of[x.tobytes()] for x in held]
     assert len({x.tobytes() for x in held}) == len(held)  # none of them twice
@@ -93,23 +93,23 @@ def test_copies_in_the_test_part_hide_no_copier(engine: Engine, data: Dataset) -
 
 
 def test_labels_are_drawn_in_turn_and_no_index_twice(engine: Engine) -> None:
-    groups = asyncio.run(generated.drawn_by_label(engine, 10, 2, 5))
+    groups = asyncio.run(generated.draw_by_label(engine, 10, 2, 5))
     assert [group.label.tolist() for group in groups] == [[y, y] for y in range(10)]
     assert [group.first_index for group in groups] == list(range(0, 20, 2))
     assert all(len(group.images) == len(group.draws) == len(group.accepted) for group in groups)
-    (alone,) = asyncio.run(generated.drawn_by_label(engine, 0, 70, 5))
+    (alone,) = asyncio.run(generated.draw_by_label(engine, 0, 70, 5))
     assert len(alone.images) == 70  # of two chunks
     assert np.array_equal(
-        asyncio.run(generated.drawn_by_label(engine, 0, 1, 5))[0].images[0], alone.images[0]
+        asyncio.run(generated.draw_by_label(engine, 0, 1, 5))[0].images[0], alone.images[0]
     )
 
 
 def test_draws_surprise_their_own_model_and_no_other(engine: Engine, data: Dataset) -> None:
     made = drawing(engine, data)
-    assert made._own_surprise(3)["self_entropy"]["draws"] == 3
+    assert made._self_entropy(3)["self_entropy"]["draws"] == 3
     roles = {"density": ["local", "pixelcnn"], "sample": "pixelcnn"}
     made.manifest = made.manifest.model_copy(update={"recipe": {"roles": roles}})
-    assert made._own_surprise(3) == {}
+    assert made._self_entropy(3) == {}
 
 
 @pytest.mark.timeout(900)  # it trains, on whatever is left of the machine
@@ -119,7 +119,7 @@ def test_a_bundle_that_draws_and_scores_without_labels_is_evaluated_beside_them(
     recipe = recipes.parse(DRAWN_WITHOUT_LABELS)
     runs.train_all(recipe, tmp_path / "run")
     manifest = build(tmp_path / "run", tmp_path / "bundle")
-    assert manifest.labels and generated.labels_drawn(manifest) == 0
+    assert manifest.labels and generated.count_drawable_labels(manifest) == 0
     sizes = Sizes(test=60, outliers=20, drawn=40, bound=10, steps=5, examples=3)
     figures, material = evaluate.evaluate(
         tmp_path / "bundle", recipe.data.load(), recipe.calibration.alphas, {}, sizes
@@ -135,7 +135,7 @@ def test_a_bundle_that_draws_and_scores_without_labels_is_evaluated_beside_them(
     bundle = Bundle.open(tmp_path / "bundle")
     engine = Engine.load(bundle, device=Device("cpu"), threads=1, max_batch=16)
     served = asyncio.run(
-        engine.classify(recipe.data.load().test.some(60).x, 0.1, rule=LabelRule.DISCRIMINATIVE)
+        engine.classify(recipe.data.load().test.subsample(60).x, 0.1, rule=LabelRule.DISCRIMINATIVE)
     )
     engine.close()
     assert material.discriminated is not None and material.labelled is None

@@ -14,7 +14,7 @@ from likely.bundle import Graph, TensorSpec
 from likely.errors import BundleError
 from likely.graphs import Array
 from likely_export import graphs
-from likely_export.graphs import compact, sink
+from likely_export.graphs import compact, sink_weights
 from likely_export.hygiene import subgraphs
 
 SIZE = 16
@@ -89,7 +89,7 @@ def answers(model: onnx.ModelProto) -> list[np.ndarray]:
 def test_a_weight_sinks_to_the_one_graph_that_reads_it() -> None:
     made = model()
     before = answers(made)
-    sink(made.graph)
+    sink_weights(made.graph)
     assert lying(made) == {
         "main": ["both", "first", "here", "told"],
         "outer": ["shallow"],
@@ -105,14 +105,14 @@ def test_a_name_that_a_body_binds_itself_is_another() -> None:
     for graph in subgraphs(made.graph):
         if graph.name == "other":
             graph.initializer.append(weight("both"))
-    sink(made.graph)
+    sink_weights(made.graph)
     assert lying(made)["inner"] == ["both", "deep"] and lying(made)["other"] == ["both"]
 
 
 def test_weights_are_halved_wherever_they_lie() -> None:
     made = model()
     before = answers(made)
-    sink(made.graph)
+    sink_weights(made.graph)
     compact(made)
     onnx.checker.check_model(made, full_check=True)
     for graph in subgraphs(made.graph):

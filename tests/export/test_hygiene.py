@@ -44,12 +44,12 @@ def source(role: Role, name: str) -> tuple[GraphSource, int, int]:
     if name in CONFIGS:
         config = CONFIGS[name]
         return (
-            roles.source(role, [autoregressive.model(name)], NAMES),
+            roles.graph_source(role, [autoregressive.model(name)], NAMES),
             config.levels,
             config.labels,
         )
     bound = BOUNDS[name]
-    return roles.source(role, [CVAE(bound).eval()], NAMES), bound.levels, bound.labels
+    return roles.graph_source(role, [CVAE(bound).eval()], NAMES), bound.levels, bound.labels
 
 
 @functools.cache

@@ -109,8 +109,8 @@ def test_an_autoencoder_has_no_graph_that_draws() -> None:
     model = families.create("autoencoder", options, shape=(1, 4, 4), levels=5, labels=3, seed=0)
     for role in (Role.GENERATE, Role.SAMPLE, Role.DENSITY, Role.CONDITIONAL):
         with pytest.raises(InvalidInput, match="no such graph"):
-            roles.source(role, [model], ())
-    assert [spec.name for spec in roles.source(Role.DECODE, [model], ()).outputs] == ["mean"]
+            roles.graph_source(role, [model], ())
+    assert [spec.name for spec in roles.graph_source(Role.DECODE, [model], ()).outputs] == ["mean"]
 
 
 RECIPE = """

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from likely_export import measures
-from likely_export.data import spread
+from likely_export.data import evenly_spaced
 
 
 def test_error_of_the_mean() -> None:
@@ -52,13 +52,15 @@ def test_standard_errors_of_outliers_made_of_inliers_are_those_of_new_pictures(
     n: int, m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measures, "SAMPLES", 20)
-    rng, made_of = np.random.default_rng(10), spread(n, m)
+    rng, original_rows = np.random.default_rng(10), evenly_spaced(n, m)
     found, apart = [], []
     for _ in range(200):
         inliers = rng.normal(size=n)
-        outliers = 0.9 * inliers[made_of] + rng.normal(1, 0.44, m)
-        found.append(measures.separation(inliers, outliers, made_of))
-        apart.append(measures.paired(*measures.placements(inliers, outliers))["standard_error"])
+        outliers = 0.9 * inliers[original_rows] + rng.normal(1, 0.44, m)
+        found.append(measures.separation(inliers, outliers, original_rows))
+        apart.append(
+            measures.placement_mean(*measures.placements(inliers, outliers))["standard_error"]
+        )
     for name in ("auroc", "fpr95", "aupr"):
         estimated = np.mean([one[f"{name}_standard_error"] for one in found])
         assert estimated == pytest.approx(np.std([one[name] for one in found]), rel=0.2), name
@@ -99,7 +101,7 @@ def test_to_accept_an_outlier_is_an_error() -> None:
 
 def test_a_variance_estimated_below_0_is_0() -> None:
     over, under = np.array([1.0, 0.0, 0.5, 0.5]), np.array([0.0, 0.75, 0.375])
-    assert measures.paired(over, under, np.arange(3))["standard_error"] == 0
+    assert measures.placement_mean(over, under, np.arange(3))["standard_error"] == 0
 
 
 def test_the_error_of_an_open_set_rate_is_that_of_new_pictures() -> None:

@@ -10,7 +10,7 @@ from scipy.special import expit, softmax
 
 from likely.bundle import TensorSpec
 from likely_export import logistic
-from likely_export.mixture import EVEN, MixtureHead
+from likely_export.mixture import UNIFORM_SHARE, MixtureHead
 from likely_export.roles import GraphSource
 
 
@@ -42,7 +42,7 @@ def by_the_paper(head: MixtureHead, f: np.ndarray, pixel: tuple[int, ...]) -> fl
         half = 1 / (levels - 1)
         high = expit((u[i] + half - mean) / scale) if level < levels - 1 else 1.0
         low = expit((u[i] - half - mean) / scale) if level else 0.0
-        p = p * ((1 - EVEN) * (high - low) + EVEN / levels)
+        p = p * ((1 - UNIFORM_SHARE) * (high - low) + UNIFORM_SHARE / levels)
     return float(p.sum())
 
 
@@ -78,7 +78,7 @@ def test_surprise_is_bounded_and_has_a_gradient(spread: float) -> None:
     head, f = made(3, 256, 2, spread), features(8, 4)
     x = torch.randint(0, 256, (8, 3, 4, 4), generator=torch.Generator().manual_seed(5)).byte()
     nats = head.nats(f, x)
-    assert nats.max() <= -np.log(EVEN / 256) + 1e-3
+    assert nats.max() <= -np.log(UNIFORM_SHARE / 256) + 1e-3
     nats.sum().backward()
     for weight in head.parameters():
         assert weight.grad is not None and weight.grad.isfinite().all()

@@ -43,16 +43,16 @@ def test_outputs_are_those_of_all_rows_in_the_order_asked() -> None:
     inputs = (spec("x", "uint8", *SHAPE), spec("eps", "float32", *SHAPE))
     outputs = (spec("sum", "float32", *SHAPE), spec("product", "float32", *SHAPE))
     source = GraphSource(Noisy(), inputs, outputs)
-    product, total = passes.torch_rows(source, {"eps": eps, "x": x}, ["product", "sum"])
+    product, total = passes.run_module(source, {"eps": eps, "x": x}, ["product", "sum"])
     assert np.array_equal(product, x * eps) and np.array_equal(total, x + eps)
 
 
 def test_the_common_noise_is_fed_to_graphs_that_take_it() -> None:
     x, own = pictures(5), (spec("x", "uint8", *SHAPE),)
     plain = Graph(file="plain.onnx", inputs=own, outputs=(), importance_samples=0)
-    assert passes.feeds(plain, x) == {"x": x}
+    assert passes.picture_feeds(plain, x) == {"x": x}
     noisy = plain.model_copy(update={"inputs": (*own, spec("eps", "float32", 2, 3))})
-    fed = passes.feeds(noisy, x)
+    fed = passes.picture_feeds(noisy, x)
     assert fed["x"] is x and np.array_equal(fed["eps"], noise.common((5, 2, 3)))
 
 
@@ -73,7 +73,7 @@ class Wide(nn.Module):
 def test_no_output_of_a_batch_is_kept() -> None:
     outputs = (spec("large", "float32", 100, *SHAPE[1:]), spec("sum", "float32"))
     module, x = Wide(), pictures(3 * passes.BATCH)
-    (found,) = passes.torch_rows(
+    (found,) = passes.run_module(
         GraphSource(module, (spec("x", "uint8", *SHAPE),), outputs), {"x": x}, ["sum"]
     )
     assert len(module.given) == 6 and np.array_equal(found, x.sum((1, 2, 3)))
@@ -104,7 +104,7 @@ class Counted(nn.Module):
 def test_a_module_is_called_with_as_many_as_asked_and_convolves_with_channels_last() -> None:
     module = nn.Sequential(nn.Conv2d(3, 2, (2, 3)), Counted())
     source = GraphSource(module, (spec("x", "float32", 3, 4, 5),), (spec("n", "float32"),))
-    (found,) = passes.torch_rows(source, {"x": np.zeros((5, 3, 4, 5), np.float32)}, ["n"], batch=2)
+    (found,) = passes.run_module(source, {"x": np.zeros((5, 3, 4, 5), np.float32)}, ["n"], batch=2)
     assert found.tolist() == [2, 2, 2, 2, 1]
     kernel = module[0].weight
     assert isinstance(kernel, Tensor) and kernel.is_contiguous(memory_format=torch.channels_last)
@@ -115,5 +115,5 @@ def test_batches_run_beside_each_other_and_keep_their_order(
 ) -> None:
     monkeypatch.setattr(machine, "cores", lambda: 2)
     x = np.arange(7.0)[:, None]
-    less, twice = passes.rows(cast(Session, Turned()), {"x": x}, ["less", "twice"], batch=3)
+    less, twice = passes.run_graph(cast(Session, Turned()), {"x": x}, ["less", "twice"], batch=3)
     assert np.array_equal(less, -x) and np.array_equal(twice, 2 * x)

@@ -557,7 +557,7 @@ def test_completions_show_what_was_given_and_what_was_drawn() -> None:
 def test_figures_are_told_with_the_digits_they_have(
     found: Any, kind: text.Kind, expected: str
 ) -> None:
-    assert text.value(found, kind) == expected
+    assert text.format_figure(found, kind) == expected
 
 
 def test_figures_are_found_by_paths_whose_names_have_dots() -> None:

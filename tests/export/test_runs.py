@@ -144,7 +144,7 @@ def test_sets_of_one_file_name_are_refused_as_a_manifest_could_not_tell_them_apa
     with pytest.raises(InvalidInput, match=rf"evaluation\.others\.{says}"):
         runs.train_all(with_others(f"{tmp_path}/"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    runs._check(with_others(""))
+    runs._load_checked_data(with_others(""))
 
 
 OTHERS = """
@@ -281,7 +281,7 @@ def test_a_run_that_moves_to_another_machine_keeps_the_precision_of_what_has_beg
 ) -> None:
     folder = tmp_path / "run"
     recipe = recipe._with_training(lambda own: replace(own, precision="bf16-mixed"))
-    monkeypatch.setattr(runs, "_seldom", lambda report: report)
+    monkeypatch.setattr(runs, "_throttle", lambda report: report)
 
     def stop(_: str, now: Progress) -> None:
         if now.step == 3:  # after a checkpoint
@@ -490,17 +490,17 @@ class Messages:
 
 
 def test_a_worker_that_dies_without_a_word_is_news(recipe: Recipe, tmp_path: Path) -> None:
-    assert runs._next(Messages(), {"a": Ended(-9)}) == ("a", "its process ended with code -9")  # type: ignore[dict-item]
+    assert runs._receive(Messages(), {"a": Ended(-9)}) == ("a", "its process ended with code -9")  # type: ignore[dict-item]
 
 
 def test_a_worker_that_dies_is_noticed_though_another_reports() -> None:
     running: Any = {"a": Ended(None), "b": Ended(None)}
     now = Progress(1, 0.5, 0.1, 3.0, 3.0)
-    assert runs._next(Messages(talking=("b", now)), running) == ("b", now)
+    assert runs._receive(Messages(talking=("b", now)), running) == ("b", now)
     running["a"] = Ended(1)
     last = Messages(("b", now), ("a", "diverged"), talking=("b", now))
-    assert [runs._next(last, running) for _ in range(2)] == [("b", now), ("a", "diverged")]
-    assert runs._next(last, running) == ("a", "its process ended with code 1")
+    assert [runs._receive(last, running) for _ in range(2)] == [("b", now), ("a", "diverged")]
+    assert runs._receive(last, running) == ("a", "its process ended with code 1")
 
 
 def test_progress_is_lines_where_there_is_no_terminal() -> None:

@@ -45,7 +45,7 @@ def test_one_pass_reproduces_every_choice(name: str) -> None:
         x = roles.sampler(model)(noise, y)
         assert x.dtype == torch.uint8 and x.shape == (64, *config.shape)
         assert len(torch.unique(x)) > 1
-        assert are_chosen(model.head.split(x), scores(model, x, noise, y))
+        assert are_chosen(model.head.to_digits(x), scores(model, x, noise, y))
 
 
 def test_a_picture_may_be_one_column_wide(opened: Opener) -> None:
@@ -59,7 +59,7 @@ def test_a_picture_may_be_one_column_wide(opened: Opener) -> None:
     (drawn,) = session.run({"gumbel": noise.numpy(), "y": y.numpy()}, ["x"])
     x = torch.from_numpy(drawn)
     with torch.no_grad():
-        assert are_chosen(model.head.split(x), scores(model, x, noise, y))
+        assert are_chosen(model.head.to_digits(x), scores(model, x, noise, y))
 
 
 @EVERY
@@ -71,7 +71,7 @@ def test_drawing_equals_the_naive_way(name: str) -> None:
     found: list[torch.Tensor] = []
     with torch.no_grad():
         x = roles.sampler(model)(noise, y)
-        digits = model.head.split(x)
+        digits = model.head.to_digits(x)
         for i, j, k in itertools.product(range(h), range(w), range(c)):
             for d in range(config.digits):  # a digit needs those before it
                 at = k * config.digits + d
@@ -144,7 +144,7 @@ def test_towering_noise_fixes_a_pixel(opened: Opener) -> None:
     session = opened(roles.sample(model), config.levels, config.labels)
     noise = autoregressive.gumbel(config, 8).numpy()
     wanted = autoregressive.pictures(config, 8)
-    digits = model.head.split(wanted).unflatten(-1, (1, 2)).numpy()
+    digits = model.head.to_digits(wanted).unflatten(-1, (1, 2)).numpy()
     rows = np.arange(6)[None, :, None, None, None] < 3
     fixed = np.where(np.arange(4) == digits[..., None], 1e6, 0.0).astype(np.float32)
     noise = np.where(rows[..., None], fixed, noise)
@@ -163,7 +163,7 @@ def test_the_reference_model_draws_exactly(opened: Opener) -> None:
     noise = autoregressive.gumbel(config, 64)
     x = torch.from_numpy(session.run({"gumbel": noise.numpy()}, ["x"])[0])
     with torch.no_grad():
-        assert are_chosen(model.head.split(x), scores(model, x, noise, None))
+        assert are_chosen(model.head.to_digits(x), scores(model, x, noise, None))
         naive = torch.zeros_like(x[:2])
         found: list[torch.Tensor] = []
         for i, j in itertools.product(range(28), range(28)):

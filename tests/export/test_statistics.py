@@ -31,7 +31,7 @@ OWN = tuple(name for name, statistic in STATISTICS.items() if statistic.needs is
 def made(name: str, n: int = 5) -> Tables:
     model, config = autoregressive.model(name), autoregressive.CONFIGS[name]
     x = autoregressive.pictures(config, n)
-    found = tables(model.log_probs(x), model.head.split(x), config.shape[0])
+    found = tables(model.log_probs(x), model.head.to_digits(x), config.shape[0])
     assert torch.allclose(found.surprise, model.surprise(x), atol=1e-5)
     assert torch.all(found.coarse <= found.surprise + 1e-5)
     return found
@@ -107,7 +107,7 @@ def test_statistics_are_their_closed_forms() -> None:
         "regional_bias": [0.75, *[-0.25] * 15],
     }
     for name, values in expected.items():
-        assert STATISTICS[name].of(t)[0].tolist() == pytest.approx(values), name
+        assert STATISTICS[name].compute(t)[0].tolist() == pytest.approx(values), name
 
 
 def test_regions_are_of_neighbours() -> None:
@@ -141,7 +141,7 @@ def test_calibrated_p_values_are_valid_for_dependent_statistics(
     fit, ranked = (Seen(values, np.arange(len(values)) % 3) for values in draw[:2])
     odd = Seen(rng.normal(size=(300, 6)) @ mixing.T, np.zeros(300, np.int64))
     columns = {"all": np.arange(6)}
-    learnt = calibrate.combination(fit, parts, columns, odd, labels=4, made_of=np.arange(300))
+    learnt = calibrate.combination(fit, parts, columns, odd, labels=4, original_rows=np.arange(300))
     detector = Detector(calibrate.detector(learnt, ranked))
     label = np.arange(len(draw[2])) % 3
     p = detector.p_value(detector.score(draw[2], label))
@@ -171,7 +171,7 @@ def test_a_picture_is_held_out_together_with_its_corrupted_twin(
     rows = np.delete(np.arange(50), range(5, 10))  # what is made of the others was left out
     odd = Seen(values[rows], label[rows])  # told from what it is made of by nothing
     parts, columns = [PartConfig("contrast")], {"all": np.arange(2)}
-    calibrate.combination(Seen(values, label), parts, columns, odd, made_of=rows)
+    calibrate.combination(Seen(values, label), parts, columns, odd, original_rows=rows)
     # A part says how unusual a picture is that it was not fitted on; in the end all serve.
     assert [len(fitted) for fitted, _ in learnt_from] == [37, 37, 38, 38, 50]
     assert all(twins <= fitted for fitted, twins in learnt_from)
@@ -240,11 +240,11 @@ def test_ranks_do_not_tell_apart_what_agrees_but_for_rounding() -> None:
 
 def test_a_few_pictures_of_a_label_do_not_say_how_far_its_next_ones_deviate() -> None:
     rng = np.random.default_rng(0)
-    sizes = (400, 2, calibrate.ENOUGH, 1, 0)
+    sizes = (400, 2, calibrate.MIN_LABEL_PICTURES, 1, 0)
     label = np.repeat(np.arange(len(sizes)), sizes)
     average = rng.normal(label, 1.0)
     average[label == 1] = 3.0, 3.001
-    usual = calibrate._usual(average, label, len(sizes))
+    usual = calibrate._mean_and_deviation_by_label(average, label, len(sizes))
     for k in (0, 2):  # of as many as speak for themselves nothing but their own
         own = average[label == k]
         assert usual[k].tolist() == [own.mean(), own.std()]
@@ -278,7 +278,7 @@ def test_what_does_not_vary_is_combined_too(
     seen = Seen(values, np.arange(8) if case == "alone" else np.zeros(8, np.int64))
     part = PartConfig(kind, components=1, neighbours=1)
     learnt = calibrate.combination(
-        seen, [part], calibrate.places({"all": 3}), seen, labels=8, made_of=np.arange(8)
+        seen, [part], calibrate.places({"all": 3}), seen, labels=8, original_rows=np.arange(8)
     )
     assert np.isfinite(learnt(seen.statistics, seen.label)).all()
 
@@ -288,7 +288,7 @@ def test_the_temperature_is_found_again() -> None:
     log_pxy = rng.normal(size=(20000, 5)) * 3
     honest = np.exp(log_pxy) / np.exp(log_pxy).sum(1, keepdims=True)
     y = (honest.cumsum(1) > rng.random((20000, 1))).argmax(1)
-    found = calibrate.temperature(log_pxy * 4, y, np.full(5, 0.2))
+    found = calibrate.fit_temperature(log_pxy * 4, y, np.full(5, 0.2))
     assert found == pytest.approx(4, rel=0.05)
 
 
@@ -298,6 +298,6 @@ def test_the_better_expert_and_its_temperature_are_found_again() -> None:
     honest = np.exp(log_pxy) / np.exp(log_pxy).sum(1, keepdims=True)
     y = (honest.cumsum(1) > rng.random((4000, 1))).argmax(1)
     evidence = np.stack([log_pxy * 4, rng.normal(size=(4000, 5))], 1)
-    weights, temperature = calibrate.expert_weights(evidence, y, np.full(5, 0.2))
+    weights, temperature = calibrate.fit_expert_weights(evidence, y, np.full(5, 0.2))
     assert sum(weights) == pytest.approx(1) and weights[0] > 0.8
     assert temperature / weights[0] == pytest.approx(4, rel=0.1)

@@ -184,7 +184,7 @@ def test_training_lowers_the_objective_and_says_how_far_it_is(
 ) -> None:
     seen: list[Progress] = []
     model = toy(pictures)
-    before = train.mean_of(model.eval(), pictures.validate)
+    before = train.mean_loss(model.eval(), pictures.validate)
     done = train.fit(model, pictures, TRAINING, tmp_path, report=seen.append)
     assert done.validation < before - 1
     assert [now.step for now in seen] == list(range(1, done.steps + 1))
@@ -199,7 +199,7 @@ def test_the_weights_kept_are_those_that_were_validated(pictures: Dataset, tmp_p
     again = toy(pictures)
     again.load_state_dict(state(tmp_path))
     # Not to the bit: where a tensor lies in memory decides in which order some processors add.
-    found = train.mean_of(again.eval(), pictures.validate)
+    found = train.mean_loss(again.eval(), pictures.validate)
     assert found == pytest.approx(done.validation, rel=1e-6)
 
 
@@ -245,7 +245,7 @@ def test_a_run_that_diverges_says_so(pictures: Dataset, tmp_path: Path) -> None:
 def test_a_run_that_diverges_says_so_long_before_it_validates(
     pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "STEPS_BETWEEN_LOOKS", 4)
+    monkeypatch.setattr(train, "STEPS_BETWEEN_CHECKS", 4)
     seldom = replace(TRAINING, validations=1)
     with pytest.raises(LikelyError, match=r"Toy diverged before step 8: objective nan; lower"):
         train.fit(toy(pictures, explode_at=6), pictures, seldom, tmp_path)
@@ -292,7 +292,7 @@ def test_progress_tells_what_would_be_kept_now(
     pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_best: bool, kept: float
 ) -> None:
     means = iter([3.0, 2.0, 4.0])
-    monkeypatch.setattr(train, "mean_of", lambda *_: next(means))
+    monkeypatch.setattr(train, "mean_loss", lambda *_: next(means))
     seen: list[Progress] = []
     training = replace(TRAINING, epochs=1, validations=3, keep_best=keep_best)
     done = train.fit(toy(pictures), pictures, training, tmp_path, report=seen.append)
@@ -304,7 +304,7 @@ def test_what_ended_the_stretches_is_averaged_where_that_is_better(
     pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[float]
 ) -> None:
     means = iter(found)
-    monkeypatch.setattr(train, "mean_of", lambda *_: next(means))
+    monkeypatch.setattr(train, "mean_loss", lambda *_: next(means))
     training = replace(TRAINING, epochs=1, validations=1, keep_best=False)
     train.fit(toy(pictures), pictures, training, tmp_path)
     first = state(tmp_path)

@@ -10,7 +10,7 @@ from likely.bundle import Graph, Kind, Role
 from likely_export import corruptions
 from likely_export.report.outliers import hard
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import PER_CENT, value
+from likely_export.report.text import PER_CENT, format_figure
 
 ABOUT = (".html", ".json")  # files that describe the bundle and are not served
 ANSWERS = {
@@ -42,10 +42,14 @@ def card(subject: Subject) -> View:
             (role.value, ANSWERS[role], _kind(graph)) for role, graph in manifest.graphs.items()
         ],
         "source": data.get("source", ""),
-        "splits": [(n, value(size)) for n, size in splits.items() if size and size is not True],
+        "splits": [
+            (n, format_figure(size)) for n, size in splits.items() if size and size is not True
+        ],
         "copies": _copies(subject.figure("copies_of_training")),
         "seen": _copies(_seen(subject)),
-        "test_size": value(subject.figures["test_size"]) if "test_size" in subject.figures else "",
+        "test_size": format_figure(subject.figures["test_size"])
+        if "test_size" in subject.figures
+        else "",
         "binarised": bool(data.get("binarise")),
         "models": [
             (name, model.get("family", ""), _training(model.get("training", {})))
@@ -69,7 +73,7 @@ def reproduction(subject: Subject) -> View:
         "name": subject.manifest.name,
         "source": recipe.get("data", {}).get("source", ""),
         "digest": subject.manifest.data_digest,
-        "recipe": tomli_w.dumps(_known(recipe)) if recipe else "",
+        "recipe": tomli_w.dumps(_without_none(recipe)) if recipe else "",
     }
 
 
@@ -92,7 +96,7 @@ def _contrast(calibration: dict[str, Any]) -> list[str]:
 
 def _copies(found: dict[str, int] | None) -> str | None:
     """How many pictures of each part are training pictures too; None if they were not counted."""
-    return None if found is None else value({part: n for part, n in found.items() if n})
+    return None if found is None else format_figure({part: n for part, n in found.items() if n})
 
 
 def _seen(subject: Subject) -> dict[str, int]:
@@ -104,12 +108,14 @@ def _seen(subject: Subject) -> dict[str, int]:
 def _training(training: dict[str, Any]) -> str:
     names = ("epochs", "steps", "batch", "optimiser", "learning_rate", "precision")
     return ", ".join(
-        f"{name.replace('_', ' ')} {value(training[name])}" for name in names if training.get(name)
+        f"{name.replace('_', ' ')} {format_figure(training[name])}"
+        for name in names
+        if training.get(name)
     )
 
 
-def _known(values: Any) -> Any:
+def _without_none(values: Any) -> Any:
     """The values without None, which TOML cannot express."""
     if isinstance(values, dict):
-        return {name: _known(item) for name, item in values.items() if item is not None}
-    return [_known(item) for item in values] if isinstance(values, list | tuple) else values
+        return {name: _without_none(item) for name, item in values.items() if item is not None}
+    return [_without_none(item) for item in values] if isinstance(values, list | tuple) else values

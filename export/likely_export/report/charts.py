@@ -25,15 +25,15 @@ from likely_export.measures import BAND, BINS, rejection_band
 from likely_export.report.text import words
 
 # Colours that matplotlib draws with, and the page's variables for them; series by Okabe and Ito.
-INK, FAINT, IN = "#1b2a41", "#b9c0ca", "#5b6b80"
+INK, FAINT, INLIER_COLOUR = "#1b2a41", "#b9c0ca", "#5b6b80"
 SERIES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 VARIABLES = {
     INK: "--ink",
     FAINT: "--faint",
-    IN: "--in",
+    INLIER_COLOUR: "--in",
     **{colour: f"--series-{at}" for at, colour in enumerate(SERIES)},
 }
-OUT, MAIN = SERIES[:2]
+OUTLIER_COLOUR, MAIN = SERIES[:2]
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)), "-", (0, (5, 2)))
 HIGHLIGHTED = len(SERIES)
 STYLE: Any = {
@@ -193,7 +193,10 @@ def _histograms(ax: Axes, inliers: Doubles, outliers: Sequence[Doubles], scale: 
         edges = np.sinh(np.linspace(np.arcsinh(low), np.arcsinh(high) + 0.1, 72))
     behind = _heights(inliers, edges)
     for row, values in enumerate(outliers):
-        for heights, colour, alpha in ((behind, IN, 0.35), (_heights(values, edges), OUT, 0.45)):
+        for heights, colour, alpha in (
+            (behind, INLIER_COLOUR, 0.35),
+            (_heights(values, edges), OUTLIER_COLOUR, 0.45),
+        ):
             top = row - 0.84 * heights
             ax.stairs(
                 top, edges, baseline=row, fill=True, color=colour, alpha=alpha, linewidth=0
@@ -310,7 +313,7 @@ def _reliability(labelled: Labelled, figure: Figure) -> None:
         interval = binomtest(hits, n).proportion_ci(method="wilson")
         above.plot([at, at], [interval.low, interval.high], color=MAIN, linewidth=1.2)
         above.plot(at, hits / n, marker="o", markersize=6, color=MAIN)
-        below.bar((k + 0.5) / BINS, n, 0.9 / BINS, color=IN, linewidth=0)
+        below.bar((k + 0.5) / BINS, n, 0.9 / BINS, color=INLIER_COLOUR, linewidth=0)
     above.set_ylim(0, 1.03)
     above.set_xlim(0, 1.01)
     above.set_ylabel("share of right labels")
@@ -329,7 +332,7 @@ def _accuracy_of_kept(labelled: Labelled, figure: Figure) -> None:
     for name, trust, colour, dash in (
         ("the best order there is", right.astype(np.float64), INK, ":"),
         ("least sure label first", labelled.posterior.max(1), MAIN, "-"),
-        ("smallest p-value first", labelled.p_value, OUT, DASHES[1]),
+        ("smallest p-value first", labelled.p_value, OUTLIER_COLOUR, DASHES[1]),
     ):
         hits = np.cumsum(right[np.argsort(-trust, kind="stable")])
         ax.plot(aside, hits[kept - 1] / kept, color=colour, linestyle=dash, label=name)

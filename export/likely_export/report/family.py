@@ -10,7 +10,7 @@ from likely.answers import Pixels
 from likely_export.report.frame import Heading, rendered
 from likely_export.report.pictures import sheet, tiles
 from likely_export.report.subject import View
-from likely_export.report.text import value, words
+from likely_export.report.text import format_figure, words
 
 COLUMNS = 10
 WAYS = {
@@ -54,7 +54,7 @@ def write(
 
 
 def _title(figures: Mapping[str, Any]) -> str:
-    return f"{len(figures['members'])} models, {value(figures['pictures'])} test pictures"
+    return f"{len(figures['members'])} models, {format_figure(figures['pictures'])} test pictures"
 
 
 def _answers(figures: Mapping[str, Any]) -> View:
@@ -67,15 +67,17 @@ def _answers(figures: Mapping[str, Any]) -> View:
                 "name": name,
                 "families": ", ".join(_families(member)),
                 "learns": ", ".join(member["learns"]),
-                "nats": "" if nats is None else value(_measured(nats)),
+                "nats": "" if nats is None else format_figure(_measured(nats)),
                 "kind": "" if nats is None else _kind(nats),
-                "bits": _shown(member.get("bits_per_dim")),
-                "accuracy": {rule: value(a, "share") for rule, a in member["accuracy"].items()},
+                "bits": _format_optional(member.get("bits_per_dim")),
+                "accuracy": {
+                    rule: format_figure(a, "share") for rule, a in member["accuracy"].items()
+                },
                 "rejects": _rejects(member, figures["alpha"]),
                 "draws": member["draws"],
             }
         )
-    return {"rows": rows, "test": value(figures["pictures"])}
+    return {"rows": rows, "test": format_figure(figures["pictures"])}
 
 
 def _rejects(member: Mapping[str, Any], alpha: float) -> str:
@@ -91,11 +93,11 @@ def _drawn(figures: Mapping[str, Any], drawn: Mapping[str, Pixels], levels: int)
             "name": name,
             "draws": figures["members"][name]["draws"],
             "sheet": sheet(tiles(x, levels), f"{len(x)} draws of {name}", COLUMNS),
-            "faithfulness": _shown(figures["members"][name].get("faithfulness"), "share"),
+            "faithfulness": _format_optional(figures["members"][name].get("faithfulness"), "share"),
         }
         for name, x in drawn.items()
     ]
-    judge = _shown(figures.get("judge_accuracy"), "share")
+    judge = _format_optional(figures.get("judge_accuracy"), "share")
     return {"rows": rows, "judge": judge} if rows else None
 
 
@@ -108,20 +110,20 @@ def _composed(figures: Mapping[str, Any]) -> View:
             likelihoods.append(
                 {
                     "name": name,
-                    "pictures": value(comparison["pictures"]),
+                    "pictures": format_figure(comparison["pictures"]),
                     "agreement": [
-                        value(comparison["spearman_of_pictures"]),
-                        value(comparison["spearman_of_labels"]),
-                        value(comparison["spearman_of_other_labels"]),
+                        format_figure(comparison["spearman_of_pictures"]),
+                        format_figure(comparison["spearman_of_labels"]),
+                        format_figure(comparison["spearman_of_other_labels"]),
                     ],
                     "rules": [
                         {
                             "name": WAYS[rule],
                             "cells": [
-                                value(by["accuracy"], "share"),
-                                value(by["label_nll_nats"]),
+                                format_figure(by["accuracy"], "share"),
+                                format_figure(by["label_nll_nats"]),
                             ],
-                            "nats": value(_measured(by["log_pxy_nats"])),
+                            "nats": format_figure(_measured(by["log_pxy_nats"])),
                             "kind": by["log_pxy_nats"]["kind"],
                         }
                         for rule, by in comparison["by"].items()
@@ -132,10 +134,12 @@ def _composed(figures: Mapping[str, Any]) -> View:
             {
                 "name": name,
                 "way": WAYS[way],
-                "kept": value(drawn["kept"]),
-                "shown": value(drawn["faithfulness"], "share"),
-                "draws": value(drawn["draws_a_picture"]),
-                "by_label": [value(each["mean"]) for each in drawn["draws_by_label"].values()],
+                "kept": format_figure(drawn["kept"]),
+                "shown": format_figure(drawn["faithfulness"], "share"),
+                "draws": format_figure(drawn["draws_a_picture"]),
+                "by_label": [
+                    format_figure(each["mean"]) for each in drawn["draws_by_label"].values()
+                ],
             }
             for way, drawn in found.get("drawings", {}).items()
         ]
@@ -159,7 +163,7 @@ def _nothing(figures: Mapping[str, Any], outside: Mapping[str, Pixels], levels: 
         whats = dict.fromkeys(what for row in member["outside"].values() for what in row)
         for what in whats:
             shares = [member["outside"].get(x, {}).get(what) for x in outside]
-            cells = ["" if share is None else value(share, "share") for share in shares]
+            cells = ["" if share is None else format_figure(share, "share") for share in shares]
             rows.append({"name": name, "what": what, "shares": cells, "bad": what != "rejected"})
     heads = [
         {"name": words(name), "picture": sheet(tiles(x, levels), f"one of {words(name)}", 1)}
@@ -190,7 +194,7 @@ def _expense(figures: Mapping[str, Any]) -> View:
     members = figures["members"]
     columns = list(dict.fromkeys(c for m in members.values() for c in m["milliseconds"]))
     rows = [
-        {"name": name, "cells": [_shown(member["milliseconds"].get(c)) for c in columns]}
+        {"name": name, "cells": [_format_optional(member["milliseconds"].get(c)) for c in columns]}
         for name, member in members.items()
     ]
     return {"rows": rows, "columns": columns}
@@ -204,7 +208,7 @@ def _kind(nats: Mapping[str, Any]) -> str:
     """How a bound on -log p(x) was measured, if it is one, since exact values were not so."""
     if nats["kind"] != "bound":
         return ""
-    size = f" on {value(nats['test_size'])} pictures" if "test_size" in nats else ""
+    size = f" on {format_figure(nats['test_size'])} pictures" if "test_size" in nats else ""
     return f"bound, by PyTorch{size}"
 
 
@@ -212,9 +216,9 @@ def _measured(nats: Mapping[str, Any]) -> dict[str, Any]:
     return {key: nats[key] for key in ("mean", "standard_error")}
 
 
-def _shown(found: Any, kind: Any = "plain") -> str:
-    return "" if found is None else value(found, kind)
+def _format_optional(found: Any, kind: Any = "plain") -> str:
+    return "" if found is None else format_figure(found, kind)
 
 
 def _shares(found: Mapping[str, float], sizes: Mapping[str, float]) -> list[str]:
-    return [_shown(found.get(size), "share") for size in sizes]
+    return [_format_optional(found.get(size), "share") for size in sizes]

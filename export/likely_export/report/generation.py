@@ -6,7 +6,7 @@ import numpy as np
 
 from likely_export.report.pictures import hidden, sheet, tiles, tinted
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import rows_of, value
+from likely_export.report.text import format_figure, rows_of
 
 COLUMNS = 12
 MOST = 24  # draws per label
@@ -85,8 +85,8 @@ def copies(subject: Subject) -> View:
 
 
 def _share(found: object) -> str:
-    return "" if found is None else value(found, "share")
+    return "" if found is None else format_figure(found, "share")
 
 
 def _plain(found: object) -> str:
-    return "" if found is None else value(found, "plain")
+    return "" if found is None else format_figure(found, "plain")

@@ -10,7 +10,7 @@ from likely.bundle import Kind as Likelihood
 from likely.bundle import Role
 from likely_export.corruptions import HARD, PANEL
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import MEASURED, PER_CENT, Kind, flat, rows_of, value, words
+from likely_export.report.text import MEASURED, PER_CENT, Kind, flat, format_figure, rows_of, words
 
 Anchors = dict[str, list[dict[str, str]]]
 
@@ -130,7 +130,7 @@ def headline(subject: Subject) -> View:
     for path, beside in anchors.items():
         if path not in known:
             found = subject.figure(path)
-            shown = value(found) if found is not None else ""
+            shown = format_figure(found) if found is not None else ""
             rows.append({"title": _title(path), "value": shown, "note": "", "anchors": beside})
     baselines = rows_of(subject.table("baselines"))
     if not rows and not baselines:
@@ -146,7 +146,7 @@ def headline(subject: Subject) -> View:
 def every_figure(subject: Subject) -> View:
     """All figures with their paths."""
     figures = {name: found for name, found in subject.figures.items() if name != "anchors"}
-    rows = [(".".join(path), value(found)) for path, found in flat(figures)]
+    rows = [(".".join(path), format_figure(found)) for path, found in flat(figures)]
     return {"rows": rows} if rows else None
 
 
@@ -156,13 +156,13 @@ def _rows(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
         beside = anchors.get(one.path, [])
         cnn = subject.measured(f"cnn.{one.path.removeprefix('discriminative.')}")
         if found is not None and cnn is not None:
-            beside = [*beside, {"value": value(cnn, one.kind), "source": CNN}]
+            beside = [*beside, {"value": format_figure(cnn, one.kind), "source": CNN}]
         if found is not None or beside:
             bound = _bound(subject, one.path)
             yield {
                 "title": f"{one.title}, at most" if bound else one.title,
                 "note": f"{one.note}; an {bound}" if bound else one.note,
-                "value": "" if found is None else value(found, one.kind),
+                "value": "" if found is None else format_figure(found, one.kind),
                 "tile": _tile(found, one.kind) if one.tile and found is not None else None,
                 "anchors": beside,
             }
@@ -209,7 +209,7 @@ def _separations(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]
 def _notes(size: int | None, alone: float | None) -> Iterator[str]:
     """The number of pictures behind an AUROC, and the AUROC of likelihood alone."""
     if size is not None:
-        yield f"of {value(size)} pictures"
+        yield f"of {format_figure(size)} pictures"
     if alone is not None:
         yield f"by likelihood alone {alone:.4f}"
 
@@ -232,7 +232,7 @@ def _auroc(name: str) -> str:
 def _tile(found: Any, kind: Kind) -> tuple[str, str]:
     """The figure and its standard error, if any."""
     known = {key: found[key] for key in MEASURED} if isinstance(found, Mapping) else found
-    mean, _, error = value(known, kind).partition(" ± ")
+    mean, _, error = format_figure(known, kind).partition(" ± ")
     return mean + (PER_CENT if error.endswith(PER_CENT) else ""), error
 
 
@@ -249,6 +249,6 @@ def _title(path: str) -> str:
 def _anchors(figures: Mapping[str, Any]) -> Anchors:
     found: Anchors = {}
     for one in figures.get("anchors", ()):
-        shown = {"value": value(one["value"]), "source": str(one.get("source", ""))}
+        shown = {"value": format_figure(one["value"]), "source": str(one.get("source", ""))}
         found.setdefault(str(one["figure"]), []).append(shown)
     return found

@@ -10,7 +10,7 @@ import numpy as np
 from likely_export.material import Labelled
 from likely_export.report import charts
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import measured, value, words
+from likely_export.report.text import format_figure, measured, words
 
 MOST_LABELS = 30  # labels of a table that is still readable
 MOST_MISTAKES = 8
@@ -73,7 +73,7 @@ def _rule(name: str, labelled: Labelled, labels: Sequence[str]) -> dict[str, Any
 def _mixed(subject: Subject, columns: Iterable[str]) -> list[tuple[str, list[str]]]:
     """Sets of outliers mixed in, and the figures of this bundle and of a plain classifier."""
     return [
-        (words(name), [value(measured(one, key)) if key in one else "" for key in columns])
+        (words(name), [format_figure(measured(one, key)) if key in one else "" for key in columns])
         for name, one in subject.table("mixed").items()
     ]
 

@@ -9,7 +9,7 @@ from likely_export import corruptions
 from likely_export.report import charts
 from likely_export.report.pictures import sheet, tiles
 from likely_export.report.subject import Subject, View
-from likely_export.report.text import ERROR, joined, measured, value, words
+from likely_export.report.text import ERROR, format_figure, joined, measured, words
 
 FAILS = 0.5  # an AUROC below it ranks outliers as more usual than test pictures
 HARD_BELOW = 0.95  # an AUROC below it is called hard to detect
@@ -34,7 +34,9 @@ def separation(subject: Subject) -> View:
         "failing": _failing(alone),
         "precise": any(row["aupr"] is not None for row in rows),
         "left_out": [words(name) for name in subject.figures.get("corruptions_left_out", ())],
-        "test_size": value(subject.figures["test_size"]) if "test_size" in subject.figures else "",
+        "test_size": format_figure(subject.figures["test_size"])
+        if "test_size" in subject.figures
+        else "",
     }
     if subject.inliers is not None and sets:
         aurocs = {name: float(one["auroc"]) for name, one in found.items() if "auroc" in one}
@@ -60,7 +62,7 @@ def promises(subject: Subject) -> View:
             shown = {alpha: _rates_by_name(one) for alpha, one in rates.items()}
             view["chart"] = charts.rejections(shown)
     if left_out := subject.figures.get("alphas_left_out"):
-        view["left_out"] = [value(alpha) for alpha in left_out]
+        view["left_out"] = [format_figure(alpha) for alpha in left_out]
         view["calibration"] = subject.manifest.calibrated.size
     if sets := subject.table("label_set"):
         view["set_alphas"] = list(sets)
@@ -72,7 +74,7 @@ def hard(subject: Subject) -> list[tuple[str, str]]:
     """Sets that are hard to detect, with their AUROC."""
     found = {name: one for name, one in subject.table("outliers").items() if "auroc" in one}
     return [
-        (words(name), value(measured(one, "auroc")))
+        (words(name), format_figure(measured(one, "auroc")))
         for name, one in sorted(found.items(), key=lambda item: float(item[1]["auroc"]))
         if one["auroc"] < HARD_BELOW
     ]
@@ -93,7 +95,7 @@ def _row(subject: Subject, name: str, alpha: str) -> dict[str, Any]:
         "name": words(name),
         "what": (made.__doc__ or "").split("\n")[0] if made else "",
         "near": name in NEAR and figures.get("auroc", 1) < HARD_BELOW,
-        "size": value(figures["size"]) if "size" in figures else "",
+        "size": format_figure(figures["size"]) if "size" in figures else "",
         "picture": _example(subject, name) if one is not None and len(one.examples) else None,
         **{key: figures.get(key) for key in _with_errors("auroc", "fpr95", "aupr")},
         "accepted": figures.get("accepted", {}).get(alpha),
@@ -122,13 +124,13 @@ def _rates(rates: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, 
         }
     ]
     for label in labels:
-        cells = [_alone(one, label) for one in rates.values()]
+        cells = [_label_cell(one, label) for one in rates.values()]
         if any(cells):
             rows.append({"name": label, "cells": cells})
     return rows
 
 
-def _alone(rates: Mapping[str, Any], label: str) -> dict[str, Any] | None:
+def _label_cell(rates: Mapping[str, Any], label: str) -> dict[str, Any] | None:
     """A label's rate, with the band of a label ranked alone.
 
     Since p-values rank all labels together, nothing is guaranteed for one label, and a rate outside
@@ -144,7 +146,7 @@ def _cell(rate: Any, band: Any, error: Any) -> dict[str, Any] | None:
         return None
     inside = band[0] <= rate <= band[1] if band else None
     shown = f"{100 * band[0]:.2f} to {100 * band[1]:.2f}" if band else ""
-    return {"rate": value(joined(rate, error), "share"), "band": shown, "inside": inside}
+    return {"rate": format_figure(joined(rate, error), "share"), "band": shown, "inside": inside}
 
 
 def _rates_by_name(found: Mapping[str, Any]) -> dict[str, charts.Rate]:
@@ -157,7 +159,9 @@ def _rates_by_name(found: Mapping[str, Any]) -> dict[str, charts.Rate]:
 
 def _sets(sets: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, Any]]:
     sizes: list[Any] = [
-        {"rate": value(measured(one, "mean_size"))} for one in sets.values() if "mean_size" in one
+        {"rate": format_figure(measured(one, "mean_size"))}
+        for one in sets.values()
+        if "mean_size" in one
     ]
     rows = [{"name": "mean size of the set", "cells": sizes}] if len(sizes) == len(sets) else []
     keys = ("coverage_by_label", "least_by_label", "coverage_by_label_standard_error")
@@ -175,7 +179,7 @@ def _covered(rate: Any, least: Any, error: Any) -> dict[str, Any] | None:
         return None
     shown = f"at least {100 * least:.2f}" if least is not None else ""
     return {
-        "rate": value(joined(rate, error), "share"),
+        "rate": format_figure(joined(rate, error), "share"),
         "band": shown,
         "inside": None if least is None else rate >= least,
     }

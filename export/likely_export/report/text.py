@@ -12,7 +12,7 @@ MEASURED = ("mean", "standard_error")
 ERROR = "_standard_error"  # suffix of the name of a figure's standard error
 
 
-def value(found: Any, kind: Kind = "plain") -> str:
+def format_figure(found: Any, kind: Kind = "plain") -> str:
     """Formats a figure, with digits according to its standard error if it has one.
 
     Args:
@@ -21,13 +21,17 @@ def value(found: Any, kind: Kind = "plain") -> str:
     """
     if isinstance(found, Mapping):
         rest = {key: item for key, item in found.items() if key not in MEASURED}
-        details = ", ".join(f"{words(str(key))} {value(item, kind)}" for key, item in rest.items())
+        details = ", ".join(
+            f"{words(str(key))} {format_figure(item, kind)}" for key, item in rest.items()
+        )
         if len(rest) == len(found):
             return details
         mean, error = (float(found[key]) for key in MEASURED)
         return _measured(mean, error, kind) + (f" ({details})" if rest else "")
     if isinstance(found, list | tuple):
-        return (" to " if len(found) == 2 else ", ").join(value(item, kind) for item in found)
+        return (" to " if len(found) == 2 else ", ").join(
+            format_figure(item, kind) for item in found
+        )
     if found is None:
         return "–"
     if isinstance(found, bool) or not isinstance(found, int | float):
@@ -74,7 +78,7 @@ def flat(
 
 def rows_of(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the name and the text of every figure."""
-    return [(": ".join(map(words, path)), value(found)) for path, found in flat(figures)]
+    return [(": ".join(map(words, path)), format_figure(found)) for path, found in flat(figures)]
 
 
 def find(figures: Mapping[str, Any], path: str) -> Any:
