@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from likely import AsyncClient, Client, DeadlineExceeded, Overloaded, Unavailable, statuses
-from likely.client.line import RETRY_DELAYS, Retries
+from likely.client.rpcs import RETRY_DELAYS, Retries
 
 if TYPE_CHECKING:
     from tests.conftest import Live, Toy
@@ -80,7 +80,7 @@ class Cutting(grpc.GenericRpcHandler):
 
 @pytest.fixture
 def cutting(live: Live, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cutting]:
-    monkeypatch.setattr("likely.client.line.RETRY_DELAYS", (0.0,) * len(RETRY_DELAYS))
+    monkeypatch.setattr("likely.client.rpcs.RETRY_DELAYS", (0.0,) * len(RETRY_DELAYS))
     with grpc.insecure_channel(live.address) as others:
         cutting, server = Cutting(others), grpc.server(ThreadPoolExecutor(4))
         server.add_generic_rpc_handlers((cutting,))

@@ -12,7 +12,7 @@ import click
 
 from likely.client import ADDRESS, TIMEOUT, AdminClient, Client, TokenFile
 from likely.client.channels import Route
-from likely.client.line import MAX_TIMEOUT
+from likely.client.rpcs import MAX_TIMEOUT
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -8,7 +8,7 @@ import click
 import grpc
 
 from likely.cli.connection import Connection, server_options
-from likely.client.line import unreachable_error, valid_timeout
+from likely.client.rpcs import unreachable_error, valid_timeout
 from likely.errors import InvalidInput, LikelyError, ModelNotFound, Unavailable
 
 # The health protocol's response with status SERVING, encoded: messages of one field need no

@@ -9,6 +9,6 @@ from likely.client.admin import AdminClient
 from likely.client.asynchronous import AsyncClient
 from likely.client.blocking import Client
 from likely.client.credentials import TokenFile
-from likely.client.line import ADDRESS, TIMEOUT
+from likely.client.rpcs import ADDRESS, TIMEOUT
 
 __all__ = ["ADDRESS", "TIMEOUT", "AdminClient", "AsyncClient", "Client", "TokenFile"]

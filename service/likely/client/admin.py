@@ -12,7 +12,7 @@ import grpc
 from likely import codec
 from likely.answers import ModelVersion
 from likely.client.channels import Address, File, Route, Token
-from likely.client.line import CLIENT_CLOSED, as_error, valid_timeout
+from likely.client.rpcs import CLIENT_CLOSED, as_error, valid_timeout
 from likely.client.values import build_message
 from likely.errors import LikelyError
 from likely.v1 import admin_pb2

@@ -36,8 +36,8 @@ from likely.answers import (
 from likely.client import catalogue, plans, values
 from likely.client.channels import Address, File, Route, Token
 from likely.client.feeds import AsyncFeed
-from likely.client.line import ADDRESS, TIMEOUT, Retries, ServerRpcs, valid_timeout
 from likely.client.plans import GuaranteeLike, RuleLike
+from likely.client.rpcs import ADDRESS, TIMEOUT, Retries, ServerRpcs, valid_timeout
 from likely.client.values import Label
 from likely.errors import (
     DeadlineExceeded,

@@ -1,4 +1,4 @@
-"""The channel that both clients use, the retries of the client itself, and its errors."""
+"""The RPCs of the channel that both clients use, their retries, and the client's errors."""
 
 from __future__ import annotations
 
