@@ -20,7 +20,8 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -185,8 +186,7 @@ def fit(
 ) -> Trained:
     """Trains a model, and writes its weights, checkpoints and log to a folder.
 
-    Seeds the global generators of torch, numpy and Python, and makes torch treat subnormal numbers
-    as 0 in the calling thread.
+    Seeds the global generators of torch, numpy and Python.
 
     Args:
         model: an `nn.Module`, which is trained in place; the file contains averaged weights.
@@ -205,17 +205,29 @@ def fit(
     """
     hardware = hardware or Hardware()
     hardware.check(training, len(data.train))
-    # Gradients of saturated sigmoids are subnormal numbers, on which CPUs are many times slower.
-    torch.set_flush_denormal(True)
     folder.mkdir(parents=True, exist_ok=True)
     loop = _Loop(hardware.fabric(training.precision), model, data, training, folder)
     if not (resume and loop.restore()):
         loop.start()
-    while not loop.finished:
-        loop.advance()
-        if report:
-            report(loop.progress)
+    with _subnormals_flushed():
+        while not loop.finished:
+            loop.advance()
+            if report:
+                report(loop.progress)
     return loop.write_weights()
+
+
+@contextmanager
+def _subnormals_flushed() -> Iterator[None]:
+    """Treats subnormal numbers as 0 in this thread.
+
+    The gradients of saturated sigmoids are such numbers, on which CPUs are many times slower.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _has_bfloat16(on_card: bool) -> bool:
