@@ -219,7 +219,7 @@ def fit(
 
 @contextmanager
 def _subnormals_flushed() -> Iterator[None]:
-    """Treats subnormal numbers as 0 in this thread.
+    """Treats subnormal numbers as 0 in this thread, and afterwards as numbers, torch's default.
 
     The gradients of saturated sigmoids are such numbers, on which CPUs are many times slower.
     """
