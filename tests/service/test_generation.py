@@ -12,8 +12,9 @@ import pytest
 
 from likely import Client, InvalidInput
 from likely.answers import Draws, SelfCheck
-from likely.bundle import Bundle
+from likely.bundle import Bundle, Role
 from likely.engine import Engine
+from likely.generation import _draw_ahead
 from likely.graphs import Device
 from likely.v1 import generation_pb2, generation_pb2_grpc, images_pb2
 
@@ -132,6 +133,56 @@ def test_bad_completions_are_refused(live: Live, field: str, change: dict[str, A
             list(stub.Complete(request))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert str(caught.value.details()).startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("label", "takes_label", "role"),
+    [
+        (None, True, Role.SAMPLE),
+        (None, False, Role.SAMPLE),
+        (1, True, Role.SAMPLE),
+        (1, False, Role.GENERATE),
+    ],
+)
+def test_p_x_draws_unless_a_label_is_asked_that_it_does_not_take(
+    engine: Engine, monkeypatch: Any, label: int | None, takes_label: bool, role: Role
+) -> None:
+    asked: list[Role] = []
+
+    async def run_all(ask: Any) -> Any:
+        asked.append(ask.role)
+        return [{"x": np.zeros((ask.rows, *SHAPE), np.uint8)}]
+
+    monkeypatch.setattr(engine._lanes, "run_all", run_all)
+    takes = {Role.SAMPLE: takes_label, Role.GENERATE: True}
+    monkeypatch.setattr(engine._generator, "_takes_label", takes.__getitem__)
+    drawn(engine.generate(label, 2, 0, chunk=2))
+    assert asked == [role]
+
+
+def test_who_leaves_a_stream_stops_the_chunk_that_is_drawn_ahead() -> None:
+    ended: list[tuple[int, bool]] = []
+
+    async def draw(start: int, stop: int) -> Any:
+        cancelled = True
+        try:
+            if start:
+                await asyncio.Event().wait()
+            cancelled = False
+        finally:
+            ended.append((start, cancelled))
+        return range(start, stop)
+
+    async def leave() -> None:
+        async with asyncio.timeout(10):
+            chunks = _draw_ahead(draw, 6, 3)
+            first: Any = await anext(chunks)
+            assert first == range(3)
+            await asyncio.sleep(0)  # the next chunk begins
+            await chunks.aclose()
+        assert ended == [(0, False), (3, True)]
+
+    asyncio.run(leave())
 
 
 def test_self_check_redraws_what_the_server_would_reject(engine: Engine) -> None:

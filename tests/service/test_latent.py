@@ -250,6 +250,41 @@ def test_a_model_without_a_decoder_says_so(make_toy: Callable[..., Toy]) -> None
         engine.close()
 
 
+def test_a_model_without_directions_does_not_traverse(toy: Toy, engine: Engine) -> None:
+    aimless = Engine.load(Bundle.open(toy.path), device=Device("cpu"), threads=1, max_batch=3)
+    try:
+        aimless.directions = {}
+        assert aimless.answers("Interpolate") and not aimless.answers("Traverse")
+        with pytest.raises(NotAnswered, match="no directions"):
+            asyncio.run(aimless.traverse(X, BRIGHTNESS, np.zeros(1), Drawing()))
+        assert engine.answers("Traverse")
+    finally:
+        aimless.close()
+
+
+def test_labels_of_the_second_pictures_are_theirs_alone(engine: Engine) -> None:
+    ends, to_none = np.array([0.0, 1.0]), Drawing()
+    asked = engine.interpolate(X, X, ends, to_none, label=Y, other_label=(Y + 1) % 3)
+    found = asyncio.run(asked).mean
+    for at, label in ((0, Y), (1, (Y + 1) % 3)):
+        encoded = asyncio.run(engine.encode(X, label))
+        assert found[:, at] == pytest.approx(
+            asyncio.run(engine.decode(encoded.mean, label, to_none)).mean, abs=1e-6
+        )
+    assert not np.allclose(found[:, 0], found[:, 1])
+
+
+def test_features_without_labels_take_none_for_the_second_pictures(plain: Toy) -> None:
+    opened = Engine.load(Bundle.open(plain.path), device=Device("cpu"), threads=1, max_batch=3)
+    try:
+        asked = opened.interpolate(X, X, np.zeros(1), Drawing(), other_label=Y)
+        with pytest.raises(InvalidInput) as caught:
+            asyncio.run(asked)
+        assert caught.value.field == "other_labels"
+    finally:
+        opened.close()
+
+
 HARMS: dict[str, dict[str, Array]] = {
     "missing": {"steps": np.array(STEPS), "probes": np.array(PROBES)},
     "of another size": {"steps": np.zeros((2, 3)), "probes": PROBES, "offsets": np.array(OFFSETS)},

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from likely import Client
 from likely.bundle import MANIFEST, Bundle
@@ -385,6 +386,18 @@ def test_one_folder_has_one_name(
         assert {v: m.folder for v, m in admin.versions().items()} == {"2": str(tmp_path / "model")}
 
 
+def test_labels_do_not_pass_to_another_model_of_the_same_folder(
+    running: Running, toys: dict[str, Toy], make_toy: Callable[..., Toy], tmp_path: Path
+) -> None:
+    shutil.copytree(toys["1"].path, tmp_path / "model")
+    with administered(running, bundles=(tmp_path / "model",), labels=("toy:stable=1",)) as admin:
+        shutil.rmtree(tmp_path / "model")
+        shutil.copytree(make_toy("other", version="1").path, tmp_path / "model")
+        assert admin.load(tmp_path / "model").labels == []
+        (listed,) = admin.client.models()
+        assert (listed.name, listed.version_labels) == ("other", ())
+
+
 def test_a_version_is_freed_though_nobody_waits_for_it_any_more(
     running: Running, toys: dict[str, Toy]
 ) -> None:
@@ -405,6 +418,11 @@ def test_a_version_is_freed_though_nobody_waits_for_it_any_more(
             admin.live.run(engine.score(np.zeros((1, 1, 3, 3), np.uint8), 0.1))
 
 
+def ready(channel: grpc.Channel) -> bool:
+    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
 def is_told(live: Live, event: str) -> bool:
     return f'"{event}"' in live.log.getvalue()
 
@@ -420,12 +438,6 @@ async def _left(context: AbstractContextManager[object]) -> None:
 def test_a_server_without_a_model_is_not_ready(
     running: Running, toys: dict[str, Toy], tmp_path: Path
 ) -> None:
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    def ready(channel: grpc.Channel) -> bool:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
     with (
         administered(running, bundles=(), watch=tmp_path, watch_seconds=0.02) as admin,
         grpc.insecure_channel(admin.live.address) as channel,
@@ -452,6 +464,19 @@ def test_an_unhealthy_version_is_healed_by_loading_it(
         eventually(lambda: [v.state for v in admin.listed()] == [SERVING] * 2)
         with urllib.request.urlopen(admin.live.metrics_url) as answer:
             assert 'likely_unhealthy_versions{model="toy"} 0.0' in answer.read().decode()
+
+
+def test_an_unhealthy_version_is_reported_at_once(running: Running, toys: dict[str, Toy]) -> None:
+    with (
+        administered(running, bundles=(toys["1"].path,)) as admin,
+        grpc.insecure_channel(admin.live.address) as channel,
+    ):
+        trust = admin.live.server.registry.find("toy", "1")._trust
+        trust.healthy = False
+        assert ready(channel)
+        admin.live.loop.call_soon_threadsafe(trust.on_unhealthy)
+        eventually(lambda: not ready(channel))
+        assert is_told(admin.live, "unhealthy")
 
 
 def test_the_admin_port_is_off_by_default(live: Live) -> None:

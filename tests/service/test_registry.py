@@ -54,6 +54,17 @@ def test_versions_age_as_people_read_them() -> None:
     assert sorted(shuffled, key=version_sort_key) == ordered
 
 
+def test_the_labels_of_a_version_go_with_it(registry: Registry) -> None:
+    registry.set_label("b", "stable", "1.9")
+    registry.set_label("b", "canary", "1.9")
+    registry.remove("b", "1.9")
+    assert registry.default("b") == "1.10"
+    with pytest.raises(ModelNotFound, match="b@canary"):
+        registry.find("b", "canary")
+    registry.add(engine("b", "1.9"))
+    assert registry.labels("b", "1.9") == ()
+
+
 def test_what_is_not_served_is_listed_against(registry: Registry) -> None:
     with pytest.raises(ModelNotFound, match=r"no model c; served are a@1, b@1.9") as caught:
         registry.find("c")
