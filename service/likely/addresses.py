@@ -20,7 +20,7 @@ def check_address(address: str | Sequence[str]) -> None:
             `http://`, or no port.
     """
     if not isinstance(address, str):
-        if not isinstance(address, Sequence) or not all(isinstance(each, str) for each in address):
+        if not isinstance(address, Sequence) or not all(isinstance(item, str) for item in address):
             raise SettingsError(f"{address!r} is no address; 127.0.0.1:50051 would be one")
         return
     host, _, port = address.rpartition(":")

@@ -60,8 +60,8 @@ def composed(
     seen = priors > 0
     log_py = np.log(priors, out=np.zeros_like(priors), where=seen)
     joint = log_pyx.astype(np.float64) + log_px.astype(np.float64)[:, None]
-    found: Doubles = np.where(seen, joint - log_py, -np.inf)
-    return found
+    log_pxy: Doubles = np.where(seen, joint - log_py, -np.inf)
+    return log_pxy
 
 
 def pooled(evidence: npt.NDArray[np.floating], weights: Doubles) -> Doubles:
@@ -71,8 +71,8 @@ def pooled(evidence: npt.NDArray[np.floating], weights: Doubles) -> Doubles:
         evidence: log p_e(x|y) in nats (n, experts, labels).
         weights: (experts,), the same for all labels.
     """
-    found: Doubles = np.einsum("nel,e->nl", evidence.astype(np.float64), weights)
-    return found
+    log_product: Doubles = np.einsum("nel,e->nl", evidence.astype(np.float64), weights)
+    return log_product
 
 
 def check_priors(priors: Sequence[float], labels: int) -> Doubles:
@@ -129,8 +129,8 @@ def under_priors(log_pyx: npt.NDArray[np.floating], priors: Doubles, others: Dou
     joint = np.where(possible, log_pyx.astype(np.float64) + ratio, -np.inf)
     total = logsumexp(joint)[:, None]
     left = np.isneginf(total)
-    found: Doubles = np.exp(np.where(left, log_pyx, joint - np.where(left, 0.0, total)))
-    return found
+    posteriors: Doubles = np.exp(np.where(left, log_pyx, joint - np.where(left, 0.0, total)))
+    return posteriors
 
 
 def estimated_priors(
@@ -149,14 +149,14 @@ def estimated_priors(
         tolerance: the iteration ends once no prior changes by more than this.
         most: the largest number of iterations.
     """
-    found = priors
+    estimate = priors
     for _ in range(most if len(posterior) else 0):
-        sums = np.zeros(len(found))
+        sums = np.zeros(len(estimate))
         for at in range(0, len(posterior), BLOCK):  # so that copies take little memory
-            sums += reweighted(posterior[at : at + BLOCK], priors, found).sum(0)
+            sums += reweighted(posterior[at : at + BLOCK], priors, estimate).sum(0)
         moved = sums / len(posterior)
-        close = np.abs(moved - found).max() <= tolerance
-        found = moved
+        close = np.abs(moved - estimate).max() <= tolerance
+        estimate = moved
         if close:
             break
-    return found
+    return estimate

@@ -150,14 +150,14 @@ def classify_response(answer: Classifications) -> scoring_pb2.ClassifyResponse:
     )
     add = message.classifications.add  # a list of messages would be copied
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    for log_pxy, posterior, y, p, verdict, each, composed in rows:
+    for log_pxy, posterior, y, p, verdict, label_p_values, composed in rows:
         add(
             log_likelihoods=log_pxy,
             posterior=posterior,
             label=y,
             p_value=p,
             verdict=verdict,
-            label_p_values=each,
+            label_p_values=label_p_values,
             composed_log_likelihoods=composed,
         )
     return message
@@ -351,8 +351,8 @@ def model_message(info: ModelInfo) -> models_pb2.Model:
         version_labels=info.version_labels,
         discriminative=info.discriminative,
         directions=[
-            models_pb2.Direction(name=each.name, kind=_direction_kind_number(each.kind))
-            for each in info.directions
+            models_pb2.Direction(name=direction.name, kind=_direction_kind_number(direction.kind))
+            for direction in info.directions
         ],
         deterministic=info.deterministic,
     )
@@ -378,13 +378,17 @@ def model_info(message: models_pb2.Model) -> ModelInfo:
         default_alpha=message.default_alpha,
         posterior_temperature=message.posterior_temperature,
         execution_providers=tuple(message.execution_providers),
-        limits=Limits(**{each.name: getattr(message.limits, each.name) for each in fields(Limits)}),
+        limits=Limits(
+            **{field.name: getattr(message.limits, field.name) for field in fields(Limits)}
+        ),
         digest=message.digest,
         version_labels=tuple(message.version_labels),
         discriminative=message.discriminative,
         directions=tuple(
-            Direction(each.name, models_pb2.DirectionKind.Name(each.kind).split("_")[-1].lower())
-            for each in message.directions
+            Direction(
+                direction.name, models_pb2.DirectionKind.Name(direction.kind).split("_")[-1].lower()
+            )
+            for direction in message.directions
         ),
         deterministic=message.deterministic,
     )

@@ -84,8 +84,8 @@ class Reference:
         ties = rng.random(len(scores))[:, None]
         column = scores[:, None]
         beyond = (column > self._ends) | ((column == self._ends) & (ties > self._end_ties))
-        found: Bins = len(self._ends) - beyond.sum(1)
-        return found
+        bins: Bins = len(self._ends) - beyond.sum(1)
+        return bins
 
     def _laws(self, ends: Doubles) -> Doubles:
         unusual = [np.diff(ends**a) for a in POWERS]

@@ -385,10 +385,15 @@ class Engine:
         """
         self._trust.require()
         labels = None if label is None else label[:, None]
-        found = await self._redrawer.redraw(z[:, None], labels, drawing)
-        self._check_redrawn(found)
-        deviation = None if found.deviation is None else found.deviation[:, 0]
-        return replace(found, mean=found.mean[:, 0], deviation=deviation, drawn=found.drawn[:, 0])
+        redrawings = await self._redrawer.redraw(z[:, None], labels, drawing)
+        self._check_redrawn(redrawings)
+        deviation = None if redrawings.deviation is None else redrawings.deviation[:, 0]
+        return replace(
+            redrawings,
+            mean=redrawings.mean[:, 0],
+            deviation=deviation,
+            drawn=redrawings.drawn[:, 0],
+        )
 
     async def traverse(
         self,
@@ -414,15 +419,15 @@ class Engine:
         way = self.directions[direction]
         z = features.mean[:, None] + points[:, None] * way.step
         labels = self._decoder_labels(features.label[:, None].repeat(len(points), 1))
-        found = await self._redrawer.redraw(z.astype(np.float32), labels, drawing)
-        self._check_redrawn(found)
+        redrawings = await self._redrawer.redraw(z.astype(np.float32), labels, drawing)
+        self._check_redrawn(redrawings)
         position, spread = way.position_of(features)
         return Traversal(
-            mean=found.mean,
-            deviation=found.deviation,
-            drawn=found.drawn,
-            seed=found.seed,
-            model_version=found.model_version,
+            mean=redrawings.mean,
+            deviation=redrawings.deviation,
+            drawn=redrawings.drawn,
+            seed=redrawings.seed,
+            model_version=redrawings.model_version,
             position=position,
             spread=spread,
             label=features.label,
@@ -459,9 +464,9 @@ class Engine:
         z = (1 - t) * first.mean[:, None] + t * last.mean[:, None]
         near = np.where(points < 0.5, first.label[:, None], last.label[:, None])
         labels = self._decoder_labels(near)
-        found = await self._redrawer.redraw(z.astype(np.float32), labels, drawing)
-        self._check_redrawn(found)
-        return found
+        redrawings = await self._redrawer.redraw(z.astype(np.float32), labels, drawing)
+        self._check_redrawn(redrawings)
+        return redrawings
 
     def generate(
         self,
@@ -570,23 +575,23 @@ class Engine:
 
     async def _p_label(self, x: Pixels, labels: Labels) -> Doubles:
         """The discriminative model's p(y|x) of one label for each picture, float64 (n,)."""
-        found = await self._lanes.run(Role.DISCRIMINATE, {"x": x}, ["log_pyx"])
-        self._trust.check(Role.DISCRIMINATE, *found.values())
-        p: Doubles = np.exp(found["log_pyx"][np.arange(len(x)), labels].astype(np.float64))
+        outputs = await self._lanes.run(Role.DISCRIMINATE, {"x": x}, ["log_pyx"])
+        self._trust.check(Role.DISCRIMINATE, *outputs.values())
+        p: Doubles = np.exp(outputs["log_pyx"][np.arange(len(x)), labels].astype(np.float64))
         return p
 
     def _decoder_labels(self, label: Labels) -> Labels | None:
         """The labels, or None if the model decodes without labels."""
         return None if self._lanes.graph(Role.DECODE).input("y") is None else label
 
-    def _check_redrawn(self, found: Redrawings) -> None:
-        deviation = () if found.deviation is None else (found.deviation,)
-        self._trust.check(Role.DECODE, found.mean, *deviation)
+    def _check_redrawn(self, redrawings: Redrawings) -> None:
+        deviation = () if redrawings.deviation is None else (redrawings.deviation,)
+        self._trust.check(Role.DECODE, redrawings.mean, *deviation)
 
     async def _surprise(self, x: Pixels) -> Floats:
-        found = await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"])
-        self._trust.check(Role.DENSITY, found["surprise"])
-        return found["surprise"]
+        outputs = await self._lanes.run(Role.DENSITY, {"x": x}, ["surprise"])
+        self._trust.check(Role.DENSITY, outputs["surprise"])
+        return outputs["surprise"]
 
     def _posterior(self, evidence: Doubles, priors: Doubles | None = None) -> Doubles:
         prior = self.manifest.priors if priors is None else priors

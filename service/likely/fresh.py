@@ -92,8 +92,8 @@ class ReloadedValue(Generic[T]):
 
 def _stat(path: Path) -> _Stat | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
     # st_ctime_ns also changes with permissions, which may make a file readable.
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
+    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns

@@ -335,11 +335,11 @@ def _feed(spec: TensorSpec, plan: _Plan, rows: slice) -> npt.NDArray[Any]:
     return gumbel
 
 
-def _fix_levels(gumbel: Floats, given: Pixels, known: Mask) -> None:
+def _fix_levels(gumbel: Floats, fixed_levels: Pixels, known: Mask) -> None:
     """Puts `FIXING_NOISE` at the digits of known levels, in noise (n, h, w, c[, digits], base)."""
     base = gumbel.shape[-1]
     digits = gumbel.reshape(*gumbel.shape[:4], -1, base)
-    level = given.transpose(0, 2, 3, 1).astype(np.int64)
+    level = fixed_levels.transpose(0, 2, 3, 1).astype(np.int64)
     where = known.transpose(0, 2, 3, 1)
     for digit in reversed(range(digits.shape[4])):
         level, value = np.divmod(level, base)

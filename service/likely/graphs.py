@@ -116,8 +116,8 @@ class Device:
         match text:
             case "auto" | "cpu" | "cuda":
                 return cls(text, memory=memory)
-        if found := re.fullmatch(r"cuda:(\d{1,2})", text):
-            return cls("cuda", int(found[1]), memory)
+        if match := re.fullmatch(r"cuda:(\d{1,2})", text):
+            return cls("cuda", int(match[1]), memory)
         raise SettingsError(f"device {text!r} is none of auto, cpu, cuda, cuda:0, cuda:1, …")
 
     def resolve(self) -> Device:
@@ -281,8 +281,8 @@ def pad_rows(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
 def device_fault(error: Exception) -> DeviceError | None:
     """The error as a `DeviceError`, if one of a card's libraries failed with it; else None."""
     text = str(error)
-    found = _LIBRARY_ERROR.search(text)
-    return DeviceError(f"the device failed: {_extract_cause(text, found)}") if found else None
+    match = _LIBRARY_ERROR.search(text)
+    return DeviceError(f"the device failed: {_extract_cause(text, match)}") if match else None
 
 
 def _to_likely_error(error: Exception, what: str = "the run") -> Exception:
@@ -290,14 +290,14 @@ def _to_likely_error(error: Exception, what: str = "the run") -> Exception:
     text = str(error)
     if _STOPPED.search(text):
         return RunStopped("the run was stopped")
-    found = _NO_MEMORY.search(text)
-    if found or isinstance(error, MemoryError):
-        return OutOfMemory(f"no memory for {what}: {_extract_cause(text, found)}")
-    if found := _CARD_LOST.search(text):
-        return DeviceLost(f"the card is lost: {_extract_cause(text, found)}")
-    if found := _NO_CUDNN.search(text):
+    match = _NO_MEMORY.search(text)
+    if match or isinstance(error, MemoryError):
+        return OutOfMemory(f"no memory for {what}: {_extract_cause(text, match)}")
+    if match := _CARD_LOST.search(text):
+        return DeviceLost(f"the card is lost: {_extract_cause(text, match)}")
+    if match := _NO_CUDNN.search(text):
         return DeviceError(
-            f"cuDNN was not found ('likely[cuda]' brings it): {_extract_cause(text, found)}"
+            f"cuDNN was not found ('likely[cuda]' brings it): {_extract_cause(text, match)}"
         )
     return error
 
@@ -313,9 +313,9 @@ def _to_opening_error(error: Exception, path: Path, device: Device) -> LikelyErr
             isinstance(failure, DeviceLost) and _CONTEXT_LOST.search(text)
         ):
             return failure
-        if found := _LIBRARY_ERROR.search(text):
+        if match := _LIBRARY_ERROR.search(text):
             return DeviceError(
-                f"device {device} was asked for, but cannot be used: {_extract_cause(text, found)}"
+                f"device {device} was asked for, but cannot be used: {_extract_cause(text, match)}"
             )
         if _NO_LIBRARIES.search(text):
             return _missing_libraries_error(device, "the runtime cannot load CUDA")
@@ -331,10 +331,10 @@ def _missing_libraries_error(device: Device, sign: str) -> DeviceError:
     )
 
 
-def _extract_cause(text: str, found: re.Match[str] | None) -> str:
+def _extract_cause(text: str, cause: re.Match[str] | None) -> str:
     """The cause in the text of a runtime's error, without the source locations around it."""
     begin = min(
-        (match.start() for match in (found, _LIBRARY_ERROR.search(text)) if match), default=0
+        (match.start() for match in (cause, _LIBRARY_ERROR.search(text)) if match), default=0
     )
     return text[begin:].partition(" ; GPU=")[0][:200].strip()
 
@@ -358,7 +358,7 @@ def _open(path: Path, device: Device, threads: int, weights: Mapping[str, bytes]
     ort = runtime()
     options = ort.SessionOptions()
     options.add_external_initializers_from_files_in_memory(
-        list(weights), list(weights.values()), [len(each) for each in weights.values()]
+        list(weights), list(weights.values()), [len(content) for content in weights.values()]
     )
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -405,10 +405,10 @@ def _check_cuda(ort: Any, device: Device) -> None:
             f"device {device} was asked for, but this ONNX Runtime was built without CUDA: "
             "install 'likely[gpu]' or 'likely[cuda]' in place of 'likely[cpu]'"
         )
-    found = cuda_devices()
-    if found <= device.index:
+    count = cuda_devices()
+    if count <= device.index:
         raise DeviceError(
-            f"device {device} was asked for, but the NVIDIA driver reports {found} of them"
+            f"device {device} was asked for, but the NVIDIA driver reports {count} of them"
         )
     _preload()
 
@@ -422,10 +422,10 @@ def _preload() -> None:
 
 
 def _check_interface(
-    path: Path, what: str, specs: Sequence[TensorSpec], found: Sequence[Any]
+    path: Path, what: str, specs: Sequence[TensorSpec], arguments: Sequence[Any]
 ) -> None:
     declared = {spec.name: (_ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs}
-    seen = {arg.name: (arg.type, list(arg.shape)) for arg in found}
+    seen = {arg.name: (arg.type, list(arg.shape)) for arg in arguments}
     if declared != seen:
         raise BundleError(
             f"{path} has the {what}s {seen} where the manifest says {declared}", "graph"

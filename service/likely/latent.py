@@ -69,13 +69,13 @@ def directions(
         return {}
     names = [direction.name for direction in latent.directions]
     shapes = {"steps": (len(names), z), "probes": (len(names), z), "offsets": (len(names),)}
-    found: list[Doubles] = []
+    checked: list[Doubles] = []
     for name, shape in shapes.items():
         array = arrays.get(name)
         if array is None or array.shape != shape or not np.isfinite(array).all():
             raise BundleError(f"{latent.file} has no finite array {name} of {shape}", "latent")
-        found.append(array.astype(np.float64))
-    steps, probes, offsets = found
+        checked.append(array.astype(np.float64))
+    steps, probes, offsets = checked
     if len(set(names)) < len(names) or np.any(abs((steps * probes).sum(1) - 1) > _PROBE_TOLERANCE):
         raise BundleError(
             f"{latent.file} has two directions of one name, or a probe that does not fit its step",
@@ -131,12 +131,12 @@ class Redrawer:
                 f"model {self._manifest.name} gives pictures, not a distribution of them: "
                 "nothing can be drawn"
             )
-        each = max(1, drawing.count)
+        repeats = max(1, drawing.count)
         rows = z.reshape(-1, z.shape[-1])
         labels = None if label is None else label.reshape(-1)
 
         def feed(start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
-            at, number = np.divmod(np.arange(start, stop), each)
+            at, number = np.divmod(np.arange(start, stop), repeats)
             feeds: dict[str, npt.NDArray[Any]] = {"z": rows[at]}
             if labels is not None:
                 feeds["y"] = labels[at]
@@ -145,9 +145,9 @@ class Redrawer:
             return feeds
 
         outputs = tuple(spec.name for spec in graph.outputs)
-        (found,) = await self._lanes.run_all(Ask(Role.DECODE, len(rows) * each, feed, outputs))
+        (arrays,) = await self._lanes.run_all(Ask(Role.DECODE, len(rows) * repeats, feed, outputs))
         picture = self._manifest.shape
-        several = {name: array.reshape(*shape, each, *picture) for name, array in found.items()}
+        several = {name: array.reshape(*shape, repeats, *picture) for name, array in arrays.items()}
         deviation = several.get("deviation")
         drawn = several.get("x", np.empty((*shape, 0, *picture), np.uint8))
         return Redrawings(

@@ -45,8 +45,8 @@ def version(distribution: str) -> str | None:
 
 def runtimes() -> dict[str, str]:
     """The installed ONNX Runtime distributions and their versions; more than one is a conflict."""
-    found = {name: version(name) for name in RUNTIMES}
-    return {name: number for name, number in found.items() if number}
+    distributions = {name: version(name) for name in RUNTIMES}
+    return {name: number for name, number in distributions.items() if number}
 
 
 def versions() -> dict[str, str]:

@@ -84,7 +84,7 @@ def uniform(
     attempts: Sequence[int] | None = None,
 ) -> Doubles:
     """A uniform number in [0, 1) for each picture, float64 (n,), for its label or acceptance."""
-    return np.array([each.random() for each in _streams(seed, indices, use, attempts)])
+    return np.array([generator.random() for generator in _streams(seed, indices, use, attempts)])
 
 
 def _streams(

@@ -191,15 +191,15 @@ class Neighbours(_Stored):
         """The distances (n,)."""
         v = _multiply_rows(normal[:, self.columns.astype(int)] - self.centre, self.whitening)
         ones, k = np.ones((len(v), 1)), int(self.count)
-        found = np.empty(len(v))
+        distances = np.empty(len(v))
         for start in range(0, len(v), BLOCK):  # the distances of a block fit in a cache
             rows = v[start : start + BLOCK]
             apart = _multiply_rows(
                 np.concatenate((rows, ones[start : start + BLOCK]), 1), self._distance_matrix
             )
             squares = _smallest(apart, k) + np.square(rows).sum(1)[:, None]
-            found[start : start + BLOCK] = np.sqrt(np.maximum(squares, 0)).mean(1)
-        return found
+            distances[start : start + BLOCK] = np.sqrt(np.maximum(squares, 0)).mean(1)
+        return distances
 
     @cached_property
     def _distance_matrix(self) -> Doubles:
@@ -385,12 +385,12 @@ class Detector:
         labels in its set. An outlier may have some too: only its own p-value shows that it is an
         outlier. At an alpha below 1 / (n + 1), a label with n calibration pictures is in every set.
         """
-        found = label_score(score, posterior)
-        p = np.empty_like(found)
+        scores = label_score(score, posterior)
+        p = np.empty_like(scores)
         starts = np.concatenate([[0], np.cumsum(self.label_counts)])
         for label, count in enumerate(self.label_counts):
-            own = self.label_scores[starts[label] : starts[label] + count]
-            below = np.searchsorted(own, found[:, label], side="left")
+            calibration_scores = self.label_scores[starts[label] : starts[label] + count]
+            below = np.searchsorted(calibration_scores, scores[:, label], side="left")
             p[:, label] = (1 + count - below) / (count + 1)
         return p
 

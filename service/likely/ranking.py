@@ -51,16 +51,16 @@ class Ranked:
         if RANKED not in outputs:
             return self._runner.run(feeds, outputs, stop)
         graph_outputs = self._graph_outputs(outputs)
-        found = dict(zip(graph_outputs, self._runner.run(feeds, graph_outputs, stop), strict=True))
-        found[RANKED] = self._ranked(found[_LOG_PX], found[_STATISTICS], found.get(_LABEL))
-        return [found[name] for name in outputs]
+        arrays = dict(zip(graph_outputs, self._runner.run(feeds, graph_outputs, stop), strict=True))
+        arrays[RANKED] = self._ranked(arrays[_LOG_PX], arrays[_STATISTICS], arrays.get(_LABEL))
+        return [arrays[name] for name in outputs]
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
         """The outputs of a run with no rows."""
         graph_outputs = self._graph_outputs(outputs)
-        found = dict(zip(graph_outputs, self._runner.empty(graph_outputs), strict=True))
-        found[RANKED] = np.empty((0, _COLUMNS))
-        return [found[name] for name in outputs]
+        arrays = dict(zip(graph_outputs, self._runner.empty(graph_outputs), strict=True))
+        arrays[RANKED] = np.empty((0, _COLUMNS))
+        return [arrays[name] for name in outputs]
 
     def _ranked(self, log_px: Array, statistics: Array, label: Array | None) -> Doubles:
         table = np.empty((len(log_px), _COLUMNS))

@@ -212,7 +212,7 @@ class Settings(BaseSettings):
     @property
     def limits(self) -> Limits:
         """The limits that requests are held to."""
-        return Limits(**{each.name: getattr(self, each.name) for each in fields(Limits)})
+        return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
 
     def toml(self) -> str:
         """The settings as the TOML file that would give them."""

@@ -75,11 +75,13 @@ def warm_up(
                 [1] * len(roles) + [widest] * len(several),
             )
         )
-    found = [wrap_runner(role, runner) for role, runner in zip(roles + several, bare, strict=True)]
+    wrapped = [
+        wrap_runner(role, runner) for role, runner in zip(roles + several, bare, strict=True)
+    ]
     if filled:
-        found = [Portions(runner, max_batch, fill=True) for runner in found]
-    runners = dict(zip(roles, found, strict=False))
-    wide = dict(zip(several, found[len(roles) :], strict=True))
+        wrapped = [Portions(runner, max_batch, fill=True) for runner in wrapped]
+    runners = dict(zip(roles, wrapped, strict=False))
+    wide = dict(zip(several, wrapped[len(roles) :], strict=True))
     golden = bundle.golden()
     for role, runner in (*runners.items(), *wide.items()):
         _check_golden(bundle.manifest, role, runner, golden)

@@ -198,7 +198,9 @@ class Batcher:
         self._queues[member.priority].remove(member)
         for batch in member.batches:
             if batch.ready:
-                rows = sum(stop - start for each, start, stop in batch.spans if each is member)
+                rows = sum(
+                    stop - start for candidate, start, stop in batch.spans if candidate is member
+                )
                 batch.ready -= rows
                 self._ready -= rows
 
@@ -322,18 +324,18 @@ class Batcher:
         Empty if evicting them would not make enough room, or if no client has more rows waiting
         than the member's client would have.
         """
-        found: list[Member] = []
+        victims: list[Member] = []
         rows = nbytes = 0
         most = member.rows + sum(queue.client_rows(member.client) for queue in self._queues)
         for queue in (self._queues[p] for p in reversed(Priority) if p >= member.priority):
             for latest in queue.iter_eviction_order(most):
                 if not latest.evictable or latest.taken:
                     break
-                found.append(latest)
+                victims.append(latest)
                 rows += latest.rows_left
                 nbytes += latest.rows_left * latest.row_bytes
                 if not self._has_no_room(member, rows, nbytes):
-                    return found
+                    return victims
         return ()
 
     def _count_refusal(self, member: Member, reason: str) -> None:

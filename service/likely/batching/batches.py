@@ -226,8 +226,8 @@ class Batch:
         feeds = [member.feed(start, stop) for member, start, stop in spans]
         if len(spans) == 1:
             names: Sequence[str] = spans[0][0].outputs
-            found = self._runner.run(feeds[0], names, self._stop)
-            return [dict(zip(names, found, strict=True))]
+            arrays = self._runner.run(feeds[0], names, self._stop)
+            return [dict(zip(names, arrays, strict=True))]
         names = tuple(dict.fromkeys(name for member, _, _ in spans for name in member.outputs))
         joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
         outputs = dict(zip(names, self._runner.run(joined, names, self._stop), strict=True))

@@ -151,14 +151,14 @@ class Lanes:
         Raises:
             As `run`.
         """
-        members, found = self._admit(asks), []
+        members, outputs = self._admit(asks), []
         # Futures are awaited in order, so each failure is passed on to the ask before it.
         for before, member in pairwise(members):
             member.future.add_done_callback(before.fail_with)
         try:
             for member in members:
-                found.append(await member.future)  # noqa: PERF401  saves a coroutine
-            return found
+                outputs.append(await member.future)  # noqa: PERF401  saves a coroutine
+            return outputs
         except BaseException as error:
             if members[0].counted and isinstance(error.__cause__, OutOfMemory):
                 self._traffic.shed.labels(self._name, "memory").inc()
@@ -231,8 +231,8 @@ class Lanes:
             trace=caller.trace,
         )
         if not ask.rows:
-            found = batcher.runner.empty(ask.outputs)
-            member.future.set_result(dict(zip(ask.outputs, found, strict=True)))
+            arrays = batcher.runner.empty(ask.outputs)
+            member.future.set_result(dict(zip(ask.outputs, arrays, strict=True)))
         return member
 
     def _adopt_loop(self) -> asyncio.AbstractEventLoop:

@@ -53,7 +53,7 @@ class Portions:
             return self.empty(outputs)
         if len(parts) == 1:
             return parts[0]
-        return [np.concatenate(each) for each in zip(*parts, strict=True)]
+        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
     def empty(self, outputs: Sequence[str]) -> list[Array]:
         """Returns the named outputs for zero rows."""
@@ -65,5 +65,5 @@ class Portions:
         """Runs at most `size` rows, padded if asked for; the padding's outputs are cut off."""
         if not self._fill:
             return self._runner.run(feeds, outputs, stop)
-        found = self._runner.run(pad_rows(feeds, self._size), outputs, stop)
-        return [array[: rows(feeds)] for array in found]
+        arrays = self._runner.run(pad_rows(feeds, self._size), outputs, stop)
+        return [array[: rows(feeds)] for array in arrays]

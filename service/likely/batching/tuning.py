@@ -126,9 +126,9 @@ def find_best_batch(
         size for size, cost in costs.items() if cost <= BATCH_TOLERANCE * min(costs.values())
     )
     pace = took[rows] / rows
-    each = max((took[rows] - took[1]) / (rows - 1), 1e-7) if rows > 1 else pace
-    fixed = max(0.0, took[1] - each) + BATCH_OVERHEAD
-    min_rows = min(rows, math.ceil(fixed / each / MAX_FIXED_COST_RATIO))
+    row_seconds = max((took[rows] - took[1]) / (rows - 1), 1e-7) if rows > 1 else pace
+    fixed = max(0.0, took[1] - row_seconds) + BATCH_OVERHEAD
+    min_rows = min(rows, math.ceil(fixed / row_seconds / MAX_FIXED_COST_RATIO))
     loop_rows = max((size for size, spent in took.items() if spent <= MAX_LOOP_SECONDS), default=0)
     return Best(rows, min_rows, pace, min(rows, loop_rows), fixed, run if run < rows else 0)
 

@@ -261,10 +261,10 @@ class _Scan:
         if name in _TYPED_FIELDS and kind not in _TYPED_FIELDS[name]:
             raise WireError(f"a tensor of type {kind} has {name}")
         if name in ("raw_data", "float_data", "double_data"):
-            found, rest = divmod(len(data), _ELEMENT_SIZES[kind])
+            elements, rest = divmod(len(data), _ELEMENT_SIZES[kind])
         else:
-            found, rest = self._count_varints(data), 0
-        if found != count or rest:
+            elements, rest = self._count_varints(data), 0
+        if elements != count or rest:
             raise WireError(f"a tensor of {count} elements of type {kind} has {len(data)} bytes")
 
     def _check_packed_lists(self, attribute: Values) -> None:

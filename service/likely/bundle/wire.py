@@ -72,16 +72,16 @@ class Reader:
             WireError: the bytes are malformed; a field is not in the schema, has another wire
                 type or occurs too often; or there are more fields than this reader accepts.
         """
-        found: Values = {}
+        fields: Values = {}
         for number, kind, value in self._read_fields(data, what):
             field = schema.get(number)
             if field is None or kind not in field.kinds:
                 raise WireError(f"{what} holds field {number}, kind {kind}, which is not allowed")
-            values = found.setdefault(field.name, [])
+            values = fields.setdefault(field.name, [])
             if values and not field.repeated:
                 raise WireError(f"{what} holds {field.name} twice")
             values.append(value)
-        return found
+        return fields
 
     def _read_fields(self, data: memoryview, what: str) -> Iterator[tuple[int, int, Value]]:
         at, end = 0, len(data)

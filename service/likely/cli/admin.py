@@ -30,8 +30,8 @@ def admin() -> None:
 def versions(server: Connection, as_json: bool) -> None:
     """List versions that are served, loading or draining, and bundles that were refused."""
     with server.admin() as client:
-        found = client.versions()
-    show.rows([_row(version, as_json) for version in found], as_json, {})
+        entries = client.versions()
+    show.rows([_row(version, as_json) for version in entries], as_json, {})
 
 
 @admin.command()
@@ -86,13 +86,13 @@ def rollback(server: Connection, model: str, as_json: bool) -> None:
 def reset_drift(server: Connection, model: str, version: str | None) -> None:
     """Restart the drift test of MODEL: of a VERSION, or of the default version."""
     with server.admin() as client:
-        found = client.reset_drift(model, version)
-    click.echo(f"the test for drift of {model} {found} begins anew")
+        resolved_version = client.reset_drift(model, version)
+    click.echo(f"the test for drift of {model} {resolved_version} begins anew")
 
 
 def _row(version: ModelVersion, as_json: bool) -> dict[str, Any]:
     """A row of the output: every field for programs, the relevant ones for people."""
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "model": version.name,
         "version": version.version,
         "state": version.state.value,
@@ -102,9 +102,9 @@ def _row(version: ModelVersion, as_json: bool) -> dict[str, Any]:
     }
     if as_json:
         details = {"reason": version.reason, "message": version.message}
-        return found | {"digest": version.digest} | details
+        return row | {"digest": version.digest} | details
     refused = version.state is VersionState.FAILED
-    return found | {
+    return row | {
         "labels": " ".join(version.labels) or show.NONE,
         "default": "yes" if version.is_default else show.NONE,
         "refused": f"{version.reason}: {version.message}" if refused else show.NONE,

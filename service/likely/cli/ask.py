@@ -94,7 +94,7 @@ def classify(
     """Which label is assigned, if any?"""
     if both and not as_json:
         raise click.UsageError("--both needs --json")
-    given = options.numbers(priors)
+    prior_values = options.numbers(priors)
     with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read(files, info)
@@ -103,7 +103,7 @@ def classify(
             return client.classify(
                 x[part],
                 alpha=alpha,
-                priors=given,
+                priors=prior_values,
                 min_posterior=min_posterior,
                 rule=LabelRule[rule.upper()],
                 both=both,

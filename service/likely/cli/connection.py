@@ -78,12 +78,12 @@ def server_options(
 
     def decorate(command: F) -> F:
         @functools.wraps(command)
-        def run(**given: Any) -> None:
+        def run(**arguments: Any) -> None:
             names = Connection.__dataclass_fields__
-            connection = Connection(**{name: given.pop(name) for name in names})
+            connection = Connection(**{name: arguments.pop(name) for name in names})
             if token:
                 connection = _with_one_token(connection)
-            command(server=None if connection.address is None else connection, **given)
+            command(server=None if connection.address is None else connection, **arguments)
 
         # click passes the options by name, so the two functions may have different signatures.
         decorated = cast("F", run)

@@ -52,13 +52,13 @@ def _installed() -> list[Finding]:
 
 
 def _runtime(bundle: Path | None, device: str, *, asked: bool) -> list[Finding]:
-    found = machine.runtimes()
+    installed = machine.runtimes()
     missing = [name for name in SERVER_NEEDS if importlib.util.find_spec(name) is None]
-    if not found:
+    if not installed:
         client_only = len(missing) == len(SERVER_NEEDS) and not asked
         return [Finding("ONNX Runtime", f"none; to serve, {machine.INSTALL}", client_only)]
-    named = " and ".join(f"{name} {number}" for name, number in found.items())
-    if len(found) > 1:
+    named = " and ".join(f"{name} {number}" for name, number in installed.items())
+    if len(installed) > 1:
         conflict = f"{named}: they overwrite each other; uninstall both, then install one"
         return [Finding("ONNX Runtime", conflict, False)]
     findings = [Finding("ONNX Runtime", named)]

@@ -90,10 +90,10 @@ class Job:
             else:
                 workers = threads(maker, self.workers or WORKERS)
             label = self.version if self.version in VERSION_LABELS else None
-            found = run(plan, maker, workers, functools.partial(show.long_bar, what=what), label)
+            summary = run(plan, maker, workers, functools.partial(show.long_bar, what=what), label)
         finally:
             backend.close()
-        self._print_summary(found, info)
+        self._print_summary(summary, info)
 
     def _request(
         self, make_task: MakeTask, info: ModelInfo, inputs: Input | None
@@ -106,8 +106,8 @@ class Job:
         task = make_task(info, pictures)
         return Request.of(task, info, Format(self.form), self.shard), pictures
 
-    def _print_summary(self, found: dict[str, Any], info: ModelInfo) -> None:
-        row = {"out": str(self.out), **_flat(found)}
+    def _print_summary(self, summary: dict[str, Any], info: ModelInfo) -> None:
+        row = {"out": str(self.out), **_flat(summary)}
         lines = [row] if self.as_json else [{"of": k, "found": row[k]} for k in row]
         show.rows(lines, self.as_json, {"model": info.name, "version": info.version})
 
@@ -162,10 +162,10 @@ def job(command: F) -> F:
     """Adds the options to a command, and passes it `job: Job`."""
 
     @functools.wraps(command)
-    def run(**given: Any) -> None:
-        chosen = Job(**{name: given.pop(name) for name in Job.__dataclass_fields__})
+    def run(**arguments: Any) -> None:
+        chosen = Job(**{name: arguments.pop(name) for name in Job.__dataclass_fields__})
         try:
-            command(job=chosen, **given)
+            command(job=chosen, **arguments)
         except ModuleNotFoundError as error:
             name = (error.name or "").partition(".")[0]
             extra = "cpu" if name not in _JOB_PACKAGES else "ray" if name == "ray" else "jobs"
@@ -229,12 +229,12 @@ def _options() -> tuple[Callable[[F], F], ...]:
     )  # fmt: skip
 
 
-def _flat(found: dict[str, Any]) -> dict[str, Any]:
+def _flat(summary: dict[str, Any]) -> dict[str, Any]:
     """The result without nesting: `fdr.rate`, not `fdr` with a `rate`."""
     flat: dict[str, Any] = {}
-    for name, value in found.items():
+    for name, value in summary.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{key}": each for key, each in value.items()}
+            flat |= {f"{name}.{key}": entry for key, entry in value.items()}
         else:
             flat[name] = value
     return flat

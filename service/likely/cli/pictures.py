@@ -56,8 +56,8 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     known = (*levels.IMAGES, *ARRAYS)
-    shown = (each for each in path.iterdir() if not each.name.startswith("."))
-    files = sorted(each for each in shown if each.suffix.lower() in known and each.is_file())
+    shown = (file for file in path.iterdir() if not file.name.startswith("."))
+    files = sorted(file for file in shown if file.suffix.lower() in known and file.is_file())
     if not files:
         raise InvalidInput(
             str(path),

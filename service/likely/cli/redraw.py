@@ -57,19 +57,19 @@ def traverse(
     with server.client() as client:
         info = client.model(model, version)
         x, names = pictures.read(files, info)
-        found = client.traverse(
+        traversal = client.traverse(
             x, direction, places, draws=draws, seed=seed, model=info.name, version=info.version
         )
-    pictures.write_redrawn(out, x[:, None], found, info)
+    pictures.write_redrawn(out, x[:, None], traversal, info)
     rows = [
         {
             "picture": name,
-            "position": float(found.position[i]),
-            **({} if found.spread is None else {"deviation": float(found.spread[i])}),
+            "position": float(traversal.position[i]),
+            **({} if traversal.spread is None else {"deviation": float(traversal.spread[i])}),
         }
         for i, name in enumerate(names)
     ]
-    show.rows(rows, as_json, {"direction": direction, **_about(info.name, found, out)})
+    show.rows(rows, as_json, {"direction": direction, **_about(info.name, traversal, out)})
 
 
 @click.command(epilog=show.FILES_HELP)
@@ -104,7 +104,7 @@ def interpolate(
         others, other_names = pictures.read((last,), info)
         if len(x) != len(others):
             raise InvalidInput("last", f"{len(others)} pictures; {first} has {len(x)}")
-        found = client.interpolate(
+        redrawings = client.interpolate(
             x,
             others,
             np.linspace(0, 1, steps),
@@ -113,10 +113,15 @@ def interpolate(
             model=info.name,
             version=info.version,
         )
-    pictures.write_redrawn(out, np.stack([x, others], 1), found, info)
+    pictures.write_redrawn(out, np.stack([x, others], 1), redrawings, info)
     rows = [{"from": a, "to": b} for a, b in zip(names, other_names, strict=True)]
-    show.rows(rows, as_json, _about(info.name, found, out))
+    show.rows(rows, as_json, _about(info.name, redrawings, out))
 
 
-def _about(name: str, found: Redrawings, out: Path) -> dict[str, object]:
-    return {"model": name, "version": found.model_version, "seed": found.seed, "out": str(out)}
+def _about(name: str, redrawings: Redrawings, out: Path) -> dict[str, object]:
+    return {
+        "model": name,
+        "version": redrawings.model_version,
+        "seed": redrawings.seed,
+        "out": str(out),
+    }

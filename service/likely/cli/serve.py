@@ -145,7 +145,7 @@ def _warn_of_unknown(chosen: Settings) -> None:
     for variable in sorted(set(os.environ) - {*CLIENT_VARIABLES} - links):
         name = variable.removeprefix(settings.PREFIX)
         if name != variable and name not in known and not SERVICE_LINK.match(name):
-            near = [f"{settings.PREFIX}{each}" for each in get_close_matches(name, known, 1)]
+            near = [f"{settings.PREFIX}{match}" for match in get_close_matches(name, known, 1)]
             log.warning("unknown variable", variable=variable, nearest=near[0] if near else None)
 
 

@@ -29,7 +29,7 @@ def verify(bundle: Path, keys: tuple[Path, ...]) -> None:
         from likely.bundle import Bundle
     except ModuleNotFoundError as error:
         raise RuntimeMissing(f"{error.name} is missing; {machine.INSTALL}") from error
-    found = Bundle.open(bundle, keys)
+    verified = Bundle.open(bundle, keys)
     signed = "signed" if keys else "signature not asked for"
-    name = f"{found.manifest.name}@{found.manifest.version}"
-    click.echo(f"{name} is whole and allowed; {signed}; digest {found.digest}")
+    name = f"{verified.manifest.name}@{verified.manifest.version}"
+    click.echo(f"{name} is whole and allowed; {signed}; digest {verified.digest}")

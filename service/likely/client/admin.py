@@ -85,7 +85,7 @@ class AdminClient:
             LikelyError: Unavailable, DeadlineExceeded, AccessDenied or ServerFault.
         """
         answer = self._ask(self._stub.ListVersions, admin_pb2.ListVersionsRequest())
-        return [codec.model_version(each) for each in answer.versions]
+        return [codec.model_version(version) for version in answer.versions]
 
     def load(self, folder: str | PathLike[str]) -> ModelVersion:
         """Serves the bundle in a folder, once it has passed its checks.
@@ -145,8 +145,8 @@ class AdminClient:
         request = build_message(
             admin_pb2.ResetDriftRequest, model_name=model, model_version=version or ""
         )
-        found: str = self._ask(self._stub.ResetDrift, request).model_version
-        return found
+        resolved_version: str = self._ask(self._stub.ResetDrift, request).model_version
+        return resolved_version
 
     def close(self) -> None:
         """Closes the connection."""

@@ -340,7 +340,7 @@ class AsyncClient:
             )
 
         parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
-        found: list[Completions] = []
+        received: list[Completions] = []
         while (request := await self._follow(parts.next())) is not None:
             try:
                 answers = await self._answers(request)
@@ -348,8 +348,8 @@ class AsyncClient:
                 if not parts.try_next_replica():
                     raise
                 continue
-            found += [codec.completions(answer) for answer in answers if parts.accept(answer)]
-        return plans.join_completions(found, x, completions, seed, parts.info)
+            received += [codec.completions(answer) for answer in answers if parts.accept(answer)]
+        return plans.join_completions(received, x, completions, seed, parts.info)
 
     async def models(self) -> list[ModelInfo]:
         """As `Client.models`."""

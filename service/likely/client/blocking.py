@@ -529,7 +529,7 @@ class Client:
             )
 
         parts = catalogue.Parts(self._catalogue, model, version, label, divide, self._replicas)
-        found: list[Completions] = []
+        received: list[Completions] = []
         while (request := self._follow(parts.next())) is not None:
             try:
                 answers = self._answers(request)
@@ -537,8 +537,8 @@ class Client:
                 if not parts.try_next_replica():
                     raise
                 continue
-            found += [codec.completions(answer) for answer in answers if parts.accept(answer)]
-        return plans.join_completions(found, x, completions, seed, parts.info)
+            received += [codec.completions(answer) for answer in answers if parts.accept(answer)]
+        return plans.join_completions(received, x, completions, seed, parts.info)
 
     def models(self) -> list[ModelInfo]:
         """The descriptions of all served versions, sorted by name.

@@ -134,7 +134,7 @@ class Route:
         if local:
             self._options += (("grpc.enable_http_proxy", 0),)
         self._token = credentials.bearer(token) if isinstance(token, str) else token
-        self._secure = tls or any(each is not None for each in (ca, certificate, server_name))
+        self._secure = tls or any(option is not None for option in (ca, certificate, server_name))
         if server_name is not None:
             if not server_name.isascii():
                 raise SettingsError(f"{server_name!r} is no name of a server; it has ASCII letters")

@@ -108,13 +108,13 @@ class BlockingFeed(Generic[A]):
         threading.Thread(target=self._pull, args=(items,), daemon=True, name="feed").start()
         try:
             while True:
-                found, failure = self._wait()
+                outcomes, failure = self._wait()
                 if failure:
                     time.sleep(backoff.delay(failure))
                     reader = self._open()
-                elif not found:
+                elif not outcomes:
                     break
-                for outcome in found:
+                for outcome in outcomes:
                     backoff.reset()
                     yield outcome
             reader.join(END_SECONDS)  # all items are answered: the stream ends by itself
@@ -130,9 +130,9 @@ class BlockingFeed(Generic[A]):
         """The next outcomes, or the failure of the stream; neither if all items are answered."""
         with self._changed:
             while True:
-                if found := self._ledger.take():
+                if outcomes := self._ledger.take():
                     self._changed.notify_all()  # the ledger has room again
-                    return found, None
+                    return outcomes, None
                 if self._drained and not self._ledger:
                     self._changed.notify_all()
                     return [], None
@@ -239,13 +239,13 @@ class AsyncFeed(Generic[A]):
         puller = asyncio.create_task(self._pull(items))
         try:
             while True:
-                found, failure = await self._wait()
+                outcomes, failure = await self._wait()
                 if failure:
                     await asyncio.sleep(backoff.delay(failure))
                     reader = self._open()
-                elif not found:
+                elif not outcomes:
                     break
-                for outcome in found:
+                for outcome in outcomes:
                     backoff.reset()
                     yield outcome
             with suppress(TimeoutError):
@@ -263,9 +263,9 @@ class AsyncFeed(Generic[A]):
         late = 0
         while True:
             self._outcomes_changed.clear()
-            if found := self._ledger.take():
+            if outcomes := self._ledger.take():
                 self._room.set()
-                return found, None
+                return outcomes, None
             if self._drained and not self._ledger:
                 self._work.set()
                 return [], None

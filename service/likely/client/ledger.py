@@ -119,13 +119,13 @@ class Ledger(Generic[A]):
 
     def take(self) -> list[A | LikelyError]:
         """Takes the outcomes that are next in the feed's order."""
-        found: list[A | LikelyError] = []
+        outcomes: list[A | LikelyError] = []
         for number, item in list(self._open.items()):
             if item.outcome is None:
                 break
             del self._open[number]
-            found.append(item.outcome)
-        return found
+            outcomes.append(item.outcome)
+        return outcomes
 
     def time_left(self, now: float) -> float:
         """Seconds until the timeout for the next answer; the whole timeout if none is due."""

@@ -133,7 +133,7 @@ def classify_questions(
 ) -> Questions[Classifications]:
     """The questions of `Client.classify` and `classify_stream`."""
     held, by = enum_member("guarantee", Guarantee, guarantee), enum_member("rule", LabelRule, rule)
-    given = None if priors is None else array("priors", priors, np.float64).tolist()
+    prior_values = None if priors is None else array("priors", priors, np.float64).tolist()
 
     def ask(x: Pixels, version: str) -> Request:
         return build_message(
@@ -142,7 +142,7 @@ def classify_questions(
             model_version=version,
             images=codec.images(x),
             alpha=alpha,
-            priors=given,
+            priors=prior_values,
             min_posterior=min_posterior,
             guarantee=int(held),
             rule=int(by),
@@ -212,7 +212,7 @@ def encode(
     x = pixels(images)
 
     def plan(info: ModelInfo) -> Plan[Features]:
-        given = iter(_labels(labels, len(x), info) or ())
+        remaining = iter(_labels(labels, len(x), info) or ())
 
         def ask(part: Pixels, version: str) -> Request:
             return build_message(
@@ -220,7 +220,7 @@ def encode(
                 model_name=info.name,
                 model_version=version,
                 images=codec.images(part),
-                labels=list(islice(given, len(part))),
+                labels=list(islice(remaining, len(part))),
             )
 
         return (yield from _ask_in_parts(x, info, Questions(ask, read, version or "")))
@@ -297,15 +297,15 @@ def decode(
         raise InvalidInput("features", f"shape {z.shape}; expected (n, z)")
 
     def plan(info: ModelInfo) -> Plan[Redrawings]:
-        given = _labels(labels, len(z), info)
-        if given == [NO_LABEL] * len(z):
-            given = None
+        label_indices = _labels(labels, len(z), info)
+        if label_indices == [NO_LABEL] * len(z):
+            label_indices = None
         step, parts = how.step(info, 1, z[:1].nbytes), list[Redrawings]()
         for at in range(0, max(len(z), 1), step):
             message = build_message(
                 latent_pb2.DecodeRequest,
                 features=codec.packed(z[at : at + step]),
-                labels=given and given[at : at + step],
+                labels=label_indices and label_indices[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
             answer: latent_pb2.DecodeResponse = yield require_size(
@@ -338,7 +338,7 @@ def traverse(
     x, places = pixels(images), _to_points(points)
 
     def plan(info: ModelInfo) -> Plan[Traversal]:
-        given = _labels(labels, len(x), info)
+        label_indices = _labels(labels, len(x), info)
         step, parts = how.step(info, len(places), x[:1].nbytes), list[Traversal]()
         for at in range(0, max(len(x), 1), step):
             message = build_message(
@@ -346,7 +346,7 @@ def traverse(
                 images=codec.images(x[at : at + step]),
                 direction=direction,
                 points=places,
-                labels=given and given[at : at + step],
+                labels=label_indices and label_indices[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
             answer: latent_pb2.TraverseResponse = yield require_size(
@@ -376,8 +376,8 @@ def interpolate(
         raise InvalidInput("others", f"{len(far)} pictures for {len(x)} images; expected as many")
 
     def plan(info: ModelInfo) -> Plan[Redrawings]:
-        given = _labels(labels, len(x), info)
-        others_given = _labels(other_labels, len(x), info)
+        label_indices = _labels(labels, len(x), info)
+        other_label_indices = _labels(other_labels, len(x), info)
         step = how.step(info, len(places), x[:1].nbytes + far[:1].nbytes)
         parts: list[Redrawings] = []
         for at in range(0, max(len(x), 1), step):
@@ -386,8 +386,8 @@ def interpolate(
                 images=codec.images(x[at : at + step]),
                 others=codec.images(far[at : at + step]),
                 points=places,
-                labels=given and given[at : at + step],
-                other_labels=others_given and others_given[at : at + step],
+                labels=label_indices and label_indices[at : at + step],
+                other_labels=other_label_indices and other_label_indices[at : at + step],
                 **how.fields(info, at, parts[-1] if parts else None),
             )
             answer: latent_pb2.InterpolateResponse = yield require_size(
@@ -405,8 +405,8 @@ def _to_points(points: npt.ArrayLike) -> list[float]:
     places = array("points", points, np.float64)
     if places.ndim != 1:
         raise InvalidInput("points", f"shape {places.shape}; expected (points,)")
-    found: list[float] = places.tolist()
-    return found
+    numbers: list[float] = places.tolist()
+    return numbers
 
 
 def generate_requests(
@@ -523,9 +523,11 @@ def _resolver(
     """The resolver for a question about n pictures with labels for each."""
 
     def to_indices(info: ModelInfo) -> list[list[int] | None]:
-        return [_labels(each, n, info) for each in labels]
+        return [_labels(sequence, n, info) for sequence in labels]
 
-    named = any(array("labels", each).dtype.kind == "U" for each in labels if each is not None)
+    named = any(
+        array("labels", sequence).dtype.kind == "U" for sequence in labels if sequence is not None
+    )
     return LabelResolver(catalogue, model, version, to_indices if named else None)
 
 
@@ -533,16 +535,16 @@ def _labels(labels: npt.ArrayLike | None, n: int, info: ModelInfo) -> list[int] 
     """The label index of each of n pictures, from names or indices; None without labels."""
     if labels is None:
         return None
-    given = array("labels", labels)
-    if given.shape != (n,):
-        raise InvalidInput("labels", f"shape {given.shape} for {n} pictures; one label each")
+    entries = array("labels", labels)
+    if entries.shape != (n,):
+        raise InvalidInput("labels", f"shape {entries.shape} for {n} pictures; one label each")
     # A text may also be a number of any size; building the message checks the range.
-    if given.dtype.kind == "U":
-        named: list[Any] = [index_of(str(each), info.labels, "labels") for each in given]
+    if entries.dtype.kind == "U":
+        named: list[Any] = [index_of(str(entry), info.labels, "labels") for entry in entries]
         return named
-    if n and not np.issubdtype(given.dtype, np.integer):
-        raise InvalidInput("labels", f"type {given.dtype}; expected integers")
-    numbers: list[int] = given.tolist()
+    if n and not np.issubdtype(entries.dtype, np.integer):
+        raise InvalidInput("labels", f"type {entries.dtype}; expected integers")
+    numbers: list[int] = entries.tolist()
     return numbers
 
 
@@ -560,9 +562,9 @@ def _check_levels(
     """
 
     def check(info: ModelInfo) -> None:
-        for field, given in (("images.data", x), ("others.data", far)):
-            if given is not None and given.shape[1:] == info.shape:
-                codec.check_levels(given, info.levels, field)
+        for field, pictures in (("images.data", x), ("others.data", far)):
+            if pictures is not None and pictures.shape[1:] == info.shape:
+                codec.check_levels(pictures, info.levels, field)
 
     yield from _check_arguments(catalogue, model, version, check)
 

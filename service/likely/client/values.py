@@ -81,7 +81,7 @@ def enum_member(field: str, kind: type[E], given: E | str) -> E:
     try:
         return kind[given.upper()] if isinstance(given, str) else kind(given)
     except (KeyError, ValueError):
-        names = ", ".join(each.name.lower() for each in kind)
+        names = ", ".join(member.name.lower() for member in kind)
         raise InvalidInput(field, f"{given!r} is none of {names}") from None
 
 

@@ -46,13 +46,13 @@ def picture_column(schema: pa.Schema, column: str | None, name: str) -> str:
         InvalidInput: there is no such column, or more than one of that name.
     """
     wanted = USUAL_COLUMNS if column is None else (column,)
-    found = next((each for each in wanted if each in schema.names), None)
-    if found is None:
+    chosen = next((candidate for candidate in wanted if candidate in schema.names), None)
+    if chosen is None:
         raise InvalidInput(
             name, f"no column {' or '.join(wanted)}; there are {', '.join(schema.names)}"
         )
-    require_one(schema, found, name)
-    return found
+    require_one(schema, chosen, name)
+    return chosen
 
 
 def require_one(schema: pa.Schema, column: str, name: str) -> None:
@@ -116,9 +116,9 @@ def _order(kind: pa.FixedShapeTensorType, geometry: Geometry) -> list[int]:
     """
     order = list(kind.permutation or range(len(kind.shape)))
     inverse = [order.index(axis) for axis in range(len(order))]
-    for each in (order, inverse):
-        if _with_channel([kind.shape[axis] for axis in each]) == geometry.shape:
-            return each
+    for axes in (order, inverse):
+        if _with_channel([kind.shape[axis] for axis in axes]) == geometry.shape:
+            return axes
     return order
 
 
@@ -196,13 +196,13 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
     lists = 1  # number of lists per picture at this depth
     for length in asked:
         # A null counts as a wrong length: flatten() would skip it.
-        found = np.asarray(pc.fill_null(pc.list_value_length(array), -1))
-        if (wrong := found != length).any():
+        actual_lengths = np.asarray(pc.fill_null(pc.list_value_length(array), -1))
+        if (wrong := actual_lengths != length).any():
             at = int(np.argmax(wrong))
             row = at // lists
             where = f"{name}[{first + row}]"
             raise _wrong_length_error(
-                where, rows[row].as_py(), int(found[at]), length, depth, geometry
+                where, rows[row].as_py(), int(actual_lengths[at]), length, depth, geometry
             )
         array = array.flatten()
         lists *= length
@@ -213,13 +213,13 @@ def _of_lists(rows: pa.Array, name: str, geometry: Geometry, first: int) -> Pixe
 
 
 def _wrong_length_error(
-    where: str, row: Any, found: int, asked: int, depth: int, geometry: Geometry
+    where: str, row: Any, actual: int, asked: int, depth: int, geometry: Geometry
 ) -> InvalidInput:
     """The error for a row of which one list has another length than expected."""
-    if found < 0:
+    if actual < 0:
         return InvalidInput(where, "one of its lists is empty")
     if depth == 1:
-        return InvalidInput(where, f"a list of {found}; expected {asked} levels")
+        return InvalidInput(where, f"a list of {actual}; expected {asked} levels")
     try:
         shape = np.shape(row)
         if len(shape) == depth:
@@ -229,7 +229,7 @@ def _wrong_length_error(
     except ValueError:
         pass  # ragged
     shown = f"{_format_shape(geometry.shape)} (channels x rows x columns)"
-    return InvalidInput(where, f"a list of {found}; expected one of {asked}: {shown}")
+    return InvalidInput(where, f"a list of {actual}; expected one of {asked}: {shown}")
 
 
 def _of_bytes(values: Sequence[bytes], name: str, geometry: Geometry, first: int) -> Pixels:
@@ -237,16 +237,16 @@ def _of_bytes(values: Sequence[bytes], name: str, geometry: Geometry, first: int
     bare = [len(value) == size and not _is_image(value) for value in values]
     if all(bare):
         return _of_levels(values, geometry)
-    found = np.empty((len(values), *geometry.shape), np.uint8)
+    images = np.empty((len(values), *geometry.shape), np.uint8)
     for row, value in enumerate(values):
         if bare[row]:
-            found[row] = np.frombuffer(value, np.uint8).reshape(geometry.shape)
+            images[row] = np.frombuffer(value, np.uint8).reshape(geometry.shape)
             continue
         where = f"{name}[{first + row}]"
         x = levels.of_image(io.BytesIO(value), where, geometry.shape[0], geometry.levels)
         levels.check_fit(where, x.shape, geometry.shape)
-        found[row] = x
-    return found
+        images[row] = x
+    return images
 
 
 def _of_levels(values: Sequence[bytes], geometry: Geometry) -> Pixels:

@@ -34,16 +34,16 @@ def finish(ledger: Ledger, info: ModelInfo) -> dict[str, Any]:
     """
     task = ledger.request.task
     assert isinstance(task, Judgement)
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     rejected, priors = None, None
     if task.fdr is not None:
-        p_values = np.concatenate([each["p_value"] for each in _columns(ledger, "p_value")])
+        p_values = np.concatenate([columns["p_value"] for columns in _columns(ledger, "p_value")])
         rejected = benjamini_hochberg(p_values, task.fdr)
         largest = p_values[rejected].max(initial=0.0)
-        found["fdr"] = {"rate": task.fdr, "largest_p_value": float(largest)}
+        entries["fdr"] = {"rate": task.fdr, "largest_p_value": float(largest)}
     if task.estimate_priors:
         priors = bayes.estimated_priors(_accepted_posteriors(ledger), np.array(info.priors))
-        found["priors"] = dict(zip(info.labels, priors.tolist(), strict=True))
+        entries["priors"] = dict(zip(info.labels, priors.tolist(), strict=True))
     schema = tables.shard_schema(ledger.request, info)
     for shard in ledger.missing():
         measured = pq.read_table(ledger.path(shard, measured=True), partitioning=None)
@@ -58,20 +58,20 @@ def finish(ledger: Ledger, info: ModelInfo) -> dict[str, Any]:
         ledger.add(
             shard, write_shard(ledger.path(shard), table, ledger.request.format, info.levels)
         )
-    return found
+    return entries
 
 
 def _accepted_posteriors(ledger: Ledger) -> Doubles:
     """The posteriors (n, labels) of the pictures that are not outliers."""
-    found, n = np.empty((0, 0)), 0
-    for each in _columns(ledger, "posterior", "verdict"):
-        kept: Accepted = each["verdict"] != tables.VERDICTS[Verdict.OUTLIER]
-        part = each["posterior"][kept]
+    posteriors, n = np.empty((0, 0)), 0
+    for columns in _columns(ledger, "posterior", "verdict"):
+        kept: Accepted = columns["verdict"] != tables.VERDICTS[Verdict.OUTLIER]
+        part = columns["posterior"][kept]
         if not n:
-            found = np.empty((ledger.request.task.total, part.shape[1]))
-        found[n : n + len(part)] = part
+            posteriors = np.empty((ledger.request.task.total, part.shape[1]))
+        posteriors[n : n + len(part)] = part
         n += len(part)
-    return found[:n]
+    return posteriors[:n]
 
 
 def _posterior(measured: pa.Table, info: ModelInfo, priors: Doubles) -> Doubles:

@@ -83,8 +83,8 @@ class Ledger:
             if manifest is not None:
                 request.require_same(manifest["request"])
             self._extra_entries = {
-                key: each
-                for key, each in (manifest or extra_entries).items()
+                key: entry
+                for key, entry in (manifest or extra_entries).items()
                 if key in EXTRA_ENTRIES
             }
             self._clear()
@@ -184,13 +184,13 @@ class Ledger:
     ) -> dict[int, Record]:
         """The listed shards whose files exist and match their digests, by number."""
         named = {Record(**entry).file: Record(**entry) for entry in (manifest or {}).get(key, [])}
-        found = {}
+        records = {}
         for shard in range(self.request.shards if named else 0):
             path = self.path(shard, measured)
             record = named.get(path.name)
             if record and path.is_file() and files.digest(path) == record.sha256:
-                found[shard] = record
-        return found
+                records[shard] = record
+        return records
 
 
 @dataclass(frozen=True, slots=True)

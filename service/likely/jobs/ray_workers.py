@@ -61,8 +61,8 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
     def make_shards(missing: list[int], advance: Advance) -> Generator[Made, None, None]:
         if not missing:
             return
-        own = not ray.is_initialized()
-        if own:
+        owns_ray = not ray.is_initialized()
+        if owns_ray:
             with _keeping_sigterm():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         try:
@@ -70,7 +70,7 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
         except ray.exceptions.RayError as error:
             raise JobError(_last_line(error)) from error
         finally:
-            if own:
+            if owns_ray:
                 ray.shutdown()
 
     def _make_on_cluster(missing: list[int], advance: Advance) -> Generator[Made, None, None]:

@@ -68,13 +68,13 @@ class Generation:
 
     def between(self, start: int, stop: int) -> list[tuple[int | None, int, int]]:
         """The parts of runs that make up pictures start to stop - 1: label, first index, count."""
-        found, at = [], 0
+        parts, at = [], 0
         for label, count in self.runs:
             first, last = max(start, at), min(stop, at + count)
             if first < last:
-                found.append((label, first, last - first))
+                parts.append((label, first, last - first))
             at += count
-        return found
+        return parts
 
     def check(self, info: ModelInfo) -> None:
         """Checks that a model can do this task.
@@ -247,7 +247,7 @@ def parse_runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]
     Raises:
         InvalidInput: a part is malformed, or the model has no such label.
     """
-    found = []
+    runs = []
     for part in labels.split(","):
         label, separator, count = part.strip().rpartition("=")
         index = names.index(label) if label in names else _number(label)
@@ -257,8 +257,8 @@ def parse_runs(labels: str, names: Sequence[str]) -> tuple[tuple[int, int], ...]
                 "labels",
                 f"{part.strip()!r} is no LABEL=COUNT; labels are {', '.join(names) or 'none'}",
             )
-        found.append((index, wanted))
-    return tuple(found)
+        runs.append((index, wanted))
+    return tuple(runs)
 
 
 def _number(text: str) -> int:

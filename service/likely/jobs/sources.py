@@ -112,9 +112,9 @@ class Pictures:
         """
         self._inputs = inputs
         self._geometry = geometry
-        found = list(_find_files(inputs.paths))
-        self._files = found
-        self._sources = list(_sources(found, inputs, geometry))
+        input_files = list(_find_files(inputs.paths))
+        self._files = input_files
+        self._sources = list(_sources(input_files, inputs, geometry))
         self._ends = list(accumulate(source.rows for source in self._sources))
         if not self._ends or not len(self):
             raise JobError(f"no pictures in {', '.join(map(str, inputs.paths))}")
@@ -162,13 +162,13 @@ class _Cache(Generic[T]):
 
     def get(self, key: Hashable, read: Callable[[], T]) -> T:
         with self._lock:
-            found = self._held.pop(key, None)
-            if found is None:
+            value = self._held.pop(key, None)
+            if value is None:
                 while len(self._held) >= self._most:
                     del self._held[next(iter(self._held))]
-                found = read()
-            self._held[key] = found
-            return found
+                value = read()
+            self._held[key] = value
+            return value
 
 
 @dataclass(slots=True)
@@ -362,9 +362,9 @@ def _find_files(paths: Sequence[Path]) -> Iterator[InputFile]:
     known = (*levels.IMAGES, *ARRAYS, *PARQUET, *TAR)
     for path in paths:
         if path.is_dir():
-            for each in _walk(path):
-                if each.suffix.lower() in known and each.is_file():
-                    yield InputFile.of(each, each.relative_to(path).as_posix())
+            for file in _walk(path):
+                if file.suffix.lower() in known and file.is_file():
+                    yield InputFile.of(file, file.relative_to(path).as_posix())
         elif path.suffix.lower() in known:
             yield InputFile.of(path, path.name)
         else:
@@ -380,30 +380,30 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iter
         OSError: a folder cannot be read.
     """
     status = folder.stat()
-    own = (status.st_dev, status.st_ino)
-    if own in above:  # a link leads back to a folder above
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:  # a link leads back to a folder above
         return
-    for each in sorted(folder.iterdir(), key=lambda each: each.name):
-        if _is_skipped(each.name):
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if _is_skipped(path.name):
             continue
-        if each.is_dir():
-            yield from _walk(each, above | {own})
+        if path.is_dir():
+            yield from _walk(path, above | {identity})
         else:
-            yield each
+            yield path
 
 
 def _folders(folder: Path) -> set[str]:
     """The real paths of a folder and of all subfolders that are read, also through links."""
-    found: set[str] = set()
+    real_paths: set[str] = set()
     left = [str(folder)]
     while left:
         real = os.path.realpath(left.pop())
-        if real not in found:
-            found.add(real)
+        if real not in real_paths:
+            real_paths.add(real)
             with os.scandir(real) as entries:
-                inside = [each for each in entries if not _is_skipped(each.name)]
-            left += [each.path for each in inside if each.is_dir()]
-    return found
+                inside = [entry for entry in entries if not _is_skipped(entry.name)]
+            left += [entry.path for entry in inside if entry.is_dir()]
+    return real_paths
 
 
 def _is_skipped(name: str) -> bool:
@@ -416,12 +416,14 @@ def _printable(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _sources(found: Sequence[InputFile], inputs: Input, geometry: Geometry) -> Iterator[Source]:
+def _sources(
+    input_files: Sequence[InputFile], inputs: Input, geometry: Geometry
+) -> Iterator[Source]:
     images: list[InputFile] = []
     arrays = _Cache[npt.NDArray[Any]](_ARRAYS)
     groups = _Cache[Part](_GROUPS)
     footers = _Cache[pq.FileMetaData](_FOOTERS)
-    for file in found:
+    for file in input_files:
         suffix = file.path.suffix.lower()
         if suffix in levels.IMAGES:
             images.append(file)

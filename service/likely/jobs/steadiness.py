@@ -38,17 +38,17 @@ def batch_invariant(engine: Engine, x: Pixels, filled: int = 0) -> bool:
         (which, asyncio.run(_answers(engine, rows[which], size))) for which, size in tries
     )
     return all(
-        np.array_equal(each[which], other)
-        for which, found in others
-        for each, other in zip(whole[1], found, strict=True)
+        np.array_equal(expected[which], other)
+        for which, answers in others
+        for expected, other in zip(whole[1], answers, strict=True)
     )
 
 
 async def _answers(engine: Engine, x: Pixels, size: int) -> list[npt.NDArray[Any]]:
     parts = [x[at : at + size] for at in range(0, len(x), size)]
     scores = joined([(await engine.score(part, 0.5)).scores() for part in parts])
-    found: list[npt.NDArray[Any]] = [scores.log_px, scores.unusualness]
+    arrays: list[npt.NDArray[Any]] = [scores.log_px, scores.unusualness]
     if engine.answers("Classify"):
         labels = joined([await engine.classify(part, 0.5) for part in parts])
-        found += [labels.log_pxy, labels.posterior]
-    return found
+        arrays += [labels.log_pxy, labels.posterior]
+    return arrays

@@ -178,14 +178,14 @@ def to_array(column: pa.ChunkedArray) -> npt.NDArray[Any]:
 
 def counts(table: pa.Table) -> dict[str, int]:
     """Number of pictures by verdict, of rejected and of accepted ones, and of all draws."""
-    found: Counter[str] = Counter()
+    tally: Counter[str] = Counter()
     if "verdict" in table.column_names:
-        found.update(dict.fromkeys(VERDICTS.values(), 0))
-        found.update(table["verdict"].to_pylist())
+        tally.update(dict.fromkeys(VERDICTS.values(), 0))
+        tally.update(table["verdict"].to_pylist())
     for name in ("draws", "accepted", REJECTED):
         if name in table.column_names:
-            found[name] = int(to_array(table[name]).sum())
-    return dict(found)
+            tally[name] = int(to_array(table[name]).sum())
+    return dict(tally)
 
 
 def _verdicts(numbers: npt.NDArray[Any]) -> pa.Array:

@@ -147,8 +147,8 @@ class Fanout(admin_pb2_grpc.AdminServiceServicer):
                 following = [_make_stable(socket, answer.version, metadata) for _, socket in others]
             else:
                 following = [
-                    _call_worker(each, method, request, metadata, CHANGE_SECONDS)
-                    for _, each in others
+                    _call_worker(socket, method, request, metadata, CHANGE_SECONDS)
+                    for _, socket in others
                 ]
             followed = await asyncio.gather(*following, return_exceptions=True)
             sockets = [first]

@@ -89,11 +89,11 @@ def private_folder(workers: int) -> Iterator[tuple[Path, WorkerMetrics]]:
             try:
                 made = tempfile.TemporaryDirectory(prefix="likely-", dir=place)
                 folder = Path(stack.enter_context(made))
-                found = folder, WorkerMetrics(folder, workers)
+                prepared = folder, WorkerMetrics(folder, workers)
             except OSError as error:
                 reason = error.strerror or str(error)
                 continue
-            yield found
+            yield prepared
             return
     raise SettingsError(
         f"workers = {workers} needs a folder with {workers * MEBIBYTES} MiB of free space: neither "
@@ -440,8 +440,10 @@ class Supervisor:
 
 
 def _serving_versions(served: admin_pb2.ListVersionsResponse) -> list[admin_pb2.ModelVersion]:
-    return [each for each in served.versions if each.state == admin_pb2.VERSION_STATE_SERVING]
+    return [
+        version for version in served.versions if version.state == admin_pb2.VERSION_STATE_SERVING
+    ]
 
 
 def _version_keys(serving: Collection[admin_pb2.ModelVersion]) -> set[Version]:
-    return {(each.model_name, each.model_version) for each in serving}
+    return {(version.model_name, version.model_version) for version in serving}

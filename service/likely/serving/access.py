@@ -327,11 +327,11 @@ def gate(
 
 
 def _bearer_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    given = [value for key, value in metadata if key == AUTHORIZATION]
-    if not given:
+    headers = [value for key, value in metadata if key == AUTHORIZATION]
+    if not headers:
         raise Unauthenticated("a bearer token is required in 'authorization'", "TOKEN_MISSING")
-    scheme, _, token = str(given[0]).partition(" ")
-    if len(given) > 1 or scheme.lower() != "bearer" or not token.strip():
+    scheme, _, token = str(headers[0]).partition(" ")
+    if len(headers) > 1 or scheme.lower() != "bearer" or not token.strip():
         raise _invalid_token()
     return token.strip()
 
@@ -346,8 +346,8 @@ def _digest(secret: str) -> bytes:
 
 def _scopes(claims: dict[str, Any]) -> frozenset[Scope]:
     """The scopes in the claim `scope` (RFC 9068), or in `scp`, as some issuers call it."""
-    given = claims.get("scope", claims.get("scp", ()))
-    words = given.split() if isinstance(given, str) else given
+    claim = claims.get("scope", claims.get("scp", ()))
+    words = claim.split() if isinstance(claim, str) else claim
     words = words if isinstance(words, list) else []
     return frozenset(scope for scope in Scope if scope in words)
 
@@ -375,7 +375,9 @@ def _read_secrets(path: Path) -> dict[bytes, Holder]:
         raise SettingsError(f"{path} is no file of tokens: {where}: {first['msg']}") from None
     if len({token.name for token in parsed.token}) < len(parsed.token):
         raise SettingsError(f"{path} gives two tokens one name")
-    holders = {each.digest(): Holder(each.name, each.scopes, each.name) for each in parsed.token}
+    holders = {
+        token.digest(): Holder(token.name, token.scopes, token.name) for token in parsed.token
+    }
     if len(holders) < len(parsed.token):
         raise SettingsError(f"{path} gives two tokens one secret")
     return holders
@@ -388,13 +390,13 @@ def _read_keys(path: Path, algorithms: Sequence[str]) -> tuple[jwt.PyJWK, ...]:
         SettingsError: the file cannot be used.
     """
     try:
-        found = json.loads(_read_file(path)).get("keys")
-        if not isinstance(found, list):
+        entries = json.loads(_read_file(path)).get("keys")
+        if not isinstance(entries, list):
             raise TypeError("its keys are no list")
-        keys = tuple(key for each in found for key in _parse_key(each, algorithms))
+        keys = tuple(key for entry in entries for key in _parse_key(entry, algorithms))
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path} is no JSON Web Key Set: {error}") from error
-    if found and not keys:
+    if entries and not keys:
         raise SettingsError(f"{path} holds no key for {', '.join(algorithms)}")
     alike = Counter((key.key_id, key.algorithm_name) for key in keys)
     if max(alike.values(), default=0) > MAX_KEYS_PER_KID:

@@ -28,9 +28,9 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ListVersionsResponse:
         """Lists every version, and every bundle that was refused."""
         await self._lifecycle.check_refused()
-        found = self._lifecycle.versions()
+        versions = self._lifecycle.versions()
         return admin_pb2.ListVersionsResponse(
-            versions=[codec.version_message(version) for version in found]
+            versions=[codec.version_message(version) for version in versions]
         )
 
     async def LoadModel(

@@ -131,18 +131,18 @@ def alpha(
 
 def guarantee(request: scoring_pb2.ScoreRequest | scoring_pb2.ClassifyRequest) -> Guarantee:
     """The guarantee that the request's alpha stands for."""
-    found = _GUARANTEES.get(request.guarantee)
-    if found is None:
+    member = _GUARANTEES.get(request.guarantee)
+    if member is None:
         raise InvalidInput("guarantee", f"{request.guarantee} is not the number of a guarantee")
-    return found
+    return member
 
 
 def rule(request: scoring_pb2.ClassifyRequest) -> LabelRule:
     """The rule that assigns labels."""
-    found = _RULES.get(request.rule)
-    if found is None:
+    member = _RULES.get(request.rule)
+    if member is None:
         raise InvalidInput("rule", f"{request.rule} is not the number of a rule")
-    return found
+    return member
 
 
 def priors(request: scoring_pb2.ClassifyRequest, manifest: Manifest) -> Doubles | None:
@@ -164,14 +164,14 @@ def labels(
     field: str = "labels",
 ) -> Labels | None:
     """The label of each of n pictures, int64 (n,); None if the request names none."""
-    given: Sequence[int] = getattr(request, field)
-    if not given:
+    indices: Sequence[int] = getattr(request, field)
+    if not indices:
         return None
-    if len(given) != n:
-        raise InvalidInput(field, f"{len(given)} labels for {n} pictures; one each, or none")
-    for i, label in enumerate(given):
+    if len(indices) != n:
+        raise InvalidInput(field, f"{len(indices)} labels for {n} pictures; one each, or none")
+    for i, label in enumerate(indices):
         _check_label(f"{field}[{i}]", label, manifest)
-    return np.array(given, dtype=np.int64)
+    return np.array(indices, dtype=np.int64)
 
 
 def label(request: GenerationRequest, manifest: Manifest) -> int | None:
@@ -266,16 +266,16 @@ def completions(
         )
     count = request.completions if request.HasField("completions") else 1
     _check_range("completions", count, limits.images_per_generation // n)
-    given = request.proposals if request.HasField("proposals") else 1
-    if given > 1 and (request.HasField("label") or request.HasField("temperature")):
-        raise InvalidInput("proposals", f"{given} need an absent label and temperature")
-    if given > 1 and manifest.leader(Role.SAMPLE) != manifest.leader(Role.DENSITY):
-        problem = f"{given} need a model that can compute log p(x) of its draws"
+    proposals = request.proposals if request.HasField("proposals") else 1
+    if proposals > 1 and (request.HasField("label") or request.HasField("temperature")):
+        raise InvalidInput("proposals", f"{proposals} need an absent label and temperature")
+    if proposals > 1 and manifest.leader(Role.SAMPLE) != manifest.leader(Role.DENSITY):
+        problem = f"{proposals} need a model that can compute log p(x) of its draws"
         raise InvalidInput("proposals", problem)
     _check_range(
-        "proposals", given, min(MOST_PROPOSALS, limits.images_per_generation // (n * count))
+        "proposals", proposals, min(MOST_PROPOSALS, limits.images_per_generation // (n * count))
     )
-    return count, given
+    return count, proposals
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,16 +304,16 @@ def features(request: latent_pb2.DecodeRequest, z: int) -> Floats:
     data = request.features  # once: each access copies the bytes
     if len(data) % (4 * z):
         raise InvalidInput("features", f"{len(data)} bytes; expected rows of {z} 32-bit floats")
-    found = codec.latents(data, z)
-    bad = ~(np.abs(found) <= LARGEST_FEATURE)  # NaN is not
+    latents = codec.latents(data, z)
+    bad = ~(np.abs(latents) <= LARGEST_FEATURE)  # NaN is not
     if bad.any():
         i, k = np.unravel_index(int(bad.argmax()), bad.shape)
         raise InvalidInput(
             "features",
-            f"{found[i, k]:g} at row {i}, dimension {k} is not in "
+            f"{latents[i, k]:g} at row {i}, dimension {k} is not in "
             f"[-{LARGEST_FEATURE:g}, {LARGEST_FEATURE:g}]",
         )
-    return found
+    return latents
 
 
 def direction(request: latent_pb2.TraverseRequest, names: Collection[str]) -> str:
@@ -355,12 +355,12 @@ def drawing(
     most = limits.images_per_generation
     if not 0 <= request.draws <= most:
         raise InvalidInput("draws", f"{request.draws} is not in 0 to {most}")
-    each = max(1, request.draws)
+    repeats = max(1, request.draws)
     brought = "features" if isinstance(request, latent_pb2.DecodeRequest) else "images"
     field = "draws" if request.draws > 1 else "points" if rows > n else brought
-    if rows * each > most:
+    if rows * repeats > most:
         raise InvalidInput(
-            field, f"{rows * each} pictures would be redrawn; at most {most} are in one request"
+            field, f"{rows * repeats} pictures would be redrawn; at most {most} are in one request"
         )
     nbytes = rows * manifest.dimensions * (8 + request.draws)
     if nbytes > limits.response_bytes:
@@ -382,9 +382,9 @@ def _check_range(field: str, value: int, most: int) -> int:
     return value
 
 
-def _check_nested(field: str, check: Callable[..., T], *given: Any) -> T:
+def _check_nested(field: str, check: Callable[..., T], *arguments: Any) -> T:
     try:
-        return check(*given)
+        return check(*arguments)
     except InvalidInput as error:
         raise InvalidInput(f"{field}.{error.field}", error.description) from None
 

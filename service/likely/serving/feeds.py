@@ -156,9 +156,11 @@ class Feed(Generic[R]):
         task.add_done_callback(self._running.discard)
 
     async def _answer_group(self, group: Sequence[_Waiting]) -> None:
-        answers = await self._answer_requests([each.request for each in group])
-        outcomes = [(each.sequence_id, answer) for each, answer in zip(group, answers, strict=True)]
-        self._ready.append((outcomes, sum(each.nbytes for each in group)))
+        answers = await self._answer_requests([waiting.request for waiting in group])
+        outcomes = [
+            (waiting.sequence_id, answer) for waiting, answer in zip(group, answers, strict=True)
+        ]
+        self._ready.append((outcomes, sum(waiting.nbytes for waiting in group)))
 
     async def _answer_requests(self, requests: Sequence[Any]) -> Sequence[R | Exception]:
         half = len(requests) // 2

@@ -115,8 +115,8 @@ class GuardedServices(grpc.GenericRpcHandler):
         return self._handlers.get(path) or self._find_handler(path, handler_call_details)
 
     def _find_handler(self, path: str, details: grpc.HandlerCallDetails) -> Handler:
-        found = (service.service(details) for service in self._services)
-        handler = next((handler for handler in found if handler), None)
+        handlers = (service.service(details) for service in self._services)
+        handler = next((handler for handler in handlers if handler), None)
         if handler is None:
             return self._unknown_handler
         service, _, method = path.removeprefix("/").rpartition("/")

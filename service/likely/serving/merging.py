@@ -67,12 +67,12 @@ def split(response: R, requests: Sequence[Request]) -> list[R]:
 def _scores(
     response: scoring_pb2.ScoreResponse, start: int, stop: int
 ) -> scoring_pb2.ScoreResponse:
-    each = len(response.surprise) // max(1, len(response.scores))  # bytes per surprise map
+    map_bytes = len(response.surprise) // max(1, len(response.scores))  # bytes per surprise map
     return scoring_pb2.ScoreResponse(
         model_version=response.model_version,
         scores=response.scores[start:stop],
         alpha=response.alpha,
-        surprise=response.surprise[start * each : stop * each] if each else b"",
+        surprise=response.surprise[start * map_bytes : stop * map_bytes] if map_bytes else b"",
     )
 
 

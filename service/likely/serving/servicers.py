@@ -127,8 +127,8 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         feed: Feed[scoring_pb2.ScoreResponse] = Feed(
             partial(self.Score, context=context), self._guard.door, self._limits
         )
-        async with aclosing(feed.outcomes(request_iterator)) as found:
-            async for outcomes in found:
+        async with aclosing(feed.outcomes(request_iterator)) as groups:
+            async for outcomes in groups:
                 yield scoring_pb2.ScoreStreamResponse(
                     outcomes=[
                         scoring_pb2.ScoreOutcome(
@@ -145,8 +145,8 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
         feed: Feed[scoring_pb2.ClassifyResponse] = Feed(
             partial(self.Classify, context=context), self._guard.door, self._limits
         )
-        async with aclosing(feed.outcomes(request_iterator)) as found:
-            async for outcomes in found:
+        async with aclosing(feed.outcomes(request_iterator)) as groups:
+            async for outcomes in groups:
                 yield scoring_pb2.ClassifyStreamResponse(
                     outcomes=[
                         scoring_pb2.ClassifyOutcome(
@@ -283,11 +283,11 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             drawing = checks.drawing(request, len(z), len(z), engine.manifest, self._limits)
             charged = len(z) * max(1, drawing.count)
             with self._quota.charged(charged, engine.manifest.name):
-                found = await engine.decode(z, labels, drawing)
+                redrawings = await engine.decode(z, labels, drawing)
         return latent_pb2.DecodeResponse(
-            model_version=found.model_version,
-            redrawings=codec.redrawings(found),
-            seed=found.seed,
+            model_version=redrawings.model_version,
+            redrawings=codec.redrawings(redrawings),
+            seed=redrawings.seed,
         )
 
     async def Traverse(
@@ -304,8 +304,8 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
             charged = rows * max(1, drawing.count)
             with self._quota.charged(charged, engine.manifest.name):
-                found = await engine.traverse(x, direction, points, drawing, label=labels)
-        return codec.traverse_response(found)
+                traversal = await engine.traverse(x, direction, points, drawing, label=labels)
+        return codec.traverse_response(traversal)
 
     async def Interpolate(
         self, request: latent_pb2.InterpolateRequest, context: Context
@@ -322,13 +322,13 @@ class Latent(latent_pb2_grpc.LatentServiceServicer):
             drawing = checks.drawing(request, len(x), rows, engine.manifest, self._limits)
             charged = rows * max(1, drawing.count)
             with self._quota.charged(charged, engine.manifest.name):
-                found = await engine.interpolate(
+                redrawings = await engine.interpolate(
                     x, others, points, drawing, label=labels, other_label=other_labels
                 )
         return latent_pb2.InterpolateResponse(
-            model_version=found.model_version,
-            redrawings=codec.redrawings(found),
-            seed=found.seed,
+            model_version=redrawings.model_version,
+            redrawings=codec.redrawings(redrawings),
+            seed=redrawings.seed,
         )
 
 

@@ -58,14 +58,14 @@ def _fields(message: Descriptor | None) -> Mapping[str, FieldDescriptor]:
 
 def picture_count(answer: Answer) -> int:
     """Number of pictures in an answer."""
-    found = _PICTURE_COUNTS.get(type(answer))
-    return found(answer) if found else 0
+    count = _PICTURE_COUNTS.get(type(answer))
+    return count(answer) if count else 0
 
 
 def verdicts(answer: Answer) -> list[int]:
     """The verdicts in an answer, as their numbers."""
-    found = _VERDICTS.get(type(answer))
-    return found(answer) if found else []
+    extract = _VERDICTS.get(type(answer))
+    return extract(answer) if extract else []
 
 
 def codes(answer: Answer) -> list[int]:
@@ -88,7 +88,7 @@ def _row_verdicts(rows: Iterable[scoring_pb2.Score | scoring_pb2.Classification]
 
 
 def _outcome_verdicts(answer: Outcomes) -> list[int]:
-    return [each for outcome in answer.outcomes for each in verdicts(outcome.response)]
+    return [verdict for outcome in answer.outcomes for verdict in verdicts(outcome.response)]
 
 
 def _inferred_verdicts(answer: inference_pb2.ModelInferResponse) -> list[int]:

@@ -13,8 +13,8 @@ class BulkHistogram(Histogram):
 
     def observe_all(self, values: Doubles) -> None:
         """Observes all values, an array (n,) of finite numbers, as `observe` does with each."""
-        found = np.searchsorted(self._upper_bounds, values, side="left")
-        counts = np.bincount(found, minlength=len(self._buckets))
+        indices = np.searchsorted(self._upper_bounds, values, side="left")
+        counts = np.bincount(indices, minlength=len(self._buckets))
         for bucket in np.flatnonzero(counts):
             self._buckets[bucket].inc(int(counts[bucket]))
         self._sum.inc(float(values.sum()))

@@ -119,10 +119,10 @@ class UnloadedVersions(Generic[K]):
         for labels in served:
             self._since.pop(labels, None)
         excess = max(0, len(self._since) - self._kept)
-        found = [labels for at, labels in enumerate(self._since) if at < excess]
-        for labels in found:
+        expired = [labels for at, labels in enumerate(self._since) if at < excess]
+        for labels in expired:
             del self._since[labels]
-        return found
+        return expired
 
 
 class Monitor:

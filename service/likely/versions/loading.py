@@ -114,6 +114,6 @@ def shipped() -> Sequence[Path]:
         BundleError: the package contains none.
     """
     shelf = Path(str(resources.files("likely"))) / "bundles"
-    if found := sorted(manifest.parent for manifest in shelf.glob(f"*/{MANIFEST}")):
-        return found
+    if folders := sorted(manifest.parent for manifest in shelf.glob(f"*/{MANIFEST}")):
+        return folders
     raise BundleError(f"{shelf} holds no bundle; name one by --bundle")

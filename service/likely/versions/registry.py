@@ -332,8 +332,8 @@ def describe(
         version_labels=tuple(version_labels),
         discriminative=Role.DISCRIMINATE in manifest.graphs,
         directions=tuple(
-            Direction(each.name, each.kind)
-            for each in (manifest.latent.directions if manifest.latent else ())
+            Direction(direction.name, direction.kind)
+            for direction in (manifest.latent.directions if manifest.latent else ())
         ),
         deterministic=manifest.deterministic,
     )

@@ -110,19 +110,19 @@ class Watcher:
     async def _poll(self) -> None:
         await self._lifecycle.check_refused()
         try:
-            found = await self._scan()
+            marks = await self._scan()
         except OSError as error:
             self._record_loss(error.strerror or str(error))
             return
-        if not found and self._any_served(self._attempted):
+        if not marks and self._any_served(self._attempted):
             self._record_loss("no bundle is left in it")
             return
-        before, self._seen = self._seen, found
+        before, self._seen = self._seen, marks
         await self._load_changed(
             {path: mark for path, mark in self._seen.items() if before.get(path) == mark}
         )
-        gone = set(self._attempted) - set(before) - set(found)
-        if self._any_served(gone) and not self._any_served(found):
+        gone = set(self._attempted) - set(before) - set(marks)
+        if self._any_served(gone) and not self._any_served(marks):
             self._record_loss("none of the served bundles is left in it")
             return
         self._record_loss("")
@@ -143,11 +143,11 @@ class Watcher:
 
     async def _scan(self) -> dict[Path, Mark]:
         unread: dict[Path, str] = {}
-        found = await asyncio.to_thread(scan, self._folder, self._seen, unread)
+        marks = await asyncio.to_thread(scan, self._folder, self._seen, unread)
         for path in unread.keys() - self._unread.keys():
             self._log.warning("passed over", folder=str(path), reason=unread[path])
         self._unread = unread
-        return found
+        return marks
 
     async def _load_changed(self, settled: dict[Path, Mark]) -> None:
         for path, mark in settled.items():
@@ -219,7 +219,7 @@ def scan(
     Raises:
         OSError: the folder itself cannot be read.
     """
-    found: dict[Path, Mark] = {}
+    marks: dict[Path, Mark] = {}
     unread = {} if unread is None else unread
     for path in _folders(folder):
         try:
@@ -228,18 +228,18 @@ def scan(
             continue  # it was removed during the scan
         except OSError as error:
             unread[path] = error.strerror or str(error)
-            found |= {known: before[known] for known in before if path in (known, known.parent)}
+            marks |= {known: before[known] for known in before if path in (known, known.parent)}
             continue
         for bundle in bundles:
             try:
                 if is_bundle(bundle):
-                    found[bundle] = _mark(bundle)
+                    marks[bundle] = _mark(bundle)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 unread[bundle] = error.strerror or str(error)
-                found |= {bundle: before[bundle]} if bundle in before else {}
-    return found
+                marks |= {bundle: before[bundle]} if bundle in before else {}
+    return marks
 
 
 def _folders(folder: Path) -> list[Path]:

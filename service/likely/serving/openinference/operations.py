@@ -135,19 +135,20 @@ def _score_outputs(scores: ScoreTable) -> dict[str, Array]:
 async def _classify(services: Services, question: Question) -> Answer:
     """Returns labels and scores, which come from the same run."""
     scores, answer = await _classify_by_rule(services, question, scoring_pb2.LABEL_RULE_GENERATIVE)
-    own: dict[str, Array] = {
+    extra_outputs: dict[str, Array] = {
         "log_likelihoods": answer.log_pxy,
         "label_p_values": answer.label_p_values,
     }
     return Answer(
-        {**_score_outputs(scores), **_label_outputs(answer), **own}, {"alpha": answer.alpha}
+        {**_score_outputs(scores), **_label_outputs(answer), **extra_outputs},
+        {"alpha": answer.alpha},
     )
 
 
 async def _discriminate(services: Services, question: Question) -> Answer:
     _, answer = await _classify_by_rule(services, question, scoring_pb2.LABEL_RULE_DISCRIMINATIVE)
-    own: dict[str, Array] = {"composed_log_likelihoods": answer.composed}
-    return Answer({**_label_outputs(answer), **own}, {"alpha": answer.alpha})
+    extra_outputs: dict[str, Array] = {"composed_log_likelihoods": answer.composed}
+    return Answer({**_label_outputs(answer), **extra_outputs}, {"alpha": answer.alpha})
 
 
 async def _classify_by_rule(

@@ -97,7 +97,7 @@ def _parse_bool(field: str, value: object) -> bool:
 
 
 def _parse_guarantee(field: str, value: object) -> int:
-    names = {each.name.lower(): int(each) for each in Guarantee}
+    names = {member.name.lower(): int(member) for member in Guarantee}
     if not isinstance(value, str) or value not in names:
         raise InvalidInput(field, f"{str(value)[:64]!r} is none of {', '.join(names)}")
     return names[value]

@@ -103,15 +103,15 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
         manifest = engine.manifest
         kind = inference_pb2.ModelMetadataResponse.TensorMetadata
 
-        def metadata(given: tuple[Tensor, ...]) -> list[Any]:
-            return [kind(name=t.name, datatype=t.datatype, shape=t.shape) for t in given]
+        def metadata(specs: tuple[Tensor, ...]) -> list[Any]:
+            return [kind(name=t.name, datatype=t.datatype, shape=t.shape) for t in specs]
 
         return inference_pb2.ModelMetadataResponse(
             name=request.name,
             versions=[
-                each.manifest.version
-                for each in self._registry.served()
-                if each.manifest.name == manifest.name
+                served.manifest.version
+                for served in self._registry.served()
+                if served.manifest.name == manifest.name
             ],
             platform=PLATFORM,
             inputs=metadata(operation.inputs(manifest)),
@@ -145,8 +145,8 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
             merges=False,
         )
         request_id = callers.current().request_id
-        async with aclosing(feed.outcomes(messages())) as found:
-            async for outcomes in found:
+        async with aclosing(feed.outcomes(messages())) as groups:
+            async for outcomes in groups:
                 for number, outcome in outcomes:
                     request = pending.pop(number)
                     if not isinstance(outcome, Exception):
@@ -263,7 +263,7 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
             field = "double_param" if isinstance(value, float) else "int64_param"
             setattr(response.parameters[name], field, value)
         raw = bool(request.raw_input_contents) or not any(
-            given.HasField("contents") for given in request.inputs
+            tensor.HasField("contents") for tensor in request.inputs
         )
         outputs = [(tensor, answer.outputs[tensor.name]) for tensor in wanted]
         if raw or sum(values.size for _, values in outputs) <= tensors.CHUNK:
@@ -281,14 +281,14 @@ class OpenInference(inference_pb2_grpc.GRPCInferenceServiceServicer):
     def _find_operation(self, engine: Engine, name: str) -> Operation:
         bundle, suffix = operations.split_name(name)
         offered = operations.available_operations(engine)
-        found = next((each for each in offered if each.suffix == suffix), None)
-        if found is None:
-            names = ", ".join(operations.full_name(bundle, each) for each in offered)
+        operation = next((candidate for candidate in offered if candidate.suffix == suffix), None)
+        if operation is None:
+            names = ", ".join(operations.full_name(bundle, candidate) for candidate in offered)
             shown = suffix[:64] + ("…" if len(suffix) > 64 else "")
             raise ModelNotFound(
                 f"{bundle}/{shown}", f"no model {bundle}/{shown}; there are {names}"
             )
-        return found
+        return operation
 
     def _list_models(self) -> Iterator[tuple[Key, Engine]]:
         """Yields every model and version with its engine."""

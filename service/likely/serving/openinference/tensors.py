@@ -100,27 +100,27 @@ def read(
         raise InvalidInput(
             "raw_input_contents", f"{len(raw)} entries for {len(request.inputs)} inputs"
         )
-    found: dict[str, Array] = {}
-    for at, given in enumerate(request.inputs):
-        tensor = known.get(given.name)
-        if tensor is None or given.name in found:
+    arrays: dict[str, Array] = {}
+    for at, request_tensor in enumerate(request.inputs):
+        tensor = known.get(request_tensor.name)
+        if tensor is None or request_tensor.name in arrays:
             names = ", ".join(known)
             why = "given twice" if tensor else f"not an input; there are {names}"
-            raise InvalidInput(f"inputs[{at}].name", f"{given.name[:64]!r} is {why}")
-        if given.datatype != tensor.datatype:
+            raise InvalidInput(f"inputs[{at}].name", f"{request_tensor.name[:64]!r} is {why}")
+        if request_tensor.datatype != tensor.datatype:
             raise InvalidInput(
                 f"inputs[{at}].datatype",
-                f"{given.datatype[:64]!r}; {tensor.name} takes {tensor.datatype}",
+                f"{request_tensor.datatype[:64]!r}; {tensor.name} takes {tensor.datatype}",
             )
-        shape = _check_shape(given, tensor, most)
+        shape = _check_shape(request_tensor, tensor, most)
         if raw:
-            found[tensor.name] = _from_bytes(raw[at], tensor, shape, f"raw_input_contents[{at}]")
+            arrays[tensor.name] = _from_bytes(raw[at], tensor, shape, f"raw_input_contents[{at}]")
         else:
-            found[tensor.name] = _from_contents(given.contents, tensor, shape)
+            arrays[tensor.name] = _from_contents(request_tensor.contents, tensor, shape)
     for tensor in wanted:
-        if not tensor.optional and tensor.name not in found:
+        if not tensor.optional and tensor.name not in arrays:
             raise InvalidInput("inputs", f"{tensor.name} is missing")
-    return found
+    return arrays
 
 
 def write(
@@ -159,13 +159,14 @@ def requested_outputs(
 
 
 def _check_shape(
-    given: inference_pb2.ModelInferRequest.InferInputTensor, tensor: Tensor, most: int
+    request_tensor: inference_pb2.ModelInferRequest.InferInputTensor, tensor: Tensor, most: int
 ) -> tuple[int, ...]:
-    if len(given.shape) != len(tensor.shape):  # before copying it, as it may have millions
+    if len(request_tensor.shape) != len(tensor.shape):  # before copying it, as it may have millions
         raise InvalidInput(
-            f"{tensor.name}.shape", f"{len(given.shape)} dimensions; expected {len(tensor.shape)}"
+            f"{tensor.name}.shape",
+            f"{len(request_tensor.shape)} dimensions; expected {len(tensor.shape)}",
         )
-    shape = tuple(given.shape)
+    shape = tuple(request_tensor.shape)
     for axis, (length, asked) in enumerate(zip(shape, tensor.shape, strict=True)):
         field = f"{tensor.name}.shape[{axis}]"
         if length < 0:
@@ -205,11 +206,11 @@ def _from_contents(
         )
     dtype = tensor.type.dtype
     is_whole = dtype.kind in "iu"
-    found = np.empty(len(values), np.int64 if is_whole else dtype)
+    elements = np.empty(len(values), np.int64 if is_whole else dtype)
     for at in range(0, len(values), CHUNK):  # other threads may run between chunks
-        found[at : at + CHUNK] = values[at : at + CHUNK]
-    if is_whole and found.size:
+        elements[at : at + CHUNK] = values[at : at + CHUNK]
+    if is_whole and elements.size:
         limits = np.iinfo(dtype)
-        if found.min() < limits.min or found.max() > limits.max:
+        if elements.min() < limits.min or elements.max() > limits.max:
             raise InvalidInput(f"{tensor.name}.contents", f"a value does not fit {tensor.datatype}")
-    return found.astype(dtype, copy=False).reshape(shape)
+    return elements.astype(dtype, copy=False).reshape(shape)
