@@ -213,6 +213,13 @@ def test_what_cannot_be_asked_is_told(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_server_is_not_verified_by_keys(batch: Batch, tmp_path: Path) -> None:
+    words = ["--address", "127.0.0.1:1", "--public-key", "key.pem", "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(main, ["batch", "generate", "--count", "1", *words])
+    assert found.exit_code == 2, found.output
+    assert "--public-key needs --bundle" in " ".join(found.stderr.replace("│", " ").split())
+
+
 def test_ray_itself_chooses_the_card(toy: Toy, tmp_path: Path) -> None:
     words = ["--engine", "ray", "--device", "cuda:1", "--out", str(tmp_path / "out")]
     command = ["batch", "generate", "--count", "1", "--bundle", str(toy.path), *words]

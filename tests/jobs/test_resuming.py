@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,8 +17,9 @@ import pytest
 from likely.errors import JobError, LikelyError
 from likely.jobs import files
 from likely.jobs.ledger import MANIFEST, MEASURED_FOLDER, Ledger, Record
-from likely.jobs.making import Maker
+from likely.jobs.making import Maker, Plan
 from likely.jobs.requests import Format, Generation, Request
+from likely.jobs.sources import Input
 from tests.jobs.conftest import contents
 
 if TYPE_CHECKING:
@@ -238,6 +240,41 @@ def test_what_a_writer_left_that_was_killed_at_once_is_no_job(
     assert contents(tmp_path / "out") == whole
 
 
+def test_a_shard_that_a_worker_wrote_elsewhere_is_not_done(
+    backend: Backend, tmp_path: Path
+) -> None:
+    request = Request.of(Generation(RUNS), backend.info, Format.PARQUET, 20)
+    with Ledger(tmp_path, request) as ledger:
+        for content in (None, b"half"):
+            if content:
+                ledger.path(0).write_bytes(content)
+            with pytest.raises(JobError, match="must see the job's folder under the same path"):
+                ledger.add(0, Record(ledger.path(0).name, 20, 9, ""))
+        assert 0 in ledger.missing()
+
+
+def test_a_worker_frees_its_backend_if_the_pictures_cannot_be_read(
+    backend: Backend, tmp_path: Path
+) -> None:
+    closed: list[bool] = []
+    opener: Any = SimpleNamespace(
+        open=lambda: SimpleNamespace(info=backend.info, close=lambda: closed.append(True))
+    )
+    request = Request.of(Generation(RUNS), backend.info, Format.PARQUET, 20)
+    with pytest.raises(JobError):
+        Maker.open(Plan(request, tmp_path, opener, Input((tmp_path / "a.txt",))))
+    assert closed == [True]
+
+
+def test_the_root_of_a_new_file_system_is_an_empty_folder(
+    draw: Job, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    (tmp_path / "out" / "lost+found").mkdir(parents=True)
+    draw(tmp_path / "out", *RUNS, rows=20)
+    (tmp_path / "out" / "lost+found").rmdir()
+    assert contents(tmp_path / "out") == whole
+
+
 def test_a_manifest_that_is_slow_to_write_names_several_shards_at_once(
     backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +289,7 @@ def test_a_manifest_that_is_slow_to_write_names_several_shards_at_once(
     monkeypatch.setattr(files, "write", slow)
     with pytest.raises(LikelyError, match="enough"), Ledger(tmp_path, request) as ledger:
         for shard in range(request.shards):
+            ledger.path(shard).touch()
             ledger.add(shard, Record(ledger.path(shard).name, 4, 0, ""))
         raise LikelyError("enough")
     assert len(written) < request.shards / 2

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from likely.answers import Draws
 from likely.cli import main
-from likely.errors import JobError, LikelyError, ModelNotFound, Unauthenticated
+from likely.errors import DeadlineExceeded, JobError, LikelyError, ModelNotFound, Unauthenticated
 from likely.jobs import backends, ray_workers
 from likely.jobs.backends import Bundled, Served
 from likely.jobs.making import Maker
@@ -182,6 +183,41 @@ def test_a_version_that_is_missing_for_a_while_is_waited_for(
         Served(first.address, version="3", patience=30).open()
 
 
+def test_draws_go_on_where_their_stream_broke(first: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = Served(first.address, patience=0.2).open()
+    task, asked = Generation(((0, 200),)), list[tuple[int, int]]()
+    whole = remote.generate(0, 5, 200, task)
+    stream = remote._client.generate_stream
+
+    def breaking(count: int, *, first_index: int, **more: Any) -> Iterator[Draws]:
+        asked.append((first_index, count))
+        chunks = iter(stream(count, first_index=first_index, **more))
+        if len(asked) > 3:
+            yield from chunks
+            return
+        if len(asked) != 2:  # the second attempt receives nothing
+            yield next(chunks)
+        raise DeadlineExceeded("the timeout ended")
+
+    monkeypatch.setattr(remote._client, "generate_stream", breaking)
+    drawn = remote.generate(0, 5, 200, task)
+    remote.close()
+    assert np.array_equal(drawn.images, whole.images) and drawn.first_index == 5
+    starts = [at for at, _ in asked]
+    assert len(starts) == 4 and 5 == starts[0] < starts[1] == starts[2] < starts[3]
+    assert all(at + count == 205 for at, count in asked)
+
+
+def test_what_a_job_waits_for_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backends, "QUIET_SECONDS", 0.1)
+    asked = ["batch", "generate", "--each=1", "--address=127.0.0.1:1", f"--out={tmp_path / 'out'}"]
+    failed = CliRunner().invoke(main, [*asked, "--patience=0.4"])
+    assert failed.exit_code == 1
+    assert caplog.text.count("retrying for up to 0.4 s: no likely server answers") == 1
+
+
 def test_other_processes_ask_for_the_version_of_the_job(
     first: Live, toys: dict[str, Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +376,7 @@ def test_ray_has_no_more_actors_than_cards(
     ray = SimpleNamespace(
         is_initialized=lambda: True,
         cluster_resources=lambda: there,
+        nodes=lambda: [{"Alive": True, "Resources": there}, {"Alive": False, "Resources": {}}],
         exceptions=SimpleNamespace(RayError=ConnectionError),
         data=SimpleNamespace(
             DataContext=SimpleNamespace(get_current=SimpleNamespace),
@@ -355,6 +392,23 @@ def test_ray_has_no_more_actors_than_cards(
     else:
         with pytest.raises(JobError, match="Ray has no GPU"):
             list(workers(list(range(9)), lambda _: None))
+
+
+def test_cores_that_no_node_of_ray_has_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0}},
+        {"Alive": False, "Resources": {"CPU": 8.0}},
+    ]
+    ray = SimpleNamespace(
+        is_initialized=lambda: True,
+        cluster_resources=lambda: {"CPU": 40.0},
+        nodes=lambda: nodes,
+        exceptions=SimpleNamespace(RayError=ConnectionError),
+        data=SimpleNamespace(DataContext=SimpleNamespace(get_current=SimpleNamespace)),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(JobError, match="no node of Ray has 8 cores: ask for --threads 4"):
+        list(ray_workers.ray_workers(cast("Any", None), 1, 8)([0], lambda _: None))
 
 
 def test_a_job_on_ray_that_asks_a_server_reserves_no_card(

@@ -293,6 +293,23 @@ def test_a_closed_client_says_so(live: Live, x: Any) -> None:
             ask()
 
 
+def test_a_client_that_is_closed_as_a_call_begins_says_so(
+    live: Live, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(live.address)
+    client.score(x)
+    rpc = client._rpcs._rpc
+
+    def closing(kind: Any) -> Any:
+        found = rpc(kind)
+        client.close()
+        return found
+
+    monkeypatch.setattr(client._rpcs, "_rpc", closing)
+    with pytest.raises(LikelyError, match="this client is closed"):
+        client.score(x)
+
+
 def test_what_is_asked_of_a_client_that_is_closed_meanwhile_fails(
     live: Live, x: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

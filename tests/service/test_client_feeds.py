@@ -405,6 +405,17 @@ def test_a_broken_stream_is_begun_anew_by_the_feed_and_not_by_grpc(
     assert not any("grpc-previous-rpc-attempts" in stream for stream in breaking.streams)
 
 
+def test_streams_that_worked_for_a_while_may_break_as_often_as_they_like() -> None:
+    lasting, failing = feeds._Backoff(retries=True), feeds._Backoff(retries=True)
+    for broken in range(1, 3 * feeds.MAX_BREAKS):
+        lasting._opened -= feeds.LONGEST_DELAY + 1
+        assert lasting.delay(Unavailable("idle")) < 1
+        if broken < feeds.MAX_BREAKS:
+            assert failing.delay(Unavailable("gone")) > 0
+    with pytest.raises(Unavailable, match="gone"):
+        failing.delay(Unavailable("gone"))
+
+
 def test_what_a_feed_raises_comes_after_the_answers(live: Live, client: Client, x: Any) -> None:
     class BrokenError(Exception):
         pass

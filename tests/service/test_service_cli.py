@@ -86,13 +86,13 @@ def test_score_tells_people(likely: Callable[..., Result], array: Path) -> None:
     assert "model toy, version 1.0, alpha 0.05" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["map.npz", "map.png"])
+@pytest.mark.parametrize("name", ["map.npz", "MAP.NPZ", "map.png"])
 def test_surprise_maps_are_written(
     likely: Callable[..., Result], array: Path, toy: Toy, tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / name
     lines(likely("score", array, "--surprise", out, "--json"))
-    if name.endswith(".npz"):
+    if name.lower().endswith(".npz"):
         with np.load(out) as arrays:
             assert np.allclose(arrays["surprise"], toy.surprise(arrays["x"]), atol=1e-5)
     else:

@@ -141,6 +141,8 @@ class Job:
             return Bundled(bundle, self.device, cores, keys)
         if self.bundle:
             raise click.UsageError("give either --bundle or --address")
+        if self.keys:  # they would verify nothing
+            raise click.UsageError("--public-key needs --bundle: a server verifies its own")
         return Served(
             address=server.address,
             model=self.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -57,7 +57,10 @@ def _files(path: Path) -> list[Path]:
         return [path]
     known = (*levels.IMAGES, *ARRAYS)
     shown = (file for file in path.iterdir() if not file.name.startswith("."))
-    files = sorted(file for file in shown if file.suffix.lower() in known and file.is_file())
+    named = sorted(file for file in shown if file.suffix.lower() in known)
+    if gone := next((file for file in named if not file.exists()), None):
+        raise InvalidInput(str(gone), "a link to a file that is not there")
+    files = [file for file in named if file.is_file()]
     if not files:
         raise InvalidInput(
             str(path),
@@ -97,10 +100,8 @@ def write_draws(out: Path, drawn: Draws, info: ModelInfo) -> None:
     The arrays are `x` uint8 (n, c, h, w), `y` int64 (n,), `seed` and `first_index`.
     """
     if out.suffix.lower() == ".npz":
-        with _written_atomically(out) as part:
-            np.savez_compressed(
-                part, x=drawn.images, y=drawn.label, seed=drawn.seed, first_index=drawn.first_index
-            )
+        arrays = {"x": drawn.images, "y": drawn.label, "seed": drawn.seed}
+        _write_arrays(out, arrays | {"first_index": drawn.first_index})
     elif out.suffix.lower() in FORMS:
         with _written_atomically(out) as part:
             Image.fromarray(grid(brightness(drawn.images, info.levels))).save(part)
@@ -119,8 +120,7 @@ def write_surprise(out: Path, x: Pixels, surprise: Floats, info: ModelInfo) -> N
     at the largest surprise of the file.
     """
     if out.suffix.lower() == ".npz":
-        with _written_atomically(out) as part:
-            np.savez_compressed(part, x=x, surprise=surprise)
+        _write_arrays(out, {"x": x, "surprise": surprise})
         return
     maps = surprise.sum(1, keepdims=True)
     scaled = np.rint(255 * maps / max(float(maps.max(initial=0)), 1e-9)).astype(np.uint8)
@@ -142,11 +142,10 @@ def write_redrawn(out: Path, given: Pixels, found: Redrawings, info: ModelInfo) 
         info: the model's description.
     """
     if out.suffix.lower() == ".npz":
-        arrays: dict[str, Any] = {"mean": found.mean, "drawn": found.drawn}
+        arrays = {"x": given, "seed": found.seed, "mean": found.mean, "drawn": found.drawn}
         if found.deviation is not None:
             arrays["deviation"] = found.deviation
-        with _written_atomically(out) as part:
-            np.savez_compressed(part, x=given, seed=found.seed, **arrays)
+        _write_arrays(out, arrays)
         return
     means = np.rint(255 * found.mean).astype(np.uint8)[:, None]
     draws = brightness(found.drawn.swapaxes(1, 2), info.levels)
@@ -184,6 +183,12 @@ def grid(x: Pixels, *, even: bool = False, across: int = 0) -> Pixels:
 def slices(n: int, step: int) -> Iterator[slice]:
     """Consecutive slices of at most `step` of n; one empty slice where n is 0."""
     return (slice(at, min(at + step, n)) for at in range(0, max(n, 1), step))
+
+
+def _write_arrays(out: Path, arrays: Mapping[str, Any]) -> None:
+    # To a file object, as numpy would append .npz to a name that ends in .NPZ.
+    with _written_atomically(out) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 @contextmanager

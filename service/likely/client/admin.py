@@ -189,3 +189,7 @@ class AdminClient:
             return call(request, timeout=self._timeout, metadata=self._route.metadata())
         except grpc.RpcError as failure:
             raise as_error(failure, self._address, _START) from failure
+        except ValueError as error:  # another thread has just closed the channel
+            if not self._closed:
+                raise
+            raise LikelyError(CLIENT_CLOSED) from error

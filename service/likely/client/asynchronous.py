@@ -416,8 +416,9 @@ class AsyncClient:
         return Retries(self._timeout, self._retries)
 
     def _ask(self, request: Any, timeout: float) -> Any:
-        call = self._rpcs.call(type(request))
-        return call(request, timeout=timeout, metadata=self._route.metadata())
+        return self._rpcs.begin(
+            type(request), request, timeout=timeout, metadata=self._route.metadata()
+        )
 
     def _feed(
         self,
@@ -425,8 +426,7 @@ class AsyncClient:
         questions: plans.Questions[A],
     ) -> AsyncGenerator[A | LikelyError, None]:
         def begin(messages: AsyncIterator[Any]) -> Any:
-            call = self._rpcs.call(questions.stream)
-            return call(messages, metadata=self._route.metadata())
+            return self._rpcs.begin(questions.stream, messages, metadata=self._route.metadata())
 
         feed = AsyncFeed(begin, questions, self._timeout, self._retries, self._rpcs.error)
         return feed.outcomes(images)

@@ -612,15 +612,15 @@ class Client:
         return Retries(self._timeout, self._retries)
 
     def _ask(self, request: Any, timeout: float) -> Any:
-        call = self._rpcs.call(type(request))
-        return call(request, timeout=timeout, metadata=self._route.metadata())
+        return self._rpcs.begin(
+            type(request), request, timeout=timeout, metadata=self._route.metadata()
+        )
 
     def _feed(
         self, images: Iterable[npt.ArrayLike], questions: plans.Questions[A]
     ) -> Iterator[A | LikelyError]:
         def begin(messages: Iterator[Any]) -> Any:
-            call = self._rpcs.call(questions.stream)
-            return call(messages, metadata=self._route.metadata())
+            return self._rpcs.begin(questions.stream, messages, metadata=self._route.metadata())
 
         feed = BlockingFeed(begin, questions, self._timeout, self._retries, self._rpcs.error)
         return feed.outcomes(images)

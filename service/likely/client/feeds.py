@@ -35,11 +35,16 @@ END_SECONDS = 5.0  # seconds for the stream to end by itself once all items are 
 
 
 class _Backoff:
-    """Counts the breaks of a stream between two answers, and computes the backoff."""
+    """Counts the breaks of a stream between two answers, and computes the backoff.
+
+    A break after more than `LONGEST_DELAY` seconds counts as the first: such a stream has worked,
+    though nothing may have been sent on it.
+    """
 
     def __init__(self, retries: bool) -> None:
         self._most = MAX_BREAKS if retries else 1
         self._breaks = 0
+        self._opened = time.monotonic()
 
     def reset(self) -> None:
         """An answer has arrived: starts counting again."""
@@ -51,11 +56,15 @@ class _Backoff:
         Raises:
             Exception: the failure, if it is not temporary or the stream has broken too often.
         """
+        if time.monotonic() - self._opened > LONGEST_DELAY:
+            self._breaks = 0
         self._breaks += 1
         if self._breaks >= self._most or not isinstance(failure, Unavailable | Overloaded):
             raise failure
         seconds = delay(self._breaks) * random.uniform(0.8, 1.2)  # noqa: S311
-        return max(seconds, min(failure.retry_after or 0.0, LONGEST_DELAY))
+        seconds = max(seconds, min(failure.retry_after or 0.0, LONGEST_DELAY))
+        self._opened = time.monotonic() + seconds
+        return seconds
 
 
 def _timeout_error(timeout: float) -> DeadlineExceeded:

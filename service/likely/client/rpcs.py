@@ -85,13 +85,27 @@ class ServerRpcs:
         self._process = 0
         self._opening = Lock()
 
-    def call(self, kind: Kind) -> Any:
-        """The RPC for requests of this type.
+    def begin(self, kind: Kind, request: Any, **options: Any) -> Any:
+        """Begins the RPC for requests of this type, and returns gRPC's call.
+
+        Args:
+            kind: type of the request, or of the messages.
+            request: the request, or an iterator of the messages of a stream.
+            options: arguments of gRPC's callables, such as `timeout` and `metadata`.
 
         Raises:
             Forked: another process opened the channel.
             LikelyError: the client is closed.
         """
+        rpc = self._rpc(kind)
+        try:
+            return rpc(request, **options)
+        except ValueError as error:  # another thread has just closed the channel
+            if not self._closed:
+                raise
+            raise LikelyError(CLIENT_CLOSED) from error
+
+    def _rpc(self, kind: Kind) -> Any:
         if self._closed:
             raise LikelyError(CLIENT_CLOSED)
         if self._calls and self._process != os.getpid():

@@ -48,6 +48,7 @@ CHUNK = 256  # pictures in one chunk of draws
 PADDED_ROWS = 64  # rows of every run, if its size could matter: the largest batch of a warm-up
 UNLIMITED = Limits(1 << 40, 1 << 40, CHUNK, 1 << 60)  # a job is its engine's only caller
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # backoff between attempts, in seconds
+QUIET_SECONDS = 2.0  # a request that is retried for longer is worth a warning
 _RETRYABLE = (Overloaded, Unavailable, DeadlineExceeded)
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -412,13 +413,19 @@ class Remote:
         )
 
     def generate(self, label: int | None, first: int, count: int, task: Generation) -> Draws:
-        """As `Backend.generate`."""
-        return self._ask_with_retries(
-            lambda: self._client.generate(
-                count,
+        """As `Backend.generate`; a stream that breaks goes on where it broke."""
+        chunks: list[Draws] = []
+        drawn = 0
+
+        def receive() -> None:
+            """Receives further chunks; raises if the stream breaks before the first one."""
+            nonlocal drawn
+            before = drawn
+            stream = self._client.generate_stream(
+                count - drawn,
                 label=label,
                 seed=task.seed,
-                first_index=first,
+                first_index=first + drawn,
                 temperature=task.temperature,
                 self_check=task.alpha is not None,
                 alpha=task.alpha,
@@ -426,7 +433,17 @@ class Remote:
                 model=self.info.name,
                 version=self.info.version,
             )
-        )
+            try:
+                for chunk in stream:
+                    chunks.append(chunk)
+                    drawn += len(chunk.images)
+            except self._served.retryable_errors:
+                if drawn == before or self._stopped.is_set():
+                    raise
+
+        while drawn < count:
+            self._ask_with_retries(receive)
+        return joined(chunks)
 
     def stop(self) -> None:
         """As `Backend.stop`."""
@@ -444,7 +461,7 @@ class Remote:
         replaced, the old ones may be gone while the new ones still load it.
         """
         patience, has_warned = self._served.patience, False
-        end, pause = time.monotonic() + patience, FIRST_PAUSE
+        began, pause = time.monotonic(), FIRST_PAUSE
         while True:
             try:
                 return ask()
@@ -453,11 +470,12 @@ class Remote:
                     error.retry_after if isinstance(error, Overloaded | Unavailable) else None
                 )
                 pause = max(pause, requested or 0.0)
-                if self._stopped.is_set() or time.monotonic() + pause > end:
+                spent = time.monotonic() - began + pause
+                if self._stopped.is_set() or spent > patience:
                     if isinstance(error, ModelNotFound):
                         raise self._version_gone_error() from error
                     raise
-                if not has_warned and isinstance(error, ModelNotFound | Unauthenticated):
+                if not has_warned and spent > QUIET_SECONDS:
                     _LOG.warning("retrying for up to %g s: %s", patience, error)
                     has_warned = True
             self._stopped.wait(pause)

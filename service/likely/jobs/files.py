@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 PART = ".part"
+LOST_AND_FOUND = "lost+found"  # a file system's own folder, which only root can read
 
 
 def write(path: Path, data: bytes) -> None:

@@ -130,7 +130,17 @@ class Ledger:
         return [shard for shard in range(self.request.shards) if shard not in done]
 
     def add(self, shard: int, record: Record, measured: bool = False) -> None:
-        """Records a shard as done; the manifest lists it at once or, if it is long, later."""
+        """Records a shard as done; the manifest lists it at once or, if it is long, later.
+
+        Raises:
+            JobError: the shard's file is not in the folder, because a worker sees another one.
+        """
+        path = self.path(shard, measured)
+        if not path.is_file() or path.stat().st_size != record.bytes:
+            raise JobError(
+                f"a worker has written {path}, but it is not there: "
+                "workers on other machines must see the job's folder under the same path"
+            )
         (self._measured if measured else self._done)[shard] = record
         self._is_written = False
         if time.monotonic() >= self._next_write:
@@ -202,8 +212,9 @@ class JobModel:
         version: version of the model.
         label: the label by which the version was requested, `stable` or `canary`; None if it was
             not requested by one.
-        done: if the job is done, the model's description as far as the manifest contains it, to
-            check the request without opening the model; else, or if too little is there, None.
+        finished_info: if the job is done, the model's description as far as the manifest contains
+            it, to check the request without opening the model; else, or if too little is there,
+            None.
     """
 
     model: str
@@ -305,7 +316,11 @@ def _read(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
-        strange = sorted(p.name for p in folder.iterdir() if not p.name.endswith(files.PART))
+        strange = sorted(
+            path.name
+            for path in folder.iterdir()
+            if not path.name.endswith(files.PART) and path.name != files.LOST_AND_FOUND
+        )
         if strange:
             raise JobError(
                 f"{folder} holds {strange[0]} and no {MANIFEST}: name an empty folder"

@@ -79,14 +79,18 @@ class Maker:
         backend, request = plan.opener.open(), plan.request
         info = backend.info
         here = info.name, info.version, info.digest
-        if here != (request.model, request.version, request.digest):
+        try:
+            if here != (request.model, request.version, request.digest):
+                raise JobError(
+                    f"a worker has {info.name}@{info.version} with the digest {info.digest[:12]}, "
+                    f"and the job began with {request.model}@{request.version}, "
+                    f"{request.digest[:12]}"
+                )
+            geometry = Geometry(info.shape, info.levels)
+            return cls(plan, backend, Pictures(plan.inputs, geometry) if plan.inputs else None)
+        except BaseException:
             backend.close()
-            raise JobError(
-                f"a worker has {info.name}@{info.version} with the digest {info.digest[:12]}, and "
-                f"the job began with {request.model}@{request.version}, {request.digest[:12]}"
-            )
-        geometry = Geometry(info.shape, info.levels)
-        return cls(plan, backend, Pictures(plan.inputs, geometry) if plan.inputs else None)
+            raise
 
     def make(self, shard: int, advance: Advance) -> Record:
         """Makes and writes a shard; returns its record for the ledger.
@@ -106,6 +110,8 @@ class Maker:
         else:
             table = self._judged(request.task, start, stop, advance)
         path = shard_path(self._plan.folder, request, shard, self._has_two_rounds)
+        if self._has_two_rounds:
+            path.parent.mkdir(exist_ok=True)
         form = Format.PARQUET if self._has_two_rounds else request.format
         return write_shard(path, table, form, self._backend.info.levels)
 
@@ -147,7 +153,6 @@ def write_shard(path: Path, table: pa.Table, form: Format, levels: int) -> Recor
         OSError: the file cannot be written.
     """
     data = shards.encode(table, form, levels)
-    path.parent.mkdir(exist_ok=True)
     files.write(path, data)
     digest = hashlib.sha256(data).hexdigest()
     return Record(path.name, len(table), len(data), digest, tables.counts(table))

@@ -19,6 +19,8 @@ from likely.jobs.ledger import Record
 from likely.jobs.making import Advance, Maker, Plan
 from likely.jobs.running import Made, Workers
 
+SHARD_RETRIES = 3  # retries of a shard whose actor died: making it may be what kills actors
+
 
 class Actor:
     """A maker in a Ray process, which may be on another machine."""
@@ -39,7 +41,7 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
     """Workers that are Ray actors, on the cluster that RAY_ADDRESS names or on this machine.
 
     Every actor must see the job's folder, its inputs and its bundle under the same paths. An
-    actor that dies is restarted, and its shard is made again.
+    actor that dies is restarted, and its shard is made again, `SHARD_RETRIES` times at most.
 
     Args:
         plan: the job's plan.
@@ -78,6 +80,9 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         there = ray.cluster_resources()
+        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        if largest < threads:  # Ray would wait for such a node without end
+            raise JobError(f"no node of Ray has {threads} cores: ask for --threads {largest}")
         actors = count or max(1, int(there.get("CPU", 1) // threads))
         if cards:
             actors = min(actors, int(there.get("GPU", 0) // cards))
@@ -93,6 +98,7 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(missing))),
             num_cpus=threads,
             num_gpus=cards,
+            max_task_retries=SHARD_RETRIES,
         )
         for row in records.iter_rows():
             record = Record(**json.loads(row["record"]))

@@ -363,7 +363,11 @@ def _find_files(paths: Sequence[Path]) -> Iterator[InputFile]:
     for path in paths:
         if path.is_dir():
             for file in _walk(path):
-                if file.suffix.lower() in known and file.is_file():
+                if file.suffix.lower() not in known:
+                    continue
+                if not file.exists():
+                    raise JobError(f"{file} is a link to a file that is not there")
+                if file.is_file():
                     yield InputFile.of(file, file.relative_to(path).as_posix())
         elif path.suffix.lower() in known:
             yield InputFile.of(path, path.name)
@@ -408,7 +412,7 @@ def _folders(folder: Path) -> set[str]:
 
 def _is_skipped(name: str) -> bool:
     """Whether a name is skipped: hidden, or a file system's own folder that only root can read."""
-    return name.startswith(".") or name == "lost+found"
+    return name.startswith(".") or name == files.LOST_AND_FOUND
 
 
 def _printable(name: str) -> str:
