@@ -64,9 +64,10 @@ def _model(exports: Exports) -> Figures:
 
 def _sampling(timings: Timings) -> Figures:
     _, h, w = models.PIXELCNN.shape
-    ratio = {n: each["sample"].ratio_to(each["pass"]) for n, each in timings.items()}
+    ratio = {n: by_call["sample"].ratio_to(by_call["pass"]) for n, by_call in timings.items()}
     naive = {
-        n: each["naive"].scaled_by(h * w).ratio_to(each["pass"]) for n, each in timings.items()
+        n: by_call["naive"].scaled_by(h * w).ratio_to(by_call["pass"])
+        for n, by_call in timings.items()
     }
     return {
         **_minima_and_medians("sampling.ratio", ratio),
@@ -82,11 +83,11 @@ def _pass(timings: Timings) -> Figures:
     flops = models.pass_flops(models.PIXELCNN)
     # Share of the MatMul's speed = its time per operation over that of the pass.
     share = {
-        n: each["matmul"].scaled_by(flops * n / limit).ratio_to(each["pass"])
-        for n, each in timings.items()
+        n: by_call["matmul"].scaled_by(flops * n / limit).ratio_to(by_call["pass"])
+        for n, by_call in timings.items()
     }
     largest = max((n for n in share if n <= 64), default=min(share))
-    fastest = min(each["matmul"].minimum for each in timings.values())
+    fastest = min(by_call["matmul"].minimum for by_call in timings.values())
     return {
         "pass.matmul_share": round(share[largest].minimum, 3),
         **_minima_and_medians("pass.matmul_share_by_batch", share),
@@ -98,14 +99,16 @@ def _pass(timings: Timings) -> Figures:
 def _conditional(exports: Exports, batches: Sequence[int], rounds: int, report: Report) -> Figures:
     figures: Figures = {}
     for name in models.BOUNDS:
-        found = {}
+        timings = {}
         for n in batches:
             report(f"conditional, {name}, batch {n}")
-            found[n] = measures.time_conditional(exports, name, n, rounds)
-        speedup = {n: each["single"].ratio_to(each["fused"]) for n, each in found.items()}
+            timings[n] = measures.time_conditional(exports, name, n, rounds)
+        speedup = {
+            n: by_call["single"].ratio_to(by_call["fused"]) for n, by_call in timings.items()
+        }
         key = "conditional" if name == "bernoulli" else f"conditional.{name}"
         figures |= _minima_and_medians(f"{key}.fused_speedup", speedup)
-        figures |= _minima_and_medians(f"{key}.ms_per_picture", _milliseconds(found, "fused"))
+        figures |= _minima_and_medians(f"{key}.ms_per_picture", _milliseconds(timings, "fused"))
     return figures
 
 
@@ -113,16 +116,20 @@ def _shipped(batches: Sequence[int], rounds: int, report: Report) -> Figures:
     figures: Figures = {}
     for folder in shipped():
         report(f"bundle {folder.name}")
-        found = {n: measures.time_bundle(folder, n, rounds) for n in batches}
+        timings = {n: measures.time_bundle(folder, n, rounds) for n in batches}
         figures[folder.name] = _minima_and_medians(
             "sampling.ratio",
-            {n: t[Role.SAMPLE].ratio_to(t[Role.DENSITY]) for n, t in found.items() if len(t) == 2},
-        ) | _minima_and_medians("pass.ms_per_picture", _milliseconds(found, Role.DENSITY))
+            {
+                n: t[Role.SAMPLE].ratio_to(t[Role.DENSITY])
+                for n, t in timings.items()
+                if len(t) == 2
+            },
+        ) | _minima_and_medians("pass.ms_per_picture", _milliseconds(timings, Role.DENSITY))
     return figures
 
 
 def _milliseconds(timings: Timings, call: str) -> dict[int, Timing]:
-    return {n: each[call].scaled_by(1000 / n) for n, each in timings.items()}
+    return {n: by_call[call].scaled_by(1000 / n) for n, by_call in timings.items()}
 
 
 def _minima_and_medians(name: str, values: dict[int, Timing]) -> Figures:

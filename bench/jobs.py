@@ -56,8 +56,8 @@ def kill_repeatedly(
 
     Each kill comes at a random moment after a randomly chosen shard.
     """
-    found: list[int] = []
-    while len(found) < times:
+    counts: list[int] = []
+    while len(counts) < times:
         job = subprocess.Popen(  # noqa: S603
             [*LIKELY, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -68,8 +68,8 @@ def kill_repeatedly(
         time.sleep(rng.uniform(0, 0.05))
         job.send_signal(signal.SIGKILL)
         job.wait()
-        found.append(count_listed_shards(out))
-    return found
+        counts.append(count_listed_shards(out))
+    return counts
 
 
 def count_listed_shards(out: Path) -> int:
@@ -128,9 +128,9 @@ def run_and_kill_worker(arguments: Sequence[object], out: Path) -> bool:
     )  # fmt: skip
     end, was_killed = time.monotonic() + JOB_TIMEOUT, False
     while job.poll() is None and time.monotonic() < end:
-        if not was_killed and count_shard_files(out) >= 2 and (found := find_actors(job.pid)):
+        if not was_killed and count_shard_files(out) >= 2 and (actors := find_actors(job.pid)):
             with suppress(ProcessLookupError):  # it has just ended
-                os.kill(found[0], signal.SIGKILL)
+                os.kill(actors[0], signal.SIGKILL)
                 was_killed = True
         time.sleep(0.02)
     if job.wait(JOB_TIMEOUT):
@@ -174,9 +174,9 @@ def measure_throughput(bundle: Path, x: Pixels, folder: Path, rounds: int) -> di
             self.own_seconds += time.thread_time() - began
             return record
 
-    for each in range(rounds):
+    for round_number in range(rounds):
 
-        def job(out: Path = folder / f"scores {each}") -> None:
+        def job(out: Path = folder / f"scores {round_number}") -> None:
             began = time.process_time(), time.thread_time()
             pictures = Pictures(source_input, Geometry(backend.info.shape, backend.info.levels))
             task = Judgement("score", len(pictures), pictures.digest, 0.05)
@@ -263,10 +263,10 @@ def simulate_shifted_priors(
         counts = np.rint(true * size).astype(int)
         drawn = [rng.choice(np.flatnonzero(y == k), n) for k, n in enumerate(counts)]
         rows = np.concatenate(drawn)
-        found = bayes.estimated_priors(posterior[rows], priors)
-        errors.append(np.abs(found - counts / counts.sum()).max())
+        estimate = bayes.estimated_priors(posterior[rows], priors)
+        errors.append(np.abs(estimate - counts / counts.sum()).max())
         before.append((posterior[rows].argmax(1) == y[rows]).mean())
-        weighed = bayes.reweighted(posterior[rows], priors, found)
+        weighed = bayes.reweighted(posterior[rows], priors, estimate)
         after.append((weighed.argmax(1) == y[rows]).mean())
     return {
         "pictures of a job": size,

@@ -108,7 +108,7 @@ def train_model(
     """Trains a model; returns its size, its steps, and -log p of the test split in nats."""
     run = train.fit(build_model(config, training.seed), data, training, folder, resume=False)
     net = cast(Autoregressive, families.restore(run.weights))
-    found = {
+    figures = {
         "parameters": sum(weight.numel() for weight in net.parameters()),
         "steps": run.steps,
         "epochs": run.steps * training.batch / len(data.train),
@@ -116,8 +116,8 @@ def train_model(
         "nll_nats": _mean_nats(data.test, lambda x, _: net.log_prob(x)),
     }
     if config.labels:
-        found["conditional_nll_nats"] = _mean_nats(data.test, net.log_prob)
-    return found
+        figures["conditional_nll_nats"] = _mean_nats(data.test, net.log_prob)
+    return figures
 
 
 @torch.no_grad()
@@ -158,18 +158,18 @@ def run_comparison(
     validate, test = (np.arange(size) for size in (chosen.validate, chosen.test))
     data = replace(data, validate=data.validate.take(validate), test=data.test.take(test))
     training = Training(steps=1, optimiser="muon", seed=seed, **chosen.training)
-    found = json.loads(out.read_text()) if out.exists() else {}
-    found.setdefault("step_seconds", measure_step_seconds(chosen, data, training))
+    results = json.loads(out.read_text()) if out.exists() else {}
+    results.setdefault("step_seconds", measure_step_seconds(chosen, data, training))
     for name in only or chosen.models:
-        timed = replace(training, steps=round(seconds / found["step_seconds"][name]))
-        found[name] = train_model(chosen.models[name], data, timed, out.parent / out.stem / name)
-        out.write_text(json.dumps(found, indent=1) + "\n")
-        print(name, json.dumps(found[name]), flush=True)
+        timed = replace(training, steps=round(seconds / results["step_seconds"][name]))
+        results[name] = train_model(chosen.models[name], data, timed, out.parent / out.stem / name)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, json.dumps(results[name]), flush=True)
 
 
 def measure_drawing(chosen: Comparison, batches: Sequence[int], out: Path) -> dict[str, Any]:
     """CPU time per picture of a pass and of drawing in ms, and their ratio, by batch size."""
-    found: dict[str, Any] = {}
+    by_model: dict[str, Any] = {}
     for name, config in chosen.models.items():
         config = replace(config, labels=0)
         net = build_model(config, 0).eval()
@@ -184,8 +184,8 @@ def measure_drawing(chosen: Comparison, batches: Sequence[int], out: Path) -> di
             }
             timings = time_interleaved(calls, ROUNDS)
             times = {role: 1e3 * timing.minimum / n for role, timing in timings.items()}
-            found.setdefault(name, {})[n] = times | {"ratio": times["sample"] / times["pass"]}
-    return found
+            by_model.setdefault(name, {})[n] = times | {"ratio": times["sample"] / times["pass"]}
+    return by_model
 
 
 def _make_call(source: GraphSource, path: Path, levels: int, n: int) -> Callable[[], object]:

@@ -75,12 +75,12 @@ def draw(client: Client, names: Sequence[str], out: Path, console: Console) -> N
             f"{seconds:.1f} s; 3 to 5 of label {labels[7]}, drawn again alone: {same}.",
             highlight=False,
         )
-    found = {
+    scores = {
         name: {model: client.score(x, alpha=ALPHA, model=model) for model in names}
         for name, x in drawn.items()
     }
     console.print()
-    console.print(tables.strangers(found))
+    console.print(tables.strangers(scores))
 
 
 def tour(client: Client, bundle: Path, out: Path, console: Console) -> None:

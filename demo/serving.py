@@ -69,13 +69,13 @@ def served(log: Path, *bundles: Path, command: Sequence[str] = COMMAND) -> Itera
 
 def _ready(process: subprocess.Popen[bytes], log: Path) -> Served:
     heard = _listening(process, log)
-    found = Served(f"{heard['host']}:{heard['port']}", f"{heard['host']}:{heard['metrics']}")
-    with grpc.insecure_channel(found.address) as channel:
+    server = Served(f"{heard['host']}:{heard['port']}", f"{heard['host']}:{heard['metrics']}")
+    with grpc.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         try:
             for answer in health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE):
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return found
+                    return server
         except grpc.RpcError as error:
             raise ServerFailed(f"not ready: {_last_words(log)}") from error
     raise ServerFailed(f"not ready: {_last_words(log)}")

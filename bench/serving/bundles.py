@@ -57,7 +57,7 @@ def _write(name: str, config: PixelCNNConfig, folder: Path) -> None:
     np.savez(folder / "calibration.npz", **calibrate.detector(learnt, held))  # type: ignore[arg-type]
     np.savez(
         folder / "golden.npz",
-        **{f"density/{each}": array for each, array in exported.golden.items()},  # type: ignore[arg-type]
+        **{f"density/{tensor_name}": array for tensor_name, array in exported.golden.items()},  # type: ignore[arg-type]
     )
     write_manifest(
         folder,

@@ -79,7 +79,7 @@ def _measure_start(pace: Pace) -> Figures:
     for _ in range(min(3, pace.rounds)):
         with processes.run_server(None) as server:
             starts.append((server.ready_seconds, server.ready_cpu, resident_mib(server.pid)))
-    seconds, cpu, memory = (min(each) for each in zip(*starts, strict=True))
+    seconds, cpu, memory = (min(column) for column in zip(*starts, strict=True))
     return {"ready.seconds": seconds, "ready.cpu_seconds": cpu, "ready.idle_mib": memory}
 
 
@@ -150,19 +150,19 @@ def _measure_overload(bench: Bench, server: RunningServer) -> Figures:
     """Overloads a server: goodput, latency of answers, and latency of refusals."""
     peaked = bench.measure_unary(server, "heavy", MANY_CALLERS // 2, OVERLOAD_IMAGES)
     peak = peaked["rate"]
-    found = bench.measure_overload(server, "heavy", OVERLOAD_IMAGES, OVERLOAD_FACTOR * peak)
-    shed = found["latency"].get("RESOURCE_EXHAUSTED", {})
-    asked = sum(found["codes"].values()) / found["seconds"]
-    late = found["codes"].get("DEADLINE_EXCEEDED", 0)  # admitted, and not answered in time
+    overloaded = bench.measure_overload(server, "heavy", OVERLOAD_IMAGES, OVERLOAD_FACTOR * peak)
+    shed = overloaded["latency"].get("RESOURCE_EXHAUSTED", {})
+    asked = sum(overloaded["codes"].values()) / overloaded["seconds"]
+    late = overloaded["codes"].get("DEADLINE_EXCEEDED", 0)  # admitted, and not answered in time
     return {
         "overload.offered_of_peak": asked / peak,
-        "overload.goodput_of_peak": found["rate"] / peak,
+        "overload.goodput_of_peak": overloaded["rate"] / peak,
         # The load shares the cores. CPU time per answer, refusals included, does not depend on it.
-        "overload.goodput_of_peak.by_cpu": cpu_per_request(peaked) / cpu_per_request(found),
-        "overload.p99_of_deadline": found["latency"]["OK"]["p99"] / measures.DEADLINE,
-        "overload.late_of_accepted": late / max(1, late + found["codes"].get("OK", 0)),
+        "overload.goodput_of_peak.by_cpu": cpu_per_request(peaked) / cpu_per_request(overloaded),
+        "overload.p99_of_deadline": overloaded["latency"]["OK"]["p99"] / measures.DEADLINE,
+        "overload.late_of_accepted": late / max(1, late + overloaded["codes"].get("OK", 0)),
         "overload.shed_seconds": {share: shed.get(share) for share in ("p50", "p90", "p99")},
-        "overload.codes": found["codes"],
+        "overload.codes": overloaded["codes"],
     }
 
 
@@ -181,9 +181,9 @@ def _compare_workers(bench: Bench, name: str, bundle: Path, pace: Pace) -> Figur
         }
         for _ in range(pace.rounds):
             for n, server in servers.items():
-                found = bench.measure_unary(server, name, MANY_CALLERS, 1, connections=8)
-                seen[n].append(found["rate"])
-                seen[f"{n}.per_second"].append(int(n) / cpu_per_request(found))
+                tally = bench.measure_unary(server, name, MANY_CALLERS, 1, connections=8)
+                seen[n].append(tally["rate"])
+                seen[f"{n}.per_second"].append(int(n) / cpu_per_request(tally))
     return {
         f"workers.{name}.two_over_one": _ratio_of_maxima(seen, "2", "1"),
         f"workers.{name}.two_over_one.by_cpu": _ratio_of_maxima(

@@ -120,7 +120,9 @@ class Tally:
             "seconds": self._seconds,
             "codes": dict(self._codes),
             "rate": self._codes["OK"] / self._seconds,
-            "latency": {code: percentiles(found) for code, found in self._latencies.items()},
+            "latency": {
+                code: percentiles(latencies) for code, latencies in self._latencies.items()
+            },
             "cpu": self._cpu,
         }
 
@@ -248,10 +250,10 @@ def _stream_sender_factory(
 def _count_outcomes(answer: bytes, field: int) -> int:
     if not field:
         return 1
-    found = Reader(MOST_FIELDS).read_message(
+    message = Reader(MOST_FIELDS).read_message(
         memoryview(answer), _outcomes_schema(field), "an answer"
     )
-    return len(found["outcomes"])
+    return len(message["outcomes"])
 
 
 def _outcomes_schema(field: int) -> Schema:

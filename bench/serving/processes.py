@@ -153,8 +153,8 @@ def _wait_for_port(process: subprocess.Popen[bytes], log: IO[str], until: float)
         log.seek(0)
         text = log.read()
         for line in text.splitlines():
-            if '"event": "serving"' in line and (found := re.search(r'"port": (\d+)', line)):
-                return int(found[1])
+            if '"event": "serving"' in line and (match := re.search(r'"port": (\d+)', line)):
+                return int(match[1])
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with {process.returncode}: {text}")
         time.sleep(0.005)

@@ -42,18 +42,18 @@ def soak(
         ):
             report(f"{seconds:.0f} seconds of load")
             with sample_memory(server.pid, seconds / SAMPLES) as samples:
-                found = bench.measure_cancelling(server, "soaked", CALLERS, seconds, cancelled)
+                tally = bench.measure_cancelling(server, "soaked", CALLERS, seconds, cancelled)
     times, mib = (np.array(column) for column in zip(*samples, strict=True))
     growth = slope(times, mib) * float(times[-1] - times[0]) / 3600
     return {
         "soak.seconds": seconds,
-        "soak.codes": found["codes"],
-        "soak.cancelled_share": found["codes"].get("CANCELLED", 0) / sum(found["codes"].values()),
+        "soak.codes": tally["codes"],
+        "soak.cancelled_share": tally["codes"].get("CANCELLED", 0) / sum(tally["codes"].values()),
         "soak.first_mib": float(mib[0]),
         "soak.last_mib": float(mib[-1]),
         "soak.slope_mib_per_hour": slope(times, mib),
         "soak.growth_mib": growth * (1 - SETTLING_SHARE),
-        "soak.bytes_per_request": growth * 2**20 / sum(found["codes"].values()),
+        "soak.bytes_per_request": growth * 2**20 / sum(tally["codes"].values()),
         "soak.samples": [[round(t, 2), round(m, 2)] for t, m in zip(times, mib, strict=True)],
     }
 

@@ -35,8 +35,8 @@ def stroke(ink: Doubles) -> Doubles:
 
 def size(ink: Doubles) -> Doubles:
     """sqrt(mu_20 + mu_02): the root mean square distance from the centre, in pixels, (n,)."""
-    found: Doubles = np.sqrt(_moment(ink, 2, 0) + _moment(ink, 0, 2))
-    return found
+    distance: Doubles = np.sqrt(_moment(ink, 2, 0) + _moment(ink, 0, 2))
+    return distance
 
 
 ATTRIBUTES: Mapping[str, Callable[[Doubles], Doubles]] = MappingProxyType(
@@ -59,5 +59,5 @@ def _moment(ink: Doubles, p: int, q: int) -> Doubles:
 
 def _ratio(above: Doubles, below: Doubles) -> Doubles:
     """above / below, or 0 where below is 0."""
-    found: Doubles = np.where(below > _NONE, above / np.maximum(below, _NONE), 0.0)
-    return found
+    ratio: Doubles = np.where(below > _NONE, above / np.maximum(below, _NONE), 0.0)
+    return ratio

@@ -20,9 +20,9 @@ def by_pixel(session: Session, x: Pixels, pair: Labels) -> Floats:
         pair: first and second label, int64 (n, 2).
     """
     maps = passes.run_graph_output(session, passes.picture_feeds(session.spec, x), "surprise")
-    each = np.arange(len(x))
-    found: Floats = maps[each, pair[:, 1]] - maps[each, pair[:, 0]]
-    return found
+    rows = np.arange(len(x))
+    terms: Floats = maps[rows, pair[:, 1]] - maps[rows, pair[:, 0]]
+    return terms
 
 
 def by_occlusion(
@@ -51,8 +51,8 @@ def by_occlusion(
     for top in range(0, max(1, h - PATCH + STRIDE), STRIDE):
         patches = [(slice(top, top + PATCH), slice(left, left + PATCH)) for left in lefts]
         occluded = np.stack([x] * len(patches))
-        for each, patch in zip(occluded, patches, strict=True):
-            each[:, :, *patch] = instead[:, *patch]
+        for pictures, patch in zip(occluded, patches, strict=True):
+            pictures[:, :, *patch] = instead[:, *patch]
         left_over = _log_ratio(
             session, occluded.reshape(-1, *x.shape[1:]), np.tile(pair, (len(patches), 1))
         )
@@ -64,5 +64,5 @@ def by_occlusion(
 
 def _log_ratio(session: Session, x: Pixels, pair: Labels) -> Doubles:
     log_pxy = passes.run_graph_output(session, passes.picture_feeds(session.spec, x), "log_pxy")
-    found: Doubles = np.subtract(*np.take_along_axis(log_pxy.astype(np.float64), pair, 1).T)
-    return found
+    log_ratios: Doubles = np.subtract(*np.take_along_axis(log_pxy.astype(np.float64), pair, 1).T)
+    return log_ratios

@@ -172,11 +172,11 @@ def _given_label(data: Dataset) -> dict[str, float]:
         IndependentPixels(train.x[train.y == label], data.levels)
         for label in range(len(data.labels))
     ]
-    given = np.stack([pixels.log_prob(test.x) for pixels in per_label], 1)
+    log_pxy = np.stack([pixels.log_prob(test.x) for pixels in per_label], 1)
     with np.errstate(divide="ignore"):
-        joint = given + np.log(data.priors)
+        joint = log_pxy + np.log(data.priors)
     return {
-        "independent_pixels_given_label_nll_nats": _nats(given[np.arange(len(test)), test.y]),
+        "independent_pixels_given_label_nll_nats": _nats(log_pxy[np.arange(len(test)), test.y]),
         "independent_pixels_accuracy": float(np.mean(joint.argmax(1) == test.y)),
     }
 

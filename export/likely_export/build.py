@@ -58,7 +58,7 @@ def build(run: Path, out: Path, report: Report = print, *, source: str | None = 
     with replacing(out) as folder:
         exported = dict(_export_all(opened, data, folder, report))
         graphs.share_weights(
-            [folder / each.graph.file for each in exported.values()], folder / WEIGHTS
+            [folder / export.graph.file for export in exported.values()], folder / WEIGHTS
         )
         made: dict[str, object] = {}
         if Role.DENSITY in exported:
@@ -68,8 +68,8 @@ def build(run: Path, out: Path, report: Report = print, *, source: str | None = 
             made |= _directions(opened.recipe, exported, data, folder)
         golden = {
             f"{role}/{name}": array
-            for role, each in exported.items()
-            for name, array in each.golden.items()
+            for role, export in exported.items()
+            for name, array in export.golden.items()
         }
         np.savez_compressed(folder / plan.GOLDEN, **golden)  # type: ignore[arg-type]
         if (bound := _bound(opened, data)) is not None:
@@ -77,9 +77,9 @@ def build(run: Path, out: Path, report: Report = print, *, source: str | None = 
                 json.dumps({BOUND: bound}, indent=1, allow_nan=False) + "\n"
             )
         fields = plan.fields(
-            opened.recipe, data, {role: each.graph for role, each in exported.items()}
+            opened.recipe, data, {role: export.graph for role, export in exported.items()}
         )
-        parity = max(each.parity for each in exported.values())
+        parity = max(export.parity for export in exported.values())
         return write_manifest(folder, {**fields, **made, "parity_nats": parity})
 
 
@@ -98,7 +98,8 @@ def _bound(run: Run, data: Dataset) -> dict[str, float | int] | None:
     part = data.test.subsample(decisions.COMPARED)
     with torch.no_grad():
         pairs = zip(
-            *(torch.from_numpy(each).split(passes.BATCH) for each in (part.x, part.y)), strict=True
+            *(torch.from_numpy(array).split(passes.BATCH) for array in (part.x, part.y)),
+            strict=True,
         )
         nats = torch.cat([model.evaluate(x, y) for x, y in pairs])
     counts = {"importance_samples": model.config.importance_samples, "test_size": len(part)}
@@ -166,11 +167,11 @@ def _extended(manifest: Manifest, recipe: Recipe, exported: Exported) -> dict[st
     table = recipe.published()
     models = {name: table["models"][name] for name in recipe.models_of(Role.DISCRIMINATE)}
     named = {Role.DISCRIMINATE.value: table["roles"][Role.DISCRIMINATE]}
-    own = fields["recipe"]
+    existing = fields["recipe"]
     fields["recipe"] = {
-        **own,
-        "models": {**own.get("models", {}), **models},
-        "roles": {**own.get("roles", {}), **named},
+        **existing,
+        "models": {**existing.get("models", {}), **models},
+        "roles": {**existing.get("roles", {}), **named},
     }
     return fields
 

@@ -177,9 +177,9 @@ def detector(
     arrays["scores"] = np.sort(scores)
     arrays["label_scores"], arrays["label_counts"] = np.empty(0), np.empty(0, np.int64)
     if posterior is not None and y is not None:
-        found = label_score(scores, posterior)[np.arange(n), y]
+        true_label_scores = label_score(scores, posterior)[np.arange(n), y]
         arrays["label_scores"] = np.concatenate(
-            [np.sort(found[y == label]) for label in range(posterior.shape[1])]
+            [np.sort(true_label_scores[y == label]) for label in range(posterior.shape[1])]
         )
         arrays["label_counts"] = np.bincount(y, minlength=posterior.shape[1])
     return arrays
@@ -191,8 +191,8 @@ def fit_temperature(log_pxy: npt.NDArray[np.floating], y: Labels, priors: Double
     def label_nll(log_temperature: float) -> float:
         return _label_nll(log_pxy, y, priors, float(np.exp(log_temperature)))
 
-    found = minimize_scalar(label_nll, bounds=(np.log(0.1), np.log(1000)), method="bounded")
-    return float(np.exp(found.x))
+    optimum = minimize_scalar(label_nll, bounds=(np.log(0.1), np.log(1000)), method="bounded")
+    return float(np.exp(optimum.x))
 
 
 def fit_expert_weights(
@@ -214,8 +214,8 @@ def fit_expert_weights(
         return _label_nll(bayes.pooled(evidence, np.exp(log_scales)), y, priors, 1.0)
 
     start = np.full(experts, np.log(0.05))
-    found = minimize(label_nll, start, method="Nelder-Mead", options={"maxiter": 400})
-    scales = np.exp(found.x)
+    optimum = minimize(label_nll, start, method="Nelder-Mead", options={"maxiter": 400})
+    scales = np.exp(optimum.x)
     return tuple((scales / scales.sum()).tolist()), float(1 / scales.sum())
 
 

@@ -114,6 +114,6 @@ def fit_temperature(model: Classifier, held_out: Split, batch: int = 256) -> flo
     """
     parts = [model.logits(part) for part in torch.from_numpy(held_out.x).split(batch)]
     even = np.full(model.config.labels, 1 / model.config.labels)
-    found = calibrate.fit_temperature(torch.cat(parts).numpy(), held_out.y, even)
-    model.temperature.fill_(found)
-    return found
+    temperature = calibrate.fit_temperature(torch.cat(parts).numpy(), held_out.y, even)
+    model.temperature.fill_(temperature)
+    return temperature

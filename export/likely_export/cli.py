@@ -325,10 +325,12 @@ def compare(bundles: tuple[Path, ...], source: str | None, out: Path) -> None:
         report("compare")
         data = recipe.data.load()
         _tell_absent(recipe)
-        found = compare.compare(bundles, data, recipe.others(data.levels))
+        comparison = compare.compare(bundles, data, recipe.others(data.levels))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(found.figures, indent=1, allow_nan=False) + "\n")
-    family.write(out, found.figures, found.drawn, found.outside, found.levels)
+    out.with_suffix(".json").write_text(
+        json.dumps(comparison.figures, indent=1, allow_nan=False) + "\n"
+    )
+    family.write(out, comparison.figures, comparison.drawn, comparison.outside, comparison.levels)
     click.echo(f"{out} and {out.with_suffix('.json')}")
 
 
@@ -397,8 +399,8 @@ def _show(figures: Mapping[str, Any]) -> None:
     from likely_export.report.text import flat, format_figure
 
     table = Table("figure", "value")
-    for path, found in flat(figures):
-        table.add_row(".".join(path), format_figure(found))
+    for path, figure in flat(figures):
+        table.add_row(".".join(path), format_figure(figure))
     Console().print(table)
 
 

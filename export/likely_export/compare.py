@@ -209,21 +209,21 @@ class _Member:
 
     async def _posteriors(self, engine: Engine, x: Pixels) -> dict[str, Doubles]:
         """p(y|x), (n, labels), by each rule that the member has, also for outliers."""
-        found: dict[str, Doubles] = {}
+        posteriors: dict[str, Doubles] = {}
         if Role.CONDITIONAL in self.manifest.graphs:
-            found[GENERATIVE] = (await engine.classify(x, ALPHA)).posterior
+            posteriors[GENERATIVE] = (await engine.classify(x, ALPHA)).posterior
         if Role.DISCRIMINATE in self.manifest.graphs:
             session = passes.open_graph(self.bundle, Role.DISCRIMINATE)
             log_pyx = passes.run_graph_output(session, {"x": x}, "log_pyx").astype(np.float64)
-            found[DISCRIMINATIVE] = bayes.posterior(log_pyx, np.ones(log_pyx.shape[1]))
-        return found
+            posteriors[DISCRIMINATIVE] = bayes.posterior(log_pyx, np.ones(log_pyx.shape[1]))
+        return posteriors
 
     async def _outside_rates(self, engine: Engine) -> dict[str, Any]:
         """How many pictures that are not of the data are rejected, or labelled with confidence.
 
         Rejections are left out if the calibration is too small for `ALPHA`.
         """
-        found: dict[str, Any] = {}
+        rates: dict[str, Any] = {}
         density = Role.DENSITY in self.manifest.graphs
         rejects = density and engine.detector.finest_alpha <= ALPHA
         for name, x in self.outside.items():
@@ -233,41 +233,41 @@ class _Member:
             for rule, posterior in (await self._posteriors(engine, x)).items():
                 row[f"sure {rule}"] = float(np.mean(posterior.max(1) > CONFIDENT_POSTERIOR))
             if row:
-                found[name] = row
-        return found
+                rates[name] = row
+        return rates
 
     async def _draws(self, engine: Engine) -> dict[str, Any]:
         if not drawing_graphs(self.manifest):
             return {"draws": "nothing"}
         labels = count_drawable_labels(self.manifest)
-        each = max(1, self.sizes.drawn // max(1, labels))
-        groups = await draw_by_label(engine, labels, each, SEED)
+        per_label = max(1, self.sizes.drawn // max(1, labels))
+        groups = await draw_by_label(engine, labels, per_label, SEED)
         drawn = np.concatenate([group.images for group in groups])
         if not labels:
             self.drawn = drawn
             return {"draws": "pictures"}
         # In an order that shows some draws of each label first.
-        order = np.argsort(np.arange(len(drawn)) % each, kind="stable")
+        order = np.argsort(np.arange(len(drawn)) % per_label, kind="stable")
         self.drawn = drawn[order]
         if self.judge is None:
             return {"draws": "by label"}
-        shown = self.judge.posterior(drawn).argmax(1) == np.arange(len(drawn)) // each
+        shown = self.judge.posterior(drawn).argmax(1) == np.arange(len(drawn)) // per_label
         return {"draws": "by label", "faithfulness": measures.mean(shown)}
 
     async def _composition(self, engine: Engine) -> dict[str, Any]:
         """Bayes' rule from p(y|x) and p(x), compared with the member's own p(x|y)."""
         graphs = self.manifest.graphs
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if {Role.DENSITY, Role.CONDITIONAL, Role.DISCRIMINATE} <= set(graphs):
             part = self.test.subsample(self.sizes.composed)
-            found["likelihoods"] = await composition.likelihoods(engine, part, ALPHA)
+            figures["likelihoods"] = await composition.likelihoods(engine, part, ALPHA)
         if self.judge is not None and {Role.SAMPLE, Role.DISCRIMINATE} <= set(graphs):
-            each = max(1, self.sizes.accepted // len(self.manifest.labels))
+            per_label = max(1, self.sizes.accepted // len(self.manifest.labels))
             draws_by_label = graphs[Role.SAMPLE].input("y") is not None
-            found["drawings"] = await composition.drawings(
-                engine, self.judge, each, draws_by_label=draws_by_label
+            figures["drawings"] = await composition.drawings(
+                engine, self.judge, per_label, draws_by_label=draws_by_label
             )
-        return {"composition": found} if found else {}
+        return {"composition": figures} if figures else {}
 
     def _features(self, engine: Engine) -> dict[str, Any]:
         """Accuracies of linear probes on the features, and on as many principal components."""
@@ -289,14 +289,14 @@ class _Member:
 
     def _milliseconds(self) -> dict[str, float]:
         """CPU milliseconds per picture on one thread: of each graph in batches, and of training."""
-        found: dict[str, float] = {}
+        milliseconds: dict[str, float] = {}
         levels, labels = self.manifest.levels, max(1, len(self.manifest.labels))
         for role, spec in self.manifest.graphs.items():
             session = passes.open_graph(self.bundle, role)
             feeds = example(spec.inputs, BATCH, levels, labels, SEED)
             outputs = [output.name for output in spec.outputs]
-            found[role.value] = 1e3 / BATCH * min(_time_calls(session.run, feeds, outputs))
-        return found | {"training": self._training_milliseconds()}
+            milliseconds[role.value] = 1e3 / BATCH * min(_time_calls(session.run, feeds, outputs))
+        return milliseconds | {"training": self._training_milliseconds()}
 
     def _training_milliseconds(self) -> float:
         """CPU milliseconds per picture for a forward and backward pass of all models."""
@@ -348,5 +348,5 @@ def _time_calls(call: Any, *arguments: Any) -> Iterator[float]:
 
 def _probe(z: Inputs, z_test: Inputs, data: Dataset, test: Split, sizes: Sizes) -> dict[str, float]:
     """The accuracy of a linear probe, by the number of labelled pictures that it learnt from."""
-    found = features.probe(z, data.train.y[: len(z)], z_test, test.y, sizes.labelled)
-    return {str(size): value for size, value in found.items()}
+    accuracies = features.probe(z, data.train.y[: len(z)], z_test, test.y, sizes.labelled)
+    return {str(size): value for size, value in accuracies.items()}

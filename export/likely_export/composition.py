@@ -40,7 +40,7 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
     """
     rules = {rule: await engine.classify(part.x, alpha, rule=rule, both=True) for rule in LabelRule}
     answer, rows = rules[LabelRule.GENERATIVE], np.arange(len(part))
-    own, composed = answer.log_pxy, answer.composed
+    log_pxy, composed = answer.log_pxy, answer.composed
     graphs = engine.manifest.graphs
     kinds = (
         "exact" if graphs[role].kind == Kind.EXACT else "bound"
@@ -49,21 +49,21 @@ async def likelihoods(engine: Engine, part: Split, alpha: float = 0.05) -> dict[
     return {
         "pictures": len(part),
         "spearman_of_pictures": measures.rank_correlation(
-            own[rows, part.y], composed[rows, part.y]
+            log_pxy[rows, part.y], composed[rows, part.y]
         ),
-        "spearman_of_labels": _row_correlation(own, composed),
+        "spearman_of_labels": _row_correlation(log_pxy, composed),
         "spearman_of_other_labels": _row_correlation(
-            _without_own_label(own, part.y), _without_own_label(composed, part.y)
+            _without_own_label(log_pxy, part.y), _without_own_label(composed, part.y)
         ),
         "by": {
             rule.name.lower(): {
-                "accuracy": measures.mean(found.label == part.y),
-                "label_nll_nats": measures.mean(measures.label_nats(found.posterior, part.y)),
-                "ece": measures.calibration_error(found.posterior, part.y),
+                "accuracy": measures.mean(classified.label == part.y),
+                "label_nll_nats": measures.mean(measures.label_nats(classified.posterior, part.y)),
+                "ece": measures.calibration_error(classified.posterior, part.y),
                 "log_pxy_nats": measures.mean(values[rows, part.y]) | {"kind": kind},
             }
-            for (rule, found), values, kind in zip(
-                rules.items(), (own, composed), kinds, strict=True
+            for (rule, classified), values, kind in zip(
+                rules.items(), (log_pxy, composed), kinds, strict=True
             )
         },
         "agree": measures.mean(
@@ -89,12 +89,12 @@ async def drawings(
     ways: dict[str, Acceptance | None] = {"acceptance": Acceptance(MAX_DRAWS)}
     if draws_by_label:
         ways["own"] = None
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, acceptance in ways.items():
         labels = len(engine.manifest.labels)
         drawn = await draw_by_label(engine, labels, per_label, seed, acceptance=acceptance)
-        found[name] = _faithfulness_figures(engine, judge, drawn)
-    return found
+        figures[name] = _faithfulness_figures(engine, judge, drawn)
+    return figures
 
 
 def noise_pictures(

@@ -165,9 +165,9 @@ def stripes(x: Pixels, levels: int, generator: Generator) -> Pixels:
     """Bars two rows or columns wide, at a random phase and level."""
     n, c, h, w = x.shape
     i, j = np.indices((h, w))
-    each = (n, 1, 1)
-    level, phase = generator.integers(levels // 2, levels, each), generator.integers(0, 4, each)
-    place = np.where(generator.integers(0, 2, each), i, j) + phase
+    shape = (n, 1, 1)
+    level, phase = generator.integers(levels // 2, levels, shape), generator.integers(0, 4, shape)
+    place = np.where(generator.integers(0, 2, shape), i, j) + phase
     bars = np.where(place // 2 % 2, level, 0)
     return np.repeat(bars[:, None], c, 1).astype(np.uint8)
 

@@ -207,9 +207,10 @@ class CVAE(nn.Module):
         """The negated IWAE-K bound in nats, (n,), with the same noise in every call."""
         shape = (len(x), self.config.importance_samples, self.config.latent)
         eps = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x.device)
-        each = self.config.importance_samples * self.decoder_out.out_features
+        per_picture = self.config.importance_samples * self.decoder_out.out_features
         parts = zip(
-            *(rows.split(max(1, OUTPUTS_PER_STEP // each)) for rows in (x, y, eps)), strict=True
+            *(rows.split(max(1, OUTPUTS_PER_STEP // per_picture)) for rows in (x, y, eps)),
+            strict=True,
         )
         return torch.cat([-self.iwae(*part) for part in parts])
 

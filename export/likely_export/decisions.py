@@ -125,11 +125,13 @@ def _compare_decisions(
     x = data.test.subsample(COMPARED).x
     density = passes.open_exported(folder, exported[Role.DENSITY])
     names = [name for name in ("log_px", "statistics", "label") if density.spec.output(name)]
-    log_px, *found = passes.run_graph(density, {"x": x}, names)
+    log_px, *score_inputs = passes.run_graph(density, {"x": x}, names)
     source = exported[Role.DENSITY].source
-    expected, *torch_found = passes.run_module(source, {"x": x}, names)
+    expected, *torch_score_inputs = passes.run_module(source, {"x": x}, names)
     parity = float(np.abs(log_px - expected).max())
-    ours, torchs = (detector.p_value(detector.score(*each)) for each in (found, torch_found))
+    ours, torchs = (
+        detector.p_value(detector.score(*inputs)) for inputs in (score_inputs, torch_score_inputs)
+    )
     changed = np.zeros(len(x), bool)
     for alpha in recipe.calibration.alphas:
         changed |= (ours <= alpha) != (torchs <= alpha)
@@ -164,9 +166,9 @@ def _assigned_labels(
 
 def _labels_changed(exported: Exported, folder: Path, x: Pixels) -> npt.NDArray[np.bool_]:
     """Whether torch and ONNX Runtime assign different labels by p(y|x), (n,)."""
-    (found,) = passes.run_graph(passes.open_exported(folder, exported), {"x": x}, ["log_pyx"])
+    (log_pyx,) = passes.run_graph(passes.open_exported(folder, exported), {"x": x}, ["log_pyx"])
     (expected,) = passes.run_module(exported.source, {"x": x}, ["log_pyx"])
-    changed: npt.NDArray[np.bool_] = expected.argmax(1) != found.argmax(1)
+    changed: npt.NDArray[np.bool_] = expected.argmax(1) != log_pyx.argmax(1)
     return changed
 
 

@@ -197,10 +197,10 @@ class _Evaluation:
 
     async def _outside(self) -> dict[str, PictureSet]:
         pictures = corruptions.corrupt_for_report(self.corruptible, self.manifest.levels)
-        found: dict[str, PictureSet] = {}
+        sets: dict[str, PictureSet] = {}
         for name, x in {**self.others, **pictures}.items():
-            found[name] = _picture_set(x, await self._score(x), self.sizes.examples)
-        return found
+            sets[name] = _picture_set(x, await self._score(x), self.sizes.examples)
+        return sets
 
     def _separations(self, sets: Mapping[str, PictureSet]) -> dict[str, Any]:
         """AUROC, FPR95 and AUPR of every outlier set, by our score and by likelihood alone."""
@@ -227,7 +227,7 @@ class _Evaluation:
     def _false_rejection(self, p_value: Doubles, alpha: float) -> dict[str, Any]:
         size, n = self.manifest.calibrated.size, len(p_value)
         names = [label.name for label in self.manifest.labels]
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "overall": float(np.mean(p_value <= alpha)),
             "overall_standard_error": measures.standard_error(p_value <= alpha),
             "band": measures.rejection_band(alpha, size, n),
@@ -237,9 +237,9 @@ class _Evaluation:
             # those of a label ranked alone, among its share of the calibration split.
             counts = np.bincount(self.test.y, minlength=len(names))
             bands = [measures.rejection_band(alpha, round(size * c / n), int(c)) for c in counts]
-            found |= self._by_label("by_label", p_value <= alpha)
-            found["band_by_label"] = dict(zip(names, bands, strict=True))
-        return found
+            figures |= self._by_label("by_label", p_value <= alpha)
+            figures["band_by_label"] = dict(zip(names, bands, strict=True))
+        return figures
 
     def _by_label(self, name: str, values: Accepted) -> dict[str, Any]:
         """The share of true values (n,) of the test part by label, with standard errors."""
@@ -308,7 +308,7 @@ class _Evaluation:
         log_prior = np.log(self.manifest.priors)
         nats = [-np.logaddexp.reduce(log_pxy + log_prior, axis=1) for log_pxy in draws]
         mixed = measures.mean(np.mean(nats, 0))
-        return {"marginal_nll_nats": mixed | {"by_draw": [float(each.mean()) for each in nats]}}
+        return {"marginal_nll_nats": mixed | {"by_draw": [float(row.mean()) for row in nats]}}
 
     def _bound(self) -> dict[str, Any]:
         """The IWAE bound with more samples, by averaging the weights of several calls."""
@@ -337,9 +337,9 @@ class _Evaluation:
         There are as many outliers as test pictures: of the larger set, only so many are used. For
         comparison, the largest softmax of a convolutional network trained on the same pictures.
         """
-        y, own = self.test.y, judge.posterior(self.test.x)
-        right, sure = own.argmax(1) == y, own.max(1)
-        found: dict[str, Any] = {}
+        y, posterior = self.test.y, judge.posterior(self.test.x)
+        right, sure = posterior.argmax(1) == y, posterior.max(1)
+        figures: dict[str, Any] = {}
         for name, x in self.others.items():
             rows = evenly_spaced(len(self.test), len(x))
             x = x[evenly_spaced(len(x), len(rows))]
@@ -351,12 +351,12 @@ class _Evaluation:
             theirs = measures.open_set(-sure[rows], right[rows], softmax)
             apart = measures.placement_mean(*measures.placements(-sure[rows], softmax))
             theirs |= {"auroc": apart["mean"], "auroc_standard_error": apart["standard_error"]}
-            found[name] = {
+            figures[name] = {
                 "size": len(x),
                 **ours,
                 **{f"cnn_max_softmax_{key}": one for key, one in theirs.items()},
             }
-        return found
+        return figures
 
     def _doubt(self, answer: Classifications) -> Doubles:
         """Doubt, (n,): minus the largest label p-value, with near ties broken by the posterior."""
@@ -377,12 +377,12 @@ class _Evaluation:
         pair = np.argsort(-classified.posterior[rows], 1)[:, :2].astype(np.int64)
         session = passes.open_graph(self.bundle, Role.CONDITIONAL)
         if session.spec.output("surprise") is not None:
-            found = attribution.by_pixel(session, x, pair)
-            sums = found.sum((1, 2, 3), dtype=np.float64)
-            return Explained(x, surprise, Compared(pair, sums, found))
+            maps = attribution.by_pixel(session, x, pair)
+            sums = maps.sum((1, 2, 3), dtype=np.float64)
+            return Explained(x, surprise, Compared(pair, sums, maps))
         typical = np.median(self.data.train.subsample(MEDIAN_PICTURES).x, 0).astype(np.uint8)
-        ratios, found = attribution.by_occlusion(session, x, pair, typical)
-        return Explained(x, surprise, Compared(pair, ratios, found, attribution.PATCH))
+        ratios, maps = attribution.by_occlusion(session, x, pair, typical)
+        return Explained(x, surprise, Compared(pair, ratios, maps, attribution.PATCH))
 
 
 def _panel(

@@ -75,7 +75,7 @@ def probe(
         y_test: labels, int64 (m,).
         sizes: numbers of pictures to learn from, counted from the first.
     """
-    found: dict[int, float] = {}
+    accuracies: dict[int, float] = {}
     for size in sizes:
         z, labels = features[:size], y[:size]
         middle, scale = z.mean(0), float(np.sqrt(z.var(0).mean())) or 1.0
@@ -86,8 +86,8 @@ def probe(
             for strength in STRENGTHS
         ]
         best = _fitted(z, labels, STRENGTHS[int(np.argmax(scores))])
-        found[len(labels)] = float(best.score((test - middle) / scale, y_test))
-    return found
+        accuracies[len(labels)] = float(best.score((test - middle) / scale, y_test))
+    return accuracies
 
 
 def traversal(
@@ -118,18 +118,18 @@ def traversal(
         their picture; `slope`: change of the attribute per point, in the attribute's unit.
     """
     drawn = _traversed(engine, x, attribute, points, draws, seed)
-    n, steps, each = drawn.shape[:3]
+    n, steps, per_point = drawn.shape[:3]
     flat = drawn.reshape(-1, *drawn.shape[3:])
     levels = engine.manifest.levels
-    values = measured(attribute, flat, levels).reshape(n, steps, each).mean(2)
+    values = measured(attribute, flat, levels).reshape(n, steps, per_point).mean(2)
     ranks = np.array([measures.rank_correlation(points, row) for row in values])
-    own = label_judge.posterior(x).argmax(1)
-    found = label_judge.posterior(flat).argmax(1).reshape(n, steps * each)
+    labels = label_judge.posterior(x).argmax(1)
+    drawn_labels = label_judge.posterior(flat).argmax(1).reshape(n, steps * per_point)
     return {
         "spearman": float(ranks.mean()),
         "spearman_least": float(ranks.min()),
         "monotone": float((ranks >= 0.9).mean()),
-        "label_kept": float((found == own[:, None]).mean()),
+        "label_kept": float((drawn_labels == labels[:, None]).mean()),
         "slope": float(np.polyfit(points, values.mean(0), 1)[0]),
     }
 
@@ -213,9 +213,9 @@ def _traversed(
         parts: list[Pixels] = []
         for at in range(0, len(x), CHUNK):
             drawing = Drawing(count, seed, at)
-            found = await engine.traverse(x[at : at + CHUNK], direction, places, drawing)
-            means = np.rint(found.mean * (levels - 1)).astype(np.uint8)[:, :, None]
-            parts.append(found.drawn if count else means)
+            traversed = await engine.traverse(x[at : at + CHUNK], direction, places, drawing)
+            means = np.rint(traversed.mean * (levels - 1)).astype(np.uint8)[:, :, None]
+            parts.append(traversed.drawn if count else means)
         return parts
 
     return np.concatenate(asyncio.run(traverse_all()))

@@ -77,13 +77,13 @@ async def draw_by_label(
         acceptance: draw from p(x), and draw again what p(y|x) does not accept.
     """
     asked: Sequence[int | None] = range(labels) if labels else [None]
-    found = []
+    groups = []
     for at, label in enumerate(asked):
         chunks = engine.generate(
             label, per_label, seed, first_index=at * per_label, check=check, acceptance=acceptance
         )
-        found.append(joined([chunk async for chunk in chunks]))
-    return found
+        groups.append(joined([chunk async for chunk in chunks]))
+    return groups
 
 
 class Drawing:
@@ -119,15 +119,15 @@ class Drawing:
         x, y, _ = await self._draw(None)
         groups = [x[y == label] for label in range(int(y.max()) + 1)]
         self.examples = np.stack([group[: self.sizes.examples] for group in groups])
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if self.labels and self.judge is not None and self.sizes.drawn:
-            found |= self._label_figures(self.judge, x, y)
+            figures |= self._label_figures(self.judge, x, y)
             if Role.CONDITIONAL in self.manifest.graphs and alphas:
                 check = SelfCheck(alpha=min(alphas), max_draws=MAX_DRAWS)
-                found |= await self._checked(self.judge, check)
-        found |= self._self_entropy(len(x))
-        self.nearest, found["memorisation"] = self._memorised(groups)
-        return found
+                figures |= await self._checked(self.judge, check)
+        figures |= self._self_entropy(len(x))
+        self.nearest, figures["memorisation"] = self._memorised(groups)
+        return figures
 
     async def completed(self) -> Completed | None:
         """A few test pictures with a part hidden, and their completions."""
@@ -144,13 +144,13 @@ class Drawing:
 
     async def _draw(self, check: SelfCheck | None) -> tuple[Pixels, Labels, Labels]:
         """Draws pictures of each label, or of none; returns them, their labels and draws taken."""
-        each = max(self.sizes.examples, self.sizes.drawn // max(1, self.labels))
-        groups = await draw_by_label(self.engine, self.labels, each, SEED, check=check)
+        per_label = max(self.sizes.examples, self.sizes.drawn // max(1, self.labels))
+        groups = await draw_by_label(self.engine, self.labels, per_label, SEED, check=check)
         x, draws = (
             np.concatenate([getattr(group, name) for group in groups])
             for name in ("images", "draws")
         )
-        return x, np.repeat(np.arange(len(groups)), each), draws
+        return x, np.repeat(np.arange(len(groups)), per_label), draws
 
     def _label_figures(self, judge: Judge, x: Pixels, y: Labels) -> dict[str, Any]:
         """Whether draws show their label, and whether a network can learn labels from them."""
@@ -242,11 +242,11 @@ class Drawing:
     def _matched_pictures(self, groups: Sequence[Pixels]) -> tuple[Pixels, Pixels]:
         """Draws and test pictures, equally many of each label; of all, if draws have no label."""
         y = self.test.y
-        own = [self.test.x[y == label] for label in range(len(groups))]
+        test_groups = [self.test.x[y == label] for label in range(len(groups))]
         if not self.labels:
-            own = [self.test.x]
+            test_groups = [self.test.x]
         drawn, held = [], []
-        for ours, theirs in zip(groups, own, strict=True):
+        for ours, theirs in zip(groups, test_groups, strict=True):
             size = min(len(ours), len(theirs), max(1, COMPARED // len(groups)))
             drawn.append(ours[evenly_spaced(len(ours), size)])
             held.append(theirs[evenly_spaced(len(theirs), size)])
@@ -257,13 +257,13 @@ def _nearest(x: Pixels, among: Pixels) -> tuple[Labels, Doubles]:
     """Returns the index of the nearest picture to each, and its distance in levels."""
     flat = among.reshape(len(among), -1).astype(np.float32)
     squares = np.square(flat).sum(1)
-    own = x.reshape(len(x), -1).astype(np.float32)
-    found = np.empty(len(x), np.int64)
+    queries = x.reshape(len(x), -1).astype(np.float32)
+    indices = np.empty(len(x), np.int64)
     for start in range(0, len(x), 100):
         rows = slice(start, start + 100)
-        found[rows] = (squares - 2 * own[rows] @ flat.T).argmin(1)
-    distance: Doubles = np.linalg.norm(own.astype(np.float64) - flat[found], axis=1)
-    return found, distance
+        indices[rows] = (squares - 2 * queries[rows] @ flat.T).argmin(1)
+    distance: Doubles = np.linalg.norm(queries.astype(np.float64) - flat[indices], axis=1)
+    return indices, distance
 
 
 def _noise_shape(spec: Graph) -> tuple[int, ...]:

@@ -154,7 +154,9 @@ def share_weights(files: Iterable[Path], weights: Path) -> None:
     with weights.open("wb") as out:
         for file in files:
             model = onnx.load(file)
-            for tensor in [each for graph in subgraphs(model.graph) for each in graph.initializer]:
+            for tensor in [
+                weight for graph in subgraphs(model.graph) for weight in graph.initializer
+            ]:
                 content = onnx.numpy_helper.to_array(tensor).tobytes()
                 if len(content) < SMALLEST_SHARED:
                     continue
@@ -183,9 +185,9 @@ def extract_outputs(path: Path, target: Path, outputs: list[str]) -> None:
             graph.node.remove(node)
             continue
         wanted |= set(node.input).union(*map(_free_names, bodies(node)))
-    for tensor in [each for each in graph.initializer if each.name not in wanted]:
+    for tensor in [weight for weight in graph.initializer if weight.name not in wanted]:
         graph.initializer.remove(tensor)
-    for output in [each for each in graph.output if each.name not in outputs]:
+    for output in [value_info for value_info in graph.output if value_info.name not in outputs]:
         graph.output.remove(output)
     onnx.save(model, target)
 
@@ -307,9 +309,9 @@ def _difference(source: GraphSource, session: Session, levels: int, labels: int,
     with torch.no_grad():
         result = source.module(*(torch.from_numpy(feeds[spec.name]) for spec in source.inputs))
     expected = (result,) if isinstance(result, torch.Tensor) else result
-    found = session.run(feeds, [spec.name for spec in source.outputs])
+    outputs = session.run(feeds, [spec.name for spec in source.outputs])
     worst = 0.0
-    for spec, torch_value, got in zip(source.outputs, expected, found, strict=True):
+    for spec, torch_value, got in zip(source.outputs, expected, outputs, strict=True):
         value = torch_value.numpy()
         _compare(spec, value, got, n)
         if spec.name.startswith("log_p"):

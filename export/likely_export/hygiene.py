@@ -123,10 +123,10 @@ def _check_traces(model: onnx.ModelProto) -> None:
 
 
 def _check_signature(
-    what: str, specs: Iterable[TensorSpec], found: Iterable[onnx.ValueInfoProto]
+    what: str, specs: Iterable[TensorSpec], value_infos: Iterable[onnx.ValueInfoProto]
 ) -> None:
     declared = {spec.name: spec.shape for spec in specs}
-    seen = {value.name: _axes(value) for value in found}
+    seen = {value.name: _axes(value) for value in value_infos}
     if declared != seen:
         raise BundleError(f"the graph has the {what}s {seen} where {declared} was declared")
     for name, axes in seen.items():

@@ -62,8 +62,8 @@ class Judge(nn.Module):
         """p(y|x), (n, labels), of x, uint8 (n, c, h, w)."""
         self.eval()
         parts = [torch.softmax(self(part), 1) for part in torch.from_numpy(x).split(256)]
-        found: Doubles = torch.cat(parts).double().numpy()
-        return found
+        posterior: Doubles = torch.cat(parts).double().numpy()
+        return posterior
 
 
 def train_judge(

@@ -42,10 +42,10 @@ def standard_error(values: npt.NDArray[Any]) -> float | None:
 
 def by_label(name: str, values: Accepted, y: Labels, labels: Sequence[str]) -> dict[str, Any]:
     """Returns the share of true values for each label, under this name, and its standard error."""
-    own = {label: values[y == k] for k, label in enumerate(labels)}
+    grouped = {label: values[y == k] for k, label in enumerate(labels)}
     return {
-        name: {label: share(one) for label, one in own.items()},
-        f"{name}_standard_error": {label: standard_error(one) for label, one in own.items()},
+        name: {label: share(one) for label, one in grouped.items()},
+        f"{name}_standard_error": {label: standard_error(one) for label, one in grouped.items()},
     }
 
 
@@ -109,7 +109,7 @@ def placement_mean(
         original_rows: the inlier from which each outlier was made, int64 (m,); None for unrelated
             ones.
     """
-    inside, outside = (mean(each)["standard_error"] for each in (over, under))
+    inside, outside = (mean(placed)["standard_error"] for placed in (over, under))
     variance = inside**2 + outside**2
     if original_rows is not None and len(under) > 1:
         variance += 2 * float(np.cov(over[original_rows], under)[0, 1]) / len(over)
@@ -155,7 +155,8 @@ def open_set(doubt: Doubles, right: Accepted, outliers: Doubles) -> dict[str, fl
 def average_precision(inliers: Doubles, outliers: Doubles) -> float:
     """AUPR: the mean over outliers of the share of outliers among all values as large or larger."""
     caught, lost = (
-        len(each) - np.searchsorted(np.sort(each), outliers, "left") for each in (outliers, inliers)
+        len(values) - np.searchsorted(np.sort(values), outliers, "left")
+        for values in (outliers, inliers)
     )
     return float(np.mean(caught / (caught + lost)))
 
@@ -182,8 +183,10 @@ def bootstrap_error(figure: Callable[..., float], *sizes: int) -> float:
         sizes: sizes of the groups.
     """
     generator = np.random.Generator(np.random.Philox(key=[SEED, 0]))
-    found = [figure(*(generator.integers(0, n or 1, n) for n in sizes)) for _ in range(SAMPLES)]
-    return float(np.std(found, ddof=1))
+    replicates = [
+        figure(*(generator.integers(0, n or 1, n) for n in sizes)) for _ in range(SAMPLES)
+    ]
+    return float(np.std(replicates, ddof=1))
 
 
 def rejection_band(alpha: float, calibration: int, test: int) -> tuple[float, float] | None:
@@ -224,11 +227,11 @@ def labelling(posterior: Doubles, y: Labels, kept: Accepted | None = None) -> di
             is returned too, or None if there are none.
     """
     n, right, doubt = len(y), posterior.argmax(1) == y, -posterior.max(1)
-    found: dict[str, Any] = {"accuracy": mean(right)}
+    accuracies: dict[str, Any] = {"accuracy": mean(right)}
     if kept is not None:
-        found["accuracy_of_accepted"] = mean(right[kept]) if kept.any() else None
+        accuracies["accuracy_of_accepted"] = mean(right[kept]) if kept.any() else None
     return {
-        **found,
+        **accuracies,
         "label_nll_nats": mean(label_nats(posterior, y)),
         "ece": calibration_error(posterior, y),
         "ece_standard_error": bootstrap_error(
@@ -241,8 +244,8 @@ def labelling(posterior: Doubles, y: Labels, kept: Accepted | None = None) -> di
 
 def label_nats(posterior: Doubles, y: Labels) -> Doubles:
     """-log p(y|x) of the true labels y (n,), from a posterior (n, labels), nats; always finite."""
-    found: Doubles = -np.log(np.maximum(posterior[np.arange(len(y)), y], 1e-300))
-    return found
+    nats: Doubles = -np.log(np.maximum(posterior[np.arange(len(y)), y], 1e-300))
+    return nats
 
 
 def selective_risk(doubt: Doubles, wrong: Accepted) -> float:

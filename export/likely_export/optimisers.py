@@ -71,8 +71,8 @@ class Training:
     def __post_init__(self) -> None:
         lengths = {name: getattr(self, name) for name in ("steps", "epochs", "budget_seconds")}
         if min(lengths.values()) < 0 or sum(length > 0 for length in lengths.values()) != 1:
-            given = ", ".join(f"{name} = {length:g}" for name, length in lengths.items())
-            raise InvalidInput("training", f"{given}; exactly one must be above 0")
+            settings = ", ".join(f"{name} = {length:g}" for name, length in lengths.items())
+            raise InvalidInput("training", f"{settings}; exactly one must be above 0")
         for name in ("batch", "clip", "validations", "learning_rate", "muon_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidInput(

@@ -35,10 +35,10 @@ def picture_feeds(graph: Graph, x: Pixels) -> dict[str, Array]:
 
     The noise is one picture's, and read-only.
     """
-    found: dict[str, Array] = {"x": x}
+    feeds: dict[str, Array] = {"x": x}
     if (eps := graph.input("eps")) is not None:
-        found["eps"] = noise.common(eps.array_shape(len(x)))
-    return found
+        feeds["eps"] = noise.common(eps.array_shape(len(x)))
+    return feeds
 
 
 def run_graph(
@@ -48,8 +48,10 @@ def run_graph(
     n = len(next(iter(feeds.values())))
 
     def run(at: int) -> list[Array]:
-        own = {name: np.ascontiguousarray(feed[at : at + batch]) for name, feed in feeds.items()}
-        return session.run(own, outputs)
+        batch_feeds = {
+            name: np.ascontiguousarray(feed[at : at + batch]) for name, feed in feeds.items()
+        }
+        return session.run(batch_feeds, outputs)
 
     with ThreadPoolExecutor(machine.cores()) as pool:
         parts = list(pool.map(run, range(0, n, batch)))
@@ -70,10 +72,10 @@ def run_module(
     kept: list[Array] = []
 
     def run(at: int) -> None:
-        own = (np.array(feeds[spec.name][at : at + batch]) for spec in source.inputs)
-        made = module(*map(torch.from_numpy, own))
-        found = made if isinstance(made, tuple) else (made,)
-        parts = [found[place].numpy() for place in places]
+        arrays = (np.array(feeds[spec.name][at : at + batch]) for spec in source.inputs)
+        made = module(*map(torch.from_numpy, arrays))
+        tensors = made if isinstance(made, tuple) else (made,)
+        parts = [tensors[place].numpy() for place in places]
         if not kept:
             kept.extend(np.empty((n, *part.shape[1:]), part.dtype) for part in parts)
         for whole, part in zip(kept, parts, strict=True):
@@ -88,5 +90,5 @@ def run_module(
 
 def run_graph_output(session: Session, feeds: Mapping[str, Array], output: str) -> Array:
     """Returns one output for all rows of the feeds (n, ...)."""
-    (found,) = run_graph(session, feeds, [output])
-    return found
+    (array,) = run_graph(session, feeds, [output])
+    return array

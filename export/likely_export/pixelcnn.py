@@ -109,8 +109,8 @@ class Block(nn.Module):
 def _sum(terms: list[tuple[nn.Conv2d, Tensor]], bias: Tensor | None, units: slice) -> Tensor:
     total = None
     for conv, x in terms:
-        own = None if conv.bias is None else conv.bias[units]
-        term = functional.conv2d(x, conv.weight[units], own)
+        conv_bias = None if conv.bias is None else conv.bias[units]
+        term = functional.conv2d(x, conv.weight[units], conv_bias)
         total = term if total is None else total + term
     assert total is not None
     return total if bias is None else total + bias[:, units, None, None].to(total.dtype)

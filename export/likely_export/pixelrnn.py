@@ -78,16 +78,16 @@ class RowLSTM(nn.Module):
         none = inputs.new_full((w, n, self.channels), 0.0)
         edge = inputs.new_full((1, n, self.channels), 0.0)
 
-        def row(state: States, given: States) -> tuple[States, Tensor]:
+        def row(state: States, scan_inputs: States) -> tuple[States, Tensor]:
             h, c = state
-            h, c = cell(given[0] + self.state(neighbours(h, edge)), c)
+            h, c = cell(scan_inputs[0] + self.state(neighbours(h, edge)), c)
             return [h, c], h.clone()
 
         if torch.compiler.is_exporting():
             return scan(row, [none, none.clone()], [inputs])[1]
         state, rows = [none, none], []
-        for given in inputs.unbind():
-            state, h = row(state, [given])
+        for row_inputs in inputs.unbind():
+            state, h = row(state, [row_inputs])
             rows.append(h)
         return torch.stack(rows)
 
@@ -150,10 +150,10 @@ class DiagonalLSTM(nn.Module):
         none = inputs.new_full((self.shape[0], inputs.shape[1], self.channels), 0.0)
         edge = inputs.new_full((1, inputs.shape[1], self.channels), 0.0)
 
-        def column(state: States, given: States) -> tuple[States, Tensor]:
+        def column(state: States, scan_inputs: States) -> tuple[States, Tensor]:
             h, c = state
             above = torch.cat([edge, h[:-1]])
-            h, c = cell(given[0] + self.state(torch.cat([h, above], -1)), c)
+            h, c = cell(scan_inputs[0] + self.state(torch.cat([h, above], -1)), c)
             return [h, c], h.clone()
 
         padded = torch.cat([inputs, outside])
@@ -168,13 +168,13 @@ class DiagonalLSTM(nn.Module):
         edge = inputs.new_full((1, inputs.shape[1], self.channels), 0.0)
         state = c = edge[:0]
         states = []
-        for t, given in enumerate(inputs.index_select(0, order).split(self.sizes)):
+        for t, column_inputs in enumerate(inputs.index_select(0, order).split(self.sizes)):
             # From column w on, the first row of the column before has no pixel in this column.
-            first, size = int(t >= w), len(given)
+            first, size = int(t >= w), len(column_inputs)
             beside = torch.cat([edge, state, edge])[first : first + size + 1]
             c = torch.cat([c, edge])[first : first + size]
             sums = self.state(torch.cat([beside[1:], beside[:-1]], -1))
-            state, c = cell(given + sums, c)
+            state, c = cell(column_inputs + sums, c)
             states.append(state)
         return torch.cat(states).index_select(0, order.argsort())
 
@@ -248,9 +248,9 @@ class PixelRNN(Autoregressive):
     def matrices(self) -> list[Tensor]:
         """The weight matrices between hidden layers, which Muon may train."""
         inner: list[Tensor] = []
-        for each in self.layers:
+        for layer in self.layers:
             inner += [
-                p for name, p in each.named_parameters() if p.ndim > 1 and "label" not in name
+                p for name, p in layer.named_parameters() if p.ndim > 1 and "label" not in name
             ]
         return inner + super().matrices()
 

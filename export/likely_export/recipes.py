@@ -87,8 +87,8 @@ class Model(_Table):
     def _gather_options(cls, table: Any) -> Any:
         if not isinstance(table, Mapping) or "options" in table:
             return table
-        own = {key: table[key] for key in ("family", "training") if key in table}
-        return {**own, "options": {key: table[key] for key in table.keys() - own.keys()}}
+        fields = {key: table[key] for key in ("family", "training") if key in table}
+        return {**fields, "options": {key: table[key] for key in table.keys() - fields.keys()}}
 
     @field_validator("training", mode="before")
     @classmethod
@@ -281,7 +281,7 @@ class Recipe(_Table):
 
     def reseeded(self, seed: int) -> Self:
         """Returns the recipe with another training seed for every model; the splits stay."""
-        return self._with_training(lambda own: dataclasses.replace(own, seed=seed))
+        return self._with_training(lambda training: dataclasses.replace(training, seed=seed))
 
     def with_precisions(
         self,
@@ -295,7 +295,7 @@ class Recipe(_Table):
             begun: precisions in which models have already begun, by name; these take precedence.
         """
         precisions = {
-            name: arithmetic(each.training.precision) for name, each in self.models.items()
+            name: arithmetic(model.training.precision) for name, model in self.models.items()
         }
         precisions |= begun or {}
         return self._with_trainings(
@@ -315,7 +315,7 @@ class Recipe(_Table):
         if self.models.keys() != earlier.models.keys():
             return False
         now = {name: model.training.precision for name, model in self.models.items()}
-        earlier = earlier.with_precisions(lambda own: own, now)
+        earlier = earlier.with_precisions(lambda precision: precision, now)
         trainings = {name: model.training for name, model in earlier.models.items()}
         shorter = _with_source(self._with_trainings(trainings), earlier.data.source)
         if any(model.training != trainings[name] for name, model in self.models.items()):
@@ -360,10 +360,10 @@ class Recipe(_Table):
         """
         without = self.data.without
         there = {name: path for name, path in self.other_paths().items() if path.exists()}
-        found: dict[str, Pixels] = {}
+        sets: dict[str, Pixels] = {}
         if not (there or without):
-            return found
-        own = sources.read(self.data.source)
+            return sets
+        source = sources.read(self.data.source)
         known = {Path(self.data.source).resolve(): "the data"}
         for name, path in there.items():
             if (same := known.setdefault(path.resolve(), name)) != name:
@@ -371,11 +371,11 @@ class Recipe(_Table):
                     f"evaluation.others.{name}", f"{path} is {same} too: name another, or none"
                 )
             raw = sources.read(path)
-            if raw.x.shape[1:] != own.x.shape[1:]:
+            if raw.x.shape[1:] != source.x.shape[1:]:
                 raise InvalidInput(
                     f"evaluation.others.{name}",
-                    f"has pictures {raw.x.shape[1:]} where those of {own.name} are "
-                    f"{own.x.shape[1:]}: leave it out",
+                    f"has pictures {raw.x.shape[1:]} where those of {source.name} are "
+                    f"{source.x.shape[1:]}: leave it out",
                 )
             if not self.data.levels and levels == raw.levels and raw.is_dark:
                 raise InvalidInput(
@@ -383,15 +383,15 @@ class Recipe(_Table):
                     f"its pixels reach {raw.peak} where white is {raw.levels - 1}: stretch them, "
                     "or leave it out",
                 )
-            found[name] = self._to_model_levels(
+            sets[name] = self._to_model_levels(
                 raw.x if raw.test is None else raw.test[0], raw, levels
             )
         if without:
-            raw = sources.with_label_names(own, self.data.labels)
+            raw = sources.with_label_names(source, self.data.labels)
             if len(outside := sources.held_out(raw, without)):
                 name = f"held_out_{'_'.join(without)}"
-                found[name] = self._to_model_levels(outside, raw, levels)
-        return found
+                sets[name] = self._to_model_levels(outside, raw, levels)
+        return sets
 
     def _to_model_levels(self, x: Pixels, raw: Source, levels: int) -> Pixels:
         """Pictures of a source with `levels` levels, binarised or quantised as for the models."""
@@ -516,8 +516,8 @@ def first_error(error: ValidationError, whole: str) -> InvalidInput:
 def _merged(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the table with the other's values in place of its own, recursively."""
     both = {
-        key: _merged(own, value)
-        if isinstance(value, Mapping) and isinstance(own := table.get(key), Mapping)
+        key: _merged(nested, value)
+        if isinstance(value, Mapping) and isinstance(nested := table.get(key), Mapping)
         else value
         for key, value in other.items()
     }

@@ -217,8 +217,8 @@ class DiagonalSampler(RecurrentSampler):
         from_above = []
         for k, bias in enumerate(biases):
             h, back = carried[2 * k : 2 * k + 2]
-            own = None if bias is None else bias.chunk(2, -1)[0]
-            from_above += [h @ self.above[k] + _add_label_bias(self.biases[k], own), back]
+            label_bias = None if bias is None else bias.chunk(2, -1)[0]
+            from_above += [h @ self.above[k] + _add_label_bias(self.biases[k], label_bias), back]
         return from_above
 
     def pixel(self, x: Tensor, left: States, from_above: States) -> tuple[Tensor, States, States]:
@@ -264,5 +264,5 @@ def _row(bias: Tensor) -> nn.Parameter:
     return nn.Parameter(detached_copy(bias), False)
 
 
-def _add_label_bias(own: Tensor, label: Tensor | None) -> Tensor:
-    return own if label is None else own + label
+def _add_label_bias(bias: Tensor, label: Tensor | None) -> Tensor:
+    return bias if label is None else bias + label

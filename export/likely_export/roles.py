@@ -136,9 +136,9 @@ class EveryLabel(nn.Module):
         """log_pxy (n, labels), and the pixels' surprise (n, labels, c, h, w), of uint8 x."""
         labels = self.model.config.labels
         n, c, h, w = x.shape
-        each = x[:, None].expand(n, labels, c, h, w).reshape(n * labels, c, h, w)
+        pictures = x[:, None].expand(n, labels, c, h, w).reshape(n * labels, c, h, w)
         y = torch.arange(labels, device=x.device).expand(n, labels).reshape(-1)
-        surprise = self.model.surprise(each, y).view(n, labels, c, h, w)
+        surprise = self.model.surprise(pictures, y).view(n, labels, c, h, w)
         return -surprise.flatten(2).sum(2), surprise
 
 
@@ -155,16 +155,16 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log_pxy (n, labels) of the first expert, evidence (n, experts, labels), surprise."""
-        each, surprise = [], None
+        evidence, surprise = [], None
         for expert in self.experts:
             if isinstance(expert, EveryLabel):
-                log_pxy, own = expert(x)
-                each.append(log_pxy)
-                surprise = own if surprise is None else surprise
+                log_pxy, expert_surprise = expert(x)
+                evidence.append(log_pxy)
+                surprise = expert_surprise if surprise is None else surprise
             else:
-                each.append(expert(x, eps))
+                evidence.append(expert(x, eps))
         assert surprise is not None
-        return each[0], torch.stack(each, 1), surprise
+        return evidence[0], torch.stack(evidence, 1), surprise
 
 
 def density(

@@ -107,7 +107,7 @@ class Sampler(RasterSampler):
             for k, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
                 here = product_inputs(columns, edge, self.width)
                 rows = zip(seen_above[4 * k : 4 * k + 4], here, strict=True)
-                both = [torch.cat(each, -1).flatten(0, 1) for each in rows]
+                both = [torch.cat(pair, -1).flatten(0, 1) for pair in rows]
                 columns = layer.row(columns, both, bias.vertical)
                 kept += here
                 across.append(columns.row(self.width))
@@ -144,8 +144,8 @@ class Sampler(RasterSampler):
         # The slots hold rows, oldest first. Slots for rows before row 0 are still empty.
         mask = torch.arange(self.height) >= self.height - 1 - index
         kept = []
-        for each, keys, values in zip(rows.blocks, caches[::2], caches[1::2], strict=True):
-            block = cast(RowBlock, each)
+        for module, keys, values in zip(rows.blocks, caches[::2], caches[1::2], strict=True):
+            block = cast(RowBlock, module)
             q, k, v = block.project(token)
             keys = torch.cat([keys[:, 1:], k], 1)
             values = torch.cat([values[:, 1:], v], 1)
@@ -196,7 +196,9 @@ class _Layer(nn.Module):
             for taps, bias in zip(self.seen_by_v, biases, strict=True)
         ]
         units = [self._unit(list(parts)) for parts in zip(*halves, strict=True)]
-        return Pairs(*[own + unit.view_as(own) for own, unit in zip(v, units, strict=True)])
+        return Pairs(
+            *[columns + unit.view_as(columns) for columns, unit in zip(v, units, strict=True)]
+        )
 
     def pixel(self, left: Tensor, h: Tensor, v: Tensor, biases: list[Tensor]) -> Tensor:
         """The next h (n, channels), from h to the left, and h and v here."""

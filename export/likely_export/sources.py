@@ -152,9 +152,9 @@ def _npz(path: Path) -> Source:
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Reads the arrays of an .npz file by name."""
     try:
-        found = np.load(path, allow_pickle=False)
-        if not isinstance(found, np.ndarray):
-            with found as file:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.ndarray):
+            with loaded as file:
                 return dict(file)
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InvalidInput(str(path), f"not a readable .npz file: {error}") from error

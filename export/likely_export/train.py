@@ -253,11 +253,11 @@ def check_trained(weights: Path, training: Training) -> None:
             str(weights), "was trained with other stretches: train to the end of the recipe"
         )
     wanted = dataclasses.asdict(training)
-    for key, given in stored.get("training", {}).items():
-        if key != "precision" and wanted.get(key, given) != given:
+    for key, setting in stored.get("training", {}).items():
+        if key != "precision" and wanted.get(key, setting) != setting:
             raise InvalidInput(
                 str(weights),
-                f"was trained with {key} {given} where the recipe says {wanted[key]}: "
+                f"was trained with {key} {setting} where the recipe says {wanted[key]}: "
                 "train this model afresh",
             )
 

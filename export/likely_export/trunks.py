@@ -41,8 +41,8 @@ def trunk(
 
 def layers(inputs: int, width: int, depth: int, dropout: float) -> nn.Sequential:
     """Returns `depth` linear layers, each with ReLU and dropout, (..., inputs) to (..., width)."""
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for _ in range(depth):
-        found += [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)]
+        modules += [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)]
         inputs = width
-    return nn.Sequential(*found)
+    return nn.Sequential(*modules)

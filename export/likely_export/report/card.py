@@ -94,9 +94,9 @@ def _contrast(calibration: dict[str, Any]) -> list[str]:
     return list(calibration.get("contrast", ())) if fitted else []
 
 
-def _copies(found: dict[str, int] | None) -> str | None:
+def _copies(counts: dict[str, int] | None) -> str | None:
     """How many pictures of each part are training pictures too; None if they were not counted."""
-    return None if found is None else format_figure({part: n for part, n in found.items() if n})
+    return None if counts is None else format_figure({part: n for part, n in counts.items() if n})
 
 
 def _seen(subject: Subject) -> dict[str, int]:

@@ -286,8 +286,8 @@ def _rates(ax: Axes, p_value: Doubles, alphas: npt.NDArray[np.floating], **look:
 
 def _rejections(rates: Mapping[str, Mapping[str, Rate]], figure: Figure) -> None:
     axes = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
-    for ax, (alpha, found) in zip(axes, rates.items(), strict=True):
-        for row, (rate, band) in enumerate(found.values()):
+    for ax, (alpha, by_name) in zip(axes, rates.items(), strict=True):
+        for row, (rate, band) in enumerate(by_name.values()):
             if band is not None:
                 ax.barh(row, band[1] - band[0], 0.62, band[0], color=FAINT, alpha=0.6, linewidth=0)
             ax.plot(rate, row, marker="o", color=MAIN, markersize=5)
@@ -297,7 +297,7 @@ def _rejections(rates: Mapping[str, Mapping[str, Rate]], figure: Figure) -> None
         ax.tick_params(axis="y", length=0)
         ax.set_title(f"alpha = {alpha}")
         ax.set_xlabel("share rejected")
-        ax.set_yticks(range(len(found)), list(found))
+        ax.set_yticks(range(len(by_name)), list(by_name))
     axes[0].invert_yaxis()
 
 
@@ -390,9 +390,9 @@ def _chart(
 
 def _inlined(svg: str, name: str) -> str:
     """The content of an SVG, for a page with other charts: unique ids, and the page's colours."""
-    found = re.search(r"<svg[^>]*>\s*<defs>\s*<style.*?</defs>(.*)</svg>", svg, re.DOTALL)
-    assert found is not None, "matplotlib writes its drawings in another way"
-    return re.sub(r"<[^>]*>", lambda tag: _tag(tag.group(), name), found.group(1))
+    match = re.search(r"<svg[^>]*>\s*<defs>\s*<style.*?</defs>(.*)</svg>", svg, re.DOTALL)
+    assert match is not None, "matplotlib writes its drawings in another way"
+    return re.sub(r"<[^>]*>", lambda tag: _tag(tag.group(), name), match.group(1))
 
 
 def _tag(tag: str, name: str) -> str:

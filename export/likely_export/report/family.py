@@ -105,8 +105,8 @@ def _composed(figures: Mapping[str, Any]) -> View:
     """A table per question: p(x|y) computed in two ways, and drawn in two ways."""
     likelihoods, drawings = [], []
     for name, member in figures["members"].items():
-        found = member.get("composition", {})
-        if comparison := found.get("likelihoods"):
+        composition = member.get("composition", {})
+        if comparison := composition.get("likelihoods"):
             likelihoods.append(
                 {
                     "name": name,
@@ -138,10 +138,10 @@ def _composed(figures: Mapping[str, Any]) -> View:
                 "shown": format_figure(drawn["faithfulness"], "share"),
                 "draws": format_figure(drawn["draws_a_picture"]),
                 "by_label": [
-                    format_figure(each["mean"]) for each in drawn["draws_by_label"].values()
+                    format_figure(draws["mean"]) for draws in drawn["draws_by_label"].values()
                 ],
             }
-            for way, drawn in found.get("drawings", {}).items()
+            for way, drawn in composition.get("drawings", {}).items()
         ]
     if not likelihoods and not drawings:
         return None
@@ -177,11 +177,11 @@ def _probed(figures: Mapping[str, Any]) -> View:
     pixels = figures.get("probe_of_pixels", {})
     rows = []
     for name, member in figures["members"].items():
-        if (found := member.get("features")) is None:
+        if (features := member.get("features")) is None:
             continue
-        size = found["dimensions"]
-        components = found["probe_of_principal_components"]
-        rows.append({"name": name, "size": size, "shares": _shares(found["probe"], pixels)})
+        size = features["dimensions"]
+        components = features["probe_of_principal_components"]
+        rows.append({"name": name, "size": size, "shares": _shares(features["probe"], pixels)})
         title = f"as many principal components as {name} has features"
         rows.append({"name": title, "size": size, "shares": _shares(components, pixels)})
     if not rows:
@@ -216,9 +216,9 @@ def _measured(nats: Mapping[str, Any]) -> dict[str, Any]:
     return {key: nats[key] for key in ("mean", "standard_error")}
 
 
-def _format_optional(found: Any, kind: Any = "plain") -> str:
-    return "" if found is None else format_figure(found, kind)
+def _format_optional(figure: Any, kind: Any = "plain") -> str:
+    return "" if figure is None else format_figure(figure, kind)
 
 
-def _shares(found: Mapping[str, float], sizes: Mapping[str, float]) -> list[str]:
-    return [_format_optional(found.get(size), "share") for size in sizes]
+def _shares(accuracies: Mapping[str, float], sizes: Mapping[str, float]) -> list[str]:
+    return [_format_optional(accuracies.get(size), "share") for size in sizes]

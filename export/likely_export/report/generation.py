@@ -84,9 +84,9 @@ def copies(subject: Subject) -> View:
     return {"blocks": blocks, "rows": rows} if blocks or rows else None
 
 
-def _share(found: object) -> str:
-    return "" if found is None else format_figure(found, "share")
+def _share(figure: object) -> str:
+    return "" if figure is None else format_figure(figure, "share")
 
 
-def _plain(found: object) -> str:
-    return "" if found is None else format_figure(found, "plain")
+def _plain(figure: object) -> str:
+    return "" if figure is None else format_figure(figure, "plain")

@@ -129,8 +129,8 @@ def headline(subject: Subject) -> View:
     known = {one.path for one in HEADLINES} | set(map(_auroc, _whole_sets(subject)))
     for path, beside in anchors.items():
         if path not in known:
-            found = subject.figure(path)
-            shown = format_figure(found) if found is not None else ""
+            figure = subject.figure(path)
+            shown = format_figure(figure) if figure is not None else ""
             rows.append({"title": _title(path), "value": shown, "note": "", "anchors": beside})
     baselines = rows_of(subject.table("baselines"))
     if not rows and not baselines:
@@ -145,25 +145,25 @@ def headline(subject: Subject) -> View:
 
 def every_figure(subject: Subject) -> View:
     """All figures with their paths."""
-    figures = {name: found for name, found in subject.figures.items() if name != "anchors"}
-    rows = [(".".join(path), format_figure(found)) for path, found in flat(figures)]
+    figures = {name: figure for name, figure in subject.figures.items() if name != "anchors"}
+    rows = [(".".join(path), format_figure(figure)) for path, figure in flat(figures)]
     return {"rows": rows} if rows else None
 
 
 def _rows(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
     for one in HEADLINES:
-        found = subject.measured(one.path)
+        figure = subject.measured(one.path)
         beside = anchors.get(one.path, [])
         cnn = subject.measured(f"cnn.{one.path.removeprefix('discriminative.')}")
-        if found is not None and cnn is not None:
+        if figure is not None and cnn is not None:
             beside = [*beside, {"value": format_figure(cnn, one.kind), "source": CNN}]
-        if found is not None or beside:
+        if figure is not None or beside:
             bound = _bound(subject, one.path)
             yield {
                 "title": f"{one.title}, at most" if bound else one.title,
                 "note": f"{one.note}; an {bound}" if bound else one.note,
-                "value": "" if found is None else format_figure(found, one.kind),
-                "tile": _tile(found, one.kind) if one.tile and found is not None else None,
+                "value": "" if figure is None else format_figure(figure, one.kind),
+                "tile": _tile(figure, one.kind) if one.tile and figure is not None else None,
                 "anchors": beside,
             }
 
@@ -175,8 +175,8 @@ def _bound(subject: Subject, path: str) -> str:
         return ""
     if graph.kind in (None, Likelihood.EXACT):
         return ""
-    found = subject.figure(f"{path}.importance_samples") or graph.importance_samples
-    return f"IWAE bound of {found} samples" if found > 1 else "ELBO"
+    samples = subject.figure(f"{path}.importance_samples") or graph.importance_samples
+    return f"IWAE bound of {samples} samples" if samples > 1 else "ELBO"
 
 
 def _separations(subject: Subject, anchors: Anchors) -> Iterator[dict[str, Any]]:
@@ -214,9 +214,9 @@ def _notes(size: int | None, alone: float | None) -> Iterator[str]:
         yield f"by likelihood alone {alone:.4f}"
 
 
-def _error(found: float | None) -> str:
+def _error(standard_error: float | None) -> str:
     """The standard error of an AUROC, with as many digits."""
-    return "" if found is None else f"{found:.4f}"
+    return "" if standard_error is None else f"{standard_error:.4f}"
 
 
 def _whole_sets(subject: Subject) -> list[str]:
@@ -229,9 +229,9 @@ def _auroc(name: str) -> str:
     return f"outliers.{name}.auroc"
 
 
-def _tile(found: Any, kind: Kind) -> tuple[str, str]:
+def _tile(figure: Any, kind: Kind) -> tuple[str, str]:
     """The figure and its standard error, if any."""
-    known = {key: found[key] for key in MEASURED} if isinstance(found, Mapping) else found
+    known = {key: figure[key] for key in MEASURED} if isinstance(figure, Mapping) else figure
     mean, _, error = format_figure(known, kind).partition(" ± ")
     return mean + (PER_CENT if error.endswith(PER_CENT) else ""), error
 
@@ -247,8 +247,8 @@ def _title(path: str) -> str:
 
 
 def _anchors(figures: Mapping[str, Any]) -> Anchors:
-    found: Anchors = {}
+    anchors: Anchors = {}
     for one in figures.get("anchors", ()):
         shown = {"value": format_figure(one["value"]), "source": str(one.get("source", ""))}
-        found.setdefault(str(one["figure"]), []).append(shown)
-    return found
+        anchors.setdefault(str(one["figure"]), []).append(shown)
+    return anchors

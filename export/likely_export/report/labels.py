@@ -61,7 +61,8 @@ def _rule(name: str, labelled: Labelled, labels: Sequence[str]) -> dict[str, Any
         "title": RULES[name],
         "matrix": _matrix(counts) if k <= MOST_LABELS else None,
         "mistakes": [
-            (labels[true], labels[given], int(counts[true, given])) for true, given in mistakes
+            (labels[true], labels[assigned], int(counts[true, assigned]))
+            for true, assigned in mistakes
         ],
         "reliability": charts.reliability(labelled, name),
         "kept": charts.accuracy_of_kept(labelled, name),
@@ -85,9 +86,11 @@ def _matrix(counts: np.ndarray[Any, np.dtype[np.int64]]) -> list[list[dict[str, 
     rows = []
     for true, line in enumerate(counts):
         cells = []
-        for given, n in enumerate(line):
-            hit = true == given
-            share = shares[true, given] * 0.45 if hit else shares[true, given] / largest * 0.75
+        for assigned, n in enumerate(line):
+            hit = true == assigned
+            share = (
+                shares[true, assigned] * 0.45 if hit else shares[true, assigned] / largest * 0.75
+            )
             colour = f"rgba({HIT if hit else MISTAKE},{share:.2f})" if n else ""
             cells.append({"n": int(n), "colour": colour})
         rows.append(cells)

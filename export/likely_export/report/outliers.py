@@ -19,10 +19,10 @@ NEAR = tuple(corruptions.HARD)
 
 def separation(subject: Subject) -> View:
     """A row per set of outliers, the hardest first, with their distributions and ROC curves."""
-    found, alone = subject.table("outliers"), subject.table("likelihood_only")
+    figures, alone = subject.table("outliers"), subject.table("likelihood_only")
     sets = subject.outliers
-    names = [*sets, *(name for name in found if name not in sets)]
-    alphas = [alpha for one in found.values() for alpha in one.get("accepted", ())]
+    names = [*sets, *(name for name in figures if name not in sets)]
+    alphas = [alpha for one in figures.values() for alpha in one.get("accepted", ())]
     alpha = SHOWN if SHOWN in alphas or not alphas else alphas[0]
     rows = [_row(subject, name, alpha) for name in names]
     rows.sort(key=lambda row: row["auroc"] if row["auroc"] is not None else 2)
@@ -39,7 +39,7 @@ def separation(subject: Subject) -> View:
         else "",
     }
     if subject.inliers is not None and sets:
-        aurocs = {name: float(one["auroc"]) for name, one in found.items() if "auroc" in one}
+        aurocs = {name: float(one["auroc"]) for name, one in figures.items() if "auroc" in one}
         view["ridges"] = charts.ridges(subject.inliers, sets, aurocs)
         view["rocs"] = charts.rocs(subject.inliers, sets)
     return view if rows else None
@@ -72,18 +72,18 @@ def promises(subject: Subject) -> View:
 
 def hard(subject: Subject) -> list[tuple[str, str]]:
     """Sets that are hard to detect, with their AUROC."""
-    found = {name: one for name, one in subject.table("outliers").items() if "auroc" in one}
+    figures = {name: one for name, one in subject.table("outliers").items() if "auroc" in one}
     return [
         (words(name), format_figure(measured(one, "auroc")))
-        for name, one in sorted(found.items(), key=lambda item: float(item[1]["auroc"]))
+        for name, one in sorted(figures.items(), key=lambda item: float(item[1]["auroc"]))
         if one["auroc"] < HARD_BELOW
     ]
 
 
 def _failing(alone: Mapping[str, Any]) -> list[str]:
     """Sets that likelihood ranks as more usual than test pictures, the worst first."""
-    found = {name: one["auroc"] for name, one in alone.items() if one.get("auroc", 1) < FAILS}
-    return [words(name) for name in sorted(found, key=lambda name: float(found[name]))]
+    aurocs = {name: one["auroc"] for name, one in alone.items() if one.get("auroc", 1) < FAILS}
+    return [words(name) for name in sorted(aurocs, key=lambda name: float(aurocs[name]))]
 
 
 def _row(subject: Subject, name: str, alpha: str) -> dict[str, Any]:
@@ -149,10 +149,10 @@ def _cell(rate: Any, band: Any, error: Any) -> dict[str, Any] | None:
     return {"rate": format_figure(joined(rate, error), "share"), "band": shown, "inside": inside}
 
 
-def _rates_by_name(found: Mapping[str, Any]) -> dict[str, charts.Rate]:
+def _rates_by_name(figures: Mapping[str, Any]) -> dict[str, charts.Rate]:
     """The rates and bands of all pictures together and of every label, as far as they exist."""
-    overall = {"all": (found["overall"], found.get("band"))} if "overall" in found else {}
-    bands, rates = found.get("band_by_label", {}), found["by_label"]
+    overall = {"all": (figures["overall"], figures.get("band"))} if "overall" in figures else {}
+    bands, rates = figures.get("band_by_label", {}), figures["by_label"]
     known = {name: rate for name, rate in rates.items() if rate is not None}
     return overall | {name: (rate, bands.get(name)) for name, rate in known.items()}
 

@@ -53,8 +53,8 @@ def tiles(x: Pixels, levels: int) -> Tiles:
 def coloured(values: npt.NDArray[np.floating], colours: str, low: float, high: float) -> Tiles:
     """Colours maps (n, h, w), from low to high, by a colour map of matplotlib."""
     scaled = (values.astype(np.float64) - low) / max(high - low, 1e-12)
-    found: Tiles = mpl.colormaps[colours](np.clip(scaled, 0, 1), bytes=True)[..., :3]
-    return found
+    rgb: Tiles = mpl.colormaps[colours](np.clip(scaled, 0, 1), bytes=True)[..., :3]
+    return rgb
 
 
 def hidden(given: Tiles, known: npt.NDArray[np.bool_]) -> Tiles:

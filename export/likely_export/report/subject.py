@@ -33,8 +33,8 @@ class Subject:
 
     def table(self, name: str) -> Mapping[str, Any]:
         """Returns the figures under this name; empty if there are none."""
-        found = self.figures.get(name)
-        return found if isinstance(found, Mapping) else {}
+        table = self.figures.get(name)
+        return table if isinstance(table, Mapping) else {}
 
     @property
     def inliers(self) -> PictureSet | None:
@@ -44,9 +44,9 @@ class Subject:
     @property
     def outliers(self) -> dict[str, PictureSet]:
         """All other sets, the hardest ones first."""
-        found = self.table("outliers")
+        figures = self.table("outliers")
         others = {name: one for name, one in self.material.sets.items() if name != INLIERS}
-        return dict(sorted(others.items(), key=lambda item: _auroc(found.get(item[0]))))
+        return dict(sorted(others.items(), key=lambda item: _auroc(figures.get(item[0]))))
 
 
 def _auroc(figures: Any) -> float:

@@ -69,16 +69,16 @@ def flat(
     for name in figures:
         if name.endswith(ERROR) and name.removesuffix(ERROR) in figures:
             continue
-        found = measured(figures, name)
-        if isinstance(found, Mapping) and not set(MEASURED) <= found.keys():
-            yield from flat(found, (*path, name))
+        figure = measured(figures, name)
+        if isinstance(figure, Mapping) and not set(MEASURED) <= figure.keys():
+            yield from flat(figure, (*path, name))
         else:
-            yield (*path, name), found
+            yield (*path, name), figure
 
 
 def rows_of(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the name and the text of every figure."""
-    return [(": ".join(map(words, path)), format_figure(found)) for path, found in flat(figures)]
+    return [(": ".join(map(words, path)), format_figure(figure)) for path, figure in flat(figures)]
 
 
 def find(figures: Mapping[str, Any], path: str) -> Any:
@@ -86,11 +86,11 @@ def find(figures: Mapping[str, Any], path: str) -> Any:
     if path in figures:
         return figures[path]
     inside = (
-        find(found, path[len(name) + 1 :])
-        for name, found in figures.items()
-        if isinstance(found, Mapping) and path.startswith(f"{name}.")
+        find(nested, path[len(name) + 1 :])
+        for name, nested in figures.items()
+        if isinstance(nested, Mapping) and path.startswith(f"{name}.")
     )
-    return next((found for found in inside if found is not None), None)
+    return next((figure for figure in inside if figure is not None), None)
 
 
 def _measured(mean: float, error: float, kind: Kind) -> str:
