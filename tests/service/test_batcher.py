@@ -696,9 +696,12 @@ def test_nobody_in_a_hurry_gives_way_to_bulk() -> None:
             greedy = [going(ask(lanes, i, i, client="greedy")) for i in range(3)]
             await settled()
             with pytest.raises(Overloaded, match="wait already"):
-                await going(ask(lanes, 7, client="modest", priority=Priority.BULK))
+                await going(ask(lanes, *[7] * 4, client="modest", priority=Priority.BULK))
+            modest = going(ask(lanes, 7, client="modest", priority=Priority.BULK))
+            await settled()
             graph.release()
             assert await asyncio.gather(first, *greedy) == [[0], [0, 0], [2, 2], [4, 4]]
+            assert await modest == [14]  # within its share, so it waits beyond the limit
 
     run(work())
 
@@ -724,9 +727,85 @@ def test_what_was_let_in_or_is_begun_gives_way_to_nobody(
             await graph.arrived()
             await settled()
             with pytest.raises(Overloaded, match="wait already"):
+                await going(ask(lanes, *[7] * 5, client="modest"))
+            modest = going(ask(lanes, *[7] * 4, client="modest"))  # its third: a batch is prepared
+            await settled()
+            with pytest.raises(Overloaded, match="wait already"):
                 await going(ask(lanes, 7, client="modest"))
             graph.release()
             assert [await task for task in greedy] == [[2] * rows for rows in requests]
+            assert await modest == [14] * 4
+
+    run(work())
+
+
+def test_the_memory_of_numpy_may_end_too() -> None:
+    class Short(Doubler):
+        def run(self, feeds: Mapping[str, Array], *more: Any) -> list[Array]:
+            if len(feeds["x"]) > 2:
+                raise MemoryError("Unable to allocate")
+            return super().run(feeds, *more)
+
+    async def work() -> None:
+        traffic = Traffic()
+        async with opened(Short(), traffic=traffic) as lanes:
+            assert await ask(lanes, 1, 2, 3, 4) == [2, 4, 6, 8]
+        async with opened(Short(), traffic=traffic, best={Role.DENSITY: Best(8)}) as lanes:
+            with pytest.raises(Overloaded, match="no memory for the run, nor for half"):
+                await ask(lanes, *range(8))
+        assert gauge(traffic, "shed") == 1
+
+    run(work())
+
+
+def test_no_memory_for_a_whole_answer_refuses_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    join = np.concatenate
+
+    def short(arrays: Sequence[Array], *more: Any) -> Array:
+        if sum(map(len, arrays)) == 8:
+            raise MemoryError("Unable to allocate")
+        return join(arrays, *more)
+
+    async def work() -> None:
+        async with opened(Doubler()) as lanes:
+            parted, other = going(ask(lanes, *range(8))), going(ask(lanes, *range(9)))
+            with pytest.raises(Overloaded, match="no memory to join"):
+                await parted
+            assert await other == [2 * i for i in range(9)]
+
+    monkeypatch.setattr(np, "concatenate", short)
+    run(work())
+
+
+def test_what_a_failing_queue_has_taken_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with opened(Doubler()) as lanes:
+            asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+            with monkeypatch.context() as patch:
+                patch.setattr(lanes._batchers[Role.DENSITY], "_make_batch", lambda *_, **__: 1 / 0)
+                asked = [going(ask(lanes, i)) for i in range(9)]
+                for task in asked:
+                    with pytest.raises(Unavailable, match="restarted"):
+                        await task
+            assert await ask(lanes, 1) == [2]
+
+    run(work())
+
+
+def test_a_run_that_is_stopped_is_no_failed_one() -> None:
+    async def work() -> None:
+        graph, traffic = Doubler(), Traffic()
+        async with opened(graph, traffic=traffic) as lanes:
+            graph.hold()
+            left = going(ask(lanes, 1))
+            await graph.arrived()
+            left.cancel()
+            await asyncio.gather(left, return_exceptions=True)
+            while not graph.stopped:
+                await asyncio.sleep(0.01)
+            graph.release()
+            assert await ask(lanes, 2) == [4]
+        assert gauge(traffic, "failures") == 0 and gauge(traffic, "dropped") == 1
 
     run(work())
 

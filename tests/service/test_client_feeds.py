@@ -17,7 +17,7 @@ from likely import AsyncClient, Client, LikelyError, Scores, statuses
 from likely.answers import Classifications
 from likely.client import feeds, plans
 from likely.client.feeds import AsyncFeed, BlockingFeed
-from likely.client.ledger import WINDOW, Ledger
+from likely.client.ledger import LONGEST_DELAY, WINDOW, Ledger
 from likely.errors import DeadlineExceeded, InvalidInput, NotAnswered, Overloaded, Unavailable
 from likely.v1.scoring_pb2 import (
     ScoreOutcome,
@@ -408,7 +408,7 @@ def test_a_broken_stream_is_begun_anew_by_the_feed_and_not_by_grpc(
 def test_streams_that_worked_for_a_while_may_break_as_often_as_they_like() -> None:
     lasting, failing = feeds._Backoff(retries=True), feeds._Backoff(retries=True)
     for broken in range(1, 3 * feeds.MAX_BREAKS):
-        lasting._opened -= feeds.LONGEST_DELAY + 1
+        lasting._opened -= LONGEST_DELAY + 1
         assert lasting.delay(Unavailable("idle")) < 1
         if broken < feeds.MAX_BREAKS:
             assert failing.delay(Unavailable("gone")) > 0

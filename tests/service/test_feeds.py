@@ -368,6 +368,36 @@ def test_answers_that_nobody_takes_are_bounded_too() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("groups", [2, 16])
+def test_no_more_is_computed_than_is_read(groups: int) -> None:
+    """An answer may be a thousand times as large as its request."""
+    computed = 0
+
+    async def answer(request: ScoreRequest) -> ScoreResponse:
+        nonlocal computed
+        computed += 1
+        return ScoreResponse(model_version=request.model_version)
+
+    async def messages() -> AsyncIterator[ScoreStreamRequest]:
+        for n in range(100):
+            yield ScoreStreamRequest(sequence_id=n)
+
+    async def read() -> None:
+        feed: feeds.Feed[ScoreResponse] = feeds.Feed(
+            answer, Door(), LIMITS, concurrent_groups=groups, merges=False
+        )
+        numbers = []
+        async with aclosing(feed.outcomes(messages())) as found:
+            async for outcomes in found:
+                for _ in range(20):
+                    await asyncio.sleep(0)  # as one who reads slowly
+                numbers += [n for n, _ in outcomes]
+                assert computed <= len(numbers) + groups
+        assert sorted(numbers) == list(range(100))
+
+    asyncio.run(read())
+
+
 def test_a_closed_door_ends_a_feed_with_its_answers() -> None:
     async def run() -> None:
         door = Door()

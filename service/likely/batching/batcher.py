@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from likely.batching.admission import Bounds, retry_delay
-from likely.batching.batches import Batch, Member, Runner
+from likely.batching.batches import Batch, Member, Runner, Span
 from likely.batching.callers import Priority
 from likely.batching.fair import FairQueue
 from likely.batching.gathering import Gathering
@@ -17,10 +17,11 @@ from likely.batching.headroom import MIN_ESTIMATE, Headroom
 from likely.batching.traffic import Traffic
 from likely.batching.tuning import Best
 from likely.batching.width import Width
-from likely.errors import DeadlineExceeded, Overloaded
+from likely.errors import DeadlineExceeded, Overloaded, Unavailable
 
 # Minimum seconds of work in a share; for less, the overhead of a batch matters.
 MIN_SHARE_SECONDS = 8e-3
+RESTARTED = "the queue failed and was restarted"  # what members are told after an internal error
 MAX_BATCH_BYTES = 64 << 20  # of a batch's inputs and outputs, at most
 _SMOOTHING = 0.1
 
@@ -102,7 +103,9 @@ class Batcher:
     ) -> Sequence[Member]:
         """Decides whether a member may be queued, and returns the members to evict in its favour.
 
-        If the queue is full, these are the latest requests of the clients with the most rows.
+        If the queue is full, these are the latest requests of the clients with the most rows. If
+        they cannot be evicted, such as streams that have begun, a client with less than its share
+        of the queue is admitted beyond the limit.
 
         Args:
             member: is not queued yet; its estimate is set.
@@ -133,7 +136,7 @@ class Batcher:
         if not self._has_no_room(member):
             return ()
         victims = self._members_to_evict(member)
-        if not victims:
+        if not victims and not self._is_within_share(member):
             self._count_refusal(member, "queue")
             raise Overloaded(
                 f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
@@ -228,20 +231,29 @@ class Batcher:
             # About half of what the lane runs is left.
             half = self._running_rows / lanes / 2 if ready else 0.0
             takes = self.pace * (half + sum(stop - start for _, start, stop in spans))
-            for member, _, _ in spans:
-                # If others wait, a member that would be answered too late makes room for them.
-                spare = takes if queue.rows > member.rows_left else 0.0
-                late = member.deadline is not None and member.deadline <= now + spare
-                if late and not member.is_done:
-                    self._fail_late(member)
-            if living := [span for span in spans if not span[0].is_done]:
-                batch = Batch(self.runner, living)
-                self._batches.observe(batch.rows)
-                if ready:
-                    batch.ready = batch.rows
-                    self._ready += batch.rows
-                return batch
+            try:
+                for member, _, _ in spans:
+                    # If others wait, a member that would be answered too late makes room for them.
+                    spare = takes if queue.rows > member.rows_left else 0.0
+                    late = member.deadline is not None and member.deadline <= now + spare
+                    if late and not member.is_done:
+                        self._fail_late(member)
+                if living := [span for span in spans if not span[0].is_done]:
+                    return self._make_batch(living, ready=ready)
+            except Exception:  # the queue will be restarted, and no longer has these members
+                for member, _, _ in spans:
+                    if not member.is_done:
+                        member.future.set_exception(Unavailable(RESTARTED))
+                raise
         return None
+
+    def _make_batch(self, spans: list[Span], *, ready: bool) -> Batch:
+        batch = Batch(self.runner, spans)
+        self._batches.observe(batch.rows)
+        if ready:
+            batch.ready = batch.rows
+            self._ready += batch.rows
+        return batch
 
     def record_run(self, rows: int, seconds: float) -> None:
         """Updates the pace after a run in a lane; a run of no rows changes nothing."""
@@ -337,6 +349,18 @@ class Batcher:
                 if not self._has_no_room(member, rows, nbytes):
                     return victims
         return ()
+
+    def _is_within_share(self, member: Member) -> bool:
+        """Whether others wait, and the member's client would have no more rows than its share.
+
+        With n clients, a share is the nth part of the limits. So the queue exceeds them by a
+        factor of at most 1 + 1/2 + ... + 1/n. Prepared batches count as one client more.
+        """
+        clients = {client for queue in self._queues for client in queue.clients} | {member.client}
+        n = len(clients) + (self._ready > 0)
+        rows = member.rows + sum(queue.client_rows(member.client) for queue in self._queues)
+        fits = rows * n <= self._bounds.rows
+        return n > 1 and fits and rows * n * member.row_bytes <= self._bounds.nbytes
 
     def _count_refusal(self, member: Member, reason: str) -> None:
         if member.counted:

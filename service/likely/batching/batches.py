@@ -13,7 +13,7 @@ import numpy as np
 from likely.batching.callers import Priority
 from likely.batching.fair import Waiting
 from likely.bundle import Graph
-from likely.errors import OutOfMemory, Overloaded, RunStopped, ServerFault
+from likely.errors import Overloaded, RunStopped, ServerFault
 from likely.graphs import Array, Stop
 from likely.tracing import Trace
 
@@ -131,9 +131,16 @@ class Member(Waiting):
         if self._answered == self.rows:
             self._parts.sort(key=lambda part: part[0])
             parts = [arrays for _, arrays in self._parts]
-            self.future.set_result(
-                {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
-            )
+            try:
+                joined = {
+                    name: np.concatenate([part[name] for part in parts]) for name in self.outputs
+                }
+            except MemoryError as error:
+                refusal = Overloaded("there is no memory to join the answer's parts")
+                refusal.__cause__ = error
+                self.future.set_exception(refusal)
+            else:
+                self.future.set_result(joined)
 
 
 class Batch:
@@ -203,7 +210,7 @@ class Batch:
             outcomes = self._run(spans)
         except RunStopped as error:
             yield from ((span, error) for span in spans)
-        except OutOfMemory as error:
+        except MemoryError as error:  # of the runtime, or of numpy around the run
             if halved or sum(stop - start for _, start, stop in spans) == 1:
                 for span in spans:  # one error each: raising an error adds to its traceback
                     refusal = Overloaded("there is no memory for the run, nor for half of it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -84,6 +84,11 @@ class FairQueue(Generic[W]):
                 if not most:
                     break
         return [(member, *span) for member, span in spans.items()]
+
+    @property
+    def clients(self) -> Collection[str]:
+        """The clients that have waiting rows."""
+        return self._rows_by_client.keys()
 
     def client_rows(self, client: str) -> int:
         """Number of waiting rows of a client."""

@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 from likely.batching import callers
 from likely.batching.admission import Bounds
-from likely.batching.batcher import Batcher
+from likely.batching.batcher import RESTARTED, Batcher
 from likely.batching.batches import Batch, Feed, Member, Outcome, Runner, Span, feed_from_arrays
 from likely.batching.callers import Caller, Priority
 from likely.batching.traffic import Traffic
@@ -31,7 +31,7 @@ from likely.errors import (
     DeadlineExceeded,
     LikelyError,
     NotAnswered,
-    OutOfMemory,
+    RunStopped,
     Unavailable,
 )
 from likely.graphs import Array
@@ -160,7 +160,7 @@ class Lanes:
                 outputs.append(await member.future)  # noqa: PERF401  saves a coroutine
             return outputs
         except BaseException as error:
-            if members[0].counted and isinstance(error.__cause__, OutOfMemory):
+            if members[0].counted and isinstance(error.__cause__, MemoryError):
                 self._traffic.shed.labels(self._name, "memory").inc()
             if isinstance(error, asyncio.CancelledError | DeadlineExceeded):
                 began = any(batch.began for member in members for batch in member.batches)
@@ -468,7 +468,7 @@ class Lanes:
 
     def _handle_failure(self, member: Member, role: Role, error: Exception) -> None:
         """Counts a failed run, and abandons the member's other rows, waiting or running."""
-        if member.counted:
+        if member.counted and not isinstance(error, RunStopped):  # such a member has left
             reason = type(error).__name__ if isinstance(error, LikelyError) else "raised"
             self._traffic.failures.labels(self._name, reason).inc()
         self._batchers[role].remove(member)
@@ -489,8 +489,8 @@ class Lanes:
         asyncio.get_running_loop().call_exception_handler(context)
         for member, _, _ in batch.spans if batch else ():
             if not member.is_done:
-                member.future.set_exception(Unavailable("the queue failed and was restarted"))
-        self._refuse_waiting("the queue failed and was restarted")
+                member.future.set_exception(Unavailable(RESTARTED))
+        self._refuse_waiting(RESTARTED)
 
     def _refuse_waiting(self, why: str) -> None:
         while ready := _take_ready(self._ready, *Priority):

@@ -22,8 +22,8 @@ class Traffic:
         waits: histogram of the seconds that a request's first rows spent in the queue, by model
             and graph.
         shed: counter of requests refused for now (the reasons are in `SHED`), by model and reason.
-        dropped: counter of requests whose caller did not wait for the answer, by model and stage
-            ("queue" or "run").
+        dropped: counter of requests whose caller did not wait for the answer, or that can no longer
+            be answered in time, by model and stage ("queue" or "run").
         failures: counter of failed runs, once per affected request, by model and reason.
         restarts: counter of queues that failed and were restarted, by model.
         withheld: counter of answers withheld because they were not finite, by model.
@@ -62,7 +62,7 @@ class Traffic:
         )
         self.dropped = Counter(
             "likely_dropped",
-            "Requests whose caller left before the answer, by model and stage (queue or run).",
+            "Requests dropped as the caller left or time ran out, by model and stage.",
             ("model", "stage"),
             registry=into,
         )

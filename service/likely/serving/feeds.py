@@ -77,7 +77,8 @@ class Feed(Generic[R]):
             door: cancels reading when the server shuts down.
             limits: limits of one request; all unanswered messages together may have at most the
                 bytes of one request.
-            concurrent_groups: number of groups answered concurrently.
+            concurrent_groups: number of groups that are answered concurrently, or whose answers
+                wait until the caller reads them.
             merges: whether messages are merged into groups, as those of ScoreStream and
                 ClassifyStream, which must all ask the same model. If not, each is a group.
         """
@@ -110,10 +111,12 @@ class Feed(Generic[R]):
         try:
             with self._door.cancelled_on_close(reader):
                 while self._ready or self._waiting or self._running or not reader.done():
-                    while self._waiting and len(self._running) < self._concurrent_groups:
+                    ready = self._ready.popleft() if self._ready else None
+                    # Answers that the caller has not read count, or they would pile up.
+                    while self._waiting and self._unread_groups < self._concurrent_groups:
                         self._start_group()
-                    if self._ready:
-                        outcomes, nbytes = self._ready.popleft()
+                    if ready:
+                        outcomes, nbytes = ready
                         yield outcomes
                         self._make_room(len(outcomes), nbytes)
                     else:
@@ -127,6 +130,11 @@ class Feed(Generic[R]):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def _unread_groups(self) -> int:
+        """Number of groups that run, or whose outcomes wait to be read."""
+        return len(self._running) + len(self._ready)
 
     async def _read(self, messages: AsyncIterator[FeedMessage]) -> None:
         async for message in messages:

@@ -291,7 +291,7 @@ class Guard:
                 await context.write(answer)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"the caller read nothing for {self._slow_reader_seconds:g} seconds"
+                f"the caller did not read an answer within {self._slow_reader_seconds:g} seconds"
             ) from None
 
     async def _run_probe(self, call: Call, work: Callable[[Call], Awaitable[Any]]) -> Any:
