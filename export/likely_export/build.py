@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,8 @@ def extend(
     """Builds a bundle with a run's discriminative model added, and returns its manifest.
 
     All other files stay the same to the byte, and so do all other answers. Figures and report name
-    a version, and are not copied into another one. The comparison of decisions with torch's was
+    a version, and are not copied into another one, nor if a discriminative model is replaced. The
+    comparison of decisions with torch's was
     made when the bundle was built, and does not include the new labels.
 
     Args:
@@ -145,7 +146,9 @@ def extend(
     if not base.manifest.labels:
         raise InvalidInput(str(bundle), "has no labels, so there are none to tell apart")
     version = version or base.manifest.version
-    stale = () if version == base.manifest.version else (EVALUATION, REPORT)
+    replaced = Role.DISCRIMINATE in base.manifest.graphs
+    is_described = version == base.manifest.version and not replaced
+    stale = () if is_described else (EVALUATION, REPORT)
     with replacing(out) as folder:
         for name in base.manifest.files:
             if name not in stale:
@@ -168,12 +171,16 @@ def _extended(manifest: Manifest, recipe: Recipe, exported: Exported) -> dict[st
     models = {name: table["models"][name] for name in recipe.models_of(Role.DISCRIMINATE)}
     named = {Role.DISCRIMINATE.value: table["roles"][Role.DISCRIMINATE]}
     existing = fields["recipe"]
-    fields["recipe"] = {
-        **existing,
-        "models": {**existing.get("models", {}), **models},
-        "roles": {**existing.get("roles", {}), **named},
-    }
+    existing_roles = existing.get("roles", {}) | named
+    in_use = {name for names in existing_roles.values() for name in _names(names)}
+    kept = {name: model for name, model in existing.get("models", {}).items() if name in in_use}
+    fields["recipe"] = {**existing, "models": {**kept, **models}, "roles": existing_roles}
     return fields
+
+
+def _names(role: str | Sequence[str]) -> Sequence[str]:
+    """The models of a role, which a recipe names alone or in a list."""
+    return [role] if isinstance(role, str) else role
 
 
 def _directions(

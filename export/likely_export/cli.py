@@ -189,6 +189,7 @@ def build(run: Path, source: str | None, out: Path, evaluated: bool) -> None:
     """Export a trained RUN, calibrate it, write the bundle and show its figures."""
     from likely.bundle import Role
     from likely_export.build import build as build_bundle
+    from likely_export.features import can_encode_unlabelled
     from likely_export.runs import Run
 
     with _steps() as report:
@@ -200,7 +201,8 @@ def build(run: Path, source: str | None, out: Path, evaluated: bool) -> None:
             figures, _ = _evaluated(out, Run.open(run, source).recipe)
     if evaluated:
         _show(figures)
-    if Role.DENSITY not in manifest.graphs and Run.open(run, source).recipe.data.load().labels:
+    encodes = Role.DENSITY not in manifest.graphs and can_encode_unlabelled(manifest)
+    if encodes and Run.open(run, source).recipe.data.load().labels:
         click.echo(f"It has no density. Now: likely-export features {out}")
 
 

@@ -275,7 +275,8 @@ class _Member:
             return {}
         train = self.data.train.x[: max(self.sizes.labelled)]
         z, z_test = (features.encode_pictures(engine, x) for x in (train, self.test.x))
-        reduced = PCA(z.shape[1], svd_solver="full").fit(features.flat(train))
+        pixels = features.flat(train)
+        reduced = PCA(min(z.shape[1], *pixels.shape), svd_solver="full").fit(pixels)
         components, others = (reduced.transform(features.flat(x)) for x in (train, self.test.x))
         return {
             "features": {

@@ -157,7 +157,7 @@ def _evaluated(engine: Engine, data: Dataset, sizes: Sizes) -> dict[str, Any]:
     test, y_test = part.x, part.y
     features, test_features = encode_pictures(engine, x), encode_pictures(engine, test)
     pixels, test_pixels = flat(x), flat(test)
-    reduced = PCA(features.shape[1], svd_solver="full").fit(pixels)
+    reduced = PCA(min(features.shape[1], *pixels.shape), svd_solver="full").fit(pixels)
     inputs: Mapping[str, tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]] = {
         "features": (features, test_features),
         "pixels": (pixels, test_pixels),

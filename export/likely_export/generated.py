@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from likely import noise
-from likely.answers import Acceptance, Doubles, Draws, Labels, Pixels, SelfCheck, joined
+from likely.answers import Acceptance, Accepted, Doubles, Draws, Labels, Pixels, SelfCheck, joined
 from likely.bundle import Bundle, Graph, Manifest, Role
 from likely.engine import Engine
 from likely.graphs import Array
@@ -116,7 +116,7 @@ class Drawing:
         """All figures about draws, for JSON; empty if the bundle cannot draw."""
         if not drawing_graphs(self.manifest):
             return {}
-        x, y, _ = await self._draw(None)
+        x, y, _, _ = await self._draw(None)
         groups = [x[y == label] for label in range(int(y.max()) + 1)]
         self.examples = np.stack([group[: self.sizes.examples] for group in groups])
         figures: dict[str, Any] = {}
@@ -142,15 +142,20 @@ class Drawing:
         images = np.concatenate([chunk.images async for chunk in chunks])
         return Completed(x, known, images.reshape(len(x), COMPLETED, *x.shape[1:]))
 
-    async def _draw(self, check: SelfCheck | None) -> tuple[Pixels, Labels, Labels]:
-        """Draws pictures of each label, or of none; returns them, their labels and draws taken."""
+    async def _draw(self, check: SelfCheck | None) -> tuple[Pixels, Labels, Labels, Accepted]:
+        """Draws pictures of each label, or of none.
+
+        Returns:
+            The pictures, their labels, the number of draws of each, and whether its last one passed
+            the self-check.
+        """
         per_label = max(self.sizes.examples, self.sizes.drawn // max(1, self.labels))
         groups = await draw_by_label(self.engine, self.labels, per_label, SEED, check=check)
-        x, draws = (
+        x, draws, accepted = (
             np.concatenate([getattr(group, name) for group in groups])
-            for name in ("images", "draws")
+            for name in ("images", "draws", "accepted")
         )
-        return x, np.repeat(np.arange(len(groups)), per_label), draws
+        return x, np.repeat(np.arange(len(groups)), per_label), draws, accepted
 
     def _label_figures(self, judge: Judge, x: Pixels, y: Labels) -> dict[str, Any]:
         """Whether draws show their label, and whether a network can learn labels from them."""
@@ -164,13 +169,17 @@ class Drawing:
         }
 
     async def _checked(self, judge: Judge, check: SelfCheck) -> dict[str, Any]:
-        """Whether draws with the self-check show their label, and the draws that this takes."""
-        x, y, draws = await self._draw(check)
+        """Whether draws with the self-check show their label, and the draws that this takes.
+
+        A picture whose last permitted draw does not pass either is given as it is, and counts.
+        """
+        x, y, draws, accepted = await self._draw(check)
         return {
             "self_checked": {
                 "alpha": check.alpha,
                 **self._faithful(judge, x, y),
                 "draws_a_picture": measures.mean(draws),
+                "passed": measures.mean(accepted),
             }
         }
 

@@ -7,6 +7,7 @@ Relative paths in a recipe are relative to its folder.
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -425,9 +426,12 @@ class Recipe(_Table):
         text = tomli_w.dumps(self.as_table())
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             return
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several commands may write it
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def shipped() -> dict[str, str]:
@@ -442,7 +446,8 @@ def load(name_or_path: str | Path, source: str | None = None, size: str = "") ->
 
     Args:
         name_or_path: name of a recipe that ships with likely, or path of a .toml file.
-        source: source of the pictures; the recipe's own by default.
+        source: source of the pictures; the recipe's own by default. A relative one of a recipe
+            that ships with likely is relative to the working directory.
         size: name of one of the recipe's sizes; its default size if empty.
 
     Raises:
@@ -455,7 +460,7 @@ def load(name_or_path: str | Path, source: str | None = None, size: str = "") ->
                 "recipe", f"{name_or_path} is neither a .toml file nor one of {list(shipped())}"
             )
         text = (resources.files("likely_export") / "recipes" / f"{path}.toml").read_text()
-        recipe = parse(text, size=size)
+        recipe = parse(text, Path(), size)
     elif not path.is_file():
         raise InvalidInput("recipe", f"{path} is not there")
     else:

@@ -173,8 +173,10 @@ def density(
     """Returns the graph of log p(x) and its statistics.
 
     Raises:
-        InvalidInput: a companion is neither a local model nor a CVAE.
+        InvalidInput: a companion is neither a local model nor a CVAE, or two are of one family.
     """
+    if len({type(companion) for companion in companions}) < len(companions):
+        raise InvalidInput("roles.density", "names two companions of one family")
     shape = model.config.shape
     local: LocalPixelCNN | None = None
     cvae: CVAE | None = None

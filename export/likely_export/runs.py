@@ -69,7 +69,10 @@ class Run:
         """
         if not (folder / RECIPE).is_file():
             raise InvalidInput(str(folder), f"holds no {RECIPE}, so it is no training run")
-        return cls(folder, recipes.load(folder / RECIPE, source))
+        recipe = recipes.load(folder / RECIPE, source)
+        begun = _begun_precisions(recipe, folder, afresh=())
+        # Commands that train several models at once may have written the recipe before they began.
+        return cls(folder, recipe.with_precisions(lambda precision: precision, begun))
 
     def model(self, name: str, data: Dataset | None = None) -> nn.Module:
         """Loads a trained model, in evaluation mode on the CPU.

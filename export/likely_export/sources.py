@@ -185,7 +185,9 @@ def _idx(path: Path, test: Path | None = None) -> Source:
 
 def _idx_folder(folder: Path) -> Source:
     """Reads a folder's training and test files, which are named as MNIST's files are."""
-    files = sorted(folder.glob("*images*idx3*"))
+    shown = (file for file in folder.glob("*images*idx3*") if not file.name.startswith("."))
+    # torchvision keeps the packed files beside the unpacked ones.
+    files = sorted(f for f in shown if f.suffix != ".gz" or not f.with_suffix("").is_file())
     tests = [file for file in files if "t10k" in file.name or "test" in file.name]
     trains = [file for file in files if file not in tests]
     if len(trains) != 1 or len(tests) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from autoregressive import Opener
 
 from demo.serving import served
 from likely.answers import LabelRule, Verdict
-from likely.bundle import Bundle, Role
+from likely.bundle import Bundle, Role, write_manifest
 from likely.engine import Engine
 from likely.errors import InvalidInput
 from likely.graphs import Device
@@ -137,6 +138,21 @@ def test_an_extended_bundle_is_the_old_one_and_more(bundle: Path, tmp_path: Path
     recipes.load("digits").write(tmp_path / "run" / "recipe.toml")
     with pytest.raises(InvalidInput, match="no model of the role discriminate"):
         extend(SHIPPED, tmp_path / "run", tmp_path / "out")
+
+
+def test_what_describes_a_model_goes_with_it(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "old")
+    (tmp_path / "old" / "evaluation.json").write_text('{"discriminative": {"accuracy": 0.9}}')
+    fields = Bundle.open(bundle).manifest.model_dump(exclude={"files"})
+    recipe = fields["recipe"]
+    recipe["models"]["earlier"] = recipe["models"].pop("classifier")
+    recipe["roles"]["discriminate"] = ["earlier"]
+    write_manifest(tmp_path / "old", fields)
+    runs.train_all(shortened(1), tmp_path / "run", only=["classifier"])
+    extend(tmp_path / "old", tmp_path / "run", tmp_path / "new", lambda _: None)
+    new = Bundle.open(tmp_path / "new").manifest
+    assert not {"evaluation.json", "report.html"} & set(new.files)
+    assert "earlier" not in new.recipe["models"] and "classifier" in new.recipe["models"]
 
 
 def test_either_rule_labels_digits_and_both_agree_on_likelihoods(engine: Engine) -> None:

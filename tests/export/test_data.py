@@ -203,6 +203,11 @@ def test_idx_files_are_read_plain_and_gzipped(tmp_path: Path, packed: bool) -> N
         )
     folder = sources.read(tmp_path)
     single = sources.read(next(tmp_path.glob("train-images*")))
+    if not packed:
+        for path in list(tmp_path.iterdir()):
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        (tmp_path / "._train-images-idx3-ubyte").write_bytes(b"a Mac's")
+        assert np.array_equal(sources.read(tmp_path).x, folder.x)
     assert folder.test is not None and single.test is None
     for found in (folder, single):
         assert np.array_equal(found.x[:, 0], x) and np.array_equal(found.y, y)

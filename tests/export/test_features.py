@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from likely.answers import Labels
+from likely.answers import Floats, Labels
 from likely.engine import Engine
 from likely_export import features
 from likely_export.data import Dataset
@@ -27,6 +27,20 @@ def test_one_label_among_what_is_learnt_from_is_what_a_probe_says() -> None:
     y = np.repeat([1, 0, 1], 20)  # the fifth that penalties are chosen on, and the rest, differ
     assert probe(z, np.ones(60, np.int64), z, y, (60,)) == {60: np.mean(y == 1)}
     assert set(probe(z, y, z, y, (25, 60))) == {25, 60}
+
+
+def test_components_are_no_more_than_the_pictures_that_show_them(
+    engine: Engine, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+
+    def probe(x: Floats, *_: object) -> dict[int, float]:
+        widths.append(x.shape[1])
+        return {}
+
+    monkeypatch.setattr(features, "probe", probe)
+    features._evaluated(engine, data, Sizes((2,), 20, traversed=1, draws=1, steps=5))
+    assert widths[1] == 64 and widths[2] == min(widths[0], 2)
 
 
 def test_what_is_tested_on_is_from_all_over_the_test_part(

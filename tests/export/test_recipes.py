@@ -205,7 +205,20 @@ def test_a_recipe_is_written_whole_or_not_at_all(
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="no space"):
         recipe.reseeded(1).write(path)
-    assert recipes.load(path) == recipe
+    assert recipes.load(path) == recipe and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_of_a_shipped_recipe_finds_the_pictures_beside_which_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = recipes.load("mnist")
+    assert recipe.data.source == str(tmp_path / "mnist.npz")
+    assert recipes.load("digits").data.source == "digits"
+    (tmp_path / "run").mkdir()
+    recipe.write(tmp_path / "run" / "recipe.toml")
+    monkeypatch.chdir("/")
+    assert recipes.load(tmp_path / "run" / "recipe.toml").data.source == recipe.data.source
 
 
 def test_a_published_recipe_names_no_folder_and_can_be_used_again(tmp_path: Path) -> None:

@@ -156,6 +156,12 @@ training.steps = 1
 family = "vae"
 latent = 2
 training.steps = 1
+[models.near]
+family = "local"
+training.steps = 1
+[models.far]
+family = "local"
+training.steps = 1
 """
 
 
@@ -165,6 +171,7 @@ training.steps = 1
         ('density = "b"', 'density = "a"', r"roles\.density: a CVAE has no such graph"),
         ('density = "b"', 'density = "b"\nencode = "b"', r"roles\.encode: a PixelCNN has no such"),
         ('density = "b"', 'density = ["b", "vae"]', "a VAE cannot stand beside a density"),
+        ('density = "b"', 'density = ["b", "near", "far"]', "two companions of one family"),
         (
             'density = "b"',
             'density = "b"\nencode = "wide"\ndecode = "a"',
@@ -311,7 +318,8 @@ def test_a_run_that_moves_to_another_machine_keeps_the_precision_of_what_has_beg
 
     # What the model's files say holds, whatever the recipe beside them does.
     recipe.with_precisions(lambda own: own).write(folder / runs.RECIPE)
-    assert precisions(folder)["b"] == "bf16-mixed"
+    assert recipes.load(folder / runs.RECIPE).models["b"].training.precision == "bf16-mixed"
+    assert precisions(folder)["b"] == "32-true"
     runs.train_all(recipe, folder, only=["b"])
     assert precisions(folder)["b"] == "32-true"
 

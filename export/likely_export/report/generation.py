@@ -38,6 +38,7 @@ def draws(subject: Subject) -> View:
         "faithfulness": _share(subject.figure("faithfulness")),
         "checked": _share(subject.figure("self_checked.faithfulness")),
         "draws_a_picture": _plain(subject.figure("self_checked.draws_a_picture")),
+        "passed": _share(subject.figure("self_checked.passed")),
         "on_draws": _share(subject.figure("train_on_draws_accuracy")),
         "self_entropy": rows_of(subject.table("self_entropy")),
     }
