@@ -976,6 +976,27 @@ def test_a_deadline_before_its_turn_is_refused_at_once() -> None:
     run(work())
 
 
+def test_a_flood_is_not_counted_against_the_deadline_of_another_client() -> None:
+    async def work() -> None:
+        graph = Doubler()
+        async with opened(graph, best={Role.DENSITY: Best(4, pace=1.0)}) as lanes:
+            graph.hold()
+            first = going(ask(lanes, 0))
+            await graph.arrived()
+            flood = [going(ask(lanes, i, client="greedy")) for i in range(50)]
+            await settled()
+            until = time.monotonic() + 20
+            with pytest.raises(Overloaded, match="longer than the deadline allows"):
+                await going(ask(lanes, 7, client="greedy", deadline=until))
+            modest = going(ask(lanes, 7, client="modest", deadline=until))
+            await settled()
+            graph.release()
+            assert (await first, await modest) == ([0], [14])
+            assert await asyncio.gather(*flood) == [[2 * i] for i in range(50)]
+
+    run(work())
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("rows", [1, 3, 9])
 def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int, count: int) -> None:
@@ -1006,9 +1027,11 @@ def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int, co
 
 
 @pytest.mark.parametrize(
-    ("priority", "rows"), [(Priority.INTERACTIVE, 0.5 + 1), (Priority.BULK, 0.5 + 1 + 2)]
+    ("priority", "rows"), [(Priority.INTERACTIVE, 0.5 + 1), (Priority.BULK, 0.5 + 1 + 1)]
 )
-def test_bulk_is_told_to_come_again_after_all_others(priority: Priority, rows: float) -> None:
+def test_bulk_is_told_to_come_again_after_what_is_urgent_and_turns(
+    priority: Priority, rows: float
+) -> None:
     async def work() -> None:
         graph = Doubler()
         best = Best(4, min_rows=4, pace=4.0)
@@ -1788,6 +1811,27 @@ def test_clients_that_wait_are_served_alike(sizes: list[int], room: int) -> None
         for member, start, stop in queue.take(room):
             served[member.client] += stop - start
         assert max(served.values()) - min(served.values()) <= room
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 40)), max_size=30),
+    st.tuples(st.sampled_from("abcde"), st.integers(1, 40)),
+    st.integers(1, 16),
+)
+def test_what_runs_before_a_newcomer_is_known_to_a_batch(
+    members: list[tuple[str, int]], newcomer: tuple[str, int], room: int
+) -> None:
+    queue: FairQueue[Waiting] = FairQueue()
+    for client, rows in members:
+        queue.add(Waiting(client, rows, 1))
+    last = Waiting(*newcomer, 1)
+    expected, before, others = queue.rows_before(*newcomer), 0, len({c for c, _ in members})
+    queue.add(last)
+    while last.rows_left:
+        before += sum(
+            stop - start for member, start, stop in queue.take(room) if member is not last
+        )
+    assert abs(before - expected) <= room * max(1, others)
 
 
 def test_a_quota_is_spent_and_comes_back() -> None:

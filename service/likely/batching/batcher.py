@@ -92,14 +92,15 @@ class Batcher:
         """Whether enough rows of that priority wait to prepare a batch for one of `lanes` lanes."""
         return self._queues[priority].rows >= self._batch_rows(lanes, 2)
 
-    def rows_ahead(self, priority: Priority) -> int:
-        """Number of waiting rows that go before a newcomer of that priority."""
-        if priority is Priority.BULK:
-            return self.rows
-        return self._queues[priority].rows + self._ready
+    def rows_ahead(self, member: Member) -> int:
+        """Number of waiting rows that run before a newcomer has been answered."""
+        interactive, bulk = self._queues
+        if member.priority is Priority.INTERACTIVE:
+            return interactive.rows_before(member.client, member.rows) + self._ready
+        return interactive.rows + bulk.rows_before(member.client, member.rows) + self._ready
 
     def check(
-        self, member: Member, wait: Callable[[Priority], float], lanes: int
+        self, member: Member, wait: Callable[[Member], float], lanes: int
     ) -> Sequence[Member]:
         """Decides whether a member may be queued, and returns the members to evict in its favour.
 
@@ -109,7 +110,7 @@ class Batcher:
 
         Args:
             member: is not queued yet; its estimate is set.
-            wait: estimates the seconds until the turn of a newcomer of the given priority.
+            wait: estimates the seconds until a newcomer's last turn.
             lanes: number of lanes that share the work.
 
         Raises:
@@ -119,7 +120,7 @@ class Batcher:
         if not self.rows:
             return ()
         if member.deadline is not None:
-            seconds, batch = wait(member.priority), min(member.rows, self._max_rows)
+            seconds, batch = wait(member), min(member.rows, self._max_rows)
             # Its last batch runs once everything before it has run, its own other batches included.
             answered = seconds + ((member.rows - batch) / lanes + batch) * self.pace
             # An answer that comes too late is wasted work.
@@ -141,11 +142,11 @@ class Batcher:
             raise Overloaded(
                 f"{self.rows} pictures wait already; the limits are {self._bounds.rows} "
                 f"pictures and {self._bounds.nbytes} bytes",
-                retry_delay(wait(member.priority)),
+                retry_delay(wait(member)),
             )
         return victims
 
-    def evict(self, members: Sequence[Member], wait: Callable[[Priority], float]) -> None:
+    def evict(self, members: Sequence[Member], wait: Callable[[Member], float]) -> None:
         """Removes members from the queue, and refuses them, in favour of a client with fewer rows.
 
         Args:
@@ -160,7 +161,7 @@ class Batcher:
             victim.future.set_exception(
                 Overloaded(
                     "the queue is full, and other clients ask for less",
-                    retry_delay(wait(victim.priority)),
+                    retry_delay(wait(victim)),
                 )
             )
 

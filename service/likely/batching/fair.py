@@ -94,6 +94,20 @@ class FairQueue(Generic[W]):
         """Number of waiting rows of a client."""
         return self._rows_by_client.get(client, 0)
 
+    def rows_before(self, client: str, rows: int) -> int:
+        """Number of waiting rows that have their turns before a newcomer's last row has.
+
+        These are all rows of the newcomer's client, and of each other client at most as many as
+        its client then has.
+
+        Args:
+            client: the newcomer's client.
+            rows: the newcomer's rows, which are not queued yet.
+        """
+        held = self.client_rows(client)
+        others = (n for other, n in self._rows_by_client.items() if other != client)
+        return held + sum(min(n, held + rows) for n in others)
+
     def iter_eviction_order(self, max_rows: int) -> Iterator[W]:
         """Yields the latest member of the client with most waiting rows, again and again.
 

@@ -249,12 +249,12 @@ class Lanes:
             self._wake_scheduled, self._wake_timer = False, None
         return loop
 
-    def _estimate_wait(self, priority: Priority) -> float:
+    def _estimate_wait(self, member: Member) -> float:
         """Estimated seconds until the lanes have finished what goes before a newcomer."""
         seconds = 0.0
         for batcher in self._batchers.values():
             if batcher.rows:
-                seconds += batcher.pace * batcher.rows_ahead(priority)
+                seconds += batcher.pace * batcher.rows_ahead(member)
         for batch, role in self._running.items():
             seconds += self._batchers[role].pace * batch.rows / 2  # about half of it is left
         return seconds / self._lane_count
