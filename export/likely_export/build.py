@@ -117,10 +117,10 @@ def extend(
 ) -> Manifest:
     """Builds a bundle with a run's discriminative model added, and returns its manifest.
 
-    All other files stay the same to the byte, and so do all other answers. Figures and report name
-    a version, and are not copied into another one, nor if a discriminative model is replaced. The
-    comparison of decisions with torch's was
-    made when the bundle was built, and does not include the new labels.
+    All other files stay the same to the byte, and so do all other answers. Figures and report are
+    left out if the version changes, which they name, or if a discriminative model is replaced,
+    which they describe. The comparison of decisions with torch's was made when the bundle was
+    built, and does not include the new labels.
 
     Args:
         bundle: bundle of the same data, split alike.
@@ -146,8 +146,8 @@ def extend(
     if not base.manifest.labels:
         raise InvalidInput(str(bundle), "has no labels, so there are none to tell apart")
     version = version or base.manifest.version
-    replaced = Role.DISCRIMINATE in base.manifest.graphs
-    is_described = version == base.manifest.version and not replaced
+    is_replaced = Role.DISCRIMINATE in base.manifest.graphs
+    is_described = version == base.manifest.version and not is_replaced
     stale = () if is_described else (EVALUATION, REPORT)
     with replacing(out) as folder:
         for name in base.manifest.files:

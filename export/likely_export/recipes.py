@@ -228,8 +228,9 @@ class Recipe(_Table):
     def _is_consistent(self) -> Self:
         if not {Role.DENSITY, Role.ENCODE} & set(self.roles):
             raise ValueError("roles: a bundle needs a density model, or one that encodes")
-        if Role.CONDITIONAL in self.roles and Role.DENSITY not in self.roles:
-            raise ValueError("roles: a conditional model needs a density model beside it")
+        for role in (Role.CONDITIONAL, Role.DISCRIMINATE):  # p(x) decides what has no label
+            if role in self.roles and Role.DENSITY not in self.roles:
+                raise ValueError(f"roles: a {role} model needs a density model beside it")
         for role in self.roles:
             for model in self.models_of(role):
                 if model not in self.models:

@@ -90,7 +90,7 @@ class Settings(BaseSettings):
     config: File | None = None
     """TOML file that the other settings are read from."""
     bundles: Paths = ()
-    """Folders of bundles to serve; none means those that the package ships."""
+    """Folders of bundles to serve; none means those of the package, unless a folder is watched."""
     watch: File | None = None
     """Folder of further bundles, polled while serving: new and changed bundles are loaded."""
     watch_seconds: float = Field(5.0, gt=0, le=3600, allow_inf_nan=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,6 +271,21 @@ def test_labels_by_the_discriminative_rule(
     judge(tmp_path / "plain", "classify", pictures)
     for column in ("p_value", "verdict"):  # p(x) rejects, by whatever rule
         assert found[column].equals(table(tmp_path / "plain")[column])
+
+
+def test_the_discriminative_rule_needs_no_model_of_p_x_y(
+    judge: Job, pictures: Path, running: Running, make_toy: Callable[..., Toy], tmp_path: Path
+) -> None:
+    bundle = make_toy("apart", roles=("density", "discriminate")).path
+    with running(bundles=(bundle,)) as live:
+        backends = (Served(live.address).open(), Bundled(bundle, "cpu", 1, max_batch=16).open())
+        for i, by in enumerate(backends):
+            rule = {"by": by, "rule": LabelRule.DISCRIMINATIVE}
+            judge(tmp_path / str(i), "classify", pictures, **rule)
+            with pytest.raises(JobError, match="model apart does not answer Classify"):
+                judge(tmp_path / "out", "classify", pictures, by=by)
+            by.close()
+    assert table(tmp_path / "0")["label"].equals(table(tmp_path / "1")["label"])
 
 
 def test_a_rule_that_the_model_does_not_have_is_refused(judge: Job, tmp_path: Path) -> None:

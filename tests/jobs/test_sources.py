@@ -59,14 +59,18 @@ def test_folders_that_are_linked_are_read_once_each(tmp_path: Path) -> None:
     np.save(tmp_path / "away" / "deep" / "x.npy", x[2:])
     (tmp_path / "in" / "c").symlink_to(tmp_path / "away")
     (tmp_path / "away" / "back").symlink_to(tmp_path / "in")  # around without end
-    (tmp_path / "in" / "itself").symlink_to(tmp_path / "in" / "itself")
     (tmp_path / "in" / ".hidden").symlink_to(tmp_path / "away")
     read, keys = opened(tmp_path / "in").read(0, 3)
     assert keys == ["b/z.npy[0]", "b.npy[0]", "c/deep/x.npy[0]"]
     assert np.array_equal(read, x[[1, 0, 2]])
-    (tmp_path / "in" / "gone.npy").symlink_to(tmp_path / "gone.npy")
-    with pytest.raises(JobError, match=r"gone.npy is a link to a file that is not there"):
-        opened(tmp_path / "in")
+
+
+@pytest.mark.parametrize("name", ["gone.npy", "disk", "itself"])
+def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path, name: str) -> None:
+    np.save(tmp_path / "a.npy", drawn(3))
+    (tmp_path / name).symlink_to(tmp_path / name if name == "itself" else tmp_path / "nowhere")
+    with pytest.raises(JobError, match=f"{name} is a link that leads nowhere"):
+        opened(tmp_path)
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(

@@ -1027,11 +1027,9 @@ def test_a_deadline_between_its_turn_and_its_answer_is_refused_too(rows: int, co
 
 
 @pytest.mark.parametrize(
-    ("priority", "rows"), [(Priority.INTERACTIVE, 0.5 + 1), (Priority.BULK, 0.5 + 1 + 1)]
+    ("priority", "rows"), [(Priority.INTERACTIVE, 0.5 + 1), (Priority.BULK, 0.5 + 1 + 2)]
 )
-def test_bulk_is_told_to_come_again_after_what_is_urgent_and_turns(
-    priority: Priority, rows: float
-) -> None:
+def test_bulk_is_told_to_come_again_after_all_others(priority: Priority, rows: float) -> None:
     async def work() -> None:
         graph = Doubler()
         best = Best(4, min_rows=4, pace=4.0)
@@ -1818,7 +1816,7 @@ def test_clients_that_wait_are_served_alike(sizes: list[int], room: int) -> None
     st.tuples(st.sampled_from("abcde"), st.integers(1, 40)),
     st.integers(1, 16),
 )
-def test_what_runs_before_a_newcomer_is_known_to_a_batch(
+def test_what_runs_before_a_newcomer_is_known_to_a_few_batches(
     members: list[tuple[str, int]], newcomer: tuple[str, int], room: int
 ) -> None:
     queue: FairQueue[Waiting] = FairQueue()

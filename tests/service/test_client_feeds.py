@@ -17,7 +17,7 @@ from likely import AsyncClient, Client, LikelyError, Scores, statuses
 from likely.answers import Classifications
 from likely.client import feeds, plans
 from likely.client.feeds import AsyncFeed, BlockingFeed
-from likely.client.ledger import LONGEST_DELAY, WINDOW, Ledger
+from likely.client.ledger import WINDOW, Ledger
 from likely.errors import DeadlineExceeded, InvalidInput, NotAnswered, Overloaded, Unavailable
 from likely.v1.scoring_pb2 import (
     ScoreOutcome,
@@ -378,11 +378,10 @@ class Breaking(grpc.GenericRpcHandler):
             answer: Any = self._others.unary_unary(method)
             return grpc.unary_unary_rpc_method_handler(lambda request, _: answer(request))
         self.streams.append(dict(handler_call_details.invocation_metadata))
+        return grpc.stream_stream_rpc_method_handler(self._refuse)
 
-        def refuse(_: Any, context: grpc.ServicerContext) -> None:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
-
-        return grpc.stream_stream_rpc_method_handler(refuse)
+    def _refuse(self, _: Any, context: grpc.ServicerContext) -> None:
+        context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
 
 
 @pytest.mark.parametrize("method", ["score_stream", "classify_stream"])
@@ -405,15 +404,61 @@ def test_a_broken_stream_is_begun_anew_by_the_feed_and_not_by_grpc(
     assert not any("grpc-previous-rpc-attempts" in stream for stream in breaking.streams)
 
 
-def test_streams_that_worked_for_a_while_may_break_as_often_as_they_like() -> None:
-    lasting, failing = feeds._Backoff(retries=True), feeds._Backoff(retries=True)
-    for broken in range(1, 3 * feeds.MAX_BREAKS):
-        lasting._opened -= LONGEST_DELAY + 1
-        assert lasting.delay(Unavailable("idle")) < 1
-        if broken < feeds.MAX_BREAKS:
-            assert failing.delay(Unavailable("gone")) > 0
-    with pytest.raises(Unavailable, match="gone"):
-        failing.delay(Unavailable("gone"))
+class Hanging(Breaking):
+    """A server that ends every stream after a while, without an answer."""
+
+    def __init__(self, others: grpc.Channel, seconds: float) -> None:
+        super().__init__(others)
+        self.seconds = seconds
+
+    def _refuse(self, _: Any, context: grpc.ServicerContext) -> None:
+        time.sleep(self.seconds)
+        super()._refuse(_, context)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("idle", [True, False])
+def test_streams_that_have_nothing_to_answer_may_break_as_often_as_they_like(
+    live: Live, x: Any, idle: bool, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "delay", lambda _: 0.0)
+    monkeypatch.setattr(feeds, "LONGEST_DELAY", 0.02)
+    with grpc.insecure_channel(live.address) as others:
+        hanging, server = Hanging(others, 0.04), grpc.server(ThreadPoolExecutor(1))
+        server.add_generic_rpc_handlers((hanging,))
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+
+        def items() -> Iterator[Any]:
+            until = time.monotonic() + 30
+            while idle and len(hanging.streams) < 2 * feeds.MAX_BREAKS:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            yield x[:1]
+
+        async def paused() -> AsyncIterator[Any]:
+            until = time.monotonic() + 30
+            while idle and len(hanging.streams) < 2 * feeds.MAX_BREAKS:
+                assert time.monotonic() < until
+                await asyncio.sleep(0.01)
+            yield x[:1]
+
+        async def ask() -> None:
+            async with AsyncClient(address, timeout=30) as client:
+                async for _ in client.score_stream(paused()):
+                    pass
+
+        try:
+            with pytest.raises(Unavailable, match="not now"):
+                if kind is AsyncClient:
+                    asyncio.run(ask())
+                else:
+                    with Client(address, timeout=30) as client:
+                        list(client.score_stream(items()))
+        finally:
+            server.stop(None).wait()
+    earlier = 2 * feeds.MAX_BREAKS if idle else 0
+    assert earlier < len(hanging.streams) <= earlier + feeds.MAX_BREAKS
 
 
 def test_what_a_feed_raises_comes_after_the_answers(live: Live, client: Client, x: Any) -> None:

@@ -93,11 +93,15 @@ class Batcher:
         return self._queues[priority].rows >= self._batch_rows(lanes, 2)
 
     def rows_ahead(self, member: Member) -> int:
-        """Number of waiting rows that run before a newcomer has been answered."""
+        """Number of waiting rows that run before a newcomer has been answered.
+
+        Rows of other clients run before it or with it, at least those of one batch.
+        """
         interactive, bulk = self._queues
-        if member.priority is Priority.INTERACTIVE:
-            return interactive.rows_before(member.client, member.rows) + self._ready
-        return interactive.rows + bulk.rows_before(member.client, member.rows) + self._ready
+        queue = self._queues[member.priority]
+        turns = queue.rows_before(member.client, member.rows)
+        ahead = max(turns, min(queue.rows, self._max_rows)) + self._ready
+        return ahead + interactive.rows if queue is bulk else ahead
 
     def check(
         self, member: Member, wait: Callable[[Member], float], lanes: int
@@ -354,14 +358,14 @@ class Batcher:
     def _is_within_share(self, member: Member) -> bool:
         """Whether others wait, and the member's client would have no more rows than its share.
 
-        With n clients, a share is the nth part of the limits. So the queue exceeds them by a
-        factor of at most 1 + 1/2 + ... + 1/n. Prepared batches count as one client more.
+        With n clients, a share is the nth part of the limits, so what is admitted in this way is at
+        most 1/2 + ... + 1/n of them. Prepared batches count as one client more.
         """
         clients = {client for queue in self._queues for client in queue.clients} | {member.client}
         n = len(clients) + (self._ready > 0)
         rows = member.rows + sum(queue.client_rows(member.client) for queue in self._queues)
         fits = rows * n <= self._bounds.rows
-        return n > 1 and fits and rows * n * member.row_bytes <= self._bounds.nbytes
+        return len(clients) > 1 and fits and rows * n * member.row_bytes <= self._bounds.nbytes
 
     def _count_refusal(self, member: Member, reason: str) -> None:
         if member.counted:

@@ -56,11 +56,10 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     known = (*levels.IMAGES, *ARRAYS)
-    shown = (file for file in path.iterdir() if not file.name.startswith("."))
-    named = sorted(file for file in shown if file.suffix.lower() in known)
-    if gone := next((file for file in named if not file.exists()), None):
-        raise InvalidInput(str(gone), "a link to a file that is not there")
-    files = [file for file in named if file.is_file()]
+    shown = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    if broken := next((file for file in shown if not file.exists()), None):
+        raise InvalidInput(str(broken), "a link that leads nowhere")
+    files = [file for file in shown if file.suffix.lower() in known and file.is_file()]
     if not files:
         raise InvalidInput(
             str(path),

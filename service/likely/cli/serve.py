@@ -103,7 +103,8 @@ def flags(command: F) -> F:
     "bundles",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Folder of a bundle; may be repeated (LIKELY_BUNDLES). [the package's own]",
+    help="Folder of a bundle; may be repeated (LIKELY_BUNDLES). "
+    "[the package's own, unless a folder is watched]",
 )
 @flags
 @click.option("--tracing/--no-tracing", default=None, help="Send traces by OTLP. [off]")

@@ -37,8 +37,8 @@ END_SECONDS = 5.0  # seconds for the stream to end by itself once all items are 
 class _Backoff:
     """Counts the breaks of a stream between two answers, and computes the backoff.
 
-    A break after more than `LONGEST_DELAY` seconds counts as the first: such a stream has worked,
-    though nothing may have been sent on it.
+    If a stream that had nothing to answer lasted for more than `LONGEST_DELAY` seconds, its break
+    counts as the first: it has worked.
     """
 
     def __init__(self, retries: bool) -> None:
@@ -50,13 +50,17 @@ class _Backoff:
         """An answer has arrived: starts counting again."""
         self._breaks = 0
 
-    def delay(self, failure: Exception) -> float:
+    def delay(self, failure: Exception, *, idle: bool) -> float:
         """Seconds to wait before a new stream is opened.
+
+        Args:
+            failure: why the stream broke.
+            idle: whether it had nothing to answer.
 
         Raises:
             Exception: the failure, if it is not temporary or the stream has broken too often.
         """
-        if time.monotonic() - self._opened > LONGEST_DELAY:
+        if idle and time.monotonic() - self._opened > LONGEST_DELAY:
             self._breaks = 0
         self._breaks += 1
         if self._breaks >= self._most or not isinstance(failure, Unavailable | Overloaded):
@@ -119,7 +123,7 @@ class BlockingFeed(Generic[A]):
             while True:
                 outcomes, failure = self._wait()
                 if failure:
-                    time.sleep(backoff.delay(failure))
+                    time.sleep(backoff.delay(failure, idle=not self._ledger.has_sent))
                     reader = self._open()
                 elif not outcomes:
                     break
@@ -250,7 +254,8 @@ class AsyncFeed(Generic[A]):
             while True:
                 outcomes, failure = await self._wait()
                 if failure:
-                    await asyncio.sleep(backoff.delay(failure))
+                    idle = not self._ledger.has_sent
+                    await asyncio.sleep(backoff.delay(failure, idle=idle))
                     reader = self._open()
                 elif not outcomes:
                     break

@@ -68,6 +68,11 @@ class Ledger(Generic[A]):
         return len(self._open)
 
     @property
+    def has_sent(self) -> bool:
+        """Whether an item has been sent and has no outcome yet."""
+        return bool(self._sent)
+
+    @property
     def has_room(self) -> bool:
         """Whether one more item may be added."""
         return len(self._open) < self._window

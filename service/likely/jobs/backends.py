@@ -18,6 +18,7 @@ import numpy as np
 from likely.answers import (
     Classifications,
     Draws,
+    LabelRule,
     Limits,
     ModelInfo,
     Pixels,
@@ -33,6 +34,7 @@ from likely.errors import (
     JobError,
     LikelyError,
     ModelNotFound,
+    NotAnswered,
     Overloaded,
     Unauthenticated,
     Unavailable,
@@ -226,9 +228,7 @@ class Local:
 
     def require(self, task: Task) -> None:
         """As `Backend.require`."""
-        method = task.kind.capitalize()
-        if not self._engine.answers(method):
-            raise JobError(f"model {self.info.name} does not answer {method}")
+        _require_answered(self.info, task)
         if isinstance(task, Judgement):
             self._engine.detector.check_alpha(task.alpha, task.guarantee)
 
@@ -379,9 +379,7 @@ class Remote:
 
     def require(self, task: Task) -> None:
         """As `Backend.require`."""
-        method = task.kind.capitalize()
-        if not any(name.endswith(f"/{method}") for name in self.info.methods):
-            raise JobError(f"model {self.info.name} does not answer {method}")
+        _require_answered(self.info, task)
         if isinstance(task, Judgement):  # the server refuses an alpha that it cannot guarantee
             self.score(np.empty((0, *self.info.shape), np.uint8), task)
 
@@ -440,6 +438,9 @@ class Remote:
             except self._served.retryable_errors:
                 if drawn == before or self._stopped.is_set():
                     raise
+            else:
+                if drawn == before:
+                    raise JobError(f"{self._served.address} ended a stream of draws without one")
 
         while drawn < count:
             self._ask_with_retries(receive)
@@ -488,6 +489,16 @@ class Remote:
             "began; serve that version again and repeat the command, or start another job in "
             "another folder"
         )
+
+
+def _require_answered(info: ModelInfo, task: Task) -> None:
+    method = task.kind.capitalize()
+    if isinstance(task, Judgement) and task.rule == LabelRule.DISCRIMINATIVE:
+        if not info.discriminative:
+            raise NotAnswered(f"model {info.name} has no p(y|x), so it does not answer this rule")
+        method = "Score"  # the methods list Classify only for a model of p(x|y)
+    if not any(name.endswith(f"/{method}") for name in info.methods):
+        raise JobError(f"model {info.name} does not answer {method}")
 
 
 async def _cancel_other_tasks() -> None:

@@ -81,7 +81,7 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         there = ray.cluster_resources()
         largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-        if largest < threads:  # Ray would wait for such a node without end
+        if 0 < largest < threads:  # Ray would wait for such a node without end
             raise JobError(f"no node of Ray has {threads} cores: ask for --threads {largest}")
         actors = count or max(1, int(there.get("CPU", 1) // threads))
         if cards:

@@ -363,11 +363,9 @@ def _find_files(paths: Sequence[Path]) -> Iterator[InputFile]:
     for path in paths:
         if path.is_dir():
             for file in _walk(path):
-                if file.suffix.lower() not in known:
-                    continue
-                if not file.exists():
-                    raise JobError(f"{file} is a link to a file that is not there")
-                if file.is_file():
+                if not file.exists():  # of a folder, such as a disk that is not mounted, as well
+                    raise JobError(f"{file} is a link that leads nowhere")
+                if file.suffix.lower() in known and file.is_file():
                     yield InputFile.of(file, file.relative_to(path).as_posix())
         elif path.suffix.lower() in known:
             yield InputFile.of(path, path.name)
