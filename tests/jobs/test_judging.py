@@ -278,8 +278,8 @@ def test_the_discriminative_rule_needs_no_model_of_p_x_y(
 ) -> None:
     bundle = make_toy("apart", roles=("density", "discriminate")).path
     with running(bundles=(bundle,)) as live:
-        backends = (Served(live.address).open(), Bundled(bundle, "cpu", 1, max_batch=16).open())
-        for i, by in enumerate(backends):
+        engine: Backend = Bundled(bundle, "cpu", 1, max_batch=16).open()
+        for i, by in enumerate((Served(live.address).open(), engine)):
             rule = {"by": by, "rule": LabelRule.DISCRIMINATIVE}
             judge(tmp_path / str(i), "classify", pictures, **rule)
             with pytest.raises(JobError, match="model apart does not answer Classify"):
