@@ -80,7 +80,8 @@ def ray_workers(plan: Plan, count: int, threads: int, cards: int = 0) -> Workers
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         there = ray.cluster_resources()
-        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        largest = max(cores, default=0)
         if 0 < largest < threads:  # Ray would wait for such a node without end
             raise JobError(f"no node of Ray has {threads} cores: ask for --threads {largest}")
         actors = count or max(1, int(there.get("CPU", 1) // threads))
