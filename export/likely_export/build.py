@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from likely_export.classifier import Classifier, fit_temperature
 from likely_export.data import Dataset
 from likely_export.graphs import Exported
 from likely_export.material import BOUND, EVALUATION, REPORT
-from likely_export.recipes import Recipe
+from likely_export.recipes import Recipe, model_names
 from likely_export.replacing import replacing
 from likely_export.runs import Run
 from likely_export.vae import VAE
@@ -172,15 +172,10 @@ def _extended(manifest: Manifest, recipe: Recipe, exported: Exported) -> dict[st
     named = {Role.DISCRIMINATE.value: table["roles"][Role.DISCRIMINATE]}
     existing = fields["recipe"]
     existing_roles = existing.get("roles", {}) | named
-    in_use = {name for names in existing_roles.values() for name in _names(names)}
+    in_use = {name for role in existing_roles.values() for name in model_names(role)}
     kept = {name: model for name, model in existing.get("models", {}).items() if name in in_use}
     fields["recipe"] = {**existing, "models": {**kept, **models}, "roles": existing_roles}
     return fields
-
-
-def _names(role: str | Sequence[str]) -> Sequence[str]:
-    """The models of a role, which a recipe names alone or in a list."""
-    return [role] if isinstance(role, str) else role
 
 
 def _directions(

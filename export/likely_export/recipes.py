@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_type_hints
@@ -278,8 +278,7 @@ class Recipe(_Table):
 
     def models_of(self, role: Role) -> tuple[Name, ...]:
         """The names of a role's models; the first one leads."""
-        named = self.roles[role]
-        return (named,) if isinstance(named, str) else named
+        return model_names(self.roles[role])
 
     def reseeded(self, seed: int) -> Self:
         """Returns the recipe with another training seed for every model; the splits stay."""
@@ -499,6 +498,11 @@ def parse(text: str, folder: Path | None = None, size: str = "") -> Recipe:
     if folder is None or recipe.data.source == "digits":
         return recipe
     return _with_source(recipe, str((folder / recipe.data.source).resolve()))
+
+
+def model_names(role: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of a role's models, which a recipe gives alone or in a list."""
+    return (role,) if isinstance(role, str) else tuple(role)
 
 
 def from_table(table: Mapping[str, Any], source: str | None = None) -> Recipe:

@@ -247,8 +247,7 @@ class Batcher:
                     return self._make_batch(living, ready=ready)
             except Exception:  # the queue will be restarted, and no longer has these members
                 for member, _, _ in spans:
-                    if not member.is_done:
-                        member.future.set_exception(Unavailable(RESTARTED))
+                    member.fail(Unavailable(RESTARTED))
                 raise
         return None
 

@@ -108,6 +108,11 @@ class Member(Waiting):
             batch.drop_member()
         self.batches.clear()
 
+    def fail(self, error: Exception) -> None:
+        """Fails with an error, unless nobody waits for the answer any more."""
+        if not self.is_done:
+            self.future.set_exception(error)
+
     def fail_with(self, other: asyncio.Future[Arrays]) -> None:
         """Fails with the error of another ask of the same request, if that ask failed."""
         if not self.is_done and not other.cancelled() and (error := other.exception()):

@@ -488,20 +488,17 @@ class Lanes:
         context = {"message": f"the queue of model {self._name} failed", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
         for member, _, _ in batch.spans if batch else ():
-            if not member.is_done:
-                member.future.set_exception(Unavailable(RESTARTED))
+            member.fail(Unavailable(RESTARTED))
         self._refuse_waiting(RESTARTED)
 
     def _refuse_waiting(self, why: str) -> None:
         while ready := _take_ready(self._ready, *Priority):
             self._batchers[ready[0]].unmark_ready(ready[1])
             for member in {member for member, _, _ in ready[1].spans}:
-                if not member.is_done:
-                    member.future.set_exception(Unavailable(why))
+                member.fail(Unavailable(why))
         for batcher in self._batchers.values():
             for member in batcher.clear():
-                if not member.is_done:
-                    member.future.set_exception(Unavailable(why))
+                member.fail(Unavailable(why))
             batcher.report_waiting()
 
 
