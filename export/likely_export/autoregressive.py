@@ -99,6 +99,20 @@ class Autoregressive(nn.Module):
         """The label that stands for no label: p(x|null) is p(x)."""
         return self.config.labels
 
+    @property
+    def digits(self) -> int:
+        """Digits of a channel."""
+        return self.head.digits
+
+    @property
+    def base(self) -> int:
+        """Values that a digit can take."""
+        return self.head.base
+
+    def to_digits(self, x: Tensor) -> Tensor:
+        """Writes levels (n, c, h, w) as digits, int64 (n, h, w, c * digits)."""
+        return self.head.to_digits(x)
+
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The head's input from the pixels before each one, (n, head, h, w).
 

@@ -18,6 +18,7 @@ from likely_export.cvae import CVAE, CVAEConfig
 from likely_export.local import LocalConfig, LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN, PixelCNNConfig
 from likely_export.pixelrnn import PixelRNN, PixelRNNConfig
+from likely_export.sketch import Detail, DetailConfig, Sketch, SketchConfig
 from likely_export.vae import VAE
 
 GIVEN_BY_DATA = ("shape", "levels", "labels")
@@ -43,6 +44,8 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "pixelcnn": Family(PixelCNNConfig, PixelCNN),
+        "sketch": Family(SketchConfig, Sketch),
+        "detail": Family(DetailConfig, Detail),
         "cvae": Family(CVAEConfig, CVAE, needs_labels=True),
         "local": Family(LocalConfig, LocalPixelCNN),
         "pixelrnn": Family(PixelRNNConfig, PixelRNN),

@@ -148,29 +148,48 @@ def write(source: GraphSource, path: Path, levels: int, labels: int) -> None:
 def share_weights(files: Iterable[Path], weights: Path) -> None:
     """Moves the large weights of ONNX files into one file beside them, each distinct weight once.
 
-    The graphs of one model have many weights in common; equal ones are found by their bytes.
+    The graphs of one model have many weights in common; equal ones are found by their bytes. A
+    matrix that is the transpose of one already stored is replaced by that one and a Transpose,
+    which ONNX Runtime folds when a session is opened.
     """
     places: dict[bytes, int] = {}
     with weights.open("wb") as out:
         for file in files:
             model = onnx.load(file)
-            for tensor in [
-                weight for graph in subgraphs(model.graph) for weight in graph.initializer
-            ]:
-                content = onnx.numpy_helper.to_array(tensor).tobytes()
-                if len(content) < SMALLEST_SHARED:
-                    continue
-                if content not in places:
-                    out.write(b"\0" * (-out.tell() % ALIGNMENT))
-                    places[content] = out.tell()
-                    out.write(content)
-                for field in ("raw_data", "float_data", "int32_data", "int64_data"):
-                    tensor.ClearField(field)
-                tensor.data_location = onnx.TensorProto.EXTERNAL
-                entries = {"location": weights.name, "offset": places[content]}
-                for key, value in {**entries, "length": len(content)}.items():
-                    tensor.external_data.add(key=key, value=str(value))
+            for graph in subgraphs(model.graph):
+                for tensor in graph.initializer:
+                    values = onnx.numpy_helper.to_array(tensor)
+                    content = values.tobytes()
+                    if len(content) < SMALLEST_SHARED:
+                        continue
+                    if content not in places and values.ndim == 2:
+                        transposed = values.T.tobytes()
+                        if transposed in places:
+                            graph.node.insert(0, _transpose(tensor))
+                            content = transposed
+                    if content not in places:
+                        out.write(b"\0" * (-out.tell() % ALIGNMENT))
+                        places[content] = out.tell()
+                        out.write(content)
+                    _refer(tensor, weights.name, places[content], len(content))
             file.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _transpose(tensor: onnx.TensorProto) -> onnx.NodeProto:
+    """Declares a matrix transposed; returns the node that transposes it back."""
+    name, dims = tensor.name, tensor.dims[::-1]
+    tensor.name = f"{name}_transposed"
+    tensor.dims[:] = dims
+    return onnx.helper.make_node("Transpose", [tensor.name], [name], perm=[1, 0])
+
+
+def _refer(tensor: onnx.TensorProto, file: str, offset: int, length: int) -> None:
+    """Replaces the values of a weight by a place in a file."""
+    for field in ("raw_data", "float_data", "int32_data", "int64_data"):
+        tensor.ClearField(field)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": file, "offset": offset, "length": length}.items():
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def extract_outputs(path: Path, target: Path, outputs: list[str]) -> None:

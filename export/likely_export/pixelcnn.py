@@ -208,8 +208,10 @@ class PixelCNN(Autoregressive):
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The head's input from the pixels before each one, (n, head, h, w)."""
         z = self.scale(x)
-        y = self.conditioning_labels(y)
-        v, h = self.stem(z)
+        return self.through_stacks(z, *self.stem(z), self.conditioning_labels(y))
+
+    def through_stacks(self, z: Tensor, v: Tensor, h: Tensor, y: Tensor | None) -> Tensor:
+        """The head's input (n, head, h, w), from scaled pixels z and the stacks' input v and h."""
         if self.config.positions:
             v = v + self.position_vertical.to(v.dtype)
             h = h + self.position_horizontal.to(h.dtype)

@@ -71,6 +71,7 @@ def check(recipe: Recipe, data: Dataset, models: Mapping[str, nn.Module]) -> Non
             f"roles.{Role.DECODE}", f"takes {taken} features where {Role.ENCODE} gives {features}"
         )
     playing = {name for role in recipe.roles for name in recipe.models_of(role)}
+    playing |= {recipe.models[name].start_from for name in playing}
     for name in models:
         if name not in playing:
             raise InvalidInput(f"models.{name}", "has no role, so no bundle would contain it")

@@ -77,10 +77,16 @@ class Data(_Table):
 
 
 class Model(_Table):
-    """A family, the options of its config, and its training."""
+    """A family, the options of its config, and its training.
+
+    Attributes:
+        start_from: name of the model whose trained weights this one starts with; empty to start
+            from nothing. It may have further weights of its own.
+    """
 
     family: str
     options: dict[str, Any] = {}
+    start_from: str = ""
     training: Training
 
     @model_validator(mode="before")
@@ -88,7 +94,8 @@ class Model(_Table):
     def _gather_options(cls, table: Any) -> Any:
         if not isinstance(table, Mapping) or "options" in table:
             return table
-        fields = {key: table[key] for key in ("family", "training") if key in table}
+        own = ("family", "start_from", "training")
+        fields = {key: table[key] for key in own if key in table}
         return {**fields, "options": {key: table[key] for key in table.keys() - fields.keys()}}
 
     @field_validator("training", mode="before")
@@ -235,10 +242,23 @@ class Recipe(_Table):
             for model in self.models_of(role):
                 if model not in self.models:
                     raise ValueError(f"roles.{role}: {model} is none of {', '.join(self.models)}")
+        self._check_starts()
         if Role.DENSITY in self.roles:
             self._check_statistics()
             self._check_sizes()
         return self
+
+    def _check_starts(self) -> None:
+        for name, model in self.models.items():
+            if not (earlier := model.start_from):
+                continue
+            if earlier not in self.models:
+                known = ", ".join(self.models)
+                raise ValueError(f"models.{name}.start_from: {earlier} is none of {known}")
+            if earlier == name or self.models[earlier].start_from:
+                raise ValueError(
+                    f"models.{name}.start_from: {earlier} does not start from nothing itself"
+                )
 
     def _check_statistics(self) -> None:
         families = {self.models[name].family for name in self.models_of(Role.DENSITY)[1:]}
@@ -317,6 +337,10 @@ class Recipe(_Table):
             return False
         now = {name: model.training.precision for name, model in self.models.items()}
         earlier = earlier.with_precisions(lambda precision: precision, now)
+        # What started from a model has started from the weights of its earlier training.
+        starts = {model.start_from for model in self.models.values() if model.start_from}
+        if any(self.models[name].training != earlier.models[name].training for name in starts):
+            return False
         trainings = {name: model.training for name, model in earlier.models.items()}
         shorter = _with_source(self._with_trainings(trainings), earlier.data.source)
         if any(model.training != trainings[name] for name, model in self.models.items()):

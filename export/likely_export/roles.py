@@ -19,11 +19,14 @@ from likely_export.cvae import CVAE, Conditional, Encode, Generate
 from likely_export.local import LocalPixelCNN
 from likely_export.pixelcnn import PixelCNN
 from likely_export.pixelrnn import PixelRNN
-from likely_export.raster import RasterSampler
 from likely_export.rnn_sampler import DiagonalSampler, RowSampler
 from likely_export.sampler import Sampler
+from likely_export.sketch import Detail, Sketch, Sketched
+from likely_export.sketch_sampler import SketchedSampler
 from likely_export.statistics import Reconstruction, Tables, statistics, tables
 from likely_export.vae import VAE
+
+Exact = Autoregressive | Sketched  # densities that give log p(x) itself
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Density(nn.Module):
 
     def __init__(
         self,
-        model: Autoregressive,
+        model: Exact,
         names: tuple[str, ...],
         local: LocalPixelCNN | None = None,
         cvae: CVAE | None = None,
@@ -90,7 +93,7 @@ class Density(nn.Module):
     def tables(self, x: Tensor) -> Tables:
         """The tables from which the statistics are computed, for x, uint8 (n, c, h, w)."""
         log_probs = self.model.log_probs(x)
-        seen = tables(log_probs, self.model.head.to_digits(x), self.model.config.shape[0])
+        seen = tables(log_probs, self.model.to_digits(x), self.model.config.shape[0])
         if self.local is not None:
             seen = replace(seen, local=self.local.surprise(x))
         if self.cvae is not None:
@@ -128,7 +131,7 @@ def _reconstruction(cvae: CVAE, x: Tensor) -> Reconstruction:
 class EveryLabel(nn.Module):
     """x -> log p(x|y) for all labels, exactly, in one call."""
 
-    def __init__(self, model: Autoregressive) -> None:
+    def __init__(self, model: Exact) -> None:
         super().__init__()
         self.model = model
 
@@ -168,7 +171,7 @@ class Experts(nn.Module):
 
 
 def density(
-    model: Autoregressive, names: tuple[str, ...], companions: Sequence[nn.Module] = ()
+    model: Exact, names: tuple[str, ...], companions: Sequence[nn.Module] = ()
 ) -> GraphSource:
     """Returns the graph of log p(x) and its statistics.
 
@@ -201,7 +204,7 @@ def density(
     return GraphSource(module, (_pictures(shape),), tuple(outputs), Kind.EXACT, widths=widths)
 
 
-def conditional(*models: Autoregressive | CVAE) -> GraphSource:
+def conditional(*models: Exact | CVAE) -> GraphSource:
     """Returns the graph of log p(x|y) for all labels, and of the evidence if there are experts.
 
     Raises:
@@ -214,7 +217,7 @@ def conditional(*models: Autoregressive | CVAE) -> GraphSource:
     outputs = [_floats("log_pxy", config.labels)]
     modules: list[nn.Module] = []
     for model in models:
-        if isinstance(model, Autoregressive):
+        if isinstance(model, Exact):
             modules.append(EveryLabel(model))
         else:
             inputs.append(_floats("eps", model.config.importance_samples, model.config.latent))
@@ -223,38 +226,38 @@ def conditional(*models: Autoregressive | CVAE) -> GraphSource:
     if len(models) > 1:
         module = Experts(modules)
         outputs.append(_floats("evidence", len(models), config.labels))
-    if any(isinstance(model, Autoregressive) for model in models):
+    if any(isinstance(model, Exact) for model in models):
         outputs.append(_floats("surprise", config.labels, *config.shape))
     kind, k = _kind(models[0])
     return GraphSource(module.eval(), tuple(inputs), tuple(outputs), kind, k)
 
 
-def _kind(model: Autoregressive | CVAE) -> tuple[Kind, int]:
+def _kind(model: Exact | CVAE) -> tuple[Kind, int]:
     """Returns what the model's log p(x|y) is, and its number of importance samples."""
-    if isinstance(model, Autoregressive):
+    if isinstance(model, Exact):
         return Kind.EXACT, 0
     k = model.config.importance_samples
     return (Kind.IWAE if k > 1 else Kind.ELBO), k
 
 
-def sample(model: Autoregressive) -> GraphSource:
+def sample(model: Exact) -> GraphSource:
     """Returns the graph that samples pixel by pixel, exactly."""
     c, h, w = model.config.shape
-    inputs: tuple[TensorSpec, ...] = (
-        _floats("gumbel", h, w, c, model.head.digits, model.head.base),
-    )
+    inputs: tuple[TensorSpec, ...] = (_floats("gumbel", h, w, c, model.digits, model.base),)
     if model.config.labels:
         inputs += (_labels(),)
     return GraphSource(sampler(model).eval(), inputs, (_pictures(model.config.shape),))
 
 
-def sampler(model: Autoregressive) -> RasterSampler:
+def sampler(model: Exact) -> nn.Module:
     """Returns the module that samples pictures of this model from noise.
 
     Raises:
         InvalidInput: its family has no sampler.
     """
     match model:
+        case Sketched():
+            return SketchedSampler(model)
         case PixelCNN():
             return Sampler(model)
         case PixelRNN() if model.config.kind == "row":
@@ -329,14 +332,19 @@ def graph_source(role: Role, models: Sequence[nn.Module], names: tuple[str, ...]
         InvalidInput: these families cannot play the role, or a model does not learn what it needs.
     """
     for model in models:
-        if isinstance(model, Autoregressive):
+        if isinstance(model, Autoregressive | Sketch):
             _check_label_dropout(role, model.config)
+    match models:
+        case [Sketch() as first, Detail() as second, *others]:
+            models = [Sketched(first, second), *others]
+    if any(isinstance(model, Detail) for model in models):
+        raise InvalidInput(f"roles.{role}", "a Detail follows a Sketch, and the two come first")
     match role, models:
-        case Role.DENSITY, [Autoregressive() as model, *companions]:
+        case Role.DENSITY, [Autoregressive() | Sketched() as model, *companions]:
             return density(model, names, companions)
         case Role.CONDITIONAL, _ if all(map(_is_conditional, models)):
-            return conditional(*cast("Sequence[Autoregressive | CVAE]", models))
-        case Role.SAMPLE, [Autoregressive() as model]:
+            return conditional(*cast("Sequence[Exact | CVAE]", models))
+        case Role.SAMPLE, [Autoregressive() | Sketched() as model]:
             return sample(model)
         case Role.GENERATE, [VAE() as model]:
             return prior(model)
@@ -370,7 +378,7 @@ def _check_label_dropout(role: Role, config: AutoregressiveConfig) -> None:
 
 
 def _is_conditional(model: nn.Module) -> bool:
-    return isinstance(model, Autoregressive | CVAE) and model.config.labels > 0
+    return isinstance(model, Exact | CVAE) and model.config.labels > 0
 
 
 def _pictures(shape: tuple[int, int, int]) -> TensorSpec:

@@ -111,12 +111,20 @@ class Job:
     hardware: Hardware
     threads: int
 
+    @property
+    def start(self) -> str:
+        """The name of the model whose trained weights this one starts with; empty for none."""
+        return self.recipe.models[self.name].start_from
+
     def run(self, report: Report | None) -> Trained:
         """Trains the model in this process."""
         torch.set_num_threads(self.threads)
         data, training = self.recipe.data.load(), self.recipe.models[self.name].training
+        model = _untrained(self.recipe, self.name, data)
+        if self.start:
+            _copy_weights(Run(self.folder.parent, self.recipe).model(self.start, data), model)
         return train.fit(
-            cast(train.Model, _untrained(self.recipe, self.name, data)),
+            cast(train.Model, model),
             data,
             training,
             self.folder,
@@ -169,6 +177,7 @@ def train_all(
                 f"models.{name}",
                 f"has begun in {stored} in {folder}: use --precision {stored}, or train it afresh",
             )
+    names.sort(key=lambda name: bool(recipe.models[name].start_from))  # others before these
     # The run's recipe, and everything derived from it, states the precision that is used.
     recipe = recipe.with_precisions(hardware.arithmetic, begun)
     jobs = [Job(recipe, name, folder / name, resume, hardware, threads) for name in names]
@@ -229,6 +238,21 @@ def _untrained(recipe: Recipe, name: str, data: Dataset) -> nn.Module:
         raise InvalidInput(f"models.{name}", str(error)) from error
 
 
+def _copy_weights(earlier: nn.Module, model: nn.Module) -> None:
+    """Copies all weights of an earlier model to the weights of the same names.
+
+    Raises:
+        InvalidInput: a weight of the earlier model has no counterpart of its shape.
+    """
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in earlier.named_parameters():
+            if name not in weights or weights[name].shape != weight.shape:
+                kind = type(earlier).__name__
+                raise InvalidInput("start_from", f"{name} of the {kind} has no counterpart")
+            weights[name].copy_(weight)
+
+
 def _load_checked_data(recipe: Recipe) -> Dataset:
     """Loads the recipe's data, and checks all that would otherwise fail in training or later.
 
@@ -241,7 +265,14 @@ def _load_checked_data(recipe: Recipe) -> Dataset:
     """
     data = recipe.data.load()
     recipe.others(data.levels)
-    plan.check(recipe, data, {name: _untrained(recipe, name, data) for name in recipe.models})
+    models = {name: _untrained(recipe, name, data) for name in recipe.models}
+    for name, model in models.items():
+        if earlier := recipe.models[name].start_from:
+            try:
+                _copy_weights(models[earlier], model)
+            except InvalidInput as error:
+                raise InvalidInput(f"models.{name}", str(error)) from error
+    plan.check(recipe, data, models)
     if any(part.kind == "contrast" for part in recipe.calibration.parts):
         few = data.fit.subsample(CORRUPTED)
         corruptions.corrupt_for_contrast(recipe.calibration.contrast, few.x, data.levels)
@@ -346,8 +377,9 @@ def _train_in_parallel(jobs: Sequence[Job], report: Report | None) -> dict[str, 
     trained: dict[str, Trained] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < machine.cores():
-                name = next(iter(waiting))
+            untrained = waiting.keys() | running.keys()
+            ready = [job.name for job in jobs if job.name in waiting and job.start not in untrained]
+            for name in ready[: machine.cores() - len(running)]:
                 running[name] = waiting.pop(name)
                 running[name].start()
             name, message = _receive(messages, running)

@@ -49,12 +49,18 @@ class Sampler(RasterSampler):
             position_horizontal=position_horizontal.expand(grid),
         )
 
-    def forward(self, gumbel: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        gumbel: Tensor,
+        y: Tensor | None = None,
+        beside: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Samples pictures.
 
         Args:
             gumbel: standard Gumbel noise, float32 (n, h, w, c, digits, base).
             y: labels, int64 (n,), which may be null labels; None for p(x).
+            beside: what to add to both stacks, each (n, channels, h, w); None for nothing.
 
         Returns:
             Levels, uint8 (n, c, h, w).
@@ -98,7 +104,7 @@ class Sampler(RasterSampler):
             position, position_left, index = inputs
             window = windows(above.flatten(0, 1), blank, seen_by_stem)
             v = (window @ self.stem_vertical).view(self.width, -1, config.channels)
-            v = v + position[:, None]
+            v = v + position
             if config.row_layers:
                 fed, caches = self._row_transformer(above[:, :, -self.channels :], caches, index, y)
                 v = v + fed
@@ -125,10 +131,18 @@ class Sampler(RasterSampler):
             ],
         ]
         rows = torch.arange(self.height)
-        inputs = [self.position_vertical, self.position_horizontal, rows]
+        inputs = [*self._positions(beside), rows]
         _, levels = scan(row, start_row, inputs)
         pictures: Tensor = levels.permute(2, 3, 0, 1).to(torch.uint8)
         return pictures
+
+    def _positions(self, beside: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """What enters the stacks of every row besides the stem, for all pictures or for each."""
+        vertical, horizontal = self.position_vertical[:, :, None], self.position_horizontal
+        if beside is None:
+            return [vertical, horizontal]
+        by_row = [part.permute(2, 3, 0, 1) for part in beside]
+        return [vertical + by_row[0], horizontal[:, :, None] + by_row[1]]
 
     def _row_transformer(
         self, latest: Tensor, caches: list[Tensor], index: Tensor, y: Tensor | None

@@ -144,9 +144,10 @@ class Generator:
         """Draws completions in chunks; all of one picture come before those of the next.
 
         An open pixel is drawn given everything before it in raster order. This is exact if
-        no fixed pixel follows an open one. Otherwise each completion is chosen among
-        proposals, in proportion to the probability that each gives to the fixed pixels
-        (sampling-importance-resampling; Rubin, 1988). This is exact in the limit.
+        no fixed pixel follows an open one, and the model does not draw a sketch of the whole
+        picture first. Otherwise each completion is chosen among proposals, in proportion to the
+        probability that each gives to the fixed pixels (sampling-importance-resampling; Rubin,
+        1988). This is exact in the limit.
         """
         self._lanes.graph(Role.SAMPLE)
         self._check_label(Role.SAMPLE, label)

@@ -83,6 +83,8 @@ EXPORT = {
     "winograd": "torch",
     "sampler": "drawing pixelcnn raster winograd torch",
     "rnn_sampler": "drawing pixelrnn raster torch",
+    "sketch": "likely.errors heads limits pixelcnn torch",
+    "sketch_sampler": "sampler sketch torch",
     "moves": "likely.errors torch",
     "trunks": "torch",
     "cvae": "likely.errors limits logistic moves trunks torch",
@@ -92,7 +94,9 @@ EXPORT = {
         "likely.answers likely.bayes likely.errors likely.outliers measures numpy scipy sklearn"
     ),
     "classifier": "likely.errors calibrate data limits moves numpy torch",
-    "families": "likely.errors autoencoder classifier cvae local pixelcnn pixelrnn vae torch",
+    "families": (
+        "likely.errors autoencoder classifier cvae local pixelcnn pixelrnn sketch vae torch"
+    ),
     "optimisers": "likely.errors torch",
     "train": "likely.errors data optimisers numpy torch lightning_fabric",
     "statistics": "torch",
@@ -104,7 +108,7 @@ EXPORT = {
     ),
     "roles": (
         "likely.bundle likely.errors autoencoder autoregressive classifier cvae local pixelcnn "
-        "pixelrnn raster rnn_sampler sampler statistics vae torch"
+        "pixelrnn rnn_sampler sampler sketch sketch_sampler statistics vae torch"
     ),
     "plan": "likely.bundle likely.errors data recipes roles pydantic torch",
     "runs": (

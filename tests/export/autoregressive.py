@@ -59,11 +59,16 @@ def randomised(config: AutoregressiveConfig, scale: float = 0.3) -> Autoregressi
     """A model whose every weight is drawn anew, so that nothing starts at zero."""
     torch.manual_seed(7)
     net = untrained(config)
+    randomise(net, scale)
+    return net.eval()
+
+
+def randomise(model: torch.nn.Module, scale: float = 0.3) -> None:
+    """Draws every weight of a model anew."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for weight in net.parameters():
+        for weight in model.parameters():
             weight.add_(torch.randn(weight.shape, generator=generator) * scale)
-    return net.eval()
 
 
 def pictures(config: AutoregressiveConfig, n: int, seed: int = 0) -> torch.Tensor:

@@ -1,9 +1,11 @@
-"""Completion by a real PixelCNN, against the conditional distribution by enumeration."""
+"""Completion by real densities, against the conditional distribution by enumeration."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,23 +24,56 @@ from likely.generation import Generator
 from likely.graphs import Device, Session
 from likely_export import graphs, roles
 from likely_export.pixelcnn import PixelCNNConfig
+from likely_export.sketch import Detail, DetailConfig, Sketch, SketchConfig, Sketched
 from likely_export.statistics import STATISTICS
 
-CONFIG = PixelCNNConfig((1, 2, 3), 2, channels=6, layers=2, head=6)
-MODEL = autoregressive.randomised(CONFIG, 0.8)
-EVERYTHING = np.array(list(itertools.product((0, 1), repeat=6)), np.uint8).reshape(-1, 1, 2, 3)
+
+@dataclass(frozen=True)
+class Case:
+    """A model of so few pictures that all of them can be listed."""
+
+    model: roles.Exact
+    everything: Pixels
+
+    @property
+    def places(self) -> np.ndarray[Any, Any]:
+        """The weight of each pixel in a picture's place in the list, (pixels,)."""
+        pixels = self.everything[0].size
+        places: np.ndarray[Any, Any] = self.model.config.levels ** np.arange(pixels)[::-1]
+        return places
 
 
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
-    folder = tmp_path_factory.mktemp("graphs")
+def listed(levels: int, shape: tuple[int, int, int]) -> Pixels:
+    pictures = itertools.product(range(levels), repeat=math.prod(shape))
+    return np.array(list(pictures), np.uint8).reshape(-1, *shape)
+
+
+def sketched() -> Sketched:
+    options: dict[str, Any] = {"channels": 6, "layers": 2, "head": 6}
+    sketch = Sketch(SketchConfig((1, 1, 3), 4, **options))
+    model = Sketched(sketch, Detail(DetailConfig((1, 1, 3), 4, window=3, **options)))
+    autoregressive.randomise(model, 0.5)
+    return model.eval()
+
+
+ONE_PASS = Case(
+    autoregressive.randomised(PixelCNNConfig((1, 2, 3), 2, channels=6, layers=2, head=6), 0.8),
+    listed(2, (1, 2, 3)),
+)
+TWO_PASSES = Case(sketched(), listed(4, (1, 1, 3)))
+
+
+def generator(case: Case, folder: Path) -> Generator:
     sources = {
-        Role.SAMPLE: roles.sample(MODEL),
+        Role.SAMPLE: roles.sample(case.model),
         Role.DENSITY: roles.density(
-            MODEL, tuple(name for name, each in STATISTICS.items() if each.needs is None)
+            case.model, tuple(name for name, each in STATISTICS.items() if each.needs is None)
         ),
     }
-    sessions = {role: opened(source, folder / f"{role}.onnx") for role, source in sources.items()}
+    levels = case.model.config.levels
+    sessions = {
+        role: opened(source, folder / f"{role}.onnx", levels) for role, source in sources.items()
+    }
     best = dict.fromkeys(sessions, Best(4096))
     lanes = Lanes("small", sessions, lanes=1, best=best)
 
@@ -55,8 +90,8 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     return Generator(manifest, lanes, passes, surprise, p_label, rows=1)
 
 
-def opened(source: roles.GraphSource, path: Path) -> Session:
-    return Session(path, graphs.export(source, path, 2, 0).graph, Device("cpu"))
+def opened(source: roles.GraphSource, path: Path, levels: int) -> Session:
+    return Session(path, graphs.export(source, path, levels, 0).graph, Device("cpu"))
 
 
 def completed(
@@ -71,36 +106,48 @@ def completed(
     return np.concatenate(asyncio.run(read()))
 
 
-def conditional(x: Pixels, known: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def conditional(case: Case, x: Pixels, known: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """p(every picture | the known pixels of x), (64,)."""
     with torch.no_grad():
-        p = MODEL.log_prob(torch.from_numpy(EVERYTHING)).double().exp().numpy()
-    fits = np.all((x == EVERYTHING) | ~known, axis=(1, 2, 3))
+        p = case.model.log_prob(torch.from_numpy(case.everything)).double().exp().numpy()
+    fits = np.all((x == case.everything) | ~known, axis=(1, 2, 3))
     chosen: np.ndarray[Any, Any] = p * fits / (p * fits).sum()
     return chosen
 
 
-def shares(images: Pixels) -> np.ndarray[Any, Any]:
-    index = images.reshape(len(images), 6) @ (1 << np.arange(6)[::-1])
-    return np.bincount(index, minlength=64)
+def shares(case: Case, images: Pixels) -> np.ndarray[Any, Any]:
+    index = images.reshape(len(images), -1) @ case.places
+    return np.bincount(index, minlength=len(case.everything))
 
 
-def test_an_open_end_follows_the_conditional_distribution(generator: Generator) -> None:
+def test_an_open_end_follows_the_conditional_distribution(tmp_path: Path) -> None:
     x = np.array([[[[1, 0, 1], [0, 0, 0]]]], np.uint8)
     known = np.array([[[[True, True, True], [False, False, False]]]])
-    counts, wanted = shares(completed(generator, x, known, 20_000, 1)), conditional(x, known)
+    images = completed(generator(ONE_PASS, tmp_path), x, known, 20_000, 1)
+    counts, wanted = shares(ONE_PASS, images), conditional(ONE_PASS, x, known)
     possible = wanted > 0
     assert counts[~possible].sum() == 0
     assert chisquare(counts[possible], wanted[possible] * counts.sum()).pvalue > 1e-3
 
 
-def test_proposals_bring_in_what_later_fixed_pixels_say(generator: Generator) -> None:
-    x = np.array([[[[0, 0, 0], [1, 0, 1]]]], np.uint8)
-    known = np.array([[[[False, False, False], [True, True, True]]]])
-    wanted, n = conditional(x, known), 4000
+@pytest.mark.parametrize(
+    ("case", "x", "known"),
+    [
+        (ONE_PASS, [[0, 0, 0], [1, 0, 1]], [[0, 0, 0], [1, 1, 1]]),
+        (TWO_PASSES, [[3, 3, 0]], [[0, 0, 1]]),
+        (TWO_PASSES, [[1, 3, 0]], [[1, 0, 1]]),
+    ],
+    ids=["one pass", "two passes", "two passes, fixed around"],
+)
+def test_proposals_bring_in_what_later_fixed_pixels_say(
+    tmp_path: Path, case: Case, x: list[list[int]], known: list[list[int]]
+) -> None:
+    picture, mask = np.array([[x]], np.uint8), np.array([[known]], bool)
+    wanted, n = conditional(case, picture, mask), 4000
+    completer = generator(case, tmp_path)
 
     def distance(proposals: int) -> float:
-        counts = shares(completed(generator, x, known, n, proposals))
+        counts = shares(case, completed(completer, picture, mask, n, proposals))
         assert counts[wanted == 0].sum() == 0
         return float(np.abs(counts / n - wanted).sum() / 2)
 

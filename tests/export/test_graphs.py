@@ -1,6 +1,7 @@
 """Weights move to where they are read, and nothing else changes."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,3 +174,30 @@ def test_noise_that_stands_as_it_was_drawn_is_kept() -> None:
     found = graphs.golden(session, 256, 1)["gumbel"]
     drawn = [graphs.example(session.spec.inputs, 2, 256, 1, seed)["gumbel"] for seed in range(9)]
     assert any(np.array_equal(found, one) for one in drawn)
+
+
+def test_a_matrix_and_its_transpose_are_stored_once(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((5, 48)).astype(np.float32)
+    files, outputs = [], []
+    for name, matrix in {"a": values.T, "b": values, "c": values + 1}.items():
+        width, height = matrix.shape
+        inputs = [info("x", 1, ["n", width])]
+        graph = helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            name,
+            inputs,
+            [info("y", 1, ["n", height])],
+            [numpy_helper.from_array(np.ascontiguousarray(matrix), "w")],
+        )
+        file = tmp_path / f"{name}.onnx"
+        opset = helper.make_opsetid("", 20)
+        onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), file)
+        files.append(file)
+        feed = np.resize(x, (5, width))
+        outputs.append((feed, ort.InferenceSession(file).run(None, {"x": feed})[0]))
+    graphs.share_weights(files, tmp_path / "weights.bin")
+    size = values.nbytes
+    assert 2 * size <= (tmp_path / "weights.bin").stat().st_size < 2 * size + graphs.ALIGNMENT
+    for file, (feed, output) in zip(files, outputs, strict=True):
+        assert np.array_equal(ort.InferenceSession(file).run(None, {"x": feed})[0], output)

@@ -14,6 +14,7 @@ from likely_export.cvae import CVAEConfig
 from likely_export.local import LocalConfig
 from likely_export.pixelcnn import PixelCNNConfig
 from likely_export.pixelrnn import PixelRNNConfig
+from likely_export.sketch import DetailConfig, SketchConfig
 
 SHAPE, LEVELS, LABELS = (1, 8, 8), 16, 3
 CONFIGS: list[Any] = [
@@ -23,6 +24,8 @@ CONFIGS: list[Any] = [
     LocalConfig(SHAPE, LEVELS),
     PixelCNNConfig(SHAPE, LEVELS, LABELS),
     PixelRNNConfig(SHAPE, LEVELS, LABELS),
+    SketchConfig(SHAPE, LEVELS, LABELS),
+    DetailConfig(SHAPE, LEVELS, LABELS),
 ]
 SIZES = ("channels", "width", "latent", "head", "depth", "digits", "convolutions", "row_heads")
 

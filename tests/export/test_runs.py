@@ -55,6 +55,27 @@ alphas = [0.2]
 """
 
 
+# A model that starts from another one, and is named before it.
+STARTED = """
+[models.c]
+family = "detail"
+start_from = "b"
+channels = 4
+layers = 1
+head = 4
+training.steps = 2
+training.validations = 1
+training.learning_rate = 1e-30
+[models.s]
+family = "sketch"
+channels = 4
+layers = 1
+head = 4
+training.steps = 2
+training.validations = 1
+"""
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     x = np.random.default_rng(0).integers(0, 256, (60, 4, 3)).astype(np.uint8)
@@ -255,6 +276,72 @@ def test_a_folder_of_a_shorter_training_is_gone_on_with(recipe: Recipe, tmp_path
     longer.write(tmp_path / "run" / runs.RECIPE)
     with pytest.raises(InvalidInput, match="another recipe"):
         runs.train_all(recipe, tmp_path / "run", only=["b"])
+
+
+@pytest.fixture
+def started(recipe: Recipe, tmp_path: Path) -> Recipe:
+    """A recipe in whose run c starts with the weights of b."""
+    text = RECIPE.replace("[models.b]", STARTED + "[models.b]")
+    text = text.replace('density = "b"', 'density = ["s", "c"]')
+    (tmp_path / "started.toml").write_text(text)
+    return recipes.load(tmp_path / "started.toml")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_model_starts_with_the_trained_weights_of_another(
+    started: Recipe, tmp_path: Path, at_once: bool
+) -> None:
+    run = tmp_path / "run"
+    if not at_once:
+        with pytest.raises(InvalidInput, match="was this model trained to the end"):
+            runs.train_all(started, run, only=["c"])
+    for only in ([], ["c"]) if at_once else (["b"], ["c"]):
+        runs.train_all(started, run, only=only)
+    earlier = runs.Run.open(run).model("b").state_dict()
+    state = runs.Run.open(run).model("c").state_dict()  # which was hardly trained
+    assert earlier.keys() < state.keys()
+    for name, weight in earlier.items():
+        torch.testing.assert_close(state[name], weight, rtol=0, atol=1e-20)
+    assert earlier["stem_vertical.weight"].abs().sum() > 0
+
+
+def test_a_model_that_others_started_from_is_not_trained_for_longer(
+    started: Recipe, tmp_path: Path
+) -> None:
+    runs.train_all(started, tmp_path / "run", only=["b"])
+    for name in ("b", "c"):
+        trainings = {key: model.training for key, model in started.models.items()}
+        trainings[name] = replace(trainings[name], more_epochs=(1,))
+        longer = started._with_trainings(trainings)
+        assert longer.continues(started) == (name == "c")
+    with pytest.raises(InvalidInput, match="another recipe"):
+        longer = started._with_training(lambda own: replace(own, more_epochs=(1,)))
+        runs.train_all(longer, tmp_path / "run", only=["b"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('start_from = "b"', 'start_from = "x"', r"models\.c\.start_from: x is none of a, c, s, b"),
+        ('start_from = "b"', 'start_from = "c"', "c does not start from nothing itself"),
+        ('start_from = "b"', 'start_from = "a"', r"models\.c: start_from: .* of the CVAE has no"),
+        ("layers = 1", "layers = 2\nrow_layers = 1", ""),  # c has more weights than b: fine
+        ('"detail"\nstart_from = "b"\nchannels = 4', '"detail"\nstart_from = "b"\nchannels = 8',
+         r"models\.c: start_from: .* of the PixelCNN has no counterpart"),
+    ],
+)  # fmt: skip
+def test_what_no_model_can_start_from_is_refused(
+    started: Recipe, tmp_path: Path, old: str, new: str, says: str
+) -> None:
+    text = (tmp_path / "started.toml").read_text()
+    assert old in text
+    (tmp_path / "started.toml").write_text(text.replace(old, new, 1))
+    if not says:
+        runs.train_all(recipes.load(tmp_path / "started.toml"), tmp_path / "run", only=["s"])
+        return
+    with pytest.raises(InvalidInput, match=says):
+        runs.train_all(recipes.load(tmp_path / "started.toml"), tmp_path / "run", only=["s"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_gone_on_with_where_its_data_are_now(recipe: Recipe, tmp_path: Path) -> None:

@@ -514,7 +514,8 @@ class Client:
             first_index: index of the first picture, for splitting a job.
             temperature: factor on the noise, in [0, 2]; None is 1.
             proposals: number of candidates for each completion, in [1, 256]; 1 is exact if no
-                fixed pixel follows an open one in raster order.
+                fixed pixel follows an open one in raster order, and the model does not draw a
+                sketch of the whole picture first.
             model: name of the model.
             version: version of the model.
 

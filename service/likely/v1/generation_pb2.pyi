@@ -264,11 +264,12 @@ class CompleteRequest(google.protobuf.message.Message):
     proposals: builtins.int
     """Number of candidates drawn for each completion, from 1 to 256. The model draws
     an open pixel given all pixels before it in raster order. With 1 proposal this
-    is exact if no fixed pixel follows an open one. Otherwise more proposals
-    approximate p(open | fixed) better: one is chosen in proportion to the
-    probability that it gives to the fixed pixels. More than 1 needs an absent
-    label, an absent temperature, and a model whose log p(x) is that of the model
-    that draws. Absent: 1.
+    is exact if no fixed pixel follows an open one, and the model does not draw a
+    sketch of the whole picture first. Otherwise more proposals approximate
+    p(open | fixed) better: one is chosen in proportion to the probability that it
+    gives to the fixed pixels. More than 1 needs an absent label, an absent
+    temperature, and a model whose log p(x) is that of the model that draws.
+    Absent: 1.
     """
     @property
     def images(self) -> likely.v1.images_pb2.Images:
