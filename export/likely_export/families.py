@@ -44,11 +44,11 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "pixelcnn": Family(PixelCNNConfig, PixelCNN),
-        "sketch": Family(SketchConfig, Sketch),
-        "detail": Family(DetailConfig, Detail),
         "cvae": Family(CVAEConfig, CVAE, needs_labels=True),
         "local": Family(LocalConfig, LocalPixelCNN),
         "pixelrnn": Family(PixelRNNConfig, PixelRNN),
+        "sketch": Family(SketchConfig, Sketch),
+        "detail": Family(DetailConfig, Detail),
         "classifier": Family(ClassifierConfig, Classifier, needs_labels=True),
         "vae": Family(CVAEConfig, VAE, labelled=False),
         "autoencoder": Family(AutoencoderConfig, Autoencoder, labelled=False),

@@ -31,6 +31,8 @@ class Sampler(RasterSampler):
     """Samples x from p(x), or p(x|y), of a trained PixelCNN."""
 
     model: PixelCNN
+    bias_vertical: Tensor
+    bias_horizontal: Tensor
     position_vertical: Tensor
     position_horizontal: Tensor
 
@@ -39,15 +41,13 @@ class Sampler(RasterSampler):
         config = model.config
         self.layers = [_Layer(cast(Block, block)) for block in model.blocks]
         self.steps = nn.ModuleList(self.layers)
-        position_vertical, position_horizontal = self.stem_biases()
-        if config.positions:
-            position_vertical = position_vertical + model.position_vertical.permute(1, 2, 0)
-            position_horizontal = position_horizontal + model.position_horizontal.permute(1, 2, 0)
-        grid = (self.height, self.width, config.channels)
-        self.register_copies(
-            position_vertical=position_vertical.expand(grid),
-            position_horizontal=position_horizontal.expand(grid),
-        )
+        bias_vertical, bias_horizontal = self.stem_biases()
+        self.register_copies(bias_vertical=bias_vertical, bias_horizontal=bias_horizontal)
+        if config.positions:  # apart from the biases, so that they stay exact in half precision
+            self.register_copies(
+                position_vertical=model.position_vertical.flatten(1).T,
+                position_horizontal=model.position_horizontal.flatten(1).T,
+            )
 
     def forward(
         self,
@@ -138,11 +138,17 @@ class Sampler(RasterSampler):
 
     def _positions(self, beside: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """What enters the stacks of every row besides the stem, for all pictures or for each."""
-        vertical, horizontal = self.position_vertical[:, :, None], self.position_horizontal
+        grid = (self.height, self.width, self.model.config.channels)
+        if self.model.config.positions:
+            vertical = (self.position_vertical + self.bias_vertical).view(grid)
+            horizontal = (self.position_horizontal + self.bias_horizontal).view(grid)
+        else:
+            vertical = self.bias_vertical.expand(grid).clone()
+            horizontal = self.bias_horizontal.expand(grid).clone()
         if beside is None:
-            return [vertical, horizontal]
+            return [vertical[:, :, None], horizontal]
         by_row = [part.permute(2, 3, 0, 1) for part in beside]
-        return [vertical + by_row[0], horizontal[:, :, None] + by_row[1]]
+        return [vertical[:, :, None] + by_row[0], horizontal[:, :, None] + by_row[1]]
 
     def _row_transformer(
         self, latest: Tensor, caches: list[Tensor], index: Tensor, y: Tensor | None
