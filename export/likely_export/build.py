@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +168,21 @@ def _extended(manifest: Manifest, recipe: Recipe, exported: Exported) -> dict[st
     fields["graphs"][Role.DISCRIMINATE] = exported.graph.model_dump()
     fields["parity_nats"] = max(manifest.parity_nats, exported.parity)
     table = recipe.published()
-    models = {name: table["models"][name] for name in recipe.models_of(Role.DISCRIMINATE)}
+    models = _with_starts(table["models"], recipe.models_of(Role.DISCRIMINATE))
     named = {Role.DISCRIMINATE.value: table["roles"][Role.DISCRIMINATE]}
     existing = fields["recipe"]
     existing_roles = existing.get("roles", {}) | named
-    in_use = {name for role in existing_roles.values() for name in model_names(role)}
-    kept = {name: model for name, model in existing.get("models", {}).items() if name in in_use}
+    in_use = [name for role in existing_roles.values() for name in model_names(role)]
+    kept = _with_starts(existing.get("models", {}), in_use)
     fields["recipe"] = {**existing, "models": {**kept, **models}, "roles": existing_roles}
     return fields
+
+
+def _with_starts(models: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The tables of the models of these names that there are, and of those that they start from."""
+    chosen = {name for name in names if name in models}
+    chosen |= {models[name].get("start_from") for name in chosen}
+    return {name: model for name, model in models.items() if name in chosen}
 
 
 def _directions(

@@ -200,7 +200,7 @@ class Drawing:
         sizes = self.manifest.calibrated.statistics
         if Role.SAMPLE not in self.manifest.graphs or not {"surprise", "entropy"} <= set(sizes):
             return {}
-        if self.manifest.leader(Role.SAMPLE) != self.manifest.leader(Role.DENSITY):
+        if not self.manifest.samples_density:
             return {}
         spec = self.manifest.graphs[Role.SAMPLE]
         session = passes.open_graph(self.bundle, Role.SAMPLE)

@@ -150,7 +150,7 @@ def share_weights(files: Iterable[Path], weights: Path) -> None:
 
     The graphs of one model have many weights in common; equal ones are found by their bytes. A
     matrix that is the transpose of one already stored is replaced by that one and a Transpose,
-    which ONNX Runtime folds when a session is opened.
+    which ONNX Runtime folds, or merges with what reads it, when a session is opened.
     """
     places: dict[bytes, int] = {}
     with weights.open("wb") as out:

@@ -113,7 +113,9 @@ class Job:
 
     @property
     def start(self) -> str:
-        """The name of the model whose trained weights this one starts with; empty for none."""
+        """The name of the model whose trained weights are read now; empty for none."""
+        if self.resume and (self.folder / train.CHECKPOINT).is_file():
+            return ""
         return self.recipe.models[self.name].start_from
 
     def run(self, report: Report | None) -> Trained:
@@ -197,6 +199,9 @@ def train_all(
         _require_same_run(recipe, folder, data.digest)
     with _lock_models(folder, names) if is_first else nullcontext():
         if is_first:
+            for job in jobs:
+                if job.start and job.start not in names:
+                    Run(folder, recipe).model(job.start, data)
             _prepare(recipe, folder, names, resume)
         if hardware.devices > 1:
             hardware.fabric().barrier()
@@ -322,7 +327,9 @@ def _lock_models(folder: Path, names: Sequence[str]) -> Iterator[None]:
 def _prepare(recipe: Recipe, folder: Path, names: Sequence[str], resume: bool) -> None:
     recipe.write(folder / RECIPE)
     if not resume:
-        for name in names:
+        # What started from a model that is trained afresh would not be what the recipe describes.
+        started = [name for name, model in recipe.models.items() if model.start_from in names]
+        for name in [*names, *started]:
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -378,10 +385,11 @@ def _train_in_parallel(jobs: Sequence[Job], report: Report | None) -> dict[str, 
     try:
         while waiting or running:
             untrained = waiting.keys() | running.keys()
-            ready = [job.name for job in jobs if job.name in waiting and job.start not in untrained]
-            for name in ready[: machine.cores() - len(running)]:
-                running[name] = waiting.pop(name)
-                running[name].start()
+            ready = [job for job in jobs if job.name in waiting and job.start not in untrained]
+            ready.sort(key=lambda job: not job.start)  # the longest chains go on first
+            for job in ready[: machine.cores() - len(running)]:
+                running[job.name] = waiting.pop(job.name)
+                running[job.name].start()
             name, message = _receive(messages, running)
             if isinstance(message, Progress):
                 if report:

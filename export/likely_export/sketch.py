@@ -38,6 +38,8 @@ class SketchConfig(PixelCNNConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.digits != 1:
+            raise InvalidInput("digits", f"{self.digits}; the level of a sketch is one digit")
         _check_sketch(self.sketch_levels, self.levels)
 
     def density(self) -> PixelCNNConfig:
@@ -164,7 +166,7 @@ class Sketched(nn.Module):
     """log p(x), or log p(x|y), in two passes.
 
     To the digits of a level, its level in the sketch is prepended. All of these are written with
-    the base of the other digits.
+    the base of the other digits. `config` is the detail's, whose digits do not count the first.
 
     Args:
         sketch: density of the sketch.

@@ -23,7 +23,7 @@ class SketchedSampler(nn.Module):
     def __init__(self, model: Sketched) -> None:
         super().__init__()
         self.detail = model.detail
-        self.levels = model.config.sketch_levels
+        self.sketch_levels = model.config.sketch_levels
         self.sketch_sampler = Sampler(model.sketch.density)
         self.detail_sampler = Sampler(model.detail)
 
@@ -38,8 +38,8 @@ class SketchedSampler(nn.Module):
             Levels, uint8 (n, c, h, w).
         """
         of_sketch, of_first, of_rest = gumbel[..., 0, :], gumbel[..., 1, :], gumbel[..., 2:, :]
-        fixed = torch.relu(of_first - FIXED).unflatten(-1, (self.levels, -1)).sum(-1)
-        sketch = self.sketch_sampler(of_sketch[..., 1 : 1 + self.levels] + fixed, y)
+        fixed = torch.relu(of_first - FIXED).unflatten(-1, (self.sketch_levels, -1)).sum(-1)
+        sketch = self.sketch_sampler(of_sketch[..., 1 : 1 + self.sketch_levels] + fixed, y)
         of_first = of_first + self.detail.head.restrict(sketch)
         noise = torch.cat([of_first[..., None, :], of_rest], -2)
         pictures: Tensor = self.detail_sampler(noise, y, self.detail.beside(sketch))

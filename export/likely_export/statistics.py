@@ -45,7 +45,7 @@ class Tables:
     """The values of every pixel in one pass, each (n, c, h, w), in nats.
 
     Attributes:
-        surprise: s = -log p(pixel | before).
+        surprise: s = -log p(pixel | before); in two passes, of the sketch and of the level.
         coarse: the part of the surprise that comes from the pixel's first digit.
         entropy: H, the expectation of the surprise under the model.
         variance: V, the variance of the surprise under the model.

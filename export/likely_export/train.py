@@ -530,6 +530,7 @@ class _Loop:
         }
         if self.fabric.is_global_zero:
             _write(file, content)
+        self.fabric.barrier()  # other devices may go on to read it
         return Trained(file, self.step, self.seconds, self.best)
 
 

@@ -539,7 +539,7 @@ class Engine:
             first_index: index of the first picture.
             temperature: factor of the noise that levels are drawn with.
             proposals: number of candidates from which each completion is chosen; more than 1
-                helps where fixed pixels follow open ones.
+                helps where fixed pixels follow open ones, or a sketch is drawn first.
             chunk: completions in one chunk.
 
         Returns:

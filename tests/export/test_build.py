@@ -16,7 +16,7 @@ from likely.engine import Engine
 from likely.errors import BundleError
 from likely.graphs import Device
 from likely_export import evaluate, recipes, runs
-from likely_export.build import build
+from likely_export.build import _with_starts, build
 from likely_export.corruptions import HARD, PANEL
 from likely_export.decisions import _assigned_labels
 from likely_export.generated import Sizes
@@ -237,3 +237,10 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
     (tmp_path / "other" / "file").touch()
     with pytest.raises(BundleError, match="not replaced"):
         build(tmp_path / "run", tmp_path / "other", steps.append)
+
+
+def test_what_a_model_starts_from_stays_with_it_in_a_recipe() -> None:
+    published = recipes.load("mnist").published()
+    kept = _with_starts(published["models"], ["sketch", "detail", "gone"])
+    assert kept.keys() == {"sketch", "detail", "pixelcnn"}
+    assert _with_starts(published["models"], ["cvae"]).keys() == {"cvae"}

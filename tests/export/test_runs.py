@@ -305,6 +305,20 @@ def test_a_model_starts_with_the_trained_weights_of_another(
     assert earlier["stem_vertical.weight"].abs().sum() > 0
 
 
+def test_a_model_trained_afresh_takes_what_started_from_it_along(
+    started: Recipe, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    runs.train_all(started, run)
+    (run / "b" / train.WEIGHTS).rename(run / "weights.pt")
+    runs.train_all(started, run, only=["c"])  # resumed, from its own checkpoint
+    with pytest.raises(InvalidInput, match="was this model trained to the end"):
+        runs.train_all(started, run, only=["c"], resume=False)
+    assert (run / "c" / train.WEIGHTS).is_file()
+    runs.train_all(started, run, only=["b"], resume=False)
+    assert not (run / "c").exists() and (run / "s").exists()
+
+
 def test_a_model_that_others_started_from_is_not_trained_for_longer(
     started: Recipe, tmp_path: Path
 ) -> None:

@@ -200,6 +200,8 @@ def test_the_families_refuse_what_does_not_fit() -> None:
             SketchConfig((1, 4, 4), levels, sketch_levels=sketch_levels)
     with pytest.raises(InvalidInput, match="sketch_levels: 4 is no divisor of 4"):
         DetailConfig((1, 4, 4), 16, digits=2, sketch_levels=4)
+    with pytest.raises(InvalidInput, match="digits: 2; the level of a sketch is one digit"):
+        SketchConfig((1, 4, 4), 16, digits=2, sketch_levels=4)
     with pytest.raises(InvalidInput, match="window: 4 is not odd"):
         DetailConfig((1, 4, 4), 16, window=4)
     with pytest.raises(InvalidInput, match="logistics"):

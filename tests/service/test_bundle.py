@@ -210,7 +210,26 @@ def test_calibration_arrays_that_no_p_value_can_be_made_of_are_refused(
 @pytest.mark.parametrize("roles", [[], {"sample": []}, {"sample": [1]}, None])
 def test_who_draws_is_not_told_where_the_recipe_does_not(folder: Path, roles: Any) -> None:
     change_manifest(folder, recipe={"roles": roles})
-    assert Bundle.open(folder).manifest.leader(Role.SAMPLE) is None
+    assert Bundle.open(folder).manifest.samples_density
+
+
+@pytest.mark.parametrize(
+    ("density", "sample", "expected"),
+    [
+        ("a", "a", True),
+        ("a", "b", False),
+        (["a", "local"], "a", True),
+        (["sketch", "detail", "local"], ["sketch", "detail"], True),
+        (["sketch", "other"], ["sketch", "detail"], False),
+        (["local", "a"], "a", False),
+        ([], "a", False),
+    ],
+)
+def test_the_density_is_of_the_model_that_samples_if_its_role_begins_with_it(
+    folder: Path, density: Any, sample: Any, expected: bool
+) -> None:
+    change_manifest(folder, recipe={"roles": {"density": density, "sample": sample}})
+    assert Bundle.open(folder).manifest.samples_density == expected
 
 
 def test_a_sound_bundle_opens(toy: Toy) -> None:

@@ -230,12 +230,21 @@ class Manifest(_FrozenModel):
         spec = graph.output("mean") if role is Role.ENCODE else graph.input("z")
         return int(spec.shape[-1]) if spec else 0
 
-    def leader(self, role: Role) -> str | None:
-        """The name of the (first) model in a role, by the recipe; None if the recipe has none."""
+    @property
+    def samples_density(self) -> bool:
+        """Whether log p(x) is that of the model that samples; assumed if the recipe names neither.
+
+        A density's role may name further models, which only add statistics.
+        """
+        density, sample = self._models_of(Role.DENSITY), self._models_of(Role.SAMPLE)
+        return density[: len(sample)] == sample
+
+    def _models_of(self, role: Role) -> tuple[str, ...]:
+        """The names of a role's models by the recipe, which anyone may have written."""
         roles = self.recipe.get("roles")
         named = roles.get(role) if isinstance(roles, dict) else None
-        first = next(iter(named), None) if isinstance(named, list | tuple) else named
-        return first if isinstance(first, str) else None
+        names = named if isinstance(named, list | tuple) else [named]
+        return tuple(name for name in names if isinstance(name, str))
 
     @property
     def deterministic(self) -> bool:

@@ -30,7 +30,6 @@ from likely.answers import (
     Pixels,
     SelfCheck,
 )
-from likely.bundle import Role
 from likely.errors import InvalidInput
 from likely.latent import Drawing
 from likely.noise import SEED_LIMIT
@@ -269,7 +268,7 @@ def completions(
     proposals = request.proposals if request.HasField("proposals") else 1
     if proposals > 1 and (request.HasField("label") or request.HasField("temperature")):
         raise InvalidInput("proposals", f"{proposals} need an absent label and temperature")
-    if proposals > 1 and manifest.leader(Role.SAMPLE) != manifest.leader(Role.DENSITY):
+    if proposals > 1 and not manifest.samples_density:
         problem = f"{proposals} need a model that can compute log p(x) of its draws"
         raise InvalidInput("proposals", problem)
     _check_range(

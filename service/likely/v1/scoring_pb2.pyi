@@ -219,7 +219,9 @@ class ScoreResponse(google.protobuf.message.Message):
     surprise: builtins.bytes
     """Only if requested: -log p(pixel | pixels before it) in nats, as packed
     little-endian 32-bit floats, row-major (picture, channel, row, column). The
-    values of a picture sum to -log p(x).
+    values of a picture sum to -log p(x). If the model draws a sketch of the whole
+    picture first, a value is the sum of two: for the pixel of the sketch given
+    those before it, and for the pixel given the whole sketch and those before it.
     """
     @property
     def scores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Score]:
