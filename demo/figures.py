@@ -101,7 +101,7 @@ def surprise(path: Path, examples: Sequence[Example], alpha: float) -> None:
         grid[0, 0].set_ylabel("picture")
         grid[1, 0].set_ylabel("surprise")
         figure.suptitle(
-            f"What surprises the model: -log p of every pixel given those before it. "
+            f"What surprises the model: how much every pixel adds to -log p(x). "
             f"Verdicts at alpha = {alpha:g}",
             x=0.055, y=0.965, ha="left",
         )  # fmt: skip

@@ -12,7 +12,7 @@ PATCH, STRIDE = 4, 2
 
 
 def by_pixel(session: Session, x: Pixels, pair: Labels) -> Floats:
-    """Each pixel's term of the log-ratio, given the pixels before it, nats, float32 (n, c, h, w).
+    """Each pixel's term of the log-ratio, by the chain rule, nats, float32 (n, c, h, w).
 
     Args:
         session: session of a conditional graph that outputs `surprise` under every label.

@@ -11,7 +11,7 @@ at random.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,9 @@ from torch.nn import functional
 from likely.errors import InvalidInput
 from likely_export import mixture
 from likely_export.limits import at_least, in_unit_interval
+from likely_export.moves import NO_MOVES, Moves
+
+MOVED = 0.5  # of the training pictures, where a density has `moves`
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class AutoregressiveConfig:
         label_dropout: share of training pictures whose label is withheld, so that the same
             weights give p(x) and p(x|y). With 0, p(x) is not learnt; with 1, p(x|y) is not.
         dropout: share of hidden features dropped in training.
+        moves: augmentation of half of the training pictures. The model is told which they are, so
+            its density is that of pictures as they come (distribution augmentation, Jun et al.,
+            2020, https://proceedings.mlr.press/v119/jun20a.html). It needs labels.
     """
 
     shape: tuple[int, int, int]
@@ -55,14 +61,44 @@ class AutoregressiveConfig:
     logistics: int = 0
     label_dropout: float = 0.1
     dropout: float = 0.0
+    moves: Moves = NO_MOVES
 
     def __post_init__(self) -> None:
+        if isinstance(self.moves, Mapping):  # as stored in a file of weights
+            object.__setattr__(self, "moves", Moves(**self.moves))
+        if self.moves and not self.labels:
+            raise InvalidInput("moves", "need labels, among which moved pictures are told apart")
         in_unit_interval(self, "label_dropout", "dropout")
         at_least(1, self, "channels", "layers", "head", "digits")
         at_least(0, self, "logistics")
         rows, side, left = self.stem
         if rows < 1 or side < 0 or left < 1:
             raise InvalidInput("stem", f"{list(self.stem)}; at least [1, 0, 1] is needed")
+
+
+class LabelEmbedding(nn.Embedding):
+    """A vector for every label, and one for none; moved pictures have one added to theirs.
+
+    Args:
+        config: configuration of the density.
+        width: numbers in a vector.
+    """
+
+    moved: nn.Parameter | None
+
+    def __init__(self, config: AutoregressiveConfig, width: int) -> None:
+        super().__init__(config.labels + 1, width)
+        self.moved = nn.Parameter(torch.zeros(width)) if config.moves else None
+
+    def forward(self, y: Tensor) -> Tensor:
+        """The vectors (n, width) of labels y, int64 (n,).
+
+        In training, `num_embeddings` is to be added to the labels of moved pictures.
+        """
+        if self.moved is None or not self.training:
+            return super().forward(y)
+        moved = y >= self.num_embeddings
+        return super().forward(y % self.num_embeddings) + moved[:, None] * self.moved
 
 
 class Autoregressive(nn.Module):
@@ -74,7 +110,7 @@ class Autoregressive(nn.Module):
     """
 
     config: AutoregressiveConfig
-    label: nn.Embedding
+    label: LabelEmbedding
 
     def __init__(self, config: AutoregressiveConfig, width: int) -> None:
         super().__init__()
@@ -88,7 +124,7 @@ class Autoregressive(nn.Module):
         config = self.config
         self.mix = nn.Conv2d(width, config.head, 1)
         if config.labels:
-            self.label = nn.Embedding(config.labels + 1, config.head)
+            self.label = LabelEmbedding(config, config.head)
             nn.init.zeros_(self.label.weight)
         self.head = mixture.head(
             config.head, config.shape[0], config.levels, config.digits, config.logistics
@@ -155,6 +191,27 @@ class Autoregressive(nn.Module):
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """The training loss in nats per picture, (n,); labels are withheld at random."""
+        return self.loss(*self.augment(x, y))
+
+    def augment(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Moves some pictures, and withholds some labels, at random.
+
+        Args:
+            x: levels, uint8 (n, c, h, w), of a density or of a picture that it is to be made of.
+            y: labels, int64 (n,).
+
+        Returns:
+            The same as `loss` expects them.
+        """
+        y = self._withhold(y)
+        if not self.config.moves:
+            return x, y
+        moved = self._draw_moved(y)
+        x = torch.where(moved[:, None, None, None], self.config.moves.apply(x), x)
+        return x, self._mark(y, moved)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """-log p(x|y) in nats, (n,), for labels from `augment`."""
         return self._summed(x, y, self.head.nats)
 
     def expected_objective(self, x: Tensor, y: Tensor, chances: Tensor) -> Tensor:
@@ -170,17 +227,38 @@ class Autoregressive(nn.Module):
             y: labels, int64 (n,).
             chances: float32 (n, c, h, w), probabilities of 1.
         """
+        y = self._withhold(y)
+        if self.config.moves:
+            moved = self._draw_moved(y)
+            where = moved[:, None, None, None]
+            elsewhere = self.config.moves.interpolate(chances).clamp(0, 1)
+            chances = torch.where(where, elsewhere, chances)
+            x = torch.where(where, torch.bernoulli(chances).to(x.dtype), x)
+            y = self._mark(y, moved)
 
         def nats(features: Tensor, x: Tensor) -> Tensor:
             return self.head.expected(self.head.log_probs(features, x), chances)
 
         return self._summed(x, y, nats)
 
+    def _withhold(self, y: Tensor) -> Tensor:
+        """The labels, some of which are replaced by null labels at random."""
+        if not self.config.labels:
+            return y
+        withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout
+        return torch.where(withheld, self.null_label, y)
+
+    @staticmethod
+    def _draw_moved(y: Tensor) -> Tensor:
+        """Which pictures are to be moved, bool (n,)."""
+        return torch.rand(y.shape, device=y.device) < MOVED
+
+    def _mark(self, y: Tensor, moved: Tensor) -> Tensor:
+        """The labels as `LabelEmbedding` expects them, of which some, bool (n,), are moved."""
+        return y + moved * self.label.num_embeddings
+
     def _summed(self, x: Tensor, y: Tensor, nats: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Sums nats(features, x) per picture, (n,), with labels withheld at random."""
-        if self.config.labels:
-            withheld = torch.rand(y.shape, device=y.device) < self.config.label_dropout
-            y = torch.where(withheld, self.null_label, y)
+        """Sums nats(features, x) per picture, (n,)."""
         features = self.features(x, y)
         # Mixed precision may round in the hidden layers, but not in the head.
         with torch.autocast(x.device.type, enabled=False):

@@ -34,6 +34,7 @@ from likely_export.graphs import example
 from likely_export.judge import Judge, train_judge
 from likely_export.material import BOUND, EVALUATION
 from likely_export.passes import BATCH
+from likely_export.recipes import MODEL_KEYS
 from likely_export.train import Model
 
 Inputs = npt.NDArray[np.floating]
@@ -308,7 +309,7 @@ class _Member:
         )
         total = 0.0
         for model in recipe.get("models", {}).values():
-            options = {k: v for k, v in model.items() if k not in ("family", "training")}
+            options = {k: v for k, v in model.items() if k not in MODEL_KEYS}
             made = families.create(
                 model["family"],
                 options,

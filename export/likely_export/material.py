@@ -65,9 +65,8 @@ class Compared:
     Attributes:
         pair: first and second label, int64 (n, 2).
         log_ratio: log p(x|first) - log p(x|second), or that of their bounds, nats, float64 (n,).
-        maps: each pixel's term of the log-ratio, given the pixels before it, float32
-            (n, c, h, w); or the mean loss of log-ratio over the occluding patches that contain
-            the pixel, (n, 1, h, w).
+        maps: each pixel's term of the log-ratio, by the chain rule, float32 (n, c, h, w); or the
+            mean loss of log-ratio over the occluding patches that contain the pixel, (n, 1, h, w).
         patch: side of those patches; None if the maps sum to the log-ratio.
     """
 

@@ -49,11 +49,19 @@ class Moves:
         Levels between pixels are interpolated and rounded. Beyond its edges, a picture continues
         with the levels of the edge.
         """
+        return self.interpolate(x.float()).round().to(torch.uint8)
+
+    def interpolate(self, x: Tensor) -> Tensor:
+        """Returns the same of float32 x, (n, c, h, w), where nothing is rounded."""
         # Coordinates rounded to bfloat16 would fall between pixels, and blur the pictures.
         with torch.autocast(x.device.type, enabled=False):
-            return self._moved(x)
+            moved = functional.grid_sample(
+                x, self._grid(x), padding_mode="border", align_corners=False
+            )
+            return self._erased(moved) if self.erase else moved
 
-    def _moved(self, x: Tensor) -> Tensor:
+    def _grid(self, x: Tensor) -> Tensor:
+        """Where in x each pixel of the moved pictures comes from, (n, h, w, 2), for grid_sample."""
         n, _, height, width = x.shape
 
         def drawn(bound: float) -> Tensor:
@@ -74,11 +82,7 @@ class Moves:
             torch.stack([cos * across, (shear - sin * down) * tall, shift() * 2 / width], -1),
             torch.stack([sin * across / tall, cos * down, shift() * 2 / height], -1),
         )
-        grid = functional.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
-        moved = functional.grid_sample(
-            x.float(), grid, padding_mode="border", align_corners=False
-        ).round()
-        return self._erased(moved).to(torch.uint8) if self.erase else moved.to(torch.uint8)
+        return functional.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
 
     def _erased(self, x: Tensor) -> Tensor:
         """Sets a random rectangle of each picture to the lowest level."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from likely.errors import InvalidInput
-from likely_export.autoregressive import Autoregressive, AutoregressiveConfig
+from likely_export.autoregressive import Autoregressive, AutoregressiveConfig, LabelEmbedding
 from likely_export.limits import at_least
 
 
@@ -75,7 +75,7 @@ class Block(nn.Module):
         self.out = nn.Conv2d(c, c, 1, bias=False)
         self.dropout = config.dropout
         if config.labels:
-            self.label = nn.Embedding(config.labels + 1, 2 * self.units)
+            self.label = LabelEmbedding(config, 2 * self.units)
             nn.init.zeros_(self.label.weight)
 
     def forward(self, v: Tensor, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ class RowTransformer(nn.Module):
         self.embed = nn.Linear(c * w, width, bias=False)
         self.position = nn.Parameter(torch.randn(h, width) * 0.02)
         if config.labels:
-            self.label = nn.Embedding(config.labels + 1, width)
+            self.label = LabelEmbedding(config, width)
             nn.init.normal_(self.label.weight, std=0.02)
         self.blocks = nn.ModuleList(RowBlock(config) for _ in range(config.row_layers))
         self.norm = nn.LayerNorm(width)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan  # private path: torch is pinned
 from torch.nn import functional
 
-from likely_export.autoregressive import Autoregressive, AutoregressiveConfig
+from likely_export.autoregressive import Autoregressive, AutoregressiveConfig, LabelEmbedding
 
 SHUT = -1e4  # an input for which a sigmoid is exactly 0 in float32
 States = list[Tensor]
@@ -210,7 +210,7 @@ class Layer(nn.Module):
         self.out = nn.Linear(c, 2 * c)
         self.dropout = config.dropout
         if config.labels:
-            self.label = nn.Embedding(config.labels + 1, (4 if row else 8) * c)
+            self.label = LabelEmbedding(config, (4 if row else 8) * c)
             nn.init.zeros_(self.label.weight)
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:

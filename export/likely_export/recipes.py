@@ -76,6 +76,9 @@ class Data(_Table):
         )
 
 
+MODEL_KEYS = ("family", "start_from", "training")  # of a model's table; all others are its options
+
+
 class Model(_Table):
     """A family, the options of its config, and its training.
 
@@ -94,8 +97,7 @@ class Model(_Table):
     def _gather_options(cls, table: Any) -> Any:
         if not isinstance(table, Mapping) or "options" in table:
             return table
-        own = ("family", "start_from", "training")
-        fields = {key: table[key] for key in own if key in table}
+        fields = {key: table[key] for key in MODEL_KEYS if key in table}
         return {**fields, "options": {key: table[key] for key in table.keys() - fields.keys()}}
 
     @field_validator("training", mode="before")

@@ -31,7 +31,7 @@ class SketchConfig(PixelCNNConfig):
     """Configuration of the PixelCNN of a sketch, whose level is drawn as one digit.
 
     Attributes:
-        sketch_levels: levels of the sketch, a divisor of `levels`.
+        sketch_levels: levels of the sketch, a divisor of `levels`. `moves` are of the picture.
     """
 
     sketch_levels: int = 2
@@ -63,7 +63,8 @@ class Sketch(nn.Module):
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """The training loss in nats per picture, (n,); labels are withheld at random."""
-        return self.density.objective(self.of(x), y)
+        x, y = self.density.augment(x, y)
+        return self.density.loss(self.of(x), y)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The expected loss in nats, (n,): -log p(s|y) and -log p(s), weighted as in training."""

@@ -480,10 +480,10 @@ class _Loop:
         # On the CPU, because optimisers' step counts on a GPU would have to be waited for.
         state = torch.load(path, map_location="cpu", weights_only=True)
         self._check(state, path)
-        self.start_from(state)
+        self._set(state)
         return True
 
-    def start_from(self, state: Mapping[str, Any]) -> None:
+    def _set(self, state: Mapping[str, Any]) -> None:
         """Restores the run as it was when `state` was saved."""
         self.module.load_state_dict(state["weights"])
         self.average.load_state_dict(state["average"])

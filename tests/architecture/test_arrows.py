@@ -75,7 +75,8 @@ EXPORT = {
     "logistic": "torch",
     "mixture": "heads logistic torch",
     "local": "limits mixture torch",
-    "autoregressive": "likely.errors limits mixture torch",
+    "moves": "likely.errors torch",
+    "autoregressive": "likely.errors limits mixture moves torch",
     "drawing": "heads mixture torch",
     "pixelcnn": "likely.errors autoregressive limits torch",
     "pixelrnn": "autoregressive torch",
@@ -85,7 +86,6 @@ EXPORT = {
     "rnn_sampler": "drawing pixelrnn raster torch",
     "sketch": "likely.errors heads limits pixelcnn torch",
     "sketch_sampler": "sampler sketch torch",
-    "moves": "likely.errors torch",
     "trunks": "torch",
     "cvae": "likely.errors limits logistic moves trunks torch",
     "vae": "cvae logistic torch",
@@ -148,7 +148,7 @@ EXPORT = {
     "compare": (
         "likely.answers likely.bayes likely.bundle likely.engine likely.errors likely.graphs "
         "composition data families features generated graphs judge material measures passes "
-        "train numpy sklearn torch"
+        "recipes train numpy sklearn torch"
     ),
     "replacing": "likely.bundle likely.errors",
     "decisions": (

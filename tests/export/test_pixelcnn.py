@@ -13,6 +13,7 @@ from likely.errors import InvalidInput
 from likely_export import families, roles
 from likely_export.autoregressive import AutoregressiveConfig
 from likely_export.heads import PixelHead
+from likely_export.moves import Moves
 from likely_export.pixelcnn import PixelCNNConfig
 from likely_export.pixelrnn import PixelRNNConfig
 from likely_export.statistics import STATISTICS
@@ -168,6 +169,64 @@ def test_the_coins_of_a_draw_spread_its_objective_less_where_they_are_averaged(n
     assert mean.std() < 0.8 * drawn.std()
     error = (drawn - mean).std() / len(x) ** 0.5
     assert (drawn - mean).mean().abs() < 4 * error
+
+
+def moved(config: AutoregressiveConfig, **options: Any) -> AutoregressiveConfig:
+    """The same with two labels, some of which are withheld, and moves."""
+    return replace(config, labels=2, label_dropout=0.25, moves=Moves(flip=True), **options)
+
+
+@EVERY
+def test_half_of_the_pictures_are_moved_and_marked_and_labels_of_some_withheld(name: str) -> None:
+    model = autoregressive.untrained(moved(CONFIGS[name]))
+    x = autoregressive.pictures(model.config, 1).expand(4000, -1, -1, -1)
+    y = torch.arange(4000) % 2
+    augmented, marked = model.augment(x, y)
+    changed = (augmented != x).flatten(1).any(1)
+    assert torch.equal(augmented[changed], x[changed].flip(-1))
+    assert not (changed & (marked < 3)).any()  # what is moved is marked; half of that is flipped
+    shares = torch.bincount(marked, minlength=6) / 4000  # 0, 1, none, and the same moved
+    assert torch.allclose(shares, torch.tensor([3, 3, 2, 3, 3, 2]) / 16, atol=0.03)
+    assert torch.all((marked % 3 == y) | (marked % 3 == 2))
+    assert abs(changed.float().mean() - 0.25) < 0.03
+
+
+@EVERY
+def test_what_is_learnt_of_moved_pictures_alone_is_not_the_density(name: str) -> None:
+    plain = autoregressive.randomised(replace(CONFIGS[name], labels=2))
+    model = autoregressive.untrained(moved(CONFIGS[name]))
+    model.load_state_dict(plain.state_dict(), strict=False)  # all but what is added for moves
+    x, y = autoregressive.pictures(model.config, 4), torch.tensor([0, 1, 2, 1])
+    own = [weight for key, weight in model.named_parameters() if key.endswith("label.moved")]
+    assert own and not any(weight.abs().sum() for weight in own)
+    model.train()
+    model.loss(x, y + 3).sum().backward()
+    with torch.no_grad():
+        for weight in own:
+            assert weight.grad is not None and weight.grad.abs().sum() > 0
+            weight.add_(1.0)
+    assert not torch.allclose(model.loss(x, y + 3), model.loss(x, y))
+    assert torch.allclose(model.loss(x, y), -plain.log_prob(x, y))
+    model.eval()
+    assert torch.allclose(model.log_prob(x, y), plain.log_prob(x, y))
+
+
+@EVERY
+def test_the_coins_of_moved_pictures_are_thrown_anew(name: str) -> None:
+    model = autoregressive.randomised(moved(CONFIGS[name], levels=2, digits=1))
+    model.train()
+    x = autoregressive.pictures(model.config, 1).expand(64, -1, -1, -1)
+    y = torch.arange(64) % 2
+    torch.manual_seed(0)
+    drawn = model.objective(x, y)
+    torch.manual_seed(0)
+    assert torch.allclose(model.expected_objective(x, y, x.float()), drawn)  # of certain coins
+    assert len(drawn.unique()) == 9  # of a label, another or none; not moved, moved, and flipped
+
+
+def test_without_labels_moved_pictures_could_not_be_told_apart() -> None:
+    with pytest.raises(InvalidInput, match="moves: need labels, among which moved pictures are"):
+        replace(CONFIGS["grey"], labels=0, moves=Moves(shift=1))
 
 
 @EVERY

@@ -328,11 +328,18 @@ def test_the_card_says_what_was_compared_and_what_chose(whole: str) -> None:
     assert "no training, fitting or calibration saw them" in card
     assert "fitted to" not in card and "shifted 3" in card
     fitted = {"parts": [{"kind": "contrast"}], "contrast": ["chimera", "shifted_3"]}
-    changed = {"recipe": {**manifest().recipe, "calibration": fitted}, "test_parity_nats": None}
+    models = {
+        "first": {"family": "pixelcnn", "training": {"epochs": 4.0}},
+        "second": {"family": "detail", "start_from": "first", "training": {"epochs": 2.5}},
+    }
+    recipe = {**manifest().recipe, "calibration": fitted, "models": models}
+    changed = {"recipe": recipe, "test_parity_nats": None}
     shown = material()
     page = report.page(manifest().model_copy(update=changed), figures(shown), shown)
     card = " ".join(Page(page).sections["card"])
     assert "fitted to pictures that are chimera, shifted 3." in card and "on 777 test" not in card
+    assert "Model “first” family pixelcnn; epochs 4 " in card
+    assert "Model “second” family detail; starts from “first”, epochs 2.5 " in card
 
 
 @pytest.mark.parametrize(

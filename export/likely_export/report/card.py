@@ -52,7 +52,7 @@ def card(subject: Subject) -> View:
         else "",
         "binarised": bool(data.get("binarise")),
         "models": [
-            (name, model.get("family", ""), _training(model.get("training", {})))
+            (name, model.get("family", ""), _training(model))
             for name, model in recipe.get("models", {}).items()
         ],
         "statistics": recipe.get("calibration", {}).get("statistics", ()),
@@ -105,13 +105,16 @@ def _seen(subject: Subject) -> dict[str, int]:
     return {"train": learnt, **(subject.figure("test_copies_of") or {})}
 
 
-def _training(training: dict[str, Any]) -> str:
+def _training(model: dict[str, Any]) -> str:
     names = ("epochs", "steps", "batch", "optimiser", "learning_rate", "precision")
-    return ", ".join(
+    training = model.get("training", {})
+    earlier = [f"starts from “{model['start_from']}”"] if model.get("start_from") else []
+    settings = [
         f"{name.replace('_', ' ')} {format_figure(training[name])}"
         for name in names
         if training.get(name)
-    )
+    ]
+    return ", ".join(earlier + settings)
 
 
 def _without_none(values: Any) -> Any:
