@@ -11,7 +11,7 @@ at random.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,10 @@ class AutoregressiveConfig:
         moves: augmentation of half of the training pictures. The model is told which they are, so
             its density is that of pictures as they come (distribution augmentation, Jun et al.,
             2020, https://proceedings.mlr.press/v119/jun20a.html). It needs labels.
+        contrast: weight in the training loss of how well the label can be told from the picture,
+            log(1 + p(x|y') / p(x|y)) summed over the other labels y', of which each picture that
+            keeps its label is given one at random. The mean of p(x|y') / p(x|y) over pictures x of
+            y is how often the model, asked for y', draws what it should draw for y.
     """
 
     shape: tuple[int, int, int]
@@ -62,15 +66,18 @@ class AutoregressiveConfig:
     label_dropout: float = 0.1
     dropout: float = 0.0
     moves: Moves = NO_MOVES
+    contrast: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.moves, Mapping):  # as stored in a file of weights
             object.__setattr__(self, "moves", Moves(**self.moves))
         if self.moves and not self.labels:
             raise InvalidInput("moves", "need labels, among which moved pictures are told apart")
+        if self.contrast and self.labels < 2:
+            raise InvalidInput("contrast", f"needs two labels; there are {self.labels}")
         in_unit_interval(self, "label_dropout", "dropout")
         at_least(1, self, "channels", "layers", "head", "digits")
-        at_least(0, self, "logistics")
+        at_least(0, self, "logistics", "contrast")
         rows, side, left = self.stem
         if rows < 1 or side < 0 or left < 1:
             raise InvalidInput("stem", f"{list(self.stem)}; at least [1, 0, 1] is needed")
@@ -210,9 +217,21 @@ class Autoregressive(nn.Module):
         x = torch.where(moved[:, None, None, None], self.config.moves.apply(x), x)
         return x, self._mark(y, moved)
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """-log p(x|y) in nats, (n,), for labels from `augment`."""
-        return self._summed(x, y, self.head.nats)
+    def loss(self, x: Tensor, y: Tensor, chances: Tensor | None = None) -> Tensor:
+        """The training loss in nats, (n,), for labels from `augment`.
+
+        Where the chances of pixels to be 1 are given, each pixel's own loss is the mean over its
+        draw; see `expected_objective`.
+        """
+        features = self.features(x, y)
+        # Mixed precision may round in the hidden layers, but not in the head.
+        with torch.autocast(x.device.type, enabled=False):
+            if chances is None:
+                nats = self.head.nats(features.float(), x)
+            else:
+                nats = self.head.expected(self.head.log_probs(features.float(), x), chances)
+        loss = nats.flatten(1).sum(1)
+        return loss + self._contrast(features, x, y) if self.config.contrast else loss
 
     def expected_objective(self, x: Tensor, y: Tensor, chances: Tensor) -> Tensor:
         """The training loss averaged over the binarisation of each pixel, (n,).
@@ -235,11 +254,26 @@ class Autoregressive(nn.Module):
             chances = torch.where(where, elsewhere, chances)
             x = torch.where(where, torch.bernoulli(chances).to(x.dtype), x)
             y = self._mark(y, moved)
+        return self.loss(x, y, chances)
 
-        def nats(features: Tensor, x: Tensor) -> Tensor:
-            return self.head.expected(self.head.log_probs(features, x), chances)
+    def _contrast(self, features: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The contrast's share of the loss, (n,), of pictures x that have these features given y.
 
-        return self._summed(x, y, nats)
+        Labels that are withheld have no share.
+        """
+        n, labels = len(y), self.config.labels
+        known = (y % self.label.num_embeddings != self.null_label).nonzero()[:, 0]
+        x, y, features = x[known], y[known], features[known]
+        label = y % self.label.num_embeddings
+        other = (label + torch.randint(1, labels, label.shape, device=y.device)) % labels
+        in_its_place = self.features(x, y - label + other)
+        with torch.autocast(x.device.type, enabled=False):
+            nats, of_other = (
+                self.head.nats(each.float(), x).flatten(1).sum(1)
+                for each in (features, in_its_place)
+            )
+        share = self.config.contrast * (labels - 1) * functional.softplus(nats - of_other)
+        return share.new_zeros(n).index_add(0, known, share)
 
     def _withhold(self, y: Tensor) -> Tensor:
         """The labels, some of which are replaced by null labels at random."""
@@ -256,13 +290,6 @@ class Autoregressive(nn.Module):
     def _mark(self, y: Tensor, moved: Tensor) -> Tensor:
         """The labels as `LabelEmbedding` expects them, of which some, bool (n,), are moved."""
         return y + moved * self.label.num_embeddings
-
-    def _summed(self, x: Tensor, y: Tensor, nats: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Sums nats(features, x) per picture, (n,)."""
-        features = self.features(x, y)
-        # Mixed precision may round in the hidden layers, but not in the head.
-        with torch.autocast(x.device.type, enabled=False):
-            return nats(features.float(), x).flatten(1).sum(1)
 
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """The expected loss in nats, (n,): -log p(x|y) and -log p(x), weighted as in training."""

@@ -224,6 +224,45 @@ def test_the_coins_of_moved_pictures_are_thrown_anew(name: str) -> None:
     assert len(drawn.unique()) == 9  # of a label, another or none; not moved, moved, and flipped
 
 
+@EVERY
+@pytest.mark.parametrize("offset", [0, 5], ids=["as_they_come", "moved"])
+def test_a_wrong_label_is_contrasted_with_the_own_where_that_is_known(
+    name: str, offset: int
+) -> None:
+    config = moved(CONFIGS[name], contrast=0.5)
+    config = replace(config, labels=4)
+    model = autoregressive.randomised(config, 0.1).train()
+    plain = autoregressive.randomised(replace(config, contrast=0.0), 0.1).train()
+    x, y = autoregressive.pictures(config, 50), torch.arange(50) % 5  # the last is none
+    given = torch.stack([plain.loss(x, torch.full((50,), offset + label)) for label in range(5)])
+    own = given[y, torch.arange(50)]
+    shares = model.loss(x, y + offset) - own
+    possible = 0.5 * 3 * torch.nn.functional.softplus(own - given[:4])
+    possible[y.clamp(max=3), torch.arange(50)] = torch.nan  # never its own
+    known = y < 4
+    assert not shares[~known].any()
+    found = torch.isclose(shares, possible, rtol=1e-3, atol=1e-3)[:, known]
+    assert found.any(0).all() and found.any(1).all()
+
+
+@EVERY
+def test_the_contrast_is_of_coins_as_they_fell(name: str) -> None:
+    config = moved(CONFIGS[name], levels=2, digits=1)
+    model = autoregressive.randomised(replace(config, contrast=0.5), 0.1).train()
+    plain = autoregressive.randomised(config, 0.1).train()
+    x, y = autoregressive.pictures(config, 20), torch.arange(20) % 2
+    fair, certain = torch.full(x.shape, 0.5), x.float()
+    shares = [model.loss(x, y, chances) - plain.loss(x, y, chances) for chances in (fair, certain)]
+    assert torch.allclose(*shares, rtol=1e-3, atol=1e-3) and shares[0].min() > 0
+
+
+def test_a_contrast_needs_another_label() -> None:
+    with pytest.raises(InvalidInput, match="contrast: needs two labels; there are 1"):
+        replace(CONFIGS["grey"], labels=1, contrast=1.0)
+    with pytest.raises(InvalidInput, match="contrast: -1; at least 0"):
+        replace(CONFIGS["grey"], labels=2, contrast=-1)
+
+
 def test_without_labels_moved_pictures_could_not_be_told_apart() -> None:
     with pytest.raises(InvalidInput, match="moves: need labels, among which moved pictures are"):
         replace(CONFIGS["grey"], labels=0, moves=Moves(shift=1))
