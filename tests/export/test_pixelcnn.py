@@ -253,7 +253,7 @@ def test_the_contrast_is_of_coins_as_they_fell(name: str) -> None:
     x, y = autoregressive.pictures(config, 20), torch.arange(20) % 2
     fair, certain = torch.full(x.shape, 0.5), x.float()
     shares = [model.loss(x, y, chances) - plain.loss(x, y, chances) for chances in (fair, certain)]
-    assert torch.allclose(*shares, rtol=1e-3, atol=1e-3) and shares[0].min() > 0
+    assert torch.allclose(shares[0], shares[1], rtol=1e-3, atol=1e-3) and shares[0].min() > 0
 
 
 def test_a_contrast_needs_another_label() -> None:
