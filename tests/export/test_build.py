@@ -242,5 +242,5 @@ def test_a_recipe_becomes_a_bundle_that_serves(tmp_path: Path) -> None:
 def test_what_a_model_starts_from_stays_with_it_in_a_recipe() -> None:
     published = recipes.load("mnist").published()
     kept = _with_starts(published["models"], ["sketch", "detail", "gone"])
-    assert kept.keys() == {"sketch", "detail", "pixelcnn"}
+    assert kept.keys() == {"sketch", "plain_sketch", "detail", "pixelcnn"}
     assert _with_starts(published["models"], ["cvae"]).keys() == {"cvae"}
